@@ -16,4 +16,10 @@ ROUTER_RULES = (
         f"set loss.router.aux_coefficient={OF_MODEL}, or remove it",
         f"{OF_MODEL}, or a number above 0",
     ),
+    Rule(
+        "loss.router.aux_coefficient loss.router.z_coefficient parallelism.sequence_parallel",
+        lambda c: c.loss.router.is_set and c.parallelism.sequence_parallel > 1,
+        "losses of routers are not computed for sequences that several processes share",
+        "remove loss.router, or set parallelism.sequence_parallel=1",
+    ),
 )

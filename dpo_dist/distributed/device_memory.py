@@ -94,7 +94,7 @@ def empty(value: Any) -> None:
     DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
     """
     if isinstance(value, Tensor):
-        value.data = value.newempty(0)
+        value.data = value.new_empty(0)
     elif isinstance(value, dict):
         empty(list(value.values()))
     elif isinstance(value, (list, tuple)):

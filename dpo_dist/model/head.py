@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.model.attention import PACKED, packed_attention
+from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
+from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router_losses import routing_sums
 from dpo_dist.objective.token_logps import Statistic, token_logps
 
@@ -50,42 +51,86 @@ class PackedCausalLM(nn.Module):
         causal_lm: a transformers model loaded with the packed attention interface.
         backend: the attention kernel.
         compiled: whether torch.compile compiles the decoder layers.
+        sequence: the ranks that share the tokens of each batch; None: this rank computes all.
     """
 
-    def __init__(self, causal_lm: Any, backend: AttentionBackend, compiled: bool = False):
+    def __init__(
+        self,
+        causal_lm: Any,
+        backend: AttentionBackend,
+        compiled: bool = False,
+        sequence: TokenExchange | None = None,
+    ):
         super().__init__()
         causal_lm.set_output_embeddings(LogpHead.of(causal_lm.get_output_embeddings()))
         self.causal_lm = causal_lm
         self.backend = backend
         self.compiled = compiled
+        self.sequence = sequence
         if compiled:
             compile_layers(causal_lm)
 
     def forward(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`.
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
 
         Args:
             batch: on the device of the model.
             statistics: of each target, beside its log-prob.
-            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts; not
+                with `sequence`.
         """
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+        if self.sequence is None:
+            logps, router_logits = self._logps(
+                batch.input_ids,
+                batch.position_ids,
+                attention,
+                batch.predictors,
+                batch.targets,
+                statistics,
+                {"output_router_logits": True} if with_routing else {},
+            )
+            if not with_routing:
+                return logps
+            return logps, routing_sums(router_logits, batch.rows, self.causal_lm.num_experts_per_tok)
+        tokens = len(batch.input_ids)
+        share = TokenShare.of(self.sequence, tokens, batch.predictors)
+        logps, _ = self._logps(
+            batch.input_ids[share.tokens],
+            batch.position_ids[share.tokens],
+            ExchangedAttention(attention, self.sequence, tokens),
+            share.predictors,
+            batch.targets[share.targets],
+            statistics,
+            {},
+        )
+        return share.gather(logps)
+
+    def _logps(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: PackedAttention,
+        predictors: Tensor,
+        targets: Tensor,
+        statistics: Sequence[Statistic],
+        options: dict[str, bool],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return `token_logps`, and the logits of the routers if `options` ask for them."""
         outputs = self.causal_lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
             use_cache=False,
             packed=attention,
-            **({"output_router_logits": True} if with_routing else {}),
+            **options,
         )
-        predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
+        predicting = outputs.last_hidden_state[0].index_select(0, predictors)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
-            predicting, targets=batch.targets, statistics=statistics
+            predicting, targets=targets, statistics=statistics
         )
-        if not with_routing:
-            return logps
-        return logps, routing_sums(outputs.router_logits, batch.rows, self.causal_lm.num_experts_per_tok)
+        return logps, outputs.router_logits if options else ()
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:

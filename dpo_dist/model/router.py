@@ -69,13 +69,13 @@ def _is_same_loss(model_class: type, experts: int, top_k: int) -> bool:
     return isinstance(expected, Tensor) and torch.allclose(ours, expected, rtol=1e-4)
 
 
-def router_loss(config: RouterConfig, model_config: Any) -> RouterLoss | None:
-    """Return the losses of the routers that training adds; None if `config` asks for none.
+def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | None:
+    """Return the losses of the routers that training adds; None if `config` is None or asks for none.
 
     Raises:
         ConfigError: the model has no routers with such a loss, or no coefficient of its own.
     """
-    if not config.is_set:
+    if config is None or not config.is_set:
         return None
     routers = routers_of(model_config)
     if routers is None:
@@ -100,16 +100,16 @@ def router_loss(config: RouterConfig, model_config: Any) -> RouterLoss | None:
     return RouterLoss(routers.coefficient, config.z_coefficient)
 
 
-def router_note(config: RouterConfig, model_config: Any) -> str:
-    """Return a line on the losses of the routers; empty for a model without routers."""
-    if (routers := routers_of(model_config)) is None:
-        return ""
+def router_notes(config: RouterConfig | None, model_config: Any) -> list[str]:
+    """Return a line on the losses of the routers of a model that is trained; none without routers."""
+    if config is None or (routers := routers_of(model_config)) is None:
+        return []
     if (added := router_loss(config, model_config)) is None:
         own = f" (its own coefficient is {routers.coefficient:g})" if routers.coefficient else ""
-        return (
+        return [
             "mixture of experts: trained without the router's load-balancing loss; "
             f"loss.router.aux_coefficient={OF_MODEL} adds it{own}"
-        )
+        ]
     terms = {"load-balancing loss": added.aux, "z-loss": added.z}
     parts = [f"{value:g} times the router's {name}" for name, value in terms.items() if value is not None]
-    return f"mixture of experts: the loss of a step has {' and '.join(parts)}"
+    return [f"mixture of experts: the loss of a step has {' and '.join(parts)}"]

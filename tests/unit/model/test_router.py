@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from dpo_dist.config.router_schema import RouterConfig
 from dpo_dist.data.packing import Sequences
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.router import router_loss, router_note, routers_of
+from dpo_dist.model.router import router_loss, router_notes, routers_of
 from dpo_dist.objective.router_losses import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import packed, tiny_causal_lm, tiny_config
@@ -120,10 +120,12 @@ def test_a_loss_that_the_model_does_not_define_is_refused(
     assert raised.value.remedy
 
 
-def test_the_note_says_what_is_added() -> None:
+def test_a_note_says_what_is_added() -> None:
     mixtral = tiny_config("mixtral", router_aux_loss_coef=0.125)
-    assert "without the router's load-balancing loss" in router_note(RouterConfig(), mixtral)
-    assert "0.125" in router_note(RouterConfig(), mixtral)
-    assert "0.125 times" in router_note(RouterConfig("model"), mixtral)
-    assert "2 times the router's z-loss" in router_note(RouterConfig(z_coefficient=2.0), mixtral)
-    assert router_note(RouterConfig(), tiny_config("qwen3")) == ""
+    (without,) = router_notes(RouterConfig(), mixtral)
+    assert "without the router's load-balancing loss" in without
+    assert "0.125" in without
+    assert "0.125 times" in router_notes(RouterConfig("model"), mixtral)[0]
+    assert "2 times the router's z-loss" in router_notes(RouterConfig(z_coefficient=2.0), mixtral)[0]
+    assert router_notes(RouterConfig(), tiny_config("qwen3")) == []
+    assert router_notes(None, mixtral) == []
