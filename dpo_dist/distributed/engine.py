@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dpo_dist.config.schema import OptimConfig
+from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (

@@ -52,10 +52,12 @@ def _interface(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed: PackedAttention | None = None,
+    packed_positions: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention function that transformers calls in every layer; tensors are [1, heads, tokens, dim]."""
     assert packed is not None, "the model was called without a packed layout"
+    assert packed_positions is not None
     assert dropout == 0.0, "dropout is switched off when the model is loaded"
     _check_supported(module, attention_mask, packed.layout, options)
     scores = Scores(
@@ -66,7 +68,7 @@ def _interface(
         sinks=options.get("s_aux"),
     )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    query = corrected_query(module, query, packed.layout)
+    query = corrected_query(module, query, packed_positions)
     return packed(query, key, value, scores)[None], None
 
 

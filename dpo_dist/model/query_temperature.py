@@ -4,35 +4,21 @@ In layers without RoPE a query at position p is multiplied by 1 + attn_scale * l
 floor_scale)) (arXiv 2501.19399). In a packed sequence the index of a token is not its position.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_dist.model.segment_attention import Layout
 
-
-def corrected_query(module: Any, query: Tensor, layout: Layout) -> Tensor:
+def corrected_query(module: Any, query: Tensor, positions: Tensor) -> Tensor:
     """Return the queries [tokens, heads, dim] with the temperature of their positions instead of indices."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
     indices = torch.arange(len(query), device=query.device)
-    wanted = _factors(module, _positions(layout, query.device))
-    ratios = wanted / _factors(module, indices)  # 1, exactly, below floor_scale
+    ratios = _factors(module, positions) / _factors(module, indices)  # 1, exactly, below floor_scale
     return (query * ratios[:, None, None]).to(query.dtype)
 
 
 def _factors(module: Any, positions: Tensor) -> Tensor:
     scale: float = module.attn_scale
     return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * scale + 1
-
-
-@functools.lru_cache(maxsize=1)  # of one micro-batch, for all its layers
-def _positions(layout: Layout, device: torch.device) -> Tensor:
-    pieces = [
-        torch.arange(start, start + tokens)
-        for prompt, *responses in layout
-        for start, tokens in ((0, prompt), *((prompt, own) for own in responses))
-    ]
-    return torch.cat(pieces).to(device)
