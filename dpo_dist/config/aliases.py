@@ -71,6 +71,7 @@ KEY_ALIASES = _by_name(
         "tracking.notes": "wandb_notes",
         "tracking.wandb": "wandb_mode",
         "parallelism.timeout_seconds": "ddp_timeout",
+        "parallelism.sequence_parallel": "sp_size sequence_parallel_size ulysses_sequence_parallel_size",
         "model.adapter.r": "model.adapter.rank model.adapter.lora_r model.adapter.lora_rank",
         "model.adapter.alpha": "model.adapter.lora_alpha",
         "model.adapter.dropout": "model.adapter.lora_dropout",
@@ -78,6 +79,8 @@ KEY_ALIASES = _by_name(
             "model.adapter.targets model.adapter.modules model.adapter.lora_target"
         ),
         "model.adapter.variant": "model.adapter.type model.adapter.kind",
+        "model.adapter.path": "model.adapter.adapter_name_or_path model.adapter.folder",
+        "model.adapter.on_top": "model.adapter.create_new_adapter",
     }
 )
 
@@ -141,8 +144,8 @@ REMEDIES = _by_name(
             "lora_target lora_target_modules target_modules"
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
-        "not offered: an adapter starts from scratch; merge the old one into the model first": (
-            "adapter_name_or_path"
+        "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
+            "adapter_name_or_path create_new_adapter adapter_folder"
         ),
         "write +experiment=NAME": "exp experiments",
         "set pairs.reward_model, pairs.function=module:function or pairs.endpoint": (

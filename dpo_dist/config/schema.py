@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `run`, `data`, `optim`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`,
-`export` are in `*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared
-`free` does not define the run's result (hardware, placement, how often something is written): it is not part
-of the digest that names the run directory.
+The keys of `run`, `model.adapter`, `data`, `optim`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`,
+`pairs`, `export` are in `*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key
+declared `free` does not define the run's result (hardware, placement, how often something is written): it is
+not part of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.compare_schema import CompareConfig
 from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
@@ -28,7 +29,6 @@ from dpo_dist.config.tracking_schema import TrackingConfig
 
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
-AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
@@ -39,23 +39,6 @@ Direction = StrEnum("Direction", ["highest", "lowest"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Low-rank matrices, trained in place of the model's own weights."""
-
-    r: int = key(16, "Rank.", at_least=1)
-    alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
-    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
-    target_modules: Any = key(
-        "all-linear",
-        "`all-linear` (all but the output layer), or a list of names.",
-        accepts="all-linear, or a list in brackets: [q_proj,v_proj]",
-    )
-    variant: AdapterVariant = key(
-        AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
-    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +143,12 @@ class ParallelismConfig:
     offload_parameters: Offload = key(Offload.none, "Memory of the policy's weights: `none` or `cpu`.")
     offload_optimizer: Offload = key(
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
+    )
+    sequence_parallel: int = key(
+        1,
+        "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
+        at_least=1,
+        added=True,
     )
     timeout_seconds: int = key(
         600,

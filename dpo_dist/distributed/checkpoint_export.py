@@ -18,6 +18,7 @@ from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_fa
 from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import EMA, WEIGHT
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import description_folder
 from dpo_dist.model.head import PackedCausalLM
@@ -48,19 +49,21 @@ def export_checkpoint(
     if faults := find_faults(checkpoint, 0, 1):
         raise damaged_checkpoint(checkpoint, faults)
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    causal_lm = _without_weights(base, config)
+    start = start_folder(config.model)
+    causal_lm = _without_weights(base, start, config)
     saved = read_weights(checkpoint)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     check_shapes(trained, saved.shapes, checkpoint)
-    tokenizer = load_tokenizer(base, config.model)
+    below = start if start is not None and config.model.adapter.on_top else None
+    tokenizer = load_tokenizer(tokenizer_folder(base, start), config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
     part, dtype = _PARTS[config.export.weights], TORCH_DTYPES[config.model.dtype]
     with writing_errors(folder), _on_disk(saved, part, dtype, folder) as weights:
-        write_model_folder(folder, causal_lm, weights, tokenizer, card)
+        write_model_folder(folder, causal_lm, weights, tokenizer, card, below=below)
 
 
-def _without_weights(base: Path, config: RunConfig) -> Any:
+def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
     """Return the transformers model of the run, with its adapter if it has one, on the meta device."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
@@ -70,7 +73,7 @@ def _without_weights(base: Path, config: RunConfig) -> Any:
         )
         packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa)
         if config.model.adapter is not None:
-            add_adapter(packed, config.model, config.trainer.seed)
+            add_adapter(packed, config.model, config.trainer.seed, start)
     if (base / GENERATION_CONFIG_NAME).is_file():
         packed.causal_lm.generation_config = GenerationConfig.from_pretrained(base)
     return packed.causal_lm

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.model.attention import PACKED, packed_attention
+from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
+from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.token_logps import Statistic, token_logps
 
 
@@ -49,29 +50,59 @@ class PackedCausalLM(nn.Module):
         causal_lm: a transformers model loaded with the packed attention interface.
         backend: the attention kernel.
         compiled: whether torch.compile compiles the decoder layers.
+        sequence: the ranks that share the tokens of each batch; None: this rank computes all.
     """
 
-    def __init__(self, causal_lm: Any, backend: AttentionBackend, compiled: bool = False):
+    def __init__(
+        self,
+        causal_lm: Any,
+        backend: AttentionBackend,
+        compiled: bool = False,
+        sequence: TokenExchange | None = None,
+    ):
         super().__init__()
         causal_lm.set_output_embeddings(LogpHead.of(causal_lm.get_output_embeddings()))
         self.causal_lm = causal_lm
         self.backend = backend
         self.compiled = compiled
+        self.sequence = sequence
         if compiled:
             compile_layers(causal_lm)
 
     def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`."""
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
-        outputs = self.causal_lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            packed=attention,
+        if self.sequence is None:
+            return self._logps(
+                batch.input_ids, batch.position_ids, attention, batch.predictors, batch.targets, statistics
+            )
+        tokens = len(batch.input_ids)
+        share = TokenShare.of(self.sequence, tokens, batch.predictors)
+        logps = self._logps(
+            batch.input_ids[share.tokens],
+            batch.position_ids[share.tokens],
+            ExchangedAttention(attention, self.sequence, tokens),
+            share.predictors,
+            batch.targets[share.targets],
+            statistics,
         )
-        predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
+        return share.gather(logps)
+
+    def _logps(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: PackedAttention,
+        predictors: Tensor,
+        targets: Tensor,
+        statistics: Sequence[Statistic],
+    ) -> Tensor:
+        outputs = self.causal_lm.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed=attention
+        )
+        predicting = outputs.last_hidden_state[0].index_select(0, predictors)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
-            predicting, targets=batch.targets, statistics=statistics
+            predicting, targets=targets, statistics=statistics
         )
         return logps
 

@@ -137,7 +137,7 @@ class StoreFiller:
         done, computed, own = 0, 0, 0
         must_stop = _Once(self.stops)
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
-        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.size, seed)
+        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.replicas, seed)
         progress(0, len(work))
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writer = _ShardWriter(self.store, self.world, pool)

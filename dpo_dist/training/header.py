@@ -22,6 +22,8 @@ def say_header(config: RunConfig, world: World, console: Console) -> None:
     console.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
     console.say(f"data: {_sources(config.data.train)}; evaluation: {_sources(config.data.eval) or share}")
     console.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}")
+    if world.sequence is not None:
+        console.say(f"world: in groups of {world.sequence.ranks} that share the tokens of each micro-batch")
 
 
 def say_steps(sampler: BatchSampler, first: int, ema_decay: float | None, console: Console) -> None:

@@ -215,9 +215,10 @@ def _load_models(
 
 def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
     """Return the policy at its start, with its adapter if it has one; collective."""
-    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
+    folder = inputs.policy_files.folder
+    model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed)
+        add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
     return PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
 
 
@@ -286,8 +287,7 @@ def _open_recorder(
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not stops.world.is_main:
         return None
-    folder = RunFolder.of(config)
-    owes = position.owes_evaluation
+    folder, owes = RunFolder.of(config), position.owes_evaluation
     metrics = MetricsLog.open(folder, position.step or None, console.say, owes_evaluation=owes)
     trackers = open_trackers(
         config,

@@ -16,16 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    Offload,
-    ParallelismConfig,
-    ParallelismKind,
-    Quantization,
-)
+from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind, Quantization
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint, load_checkpoint

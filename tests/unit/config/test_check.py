@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.errors import ConfigError
 from tests.unit.config.support import configured
 
@@ -59,6 +59,7 @@ OUT_OF_RANGE = {
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
+    "parallelism.sequence_parallel": [0, -1],
     "parallelism.timeout_seconds": [0, 10**8],
     "console.seconds": [0, -1],
     "evaluation.resamples": [-1],

@@ -123,6 +123,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.adapter": {"dropout": 0.05}}, "model.adapter.dropout"),
     ({"model.adapter": {"target_modules": []}}, "model.adapter.target_modules"),
     ({"model.adapter": {"target_modules": "all_linear"}}, "model.adapter.target_modules"),
+    ({"model.adapter": {"revision": "main"}}, "model.adapter.revision, model.adapter.path"),
+    ({"model.adapter": {"on_top": True}}, "model.adapter.on_top, model.adapter.path"),
+    (
+        {"model.adapter": {"on_top": True, "path": "sft", "variant": "dora"}},
+        "model.adapter.on_top, model.adapter.variant",
+    ),
+    ({"model.adapter": {"path": "sft"}, "pairs.rounds": 2}, "model.adapter, pairs.rounds"),
     ({"model.quantization": "int8"}, "model.quantization, model.adapter"),
     (QUANTIZED | {"parallelism.kind": "zero3"}, "model.quantization, parallelism.kind"),
     (QUANTIZED | {"parallelism.kind": "zero2"}, "model.quantization, parallelism.kind"),
