@@ -1,4 +1,4 @@
-"""How architectures change their logits around the output layer, by their configuration."""
+"""Factors and caps of logits by architecture, read from a model's configuration."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _MULTIPLYING = {"hyperclovax"}
 
 
 def logit_change(model_config: Any) -> LogitChange:
-    """Return how a model changes its logits before softmax.
+    """Return the change that a model makes to its logits before softmax.
 
     Args:
         model_config: a transformers configuration of a text model.

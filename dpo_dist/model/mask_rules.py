@@ -1,4 +1,4 @@
-"""Which keys a layer's queries see, as a rule over positions that is evaluated one segment at a time.
+"""The keys that a layer's queries see: a rule over positions, evaluated one segment at a time.
 
 A transformers model creates a mask for each kind of its layers (full, sliding, chunked, or its own) from a
 function of query and key positions. Under packed attention it gets this rule instead of a mask of

@@ -30,7 +30,7 @@ _SINK_DIMS = 8
 
 @dataclass(frozen=True)
 class Scores:
-    """How a layer weighs the keys of a query.
+    """The scores of a layer, from which softmax computes the weights of keys.
 
     Attributes:
         scale: of the products of queries and keys; None: 1 / sqrt(dim).

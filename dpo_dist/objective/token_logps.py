@@ -21,7 +21,7 @@ Statistic = Literal["collisions", "entropy"]
 
 @dataclass(frozen=True)
 class LogitChange:
-    """What a model does to its logits: x becomes softcap * tanh(scale * x / softcap).
+    """A change of logits before softmax: x becomes softcap * tanh(scale * x / softcap).
 
     Attributes:
         scale: a factor.
