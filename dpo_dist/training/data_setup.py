@@ -159,7 +159,7 @@ def load_evaluation_inputs(config: RunConfig, world: World, console: Console) ->
 def _load_models(
     config: RunConfig, world: World, console: Console, routers: RouterConfig | None = None
 ) -> tuple[ModelInputs, _Encode]:
-    """Return the models, and a function that encodes data for them; collective. `routers` if it is trained."""
+    """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     start = _shared_start_folder(config, world, console)
     own_tokenizer = tokenizer_folder(folder, start)

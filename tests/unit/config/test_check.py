@@ -56,6 +56,7 @@ OUT_OF_RANGE = {
     "trainer.keep_last": [-1],
     "trainer.keep_best_count": [0],
     "trainer.max_bad_steps": [-1],
+    "trainer.ema_decay": [0.0, 1.0],
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
