@@ -247,6 +247,15 @@ class TrainerConfig:
         added=True,
         verbs="train",
     )
+    ema_decay: float | None = key(
+        None,
+        "Share that the moving average of the trained weights keeps of itself in a step; `export` writes "
+        "it from a checkpoint with `export.weights=ema`; null: none.",
+        above=0,
+        below=1,
+        added=True,
+        verbs="train",
+    )
     stop_after_steps: int | None = key(
         None,
         "Steps of this start after which the run saves and exits with code 75.",
