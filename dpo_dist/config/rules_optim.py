@@ -1,6 +1,7 @@
 """The rules between values of `optim`, and between them and others."""
 
 from dpo_dist.config.check import Rule
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig
 from dpo_dist.config.schema import RunConfig
 
@@ -51,6 +52,18 @@ OPTIM_RULES = (
         "optim.min_lr_ratio has no effect with this schedule, which does not fall to 0",
         "remove optim.min_lr_ratio, or set optim.schedule=cosine or linear",
         "optim.schedule=cosine or linear",
+    ),
+    Rule(
+        "trainer.ema_decay trainer.keep_last",
+        lambda c: c.trainer.ema_decay is not None and not c.trainer.keep_last,
+        "the moving average of the weights is in the checkpoints, and none is kept",
+        "set trainer.keep_last=1, or remove trainer.ema_decay",
+    ),
+    Rule(
+        "export.weights trainer.ema_decay",
+        lambda c: c.export.weights is ExportedWeights.ema and c.trainer.ema_decay is None,
+        "this run has no moving average of its weights",
+        "set export.weights=last; a run with trainer.ema_decay has one",
     ),
 )
 """In the order in which they are checked."""

@@ -109,9 +109,7 @@ def export_models(
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder) as temporary:
         if not members:
-            with _on_disk(
-                shapes, read, _dtype(config) or TORCH_DTYPES[config.model.dtype], folder
-            ) as weights:
+            with _on_disk(shapes, read, dtype, folder) as weights:
                 write_weights(temporary, causal_lm, weights)
         elif config.export.merge:
             whole = model_folder(config.model.path, config.model.revision)

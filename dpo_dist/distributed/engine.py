@@ -11,14 +11,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
+    empty,
+    empty_module,
     explain_out_of_memory,
     policy_remedy,
     reference_remedy,
@@ -26,6 +29,7 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
@@ -37,7 +41,6 @@ from dpo_dist.objective.token_logps import Statistic
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
 SHARDS = "engine"
 """The folder of the policy's slices in a checkpoint."""
-_STATES_OF_ADAM = 2
 
 
 class FrozenEngine:
@@ -81,7 +84,7 @@ class FrozenEngine:
         for weight in self._engine.module.parameters():
             if weight.nvme_swapper is not None:
                 weight.nvme_swapper.buffers = None
-        _empty_module(self._engine.module)
+        empty_module(self._engine.module)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
@@ -91,26 +94,30 @@ class FrozenEngine:
 
 
 class PolicyEngine:
-    """The trained model: forward, accumulated backward, optimizer step. Methods are collective."""
+    """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
-    def __init__(self, model: PackedCausalLM, optim: OptimConfig, world: World):
-        # With an offloaded optimizer, Accelerate replaces this one by DeepSpeed's CPU Adam.
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            fused=True,
-        )
+    Args:
+        model: with the weights at the start.
+        optim: the optimizer.
+        world: of this start.
+        ema_decay: of the moving average of the weights; None: there is none.
+    """
+
+    def __init__(
+        self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
+    ):
         self._world = world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        self._engine, _ = world.accelerator.prepare(model, optimizer)
+        self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
         if self._engine.zero_optimization_partition_weights():
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+        self._averages = Averages({}, 0.0)
+        if ema_decay is not None:
+            self._averages = Averages.of(self._slices().masters(), ema_decay)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -121,6 +128,14 @@ class PolicyEngine:
         with self._named_in_errors(batch):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
+
+    def routed_token_logps(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return `token_logps` and `objective.router_losses.routing_sums` of a mixture of experts."""
+        with self._named_in_errors(batch):
+            logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
+        return logps, sums
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -179,12 +194,14 @@ class PolicyEngine:
         if not self._engine.was_step_applied():
             _drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
+        self._averages.update()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        return ModelSlices(SHARDS, list(slices), slices.step, _STATES_OF_ADAM)
+        states = STATES_OF_ADAM + bool(self._averages.of_masters)
+        return ModelSlices(SHARDS, list(slices), slices.step, states)
 
     def load_shards(self, folder: Path) -> None:
         """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
@@ -201,7 +218,7 @@ class PolicyEngine:
     def _slices(self) -> OptimizerSlices:
         named = self._engine.module.causal_lm.named_parameters()
         names = {weight: name for name, weight in named if weight.requires_grad}
-        return OptimizerSlices(self._engine, names, self._world.rank)
+        return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""
@@ -222,9 +239,10 @@ class PolicyEngine:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         optimizer = self._engine.optimizer
         self._engine.destroy()
-        _empty(vars(optimizer))
-        _empty(vars(getattr(optimizer, "optimizer", optimizer)))
-        _empty_module(self._engine.module)
+        empty(list(self._averages.of_masters.values()))
+        empty(vars(optimizer))
+        empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        empty_module(self._engine.module)
         del self._engine
         return_memory()
 
@@ -240,53 +258,18 @@ def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
         yield causal_lm
 
 
-def _empty_module(module: nn.Module) -> None:
-    """Release the storage of weights, their shards and gradients, and of buffers."""
-    for weight in module.parameters():
-        _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
-    _empty(list(module.buffers()))
-
-
-def _empty(value: Any) -> None:
-    """Release the storage of every tensor in nested lists, tuples and dictionaries.
-
-    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
-    """
-    if isinstance(value, Tensor):
-        value.data = value.new_empty(0)
-    elif isinstance(value, dict):
-        _empty(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _empty(item)
-
-
 def _drop_gradients(optimizer: Any) -> None:
     """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay for matrices, and without for biases and norms.
-
-    Under ZeRO-3 only `ds_shape` has the number of dimensions.
-    """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        (matrices if dimensions > 1 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
+    """Make ZeRO-3 gather a compiled layer, or a tiled MLP, at once: no hook in compiled code or a tile."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+    for mlp in model.tiled:
+        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

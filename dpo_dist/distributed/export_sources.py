@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dpo_dist.config.checkpoint_folders import is_checkpoint
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
 from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
+from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import adapted_layers_on_disk
 from dpo_dist.model.adapter_weights import AdapterWeights
@@ -20,6 +23,7 @@ from dpo_dist.model.safe_weights import check_adapter, check_safetensors
 from dpo_dist.model.save import trained_update
 
 _KEY = "export.average"
+_PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def open_source(folder: Path, config: RunConfig) -> Source:
         if faults := find_faults(folder, 0, 1):
             raise damaged_checkpoint(folder, faults)
         saved = read_weights(folder)
-        return Source(folder, False, saved.shapes, saved.whole)
+        return Source(folder, False, saved.shapes, partial(saved.whole, part=_PARTS[config.export.weights]))
     else:
         source = _whole_model(folder)
     if source.is_adapter is (config.model.adapter is None):
@@ -64,6 +68,13 @@ def open_source(folder: Path, config: RunConfig) -> Source:
             got=f"{folder}, {'an adapter' if source.is_adapter else 'a whole model'}",
             expected="adapters on model.path" if config.model.adapter is not None else "whole models",
             remedy="name checkpoints and folders of runs that train the same weights",
+        )
+    if config.export.weights is ExportedWeights.ema:
+        raise ConfigError(
+            "only checkpoints have a moving average of the weights",
+            where="export.weights, export.average",
+            got=f"ema, {folder}",
+            remedy="name checkpoints, or set export.weights=last",
         )
     return source
 

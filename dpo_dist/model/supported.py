@@ -5,9 +5,7 @@ from typing import Any
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES, unknown_architecture
-from dpo_dist.model.attention import OTHER_MODELS, sliding_window_error
-
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+from dpo_dist.model.mask_rules import not_causal
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
@@ -18,14 +16,12 @@ def check_supported(model_config: Any, max_length: int) -> None:
         max_length: the longest prompt plus response, in tokens. The last token is not an input.
 
     Raises:
-        ConfigError: the architecture is not one of `ARCHITECTURES`, changes its logits after the output
-            layer, is not causal, or is exact for shorter sequences only.
+        ConfigError: the architecture is not one of `ARCHITECTURES`, is not causal, or is exact for shorter
+            sequences only.
     """
-    _check_logits_unchanged(model_config)
     if model_config.model_type not in ARCHITECTURES:
         raise unknown_architecture(model_config.model_type, "model.path")
     _check_causal(model_config)
-    _check_window(model_config, max_length)
     _check_fixed_rotation(model_config, max_length)
     _check_positions(model_config, max_length)
 
@@ -37,32 +33,14 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
         model_config: a transformers configuration.
         max_length: the longest prompt plus response, in tokens.
     """
-    coefficient = getattr(model_config, "router_aux_loss_coef", None)
     positions = getattr(model_config, "max_position_embeddings", None)
     notes = []
-    if coefficient:
-        notes.append(
-            "mixture of experts: trained without the router's load-balancing loss "
-            f"(router_aux_loss_coef={coefficient} has no effect)"
-        )
     if positions is not None and max_length - 1 > positions:
         notes.append(
             f"warning: data.max_length={max_length:,} is more than the {positions:,} positions of the model "
             "(max_position_embeddings): its log-probs of longer sequences may mean little"
         )
     return notes
-
-
-def _check_logits_unchanged(model_config: Any) -> None:
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(model_config, name, neutral)
-        if value not in (None, neutral):
-            raise ConfigError(
-                "this architecture changes its logits after the output layer, and the log-prob head does not",
-                where="model.path",
-                got=f"{model_config.model_type} with {name}={value}",
-                remedy=OTHER_MODELS,
-            )
 
 
 def _check_causal(model_config: Any) -> None:
@@ -72,20 +50,7 @@ def _check_causal(model_config: Any) -> None:
         option = "is_causal=false"
     else:
         return
-    raise ConfigError(
-        "this model is not causal: its tokens attend to later tokens",
-        where="model.path",
-        got=f"{model_config.model_type} with {option}",
-        remedy="choose a causal language model",
-    )
-
-
-def _check_window(model_config: Any, max_length: int) -> None:
-    window = getattr(model_config, "sliding_window", None)
-    layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]
-    uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
-    if window is not None and uses_window and window < max_length - 1:
-        raise sliding_window_error(window, max_length - 1)
+    raise not_causal(f"{model_config.model_type} with {option}")
 
 
 def _check_fixed_rotation(model_config: Any, max_length: int) -> None:

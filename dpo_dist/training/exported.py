@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
 from dpo_dist.config.existing_run import existing_run
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -110,8 +111,9 @@ def find_output(config: RunConfig, sources: Sequence[Path]) -> Path:
     Raises:
         ConfigError: it exists.
     """
-    named = config.export.output
-    own = ("average" if config.export.average else sources[0].name) + "-merged" * config.export.merge
+    named, weights = config.export.output, config.export.weights
+    own = "average" if config.export.average else sources[0].name
+    own += (weights is ExportedWeights.ema) * "-ema" + config.export.merge * "-merged"
     folder = RunFolder.of(config).exported(own) if named is None else Path(named).expanduser()
     if folder.exists() or folder.is_symlink():
         raise ConfigError(

@@ -107,7 +107,7 @@ def _begin(
     look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
     write_description(config, environment, world)
     mark_started(folder, state, world, console)
-    say_steps(inputs.sampler, start.step, console)
+    say_steps(inputs.sampler, start.step, config.trainer.ema_decay, console)
     return inputs, environment, state
 
 
@@ -131,7 +131,7 @@ def _set_up(
     reference, policy = _load_models(config, inputs, stops, clock, console)
     world.together(inputs.policy_files.check_unchanged)
     stops.check()
-    objective = Objective(config.loss, reference.provider)
+    objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = _reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
@@ -219,7 +219,7 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
-    return PolicyEngine(model, config.optim, world)
+    return PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
 
 
 def _resume(

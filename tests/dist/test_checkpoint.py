@@ -67,6 +67,7 @@ class Trainer:
         dtype: Dtype = Dtype.fp32,
         quantization: Quantization | None = None,
         loss: LossConfig | None = None,
+        ema_decay: float | None = None,
     ):
         model_config = assets.config(assets.policy).model
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
@@ -77,7 +78,7 @@ class Trainer:
         model = load_packed(assets.policy, config, 1024, world.device)
         if adapter is not None:
             add_adapter(model, config, seed=0)
-        self.policy = PolicyEngine(model, OPTIM, world)
+        self.policy = PolicyEngine(model, OPTIM, world, ema_decay)
         if loss is not None:
             self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)
         self.dataset, self.position = assets.dataset(), Position()
