@@ -1,6 +1,7 @@
-"""The output layer as a log-prob head, and the packed model around it."""
+"""The output layer as a log-prob head, and the model around it that scores packed batches."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,17 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.rows import Rows, rows_of
 from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.token_logps import Statistic, token_logps
+from dpo_dist.objective.token_logps import Statistic, float32_logits, logps_of_logits, token_logps
 
 
 class LogpHead(nn.Linear):
     """Output layer that returns the log-probs of targets and never the logits of all positions.
 
     All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
+
+    Attributes:
+        is_precise: whether logits are float32; they have the dtype of the model otherwise.
     """
+
+    is_precise = False
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "LogpHead":
@@ -37,52 +45,170 @@ class LogpHead(nn.Linear):
         statistics: Sequence[Statistic] = (),
     ) -> Tensor:
         """Return `objective.token_logps.token_logps` of `targets`; without targets the logits."""
-        if targets is None:
-            return super().forward(input)
-        return token_logps(input, self.weight, self.bias, targets, statistics)
+        if targets is not None:
+            return token_logps(input, self.weight, self.bias, targets, statistics)
+        if self.is_precise:
+            return float32_logits(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class PackedCausalLM(nn.Module):
     """Causal language model whose forward maps a packed batch to per-token log-probs.
 
     Args:
-        causal_lm: a transformers model loaded with the packed attention interface.
-        backend: the attention kernel.
+        causal_lm: a transformers model; loaded with the packed attention interface if it is packed.
+        backend: the attention kernel of the packed arrangement.
         compiled: whether torch.compile compiles the decoder layers.
+        arrangement: of the responses in the forward; may be changed by `arrange`.
+
+    Attributes:
+        own_logits: whether log-probs are computed from the logits of the model's own forward; else by the
+            chunked head from the last hidden states.
+        is_generating: whether the model is `unpacked`.
     """
 
-    def __init__(self, causal_lm: Any, backend: AttentionBackend, compiled: bool = False):
+    def __init__(
+        self,
+        causal_lm: Any,
+        backend: AttentionBackend,
+        compiled: bool = False,
+        arrangement: Arrangement = Arrangement.packed,
+    ):
         super().__init__()
-        causal_lm.set_output_embeddings(LogpHead.of(causal_lm.get_output_embeddings()))
         self.causal_lm = causal_lm
         self.backend = backend
         self.compiled = compiled
+        self.arrangement = arrangement
+        self.is_generating = False
+        head = causal_lm.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            causal_lm.set_output_embeddings(LogpHead.of(head))
+        self.own_logits = not self.has_chunked_head
+        attention = causal_lm.config._attn_implementation
+        self._own_attention = "sdpa" if attention == PACKED else attention
         if compiled:
             compile_layers(causal_lm)
 
+    @property
+    def body(self) -> Any:
+        """Return the model without its output layer, or the whole model if it has no such part."""
+        base = self.causal_lm.base_model
+        return self.causal_lm.get_decoder() if base is self.causal_lm else base
+
+    @property
+    def hidden_size(self) -> int:
+        """Return the width of the hidden states."""
+        size: int = self.causal_lm.config.get_text_config().hidden_size
+        return size
+
+    @property
+    def has_chunked_head(self) -> bool:
+        """Whether the output layer is one matrix behind a body of its own."""
+        has_body = self.body is not self.causal_lm
+        return has_body and isinstance(self.causal_lm.get_output_embeddings(), LogpHead)
+
+    def can_pack(self, *, own_logits: bool) -> bool:
+        """Return whether the model calls attention by transformers' interface and accepts positions."""
+        accepted = _accepted(self.causal_lm if own_logits else self.body, {"position_ids", "packed"})
+        return bool(self.causal_lm._can_set_attn_implementation()) and len(accepted) == 2
+
+    def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
+        """Compute log-probs in another way from now on.
+
+        Args:
+            arrangement: `packed` only if the model `can_pack`.
+            own_logits: False only if `has_chunked_head`.
+        """
+        if arrangement is not self.arrangement:
+            self._attend_by(PACKED if arrangement is Arrangement.packed else self._own_attention)
+        self.arrangement, self.own_logits = arrangement, own_logits
+        head = self.causal_lm.get_output_embeddings()
+        if isinstance(head, LogpHead):
+            head.is_precise = own_logits
+
     def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return `objective.token_logps.token_logps` of the targets of `batch`."""
-        attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
-        outputs = self.causal_lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            packed=attention,
-        )
-        predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
+        match self.arrangement:
+            case Arrangement.packed:
+                predicting = self._packed(batch)
+            case Arrangement.padded:
+                rows = rows_of(batch, self._pad_id)
+                predicting = self._outputs(input_ids=rows.input_ids).flatten(0, 1)
+                predicting = predicting.index_select(0, rows.predictors)
+            case Arrangement.single:
+                predicting = self._one_by_one(rows_of(batch, self._pad_id), batch.forwards)
+        if self.own_logits:
+            return logps_of_logits(predicting, batch.targets, statistics)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
             predicting, targets=batch.targets, statistics=statistics
         )
         return logps
 
+    def _packed(self, batch: PackedBatch) -> Tensor:
+        """Return hidden states or logits of the predictors, [targets, width], of one packed sequence."""
+        outputs = self._outputs(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            packed=packed_attention(batch.layout, self.backend, batch.input_ids.device),
+        )
+        return outputs[0].index_select(0, batch.predictors)
+
+    def _one_by_one(self, rows: Rows, forwards: int) -> Tensor:
+        """Return hidden states or logits of the predictors, [targets, width]; a forward per row.
+
+        A rank with fewer rows than `forwards` computes the first token again, without effect on the result:
+        its forwards and backwards gather the same weights (law L2).
+        """
+        outputs = []
+        for row, length in enumerate(rows.lengths):
+            (computed,) = self._outputs(input_ids=rows.input_ids[row : row + 1, :length])
+            outputs.append(nn.functional.pad(computed, (0, 0, 0, rows.input_ids.shape[1] - length)))
+        found = torch.cat(outputs).index_select(0, rows.predictors)
+        for _ in range(forwards - len(rows.lengths)):
+            found = found + 0.0 * self._outputs(input_ids=rows.input_ids[:1, :1]).sum()
+        return found
+
+    def _outputs(self, **inputs: Any) -> Tensor:
+        """Return hidden states or logits, [rows, tokens, width]; the only call of the model."""
+        model = self.causal_lm if self.own_logits else self.body
+        if _accepted(model, {"use_cache"}):
+            inputs["use_cache"] = False
+        outputs = model(**inputs)
+        found: Tensor = outputs.logits if self.own_logits else outputs.last_hidden_state
+        return found
+
+    @property
+    def _pad_id(self) -> int:
+        pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
+        return pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
+
+    def _attend_by(self, implementation: str) -> None:
+        if self.causal_lm._can_set_attn_implementation():
+            self.causal_lm.set_attn_implementation(implementation)
+
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
-        self.causal_lm.set_attn_implementation("sdpa")
+        head = self.causal_lm.get_output_embeddings()
+        self._attend_by(self._own_attention)
+        if isinstance(head, LogpHead):
+            head.is_precise = False
+        self.is_generating = True
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield self.causal_lm
         finally:
-            self.causal_lm.set_attn_implementation(PACKED)
+            self.is_generating = False
+            if self.arrangement is Arrangement.packed:
+                self._attend_by(PACKED)
+            if isinstance(head, LogpHead):
+                head.is_precise = self.own_logits
             self.causal_lm.generation_config = defaults
+
+
+def _accepted(model: nn.Module, names: set[str]) -> set[str]:
+    """Return those of `names` that the forward of `model` has as a keyword."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return names if takes_any else names & parameters.keys()

@@ -6,22 +6,28 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.model.architectures import quantized_weights
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
-from dpo_dist.model.supported import check_no_remote_model, check_supported
+from dpo_dist.model.supported import check_supported
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,9 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 def load_packed(
     folder: Path, config: ModelConfig, max_length: int, device: torch.device, key: str = "model.path"
 ) -> PackedCausalLM:
-    """Return the model of `folder` with packed attention and the chunked head.
+    """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
+
+    Whether this is exact is for `exactness.settle` to check.
 
     Under a ZeRO-3 loading context every process keeps its own shard only. Dropout is off: policy and
     reference compute the same function (law L7).
@@ -82,19 +90,23 @@ def load_packed(
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
-    if backend is not AttentionBackend.sdpa:
+    arrangement = recorded_arrangement(model_config.model_type)
+    if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed:
         check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
-    causal_lm = load_weights(folder, model_config, config, device, attention=PACKED, key=key)
+    causal_lm = load_weights(folder, model_config, config, device, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    return PackedCausalLM(causal_lm, backend, config.compile)
+    model = PackedCausalLM(causal_lm, backend, config.compile, Arrangement.padded)
+    if arrangement is Arrangement.packed and model.can_pack(own_logits=model.own_logits):
+        model.arrange(arrangement, own_logits=model.own_logits)
+    return model
 
 
 def load_weights(
@@ -103,7 +115,6 @@ def load_weights(
     config: ModelConfig,
     device: torch.device,
     *,
-    attention: str | None = None,
     key: str = "model.path",
 ) -> Any:
     """Return the causal language model of `folder`, with every weight read and none left at random.
@@ -113,7 +124,6 @@ def load_weights(
         model_config: from `load_config`.
         config: precision, quantization, remote code.
         device: of the forward.
-        attention: name of the attention implementation; None: transformers' choice.
         key: the configuration key to name in an error.
 
     Raises:
@@ -124,7 +134,6 @@ def load_weights(
             folder,
             config=model_config,
             dtype=TORCH_DTYPES[config.dtype],
-            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
@@ -262,13 +271,18 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
     check_no_kernels(folder, key)
-    if config.trust_remote_code:
-        check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         raise quantized_weights(folder, dict(quantized), key)
+    _switch_off_noise(model_config)
+    return model_config
+
+
+def _switch_off_noise(model_config: Any) -> None:
+    """Set the options that make training random to 0, also in the configurations of parts of the model."""
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and any(noise in name for noise in _NOISES):
-            setattr(model_config, name, 0.0)
-    return model_config
+            setattr(model_config, name, type(value)(0))
+        elif isinstance(value, PreTrainedConfig):
+            _switch_off_noise(value)

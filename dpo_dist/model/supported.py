@@ -1,29 +1,22 @@
-"""Architectures for which the packed forward is exact, and checks of a model's configuration."""
+"""Checks of a model's configuration before its weights are loaded, and notes on its training."""
 
-from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.architectures import ARCHITECTURES, unknown_architecture
-from dpo_dist.model.attention import OTHER_MODELS, sliding_window_error
-
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+from dpo_dist.model.architectures import ARCHITECTURES, few_positions
+from dpo_dist.model.attention import sliding_window_error
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
-    """Check that the packed forward computes the exact log-probs of a model.
+    """Check what the configuration of a model says about its log-probs; the check at start tries the model.
 
     Args:
         model_config: a transformers configuration.
         max_length: the longest prompt plus response, in tokens. The last token is not an input.
 
     Raises:
-        ConfigError: the architecture is not one of `ARCHITECTURES`, changes its logits after the output
-            layer, is not causal, or is exact for shorter sequences only.
+        ConfigError: the model is not causal, or is exact for shorter sequences only.
     """
-    _check_logits_unchanged(model_config)
-    if model_config.model_type not in ARCHITECTURES:
-        raise unknown_architecture(model_config.model_type, "model.path")
     _check_causal(model_config)
     _check_window(model_config, max_length)
     _check_fixed_rotation(model_config, max_length)
@@ -51,18 +44,6 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
             "(max_position_embeddings): its log-probs of longer sequences may mean little"
         )
     return notes
-
-
-def _check_logits_unchanged(model_config: Any) -> None:
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(model_config, name, neutral)
-        if value not in (None, neutral):
-            raise ConfigError(
-                "this architecture changes its logits after the output layer, and the log-prob head does not",
-                where="model.path",
-                got=f"{model_config.model_type} with {name}={value}",
-                remedy=OTHER_MODELS,
-            )
 
 
 def _check_causal(model_config: Any) -> None:
@@ -115,38 +96,9 @@ def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
 
 
 def _check_positions(model_config: Any, max_length: int) -> None:
-    if not ARCHITECTURES[model_config.model_type].has_learned_positions:
+    architecture = ARCHITECTURES.get(model_config.model_type)
+    if architecture is None or not architecture.has_learned_positions:
         return
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:
-        raise ConfigError(
-            "the model has fewer learned positions than a sequence of data.max_length needs",
-            where="data.max_length",
-            got=f"{max_length} with {positions} positions",
-            expected=f"{positions + 1} or less; the last token of a sequence is not an input",
-            remedy=f"set data.max_length to {positions + 1} or less",
-        )
-
-
-def check_no_remote_model(folder: Path, model_config: Any) -> None:
-    """Check that a model uses code of transformers, for which the packed forward was tested.
-
-    Args:
-        folder: of the model, for the error.
-        model_config: loaded by transformers with remote code allowed.
-
-    Raises:
-        ConfigError: the model's folder has its own class of model or configuration.
-    """
-    remote = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    config_module = type(model_config).__module__
-    if remote is None and not config_module.startswith("transformers."):
-        remote = f"{config_module}.{type(model_config).__name__}"
-    if remote is not None:
-        raise ConfigError(
-            "the model has its own code, and the packed forward is not known to be exact for it",
-            where="model.trust_remote_code",
-            got=f"true for {folder}, whose config.json names {remote}",
-            expected="an architecture of transformers",
-            remedy="set model.trust_remote_code=false: transformers' own code for this model_type is used",
-        )
+        raise few_positions(positions, max_length)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
@@ -26,9 +27,11 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
-from dpo_dist.number_text import counted
+from dpo_dist.number_text import counted, percent
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
+
+_SAMPLED_EXAMPLES = 10_000
 
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
@@ -42,17 +45,19 @@ class ModelInputs:
         reference_files: files of the reference model; None if the loss uses no reference.
         tokenizer: of the policy.
         flops: floating-point operations of the model.
+        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
     flops: StepFlops
+    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return compute_costs(self.flops)
+        return replace(compute_costs(self.flops), arrangement=self.arrangement)
 
 
 @dataclass(frozen=True)
@@ -147,15 +152,16 @@ def _load_models(config: RunConfig, world: World, console: Console) -> tuple[Mod
     check_supported(model_config, config.data.max_length)
     for note in training_notes(model_config, config.data.max_length):
         console.say(note)
+    vocabulary = model_config.get_text_config().vocab_size
     policy_files, reference_files = _digest_models(folder, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(name, sources, part, tokenizer, folder, config, world, console)
-        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    flops = count_flops(model_config, config.model.adapter)
+    flops = count_flops(model_config, config.model.adapter, trust_remote_code=config.model.trust_remote_code)
     return ModelInputs(policy_files, reference_files, tokenizer, flops), encode
 
 
@@ -241,6 +247,32 @@ def shared_model_folder(
     found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     world.on_main(found, downloading)
     return world.together(found, downloading)
+
+
+def arranged(inputs: Inputs, arrangement: Arrangement, console: Console) -> Inputs:
+    """Return the inputs for a policy of this arrangement; print its cost if it cannot share prompts."""
+    inputs = replace(inputs, arrangement=arrangement)
+    if arrangement is not Arrangement.packed:
+        console.say(_describe_unpacked(inputs))
+    return inputs
+
+
+def _describe_unpacked(inputs: Inputs) -> str:
+    dataset, visited = inputs.visited[0]
+    sample = np.unique(visited[:_SAMPLED_EXAMPLES])
+    responses, counts = dataset.response_indices(sample), dataset.response_counts(sample)
+    packed, own = (
+        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=arrangement)).tokens.sum()
+        for arrangement in (Arrangement.packed, inputs.arrangement)
+    )
+    how = {
+        Arrangement.padded: "one response per row, padded to the longest of the micro-batch",
+        Arrangement.single: "one response per forward",
+    }[inputs.arrangement]
+    return (
+        f"unpacked: responses of this model cannot share a prompt in one forward: {how}, "
+        f"{percent(own / packed - 1)} more tokens than packed, padding not counted"
+    )
 
 
 def describe_short_run(sampler: BatchSampler) -> list[str]:
