@@ -24,7 +24,8 @@ import torch
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import SHAPES, save_random_model
 from benchmarks.tables import markdown
-from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.deepspeed_config import policy_config

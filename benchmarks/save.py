@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.options import Benchmark, Json
 from benchmarks.tables import markdown
-from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ParallelismConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined

@@ -48,6 +48,8 @@ KEY_ALIASES = _by_name(
         "optim.lr": "learning_rate lr",
         "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule scheduler",
         "optim.warmup_ratio": "warmup",
+        "optim.warmup_steps": "warmup_steps num_warmup_steps",
+        "optim.min_lr_ratio": "min_lr_ratio min_lr_rate cosine_min_lr_ratio",
         "optim.weight_decay": "wd",
         "optim.eps": "adam_epsilon adam_eps epsilon",
         "optim.betas": "adam_betas",
@@ -69,6 +71,7 @@ KEY_ALIASES = _by_name(
         "tracking.notes": "wandb_notes",
         "tracking.wandb": "wandb_mode",
         "parallelism.timeout_seconds": "ddp_timeout",
+        "parallelism.sequence_parallel": "sp_size sequence_parallel_size ulysses_sequence_parallel_size",
         "model.adapter.r": "model.adapter.rank model.adapter.lora_r model.adapter.lora_rank",
         "model.adapter.alpha": "model.adapter.lora_alpha",
         "model.adapter.dropout": "model.adapter.lora_dropout",
@@ -76,6 +79,8 @@ KEY_ALIASES = _by_name(
             "model.adapter.targets model.adapter.modules model.adapter.lora_target"
         ),
         "model.adapter.variant": "model.adapter.type model.adapter.kind",
+        "model.adapter.path": "model.adapter.adapter_name_or_path model.adapter.folder",
+        "model.adapter.on_top": "model.adapter.create_new_adapter",
     }
 )
 
@@ -139,8 +144,8 @@ REMEDIES = _by_name(
             "lora_target lora_target_modules target_modules"
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
-        "not offered: an adapter starts from scratch; merge the old one into the model first": (
-            "adapter_name_or_path"
+        "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
+            "adapter_name_or_path create_new_adapter adapter_folder"
         ),
         "write +experiment=NAME": "exp experiments",
         "set pairs.reward_model, pairs.function=module:function or pairs.endpoint": (
@@ -152,7 +157,8 @@ REMEDIES = _by_name(
         "AdamW is the optimizer; its options are in optim": "optim_type optimizer",
         "AdamW is the optimizer: choose optim=adamw, its options are in optim": "optim",
         "set optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
-        "set optim.warmup_ratio: the share of all steps": "warmup_steps num_warmup_steps",
+        "set optim.min_lr_ratio: the lowest rate as a share of optim.lr": "min_lr lr_end",
+        "set optim.min_lr_ratio and optim.warmup_steps": "lr_scheduler_kwargs",
         _DEEPSPEED: "deepspeed deepspeed_config zero_stage parallelism.stage parallelism.zero fsdp ddp",
         "training is DPO; choose loss=sft for supervised fine-tuning": "stage",
         _OFFLOAD: "cpu_offload offload",
@@ -257,8 +263,7 @@ VALUE_ALIASES = _by_name(
         "sdpa": "eager",
         "nf4": "int4 4bit 4",
         "int8": "8bit 8",
-        "constant": "constant_with_warmup",
-        "cosine": "cosine_with_min_lr cosine_with_restarts",
+        "cosine": "cosine_with_min_lr cosine_with_restarts cosine_warmup_with_min_lr",
         "zero3": "stage3 deepspeed fsdp",
         "ddp": "stage1 zero1",
         "off": "false no disabled",

@@ -1,8 +1,11 @@
 """The keys of `export`: a checkpoint as a model folder; see `schema`."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from dpo_dist.config.fields import key
+
+ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,13 @@ class ExportConfig:
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"latest|best|step-\d{6,18}",
     )
+    weights: ExportedWeights = key(
+        ExportedWeights.last,
+        "`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`).",
+    )
     output: str | None = key(
         None,
-        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`.",
+        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, of an average "
+        "`<checkpoint>-ema`.",
         filled=True,
     )

@@ -73,8 +73,9 @@ def title(config: RunConfig, run_dir: Path) -> str:
     if config.loss.uses("beta"):
         parts.append(f"beta={config.loss.beta:g}")
     parts.append(f"lr={config.optim.lr:g}")
-    if config.model.adapter is not None:
-        parts.append(f"{config.model.adapter.variant} r={config.model.adapter.r}")
+    if (adapter := config.model.adapter) is not None:
+        continues = adapter.path is not None and not adapter.on_top
+        parts.append(f"continues {adapter.path}" if continues else f"{adapter.variant} r={adapter.r}")
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)

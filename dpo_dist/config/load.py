@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.foreign_code import read_config, written_values
@@ -30,7 +31,7 @@ from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrid
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
 from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
-from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
 from dpo_dist.secret_text import without_secrets
@@ -266,9 +267,7 @@ def _mapping(kind: type[_Typed], content: Any, where: str) -> _Typed:
 
 def _adapter(content: Any) -> AdapterConfig | None:
     """Return a typed adapter; the schema has `Any`, as a node that may be null cannot be made writable."""
-    if content is None:
-        return None
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise ConfigError(
             "model.adapter is not an adapter",
             where="model.adapter",
@@ -276,7 +275,7 @@ def _adapter(content: Any) -> AdapterConfig | None:
             expected=f"null or {describe_type(AdapterConfig)}",
             remedy="write 'model.adapter={r: 64, alpha: 128}'",
         )
-    return _mapping(AdapterConfig, content, "model.adapter")
+    return None if content is None else _mapping(AdapterConfig, content, "model.adapter")
 
 
 def _entries(key: str, entries: list[Any], kind: type[_Typed]) -> list[_Typed]:

@@ -1,6 +1,7 @@
 """The rules between the values of a run, one row each: no option without effect (law L5).
 
-Those about the data are in `rules_data`, those about the reference in `rules_reference`; bounds of single
+Those about the data are in `rules_data`, those of `optim` in `rules_optim`, those about the reference in
+`rules_reference`; bounds of single
 values are declared at the fields of the schema.
 """
 
@@ -9,27 +10,21 @@ from dataclasses import fields
 from dpo_dist.config.check import Rule
 from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
+from dpo_dist.config.rules_adapter import ADAPTER_RULES
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
+from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
-    AdapterVariant,
     AttentionBackend,
     Dtype,
     Offload,
     ParallelismKind,
-    Quantization,
     RunConfig,
 )
 
 _SIXTEEN_BIT_KERNELS = (AttentionBackend.flash_attention_2, AttentionBackend.varlen)
 _CHECKPOINTING = "none, full, or n of 2 or more: every n-th layer"
-
-
-def _names_layers(targets: object) -> bool:
-    if isinstance(targets, list):
-        return bool(targets) and all(isinstance(name, str) and name for name in targets)
-    return targets == "all-linear"
 
 
 def _is_set(loss: LossConfig, option: str) -> bool:
@@ -86,41 +81,7 @@ _RUN_AND_MODEL = (
         "set model.liger=false or trainer.deterministic=false",
         "one of them",
     ),
-    Rule(
-        "model.adapter.dropout",
-        lambda c: c.model.adapter is not None and c.model.adapter.dropout != 0,
-        "policy and reference must compute the same function, so an adapter has no dropout",
-        "remove it; a smaller r, fewer target_modules or a larger loss.beta regularize too",
-        "0",
-    ),
-    Rule(
-        "model.adapter.target_modules",
-        lambda c: c.model.adapter is not None and not _names_layers(c.model.adapter.target_modules),
-        "model.adapter.target_modules names no layers",
-        "write target_modules: all-linear, or names in brackets",
-        "all-linear, or a list such as [q_proj,v_proj]",
-    ),
-    Rule(
-        "model.quantization model.adapter",
-        lambda c: c.model.quantization is not None and c.model.adapter is None,
-        "quantized weights cannot be trained themselves",
-        "set model.adapter={{r: 64, alpha: 128}}, or model.quantization=null",
-    ),
-    Rule(
-        "model.quantization parallelism.kind",
-        lambda c: c.model.quantization is not None and c.parallelism.kind is not ParallelismKind.ddp,
-        "ZeRO would separate quantized weights from the scales of their blocks",
-        "choose parallelism=ddp, or model.quantization=null to shard the base",
-        "parallelism.kind=ddp: every process has the whole quantized base",
-    ),
-    Rule(
-        "model.adapter.variant model.quantization",
-        lambda c: (
-            c.model.quantization is Quantization.int8 and c.model.adapter.variant is AdapterVariant.dora
-        ),
-        "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
-        "set model.quantization=nf4, or another model.adapter.variant",
-    ),
+    *ADAPTER_RULES,
     Rule(
         "model.compile model.quantization",
         lambda c: c.model.compile and c.model.quantization is not None,
@@ -235,13 +196,6 @@ def _needs_eval_data(option: str, off: str) -> Rule:
 
 
 _TRAINING = (
-    Rule(
-        "optim.betas",
-        lambda c: len(c.optim.betas) != 2,
-        "AdamW has two betas",
-        "write 'optim.betas=[0.9,0.999]'",
-        "[0.9, 0.999]",
-    ),
     _needs_eval_data("eval_every", "0"),
     _needs_eval_data("eval_at_start", "false"),
     Rule(
@@ -287,6 +241,7 @@ RULES = (
     *_RUN_AND_MODEL,
     *DATA_RULES,
     *_LOSS,
+    *OPTIM_RULES,
     *_TRAINING,
     *KEEP_BEST_RULES,
     *REFERENCE_RULES,

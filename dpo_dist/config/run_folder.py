@@ -137,9 +137,9 @@ class RunFolder:
         """The trained model."""
         return self.path / "model"
 
-    def exported(self, checkpoint: str) -> Path:
-        """Return the model folder that `export` writes from a checkpoint."""
-        return self.path / "exported" / checkpoint
+    def exported(self, name: str) -> Path:
+        """Return the model folder that `export` writes from a checkpoint of this name."""
+        return self.path / "exported" / name
 
     @property
     def wandb_id(self) -> Path:

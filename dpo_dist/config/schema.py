@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `run`, `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`, `export` are in
-`*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not
-define the run's result (hardware, placement, how often something is written): it is not part of the digest
-that names the run directory.
+The keys of `run`, `model.adapter`, `data`, `optim`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`,
+`pairs`, `export` are in `*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key
+declared `free` does not define the run's result (hardware, placement, how often something is written): it is
+not part of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.compare_schema import CompareConfig
 from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
@@ -21,13 +22,13 @@ from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, key, section
 from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.tracking_schema import TrackingConfig
 
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
-AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
@@ -35,27 +36,9 @@ Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
-LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Low-rank matrices, trained in place of the model's own weights."""
-
-    r: int = key(16, "Rank.", at_least=1)
-    alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
-    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
-    target_modules: Any = key(
-        "all-linear",
-        "`all-linear` (all but the output layer), or a list of names.",
-        accepts="all-linear, or a list in brackets: [q_proj,v_proj]",
-    )
-    variant: AdapterVariant = key(
-        AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
-    )
 
 
 @dataclass(frozen=True)
@@ -161,6 +144,12 @@ class ParallelismConfig:
     offload_optimizer: Offload = key(
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
+    sequence_parallel: int = key(
+        1,
+        "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
+        at_least=1,
+        added=True,
+    )
     timeout_seconds: int = key(
         600,
         "Most seconds to wait for another process.",
@@ -168,24 +157,6 @@ class ParallelismConfig:
         at_most=10**7,
         verbs="train precompute evaluate compare pairs",
     )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning-rate schedule, a pure function of the step."""
-
-    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
-    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
-    warmup_ratio: float = key(
-        0.1,
-        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
-        at_least=0,
-        at_most=1,
-    )
-    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
-    betas: list[float] = key([0.9, 0.999], "Decay rates of both moments.", at_least=0, below=1)
-    eps: float = key(1e-8, "Added to the root of the second moment.", above=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", above=0)
 
 
 @dataclass(frozen=True)
@@ -260,6 +231,15 @@ class TrainerConfig:
         3,
         "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
         at_least=0,
+        added=True,
+        verbs="train",
+    )
+    ema_decay: float | None = key(
+        None,
+        "Share that the moving average of the trained weights keeps of itself in a step; `export` writes "
+        "it from a checkpoint with `export.weights=ema`; null: none.",
+        above=0,
+        below=1,
         added=True,
         verbs="train",
     )

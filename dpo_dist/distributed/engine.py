@@ -14,8 +14,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dpo_dist.config.schema import OptimConfig
+from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
@@ -26,6 +27,7 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
@@ -37,7 +39,6 @@ from dpo_dist.objective.token_logps import Statistic
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
 SHARDS = "engine"
 """The folder of the policy's slices in a checkpoint."""
-_STATES_OF_ADAM = 2
 
 
 class FrozenEngine:
@@ -91,26 +92,30 @@ class FrozenEngine:
 
 
 class PolicyEngine:
-    """The trained model: forward, accumulated backward, optimizer step. Methods are collective."""
+    """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
-    def __init__(self, model: PackedCausalLM, optim: OptimConfig, world: World):
-        # With an offloaded optimizer, Accelerate replaces this one by DeepSpeed's CPU Adam.
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            fused=True,
-        )
+    Args:
+        model: with the weights at the start.
+        optim: the optimizer.
+        world: of this start.
+        ema_decay: of the moving average of the weights; None: there is none.
+    """
+
+    def __init__(
+        self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
+    ):
         self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         _gather_whole_layers(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        self._engine, _ = world.accelerator.prepare(model, optimizer)
+        self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
         if self._engine.zero_optimization_partition_weights():
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+        self._averages = Averages({}, 0.0)
+        if ema_decay is not None:
+            self._averages = Averages.of(self._slices().masters(), ema_decay)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -179,12 +184,14 @@ class PolicyEngine:
         if not self._engine.was_step_applied():
             _drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
+        self._averages.update()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        return ModelSlices(SHARDS, list(slices), slices.step, _STATES_OF_ADAM)
+        states = STATES_OF_ADAM + bool(self._averages.of_masters)
+        return ModelSlices(SHARDS, list(slices), slices.step, states)
 
     def load_shards(self, folder: Path) -> None:
         """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
@@ -201,7 +208,7 @@ class PolicyEngine:
     def _slices(self) -> OptimizerSlices:
         named = self._engine.module.causal_lm.named_parameters()
         names = {weight: name for name, weight in named if weight.requires_grad}
-        return OptimizerSlices(self._engine, names, self._world.rank)
+        return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""
@@ -222,6 +229,7 @@ class PolicyEngine:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         optimizer = self._engine.optimizer
         self._engine.destroy()
+        _empty(list(self._averages.of_masters.values()))
         _empty(vars(optimizer))
         _empty(vars(getattr(optimizer, "optimizer", optimizer)))
         _empty_module(self._engine.module)
@@ -265,22 +273,6 @@ def _drop_gradients(optimizer: Any) -> None:
     """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay for matrices, and without for biases and norms.
-
-    Under ZeRO-3 only `ds_shape` has the number of dimensions.
-    """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        (matrices if dimensions > 1 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:

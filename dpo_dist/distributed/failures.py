@@ -7,10 +7,12 @@ store of the rendezvous, which a thread of each process reads (`monitor`).
 
 import time
 
+import torch
 from torch._C._distributed_c10d import Store
 
+from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.rendezvous_store import RendezvousStore
-from dpo_dist.errors import DpoDistError, PeerLostError
+from dpo_dist.errors import DpoDistError, ExitCode, PeerLostError, disk_error
 
 NOBODY = -1
 FAREWELL_SECONDS = 5.0
@@ -83,3 +85,19 @@ def failed_elsewhere(exit_code: int) -> PeerLostError:
     )
     error.exit_code, error.reporting_rank = exit_code, NOBODY
     return error
+
+
+def exit_code_of(failure: BaseException) -> int:
+    """Return the exit code of a process that ends by a failure that is no error of the user."""
+    if isinstance(failure, KeyboardInterrupt):
+        return ExitCode.interrupted
+    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+        return failure.code
+    return ExitCode.failed
+
+
+def user_error(failure: BaseException) -> DpoDistError | None:
+    """Return a failure as an error for the user; None for a bug or a signal."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return out_of_memory(failure)
+    return failure if isinstance(failure, DpoDistError) else disk_error(failure)

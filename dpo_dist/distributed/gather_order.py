@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dpo_dist.model.adapters import adapted_layers
+from dpo_dist.model.adapters import active_adapters
 
-_Kind = tuple[bool, bool, bool]
+_Kind = tuple[bool, frozenset[str], bool]
 
 
 def record_gather_orders(engine: Any, offload: Any) -> None:
@@ -22,12 +22,11 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
         engine: of a `PackedCausalLM`, that shards its weights.
         offload: DeepSpeed's part of the engine that gathers weights.
     """
-    adapted, unused = adapted_layers(engine.module)[:1], offload.param_coordinator
+    unused = offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
 
     def select(generates: bool) -> None:
-        is_base = any(layer.disable_adapters for layer in adapted)
-        kind = torch.is_grad_enabled(), is_base, generates
+        kind = torch.is_grad_enabled(), active_adapters(engine.module), generates
         if kind not in coordinators:
             # The copy shares the list of weights in flight, and starts a new record.
             coordinators[kind] = copy.copy(unused)

@@ -7,6 +7,7 @@ checkpoint consists of these ranges, so that any number of ranks with any kind o
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 WEIGHT = "weight"
 """The part of a slice that is the weight itself, for a trained one its float32 master weight."""
+EMA = "ema"
+"""The part of a slice that is the moving average of the weight."""
 _STEP = "step"
 _VANISHING_POWER = 2.0**-26
 """Below it, 1 less a power of a beta is 1 in float32."""
@@ -96,10 +99,24 @@ class _Flat:
 
 
 class OptimizerSlices:
-    """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states."""
+    """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
-    def __init__(self, engine: Any, names: Mapping[nn.Parameter, str], rank: int):
+    Args:
+        engine: the DeepSpeed engine.
+        names: of the trained weights.
+        rank: of this process.
+        averages: of the `masters`; empty: there are none.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        names: Mapping[nn.Parameter, str],
+        rank: int,
+        averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ):
         self._optimizer, self._names, self._rank = engine.optimizer, names, rank
+        self._averages = averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
@@ -110,9 +127,15 @@ class OptimizerSlices:
                 if isinstance(state, Tensor) and state.shape == flat.tensor.shape
             }
             tensors = {WEIGHT: flat.tensor.detach(), **states}
+            if flat.tensor in self._averages:
+                tensors[EMA] = self._averages[flat.tensor]
             for weight, start, start_in_weight, length in flat.ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
+
+    def masters(self) -> list[Tensor]:
+        """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
+        return [flat.tensor for flat in self._flats()]
 
     @property
     def step(self) -> int:
@@ -123,20 +146,21 @@ class OptimizerSlices:
         """Create optimizer states that do not exist yet, to be filled, and set the number of updates.
 
         Args:
-            parts: of slices; those without a state are ignored.
+            parts: of slices; those that are no states are ignored.
             step: number of updates.
         """
         inner = self._optimizer.optimizer
+        names = [part for part in parts if part not in (WEIGHT, EMA)]
         for flat in self._flats():
             states = self._states(flat)
-            for part in parts:
-                if part != WEIGHT and part not in states:
-                    states[part] = torch.zeros_like(flat.tensor, requires_grad=False)
-            if len(parts) > 1:
+            for name in names:
+                if name not in states:
+                    states[name] = torch.zeros_like(flat.tensor, requires_grad=False)
+            if names:
                 counts_by_tensor = not isinstance(inner, DeepSpeedCPUAdam)
                 device = flat.tensor.device
                 states[_STEP] = torch.tensor(float(step), device=device) if counts_by_tensor else step
-        if isinstance(inner, DeepSpeedCPUAdam) and len(parts) > 1:
+        if isinstance(inner, DeepSpeedCPUAdam) and names:
             _restore_powers(inner, step)
 
     def write_to_model(self) -> None:

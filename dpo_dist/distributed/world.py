@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.distributed.activity import Activity
-from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.failures import (
     FAREWELL_SECONDS,
     NOBODY,
+    exit_code_of,
     failed_elsewhere,
     report_error,
+    user_error,
 )
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.waits import Waits
 from dpo_dist.distributed.watched import Watched
-from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.errors import DpoDistError, StoppedError, first_line
+from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.signals import answered_at_once, ended_with_launcher, last_words, raise_terminated
 
 T = TypeVar("T")
@@ -45,7 +47,8 @@ class World:
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
     after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
-    that still work, as long as each of them sends heartbeats.
+    that still work, as long as each of them sends heartbeats. A replica is one rank, or the ranks of
+    `sequence`, which compute the same micro-batches together.
     """
 
     accelerator: Any
@@ -57,11 +60,27 @@ class World:
     timeout_seconds: int = 600
     activity: Activity = field(default_factory=Activity)
     waits: Waits = field(default_factory=Waits)
+    sequence: TokenExchange | None = None
 
     @property
     def is_main(self) -> bool:
         """Return whether this is rank 0, which writes and prints; not collective."""
         return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """Return the number of replicas; not collective."""
+        return self.size if self.sequence is None else self.size // self.sequence.ranks
+
+    @property
+    def replica(self) -> int:
+        """Return the number of this rank's replica; not collective."""
+        return self.rank if self.sequence is None else self.rank // self.sequence.ranks
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is the rank that counts and writes for its replica; not collective."""
+        return self.sequence is None or self.sequence.rank == 0
 
     @property
     def host(self) -> str:
@@ -161,6 +180,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor`, equal on all ranks of a replica, over replicas in place, and return it."""
+        return self.sum(tensor if self.leads else tensor.zero_())
+
     def agree(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank, without use of the device."""
         if self.size == 1:
@@ -214,7 +237,7 @@ class World:
             monitor.stop()
             error = self._error_of(failure, watched)
             if error is None:  # a bug, which keeps its traceback, or a signal
-                record.report(_exit_code_of(failure))
+                record.report(exit_code_of(failure))
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 _handle_sigterm(previous)
@@ -229,7 +252,7 @@ class World:
 
     def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return `failure` as an error that has been reported; None for a bug."""
-        error, record = _user_error(failure), watched.record
+        error, record = user_error(failure), watched.record
         others_ended = record.exit_code() is not None or watched.neighbours.lost()
         if error is not None and not (isinstance(error, StoppedError) and others_ended):
             report_error(error, self.rank, record)
@@ -265,18 +288,3 @@ def _handle_sigterm(handler: Any) -> None:
     """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
-
-
-def _exit_code_of(failure: BaseException) -> int:
-    """Return the exit code of a process that ends by a failure that is no error of the user."""
-    if isinstance(failure, KeyboardInterrupt):
-        return ExitCode.interrupted
-    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
-        return failure.code
-    return ExitCode.failed
-
-
-def _user_error(failure: BaseException) -> DpoDistError | None:
-    if isinstance(failure, torch.OutOfMemoryError):
-        return out_of_memory(failure)
-    return failure if isinstance(failure, DpoDistError) else disk_error(failure)

@@ -1,6 +1,7 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
 
-The base is frozen. Only the adapter is trained, saved in checkpoints, and exported at the end of a run.
+The base is frozen. Only one adapter is trained, saved in checkpoints, and exported at the end of a run. A
+policy that starts from an adapter also has a frozen copy of it, which is small, to score as its own start.
 """
 
 from collections.abc import Iterator
@@ -14,26 +15,55 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.head import PackedCausalLM
 
+TRAINED = "default"
+"""The name of the trained adapter in a model."""
+_START = "start"
+_KEY = "model.adapter.path"
 
-def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
+
+def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
-    The adapter is initialized to the same values on every rank and for every kind of parallelism.
+    The adapter has the same values on every rank and for every kind of parallelism. With `start` a frozen
+    copy of the adapter in that folder stays in the model, so that `adapter_off` finds the policy's start.
 
     Args:
         model: from `load_packed`, sharded or not, before it is in an engine.
         config: with an adapter.
         seed: of the adapter's initialization.
+        start: folder of the adapter that is continued, or that stays below the new one, or None.
 
     Raises:
-        ConfigError: a target names no linear layer of the model, or its output layer.
+        ConfigError: a target names no linear layer of the model, or its output layer; `start` is no adapter
+            of the model.
     """
     adapter: AdapterConfig = config.adapter
     causal_lm = model.causal_lm
+    if start is not None:
+        _add_from(causal_lm, start, _START, _KEY)
+    if start is not None and not adapter.on_top:
+        lora = _add_from(causal_lm, start, TRAINED, _KEY)
+    else:
+        lora = _add_new(causal_lm, adapter, seed)
+    lora.inference_mode = False
+    causal_lm.set_adapter(TRAINED)
+    _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
+    if model.compiled:
+        # ZeRO-3 reduces the gradients of a compiled layer when the gradient of its input exists.
+        causal_lm.enable_input_require_grads()
+    local = Path(config.path).expanduser()
+    lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
+    lora.revision = config.revision
+    lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
+    model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
+
+
+def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -44,15 +74,25 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        causal_lm.add_adapter(lora)
-    if model.compiled:
-        # ZeRO-3 reduces the gradients of a compiled layer when the gradient of its input exists.
-        causal_lm.enable_input_require_grads()
-    local = Path(config.path).expanduser()
-    lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
-    lora.revision = config.revision
-    lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
-    model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
+        causal_lm.add_adapter(lora, TRAINED)
+    return lora
+
+
+def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
+    """Add the adapter of a folder as `name`, frozen or not as peft does it, and return its configuration."""
+    try:
+        lora = LoraConfig.from_pretrained(folder)
+        lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
+        causal_lm.add_adapter(lora, name)
+        weights = load_peft_weights(str(folder), device="cpu")
+        loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
+    except Exception as error:  # peft can raise anything
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
+    own = [missing for missing in loaded.missing_keys if ".lora_" in missing and f".{name}" in missing]
+    if unread := [*loaded.unexpected_keys, *own]:
+        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
+    return lora
 
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
@@ -66,19 +106,7 @@ def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.mod
     Raises:
         ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
     """
-    causal_lm = model.causal_lm
-    try:
-        lora = LoraConfig.from_pretrained(folder)
-        lora.inference_mode = True
-        causal_lm.add_adapter(lora)
-        weights = load_peft_weights(str(folder), device="cpu")
-        loaded = set_peft_model_state_dict(causal_lm, weights)
-    except Exception as error:  # peft can raise anything
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
-    own = [name for name in loaded.missing_keys if ".lora_" in name]
-    if unread := [*loaded.unexpected_keys, *own]:
-        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
+    _add_from(model.causal_lm, folder, TRAINED, key)
 
 
 def _foreign_adapter(folder: Path, got: str, key: str) -> ConfigError:
@@ -96,18 +124,41 @@ def adapted_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
+def active_adapters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the adapters that a forward of `model` uses."""
+    return frozenset(
+        name
+        for layer in adapted_layers(model)
+        if not layer.disable_adapters
+        for name in layer.active_adapters
+    )
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Make `model` compute the log-probs of its base inside the block."""
-    layers = adapted_layers(model)
-    # peft's own switch also changes requires_grad, which breaks DeepSpeed's hooks.
-    for layer in layers:
-        layer._disable_adapters = True
+    """Make `model` compute the log-probs of its start inside the block.
+
+    That is its base, with the adapter that it started from if there was one.
+    """
+    former = [(layer, layer._active_adapter, layer._disable_adapters) for layer in adapted_layers(model)]
+    _activate(model, [_START])
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, names, disabled in former:
+            layer._active_adapter, layer._disable_adapters = names, disabled
+
+
+def _activate(model: nn.Module, names: list[str]) -> None:
+    """Make every layer use those of `names` that it has.
+
+    peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
+    """
+    for layer in adapted_layers(model):
+        own = [name for name in names if name in layer.lora_A]
+        layer._disable_adapters = not own
+        if own:
+            layer._active_adapter = own
 
 
 def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:

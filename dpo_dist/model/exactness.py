@@ -77,9 +77,9 @@ def settle(
         raise ConfigError(
             "training would not compute the log-probs of this model's own forward",
             where=key,
-            got=f"{kind}, {'; '.join(failures)}",
+            got=f"{kind}, {'; '.join(failures) or 'which cannot be packed, as sequence parallelism needs'}",
             expected=f"differences of up to {trial.tolerances[1]:.2g} nats",
-            remedy="choose another model",
+            remedy="set parallelism.sequence_parallel=1" if model.sequence else "choose another model",
         )
     for failure in failures:
         log.info("%s, %s", kind, failure)
@@ -191,7 +191,14 @@ def _tried(
 
 
 def _ladder(model: PackedCausalLM) -> Iterator[tuple[Arrangement, bool]]:
-    """Yield arrangements from the cheapest to the costliest: by the chunked head, then by all logits."""
+    """Yield arrangements from the cheapest to the costliest: by the chunked head, then by all logits.
+
+    Ranks that share the tokens of a batch can share those of a packed one only.
+    """
+    if model.sequence is not None:
+        if model.has_chunked_head and model.can_pack(own_logits=False):
+            yield Arrangement.packed, False
+        return
     first = recorded_arrangement(model.causal_lm.config.model_type)
     arrangements = list(Arrangement)[list(Arrangement).index(first) :]
     for own_logits in (False, True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_dist.config.schema import AdapterConfig
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers

@@ -215,7 +215,7 @@ def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
             where=key,
             got=f"{folder}, an adapter" if has_adapter else str(folder),
             expected="a transformers model: config.json, weights, tokenizer",
-            remedy="merge the adapter into its base model and name the result"
+            remedy=_to_start_from(folder)
             if has_adapter
             else _below(folder)
             or "name the folder that save_pretrained wrote or that was downloaded from the hub",
@@ -242,6 +242,15 @@ def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
             expected="full weights only: transformers would apply the adapter to them",
             remedy="merge the adapter into the weights, or move its files to another folder",
         )
+
+
+def _to_start_from(adapter: Path) -> str:
+    """Return the keys by which training starts from an adapter."""
+    base = read_model_json(adapter / _ADAPTER_FILE).get("base_model_name_or_path") or "BASE"
+    return (
+        f"to train it further: model.path={base} 'model.adapter={{path: {adapter}}}'; "
+        "or merge it into its base and name the result"
+    )
 
 
 def _missing(folder: Path, key: str, path: str) -> ConfigError:

@@ -12,9 +12,18 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.rows import Rows, rows_of
-from dpo_dist.model.attention import PACKED, packed_attention
+from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.token_logps import Statistic, float32_logits, logps_of_logits, token_logps
+from dpo_dist.model.logit_changes import logit_change
+from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.objective.token_logps import (
+    UNCHANGED,
+    LogitChange,
+    Statistic,
+    float32_logits,
+    logps_of_logits,
+    token_logps,
+)
 
 
 class LogpHead(nn.Linear):
@@ -27,15 +36,22 @@ class LogpHead(nn.Linear):
     """
 
     is_precise = False
+    change: LogitChange
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "LogpHead":
-        """Return a head that shares the parameters of `linear`, sharded or not."""
+    def of(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
+        """Return a head that shares the parameters of `linear`, sharded or not.
+
+        Args:
+            linear: the output layer.
+            change: what the model does to the layer's logits.
+        """
         has_bias = linear.bias is not None
         head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
         head.weight = linear.weight
         if has_bias:
             head.bias = linear.bias
+        head.change = change
         return head
 
     def forward(
@@ -44,9 +60,9 @@ class LogpHead(nn.Linear):
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
     ) -> Tensor:
-        """Return `objective.token_logps.token_logps` of `targets`; without targets the logits."""
+        """Return `objective.token_logps.token_logps` of `targets`; without targets the unchanged logits."""
         if targets is not None:
-            return token_logps(input, self.weight, self.bias, targets, statistics)
+            return token_logps(input, self.weight, self.bias, targets, statistics, self.change)
         if self.is_precise:
             return float32_logits(input, self.weight, self.bias)
         return super().forward(input)
@@ -59,6 +75,7 @@ class PackedCausalLM(nn.Module):
         causal_lm: a transformers model; loaded with the packed attention interface if it is packed.
         backend: the attention kernel of the packed arrangement.
         compiled: whether torch.compile compiles the decoder layers.
+        sequence: the ranks that share the tokens of each packed batch; None: this rank computes all.
         arrangement: of the responses in the forward; may be changed by `arrange`.
 
     Attributes:
@@ -72,20 +89,24 @@ class PackedCausalLM(nn.Module):
         causal_lm: Any,
         backend: AttentionBackend,
         compiled: bool = False,
+        sequence: TokenExchange | None = None,
         arrangement: Arrangement = Arrangement.packed,
     ):
         super().__init__()
         self.causal_lm = causal_lm
         self.backend = backend
         self.compiled = compiled
+        self.sequence = sequence
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
         if isinstance(head, nn.Linear):
-            causal_lm.set_output_embeddings(LogpHead.of(head))
+            change = logit_change(causal_lm.config.get_text_config())
+            causal_lm.set_output_embeddings(LogpHead.of(head, change))
         self.own_logits = not self.has_chunked_head
         attention = causal_lm.config._attn_implementation
-        self._own_attention = "sdpa" if attention == PACKED else attention
+        plain = "sdpa" if causal_lm._supports_sdpa else "eager"
+        self._own_attention = plain if attention == PACKED else attention
         if compiled:
             compile_layers(causal_lm)
 
@@ -93,7 +114,8 @@ class PackedCausalLM(nn.Module):
     def body(self) -> Any:
         """Return the model without its output layer, or the whole model if it has no such part."""
         base = self.causal_lm.base_model
-        return self.causal_lm.get_decoder() if base is self.causal_lm else base
+        # Llama 4 gives its body no prefix.
+        return getattr(self.causal_lm, "model", base) if base is self.causal_lm else base
 
     @property
     def hidden_size(self) -> int:
@@ -109,8 +131,9 @@ class PackedCausalLM(nn.Module):
 
     def can_pack(self, *, own_logits: bool) -> bool:
         """Return whether the model calls attention by transformers' interface and accepts positions."""
-        accepted = _accepted(self.causal_lm if own_logits else self.body, {"position_ids", "packed"})
-        return bool(self.causal_lm._can_set_attn_implementation()) and len(accepted) == 2
+        wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
+        accepts_all = _accepted(self.causal_lm if own_logits else self.body, wanted) == wanted
+        return accepts_all and bool(self.causal_lm._can_set_attn_implementation())
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
         """Compute log-probs in another way from now on.
@@ -127,31 +150,53 @@ class PackedCausalLM(nn.Module):
             head.is_precise = own_logits
 
     def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`."""
-        match self.arrangement:
-            case Arrangement.packed:
-                predicting = self._packed(batch)
-            case Arrangement.padded:
-                rows = rows_of(batch, self._pad_id)
-                predicting = self._outputs(input_ids=rows.input_ids).flatten(0, 1)
-                predicting = predicting.index_select(0, rows.predictors)
-            case Arrangement.single:
-                predicting = self._one_by_one(rows_of(batch, self._pad_id), batch.forwards)
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`."""
+        if self.arrangement is Arrangement.packed:
+            return self._packed(batch, statistics)
+        rows = rows_of(batch, self._pad_id)
+        if self.arrangement is Arrangement.padded:
+            outputs = self._outputs(input_ids=rows.input_ids).flatten(0, 1)
+            predicting = outputs.index_select(0, rows.predictors)
+        else:
+            predicting = self._one_by_one(rows, batch.forwards)
+        return self._logps(predicting, batch.targets, statistics)
+
+    def _packed(self, batch: PackedBatch, statistics: Sequence[Statistic]) -> Tensor:
+        """Return log-probs of one packed sequence, of which each rank of `sequence` computes a part."""
+        attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+        if self.sequence is None:
+            outputs = self._packed_outputs(batch.input_ids, batch.position_ids, attention)
+            return self._logps(outputs.index_select(0, batch.predictors), batch.targets, statistics)
+        tokens = len(batch.input_ids)
+        share = TokenShare.of(self.sequence, tokens, batch.predictors)
+        outputs = self._packed_outputs(
+            batch.input_ids[share.tokens],
+            batch.position_ids[share.tokens],
+            ExchangedAttention(attention, self.sequence, tokens),
+        )
+        predicting = outputs.index_select(0, share.predictors)
+        return share.gather(self._logps(predicting, batch.targets[share.targets], statistics))
+
+    def _packed_outputs(self, input_ids: Tensor, position_ids: Tensor, attention: PackedAttention) -> Tensor:
+        """Return hidden states or logits, [tokens, width]."""
+        outputs = self._outputs(
+            input_ids=input_ids[None],
+            # Of ones: without it transformers would look for packed sequences itself, by their positions.
+            attention_mask=torch.ones_like(input_ids[None]),
+            position_ids=position_ids[None],
+            packed=attention,
+            packed_positions=position_ids,
+        )
+        return outputs[0]
+
+    def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
+        """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
         if self.own_logits:
-            return logps_of_logits(predicting, batch.targets, statistics)
+            return logps_of_logits(predicting, targets, statistics)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
-            predicting, targets=batch.targets, statistics=statistics
+            predicting, targets=targets, statistics=statistics
         )
         return logps
-
-    def _packed(self, batch: PackedBatch) -> Tensor:
-        """Return hidden states or logits of the predictors, [targets, width], of one packed sequence."""
-        outputs = self._outputs(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            packed=packed_attention(batch.layout, self.backend, batch.input_ids.device),
-        )
-        return outputs[0].index_select(0, batch.predictors)
 
     def _one_by_one(self, rows: Rows, forwards: int) -> Tensor:
         """Return hidden states or logits of the predictors, [targets, width]; a forward per row.

@@ -27,6 +27,7 @@ from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
+from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
 from dpo_dist.model.supported import check_supported
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,12 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
 
 
 def load_packed(
-    folder: Path, config: ModelConfig, max_length: int, device: torch.device, key: str = "model.path"
+    folder: Path,
+    config: ModelConfig,
+    max_length: int,
+    device: torch.device,
+    key: str = "model.path",
+    sequence: TokenExchange | None = None,
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
 
@@ -83,14 +89,18 @@ def load_packed(
         max_length: the longest prompt plus response, in tokens.
         device: of the forward.
         key: the configuration key to name in an error.
+        sequence: the ranks that share the tokens of each batch; None: this rank computes all.
 
     Raises:
-        ConfigError: the model cannot be loaded, its packed forward is not exact, or a kernel cannot run.
+        ConfigError: the model cannot be loaded, its packed forward is not exact, a kernel cannot run, or its
+            heads cannot be divided among the ranks of `sequence`.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
     arrangement = recorded_arrangement(model_config.model_type)
+    if sequence is not None:
+        check_heads(heads_of(model_config), sequence.ranks)
     if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed:
         check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
@@ -103,7 +113,7 @@ def load_packed(
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    model = PackedCausalLM(causal_lm, backend, config.compile, Arrangement.padded)
+    model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     if arrangement is Arrangement.packed and model.can_pack(own_logits=model.own_logits):
         model.arrange(arrangement, own_logits=model.own_logits)
     return model

@@ -1,6 +1,7 @@
 """Write a model or an adapter, with its tokenizer, as a folder that transformers or peft loads."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.errors import CheckpointError
+from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
+from dpo_dist.model.adapters import TRAINED, adapted_layers
 
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenization_*.py",
+)
 _REMEDY = "free disk space, or name another folder"
 
 
@@ -22,6 +38,9 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     card: Callable[[], str] | None = None,
     remedy: str = _REMEDY,
+    below: Path | None = None,
+    tokenizer_files: Path | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
 
@@ -32,15 +51,48 @@ def write_model_folder(
         tokenizer: written beside them.
         card: returns the content of README.md; None or "": there is none.
         remedy: of a full disk.
+        below: folder of an adapter that is part of the model below the trained one; both become one.
+        tokenizer_files: folder of the tokenizer, whose files are copied; None: transformers writes new ones.
+        check: called with the written folder before it gets its name; an error removes it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     with writing_errors(folder, remedy), staged_folder(folder) as temporary:
-        causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-        tokenizer.save_pretrained(temporary)
+        if adapted_layers(causal_lm):
+            _write_adapter(temporary, causal_lm, weights, below)
+        else:
+            causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+        if tokenizer_files is None:
+            tokenizer.save_pretrained(temporary)
+        else:
+            copy_tokenizer(tokenizer_files, temporary)
         if card is not None and (text := card()):
             (temporary / "README.md").write_text(text, encoding="utf-8")
+        if check is not None:
+            check(temporary)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer with its chat template, byte by byte.
+
+    Args:
+        source: a model folder, or a snapshot of the hub, whose files are links.
+        folder: that exists.
+    """
+    for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _write_adapter(folder: Path, causal_lm: Any, weights: dict[str, Tensor], below: Path | None) -> None:
+    """Write the trained weights as one adapter of the base, with that of `below` if there is one."""
+    trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], weights, weights.pop)
+    if below is None:
+        write_adapter(folder, trained.config, {name: trained.read(name) for name in trained.names})
+    else:
+        write_adapter(folder, *stack([(1.0, trained), (1.0, AdapterWeights.of_folder(below))]))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
-from dpo_dist.model.attention import sliding_window_error
+from dpo_dist.model.mask_rules import not_causal
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
@@ -18,7 +18,6 @@ def check_supported(model_config: Any, max_length: int) -> None:
         ConfigError: the model is not causal, or is exact for shorter sequences only.
     """
     _check_causal(model_config)
-    _check_window(model_config, max_length)
     _check_fixed_rotation(model_config, max_length)
     _check_positions(model_config, max_length)
 
@@ -53,20 +52,7 @@ def _check_causal(model_config: Any) -> None:
         option = "is_causal=false"
     else:
         return
-    raise ConfigError(
-        "this model is not causal: its tokens attend to later tokens",
-        where="model.path",
-        got=f"{model_config.model_type} with {option}",
-        remedy="choose a causal language model",
-    )
-
-
-def _check_window(model_config: Any, max_length: int) -> None:
-    window = getattr(model_config, "sliding_window", None)
-    layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]
-    uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
-    if window is not None and uses_window and window < max_length - 1:
-        raise sliding_window_error(window, max_length - 1)
+    raise not_causal(f"{model_config.model_type} with {option}")
 
 
 def _check_fixed_rotation(model_config: Any, max_length: int) -> None:

@@ -8,11 +8,13 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dpo_dist.digests import file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceModelError
+from dpo_dist.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
@@ -28,12 +30,14 @@ class ModelFiles:
         code: digest of each file of configuration and code, by name; under "classes" the `auto_map`.
         weights: digest of each weight file, by name.
         identities: `file_identity` of each file that this process loads, at the time of the digest.
+        adapter: folder of the adapter on the model; its files are in `code`, as every rank loads them.
     """
 
     folder: Path
     code: dict[str, str]
     weights: dict[str, str]
     identities: dict[Path, str]
+    adapter: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -67,7 +71,12 @@ class ModelFiles:
 
 
 def digest_model(
-    folder: Path, store: Path | None = None, *, remote_code: bool = False, with_weights: bool = True
+    folder: Path,
+    store: Path | None = None,
+    *,
+    remote_code: bool = False,
+    with_weights: bool = True,
+    adapter: Path | None = None,
 ) -> ModelFiles:
     """Digest config.json, code, and the weight files that transformers loads.
 
@@ -76,6 +85,7 @@ def digest_model(
         store: folder in which digests are remembered by `file_identity`, so that a file is read once.
         remote_code: `model.trust_remote_code`: the folder's own classes replace those of transformers.
         with_weights: whether this process loads the weight files.
+        adapter: folder of an adapter on the model; None: there is none.
 
     Raises:
         ConfigError: a file cannot be read, or changes while it is read; the code is in another repository.
@@ -84,15 +94,18 @@ def digest_model(
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
     code = [folder / CONFIG_FILE, *sorted(own_code)]
     weights = weight_files(folder) if with_weights else []
+    added = [] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
+    files = [*code, *weights, *added]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        known = dict(
-            zip([*code, *weights], pool.map(lambda f: _digest(f, memo), [*code, *weights]), strict=True)
-        )
+        known = dict(zip(files, pool.map(lambda f: _digest(f, memo), files), strict=True))
     return ModelFiles(
         folder,
-        {_name(file, folder): known[file][1] for file in code} | {"classes": _classes(folder, remote_code)},
+        {_name(file, folder): known[file][1] for file in code}
+        | {f"adapter/{file.name}": known[file][1] for file in added}
+        | {"classes": _classes(folder, remote_code)},
         {_name(file, folder): known[file][1] for file in weights},
         {file: identity for file, (identity, _) in known.items()},
+        adapter,
     )
 
 
@@ -103,6 +116,7 @@ def digest_on_every_node(
     loads_whole: bool,
     world: World,
     while_waiting: WhileWaiting | None = None,
+    adapter: Path | None = None,
 ) -> ModelFiles:
     """Digest a model on rank 0, and on one rank of every other node what the node loads; collective.
 
@@ -112,6 +126,7 @@ def digest_on_every_node(
         remote_code: as in `digest_model`.
         loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
         while_waiting: called with the seconds so far.
+        adapter: as in `digest_model`.
 
     Returns:
         The digests of rank 0; `identities` is empty on ranks whose files another rank of their node checks.
@@ -120,14 +135,15 @@ def digest_on_every_node(
         ConfigError: as `digest_model`.
         ReferenceModelError: nodes have different files.
     """
-    main = world.on_main(lambda: digest_model(folder, store, remote_code=remote_code), while_waiting)
+    digest = partial(digest_model, folder, store, remote_code=remote_code, adapter=adapter)
+    main = world.on_main(digest, while_waiting)
 
     def digest_here() -> ModelFiles:
         if world.is_main:
             return main
         if not world.is_first_of_host:
             return replace(main, identities={})
-        return digest_model(folder, store, remote_code=remote_code, with_weights=loads_whole)
+        return digest(with_weights=loads_whole)
 
     mine = world.together(digest_here, while_waiting)
     _check_alike(main, world.gather((mine.code, mine.weights if loads_whole else main.weights)), world)

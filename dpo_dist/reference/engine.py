@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off
+from dpo_dist.model.adapters import adapter_off, load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -87,10 +88,12 @@ def scored_model(config: RunConfig) -> ModelConfig:
     )
 
 
-def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEngine:
-    """Load the reference from `folder`, in the policy's precision unless it is quantized; collective."""
+def load_reference(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+    """Load the reference with its adapter, in the policy's precision unless it is quantized; collective."""
     key = "model.path" if config.reference.path is None else "reference.path"
-    return load_scored(folder, scored_model(config), config, world, key=key)
+    adapter = files.adapter
+    finish = None if adapter is None else partial(load_adapter, folder=adapter, key="model.adapter.path")
+    return load_scored(files.folder, scored_model(config), config, world, finish, key=key)
 
 
 def load_scored(
@@ -128,9 +131,10 @@ def _loaded(
     finish: Callable[[PackedCausalLM], None] | None,
     key: str,
 ) -> ReferenceEngine:
+    length = config.data.max_length
     if model_config.quantization is not None:
         with whole_loading(world):
-            model = load_packed(folder, model_config, config.data.max_length, world.device, key)
+            model = load_packed(folder, model_config, length, world.device, key, world.sequence)
             if finish is not None:
                 finish(model)
             return QuantizedReference(model)
@@ -143,7 +147,7 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
     Raises:
         ReferenceModelError: a file has changed since it was digested.
     """
-    engine = load_reference(files.folder, config, world)
+    engine = load_reference(files, config, world)
     world.together(files.check_unchanged)
     return engine
 
@@ -156,14 +160,14 @@ def _load_sharded(
     finish: Callable[[PackedCausalLM], None] | None,
     key: str,
 ) -> FrozenEngine:
-    placement = config.reference
+    placement, length = config.reference, config.data.max_length
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
     if placement.nvme_path is not None:
         own = own_folder(placement.nvme_path, world)
         largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
-        model = load_packed(folder, model_config, config.data.max_length, world.device, key)
+        model = load_packed(folder, model_config, length, world.device, key, world.sequence)
         if finish is not None:
             finish(model)
     world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out

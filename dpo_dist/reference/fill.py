@@ -138,7 +138,7 @@ class StoreFiller:
         must_stop = _Once(self.stops)
         score = self.load_scorer()
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
-        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.size, seed)
+        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.replicas, seed)
         progress(0, len(work))
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writer = _ShardWriter(self.store, self.world, pool)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.folder import description_folder
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance.info import fingerprint_folders
@@ -117,4 +118,6 @@ def _reference_digest(config: RunConfig, store: Path) -> str:
     if config.reference.path is not None:
         path, revision, key = config.reference.path, config.reference.revision, "reference.path"
     folder = description_folder(path, revision, key, needs_weights=False)
-    return digest_model(folder, store, remote_code=config.model.trust_remote_code).digest
+    adapter = start_folder(config.model) if config.reference.path is None else None
+    remote_code = config.model.trust_remote_code
+    return digest_model(folder, store, remote_code=remote_code, adapter=adapter).digest

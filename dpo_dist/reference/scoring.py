@@ -97,7 +97,7 @@ def plan_round(
     each rank plans only its own.
     """
     sizes = dataset.sizes(work.pairs, work.responses, np.diff(work.stops, prepend=0), costs)
-    mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
+    mine = np.argsort(-sizes.costs, kind="stable")[world.replica :: world.replicas]
     plan = plan_micro_batches(sizes.at(mine), 1, micro_batch_tokens)
     return Round(work, [mine[numbers].tolist() for (numbers,) in plan])
 
@@ -117,7 +117,7 @@ def score_round(
         must_stop: collective; asked after each micro-batch whether to end without the others.
 
     Returns:
-        Keys uint64 [n, 2] and log-probs of this rank's responses.
+        Keys uint64 [n, 2] and log-probs of this rank's responses; none if it does not lead its replica.
 
     Raises:
         DataError: token ids do not match the key that they would be stored under.
@@ -132,11 +132,12 @@ def score_round(
     last: _ScoredBatch | None = None
     with prefetch(packed, _BATCHES_AHEAD) as batches:
         for number, batch in enumerate(batches, start=1):
-            scored = _ScoredBatch.of(batch, score(batch.to(world.device)))
-            keys.append(batch.keys)
-            # Read one batch late: the device computes the next one while this one's values are copied.
-            entries += last.entries() if last is not None else []
-            last = scored
+            logps = score(batch.to(world.device))
+            if world.leads:
+                keys.append(batch.keys)
+                # Read one batch late: the device computes the next one while this one's values are copied.
+                entries += last.entries() if last is not None else []
+                last = _ScoredBatch.of(batch, logps)
             progress(number / most_batches)
             if must_stop():
                 break

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.identity import settings
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.run_folder import RunFolder
@@ -177,7 +178,18 @@ def _introduction(config: RunConfig, summary: Row) -> str:
     findings = "\n".join(f"- {inert(finding['text'])}" for finding in verdict["findings"])
     return (
         f"{what} {link}{bits}, trained on {pairs} in {steps} with the loss {kinds} by dpo_dist.\n\n"
-        f"**Verdict:** {inert(verdict['sentence'])}" + (f"\n\n{findings}" if findings else "")
+        f"{_averaging(config)}**Verdict:** {inert(verdict['sentence'])}"
+        + (f"\n\n{findings}" if findings else "")
+    )
+
+
+def _averaging(config: RunConfig) -> str:
+    """Return a paragraph about weights that are a moving average; "" for those of the last step."""
+    if config.export.weights is ExportedWeights.last:
+        return ""
+    return (
+        "The weights are the moving average over the steps of training, with a decay of "
+        f"{config.trainer.ema_decay:g}. Verdict and curve are of the weights of each step themselves.\n\n"
     )
 
 

@@ -96,7 +96,7 @@ class StepGuard:
                 pairs = gather_pairs(scored, rank_batch, self.world)
                 loss = self.objective.loss
                 return preference_loss(pairs.policy, pairs.reference, loss, pairs.facts).tolist()
-        return self.world.sum(whole).tolist()
+        return self.world.sum_replicas(whole).tolist()
 
     def end(self, totals: StepTotals, position: Position) -> DivergedError | None:
         """Return the error that ends the run after this step, if it must; the same on all ranks."""

@@ -88,7 +88,7 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
     for pairs, positions in zip(scored, rank_batch.positions, strict=True):
         if positions:
             whole[:, _on_device(positions, world.device)] = _columns(pairs)
-    chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen, *others = world.sum(whole)
+    chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen, *others = world.sum_replicas(whole)
     reference_chosen, reference_rejected, score_gaps, pair_weights, *others = others
     kl_chosen, kl_rejected, entropy_chosen, entropy_rejected = others
     policy, reference, facts = scored[0].policy, scored[0].reference, scored[0].facts

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
@@ -23,15 +24,15 @@ from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
-from dpo_dist.number_text import counted, percent
+from dpo_dist.number_text import counted
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
-
-_SAMPLED_EXAMPLES = 10_000
+from dpo_dist.training.learning_rate import check_warmup
 
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
@@ -44,6 +45,8 @@ class ModelInputs:
         policy_files: files of the policy's model, with their digest.
         reference_files: files of the reference model; None if the loss uses no reference.
         tokenizer: of the policy.
+        tokenizer_files: folder with its files.
+        adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
         flops: floating-point operations of the model.
         arrangement: of the responses in a forward of the policy, known when its weights are loaded.
     """
@@ -51,6 +54,8 @@ class ModelInputs:
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_files: Path
+    adapter: AdapterConfig | None
     flops: StepFlops
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
 
@@ -112,7 +117,11 @@ class Inputs(ModelInputs):
 
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
-    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective."""
+    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+
+    Raises:
+        ConfigError, DataError: they cannot be read, or do not fit the configuration.
+    """
     models, encode = _load_models(config, world, console)
     eval_set = None
     if config.data.eval_sources:
@@ -126,6 +135,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         ):
             eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
+    check_warmup(config.optim, sampler.steps)
     inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
@@ -147,22 +157,25 @@ def load_evaluation_inputs(config: RunConfig, world: World, console: Console) ->
 def _load_models(config: RunConfig, world: World, console: Console) -> tuple[ModelInputs, _Encode]:
     """Return the models, and a function that encodes data for them; collective."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
-    tokenizer = load_tokenizer(folder, config.model)
+    start = _shared_start_folder(config, world, console)
+    own_tokenizer = tokenizer_folder(folder, start)
+    tokenizer = load_tokenizer(own_tokenizer, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
     for note in training_notes(model_config, config.data.max_length):
         console.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    policy_files, reference_files = _digest_models(folder, config, world, console)
+    policy_files, reference_files = _digest_models(folder, start, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        dataset = _encode(name, sources, part, tokenizer, folder, config, world, console)
+        dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    flops = count_flops(model_config, config.model.adapter, trust_remote_code=config.model.trust_remote_code)
-    return ModelInputs(policy_files, reference_files, tokenizer, flops), encode
+    adapter = trained_adapter(config.model, start)
+    flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
+    return ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops), encode
 
 
 def _encode(
@@ -170,7 +183,7 @@ def _encode(
     sources: Sequence[SourceConfig],
     part: Part,
     tokenizer: PreTrainedTokenizerBase,
-    model_folder: Path,
+    tokenizer_files: Path,
     config: RunConfig,
     world: World,
     console: Console,
@@ -182,7 +195,7 @@ def _encode(
 
     encoded = world.on_main(
         lambda: prepare_dataset(
-            sources, config.data, tokenizer, tokenizer_digest(model_folder), progress, part
+            sources, config.data, tokenizer, tokenizer_digest(tokenizer_files), progress, part
         ),
         console.heartbeat(f"preparing the {name} data"),
     )
@@ -208,9 +221,9 @@ def _with_count(
 
 
 def _digest_models(
-    policy_folder: Path, config: RunConfig, world: World, console: Console
+    policy_folder: Path, start: Path | None, config: RunConfig, world: World, console: Console
 ) -> tuple[ModelFiles, ModelFiles | None]:
-    """Digest the files of the policy and of the reference, if there is one; collective."""
+    """Digest the files of the policy's start and of the reference, if there is one; collective."""
     is_scattered = config.parallelism.kind is ParallelismKind.zero3
     digest = partial(
         digest_on_every_node,
@@ -220,17 +233,28 @@ def _digest_models(
         while_waiting=console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
-    policy_files = digest(policy_folder, loads_whole=policy_is_whole)
+    policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
     if config.reference.mode is ReferenceMode.none:
         return policy_files, None
     reference_is_whole = config.reference.quantization is not None
     if config.reference.path is None and (policy_is_whole or not reference_is_whole):
         return policy_files, policy_files
-    folder = policy_folder
+    folder, adapter = policy_folder, start
     if config.reference.path is not None:
         revision = config.reference.revision
         folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
-    return policy_files, digest(folder, loads_whole=reference_is_whole)
+        adapter = None
+    return policy_files, digest(folder, loads_whole=reference_is_whole, adapter=adapter)
+
+
+def _shared_start_folder(config: RunConfig, world: World, console: Console) -> Path | None:
+    """Return `start_folder` on every rank; rank 0 downloads first."""
+    found = partial(start_folder, config.model)
+    if config.model.adapter is None or config.model.adapter.path is None:
+        return None
+    downloading = console.heartbeat(f"downloading {config.model.adapter.path}")
+    world.on_main(found, downloading)
+    return world.together(found, downloading)
 
 
 def shared_model_folder(
@@ -247,32 +271,6 @@ def shared_model_folder(
     found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     world.on_main(found, downloading)
     return world.together(found, downloading)
-
-
-def arranged(inputs: Inputs, arrangement: Arrangement, console: Console) -> Inputs:
-    """Return the inputs for a policy of this arrangement; print its cost if it cannot share prompts."""
-    inputs = replace(inputs, arrangement=arrangement)
-    if arrangement is not Arrangement.packed:
-        console.say(_describe_unpacked(inputs))
-    return inputs
-
-
-def _describe_unpacked(inputs: Inputs) -> str:
-    dataset, visited = inputs.visited[0]
-    sample = np.unique(visited[:_SAMPLED_EXAMPLES])
-    responses, counts = dataset.response_indices(sample), dataset.response_counts(sample)
-    packed, own = (
-        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=arrangement)).tokens.sum()
-        for arrangement in (Arrangement.packed, inputs.arrangement)
-    )
-    how = {
-        Arrangement.padded: "one response per row, padded to the longest of the micro-batch",
-        Arrangement.single: "one response per forward",
-    }[inputs.arrangement]
-    return (
-        f"unpacked: responses of this model cannot share a prompt in one forward: {how}, "
-        f"{percent(own / packed - 1)} more tokens than packed, padding not counted"
-    )
 
 
 def describe_short_run(sampler: BatchSampler) -> list[str]:

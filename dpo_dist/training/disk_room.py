@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint_manifest import has_all_files, read_manifest
 from dpo_dist.distributed.engine import SHARDS
+from dpo_dist.distributed.optimizer import STATES_OF_ADAM
 from dpo_dist.distributed.slices import ModelSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
@@ -23,7 +24,6 @@ from dpo_dist.number_text import size
 from dpo_dist.report.terminal.console import Console
 
 _MASTER_BYTES = 4
-_STATES_OF_ADAM = 2
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,20 @@ class Sizes:
                 shapes = (opened.get_slice(name).get_shape() for name in opened.keys())  # noqa: SIM118
                 elements += sum(map(math.prod, shapes))
         itemsize = TORCH_DTYPES[config.model.dtype].itemsize
-        return cls(elements * _MASTER_BYTES * (1 + _STATES_OF_ADAM), elements * itemsize)
+        return cls(elements * _bytes_per_weight(config), elements * itemsize)
 
     @classmethod
     def of_checkpoint(cls, folder: Path, config: RunConfig) -> "Sizes":
         """Return the sizes of a run that continues from a checkpoint, whose manifest has been checked."""
         sizes = {name: entry["bytes"] for name, entry in read_manifest(folder).items()}
         policy = sum(size for name, size in sizes.items() if name.startswith(f"{SHARDS}/"))
-        elements = policy // (_MASTER_BYTES * (1 + _STATES_OF_ADAM))
+        elements = policy // _bytes_per_weight(config)
         return cls(sum(sizes.values()), elements * TORCH_DTYPES[config.model.dtype].itemsize)
+
+
+def _bytes_per_weight(config: RunConfig) -> int:
+    """Return the bytes of a weight in a checkpoint: master weight, states, and moving average."""
+    return _MASTER_BYTES * (1 + STATES_OF_ADAM + (config.trainer.ema_decay is not None))
 
 
 def check_disk_room(

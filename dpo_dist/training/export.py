@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.checkpoint_folders import step_of
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -56,7 +57,8 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
     }
     rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
     versions = _read(folder.environment).get("packages") or package_versions()
-    return run_card(config, rows, summary, console, is_evaluated=is_end, versions=versions)
+    is_evaluated = is_end and config.export.weights is ExportedWeights.last
+    return run_card(config, rows, summary, console, is_evaluated=is_evaluated, versions=versions)
 
 
 def _read(file: Path) -> Mapping[str, Any]:

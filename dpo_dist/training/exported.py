@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
 from dpo_dist.config.existing_run import existing_run
+from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -71,8 +72,9 @@ def find_output(config: RunConfig, checkpoint: Path) -> Path:
     Raises:
         ConfigError: it exists.
     """
-    named = config.export.output
-    folder = RunFolder.of(config).exported(checkpoint.name) if named is None else Path(named).expanduser()
+    named, weights = config.export.output, config.export.weights
+    name = checkpoint.name + (f"-{weights}" if weights is ExportedWeights.ema else "")
+    folder = RunFolder.of(config).exported(name) if named is None else Path(named).expanduser()
     if folder.exists() or folder.is_symlink():
         raise ConfigError(
             "the folder to write exists",

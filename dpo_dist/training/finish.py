@@ -68,7 +68,10 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         tokenizer = with_chosen_template(tokenizer, template)
     card = partial(_card, loop, summary)
     with loop.clock.of("saving"):
-        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
+        adapter = loop.config.model.adapter
+        below = loop.inputs.policy_files.adapter if adapter is not None and adapter.on_top else None
+        copied = loop.inputs.tokenizer_files if template is None else None
+        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, below, copied)
     summary["work"] = loop.clock.read().as_dict()
     exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
@@ -106,6 +109,8 @@ def export_model(
     world: World,
     while_waiting: WhileWaiting | None = None,
     card: Callable[[], str] | None = None,
+    below: Path | None = None,
+    tokenizer_files: Path | None = None,
 ) -> None:
     """Write the trained model as a folder that transformers loads; collective.
 
@@ -116,6 +121,7 @@ def export_model(
         world: of the run.
         while_waiting: called on rank 0 while it writes.
         card: returns the content of README.md, on rank 0; None or "": there is none.
+        below, tokenizer_files: as in `write_model_folder`.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -125,7 +131,7 @@ def export_model(
     def write() -> None:
         assert weights is not None
         remedy = "free disk space; the same command writes the model from the last checkpoint"
-        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy)
+        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, below, tokenizer_files)
 
     world.on_main(write, while_waiting)
 

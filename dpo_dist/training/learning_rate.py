@@ -2,25 +2,58 @@
 
 import math
 
-from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
+from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig
+from dpo_dist.errors import ConfigError
+
+_STEPS_WITHOUT_WARMUP = 10_000
+"""The time scale of `inverse_sqrt` without warm-up, as in transformers."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of `step` (0-based) in a run of `steps`.
 
-    It rises linearly over the first `warmup_ratio` of the steps, to `optim.lr` in the last of them. Then it
-    is constant, or falls to 0, which it would reach in the step after the last. The schedules of transformers
-    start the warm-up one step later: their first step has a rate of 0 and does not change the weights.
+    It rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps, to `optim.lr` in the
+    last of them. Then it is constant, falls to `min_lr_ratio` of `optim.lr`, which it would reach in the step
+    after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560), whatever
+    the number of steps is. The schedules of transformers start the warm-up one step later: their first step
+    has a rate of 0 and does not change the weights; after the warm-up they are equal.
     """
-    warmup_steps = math.ceil(optim.warmup_ratio * steps)
+    warmup_steps = warmup_length(optim, steps)
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match optim.schedule:
-        case LearningRateSchedule.constant:
+        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
             return optim.lr
         case LearningRateSchedule.linear:
-            return optim.lr * (1 - progress)
+            return _above_floor(optim, 1 - progress)
         case LearningRateSchedule.cosine:
-            return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            return _above_floor(optim, 0.5 * (1 + math.cos(math.pi * progress)))
+        case LearningRateSchedule.inverse_sqrt:
+            scale = warmup_steps or _STEPS_WITHOUT_WARMUP
+            return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
     raise AssertionError(f"no formula for schedule {optim.schedule}")
+
+
+def _above_floor(optim: OptimConfig, share: float) -> float:
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+
+
+def warmup_length(optim: OptimConfig, steps: int) -> int:
+    """Return the number of warm-up steps of a run of `steps`."""
+    return math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
+
+
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """Check that the warm-up ends within a run of `steps`.
+
+    Raises:
+        ConfigError: `optim.lr` is never reached.
+    """
+    if warmup_length(optim, steps) > steps:
+        raise ConfigError(
+            "the warm-up is longer than the run, so that optim.lr is never reached",
+            where="optim.warmup_steps",
+            got=f"{optim.warmup_steps} of {steps} steps",
+            remedy="lower optim.warmup_steps, or raise trainer.epochs",
+        )

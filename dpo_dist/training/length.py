@@ -118,7 +118,10 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
     before, after = (learning_rate(config.optim, done, total) for total in (former, steps))
     skipped = done * config.trainer.global_batch_pairs - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
-    return (
-        f"training longer: {steps:,} steps in place of {former:,}; the learning rate follows the schedule of "
-        f"{steps:,} steps from step {done + 1:,} on ({after:.2g}, not {before:.2g}){partial}"
+    rate = (
+        f"the learning rate follows the schedule of {steps:,} steps from step {done + 1:,} on "
+        f"({after:.2g}, not {before:.2g})"
+        if after != before
+        else "the learning rate continues"
     )
+    return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"

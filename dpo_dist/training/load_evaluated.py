@@ -55,7 +55,8 @@ def load_evaluated(
     if evaluated.kind is Kind.checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
-        finish = partial(_load_trained, folder=Path(evaluated.path), config=config, world=world)
+        start = inputs.policy_files.adapter
+        finish = partial(_load_trained, Path(evaluated.path), start, config, world)
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
         found = shared_model_folder(evaluated.path, revision, KEY, world, console, accepts_adapter=True)
@@ -113,8 +114,10 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
     )
 
 
-def _load_trained(model: PackedCausalLM, folder: Path, config: RunConfig, world: World) -> None:
+def _load_trained(
+    folder: Path, start: Path | None, config: RunConfig, world: World, model: PackedCausalLM
+) -> None:
     """Give a model the weights that training changed: its own, or those of an adapter; collective."""
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed)
+        add_adapter(model, config.model, config.trainer.seed, start)
     load_checkpoint_weights(model, folder, world)

@@ -214,8 +214,8 @@ class Loop:
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
-        rank, size, costs = self.world.rank, self.world.size, self.inputs.costs
-        return shard_batch(dataset, indices, rank, size, budget, costs, only_chosen)
+        world, costs = self.world, self.inputs.costs
+        return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, only_chosen)
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
@@ -225,7 +225,7 @@ class Loop:
         evaluation = evaluate(
             self.policy, self.objective, rank_batch, self.world, position.running, self.stops.give_way
         )
-        metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
+        metrics = MetricSums(evaluation.sums.names, self.world.sum_replicas(evaluation.sums.values)).means()
         seconds = time.monotonic() - started
         trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:

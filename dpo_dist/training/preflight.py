@@ -19,6 +19,7 @@ from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
@@ -85,11 +86,13 @@ def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
 def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, str]:
     """Return folder, tokenizer and type of the policy's model, after the checks that need no weights."""
     folder = description_folder(config.model.path, config.model.revision, "model.path")
-    tokenizer = load_tokenizer(folder, config.model)
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
+    adapter = trained_adapter(config.model, start)
     # As a run does: checks the adapter's targets.
-    count_flops(model_config, config.model.adapter, trust_remote_code=config.model.trust_remote_code)
+    count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
     check_template_keys(config.data, tokenizer)
     return folder, tokenizer, model_config.model_type
 

@@ -74,7 +74,7 @@ def check_drift(
     count = min(config.reference.audit_pairs, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
-    rank_batch = shard_batch(dataset, indices, world.rank, world.size, budget, costs)
+    rank_batch = shard_batch(dataset, indices, world.replica, world.replicas, budget, costs)
     drifts: list[_Drift] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with objective.prefetched(rank_batch, world.device) as batches:
@@ -89,8 +89,8 @@ def check_drift(
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
             drifts += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_batch)
-    losses = world.sum(losses) / rank_batch.pairs
-    drifts = [drift for part in world.gather(drifts) for drift in part]
+    losses = world.sum_replicas(losses) / rank_batch.pairs
+    drifts = [drift for part in world.gather(drifts if world.leads else []) for drift in part]
     _check_tolerance(drifts, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
     _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)

@@ -23,10 +23,11 @@ from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
+from dpo_dist.training.arrange import arranged
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.best_checkpoints import check_keep_best, still_there
 from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
-from dpo_dist.training.data_setup import Inputs, ModelInputs, arranged, load_inputs
+from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.header import say_header, say_steps
 from dpo_dist.training.length import describe_change
@@ -113,7 +114,7 @@ def _begin(
     look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
     write_description(config, environment, world)
     mark_started(folder, state, world, console)
-    say_steps(inputs.sampler, start.step, console)
+    say_steps(inputs.sampler, start.step, config.trainer.ema_decay, console)
     return inputs, environment, state
 
 
@@ -222,10 +223,11 @@ def _load_models(
 
 def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
     """Return the policy at its start, with its adapter if it has one; collective."""
-    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
+    folder = inputs.policy_files.folder
+    model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed)
-    policy = PolicyEngine(model, config.optim, world)
+        add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
+    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     settle_engine(policy, config.data.max_length, world)
     return policy
 
@@ -283,8 +285,7 @@ def _open_recorder(
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not stops.world.is_main:
         return None
-    folder = RunFolder.of(config)
-    owes = position.owes_evaluation
+    folder, owes = RunFolder.of(config), position.owes_evaluation
     metrics = MetricsLog.open(folder, position.step or None, console.say, owes_evaluation=owes)
     trackers = open_trackers(
         config,

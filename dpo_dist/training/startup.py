@@ -18,6 +18,7 @@ from dpo_dist.data.first_records import check_first_formats
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_cached_offline,
@@ -149,7 +150,8 @@ def _needed_folders(config: RunConfig) -> dict[str, Path]:
 def _check_run_dir(config: RunConfig) -> None:
     """Refuse a run directory that is a model's folder or that contains other runs."""
     run_dir = _real(str(RunFolder.of(config)))
-    models = [path for path in (config.model.path, config.reference.path) if path is not None]
+    start = None if config.model.adapter is None else config.model.adapter.path
+    models = [path for path in (config.model.path, config.reference.path, start) if path is not None]
     fault = ""
     if run_dir == run_dir.parent:
         fault = "the root of the file system"
@@ -215,8 +217,20 @@ def _check_models(config: RunConfig) -> None:
     policy = _described_model(config.model.path, config.model.revision, "model.path")
     if policy is not None:
         check_tokenizer_files(policy)
+    _check_start_adapter(config)
     if config.reference.path is not None:
         _described_model(config.reference.path, config.reference.revision, "reference.path")
+
+
+def _check_start_adapter(config: RunConfig) -> None:
+    """Check the adapter that the policy starts from, if it is in a local folder or must be in the cache."""
+    adapter = config.model.adapter
+    if adapter is None or adapter.path is None:
+        return
+    if Path(adapter.path).expanduser().is_dir():
+        start_folder(config.model)
+    else:
+        check_cached_offline(adapter.path, "model.adapter.path")
 
 
 def _described_model(path: str, revision: str | None, key: str) -> Path | None:

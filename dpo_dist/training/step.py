@@ -97,7 +97,8 @@ class StepTotals:
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
     cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
-    total = world.sum(torch.cat((sums.values, cast)))
+    own = sums.values if world.leads else torch.zeros_like(sums.values)
+    total = world.sum(torch.cat((own, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
     by_metric, counts = sums.named(reduced)
     counted = [round(vote) for vote in reduced[len(sums.values) :]]
@@ -160,7 +161,7 @@ def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World
     own = [
         (positions, of_batch)
         for positions, of_batch in zip(rank_batch.positions, values, strict=True)
-        if positions  # not a dummy
+        if positions and world.leads  # not a dummy, and once for each replica
     ]
     positions = np.array([position for of_batch, _ in own for position in of_batch], dtype=np.int64)
     columns = np.empty((0, 0), dtype=np.float32)

@@ -15,6 +15,7 @@ from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.nvme import load_async_io
+from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
@@ -47,7 +48,7 @@ def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> 
         joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
         _seed(config.trainer.seed)
-        yield world
+        yield with_sequence_groups(world, config.parallelism.sequence_parallel)
 
 
 def _seed(seed: int) -> None:

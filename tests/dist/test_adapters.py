@@ -14,15 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    ModelConfig,
-    OptimConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World

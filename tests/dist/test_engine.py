@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import Dtype, Offload, ParallelismKind, RunConfig
+from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
@@ -111,12 +111,14 @@ def steps(
 ) -> dict[str, Any]:
     """`STEPS` with a reference engine, and steps that are not finite, coming and going between."""
     config, dataset = assets.config(model, dtype=dtype), assets.dataset()
-    policy = PolicyEngine(load_packed(model, config.model, 1024, world.device), OPTIM, world)
+    policy = PolicyEngine(
+        load_packed(model, config.model, 1024, world.device, sequence=world.sequence), OPTIM, world
+    )
     write_whole(policy, folder / "before.safetensors")
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
 
     def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
-        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
@@ -160,7 +162,7 @@ def reference_comes_and_goes(
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)
-    plan = shard_batch(dataset, np.arange(4), world.rank, world.size, 256, COSTS)
+    plan = shard_batch(dataset, np.arange(4), world.replica, world.replicas, 256, COSTS)
     wanted = RowsAtHand.of(dataset, expected)
     drift = 0.0
     for batch in plan.batches():
@@ -177,13 +179,18 @@ WAYS = [
     pytest.param(2, ParallelismKind.zero2, False, id="2 ranks, zero2, untied"),
     pytest.param(3, ParallelismKind.zero2, True, id="3 ranks, zero2"),
     pytest.param(2, ParallelismKind.ddp, True, id="2 ranks, ddp"),
+    pytest.param(2, ParallelismConfig(ParallelismKind.zero3, sequence_parallel=2), True, id="2, sequence"),
+    pytest.param(
+        4, ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2), False, id="2 x 2, sequence, zero2"
+    ),
+    pytest.param(4, ParallelismConfig(ParallelismKind.zero3, sequence_parallel=4), True, id="4, sequence"),
 ]
 
 
 @pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
 def test_steps_equal_plain_pytorch(
     size: int,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
     tied: bool,
     assets: Assets,
     plain_entries: list[np.ndarray],

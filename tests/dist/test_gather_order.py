@@ -8,8 +8,9 @@ from unittest import mock
 import numpy as np
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World

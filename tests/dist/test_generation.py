@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World

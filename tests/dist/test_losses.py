@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
@@ -122,11 +123,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         return Data(*plain, *encoded("masked"))
 
 
-def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder: Path) -> dict[str, Any]:
-    """Return for every case the metrics and gradient norm of each step, and an evaluation at the end."""
-    return {
-        name: list(_trajectory(assets, data.of(name), loss, budget, world)) for name, loss in CASES.items()
-    }
+# Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings.
+WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft", "masked plackett_luce")
+
+
+def trajectories(
+    assets: Assets, data: Data, budget: int, names: Sequence[str], world: World, _folder: Path
+) -> dict[str, Any]:
+    """Return for each case the metrics and gradient norm of each step, and an evaluation at the end."""
+    return {name: list(_trajectory(assets, data.of(name), CASES[name], budget, world)) for name in names}
 
 
 def _trajectory(
@@ -136,14 +141,15 @@ def _trajectory(
     free = not loss.needs_reference
     reference = NoReference() if free else LiveReference(load_reference(assets.reference, config, world))
     objective, running = Objective(loss, reference), RunningMeans()
-    policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
+    model = load_packed(assets.policy, config.model, 1024, world.device, sequence=world.sequence)
+    policy = PolicyEngine(model, OPTIM, world)
 
     def plan(indices: Any) -> Any:
         only = loss.is_one_sided
-        return shard_batch(dataset, np.array(indices), world.rank, world.size, budget, COSTS, only)
+        return shard_batch(dataset, np.array(indices), world.replica, world.replicas, budget, COSTS, only)
 
     def means(sums: MetricSums) -> dict[str, float]:
-        return replace(sums, values=world.sum(sums.values)).means()
+        return replace(sums, values=world.sum_replicas(sums.values)).means()
 
     for indices in STEPS:
         ready, clock = objective.ready_step(plan(indices), world.device), StepClock(world.device)
@@ -173,8 +179,11 @@ def of_each_pair(values: PairValues) -> dict[str, float]:
 def test_every_loss_trains_the_same_on_one_rank_and_on_two(
     assets: Assets, data: Data, tmp_path: Path
 ) -> None:
-    (alone,) = run_ranks(partial(trajectories, assets, data, 8192), 1, tmp_path / "one", seconds=300)
-    pair = run_ranks(partial(trajectories, assets, data, 128), 2, tmp_path / "two", seconds=300)
+    every, some = list(CASES), WITH_SHARED_TOKENS
+    (alone,) = run_ranks(partial(trajectories, assets, data, 8192, every), 1, tmp_path / "one", seconds=300)
+    pair = run_ranks(partial(trajectories, assets, data, 128, every), 2, tmp_path / "two", seconds=300)
+    shared = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
+    pair += run_ranks(partial(trajectories, assets, data, 128, some), 2, tmp_path / "shared", shared)
     assert set(alone) == set(CASES)
     for of_rank in pair:
         for name, steps in of_rank.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_dist.distributed.slice_files import SavedSlices
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, summary, train
 
@@ -17,7 +18,7 @@ def command(assets: Path, folder: Path, *options: str) -> list[str]:
     data = [f"data.eval=[{assets}/eval.jsonl]", "model.dtype=bf16", f"reference.store={assets}/kept_store"]
     best = [f"trainer.keep_best={METRIC}", "trainer.keep_best_direction=lowest", "trainer.eval_every=1"]
     rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0"]
-    kept = ["trainer.save_every=2", "trainer.keep_last=1"]
+    kept = ["trainer.save_every=2", "trainer.keep_last=1", "trainer.ema_decay=0.5"]
     return [*small_run(assets, folder), *data, *best, *rate, *kept, *options]
 
 
@@ -60,6 +61,22 @@ def test_the_last_checkpoint_is_the_model_that_training_wrote(run: Path, tmp_pat
     assert ended.code == 0, ended.output
     assert files(tmp_path / "out") == files(run / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
+    ended = run_verb("export", [f"run.dir={run}", "export.weights=ema"])
+    assert ended.code == 0, ended.output
+    folder = run / "exported/step-000006-ema"
+    found = load_file(folder / "model.safetensors")
+    last = load_file(run / "model/model.safetensors")
+    saved = SavedSlices.find(run / "checkpoints/step-000006", "engine")
+    assert found.keys() == last.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, saved.whole(name, "ema").bfloat16())
+    assert any(not torch.equal(weight, last[name]) for name, weight in found.items())
+    card = (folder / "README.md").read_text()
+    assert "moving average over the steps of training, with a decay of 0.5" in card
+    assert "## Evaluation" not in card
 
 
 def test_a_complete_run_that_becomes_longer_is_the_longer_run(

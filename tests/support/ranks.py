@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import start_world
 from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import World
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
@@ -134,6 +136,7 @@ def _be_rank(
     parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
         world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
+        world = with_sequence_groups(world, parallelism.sequence_parallel)
         with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()

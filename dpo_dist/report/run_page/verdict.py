@@ -1,7 +1,7 @@
 """Head of the page: name, outcome, the verdict and its findings, the main numbers."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -88,7 +88,7 @@ def _about(facts: PageFacts) -> str:
     if facts.setting("model.path") is None:
         return ""
     adapter = facts.setting("model.adapter")
-    weights = f"LoRA adapter of rank {adapter['r']}" if adapter else "all weights"
+    weights = _trained_weights(adapter)
     terms = facts.setting("loss.terms")
     loss = " + ".join(str(term.get("kind")) for term in terms) if terms else str(facts.setting("loss.kind"))
     settings = facts.section("settings")
@@ -101,6 +101,14 @@ def _about(facts: PageFacts) -> str:
         counted(facts.devices, "GPU" if facts.has_gpus else "process", "" if facts.has_gpus else "processes"),
     ]
     return "; ".join(parts) + "."
+
+
+def _trained_weights(adapter: Mapping[str, Any] | None) -> str:
+    if not adapter:
+        return "all weights"
+    if adapter.get("path") is not None and not adapter.get("on_top"):
+        return f"continued LoRA adapter {adapter['path']}"
+    return f"LoRA adapter of rank {adapter['r']}"
 
 
 def _sizes(facts: PageFacts) -> list[str]:

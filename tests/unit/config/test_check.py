@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.errors import ConfigError
 from tests.unit.config.support import configured
 
@@ -40,6 +40,8 @@ OUT_OF_RANGE = {
     "reference.audit_pairs": [-1],
     "optim.lr": [0.0, -1e-6, float("nan")],
     "optim.warmup_ratio": [-0.1, 1.5],
+    "optim.warmup_steps": [-1],
+    "optim.min_lr_ratio": [-0.1, 1.0],
     "optim.weight_decay": [-0.1],
     "optim.eps": [0.0],
     "optim.max_grad_norm": [0.0],
@@ -53,9 +55,11 @@ OUT_OF_RANGE = {
     "trainer.keep_last": [-1],
     "trainer.keep_best_count": [0],
     "trainer.max_bad_steps": [-1],
+    "trainer.ema_decay": [0.0, 1.0],
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
+    "parallelism.sequence_parallel": [0, -1],
     "parallelism.timeout_seconds": [0, 10**8],
     "console.seconds": [0, -1],
     "evaluation.resamples": [-1],

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.atomic import is_temporary
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.adapter_schema import AdapterConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint_export import export_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
 from dpo_dist.distributed.slice_files import SavedSlices, write_slices

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ParallelismConfig
 from dpo_dist.distributed import joined as joined_module
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined, start_world

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.engine import _parameter_groups
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter

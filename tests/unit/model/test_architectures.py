@@ -111,9 +111,6 @@ def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: d
 @pytest.mark.parametrize(
     ("model_type", "own", "named"),
     [
-        ("mistral", {"sliding_window": LONGEST - 2}, "sliding window"),
-        ("gemma3_text", {"head_dim": 8, "sliding_window": LONGEST - 2}, "sliding window"),
-        ("phi3", {"sliding_window": LONGEST - 2}, "sliding window"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("llama", {"is_causal": False}, "is_causal"),
@@ -131,29 +128,12 @@ def test_inexact_models_are_refused(model_type: str, own: dict[str, Any], named:
 @pytest.mark.parametrize(
     ("model_type", "own"),
     [
-        ("mistral", {"sliding_window": LONGEST - 1}),
         ("llama", {"max_position_embeddings": LONGEST // 2}),
         ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
-        ("granite", {"logits_scaling": 1.0}),
     ],
 )
 def test_options_without_effect_are_accepted(model_type: str, own: dict[str, Any]) -> None:
     check_supported(AutoConfig.for_model(model_type, **own), LONGEST)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "own", "named"),
-    [
-        ("gemma2", {"head_dim": 8, "sliding_window": 64}, "softcap"),
-        ("mistral", {"sliding_window": 8}, "window"),
-    ],
-)
-def test_unsupported_options_of_a_layer_are_refused_in_the_forward(
-    model_type: str, own: dict[str, Any], named: str
-) -> None:
-    model = packed(tiny_causal_lm(tiny_config(model_type, **own)))
-    with pytest.raises(ConfigError, match=named):
-        model(pack_unkeyed(random_pairs(SHAPES)))
 
 
 @torch.no_grad()
@@ -207,33 +187,6 @@ def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     assert training_notes(config, 65) == []
     (note,) = training_notes(config, 66)
     assert note.startswith("warning: data.max_length=66 is more than the 64 positions of the model")
-
-
-WINDOWED: dict[str, dict[str, Any]] = {
-    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3_text": {},
-    "ministral": {},
-    "ministral3": {},
-    "mistral": {},
-    "mixtral": {},
-    "olmo3": {},
-    "phi3": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
-    "qwen3_moe": {"use_sliding_window": True},
-    "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1]},
-    "starcoder2": {},
-}
-
-
-@pytest.mark.parametrize("model_type", WINDOWED)
-def test_a_window_as_long_as_the_longest_input_is_exact(model_type: str) -> None:
-    """The longest sequence has `LONGEST` tokens, of which the last is no input."""
-    own = WINDOWED[model_type]
-    assert_exact(tiny_config(model_type, **own, sliding_window=LONGEST - 1))
-    with pytest.raises(ConfigError, match="sliding window") as raised:
-        check_supported(tiny_config(model_type, **own, sliding_window=LONGEST - 2), LONGEST)
-    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])

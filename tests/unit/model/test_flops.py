@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from dpo_dist.config.schema import AdapterConfig, ModelConfig
+from dpo_dist.config.adapter_schema import AdapterConfig
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import flops as counting
 from dpo_dist.model.adapters import add_adapter

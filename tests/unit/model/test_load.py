@@ -124,14 +124,12 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: st
     assert str(tmp_path) in raised.value.got
 
 
-def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> None:
+def test_a_model_that_is_not_causal_is_refused_at_load(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"use_sliding_window": True, "sliding_window": 62, "layer_types": ["sliding_attention"] * 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="sliding window") as raised:
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    with pytest.raises(ConfigError, match="not causal"):
         load(tmp_path)
-    assert raised.value.remedy == "set data.max_length to 63 or less"
 
 
 def weights_of(folder: Path, **more: torch.Tensor) -> None:

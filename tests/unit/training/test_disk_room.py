@@ -105,6 +105,8 @@ def test_sizes_are_known_before_loading_and_before_the_optimizers_states(
     ]
     itemsize = 2 if dtype is Dtype.bf16 else 4
     assert Sizes.of_files(tmp_path, config) == Sizes(22 * 12, 22 * itemsize)
+    averaged = replace(config, trainer=TrainerConfig(ema_decay=0.9))
+    assert Sizes.of_files(tmp_path, averaged) == Sizes(22 * 16, 22 * itemsize)
     policy = ModelSlices("engine", slices, states=2)
     assert Sizes.of_slices([policy], config, ALONE) == Sizes(22 * 12, 22 * itemsize)
     frozen = [Slice("a", (15,), 0, {"weight": torch.zeros(15, dtype=torch.bfloat16)})]

@@ -3,15 +3,23 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_polynomial_decay_schedule_with_warmup,
+)
 
-from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
-from dpo_dist.training.learning_rate import learning_rate
+from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.training.learning_rate import check_warmup, learning_rate
 
 
-def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float) -> list[float]:
-    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=warmup_ratio)
+def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float, floor: float = 0.0) -> list[float]:
+    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=floor)
     return [learning_rate(optim, step, steps) for step in range(steps)]
 
 
@@ -19,7 +27,9 @@ def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float) -> li
     ("schedule", "expected"),
     [
         (LearningRateSchedule.constant, [4, 8, 8, 8, 8, 8]),
+        (LearningRateSchedule.constant_with_warmup, [4, 8, 8, 8, 8, 8]),
         (LearningRateSchedule.linear, [4, 8, 8, 6, 4, 2]),
+        (LearningRateSchedule.inverse_sqrt, [4, 8, 8, *(8 * math.sqrt(2 / n) for n in (3, 4, 5))]),
         (
             LearningRateSchedule.cosine,
             [4, 8, 8, 4 * (1 + math.sqrt(0.5)), 4, 4 * (1 - math.sqrt(0.5))],
@@ -47,3 +57,65 @@ def test_rates_rise_then_fall_and_every_step_changes_weights(
     assert all(0 < rate <= 8 for rate in values)
     assert values[: peak + 1] == sorted(values[: peak + 1])
     assert values[peak:] == sorted(values[peak:], reverse=True)
+
+
+FLOOR = 0.2
+FLOORS = {LearningRateSchedule.linear: FLOOR, LearningRateSchedule.cosine: FLOOR}
+
+
+def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, steps: int) -> list[float]:
+    """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
+    match schedule:
+        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+            made = get_constant_schedule_with_warmup(optimizer, warmup)
+        case LearningRateSchedule.inverse_sqrt:
+            made = get_inverse_sqrt_schedule(optimizer, warmup)
+        case LearningRateSchedule.linear:
+            made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=8.0 * floor)
+        case LearningRateSchedule.cosine:
+            made = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=floor)
+    found = []
+    for _ in range(steps + 1):
+        found += made.get_last_lr()
+        optimizer.step()
+        made.step()
+    return found
+
+
+@pytest.mark.parametrize("schedule", LearningRateSchedule)
+@pytest.mark.parametrize("with_floor", [False, True])
+@given(steps=st.integers(1, 60), data=st.data())
+def test_schedules_are_those_of_transformers_whose_warmup_is_one_step_later(
+    schedule: LearningRateSchedule, with_floor: bool, steps: int, data: st.DataObject
+) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))  # theirs divide by the steps after it
+    floor = FLOORS.get(schedule, 0.0) if with_floor else 0.0
+    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_steps=warmup, min_lr_ratio=floor)
+    theirs = of_transformers(schedule, floor, warmup, steps)
+    for step in range(steps):
+        expected = theirs[step + 1] if step < warmup else theirs[step]
+        assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", FLOORS)
+def test_a_schedule_falls_to_its_floor_and_not_below(schedule: LearningRateSchedule) -> None:
+    values = rates(schedule, 1000, 0.1, FLOOR)
+    assert values[-1] == pytest.approx(8.0 * FLOOR, rel=5e-3)
+    assert min(values[100:]) > 8.0 * FLOOR
+
+
+def test_steps_of_warmup_replace_the_ratio_and_do_not_grow_with_the_run() -> None:
+    optim = OptimConfig(lr=8.0, schedule=LearningRateSchedule.inverse_sqrt, warmup_steps=4)
+    assert [learning_rate(optim, step, 10) for step in range(10)] == [
+        learning_rate(optim, step, 1000) for step in range(10)
+    ]
+    assert learning_rate(optim, 0, 1000) == 2.0
+
+
+def test_a_warmup_longer_than_the_run_is_an_error() -> None:
+    check_warmup(OptimConfig(warmup_steps=5), 5)
+    check_warmup(OptimConfig(warmup_ratio=1.0), 5)
+    with pytest.raises(ConfigError, match="longer than the run") as error:
+        check_warmup(OptimConfig(warmup_steps=6), 5)
+    assert error.value.got == "6 of 5 steps"

@@ -119,6 +119,13 @@ def test_the_line_about_the_learning_rate_and_a_partial_batch() -> None:
     assert "from step 9 on (5e-05, not 0); the next 12 pairs of the order are not trained" in line
 
 
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_schedules_that_do_not_depend_on_the_length_continue(schedule: str) -> None:
+    config = run_of(Path("run"), f"optim.schedule={schedule}", "optim.warmup_steps=2")
+    line = describe_change({"step": 8, "steps": 8, "pairs_seen": 512}, config, 16)
+    assert line == "training longer: 16 steps in place of 8; the learning rate continues"
+
+
 def test_before_processes_join_only_runs_that_cannot_continue_are_refused(tmp_path: Path) -> None:
     complete(run_of(tmp_path, "trainer.epochs=2"))
     for options in (["trainer.epochs=2"], ["trainer.epochs=3"], ["trainer.max_steps=9"]):

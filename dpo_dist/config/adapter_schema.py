@@ -1,0 +1,35 @@
+"""The keys of `model.adapter`; see `schema`. The rules between them are in `rules_adapter`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dpo_dist.config.fields import key
+
+AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank matrices, trained in place of the model's own weights."""
+
+    r: int = key(16, "Rank.", at_least=1)
+    alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
+    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
+    target_modules: Any = key(
+        "all-linear",
+        "`all-linear` (all but the output layer), or a list of names.",
+        accepts="all-linear, or a list in brackets: [q_proj,v_proj]",
+    )
+    variant: AdapterVariant = key(
+        AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
+    )
+    path: str | None = key(
+        None,
+        "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
+        "policy starts as the two, which are the reference too, and continues to train it.",
+        added=True,
+        filled=True,
+    )
+    revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
+    on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)

@@ -1,0 +1,38 @@
+"""The optimizer that DeepSpeed wraps, and its parameter groups."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo_dist.config.optim_schema import OptimConfig
+
+STATES_OF_ADAM = 2
+"""Tensors of a weight's size that the optimizer keeps beside its master weight."""
+
+
+def create_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
+    return torch.optim.AdamW(
+        _parameter_groups(model, optim.weight_decay),
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        fused=True,
+    )
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups with weight decay for matrices, and without for biases and norms.
+
+    Under ZeRO-3 only `ds_shape` has the number of dimensions.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        (matrices if dimensions > 1 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

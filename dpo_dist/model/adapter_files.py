@@ -1,0 +1,184 @@
+"""The files of the adapter that a policy starts from; imports no torch, so that errors appear at once."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+"""Of every name in the weights of an adapter folder."""
+_KEY = "model.adapter.path"
+_LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+# Initializations that have moved a part of the base's weights into the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Options of peft by which an adapter is more than low-rank matrices on linear layers.
+_OTHER_FORMS = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+
+def start_folder(config: ModelConfig) -> Path | None:
+    """Return the local folder of `model.adapter.path`, downloaded if needed; None if there is none.
+
+    Raises:
+        ConfigError: it does not exist, is not a LoRA adapter, or contradicts the other keys of the adapter.
+    """
+    adapter: AdapterConfig | None = config.adapter
+    if adapter is None or adapter.path is None:
+        return None
+    folder = model_folder(adapter.path, adapter.revision, _KEY, accepts_adapter=True)
+    check_start(adapter, folder)
+    return folder
+
+
+def check_start(adapter: AdapterConfig, folder: Path) -> None:
+    """Check that a policy can start from the adapter in `folder`, as `adapter` says.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not is_adapter(folder):
+        raise ConfigError(
+            "the adapter to start from is a whole model",
+            where=_KEY,
+            got=str(folder),
+            expected="a folder with adapter_config.json and without config.json",
+            remedy="set model.path to it, and remove model.adapter.path",
+        )
+    found = read_model_json(folder / ADAPTER_CONFIG)
+    _check_form(found, folder)
+    own = _as_config(found, folder)
+    if adapter.on_top:
+        if own.variant is AdapterVariant.dora:
+            raise ConfigError(
+                "a new adapter cannot be trained above DoRA, which scales the weights that it changes",
+                where="model.adapter.on_top, model.adapter.path",
+                got=f"true, {folder}",
+                remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
+            )
+        return
+    for name in ("r", "alpha", "variant"):
+        given, read = getattr(adapter, name), getattr(own, name)
+        if given not in (getattr(AdapterConfig, name), read):
+            raise _contradiction(name, str(given), str(read))
+    targets = adapter.target_modules
+    if isinstance(targets, list):
+        layers = own.target_modules
+        matches = [[f".{layer}".endswith(f".{one}") for one in targets] for layer in layers]
+        if not all(map(any, matches)) or not all(map(any, zip(*matches, strict=True))):
+            names = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise _contradiction("target_modules", ", ".join(targets), ", ".join(names))
+
+
+def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
+    """Return the adapter that is trained: that of the configuration, or the one of `start` that it continues.
+
+    Args:
+        config: of the model.
+        start: from `start_folder`.
+    """
+    adapter: AdapterConfig | None = config.adapter
+    if adapter is None or start is None or adapter.on_top:
+        return adapter
+    own = _as_config(read_model_json(start / ADAPTER_CONFIG), start)
+    return replace(own, path=adapter.path, revision=adapter.revision)
+
+
+def adapted_layers_on_disk(folder: Path) -> list[str]:
+    """Return the names of the layers for which an adapter folder has matrices.
+
+    Raises:
+        ConfigError: its weights cannot be read, or are not those of LoRA on linear layers.
+    """
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
+            names = sorted(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            "the weights of the adapter cannot be read",
+            where=_KEY,
+            got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
+            remedy="save or download the adapter again",
+        ) from error
+    foreign = [name for name in names if not name.endswith(_LORA_WEIGHTS)]
+    if foreign or not names:
+        raise _unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
+    return sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """Return the folder whose tokenizer and chat template a policy has: the adapter's, if it has them."""
+    return adapter if adapter is not None and has_tokenizer(adapter) else base
+
+
+def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
+    variant = (
+        AdapterVariant.dora
+        if found.get("use_dora")
+        else AdapterVariant.rslora
+        if found.get("use_rslora")
+        else AdapterVariant.lora
+    )
+    return AdapterConfig(
+        r=int(found.get("r", 8)),
+        alpha=float(found.get("lora_alpha", 8)),
+        target_modules=adapted_layers_on_disk(folder),
+        variant=variant,
+    )
+
+
+def _check_form(found: Mapping[str, Any], folder: Path) -> None:
+    init = str(found.get("init_lora_weights", True)).lower()
+    if found.get("peft_type") != "LORA":
+        raise _unsupported(folder, f"peft_type {found.get('peft_type')}")
+    if found.get("bias", "none") != "none":
+        raise _unsupported(folder, f"bias: {found['bias']}")
+    if other := [name for name in _OTHER_FORMS if found.get(name)]:
+        raise _unsupported(folder, ", ".join(other))
+    if init.startswith(_CHANGES_BASE):
+        raise ConfigError(
+            "the adapter belongs to a base whose weights its initialization has changed",
+            where=_KEY,
+            got=f"{folder} with init_lora_weights: {init}",
+            expected="a LoRA adapter of the original base",
+            remedy="convert it by peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+
+
+def _unsupported(folder: Path, got: str) -> ConfigError:
+    return ConfigError(
+        "training cannot start from this kind of adapter",
+        where=_KEY,
+        got=f"{folder}: {got}",
+        expected="LoRA, rsLoRA or DoRA on linear layers, without biases",
+        remedy="merge it into its base by peft's merge_and_unload, and set model.path to the result",
+    )
+
+
+def _contradiction(name: str, given: str, read: str) -> ConfigError:
+    return ConfigError(
+        f"the adapter of model.adapter.path has another {name}",
+        where=f"model.adapter.{name}",
+        got=given,
+        expected=read,
+        remedy=f"remove model.adapter.{name}, or set model.adapter.on_top=true for a new adapter above it",
+    )

@@ -1,0 +1,152 @@
+"""The weights of an adapter by the names of peft's files, and several adapters as one.
+
+An update of LoRA is s B A (arXiv:2106.09685, section 4.1), so a sum of updates is the update of the stacked
+matrices: sum c_i s_i B_i A_i = s [c_1 s_1/s B_1, ...] [A_1; ...].
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX
+
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_NAME_OF_ADAPTER = re.compile(r"\.default(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A LoRA adapter whose weights are read one by one.
+
+    Attributes:
+        config: peft's.
+        names: of its weights in a file, without `PEFT_PREFIX`.
+        read: returns the weight of a name, in host memory.
+    """
+
+    config: LoraConfig
+    names: frozenset[str]
+    read: Callable[[str], Tensor]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "AdapterWeights":
+        """Return the adapter that peft or a run wrote into `folder`."""
+        file = folder / ADAPTER_WEIGHTS
+
+        def read(name: str) -> Tensor:
+            with safe_open(file, "pt") as weights:
+                tensor: Tensor = weights.get_tensor(PEFT_PREFIX + name)
+                return tensor
+
+        with safe_open(file, "pt") as weights:
+            names = frozenset(name.removeprefix(PEFT_PREFIX) for name in weights.keys())  # noqa: SIM118
+        return cls(LoraConfig.from_pretrained(folder), names, read)
+
+    @classmethod
+    def of_model(
+        cls, config: LoraConfig, names: Iterable[str], read: Callable[[str], Tensor]
+    ) -> "AdapterWeights":
+        """Return the trained adapter of a model.
+
+        Args:
+            config: peft's.
+            names: of its weights in the model.
+            read: returns the weight of such a name.
+        """
+        by_name = {_name_in_file(name): name for name in names}
+        return cls(config, frozenset(by_name), lambda name: read(by_name[name]))
+
+    @property
+    def layers(self) -> list[str]:
+        """Return the names of the adapted layers."""
+        return sorted(name.removesuffix(_A) for name in self.names if name.endswith(_A))
+
+    def scaling(self, layer: str, rank: int) -> float:
+        """Return the scale of a layer's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        alpha = _of_layer(self.config.alpha_pattern, layer, self.config.lora_alpha)
+        return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
+
+    def merged(self, layer: str, weight: Tensor) -> Tensor:
+        """Return float32 [out, in], the weight of a layer with its update.
+
+        DoRA (arXiv:2402.09353, equation 5) gives every row the length of its magnitude.
+        """
+        down, up = (self.read(layer + part).float() for part in (_A, _B))
+        moved = weight.float() + self.scaling(layer, len(down)) * (up @ down)
+        if layer + _MAGNITUDE in self.names:
+            magnitude = self.read(layer + _MAGNITUDE).float()
+            moved *= (magnitude / moved.norm(dim=1))[:, None]
+        return moved
+
+
+def stack(parts: Sequence[tuple[float, AdapterWeights]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return one adapter whose update is the sum of those of `parts`, each times its coefficient.
+
+    Its rank in a layer is the sum of their ranks. None of them may be DoRA, whose updates have no such sum.
+    """
+    weights: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for layer in sorted({layer for _, part in parts for layer in part.layers}):
+        downs, ups = [], []
+        for coefficient, part in parts:
+            if layer + _A in part.names:
+                down, up = part.read(layer + _A), part.read(layer + _B)
+                scale = part.scaling(layer, len(down))
+                common = scales.setdefault(layer, scale)
+                downs.append(down)
+                ups.append(up if coefficient * scale == common else up * (coefficient * scale / common))
+        dtype = downs[0].dtype
+        weights[layer + _A] = torch.cat([down.to(dtype) for down in downs])
+        weights[layer + _B] = torch.cat([up.to(dtype) for up in ups], dim=1)
+        ranks[layer] = len(weights[layer + _A])
+    return _stacked_config(parts[0][1].config, ranks, scales), weights
+
+
+def _stacked_config(config: LoraConfig, ranks: dict[str, int], scales: dict[str, float]) -> LoraConfig:
+    """Return the configuration of an adapter with these ranks and scales by layer."""
+    stacked = copy.deepcopy(config)
+    alphas = {layer: scales[layer] * rank for layer, rank in ranks.items()}
+    stacked.target_modules = sorted(ranks)
+    stacked.use_rslora, stacked.init_lora_weights = False, True
+    stacked.r, stacked.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    stacked.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != stacked.r}
+    stacked.alpha_pattern = {layer: alpha for layer, alpha in alphas.items() if alpha != stacked.lora_alpha}
+    return stacked
+
+
+def write_adapter(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter as peft reads it.
+
+    Args:
+        folder: that exists.
+        config: peft's.
+        weights: by name in the file, without `PEFT_PREFIX`.
+    """
+    written = copy.copy(config)
+    written.inference_mode = True
+    written.save_pretrained(folder)
+    tensors = {PEFT_PREFIX + name: weight.contiguous() for name, weight in weights.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _name_in_file(name: str) -> str:
+    """Return the name in peft's files of a weight of a model: without the adapter's name."""
+    short = _NAME_OF_ADAPTER.sub("", name)
+    return short.removesuffix(".weight") if _MAGNITUDE in short else short
+
+
+def _of_layer(pattern: Mapping[str, float], layer: str, default: float) -> float:
+    """Return the value of a layer by peft's patterns, which match the ends of its name."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", layer):
+            return value
+    return default

@@ -1,0 +1,108 @@
+"""The moving average of the trained weights: of applied updates only, exact over checkpoints and worlds."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
+from dpo_dist.distributed.engine import SHARDS
+from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.world import World
+from tests.dist.scenario import Assets
+from tests.dist.test_checkpoint import Trainer
+from tests.support.cpu_adam import with_cpu_adam
+from tests.support.ranks import run_ranks
+
+DECAY = 0.7
+STEPS = ([0, 1, 2], [3, 4, 5], [6, 7])
+KEPT = 1 + len(STEPS)
+BAD = 2
+"""An update that is not applied comes before this step."""
+WAYS = {
+    "zero3, to zero2": (Dtype.fp32, ParallelismKind.zero3, 1, ParallelismKind.zero2),
+    "ddp in bf16, to zero3": (Dtype.bf16, ParallelismKind.ddp, 3, ParallelismKind.zero3),
+    "zero2 offloaded in bf16": (
+        Dtype.bf16,
+        ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
+        1,
+        ParallelismKind.zero3,
+    ),
+}
+
+
+def train(assets: Assets, root: Path, dtype: Dtype, world: World, _folder: Path) -> list[str]:
+    trainer = Trainer(assets, world, dtype=dtype, ema_decay=DECAY)
+    trainer.save(root, 0, KEPT)
+    bad = []
+    for number, rows in enumerate(STEPS, start=1):
+        if number == BAD:
+            backward = trainer.policy.backward
+            with mock.patch.object(
+                trainer.policy, "backward", lambda loss, is_last, do=backward: do(loss * torch.nan, is_last)
+            ):
+                bad.append(str(trainer.step(rows)))
+        trainer.step(rows)
+        trainer.save(root, number, KEPT)
+    return bad
+
+
+def resume(assets: Assets, root: Path, other: Path, dtype: Dtype, ranks: int, world: World, _: Path) -> None:
+    """Continue the checkpoint before the last step in a new process."""
+    trainer = Trainer(assets, world, dtype=dtype, ema_decay=DECAY)
+    found = Checkpoint(root / f"step-{len(STEPS) - 1:06d}", {"world_size": ranks})
+    load_checkpoint(found, [trainer.policy], world)
+    trainer.step(STEPS[-1])
+    trainer.save(other, len(STEPS))
+
+
+def saved(root: Path, step: int) -> SavedSlices:
+    return SavedSlices.find(root / f"step-{step:06d}", SHARDS)
+
+
+def averaged(root: Path, name: str) -> Tensor:
+    """Return the average of the saved weights, in float64."""
+    weights: Sequence[Tensor] = [saved(root, step).whole(name).double() for step in range(len(STEPS) + 1)]
+    average = weights[0]
+    for weight in weights[1:]:
+        average = DECAY * average + (1 - DECAY) * weight
+    return average
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
+    way: str, assets: Assets, tmp_path: Path
+) -> None:
+    dtype, kind, other_ranks, other_kind = WAYS[way]
+    root, again, elsewhere = tmp_path / "checkpoints", tmp_path / "again", tmp_path / "elsewhere"
+    run = partial(with_cpu_adam, partial(train, assets, root, dtype))
+    assert run_ranks(run, 2, tmp_path / "ranks", kind, dtype) == [["inf"], ["inf"]]
+    last = len(STEPS)
+    first, end = saved(root, 0), saved(root, last)
+    for name in end.shapes:
+        assert torch.equal(first.whole(name, "ema"), first.whole(name))
+        assert not torch.equal(end.whole(name, "ema"), end.whole(name))
+        torch.testing.assert_close(
+            end.whole(name, "ema").double(), averaged(root, name), rtol=1e-6, atol=1e-7
+        )
+
+    going_on = partial(with_cpu_adam, partial(resume, assets, root, again, dtype, 2))
+    run_ranks(going_on, 2, tmp_path / "second", kind, dtype)
+    same = saved(again, last)
+    assert {*same.parts} == {*end.parts} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
+    assert same.step == end.step == last
+    for name in end.shapes:
+        assert all(torch.equal(same.whole(name, part), end.whole(name, part)) for part in end.parts)
+
+    moving = partial(resume, assets, root, elsewhere, dtype, 2)
+    run_ranks(moving, other_ranks, tmp_path / "third", other_kind, dtype)
+    other, tolerance = saved(elsewhere, last), 1e-5 if dtype is Dtype.fp32 else 3e-3
+    for name in end.shapes:
+        torch.testing.assert_close(
+            other.whole(name, "ema"), end.whole(name, "ema"), rtol=tolerance, atol=tolerance
+        )

@@ -1,0 +1,126 @@
+"""The adapter that a policy starts from: which ones are refused, and what is read from its files."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_files import check_start, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.folder import local_model_folder
+from dpo_dist.reference.digest import digest_model
+from tests.support.sft_adapter import write_sft_adapter
+from tests.support.tiny_model import write_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sft_adapter(base, tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture
+def sft(written: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(written, tmp_path / "sft")
+
+
+def changed(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_continued_adapter_is_the_one_on_disk(base: Path, sft: Path) -> None:
+    config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft)))
+    found = trained_adapter(config, start_folder(config))
+    assert found is not None
+    assert (found.r, found.alpha, found.variant) == (4, 8.0, AdapterVariant.lora)
+    assert len(found.target_modules) == 2 * 3
+    assert "model.layers.1.mlp.down_proj" in found.target_modules
+    above = replace(config, adapter=AdapterConfig(r=7, path=str(sft), on_top=True))
+    assert trained_adapter(above, start_folder(above)) == above.adapter
+    without = ModelConfig(path=str(base))
+    assert start_folder(without) is None
+    assert trained_adapter(without, None) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"r": 8}, "r"),
+        ({"alpha": 4.0}, "alpha"),
+        ({"variant": AdapterVariant.dora}, "variant"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules"),
+        ({"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]}, "target_modules"),
+    ],
+)
+def test_keys_that_contradict_the_adapter_are_refused(given: dict[str, Any], key: str, sft: Path) -> None:
+    with pytest.raises(ConfigError, match=f"has another {key}") as refused:
+        check_start(AdapterConfig(path=str(sft), **given), sft)
+    assert refused.value.where == f"model.adapter.{key}"
+    check_start(AdapterConfig(path=str(sft), on_top=True, **given), sft)
+
+
+def test_keys_that_repeat_the_adapter_are_accepted(sft: Path) -> None:
+    check_start(AdapterConfig(r=4, alpha=8, target_modules=["q_proj", "v_proj", "mlp.down_proj"]), sft)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "this kind of adapter"),
+        ({"bias": "all"}, "this kind of adapter"),
+        ({"trainable_token_indices": [1, 2]}, "this kind of adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "whose weights its initialization has changed"),
+    ],
+)
+def test_other_kinds_are_refused(values: dict[str, Any], message: str, sft: Path) -> None:
+    changed(sft, **values)
+    with pytest.raises(ConfigError, match=message):
+        check_start(AdapterConfig(path=str(sft)), sft)
+
+
+def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path, tmp_path: Path) -> None:
+    whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="this kind of adapter"):
+        check_start(AdapterConfig(path=str(whole)), whole)
+    (sft / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        check_start(AdapterConfig(path=str(sft)), sft)
+    with pytest.raises(ConfigError, match="is a whole model"):
+        start_folder(ModelConfig(path="base", adapter=AdapterConfig(path=str(base))))
+
+
+def test_dora_has_nothing_above_it(base: Path, tmp_path: Path) -> None:
+    dora = write_sft_adapter(base, tmp_path / "dora", use_dora=True)
+    check_start(AdapterConfig(path=str(dora)), dora)
+    with pytest.raises(ConfigError, match="above DoRA"):
+        check_start(AdapterConfig(path=str(dora), on_top=True), dora)
+
+
+def test_an_adapter_as_model_path_is_told_what_to_write(sft: Path) -> None:
+    changed(sft, base_model_name_or_path="org/base")
+    with pytest.raises(ConfigError) as refused:
+        local_model_folder(str(sft), None)
+    assert f"model.path=org/base 'model.adapter={{path: {sft}}}'" in refused.value.remedy
+
+
+def test_the_digest_is_of_base_and_adapter(base: Path, sft: Path) -> None:
+    alone, before = digest_model(base), digest_model(base, adapter=sft)
+    assert before.digest != alone.digest
+    changed(sft, lora_alpha=16)
+    assert digest_model(base, adapter=sft).digest not in (before.digest, alone.digest)
+
+
+def test_the_adapters_own_tokenizer_is_the_policys(base: Path, sft: Path) -> None:
+    assert tokenizer_folder(base, sft) == base
+    shutil.copy(base / "tokenizer.json", sft)
+    assert tokenizer_folder(base, sft) == sft

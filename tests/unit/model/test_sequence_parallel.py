@@ -1,0 +1,139 @@
+"""Shares of a packed sequence: each token and target is of one rank, attention sees the whole sequence."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.attention_backend import Heads
+from dpo_dist.model.segment_attention import Layout, Scores
+from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenShare, check_heads
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InThreads:
+    """Ranks that are threads of this process."""
+
+    rank: int
+    ranks: int
+    barrier: threading.Barrier
+    sent: list[Tensor]
+
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        return torch.stack([part[self.rank] for part in self._all(parts)])
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        return torch.stack(self._all(part))
+
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        self.barrier.wait()
+        self.sent[self.rank] = tensor
+        self.barrier.wait()
+        return list(self.sent)
+
+
+def on_ranks(ranks: int, work: Callable[[InThreads], T]) -> list[T]:
+    """Return what each rank returns."""
+    barrier, sent = threading.Barrier(ranks, timeout=30), [torch.empty(0)] * ranks
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(work, [InThreads(rank, ranks, barrier, sent) for rank in range(ranks)]))
+
+
+@settings(deadline=None)
+@given(
+    ranks=st.integers(2, 5),
+    tokens=st.integers(1, 23),
+    places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30),
+)
+def test_shares_are_of_equal_length_and_targets_come_back_in_their_order(
+    ranks: int, tokens: int, places: list[float]
+) -> None:
+    predictors = torch.tensor([int(place * tokens) for place in places])
+
+    def share_and_gather(exchange: InThreads) -> tuple[TokenShare, Tensor]:
+        share = TokenShare.of(exchange, tokens, predictors)
+        return share, share.gather(torch.stack((share.targets, -share.targets)))
+
+    shares, gathered = zip(*on_ranks(ranks, share_and_gather), strict=True)
+    assert {len(share.tokens) for share in shares} == {-(-tokens // ranks)}
+    assert set(torch.cat([share.tokens for share in shares]).tolist()) == set(range(tokens))
+    assert sorted(torch.cat([share.targets for share in shares]).tolist()) == list(range(len(places)))
+    expected = torch.arange(len(places))
+    for share, values in zip(shares, gathered, strict=True):
+        assert torch.equal(share.tokens[share.predictors], predictors[share.targets])
+        assert torch.equal(values, torch.stack((expected, -expected)))
+
+
+@settings(deadline=None)
+@given(
+    ranks=st.sampled_from([2, 4]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    shape=st.sampled_from(
+        [
+            (((5, 3, 7),), 6),
+            (((1, 0, 0),), 6),
+            (((5, 3, 7), (2, 0, 4), (9, 2, 1, 3)), 6),
+            (((5, 3, 7), (2, 1, 4)), 5),
+        ]
+    ),
+    has_sinks=st.booleans(),
+)
+def test_attention_of_shares_equals_that_of_the_whole_sequence(
+    ranks: int, kv_heads: int, shape: tuple[Layout, int], has_sinks: bool
+) -> None:
+    layout, value_dim = shape
+    tokens, cpu = sum(map(sum, layout)), torch.device("cpu")
+    whole = packed_attention(layout, AttentionBackend.sdpa, cpu)
+    shapes = ((4, 6), (kv_heads, 6), (kv_heads, value_dim))
+    inputs = [torch.randn(tokens, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    sinks = torch.linspace(-2, 2, 4, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    scores = Scores(sinks=sinks)
+    expected = whole(inputs[0], inputs[1], inputs[2], scores)
+    slopes = torch.randn_like(expected)
+    inputs += [] if sinks is None else [sinks]
+    gradients = torch.autograd.grad(expected, inputs, slopes)
+
+    def attend(exchange: InThreads) -> tuple[Tensor, Tensor]:
+        own = TokenShare.of(exchange, tokens, torch.zeros(1, dtype=torch.int64)).tokens
+        query, key, value = (tensor[own] for tensor in inputs[:3])
+        return own, ExchangedAttention(whole, exchange, tokens)(query, key, value, scores)
+
+    got = torch.empty_like(expected)
+    for rank, (own, attended) in enumerate(on_ranks(ranks, attend)):
+        count = len(range(rank, tokens, ranks))  # the rest is padding
+        got = got.index_copy(0, own[:count], attended[:count])
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs, slopes), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "possible"),
+    [
+        (Heads(28, 4, 128), {1, 2, 4, 28}),
+        (Heads(32, 8, 128), {1, 2, 4, 8, 16, 32}),
+        (Heads(6, 6, 8), {1, 2, 3, 6}),
+    ],
+)
+def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(
+    heads: Heads, possible: set[int]
+) -> None:
+    for ranks in range(1, 40):
+        if ranks in possible:
+            check_heads(heads, ranks)
+            continue
+        with pytest.raises(ConfigError, match="divided among so many ranks") as raised:
+            check_heads(heads, ranks)
+        assert raised.value.expected == f"one of {', '.join(map(str, sorted(possible)))}"
