@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Arrangement(StrEnum):
-    """How a forward arranges the responses of a micro-batch, from the cheapest to the costliest.
+    """Arrangement of the responses of a micro-batch in a forward, from the cheapest to the costliest.
 
     `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
     `single`: one forward per response.

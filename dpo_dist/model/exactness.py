@@ -118,7 +118,7 @@ class _Trial:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the plain log-probs: how much the model tells tokens apart."""
+        """Standard deviation of the plain log-probs over tokens."""
         return float(self.plain.std())
 
     @property
