@@ -14,6 +14,7 @@ from dpo_dist.config.rules_adapter import ADAPTER_RULES
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
+from dpo_dist.config.rules_router import ROUTER_RULES
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
     AttentionBackend,
@@ -241,6 +242,7 @@ RULES = (
     *_RUN_AND_MODEL,
     *DATA_RULES,
     *_LOSS,
+    *ROUTER_RULES,
     *OPTIM_RULES,
     *_TRAINING,
     *KEEP_BEST_RULES,

@@ -43,6 +43,7 @@ class ExampleSizes:
 
     Attributes:
         tokens: int64, tokens that a forward computes, without padding; they decide the memory.
+        rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
         targets: int64, completion tokens to score.
         attended: int64, query-key pairs of attention.
         costs: float64, compute time in units of `ComputeCosts`.
@@ -51,6 +52,7 @@ class ExampleSizes:
     """
 
     tokens: Counts
+    rows_tokens: Counts
     targets: Counts
     attended: Counts
     costs: Costs
@@ -61,6 +63,7 @@ class ExampleSizes:
         """Return the sizes of the examples at `indices`."""
         return ExampleSizes(
             self.tokens[indices],
+            self.rows_tokens[indices],
             self.targets[indices],
             self.attended[indices],
             self.costs[indices],
@@ -95,7 +98,9 @@ def example_sizes(
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2
-    sizes = ExampleSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
+    rows_tokens = tokens + (responses - copies) * prompt_tokens
+    compute = tokens + costs.key * keys + costs.target * targets
+    sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
     if costs.arrangement is not Arrangement.padded:
         return sizes
     return replace(sizes, rows=responses, longest=np.maximum.reduceat(prompts + stored, firsts))

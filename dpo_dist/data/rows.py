@@ -21,11 +21,13 @@ class Rows:
     Attributes:
         input_ids: int64 [rows, longest], padded at the end.
         lengths: tokens of each row without padding.
+        is_token: bool [rows, longest], whether it is not padding.
         predictors: int64 [targets], index in the flat `input_ids` of the token that predicts each target.
     """
 
     input_ids: Tensor
     lengths: tuple[int, ...]
+    is_token: Tensor
     predictors: Tensor
 
 
@@ -44,12 +46,16 @@ def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
     places = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
     device = batch.input_ids.device
     input_ids = torch.full((len(lengths) * longest,), pad_id, dtype=torch.int64, device=device)
-    input_ids[copied_to(device, places)] = batch.input_ids[alone.tokens]
+    is_token = torch.zeros_like(input_ids, dtype=torch.bool)
+    on_device = copied_to(device, places)
+    input_ids[on_device] = batch.input_ids[alone.tokens]
+    is_token[on_device] = True
     shift_of_target = torch.repeat_interleave(
         copied_to(device, shifts), batch.response_tokens, output_size=len(alone.predictors)
     )
     return Rows(
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
+        is_token=is_token.view(len(lengths), longest),
         predictors=alone.predictors + shift_of_target,
     )

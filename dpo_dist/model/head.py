@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.logit_changes import logit_change
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.objective.router_losses import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
     LogitChange,
@@ -120,8 +122,7 @@ class PackedCausalLM(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Return the width of the hidden states."""
-        size: int = self.causal_lm.config.get_text_config().hidden_size
-        return size
+        return int(self.causal_lm.config.get_text_config().hidden_size)
 
     @property
     def has_chunked_head(self) -> bool:
@@ -149,37 +150,60 @@ class PackedCausalLM(nn.Module):
         if isinstance(head, LogpHead):
             head.is_precise = own_logits
 
-    def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`."""
-        if self.arrangement is Arrangement.packed:
-            return self._packed(batch, statistics)
-        rows = rows_of(batch, self._pad_id)
-        if self.arrangement is Arrangement.padded:
-            outputs = self._outputs(input_ids=rows.input_ids).flatten(0, 1)
-            predicting = outputs.index_select(0, rows.predictors)
-        else:
-            predicting = self._one_by_one(rows, batch.forwards)
-        return self._logps(predicting, batch.targets, statistics)
+    def forward(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
 
-    def _packed(self, batch: PackedBatch, statistics: Sequence[Statistic]) -> Tensor:
-        """Return log-probs of one packed sequence, of which each rank of `sequence` computes a part."""
+        Args:
+            batch: on the device of the model.
+            statistics: of each target, beside its log-prob.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts; not
+                with `sequence`.
+        """
+        if self.arrangement is Arrangement.packed and self.sequence is not None:
+            return self._shared(batch, self.sequence, statistics)
+        found, weights = self._in_rows(batch, with_routing)
+        logps = self._logps(found.predicting, batch.targets, statistics)
+        if not with_routing:
+            return logps
+        return logps, routing_sums(found.router_logits, weights, self.causal_lm.num_experts_per_tok)
+
+    def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor]:
+        """Return the outputs of the predictors; float32 [tokens], how often each computed token counts."""
+        if self.arrangement is Arrangement.packed:
+            attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+            packed = self._packed(batch.input_ids, batch.position_ids, attention, with_routing)
+            return packed.at(batch.predictors), batch.rows
+        rows = rows_of(batch, self._pad_id)
+        weights = rows.is_token.float() * bool(len(batch.keys))
+        if self.arrangement is Arrangement.padded:
+            return self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors), weights.flatten()
+        return self._one_by_one(rows, batch.forwards, with_routing), weights[rows.is_token]
+
+    def _shared(self, batch: PackedBatch, sequence: TokenExchange, statistics: Sequence[Statistic]) -> Tensor:
+        """Return log-probs of a packed batch; each rank of `sequence` computes a part of its tokens."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
-        if self.sequence is None:
-            outputs = self._packed_outputs(batch.input_ids, batch.position_ids, attention)
-            return self._logps(outputs.index_select(0, batch.predictors), batch.targets, statistics)
         tokens = len(batch.input_ids)
-        share = TokenShare.of(self.sequence, tokens, batch.predictors)
-        outputs = self._packed_outputs(
+        share = TokenShare.of(sequence, tokens, batch.predictors)
+        own = self._packed(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
-            ExchangedAttention(attention, self.sequence, tokens),
+            ExchangedAttention(attention, sequence, tokens),
         )
-        predicting = outputs.index_select(0, share.predictors)
-        return share.gather(self._logps(predicting, batch.targets[share.targets], statistics))
+        own = own.at(share.predictors)
+        return share.gather(self._logps(own.predicting, batch.targets[share.targets], statistics))
 
-    def _packed_outputs(self, input_ids: Tensor, position_ids: Tensor, attention: PackedAttention) -> Tensor:
-        """Return hidden states or logits, [tokens, width]."""
-        outputs = self._outputs(
+    def _packed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: PackedAttention,
+        with_routing: bool = False,
+    ) -> "_Outputs":
+        """Return the outputs of one packed sequence."""
+        return self._call(
+            with_routing,
             input_ids=input_ids[None],
             # Of ones: without it transformers would look for packed sequences itself, by their positions.
             attention_mask=torch.ones_like(input_ids[None]),
@@ -187,40 +211,41 @@ class PackedCausalLM(nn.Module):
             packed=attention,
             packed_positions=position_ids,
         )
-        return outputs[0]
+
+    def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
+        """Return the outputs of the predictors, of a forward per row.
+
+        A rank with fewer rows than `forwards` computes the first token again, without effect on the result:
+        its forwards and backwards gather the same weights (law L2).
+        """
+        longest, outputs, routers = rows.input_ids.shape[1], [], []
+        for row, length in enumerate(rows.lengths):
+            found = self._call(with_routing, input_ids=rows.input_ids[row : row + 1, :length])
+            outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
+            routers.append(found.router_logits)
+        predicting = torch.cat(outputs).index_select(0, rows.predictors)
+        for _ in range(forwards - len(rows.lengths)):
+            predicting = predicting + 0.0 * self._call(input_ids=rows.input_ids[:1, :1]).predicting.sum()
+        return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
+
+    def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
+        """Return the outputs of all tokens in one row after the other; the only call of the model."""
+        model = self.causal_lm if self.own_logits else self.body
+        if with_routing:
+            inputs["output_router_logits"] = True
+        if _accepted(model, {"use_cache"}):
+            inputs["use_cache"] = False
+        outputs = model(**inputs)
+        found = outputs.logits if self.own_logits else outputs.last_hidden_state
+        return _Outputs(found.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
 
     def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
         if self.own_logits:
             return logps_of_logits(predicting, targets, statistics)
-        logps: Tensor = self.causal_lm.get_output_embeddings()(
-            predicting, targets=targets, statistics=statistics
-        )
+        head: LogpHead = self.causal_lm.get_output_embeddings()
+        logps: Tensor = head(predicting, targets=targets, statistics=statistics)
         return logps
-
-    def _one_by_one(self, rows: Rows, forwards: int) -> Tensor:
-        """Return hidden states or logits of the predictors, [targets, width]; a forward per row.
-
-        A rank with fewer rows than `forwards` computes the first token again, without effect on the result:
-        its forwards and backwards gather the same weights (law L2).
-        """
-        outputs = []
-        for row, length in enumerate(rows.lengths):
-            (computed,) = self._outputs(input_ids=rows.input_ids[row : row + 1, :length])
-            outputs.append(nn.functional.pad(computed, (0, 0, 0, rows.input_ids.shape[1] - length)))
-        found = torch.cat(outputs).index_select(0, rows.predictors)
-        for _ in range(forwards - len(rows.lengths)):
-            found = found + 0.0 * self._outputs(input_ids=rows.input_ids[:1, :1]).sum()
-        return found
-
-    def _outputs(self, **inputs: Any) -> Tensor:
-        """Return hidden states or logits, [rows, tokens, width]; the only call of the model."""
-        model = self.causal_lm if self.own_logits else self.body
-        if _accepted(model, {"use_cache"}):
-            inputs["use_cache"] = False
-        outputs = model(**inputs)
-        found: Tensor = outputs.logits if self.own_logits else outputs.last_hidden_state
-        return found
 
     @property
     def _pad_id(self) -> int:
@@ -250,6 +275,23 @@ class PackedCausalLM(nn.Module):
             if isinstance(head, LogpHead):
                 head.is_precise = self.own_logits
             self.causal_lm.generation_config = defaults
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs of the model.
+
+    Attributes:
+        predicting: [tokens or targets, width], hidden states or logits.
+        router_logits: of each layer's router, [tokens, experts]; empty if they were not asked for.
+    """
+
+    predicting: Tensor
+    router_logits: tuple[Tensor, ...]
+
+    def at(self, predictors: Tensor) -> "_Outputs":
+        """Return only the hidden states or logits at `predictors`, int64 [targets]."""
+        return _Outputs(self.predicting.index_select(0, predictors), self.router_logits)
 
 
 def _accepted(model: nn.Module, names: set[str]) -> set[str]:

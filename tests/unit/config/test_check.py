@@ -35,6 +35,7 @@ OUT_OF_RANGE = {
     "loss.ld_alpha": [-0.1, 1.1],
     "loss.sync_reference.every": [0],
     "loss.sync_reference.mixup": [0.0, 1.1],
+    "loss.router.z_coefficient": [0.0, -0.1],
     "reference.micro_batch_tokens": [0],
     "reference.rows_per_shard": [0],
     "reference.audit_pairs": [-1],

@@ -27,6 +27,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
+    ({"loss.router.aux_coefficient": "own"}, "loss.router.aux_coefficient"),
+    ({"loss.router.aux_coefficient": 0}, "loss.router.aux_coefficient"),
+    (
+        {"loss.router.aux_coefficient": "model", "parallelism.sequence_parallel": 2},
+        "loss.router.aux_coefficient, loss.router.z_coefficient, parallelism.sequence_parallel",
+    ),
     ({"data.train": []}, "data.train"),
     ({"optim.warmup_steps": 10, "optim.warmup_ratio": 0.03}, "optim.warmup_steps, optim.warmup_ratio"),
     ({"optim.warmup_steps": 11, "trainer.max_steps": 10}, "optim.warmup_steps, trainer.max_steps"),
