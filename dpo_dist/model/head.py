@@ -115,8 +115,7 @@ class PackedCausalLM(nn.Module):
     @property
     def body(self) -> Any:
         """Return the model without its output layer, or the whole model if it has no such part."""
-        base = self.causal_lm.base_model
-        # Llama 4 gives its body no prefix.
+        base = self.causal_lm.base_model  # Llama 4 gives its body no prefix
         return getattr(self.causal_lm, "model", base) if base is self.causal_lm else base
 
     @property
@@ -133,8 +132,8 @@ class PackedCausalLM(nn.Module):
     def can_pack(self, *, own_logits: bool) -> bool:
         """Return whether the model calls attention by transformers' interface and accepts positions."""
         wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
-        accepts_all = _accepted(self.causal_lm if own_logits else self.body, wanted) == wanted
-        return accepts_all and bool(self.causal_lm._can_set_attn_implementation())
+        accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
+        return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
         """Compute log-probs in another way from now on.
