@@ -58,6 +58,20 @@ _RUN_AND_MODEL = (
         "one of them",
     ),
     Rule(
+        "model.activation_offload model.gradient_checkpointing",
+        lambda c: c.model.activation_offload and c.model.gradient_checkpointing == "none",
+        "only the inputs of checkpointed layers are moved to host memory",
+        "set model.gradient_checkpointing=full or model.activation_offload=false",
+        _CHECKPOINTING.replace("none, ", ""),
+    ),
+    Rule(
+        "model.compile model.mlp_tile_tokens",
+        lambda c: c.model.compile and c.model.mlp_tile_tokens is not None,
+        "a compiled MLP computes all tokens at once",
+        "set model.mlp_tile_tokens=null or model.compile=false",
+        "one of them",
+    ),
+    Rule(
         "model.gradient_checkpointing",
         lambda c: c.model.gradient_checkpointing in (False, 0),
         "model.gradient_checkpointing is not a choice of layers",

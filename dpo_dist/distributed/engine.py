@@ -265,9 +265,11 @@ def _drop_gradients(optimizer: Any) -> None:
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
+    """Make ZeRO-3 gather a compiled layer, or a tiled MLP, at once: no hook in compiled code or a tile."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+    for mlp in model.tiled:
+        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

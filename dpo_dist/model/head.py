@@ -1,4 +1,4 @@
-"""The output layer as a log-prob head, and the model around it that scores packed batches."""
+"""A causal language model that scores packed batches, whatever arrangement its forward needs."""
 
 import contextlib
 import inspect
@@ -16,58 +16,10 @@ from dpo_dist.data.rows import Rows, rows_of
 from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.logit_changes import logit_change
+from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router_losses import routing_sums
-from dpo_dist.objective.token_logps import (
-    UNCHANGED,
-    LogitChange,
-    Statistic,
-    float32_logits,
-    logps_of_logits,
-    token_logps,
-)
-
-
-class LogpHead(nn.Linear):
-    """Output layer that returns the log-probs of targets and never the logits of all positions.
-
-    All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
-
-    Attributes:
-        is_precise: whether logits are float32; they have the dtype of the model otherwise.
-    """
-
-    is_precise = False
-    change: LogitChange
-
-    @classmethod
-    def of(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
-        """Return a head that shares the parameters of `linear`, sharded or not.
-
-        Args:
-            linear: the output layer.
-            change: what the model does to the layer's logits.
-        """
-        has_bias = linear.bias is not None
-        head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
-        head.weight = linear.weight
-        if has_bias:
-            head.bias = linear.bias
-        head.change = change
-        return head
-
-    def forward(
-        self,
-        input: Tensor,  # noqa: A002  (nn.Linear's name)
-        targets: Tensor | None = None,
-        statistics: Sequence[Statistic] = (),
-    ) -> Tensor:
-        """Return `objective.token_logps.token_logps` of `targets`; without targets the unchanged logits."""
-        if targets is not None:
-            return token_logps(input, self.weight, self.bias, targets, statistics, self.change)
-        if self.is_precise:
-            return float32_logits(input, self.weight, self.bias)
-        return super().forward(input)
+from dpo_dist.objective.token_logps import Statistic, logps_of_logits
 
 
 class PackedCausalLM(nn.Module):
@@ -84,6 +36,7 @@ class PackedCausalLM(nn.Module):
         own_logits: whether log-probs are computed from the logits of the model's own forward; else by the
             chunked head from the last hidden states.
         is_generating: whether the model is `unpacked`.
+        tiled: MLPs that compute in tiles of tokens.
     """
 
     def __init__(
@@ -99,6 +52,7 @@ class PackedCausalLM(nn.Module):
         self.backend = backend
         self.compiled = compiled
         self.sequence = sequence
+        self.tiled: list[nn.Module] = []
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()

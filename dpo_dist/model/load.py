@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -20,6 +14,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
@@ -28,12 +23,10 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
-from dpo_dist.model.supported import check_supported
+from dpo_dist.model.supported import check_supported, switch_off_noise
+from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
-
-# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
-_NOISES = ("drop", "jitter", "noise")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
@@ -93,7 +86,7 @@ def load_packed(
 
     Raises:
         ConfigError: the model cannot be loaded, its packed forward is not exact, a kernel cannot run, or its
-            heads cannot be divided among the ranks of `sequence`.
+            heads cannot be divided among the ranks of `sequence`; an option of its layers has no effect.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -107,13 +100,19 @@ def load_packed(
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
+    if config.activation_offload:
+        check_offload(device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
+    if config.activation_offload:
+        offload_inputs(causal_lm, PinnedMemory(device))
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
+    if config.mlp_tile_tokens is not None:
+        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
     if arrangement is Arrangement.packed and model.can_pack(own_logits=model.own_logits):
         model.arrange(arrangement, own_logits=model.own_logits)
     return model
@@ -284,15 +283,5 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         raise quantized_weights(folder, dict(quantized), key)
-    _switch_off_noise(model_config)
+    switch_off_noise(model_config)
     return model_config
-
-
-def _switch_off_noise(model_config: Any) -> None:
-    """Set the options that make training random to 0, also in the configurations of parts of the model."""
-    for name, value in vars(model_config).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and any(noise in name for noise in _NOISES):
-            setattr(model_config, name, type(value)(0))
-        elif isinstance(value, PreTrainedConfig):
-            _switch_off_noise(value)

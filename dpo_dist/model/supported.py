@@ -2,9 +2,14 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
+
+# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
+_NOISES = ("drop", "jitter", "noise")
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
@@ -82,3 +87,13 @@ def _check_positions(model_config: Any, max_length: int) -> None:
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:
         raise few_positions(positions, max_length)
+
+
+def switch_off_noise(model_config: Any) -> None:
+    """Set the options that make training random to 0, also in the configurations of parts of the model."""
+    for name, value in vars(model_config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and any(noise in name for noise in _NOISES):
+            setattr(model_config, name, type(value)(0))
+        elif isinstance(value, PreTrainedConfig):
+            switch_off_noise(value)

@@ -60,6 +60,7 @@ OUT_OF_RANGE = {
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
+    "model.mlp_tile_tokens": [0],
     "parallelism.sequence_parallel": [0, -1],
     "parallelism.timeout_seconds": [0, 10**8],
     "console.seconds": [0, -1],
