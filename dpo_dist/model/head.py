@@ -89,6 +89,11 @@ class PackedCausalLM(nn.Module):
         accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
         return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
 
+    def start_as(self, recorded: Arrangement) -> None:
+        """Arrange the model as its architecture is recorded, as far as it can be packed."""
+        if recorded is not Arrangement.packed or self.can_pack(own_logits=self.own_logits):
+            self.arrange(recorded, own_logits=self.own_logits)
+
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
         """Compute log-probs in another way from now on.
 

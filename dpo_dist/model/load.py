@@ -113,8 +113,7 @@ def load_packed(
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     if config.mlp_tile_tokens is not None:
         model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
-    if arrangement is Arrangement.packed and model.can_pack(own_logits=model.own_logits):
-        model.arrange(arrangement, own_logits=model.own_logits)
+    model.start_as(arrangement)
     return model
 
 
