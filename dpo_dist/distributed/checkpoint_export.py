@@ -92,49 +92,55 @@ def export_models(
     tokenizer = load_tokenizer(files, config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
-    opened = [open_source(source, config) for source in sources]
-    members: list[tuple[float, AdapterWeights]] = []
-    below = start if start is not None and config.model.adapter.on_top else None
-    coefficients = _coefficients(config, len(sources))
-    dtype = _dtype(config) or TORCH_DTYPES[config.model.dtype]
-    if config.model.adapter is not None:
-        found = [member_adapter(source, causal_lm, below) for source in opened]
-        members = list(zip(coefficients, found, strict=True))
-        read: Callable[[str], Tensor] = partial(_no_weight)
-        shapes: Mapping[str, tuple[int, ...]] = {}
-    else:
-        shapes = weight_shapes(opened, causal_lm)
-        read = partial(average_weight, list(zip(coefficients, opened, strict=True)))
+    trained = _open_trained(sources, causal_lm, start, config)
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder) as temporary:
-        if not members:
-            with _on_disk(shapes, read, dtype, folder) as weights:
-                write_weights(temporary, causal_lm, weights)
-        elif config.export.merge:
-            whole = model_folder(config.model.path, config.model.revision)
-            write_merged(temporary, whole, members, names_in_model(_plain(base, config)), _dtype(config))
-        else:
-            _write_update(temporary, members, dtype)
+        _write_trained(temporary, trained, causal_lm, base, config)
         write_tokenizer(temporary, tokenizer, None if config.data.chat_template is not None else files)
         write_card(temporary, card)
         if check is not None:
-            check(Exported(temporary, base, members, read, tokenizer))
+            check(Exported(temporary, base, trained.adapters, trained.read, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Trained weights of the sources: adapters with their coefficients, or whole weights, averaged."""
+
+    adapters: Members
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, config: RunConfig) -> _Trained:
+    opened = [open_source(source, config) for source in sources]
+    given = config.export.average_weights or [1.0] * len(sources)
+    coefficients = [weight / sum(given) for weight in given]
+    if config.model.adapter is None:
+        shapes, members = weight_shapes(opened, causal_lm), list(zip(coefficients, opened, strict=True))
+        return _Trained((), shapes, partial(average_weight, members))
+    below = start if config.model.adapter.on_top else None
+    adapters = [member_adapter(source, causal_lm, below) for source in opened]
+    return _Trained(list(zip(coefficients, adapters, strict=True)), {}, _no_weight)
+
+
+def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, config: RunConfig) -> None:
+    """Write weights and configuration as `config.export` says."""
+    named = None if config.export.dtype is None else _DTYPES[config.export.dtype]
+    dtype = named or TORCH_DTYPES[config.model.dtype]
+    if not trained.adapters:
+        with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
+            write_weights(folder, causal_lm, weights)
+    elif config.export.merge:
+        whole = model_folder(config.model.path, config.model.revision)
+        write_merged(folder, whole, trained.adapters, names_in_model(_plain(base, config)), named)
+    else:
+        _write_update(folder, trained.adapters, dtype)
 
 
 def _no_weight(name: str) -> Tensor:
     raise KeyError(name)
-
-
-def _coefficients(config: RunConfig, count: int) -> list[float]:
-    """Return the weights of the members, with sum 1."""
-    given = config.export.average_weights or [1.0] * count
-    return [weight / sum(given) for weight in given]
-
-
-def _dtype(config: RunConfig) -> torch.dtype | None:
-    return None if config.export.dtype is None else _DTYPES[config.export.dtype]
 
 
 def _write_update(folder: Path, members: Members, dtype: torch.dtype) -> None:
