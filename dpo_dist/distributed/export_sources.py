@@ -1,4 +1,4 @@
-"""What an export reads: checkpoints, and folders of models or adapters, weight by weight."""
+"""Open the sources of an export, checkpoints and folders of models or adapters; read them weight by weight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
