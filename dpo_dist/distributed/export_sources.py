@@ -1,4 +1,4 @@
-"""Open the sources of an export, checkpoints and folders of models or adapters; read them weight by weight."""
+"""Open the sources of an export: checkpoints, and folders of models or adapters; read weights one by one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
