@@ -148,7 +148,8 @@ def test_each_declared_bound_is_checked(key: str) -> None:
     bounds = (row.bounds.above, row.bounds.at_least)
     below = next(bound - (index == 1) for index, bound in enumerate(bounds) if bound is not None)
     with pytest.raises(ConfigError, match="is out of range"):
-        configured({key: [below, below] if key == "optim.betas" else below})
+        is_list = key in ("optim.betas", "export.average_weights")
+        configured({key: [below, below] if is_list else below})
 
 
 @pytest.mark.parametrize(("where", "values"), IN_MAPPINGS.items(), ids=str)
