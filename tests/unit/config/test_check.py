@@ -147,8 +147,8 @@ def test_each_declared_bound_is_checked(key: str) -> None:
     row = all_keys()[key]
     bounds = (row.bounds.above, row.bounds.at_least)
     below = next(bound - (index == 1) for index, bound in enumerate(bounds) if bound is not None)
+    is_list = key in ("optim.betas", "export.average_weights")
     with pytest.raises(ConfigError, match="is out of range"):
-        is_list = key in ("optim.betas", "export.average_weights")
         configured({key: [below, below] if is_list else below})
 
 
