@@ -12,6 +12,7 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.logit_changes import logit_change
+from dpo_dist.model.rotary import RotaryByLength, rope_limits
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.token_logps import UNCHANGED, LogitChange, Statistic, token_logps
 
@@ -76,11 +77,15 @@ class PackedCausalLM(nn.Module):
         self.backend = backend
         self.compiled = compiled
         self.sequence = sequence
+        limits = rope_limits(causal_lm.config.get_text_config())
+        self._rotary = None if limits is None else RotaryByLength(causal_lm, limits)
         if compiled:
             compile_layers(causal_lm)
 
     def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`."""
+        if self._rotary is not None:
+            batch = self._rotary.arrange(batch)
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         if self.sequence is None:
             return self._logps(
@@ -88,6 +93,8 @@ class PackedCausalLM(nn.Module):
             )
         tokens = len(batch.input_ids)
         share = TokenShare.of(self.sequence, tokens, batch.predictors)
+        if self._rotary is not None:
+            self._rotary.share(share.tokens)
         logps = self._logps(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
@@ -126,6 +133,8 @@ class PackedCausalLM(nn.Module):
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
+        if self._rotary is not None:
+            self._rotary.release()
         self.causal_lm.set_attn_implementation("sdpa" if self.causal_lm._supports_sdpa else "eager")
         try:
             with torch.compiler.set_stance("force_eager"):
