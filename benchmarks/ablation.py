@@ -117,7 +117,7 @@ def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
     return counted
 
 
-_forward: Forward = PackedCausalLM.forward
+_forward: Forward = PackedCausalLM.forward  # type: ignore[assignment]  # log-probs, without routing
 _head: HeadForward = LogpHead.forward
 
 
@@ -146,7 +146,7 @@ def _sizes_apart(packing: Packing) -> Callable[..., ExampleSizes]:
         targets, attended, costs = (
             np.add.reduceat(counts, firsts) for counts in (apart.targets, apart.attended, apart.costs)
         )
-        return ExampleSizes(tokens, targets, attended, costs)
+        return ExampleSizes(tokens, tokens, targets, attended, costs)
 
     return sizes
 

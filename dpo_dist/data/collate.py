@@ -21,6 +21,7 @@ class RankBatch:
         positions: positions of these examples in the global batch.
         pairs: examples of the global batch, over all ranks.
         tokens: packed tokens of the global batch, over all ranks.
+        rows_tokens: the same with each prompt once for each of its responses.
         targets: completion tokens of the global batch that the loss counts.
         attended: query-key pairs that attention computes for the global batch.
         mean_chosen_tokens: mean number of such tokens in the chosen responses of the global batch.
@@ -34,6 +35,7 @@ class RankBatch:
     positions: tuple[tuple[int, ...], ...]
     pairs: int
     tokens: int
+    rows_tokens: int
     targets: int
     attended: int
     mean_chosen_tokens: float
@@ -69,6 +71,7 @@ def shard_batch(
         positions=positions,
         pairs=len(indices),
         tokens=int(sizes.tokens.sum()),
+        rows_tokens=int(sizes.rows_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int(sizes.attended.sum()),
         mean_chosen_tokens=dataset.mean_chosen_tokens(indices),

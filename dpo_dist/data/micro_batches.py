@@ -38,12 +38,14 @@ class ExampleSizes:
 
     Attributes:
         tokens: int64, packed tokens, which decide the memory.
+        rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
         targets: int64, completion tokens to score.
         attended: int64, query-key pairs of attention.
         costs: float64, compute time in units of `ComputeCosts`.
     """
 
     tokens: Counts
+    rows_tokens: Counts
     targets: Counts
     attended: Counts
     costs: Costs
@@ -51,7 +53,11 @@ class ExampleSizes:
     def at(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
         return ExampleSizes(
-            self.tokens[indices], self.targets[indices], self.attended[indices], self.costs[indices]
+            self.tokens[indices],
+            self.rows_tokens[indices],
+            self.targets[indices],
+            self.attended[indices],
+            self.costs[indices],
         )
 
 
@@ -79,7 +85,9 @@ def example_sizes(
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2
-    return ExampleSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
+    rows_tokens = tokens + (responses - 1) * prompt_tokens
+    compute = tokens + costs.key * keys + costs.target * targets
+    return ExampleSizes(tokens, rows_tokens, targets, attended, compute)
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:

@@ -83,6 +83,17 @@ class PackedBatch:
         """Number of tokens computed for examples; 0 for a dummy."""
         return len(self.input_ids) if len(self.keys) else 0
 
+    @property
+    def rows(self) -> Tensor:
+        """Return float32 [tokens]: the number of rows of the plain batch, one response each, with a token.
+
+        That is the number of responses for a token of a prompt, 1 for one of a response, 0 for a dummy.
+        """
+        lengths = [length for pieces in self.layout for length in pieces]
+        counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
+        counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
+        return torch.from_numpy(counted).to(self.input_ids.device, non_blocking=True)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy the tensors to `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

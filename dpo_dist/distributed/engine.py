@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.optim_schema import OptimConfig
@@ -20,6 +20,8 @@ from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
+    empty,
+    empty_module,
     explain_out_of_memory,
     policy_remedy,
     reference_remedy,
@@ -82,7 +84,7 @@ class FrozenEngine:
         for weight in self._engine.module.parameters():
             if weight.nvme_swapper is not None:
                 weight.nvme_swapper.buffers = None
-        _empty_module(self._engine.module)
+        empty_module(self._engine.module)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
@@ -126,6 +128,14 @@ class PolicyEngine:
         with self._named_in_errors(batch):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
+
+    def routed_token_logps(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return `token_logps` and `objective.router_losses.routing_sums` of a mixture of experts."""
+        with self._named_in_errors(batch):
+            logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
+        return logps, sums
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -229,10 +239,10 @@ class PolicyEngine:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         optimizer = self._engine.optimizer
         self._engine.destroy()
-        _empty(list(self._averages.of_masters.values()))
-        _empty(vars(optimizer))
-        _empty(vars(getattr(optimizer, "optimizer", optimizer)))
-        _empty_module(self._engine.module)
+        empty(list(self._averages.of_masters.values()))
+        empty(vars(optimizer))
+        empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        empty_module(self._engine.module)
         del self._engine
         return_memory()
 
@@ -248,27 +258,6 @@ def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
         yield causal_lm
 
 
-def _empty_module(module: nn.Module) -> None:
-    """Release the storage of weights, their shards and gradients, and of buffers."""
-    for weight in module.parameters():
-        _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
-    _empty(list(module.buffers()))
-
-
-def _empty(value: Any) -> None:
-    """Release the storage of every tensor in nested lists, tuples and dictionaries.
-
-    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
-    """
-    if isinstance(value, Tensor):
-        value.data = value.new_empty(0)
-    elif isinstance(value, dict):
-        _empty(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _empty(item)
-
-
 def _drop_gradients(optimizer: Any) -> None:
     """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -276,9 +265,11 @@ def _drop_gradients(optimizer: Any) -> None:
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
+    """Make ZeRO-3 gather a compiled layer, or a tiled MLP, at once: no hook in compiled code or a tile."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+    for mlp in model.tiled:
+        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.logit_changes import logit_change
 from dpo_dist.model.rotary import RotaryByLength, rope_limits
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.objective.router_losses import routing_sums
 from dpo_dist.objective.token_logps import UNCHANGED, LogitChange, Statistic, token_logps
 
 
@@ -61,6 +62,9 @@ class PackedCausalLM(nn.Module):
         backend: the attention kernel.
         compiled: whether torch.compile compiles the decoder layers.
         sequence: the ranks that share the tokens of each batch; None: this rank computes all.
+
+    Attributes:
+        tiled: MLPs that compute in tiles of tokens.
     """
 
     def __init__(
@@ -79,29 +83,49 @@ class PackedCausalLM(nn.Module):
         self.sequence = sequence
         limits = rope_limits(causal_lm.config.get_text_config())
         self._rotary = None if limits is None else RotaryByLength(causal_lm, limits)
+        self.tiled: list[nn.Module] = []
         if compiled:
             compile_layers(causal_lm)
 
-    def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`."""
+    def forward(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
+
+        Args:
+            batch: on the device of the model.
+            statistics: of each target, beside its log-prob.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts; not
+                with `sequence`.
+        """
         if self._rotary is not None:
             batch = self._rotary.arrange(batch)
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         if self.sequence is None:
-            return self._logps(
-                batch.input_ids, batch.position_ids, attention, batch.predictors, batch.targets, statistics
+            logps, router_logits = self._logps(
+                batch.input_ids,
+                batch.position_ids,
+                attention,
+                batch.predictors,
+                batch.targets,
+                statistics,
+                {"output_router_logits": True} if with_routing else {},
             )
+            if not with_routing:
+                return logps
+            return logps, routing_sums(router_logits, batch.rows, self.causal_lm.num_experts_per_tok)
         tokens = len(batch.input_ids)
         share = TokenShare.of(self.sequence, tokens, batch.predictors)
         if self._rotary is not None:
             self._rotary.share(share.tokens)
-        logps = self._logps(
+        logps, _ = self._logps(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
             ExchangedAttention(attention, self.sequence, tokens),
             share.predictors,
             batch.targets[share.targets],
             statistics,
+            {},
         )
         return share.gather(logps)
 
@@ -113,7 +137,9 @@ class PackedCausalLM(nn.Module):
         predictors: Tensor,
         targets: Tensor,
         statistics: Sequence[Statistic],
-    ) -> Tensor:
+        options: dict[str, bool],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return `token_logps`, and the logits of the routers if `options` ask for them."""
         outputs = _body(self.causal_lm)(
             input_ids=input_ids[None],
             # Of ones: without it transformers would look for packed sequences itself, by their positions.
@@ -122,12 +148,13 @@ class PackedCausalLM(nn.Module):
             use_cache=False,
             packed=attention,
             packed_positions=position_ids,
+            **options,
         )
         predicting = outputs.last_hidden_state[0].index_select(0, predictors)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
             predicting, targets=targets, statistics=statistics
         )
-        return logps
+        return logps, outputs.router_logits if options else ()
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:

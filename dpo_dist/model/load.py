@@ -13,6 +13,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
@@ -23,6 +24,7 @@ from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
 from dpo_dist.model.supported import check_no_remote_model, check_supported
+from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def load_packed(
 
     Raises:
         ConfigError: the model cannot be loaded, its packed forward is not exact, a kernel cannot run, or its
-            heads cannot be divided among the ranks of `sequence`.
+            heads cannot be divided among the ranks of `sequence`; an option of its layers has no effect.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -98,13 +100,20 @@ def load_packed(
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
+    if config.activation_offload:
+        check_offload(device)
     causal_lm = load_weights(folder, model_config, config, device, attention=PACKED, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    return PackedCausalLM(causal_lm, backend, config.compile, sequence)
+    if config.activation_offload:
+        offload_inputs(causal_lm, PinnedMemory(device))
+    model = PackedCausalLM(causal_lm, backend, config.compile, sequence)
+    if config.mlp_tile_tokens is not None:
+        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
+    return model
 
 
 def load_weights(

@@ -32,14 +32,8 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
         model_config: a transformers configuration.
         max_length: the longest prompt plus response, in tokens.
     """
-    coefficient = getattr(model_config, "router_aux_loss_coef", None)
     positions = getattr(model_config, "max_position_embeddings", None)
     notes = []
-    if coefficient:
-        notes.append(
-            "mixture of experts: trained without the router's load-balancing loss "
-            f"(router_aux_loss_coef={coefficient} has no effect)"
-        )
     if positions is not None and max_length - 1 > positions:
         notes.append(
             f"warning: data.max_length={max_length:,} is more than the {positions:,} positions of the model "

@@ -82,6 +82,7 @@ def scored_model(config: RunConfig) -> ModelConfig:
     return replace(
         config.model,
         gradient_checkpointing="none",
+        activation_offload=False,
         adapter=None,
         quantization=config.reference.quantization,
     )

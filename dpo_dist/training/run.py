@@ -131,7 +131,7 @@ def _set_up(
     reference, policy = _load_models(config, inputs, stops, clock, console)
     world.together(inputs.policy_files.check_unchanged)
     stops.check()
-    objective = Objective(config.loss, reference.provider)
+    objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = _reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)

@@ -184,13 +184,6 @@ def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, 
     assert limits == (RopeLimits((), LONGEST) if dynamic else RopeLimits((LONGEST,), None))
 
 
-def test_a_mixture_of_experts_has_a_note_on_its_router() -> None:
-    for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
-        assert "load-balancing" in " ".join(training_notes(tiny_config(model_type), 16))
-    assert training_notes(tiny_config("mixtral", router_aux_loss_coef=0.0), 16) == []
-    assert training_notes(tiny_config("qwen3"), 16) == []
-
-
 def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     config = tiny_config("qwen3", max_position_embeddings=64)
     assert training_notes(config, 65) == []

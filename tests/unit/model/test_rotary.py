@@ -86,6 +86,16 @@ def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
     check(model_of("llama", rope_type), random_pairs(lengths))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_forward_does_not_depend_on_those_before(model_type: str, rope_type: str) -> None:
+    model = packed(model_of(model_type, rope_type))
+    for lengths in ([(20, 9, 4)], [(10, 6, 7)], [(4, 5, LIMIT - 4)], [(9, 6, 9)]):
+        pairs = random_pairs(lengths)
+        expected, _ = expected_values(model_of(model_type, rope_type), pairs)
+        assert (model(pack_unkeyed(pairs)) - expected).norm() <= 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_recomputed_layers_rotate_alike(rope_type: str) -> None:
     causal_lm = model_of("llama", rope_type)
