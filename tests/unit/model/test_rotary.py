@@ -112,6 +112,10 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     model(pack_unkeyed(random_pairs([(20, 9, 3)])))
     with model.unpacked() as unpacked:
         torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
+        unpacked(torch.ones(1, 40, dtype=torch.int64))
+    pairs = random_pairs([(10, 6, 6)])
+    logps, _ = expected_values(model_of("llama", rope_type), pairs)
+    torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_is_repeated_only_where_frequencies_differ() -> None:
