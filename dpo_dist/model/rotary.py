@@ -7,7 +7,7 @@ responses with different frequencies: it is repeated (data/regroup.py). Other ki
 position of a token only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -59,16 +59,16 @@ def rope_limits(model_config: Any) -> RopeLimits | None:
 
 @dataclass(frozen=True)
 class _Arranged:
-    """The batch of a packed forward: consecutive tokens whose frequencies are those of one length.
+    """The batch of a forward, in consecutive parts whose frequencies are those of one length.
 
     Attributes:
-        positions: int64 [tokens].
-        spans: (number of tokens, representative length).
+        parts: (number of tokens, or of rows; representative length).
+        positions: int64 [tokens] of one packed sequence; None: the batch has a response in each row.
         own: int64, indices of the tokens that this rank computes; None: all.
     """
 
-    positions: Tensor
-    spans: tuple[tuple[int, int], ...]
+    parts: tuple[tuple[int, int], ...]
+    positions: Tensor | None = None
     own: Tensor | None = None
 
 
@@ -88,18 +88,24 @@ class RotaryByLength:
                 if any(buffer.endswith(_ORIGINAL) for buffer, _ in child.named_buffers(recurse=False)):
                     setattr(parent, name, _Rotary(child, self))
 
+    @classmethod
+    def of(cls, causal_lm: Any) -> "RotaryByLength | None":
+        """Return those of a model; None if its frequencies are fixed."""
+        limits = rope_limits(causal_lm.config.get_text_config())
+        return None if limits is None else cls(causal_lm, limits)
+
     def arrange(self, batch: PackedBatch) -> PackedBatch:
-        """Return `batch` for the next forward: examples divided by the frequencies of their responses.
+        """Return `batch` for the next packed forward: examples divided by the frequencies of their responses.
 
         Its layout, tokens and predictors change; its targets and their order do not.
         """
         lengths = [
-            self._limits.representative(prompt + tokens + 1)  # the last token of a response is no input
+            self._representative(prompt + tokens)
             for prompt, *responses in batch.layout
             for tokens in responses
         ]
         if len(set(lengths)) == 1:
-            spans = _spans([(len(batch.input_ids),)], lengths[:1])
+            parts = _parts([len(batch.input_ids)], lengths[:1])
         else:
             regrouped = regroup(batch, lengths)
             batch = replace(
@@ -109,9 +115,13 @@ class RotaryByLength:
                 layout=regrouped.layout,
                 predictors=regrouped.predictors,
             )
-            spans = _spans(regrouped.layout, regrouped.groups)
-        self.arranged = _Arranged(batch.position_ids, spans)
+            parts = _parts(map(sum, regrouped.layout), regrouped.groups)
+        self.arranged = _Arranged(parts, batch.position_ids)
         return batch
+
+    def arrange_rows(self, lengths: Sequence[int]) -> None:
+        """Compute one response in each row of the next forward; with its prompt it has so many inputs."""
+        self.arranged = _Arranged(_parts([1] * len(lengths), map(self._representative, lengths)))
 
     def share(self, tokens: Tensor) -> None:
         """Compute a share of the tokens in the next forward: int64 indices in the arranged batch."""
@@ -122,14 +132,17 @@ class RotaryByLength:
         """Let the embeddings compute padded batches, as transformers does."""
         self.arranged = None
 
+    def _representative(self, inputs: int) -> int:
+        return self._limits.representative(inputs + 1)  # the last token of a response is no input
 
-def _spans(layout: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    entries = groupby(zip(lengths, layout, strict=True), key=lambda entry: entry[0])
-    return tuple((sum(sum(pieces) for _, pieces in group), length) for length, group in entries)
+
+def _parts(sizes: Iterable[int], lengths: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    entries = groupby(zip(sizes, lengths, strict=True), key=lambda entry: entry[1])
+    return tuple((sum(size for size, _ in group), length) for length, group in entries)
 
 
 class _Rotary(nn.Module):
-    """A model's rotary embedding, called once for each length of a packed batch."""
+    """A model's rotary embedding, called once for each part of a batch."""
 
     def __init__(self, rotary: nn.Module, lengths: RotaryByLength):
         super().__init__()
@@ -140,21 +153,21 @@ class _Rotary(nn.Module):
         arranged = self._lengths.arranged
         if arranged is None:
             return self.rotary(hidden, position_ids, *args, **kwargs)
-        positions = arranged.positions.expand(*position_ids.shape[:-1], -1)
+        sizes = [size for size, _ in arranged.parts]
+        if arranged.positions is None:
+            positions, dim = position_ids.expand(*position_ids.shape[:-2], sum(sizes), -1), -2
+        else:
+            positions, dim = arranged.positions.expand(*position_ids.shape[:-1], -1), -1
         outputs = []
-        for span, (tokens, length) in zip(
-            torch.split(positions, [tokens for tokens, _ in arranged.spans], dim=-1),
-            arranged.spans,
-            strict=True,
-        ):
+        for part, (_, length) in zip(torch.split(positions, sizes, dim), arranged.parts, strict=True):
             self._forget()
             # The module finds the length of a sequence as its last position and 1.
-            last = span.new_full((*span.shape[:-1], 1 if length else 0), length - 1)
-            computed = self.rotary(hidden, torch.cat((span, last), dim=-1), *args, **kwargs)
-            outputs.append([part[..., :tokens, :] for part in computed])  # cosines and sines
+            last = part.new_full((*part.shape[:-1], 1 if length else 0), length - 1)
+            computed = self.rotary(hidden, torch.cat((part, last), dim=-1), *args, **kwargs)
+            outputs.append([values[..., : part.shape[-1], :] for values in computed])  # cosines and sines
         self._forget()
-        parts = [torch.cat(part, dim=-2) for part in zip(*outputs, strict=True)]
-        return tuple(part if arranged.own is None else part[..., arranged.own, :] for part in parts)
+        joined = [torch.cat(values, dim=dim - 1) for values in zip(*outputs, strict=True)]
+        return tuple(values if arranged.own is None else values[..., arranged.own, :] for values in joined)
 
     def _forget(self) -> None:
         """Make the embedding that of a model that has seen no sequence."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import Sequences
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.rotary import RopeLimits, rope_limits
@@ -50,9 +51,10 @@ def expected_values(causal_lm: Any, pairs: list[Sequences]) -> tuple[Tensor, dic
     return torch.cat([value.detach() for value in values]), summed
 
 
-def check(causal_lm: Any, pairs: list[Sequences]) -> None:
+def check(causal_lm: Any, pairs: list[Sequences], arrangement: Arrangement = Arrangement.packed) -> None:
     expected, expected_gradients = expected_values(causal_lm, pairs)
     model = packed(causal_lm).train()
+    model.arrange(arrangement, own_logits=False)
     for _ in range(2):  # whatever the forward before was
         logps = model(pack_unkeyed(pairs))
         assert (logps - expected).norm() <= 1e-6 * expected.norm()
@@ -84,6 +86,12 @@ def test_responses_on_both_sides_of_the_limit(model_type: str, rope_type: str) -
 )
 def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
     check(model_of("llama", rope_type), random_pairs(lengths))
+
+
+@pytest.mark.parametrize("arrangement", [Arrangement.padded, Arrangement.single])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rows_of_one_response(arrangement: Arrangement, rope_type: str) -> None:
+    check(model_of("llama", rope_type), random_pairs(SHAPES), arrangement)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
