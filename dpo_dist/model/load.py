@@ -16,7 +16,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
-from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
+from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of, scores_of
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
@@ -95,7 +95,8 @@ def load_packed(
     if sequence is not None:
         check_heads(heads_of(model_config), sequence.ranks)
     if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed:
-        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
+        kinds = scores_of(model_config)
+        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype], kinds)
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
