@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 from dpo_dist.model.attention_backend import heads_of
@@ -62,14 +63,16 @@ class StepFlops:
         per_token: FLOPs of a packed token in the matrices of all layers.
         per_target: FLOPs of a completion token in the output layer.
         per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
+        reaches: limits of attention in some layers.
     """
 
     per_token: float
     per_target: float
     per_attended: float
+    reaches: tuple[Reach, ...] = ()
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
-        """Return the FLOPs of a step with these counts."""
+        """Return the FLOPs of a step with these counts; `attended` is that of the mean layer."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
@@ -130,6 +133,22 @@ def count_flops(
         per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
         per_target=per_weight * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
+        reaches=_reaches(text),
+    )
+
+
+def _reaches(text: PretrainedConfig) -> tuple[Reach, ...]:
+    """Return the sliding windows and chunks of the layers of a text model."""
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    layer_types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    options = (
+        ("sliding_attention", window, False),
+        ("chunked_attention", getattr(text, "attention_chunk_size", None), True),
+    )
+    return tuple(
+        Reach(tokens, layer_types.count(kind) / len(layer_types), in_chunks)
+        for kind, tokens, in_chunks in options
+        if tokens and kind in layer_types
     )
 
 
@@ -154,6 +173,7 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
+        reaches=flops.reaches,
     )
 
 
