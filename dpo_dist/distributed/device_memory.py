@@ -4,8 +4,10 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import DeviceMemoryError
@@ -77,3 +79,24 @@ def describe_batch(batch: PackedBatch) -> str:
     """Return the size of a micro-batch in words."""
     longest = max(sum(lengths) for lengths in batch.layout)
     return f"{len(batch.input_ids)} tokens in {len(batch.layout)} pairs, the longest of {longest}"
+
+
+def empty_module(module: nn.Module) -> None:
+    """Release the storage of weights, their shards and gradients, and of buffers."""
+    for weight in module.parameters():
+        empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
+    empty(list(module.buffers()))
+
+
+def empty(value: Any) -> None:
+    """Release the storage of every tensor in nested lists, tuples and dictionaries.
+
+    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
+    """
+    if isinstance(value, Tensor):
+        value.data = value.new_empty(0)
+    elif isinstance(value, dict):
+        empty(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            empty(item)

@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.optim_schema import OptimConfig
@@ -20,6 +20,8 @@ from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
+    empty,
+    empty_module,
     explain_out_of_memory,
     policy_remedy,
     reference_remedy,
@@ -27,6 +29,7 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
@@ -82,7 +85,7 @@ class FrozenEngine:
         for weight in self._engine.module.parameters():
             if weight.nvme_swapper is not None:
                 weight.nvme_swapper.buffers = None
-        _empty_module(self._engine.module)
+        empty_module(self._engine.module)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
@@ -99,6 +102,10 @@ class PolicyEngine:
         optim: the optimizer.
         world: of this start.
         ema_decay: of the moving average of the weights; None: there is none.
+
+    Attributes:
+        loss_scale: of the next step in fp16; None with another `model.dtype`.
+        has_overflowed: the last step was not applied, and a smaller loss scale may help.
     """
 
     def __init__(
@@ -113,6 +120,8 @@ class PolicyEngine:
         self._backwards, self._current = 0, ("", "")
         if self._engine.zero_optimization_partition_weights():
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+        self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
+        self.has_overflowed = False
         self._averages = Averages({}, 0.0)
         if ema_decay is not None:
             self._averages = Averages.of(self._slices().masters(), ema_decay)
@@ -181,11 +190,21 @@ class PolicyEngine:
             group["lr"] = learning_rate
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
-        if not self._engine.was_step_applied():
+        is_applied = self._engine.was_step_applied()
+        self.has_overflowed = not is_applied and self.loss_scale is not None and self.loss_scale.can_fall
+        if self.loss_scale is not None:
+            self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
+        if not is_applied:
             _drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
         self._averages.update()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
+
+    def set_loss_scale(self, scale: LossScale | None) -> None:
+        """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
+        self.loss_scale = scale
+        if scale is not None:
+            self._engine.optimizer.loss_scale = scale.value
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
@@ -229,10 +248,10 @@ class PolicyEngine:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         optimizer = self._engine.optimizer
         self._engine.destroy()
-        _empty(list(self._averages.of_masters.values()))
-        _empty(vars(optimizer))
-        _empty(vars(getattr(optimizer, "optimizer", optimizer)))
-        _empty_module(self._engine.module)
+        empty(list(self._averages.of_masters.values()))
+        empty(vars(optimizer))
+        empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        empty_module(self._engine.module)
         del self._engine
         return_memory()
 
@@ -246,27 +265,6 @@ def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
         torch.no_grad(),
     ):
         yield causal_lm
-
-
-def _empty_module(module: nn.Module) -> None:
-    """Release the storage of weights, their shards and gradients, and of buffers."""
-    for weight in module.parameters():
-        _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
-    _empty(list(module.buffers()))
-
-
-def _empty(value: Any) -> None:
-    """Release the storage of every tensor in nested lists, tuples and dictionaries.
-
-    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
-    """
-    if isinstance(value, Tensor):
-        value.data = value.new_empty(0)
-    elif isinstance(value, dict):
-        _empty(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _empty(item)
 
 
 def _drop_gradients(optimizer: Any) -> None:
