@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dpo_dist.data import collate, dataset
 from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
-from dpo_dist.model.head import LogpHead, PackedCausalLM
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.objective.token_logps import Statistic
 
 Forward = Callable[[PackedCausalLM, PackedBatch, Sequence[Statistic]], Tensor]
@@ -117,7 +118,7 @@ def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
     return counted
 
 
-_forward: Forward = PackedCausalLM.forward
+_forward: Forward = PackedCausalLM.forward  # type: ignore[assignment]  # log-probs, without routing
 _head: HeadForward = LogpHead.forward
 
 
@@ -146,7 +147,7 @@ def _sizes_apart(packing: Packing) -> Callable[..., ExampleSizes]:
         targets, attended, costs = (
             np.add.reduceat(counts, firsts) for counts in (apart.targets, apart.attended, apart.costs)
         )
-        return ExampleSizes(tokens, targets, attended, costs)
+        return ExampleSizes(tokens, tokens, targets, attended, costs)
 
     return sizes
 

@@ -99,9 +99,9 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def section(kind: type, *, free: bool = False, verbs: str | None = None) -> Any:
+def section(kind: type, *, free: bool = False, added: bool = False, verbs: str | None = None) -> Any:
     """Return a field for the keys of the dataclass `kind`, whose docstring is their meaning."""
-    declared = Declaration(kind.__doc__ or "", defines_result=not free, verbs=_names(verbs))
+    declared = Declaration(kind.__doc__ or "", defines_result=not free, added=added, verbs=_names(verbs))
     return field(default_factory=kind, metadata={_METADATA: declared})
 
 

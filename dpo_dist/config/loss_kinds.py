@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.fields import key, section
+from dpo_dist.config.router_schema import RouterConfig
 
 LossKind = StrEnum(
     "LossKind",
@@ -256,6 +257,7 @@ class LossConfig:
         verbs="train precompute evaluate doctor",
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
+    router: RouterConfig = section(RouterConfig, added=True, verbs="train")
     function: str | None = key(None, "`custom`: the loss function, as `module:function`.", added=True)
 
     @property

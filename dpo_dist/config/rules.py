@@ -14,6 +14,7 @@ from dpo_dist.config.rules_adapter import ADAPTER_RULES
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
+from dpo_dist.config.rules_router import ROUTER_RULES
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
     AttentionBackend,
@@ -54,6 +55,20 @@ _RUN_AND_MODEL = (
         lambda c: c.model.compile and c.model.liger,
         "torch.compile and Liger's kernels fuse the same operations",
         "set model.liger=false or model.compile=false",
+        "one of them",
+    ),
+    Rule(
+        "model.activation_offload model.gradient_checkpointing",
+        lambda c: c.model.activation_offload and c.model.gradient_checkpointing == "none",
+        "only the inputs of checkpointed layers are moved to host memory",
+        "set model.gradient_checkpointing=full or model.activation_offload=false",
+        _CHECKPOINTING.replace("none, ", ""),
+    ),
+    Rule(
+        "model.compile model.mlp_tile_tokens",
+        lambda c: c.model.compile and c.model.mlp_tile_tokens is not None,
+        "a compiled MLP computes all tokens at once",
+        "set model.mlp_tile_tokens=null or model.compile=false",
         "one of them",
     ),
     Rule(
@@ -241,6 +256,7 @@ RULES = (
     *_RUN_AND_MODEL,
     *DATA_RULES,
     *_LOSS,
+    *ROUTER_RULES,
     *OPTIM_RULES,
     *_TRAINING,
     *KEEP_BEST_RULES,

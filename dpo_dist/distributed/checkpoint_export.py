@@ -13,6 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from dpo_dist.atomic import collect_abandoned, temporary_folder
 from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.schema import AttentionBackend, RunConfig
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
 from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
@@ -71,7 +72,7 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
             dtype=TORCH_DTYPES[config.model.dtype],
             trust_remote_code=config.model.trust_remote_code,
         )
-        packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa)
+        packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
         if config.model.adapter is not None:
             add_adapter(packed, config.model, config.trainer.seed, start)
     if (base / GENERATION_CONFIG_NAME).is_file():

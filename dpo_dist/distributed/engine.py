@@ -48,7 +48,7 @@ class FrozenEngine:
     """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
-        self._folder = folder
+        self.model, self._folder = model, folder
         model.requires_grad_(False)
         _gather_whole_layers(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
@@ -111,9 +111,9 @@ class PolicyEngine:
     def __init__(
         self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
     ):
-        self._world = world
+        self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
+        zero.update(policy_communication(zero["stage"], model.hidden_size))
         _gather_whole_layers(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
@@ -135,6 +135,14 @@ class PolicyEngine:
         with self._named_in_errors(batch):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
+
+    def routed_token_logps(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return `token_logps` and `objective.router_losses.routing_sums` of a mixture of experts."""
+        with self._named_in_errors(batch):
+            logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
+        return logps, sums
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -274,9 +282,11 @@ def _drop_gradients(optimizer: Any) -> None:
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
+    """Make ZeRO-3 gather a compiled layer, or a tiled MLP, at once: no hook in compiled code or a tile."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+    for mlp in model.tiled:
+        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

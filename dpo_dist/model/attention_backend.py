@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.optional_packages import check_flash_attn
+from dpo_dist.model.segment_attention import Layout, Scores
 
 # The variable-length kernels need Ampere's instructions, as bf16 does.
 _FIRST_CAPABILITY = (8, 0)
@@ -132,6 +133,6 @@ def _attend(backend: AttentionBackend, device: torch.device, tensors: list[Tenso
     *heads, output_gradient = tensors
     with torch.enable_grad():
         query, key, value = (tensor.requires_grad_() for tensor in heads)
-        output = packed_attention(_TRIAL, backend, device)(query, key, value, None)
+        output = packed_attention(_TRIAL, backend, device)(query, key, value, Scores())
         gradients = torch.autograd.grad(output, (query, key, value), output_gradient)
     return tuple(tensor.detach().float() for tensor in (output, *gradients))

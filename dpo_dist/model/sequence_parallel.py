@@ -8,15 +8,16 @@ dealt out in turn because a long prompt has no targets: with contiguous slices, 
 output layer.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, PackedAttention
+from dpo_dist.model.attention import PackedAttention
 from dpo_dist.model.attention_backend import Heads
+from dpo_dist.model.segment_attention import Layout, Scores
 
 KEY = "parallelism.sequence_parallel"
 
@@ -146,7 +147,7 @@ class ExchangedAttention:
     def __post_init__(self) -> None:
         self.layout = self.whole.layout
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `PackedAttention`; tensors are of this rank's tokens and all heads. Collective."""
         ranks = self.exchange.ranks
         repeats = max(1, ranks // key.shape[1])
@@ -158,7 +159,9 @@ class ExchangedAttention:
         own = torch.split(sequence, [part.shape[-1] for part in parts], dim=-1)
         dims = [tensor.shape[-1] for tensor in (query, key, value)]
         heads = [tensor.reshape(self.tokens, -1, dim) for tensor, dim in zip(own, dims, strict=True)]
-        attended = self.whole(heads[0], heads[1], heads[2], scale).flatten(1)
+        if scores.sinks is not None:
+            scores = replace(scores, sinks=scores.sinks.view(ranks, -1)[self.exchange.rank])
+        attended = self.whole(heads[0], heads[1], heads[2], scores).flatten(1)
         padding = len(query) * ranks - self.tokens
         padded = torch.nn.functional.pad(attended, (0, 0, 0, padding)).view(len(query), ranks, -1)
         returned = self.exchange.all_to_all(padded.transpose(0, 1).contiguous())

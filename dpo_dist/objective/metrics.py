@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import implicit_rewards, log_ratios, scaled_margin
+from dpo_dist.objective.router_losses import router_metrics
 
 PAIR_METRICS = (
     "loss",
@@ -71,9 +72,10 @@ class MetricPlan:
         """Names of all metrics, in the order of their sums."""
         margin = (BATCH_MARGIN,) if self.loss.uses("beta_momentum") else ()
         reward = (BATCH_REWARD,) if self.loss.bco_delta is BcoDelta.running_mean else ()
+        routers = () if self.is_evaluation else router_metrics(self.loss.router)
         by_source = (f"{name}/{label}" for name in self.of_sources for label in self.labels)
         by_length = (f"{name}_by_length/{bucket}" for name in self.of_lengths for bucket in BUCKETS)
-        return (*self.of_pairs, *margin, *reward, *by_source, *by_length)
+        return (*self.of_pairs, *margin, *reward, *routers, *by_source, *by_length)
 
     @property
     def of_pairs(self) -> tuple[str, ...]:
@@ -145,6 +147,19 @@ class MetricSums:
         columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
         return MetricSums(tuple(measured), (columns * weights.double()).sum(dim=1))
 
+    def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
+        """Return these sums with values of the whole step added, each counted `count` times.
+
+        Args:
+            values: by name, scalars; parts that add up over micro-batches and ranks.
+            count: 1 in one micro-batch of one rank, 0 in all others.
+        """
+        added = torch.zeros_like(self.values)
+        for name, value in values.items():
+            place = self.names.index(name)
+            added[place], added[place + len(self.names)] = value.detach(), count
+        return MetricSums(self.names, self.values + added)
+
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.names, self.values + other.values)
 
@@ -211,7 +226,8 @@ def metric_sums(
     buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
     suffixes = [f"_by_length/{bucket}" for bucket in BUCKETS]
     measured |= _by_group(measured, plan.of_lengths, suffixes, _members(buckets, len(BUCKETS)))
-    return MetricSums.of({name: measured[name] for name in plan.names}, weights)
+    of_step = Counted(torch.zeros_like(losses), torch.zeros_like(losses))  # see `MetricSums.plus_values`
+    return MetricSums.of({name: measured.get(name, of_step) for name in plan.names}, weights)
 
 
 def _of_pairs(

@@ -1,6 +1,7 @@
 """Log-probs of tokens from hidden states, in chunks: no [tokens, vocab] tensor."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,14 +19,31 @@ Statistic = Literal["collisions", "entropy"]
 """A value of the distribution at each target, beside the log-prob of the target (`token_logps`)."""
 
 
+@dataclass(frozen=True)
+class LogitChange:
+    """A change of logits before softmax: x becomes softcap * tanh(scale * x / softcap).
+
+    Attributes:
+        scale: a factor.
+        softcap: the largest absolute value; None: logits are not capped (Gemma 2, arXiv 2408.00118).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+UNCHANGED = LogitChange()
+
+
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     statistics: Sequence[Statistic] = (),
+    change: LogitChange = UNCHANGED,
 ) -> Tensor:
-    """Return the log-prob of each target under softmax(hidden @ weight.T + bias), computed in chunks.
+    """Return the log-prob of each target under softmax(change(hidden @ weight.T + bias)), in chunks.
 
     Logits exist for one chunk of positions at a time. Backward keeps the probabilities of the last few chunks
     and recomputes the others. Logits and softmax are float32.
@@ -38,16 +56,49 @@ def token_logps(
         statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
             vocabulary, the log-probability that two tokens drawn at that position are equal. `entropy`: the
             negative sum of p(v) log p(v), in nats.
+        change: of the logits, before softmax.
 
     Returns:
         float32 [targets]; with statistics float32 [1 + statistics, targets], log-probs first.
     """
     device = weight.device.type
     kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
+    if change.softcap is not None:  # a chunk's slopes are as large as its probabilities
+        kept_chunks //= 2
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, kept_chunks, tuple(statistics)
+        hidden, weight, bias, targets, kept_chunks, tuple(statistics), change
     )
     return values
+
+
+def logps_of_logits(logits: Tensor, targets: Tensor, statistics: Sequence[Statistic] = ()) -> Tensor:
+    """Return the same as `token_logps` from logits that exist; the softmax is float32.
+
+    Args:
+        logits: [targets, vocab].
+        targets: int64 [targets].
+        statistics: see `token_logps`.
+    """
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    logps = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    if not statistics:
+        return logps
+    probabilities = log_probabilities.detach().exp()
+    return torch.stack((logps, *(_statistic(probabilities, statistic) for statistic in statistics)))
+
+
+def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return hidden @ weight.T + bias as float32, with a graph.
+
+    In bf16 a logit is rounded by hundredths of a nat.
+
+    Args:
+        hidden: [..., hidden_size].
+        weight: [vocab, hidden_size].
+        bias: [vocab] or None.
+    """
+    logits = torch.nn.functional.linear(hidden.float(), weight.float())
+    return logits if bias is None else logits + bias.float()
 
 
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
@@ -55,8 +106,26 @@ def _chunks(positions: int, weight: Tensor) -> list[slice]:
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
-def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 probabilities [n, vocab] and the log-prob of each target [n].
+@dataclass(frozen=True)
+class _Chunk:
+    """The distributions at some positions.
+
+    Attributes:
+        probabilities: float32 [n, vocab].
+        logps: float32 [n], of the targets.
+        slopes: float32 [n, vocab], derivative of each changed logit with respect to the product of the output
+            layer, without the factor `LogitChange.scale`; None: 1.
+    """
+
+    probabilities: Tensor
+    logps: Tensor
+    slopes: Tensor | None
+
+
+def _softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, change: LogitChange
+) -> _Chunk:
+    """Return the distributions at positions with these hidden states.
 
     The largest probability is at least 1 / vocab, so its logarithm gives the normalizer without a second
     pass of exponentials.
@@ -64,10 +133,24 @@ def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     logits = _logits(hidden, weight)
     if bias is not None:
         logits += bias
+    slopes = _change(logits, change)
     probabilities = torch.softmax(logits, dim=-1)
     largest, index = logits.max(dim=-1, keepdim=True)
     normalizers = largest - probabilities.gather(1, index).log()
-    return probabilities, (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
+    logps = (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
+    return _Chunk(probabilities, logps, slopes)
+
+
+def _change(logits: Tensor, change: LogitChange) -> Tensor | None:
+    """Change logits in place, and return `_Chunk.slopes`: d (c tanh(x / c)) / dx = 1 - tanh(x / c)^2."""
+    if change.softcap is None:
+        if change.scale != 1:
+            logits *= change.scale
+        return None
+    logits.mul_(change.scale / change.softcap).tanh_()
+    slopes = 1 - logits.square()
+    logits *= change.softcap
+    return slopes
 
 
 def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:
@@ -108,17 +191,20 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         targets: Tensor,
         kept_chunks: int,
         statistics: tuple[Statistic, ...],
+        change: LogitChange,
     ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         others = torch.empty(len(statistics), len(targets), dtype=torch.float32, device=hidden.device)
         chunks = _chunks(len(targets), weight)
         ctx.kept = {}
         for number, chunk in enumerate(chunks):
-            probabilities, logps[chunk] = _softmax(hidden[chunk], weight, bias, targets[chunk])
+            computed = _softmax(hidden[chunk], weight, bias, targets[chunk], change)
+            logps[chunk] = computed.logps
             for row, statistic in enumerate(statistics):
-                others[row, chunk] = _statistic(probabilities, statistic)
+                others[row, chunk] = _statistic(computed.probabilities, statistic)
             if number >= len(chunks) - kept_chunks:
-                ctx.kept[chunk.start] = probabilities
+                ctx.kept[chunk.start] = computed
+        ctx.change = change
         ctx.save_for_backward(hidden, weight, bias, targets)
         return torch.cat((logps[None], others)) if statistics else logps
 
@@ -132,12 +218,11 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         for chunk in reversed(_chunks(len(targets), weight)):  # kept chunks first, to free them
-            probabilities = ctx.kept.pop(chunk.start, None)
-            if probabilities is None:
-                probabilities, _ = _softmax(hidden[chunk], weight, bias, targets[chunk])
-            upstream = grad_logps[chunk, None]
-            grad_logits = (
-                probabilities.mul_(-upstream).scatter_add_(1, targets[chunk, None], upstream).to(hidden.dtype)
+            computed = ctx.kept.pop(chunk.start, None)
+            if computed is None:
+                computed = _softmax(hidden[chunk], weight, bias, targets[chunk], ctx.change)
+            grad_logits = _grad_logits(computed, targets[chunk], grad_logps[chunk], ctx.change).to(
+                hidden.dtype
             )
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -152,7 +237,15 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _grad_logits(chunk: _Chunk, targets: Tensor, grad_logps: Tensor, change: LogitChange) -> Tensor:
+    """Return the gradient of the output layer's products, float32 [n, vocab], in the chunk's own memory."""
+    upstream = grad_logps[:, None] if change.scale == 1 else grad_logps[:, None] * change.scale
+    gradient = chunk.probabilities.mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
+    return gradient if chunk.slopes is None else gradient.mul_(chunk.slopes)
 
 
 def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:

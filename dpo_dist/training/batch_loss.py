@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dpo_dist.objective.logps import (
 )
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
+from dpo_dist.objective.router_losses import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.providers import ReferenceProvider
@@ -32,6 +33,17 @@ class ScoredModel(Protocol):
 
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
+        ...
+
+
+@runtime_checkable
+class RoutedModel(ScoredModel, Protocol):
+    """A mixture of experts in training."""
+
+    def routed_token_logps(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return `token_logps` and `objective.router_losses.routing_sums`."""
         ...
 
 
@@ -55,6 +67,7 @@ class ScoredPairs:
         tokens: sums over the policy's tokens, for metrics.
         labels: of the sources that metrics are divided by.
         sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
+        routing: `objective.router_losses.routing_sums`, if the loss has losses of routers.
     """
 
     policy: PairLogps
@@ -64,14 +77,19 @@ class ScoredPairs:
     tokens: TokenSums = field(default_factory=TokenSums)
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
+    routing: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a run and the provider of its reference log-probs."""
+    """The loss of a run and the provider of its reference log-probs.
+
+    `router`: losses that training adds for the routers of a mixture of experts; None: none.
+    """
 
     loss: LossConfig
     reference: ReferenceProvider
+    router: RouterLoss | None = None
 
     def ready_batches(self, rank_batch: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches, with stored reference log-probs attached.
@@ -129,7 +147,8 @@ class Objective:
             wanted.append("collisions")
         if is_evaluation:
             wanted.append("entropy")
-        token_logps, *rows = policy.token_logps(batch, wanted).view(1 + len(wanted), len(batch.targets))
+        values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
+        token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
         statistics = dict(zip(wanted, rows, strict=True))
         sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
         entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
@@ -145,7 +164,22 @@ class Objective:
             tokens=TokenSums(kl, entropy),
             labels=batch.labels,
             sources=batch.sources,
+            routing=routing,
         )
+
+    def forward(
+        self,
+        policy: ScoredModel,
+        batch: PackedBatch,
+        statistics: Sequence[Statistic] = (),
+        *,
+        is_evaluation: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the policy's `token_logps`, and in training what the losses of routers need; collective."""
+        if self.router is None or is_evaluation:
+            return policy.token_logps(batch, statistics), None
+        assert isinstance(policy, RoutedModel)
+        return policy.routed_token_logps(batch, statistics)
 
     def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.

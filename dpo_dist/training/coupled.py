@@ -15,6 +15,7 @@ from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, TokenSums
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
 from dpo_dist.training.finite_gradient import never_finite_if_not
+from dpo_dist.training.router_terms import coupled_router_terms
 from dpo_dist.training.step_timer import StepClock
 
 _COLUMNS = 13
@@ -28,7 +29,7 @@ def accumulate_coupled(
     world: World,
     clock: StepClock,
 ) -> MetricSums:
-    """Accumulate the gradient of a coupled loss; return metric sums, which are zero on all ranks but 0.
+    """Accumulate the gradient of a coupled loss; return metric sums: those of the pairs on rank 0 only.
 
     1. Score all micro-batches without a graph, and all-reduce the log-probs of the global batch.
     2. On every rank, differentiate the loss of the global batch by each log-prob.
@@ -54,6 +55,9 @@ def accumulate_coupled(
         materialize_grads=True,
     )
 
+    if not world.is_main:
+        sums = objective.no_sums(rank_batch, world.device)
+    routers = coupled_router_terms(objective.router, scored, step, world)
     policy.train()
     for number, (host_batch, positions) in enumerate(
         zip(step.batches, rank_batch.positions, strict=True), start=1
@@ -61,13 +65,16 @@ def accumulate_coupled(
         clock.enter("data")
         batch = host_batch.to(world.device)
         clock.enter("forward")
-        logps = objective.pair_logps(policy.token_logps(batch), batch)
+        token_logps, routing = objective.forward(policy, batch)
+        logps = objective.pair_logps(token_logps, batch)
         clock.enter("backward")
         own = _on_device(positions or (0,), world.device)
         parts = zip(slopes, _differentiable(logps), strict=True)
-        surrogate = torch.stack([slope[own] * part for slope, part in parts]) * batch.weights
-        policy.backward(surrogate.sum(), is_last=number == len(step.batches))
-    return sums if world.is_main else objective.no_sums(rank_batch, world.device)
+        surrogate = (torch.stack([slope[own] * part for slope, part in parts]) * batch.weights).sum()
+        if routers is not None and routing is not None:
+            surrogate, sums = routers.add(surrogate, routing, sums)
+        policy.backward(surrogate, is_last=number == len(step.batches))
+    return sums
 
 
 def coupled_sums(

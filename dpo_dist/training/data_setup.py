@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.router_schema import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
@@ -27,8 +29,10 @@ from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.number_text import counted
+from dpo_dist.objective.router_losses import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
 from dpo_dist.training.learning_rate import check_warmup
@@ -47,6 +51,8 @@ class ModelInputs:
         tokenizer_files: folder with its files.
         adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
         flops: floating-point operations of the model.
+        router: losses of the policy's routers, which training adds; None: none.
+        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -55,11 +61,13 @@ class ModelInputs:
     tokenizer_files: Path
     adapter: AdapterConfig | None
     flops: StepFlops
+    router: RouterLoss | None
+    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return compute_costs(self.flops)
+        return replace(compute_costs(self.flops), arrangement=self.arrangement)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     Raises:
         ConfigError, DataError: they cannot be read, or do not fit the configuration.
     """
-    models, encode = _load_models(config, world, console)
+    models, encode = _load_models(config, world, console, config.loss.router)
     eval_set = None
     if config.data.eval_sources:
         eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
@@ -151,27 +159,32 @@ def load_evaluation_inputs(config: RunConfig, world: World, console: Console) ->
     return EvaluationInputs(**vars(models), eval_set=eval_set)
 
 
-def _load_models(config: RunConfig, world: World, console: Console) -> tuple[ModelInputs, _Encode]:
-    """Return the models, and a function that encodes data for them; collective."""
+def _load_models(
+    config: RunConfig, world: World, console: Console, routers: RouterConfig | None = None
+) -> tuple[ModelInputs, _Encode]:
+    """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     start = _shared_start_folder(config, world, console)
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer = load_tokenizer(own_tokenizer, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
-    for note in training_notes(model_config, config.data.max_length):
+    router = router_loss(routers, model_config)
+    for note in [*router_notes(routers, model_config), *training_notes(model_config, config.data.max_length)]:
         console.say(note)
+    vocabulary = model_config.get_text_config().vocab_size
     policy_files, reference_files = _digest_models(folder, start, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
-        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
     adapter = trained_adapter(config.model, start)
-    flops = count_flops(model_config, adapter)
-    return ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops), encode
+    flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
+    models = ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops, router)
+    return models, encode
 
 
 def _encode(

@@ -3,7 +3,7 @@
 packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
   -> reference log-probs     stored and attached already, or one forward of the reference
   -> policy log-probs        one forward
-  -> loss, metric sums       objective/losses.py, objective/metrics.py
+  -> loss, metric sums       objective/losses.py, objective/metrics.py; of experts' routers: router_terms.py
   -> backward                gradients of loss / pairs of the global batch add up
 after the last micro-batch
   -> clip and update         skipped on all ranks if the gradient is not finite on any
@@ -27,6 +27,7 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredModel
 from dpo_dist.training.coupled import accumulate_coupled, coupled_sums
 from dpo_dist.training.finite_gradient import never_finite_if_not
+from dpo_dist.training.router_terms import router_terms
 from dpo_dist.training.step_timer import StepClock
 
 
@@ -48,31 +49,43 @@ def train_step(
         This rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
         all ranks, infinite if the update was skipped.
     """
-    pairs_in_batch = step.rank_batch.pairs  # over all ranks
     facts = BatchFacts(step.rank_batch.mean_chosen_tokens, running=running)
-    if objective.loss.is_coupled:
-        sums = accumulate_coupled(policy, objective, step, facts, world, clock)
-    else:
-        policy.train()
-        sums = objective.no_sums(step.rank_batch, world.device)
-        for number, host_batch in enumerate(step.batches, start=1):
-            clock.enter("data")
-            batch = host_batch.to(world.device)
-            clock.enter("reference")
-            reference = objective.reference.token_logps(batch)
-            clock.enter("forward")
-            pairs = objective.score(policy, batch, reference, facts)
-            loss, batch_sums = objective.measure(pairs)
-            sums += batch_sums
-            clock.enter("backward")
-            policy.backward(
-                never_finite_if_not(loss, pairs.policy.chosen) / pairs_in_batch,
-                is_last=number == len(step.batches),
-            )
+    accumulate = accumulate_coupled if objective.loss.is_coupled else _accumulate
+    sums = accumulate(policy, objective, step, facts, world, clock)
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
     return sums, grad_norm
+
+
+def _accumulate(
+    policy: PolicyEngine,
+    objective: Objective,
+    step: ReadyStep,
+    facts: BatchFacts,
+    world: World,
+    clock: StepClock,
+) -> MetricSums:
+    """Accumulate the gradient of a loss that is a sum over pairs; return this rank's metric sums."""
+    pairs_in_batch = step.rank_batch.pairs  # over all ranks
+    sums = objective.no_sums(step.rank_batch, world.device)
+    clock.enter("forward")
+    routers = router_terms(policy, objective.router, step, world)
+    policy.train()
+    for number, host_batch in enumerate(step.batches, start=1):
+        clock.enter("data")
+        batch = host_batch.to(world.device)
+        clock.enter("reference")
+        reference = objective.reference.token_logps(batch)
+        clock.enter("forward")
+        pairs = objective.score(policy, batch, reference, facts)
+        loss, batch_sums = objective.measure(pairs)
+        loss, sums = never_finite_if_not(loss, pairs.policy.chosen) / pairs_in_batch, sums + batch_sums
+        if routers is not None and pairs.routing is not None:
+            loss, sums = routers.add(loss, pairs.routing, sums)
+        clock.enter("backward")
+        policy.backward(loss, is_last=number == len(step.batches))
+    return sums
 
 
 @dataclass(frozen=True)

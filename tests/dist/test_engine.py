@@ -22,6 +22,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.weight_loading import sharded_loading
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
@@ -115,6 +116,8 @@ def steps(
     policy = PolicyEngine(
         load_packed(model, config.model, 1024, world.device, sequence=world.sequence), OPTIM, world
     )
+    if policy.loss_scale is not None:
+        policy.set_loss_scale(LossScale(2.0**8))  # at the start's, the first step overflows
     write_whole(policy, folder / "before.safetensors")
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
 

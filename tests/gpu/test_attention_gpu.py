@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.attention_backend import Heads, check_kernel
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.segment_attention import Layout, Scores
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
@@ -50,7 +51,7 @@ def test_kernels_attend_like_sdpa(kernel: AttentionBackend, key_heads: int) -> N
         (kernel, torch.bfloat16),
     ):
         heads = [tensor.to(dtype).requires_grad_() for tensor in exact]
-        attended = packed_attention(LAYOUT, backend, CUDA)(*heads, None)
+        attended = packed_attention(LAYOUT, backend, CUDA)(*heads, Scores())
         gradients = torch.autograd.grad((attended.float() * slopes).sum(), heads)
         results[backend, dtype] = [tensor.float() for tensor in (attended, *gradients)]
     truth = results[AttentionBackend.sdpa, torch.float32]

@@ -9,14 +9,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 
-def masked_attention(heads: tuple[Tensor, Tensor, Tensor], mask: Tensor, scale: float | None) -> Tensor:
-    """Attention under a mask; tensors are [tokens, heads, dim]."""
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
-    attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-    return attended[0].transpose(0, 1)
+def masked_attention(
+    heads: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention under a mask by its definition; tensors are [tokens, heads, dim], sinks [heads]."""
+    query, key, value = (tensor.transpose(0, 1) for tensor in heads)
+    groups = len(query) // len(key)
+    key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
+    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(mask), 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : mask.shape[1]]
+    return (weights @ value).transpose(0, 1)
 
 
 def _by_segment(
@@ -24,8 +37,11 @@ def _by_segment(
     cumulative: tuple[Tensor, Tensor],
     longest: tuple[int, int],
     scale: float | None,
+    window_size: tuple[int, int] = (-1, 0),
+    softcap: float = 0.0,
 ) -> Tensor:
     """Compute the result of a variable-length kernel: causal in each segment, aligned to the bottom right."""
+    assert window_size[1] == 0
     query, key, value = heads
     assert all(bounds.dtype == torch.int32 for bounds in cumulative)
     query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)
@@ -37,8 +53,10 @@ def _by_segment(
     for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
         queries, keys = stop - start, key_stop - key_start
         mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        if window_size[0] >= 0:
+            mask = mask.triu(keys - queries - window_size[0])
         part = (query[start:stop], key[key_start:key_stop], value[key_start:key_stop])
-        outputs.append(masked_attention(part, mask, scale))
+        outputs.append(masked_attention(part, mask, scale, softcap))
     return torch.cat(outputs)
 
 
@@ -60,9 +78,8 @@ def varlen_of_torch_2_13(
     num_splits: int | None = None,
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
-    assert window_size == (-1, 0)
     assert enable_gqa or query.shape[1] == key.shape[1]
-    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
+    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def varlen_of_torch_2_11(
@@ -79,9 +96,8 @@ def varlen_of_torch_2_11(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """The same where it knows no groups of heads."""
-    assert window_size == (-1, 0)
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
+    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def varlen_of_torch_2_10(
@@ -120,8 +136,15 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    assert window_size == (-1, -1)
-    return _by_segment((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale)
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
+    return _by_segment(
+        (q, k, v),
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        softmax_scale,
+        (window_size[0], 0),  # causal
+        softcap,
+    )
 
 
 def put_kernels(

@@ -13,6 +13,7 @@ from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.objective.router_losses import ROUTER_METRICS
 from dpo_dist.report.metrics_log import PHASES
 from scripts.write_key_docs import pages
 
@@ -60,7 +61,7 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 
 def test_every_metric_is_described() -> None:
-    assert sorted(first_column("metrics.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES)
+    assert sorted(first_column("metrics.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + ROUTER_METRICS)
 
 
 def test_every_kind_of_loss_is_described() -> None:

@@ -17,7 +17,15 @@ def run_directory(*overrides: str) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    ["loss.beta=0.2", "model.path=n", "data.train=[b.jsonl]", "optim.lr=2e-6", "trainer.seed=1", "loss=ipo"],
+    [
+        "loss.router.aux_coefficient=model",
+        "loss.beta=0.2",
+        "model.path=n",
+        "data.train=[b.jsonl]",
+        "optim.lr=2e-6",
+        "trainer.seed=1",
+        "loss=ipo",
+    ],
 )
 def test_keys_that_define_the_result_change_the_run_directory(change: str) -> None:
     assert run_directory(change) != run_directory()

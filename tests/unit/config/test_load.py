@@ -149,6 +149,8 @@ def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
         ("trainer.max_steps=1.5", "a whole number or null"),
         ("model.gradient_checkpointing=maybe", "none, full, or n of 2 or more"),
         ("model.gradient_checkpointing=1", "none, full, or n of 2 or more"),
+        ("loss.router.aux_coefficient=own", "model, or a number above 0"),
+        ("loss.router.aux_coefficient=0", "model, or a number above 0"),
         ("model.trust_remote_code=maybe", "true or false"),
         ("data.train=a.jsonl", "a list in brackets: [a,b]"),
         ("data.train=[{path: a, limit: many}]", "a whole number or null"),

@@ -17,7 +17,7 @@ Plan = list[list[list[int]]]
 
 def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
     counts = np.array(tokens, dtype=np.int64)
-    return ExampleSizes(counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
+    return ExampleSizes(counts, counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
 
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.segment_attention import Layout, Scores
 from tests.support.kernels import masked_attention, put_kernels, varlen_of_torch_2_10, varlen_of_torch_2_11
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_varlen_is_called_with_the_keywords_of_each_torch_version(monkeypatch: p
 
 def check(layout: Layout, backend: AttentionBackend, scale: float | None) -> None:
     heads = random_heads(layout)
-    attended = packed_attention(layout, backend, CPU)(*heads, scale)
+    attended = packed_attention(layout, backend, CPU)(*heads, Scores(scale))
     expected = masked_attention(heads, visible(layout), scale)
     torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
     slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))

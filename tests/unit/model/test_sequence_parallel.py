@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.attention_backend import Heads
+from dpo_dist.model.segment_attention import Layout, Scores
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenShare, check_heads
 
 T = TypeVar("T")
@@ -87,23 +88,27 @@ def test_shares_are_of_equal_length_and_targets_come_back_in_their_order(
             (((5, 3, 7), (2, 1, 4)), 5),
         ]
     ),
+    has_sinks=st.booleans(),
 )
 def test_attention_of_shares_equals_that_of_the_whole_sequence(
-    ranks: int, kv_heads: int, shape: tuple[Layout, int]
+    ranks: int, kv_heads: int, shape: tuple[Layout, int], has_sinks: bool
 ) -> None:
     layout, value_dim = shape
     tokens, cpu = sum(map(sum, layout)), torch.device("cpu")
     whole = packed_attention(layout, AttentionBackend.sdpa, cpu)
     shapes = ((4, 6), (kv_heads, 6), (kv_heads, value_dim))
     inputs = [torch.randn(tokens, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    expected = whole(inputs[0], inputs[1], inputs[2], None)
+    sinks = torch.linspace(-2, 2, 4, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    scores = Scores(sinks=sinks)
+    expected = whole(inputs[0], inputs[1], inputs[2], scores)
     slopes = torch.randn_like(expected)
+    inputs += [] if sinks is None else [sinks]
     gradients = torch.autograd.grad(expected, inputs, slopes)
 
     def attend(exchange: InThreads) -> tuple[Tensor, Tensor]:
         own = TokenShare.of(exchange, tokens, torch.zeros(1, dtype=torch.int64)).tokens
-        query, key, value = (tensor[own] for tensor in inputs)
-        return own, ExchangedAttention(whole, exchange, tokens)(query, key, value, None)
+        query, key, value = (tensor[own] for tensor in inputs[:3])
+        return own, ExchangedAttention(whole, exchange, tokens)(query, key, value, scores)
 
     got = torch.empty_like(expected)
     for rank, (own, attended) in enumerate(on_ranks(ranks, attend)):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.objective import token_logps as token_logps_module
 from dpo_dist.objective.logps import desensitised_weights, sum_by_response
-from dpo_dist.objective.token_logps import token_logps
+from dpo_dist.objective.token_logps import LogitChange, token_logps
 
 VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 
@@ -111,6 +111,38 @@ def test_bf16_weights_and_states_are_multiplied_to_float32(
     )
 
 
+CHANGES = [LogitChange(0.125), LogitChange(1.0, 3.0), LogitChange(0.5, 2.0)]
+
+
+@pytest.mark.usefixtures("chunk_positions")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_logits_have_the_log_probs_and_gradients_of_the_definition(
+    change: LogitChange, bias: bool
+) -> None:
+    def defined(hidden: Tensor, weight: Tensor, offset: Tensor | None, targets: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden, weight, offset) * change.scale
+        if change.softcap is not None:
+            logits = change.softcap * torch.tanh(logits / change.softcap)
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    exact = results(defined, head(torch.float64, bias))
+    ours = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32, bias))
+    for value, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("chunk_positions")
+@pytest.mark.parametrize("change", CHANGES)
+def test_statistics_are_of_the_changed_logits(change: LogitChange) -> None:
+    hidden, weight, bias, targets = head(torch.float32)
+    _, entropy, _ = token_logps(hidden, weight, bias, targets, ("entropy", "collisions"), change)
+    logits = torch.nn.functional.linear(hidden, weight, bias) * change.scale
+    if change.softcap is not None:
+        logits = change.softcap * torch.tanh(logits / change.softcap)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+
+
 def test_frozen_parameters_get_no_gradient() -> None:
     hidden, weight, bias, targets = head(torch.float32)
     assert bias is not None
@@ -157,7 +189,7 @@ def test_backward_keeps_chunks_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 5})
     monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * 12})
     graph: Any = token_logps(*head(torch.float32)).grad_fn
-    assert [len(kept) for kept in graph.kept.values()] == [5, 3]  # the last two of 23 positions
+    assert [len(kept.probabilities) for kept in graph.kept.values()] == [5, 3]  # the last two of 23 positions
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

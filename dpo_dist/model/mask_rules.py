@@ -1,0 +1,111 @@
+"""The keys that a layer's queries see: a rule over positions, evaluated one segment at a time.
+
+A transformers model creates a mask for each kind of its layers (full, sliding, chunked, or its own) from a
+function of query and key positions. Under packed attention it gets this rule instead of a mask of
+[tokens, tokens]. Every response with its prompt is a sequence from position 0, so the rule is exact for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from dpo_dist.errors import ConfigError
+
+
+@dataclass(eq=False)
+class MaskRule:
+    """A causal rule, shared by all layers of one kind in one forward.
+
+    Attributes:
+        function: of transformers: (batch, head, query position, key position) to whether the key is visible.
+        reach: a query at position p sees no key at p - reach or before, and with at most `reach` keys it sees
+            all that are not later; None: not known.
+        by_element: the function takes one pair of positions at a time.
+        device: of the masks.
+    """
+
+    function: Callable[..., Any]
+    reach: int | None
+    by_element: bool
+    device: torch.device
+    _masks: dict[tuple[range, range], Tensor] = field(default_factory=dict, init=False)
+
+    def is_causal(self, keys: int) -> bool:
+        """Return whether all earlier tokens are visible in a sequence of this length."""
+        return self.reach is not None and keys <= self.reach
+
+    def mask(self, queries: range, keys: range) -> Tensor:
+        """Return the mask bool [queries, keys] of positions in one sequence.
+
+        Raises:
+            ConfigError: a query sees a later key.
+        """
+        known = self._masks.get((queries, keys))
+        if known is None:
+            known = self._evaluate(queries, keys)
+            self._masks[queries, keys] = known
+        return known
+
+    def _evaluate(self, queries: range, keys: range) -> Tensor:
+        mask: Tensor = sdpa_mask(
+            batch_size=1,
+            q_length=len(queries),
+            kv_length=len(keys),
+            q_offset=queries.start,
+            kv_offset=keys.start,
+            mask_function=self.function,
+            allow_is_causal_skip=False,
+            use_vmap=self.by_element,
+            device=self.device,
+        )[0, 0]
+        # Rules of known reach are causal by construction: they need no synchronization with the device.
+        if self.reach is None and self.function is not causal_mask_function:
+            later = torch.ones_like(mask).triu(queries.start - keys.start + 1)
+            if bool((mask & later).any()):
+                raise not_causal("a layer's attention mask")
+        return mask
+
+
+def causal_rule(device: torch.device) -> MaskRule:
+    """Return the rule of a layer in which tokens see all earlier tokens."""
+    return MaskRule(causal_mask_function, None, False, device)
+
+
+def not_causal(got: str) -> ConfigError:
+    """Return the error for a model whose tokens attend to later tokens."""
+    return ConfigError(
+        "this model is not causal: its tokens attend to later tokens",
+        where="model.path",
+        got=got,
+        remedy="choose a causal language model",
+    )
+
+
+def mask_rule(
+    mask_function: Callable[..., Any],
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_sizes: Any,
+) -> MaskRule | None:
+    """Return the rule of a kind of layers; None if its tokens see all earlier tokens.
+
+    Called by transformers in the place of its mask functions (`AttentionMaskInterface`).
+
+    Args:
+        mask_function: over positions.
+        local_size: of a window or a chunk.
+        allow_is_causal_skip: whether the function is transformers' own causal one, with at most a window or
+            chunks.
+        use_vmap: whether the function takes one pair of positions at a time.
+        device: of the model's inputs.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    reach = local_size if allow_is_causal_skip else None
+    return MaskRule(mask_function, reach, use_vmap, torch.device(device))

@@ -1,0 +1,230 @@
+"""Packed attention with windows, chunks, capped scores and sinks equals its definition."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+)
+
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.errors import ConfigError
+from dpo_dist.model import segment_attention, varlen_attention
+from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.mask_rules import MaskRule, mask_rule
+from dpo_dist.model.segment_attention import Layout, Scores
+from tests.support.kernels import masked_attention, put_kernels
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, DIM = 4, 2, 8
+KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
+LAYOUT = ((9, 3, 12, 1), (1, 0, 20), (17, 2))
+Sees = Callable[[int, int], bool]
+"""Whether a query at one position sees a key at another, both in one response with its prompt."""
+
+layouts: st.SearchStrategy[Layout] = st.lists(
+    st.tuples(st.integers(1, 12), st.lists(st.integers(0, 12), min_size=1, max_size=3)).map(
+        lambda pair: (pair[0], *pair[1])
+    ),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the sizes of these sequences, and kernels that need no CUDA."""
+    put_kernels(monkeypatch)
+    monkeypatch.setattr(segment_attention, "_SMALLEST_BLOCK", 3)
+    monkeypatch.setattr(segment_attention, "_SCORE_BYTES", 4 * HEADS * 12 * 5)
+    varlen_attention._log_sdpa.cache_clear()
+
+
+def window(size: int) -> tuple[MaskRule | None, Sees]:
+    rule = mask_rule(sliding_window_causal_mask_function(size), local_size=size)
+    return rule, lambda query, key: query - size < key <= query
+
+
+def chunks(size: int) -> tuple[MaskRule | None, Sees]:
+    start = torch.zeros(1, dtype=torch.int64)
+    rule = mask_rule(chunked_causal_mask_function(size, start), local_size=size)
+    return rule, lambda query, key: key <= query and key // size == query // size
+
+
+def of_its_own(size: int) -> tuple[MaskRule | None, Sees]:
+    """Return a rule of a model's own: a window and the first keys, of one pair of positions at a time."""
+
+    def first_keys(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key < 2) & (key <= query)
+
+    rule = mask_rule(
+        or_masks(sliding_window_causal_mask_function(size), first_keys),
+        local_size=size,
+        allow_is_causal_skip=False,
+        use_vmap=True,
+    )
+    return rule, lambda query, key: key <= query and (key < 2 or key > query - size)
+
+
+def causal(_size: int) -> tuple[MaskRule | None, Sees]:
+    return mask_rule(causal_mask_function), lambda query, key: key <= query
+
+
+RULES = [window, chunks, of_its_own, causal]
+
+
+def visible(layout: Layout, sees: Sees) -> Tensor:
+    """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition."""
+    tokens = [
+        (pair, piece, position)
+        for pair, (prompt, *responses) in enumerate(layout)
+        for piece, length in enumerate((prompt, *responses))
+        for position in range(prompt if piece else 0, (prompt if piece else 0) + length)
+    ]
+    return torch.tensor(
+        [
+            [
+                token[0] == other[0] and other[1] in (0, token[1]) and sees(token[2], other[2])
+                for other in tokens
+            ]
+            for token in tokens
+        ]
+    )
+
+
+def random_heads(layout: Layout, value_dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = sum(map(sum, layout))
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((tokens, HEADS, DIM), (tokens, KEY_HEADS, DIM), (tokens, KEY_HEADS, value_dim))
+    query, key, value = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def check(
+    layout: Layout, sees: Sees, scores: Scores, backend: AttentionBackend, value_dim: int = DIM
+) -> None:
+    heads = random_heads(layout, value_dim)
+    inputs = heads if scores.sinks is None else (*heads, scores.sinks)
+    attended = packed_attention(layout, backend, CPU)(*heads, scores)
+    expected = masked_attention(heads, visible(layout, sees), scores.scale, scores.softcap, scores.sinks)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    gradients, expected_gradients = (
+        torch.autograd.grad((output * slopes).sum(), inputs) for output in (attended, expected)
+    )
+    # A query that sees one key has no gradient but rounding: its own norm is no measure.
+    largest = max(gradient.norm() for gradient in expected_gradients)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * max(theirs.norm(), 0.1 * largest)
+
+
+@given(
+    layouts,
+    st.sampled_from(RULES),
+    st.integers(1, 26),
+    st.sampled_from([None, 2.0]),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+)
+def test_scores_equal_their_definition(
+    layout: Layout,
+    rule_of: Callable[[int], tuple[MaskRule | None, Sees]],
+    size: int,
+    softcap: float | None,
+    has_sinks: bool,
+    scale: float | None,
+) -> None:
+    rule, sees = rule_of(size)
+    sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if has_sinks and softcap is None else None
+    check(layout, sees, Scores(scale, rule, None, softcap, sinks), AttentionBackend.sdpa)
+
+
+@given(layouts, st.sampled_from(KERNELS), st.integers(1, 26))
+def test_kernels_are_called_with_the_window(layout: Layout, backend: AttentionBackend, size: int) -> None:
+    rule, sees = window(size)
+    check(layout, sees, Scores(0.5, rule, size), backend)
+
+
+def by_segment(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
+    """Return a list to which each layer's scores are added that do not run in a kernel."""
+    called: list[Scores] = []
+    original = segment_attention.SegmentAttention.__call__
+
+    @functools.wraps(original)
+    def counted(self: segment_attention.SegmentAttention, *arguments: Tensor | Scores) -> Tensor:
+        called.append(arguments[-1])  # type: ignore[arg-type]
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segment_attention.SegmentAttention, "__call__", counted)
+    return called
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_lacks_runs_on_sdpa(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dpo_dist")
+    called = by_segment(monkeypatch)
+    sinks = torch.linspace(-2, 2, HEADS, requires_grad=True)
+    chunk_rule, in_chunk = chunks(5)
+    window_rule, in_window = window(5)
+    everywhere = causal(0)[1]
+    check(LAYOUT, in_window, Scores(rule=window_rule, window=5, sinks=sinks), backend)
+    check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
+    check(LAYOUT, everywhere, Scores(softcap=2.0), backend)
+    check(LAYOUT, everywhere, Scores(), backend, value_dim=16)
+    lacking = ["attention sinks", "masks other than sliding windows", "heads of 8 and 16 dimensions"]
+    if backend is AttentionBackend.varlen:
+        lacking.insert(2, "capped scores")
+    assert len(called) == len(lacking)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"attention: {backend} has no {what}, so layers with them run on sdpa" for what in lacking
+    ]
+    check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
+    assert len(caplog.records) == len(lacking), "one line for each reason"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_window_longer_than_every_sequence_stays_in_the_kernel(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = by_segment(monkeypatch)
+    rule, sees = chunks(21)
+    check(LAYOUT, sees, Scores(rule=rule), backend)
+    assert called == []
+
+
+def test_a_rule_that_sees_later_tokens_is_refused() -> None:
+    def neighbours(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key).abs() <= 1
+
+    rule = mask_rule(or_masks(causal_mask_function, neighbours), allow_is_causal_skip=False)
+    with pytest.raises(ConfigError, match="not causal"):
+        packed_attention(LAYOUT, AttentionBackend.sdpa, CPU)(*random_heads(LAYOUT), Scores(rule=rule))
+
+
+def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    products = []
+    original = segment_attention.scaled_dot_product_attention
+
+    def counted(query: Tensor, key: Tensor, *others: Tensor, **options: Tensor) -> Tensor:
+        products.append(query.shape[2] * key.shape[2])
+        return original(query, key, *others, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segment_attention, "scaled_dot_product_attention", counted)
+    layout: Layout = ((6000, 2000, 2100),)
+    heads = [torch.randn(sum(layout[0]), 1, 8) for _ in range(3)]
+    rule, _ = window(512)
+    with torch.no_grad():
+        packed_attention(layout, AttentionBackend.sdpa, CPU)(heads[0], heads[1], heads[2], Scores(rule=rule))
+    assert sum(products) < 1.5 * 512 * sum(layout[0])

@@ -1,0 +1,131 @@
+"""Losses of routers of packed models equal those of transformers' own forward of the padded batch."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
+
+from dpo_dist.config.router_schema import RouterConfig
+from dpo_dist.data.packing import Sequences
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.router import router_loss, router_notes, routers_of
+from dpo_dist.objective.router_losses import AUX_LOSS, RouterLoss, routing_sums, selections
+from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
+from tests.unit.model.test_architectures import packed, tiny_causal_lm, tiny_config
+
+SHAPES = [(7, 5, 9), (1, 1, 4), (12, 3, 1), (4, 3, 2, 6)]
+LOSS = RouterLoss(1.0, None)
+
+
+def padded(pairs: list[Sequences]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of one row per response, without its last token, which predicts nothing; and their mask."""
+    rows = [np.concatenate((pair.prompt_ids, r[:-1])) for pair in pairs for r in pair.responses]
+    ids = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+    return pad_sequence(ids, batch_first=True), pad_sequence(
+        [torch.ones_like(row) for row in ids], batch_first=True
+    )
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_the_packed_batch_has_the_loss_and_gradient_of_the_padded_one(model_type: str) -> None:
+    own = {"num_local_experts": 4} if model_type == "mixtral" else {}
+    causal_lm, pairs = tiny_causal_lm(tiny_config(model_type, **own)), random_pairs(SHAPES)
+    input_ids, mask = padded(pairs)
+    expected = causal_lm(
+        input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False
+    ).aux_loss
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in causal_lm.named_parameters() if p.grad is not None}
+    causal_lm.zero_grad()
+    _, sums = packed(causal_lm)(pack_unkeyed(pairs), with_routing=True)
+    ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
+    ours.backward()
+    largest = max(gradient.norm() for gradient in wanted.values())
+    assert largest > 0
+    for name, parameter in causal_lm.named_parameters():
+        if name in wanted:
+            assert (parameter.grad - wanted[name]).norm() <= 1e-5 * largest, name
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(OWN))
+def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
+    """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        **OWN[model_type],
+    )
+    routers = routers_of(config)
+    assert routers is not None
+    assert routers.coefficient
+    causal_lm = tiny_causal_lm(config).eval()
+    input_ids, mask = padded(random_pairs(SHAPES))
+    outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+    sums = routing_sums(outputs.router_logits, mask.flatten().float(), routers.top_k)
+    ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
+    torch.testing.assert_close(ours, outputs.aux_loss, rtol=1e-5, atol=0)
+
+
+def test_the_coefficient_is_that_of_the_model_or_of_the_user() -> None:
+    config = tiny_config("mixtral", router_aux_loss_coef=0.125)
+    assert router_loss(RouterConfig(), config) is None
+    assert router_loss(RouterConfig("model", 0.5), config) == RouterLoss(0.125, 0.5)
+    assert router_loss(RouterConfig(2.0), config) == RouterLoss(2.0, None)
+    assert router_loss(RouterConfig(z_coefficient=0.5), config) == RouterLoss(None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "router", "named"),
+    [
+        ("qwen3", {}, RouterConfig("model"), "no load-balancing loss"),
+        ("qwen3", {}, RouterConfig(z_coefficient=0.1), "no load-balancing loss"),
+        ("doge", {"is_moe": True}, RouterConfig(0.1), "no load-balancing loss"),
+        ("mixtral", {"router_aux_loss_coef": 0.0}, RouterConfig("model"), "no coefficient"),
+    ],
+)
+def test_a_loss_that_the_model_does_not_define_is_refused(
+    model_type: str, own: dict[str, Any], router: RouterConfig, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named) as raised:
+        router_loss(router, tiny_config(model_type, **own))
+    assert raised.value.remedy
+
+
+def test_a_note_says_what_is_added() -> None:
+    mixtral = tiny_config("mixtral", router_aux_loss_coef=0.125)
+    (without,) = router_notes(RouterConfig(), mixtral)
+    assert "without the router's load-balancing loss" in without
+    assert "0.125" in without
+    assert "0.125 times" in router_notes(RouterConfig("model"), mixtral)[0]
+    assert "2 times the router's z-loss" in router_notes(RouterConfig(z_coefficient=2.0), mixtral)[0]
+    assert router_notes(RouterConfig(), tiny_config("qwen3")) == []
+    assert router_notes(None, mixtral) == []
