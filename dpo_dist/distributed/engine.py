@@ -47,7 +47,7 @@ class FrozenEngine:
     """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
-        self._folder = folder
+        self.model, self._folder = model, folder
         model.requires_grad_(False)
         _gather_whole_layers(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
@@ -106,9 +106,9 @@ class PolicyEngine:
     def __init__(
         self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
     ):
-        self._world = world
+        self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
+        zero.update(policy_communication(zero["stage"], model.hidden_size))
         _gather_whole_layers(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
