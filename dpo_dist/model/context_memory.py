@@ -52,7 +52,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model is trained.
+    """Processes and options of a training.
 
     Attributes:
         processes: number of GPUs.

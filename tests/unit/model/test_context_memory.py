@@ -119,7 +119,7 @@ def measured(shape: ModelShape, placement: Placement, tokens: int) -> tuple[int,
 
 def added_by_tokens(shape: ModelShape, placement: Placement) -> tuple[float, float]:
     """Return the bytes kept after forward and those of the peak, for one more token of a process."""
-    few, more = 512, 1024
+    few, more = 1024, 2048  # with fewer, gradients of weights are the most
     ranks = placement.sequence_parallel
     first, second = (measured(shape, placement, count * ranks) for count in (few, more))
     kept, peak = ((b - a) / (more - few) for a, b in zip(first, second, strict=True))
@@ -145,7 +145,7 @@ def test_the_activations_of_a_layer_take_what_the_formula_says(
     _, peak = added_by_tokens(shape, away)
     tokens = 1024 * placement.sequence_parallel
     half = layer_bytes(shape, placement, tokens // 2)
-    assert peak == pytest.approx((layer_bytes(shape, placement, tokens) - half) / 512, rel=0.06)
+    assert peak == pytest.approx((layer_bytes(shape, placement, tokens) - half) / 512, rel=0.03)
 
 
 def test_each_checkpointed_layer_keeps_its_input_unless_it_is_elsewhere() -> None:
