@@ -27,8 +27,8 @@ _HEAD_SLOWNESS = 0.9
 # On a CPU, many products of a few milliseconds: one of them runs uninterrupted also on a busy machine.
 _PEAK_TRIALS = {"cuda": 5, "cpu": 20}
 _PEAK_SIDE = {"cuda": 8192, "cpu": 512}
-# TFLOP/s of dense matrix products by the makers' data sheets: bf16, and float32 without TF32. The first entry
-# whose name is part of PyTorch's name of the device is used.
+# TFLOP/s of dense matrix products by the makers' data sheets: 16 bits, and float32 without TF32. The first
+# entry whose name is part of PyTorch's name of the device is used.
 _DATASHEET_TFLOPS = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
@@ -52,6 +52,9 @@ _DATASHEET_TFLOPS = (
     ("RTX 4090", 165.2, 82.6),
     ("RTX 3090", 71.0, 35.6),
     ("MI300X", 1307.4, 163.4),
+    ("V100-SXM2", 125.0, 15.7),
+    ("V100-PCIE", 112.0, 14.0),
+    ("T4", 65.0, 8.1),
 )
 
 
@@ -193,9 +196,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
     """Return the FLOP/s of a device by its data sheet; None if the device is not in the table."""
-    for name, bf16, fp32 in _DATASHEET_TFLOPS:
+    for name, sixteen_bit, fp32 in _DATASHEET_TFLOPS:
         if re.search(rf"\b{name}\b", device_name) and "Laptop" not in device_name:
-            return 1e12 * (bf16 if dtype is torch.bfloat16 else fp32)
+            return 1e12 * (fp32 if dtype is torch.float32 else sixteen_bit)
     return None
 
 

@@ -113,7 +113,9 @@ def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
         ("NVIDIA L40S", 362.0),
         ("NVIDIA RTX A4000", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("Tesla T4", None),
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("Tesla P100", None),
     ],
 )
 def test_a_device_is_found_by_its_full_name(name: str, tflops: float | None) -> None:
