@@ -143,6 +143,7 @@ def _set_up(
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+        policy.set_loss_scale(position.loss_scale)
         checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
     else:
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
