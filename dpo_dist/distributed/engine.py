@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -34,6 +35,7 @@ from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapter_off
+from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
@@ -49,7 +51,7 @@ class FrozenEngine:
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         self._folder = folder
         model.requires_grad_(False)
-        _gather_whole_layers(model)
+        _gather_at_once(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         self._engine.eval()
 
@@ -109,7 +111,7 @@ class PolicyEngine:
         self._world = world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
-        _gather_whole_layers(model)
+        _gather_at_once(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
@@ -264,10 +266,16 @@ def _drop_gradients(optimizer: Any) -> None:
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
 
-def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
+def _gather_at_once(model: PackedCausalLM) -> None:
+    """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
+
+    Compiled layers, so that no hook is inside compiled code. Blocks with a list of experts: a rank whose
+    tokens visit no part of an expert would not gather it, and the others would wait for that rank.
+    """
+    for block in expert_blocks(model.causal_lm):
+        set_z3_leaf_module(block, True)
     if model.compiled:
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+        set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:
