@@ -4,7 +4,6 @@ One process, on CPU or GPU. docs/python.md has examples. Log-probs come from the
 training (law L7).
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, response_key
 from dpo_dist.data.encode_chunk import encode_record
@@ -28,11 +27,10 @@ from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
 from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import load
-from dpo_dist.model.attention import PACKED
-from dpo_dist.model.attention_backend import choose_backend
+from dpo_dist.model.borrowed import packed_for_a_while
+from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
@@ -98,7 +96,9 @@ def load_model(
         ConfigError: the model cannot be loaded, or packed log-probs are not exact for its architecture.
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
-    return load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
+    model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
+    settle(model, model, device, max_length)
+    return model
 
 
 def read_pairs(
@@ -152,7 +152,7 @@ def token_logps(
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     logps: list[Tensor] = []
-    with _packed(model, longest) as packed:
+    with packed_for_a_while(model, longest) as packed:
         device = next(packed.parameters()).device
         for part in _micro_batches(pairs, micro_batch_tokens):
             batch = _batch(part).to(device)
@@ -234,37 +234,6 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
             got=f"{type(error).__name__}: {error}",
             remedy="check that the folder is a run directory; a run writes its summary at its end",
         ) from error
-
-
-@contextlib.contextmanager
-def _packed(model: Model, longest: int) -> Iterator[PackedCausalLM]:
-    """Yield `model` as a packed model; a model of transformers gets its own attention and head back."""
-    if isinstance(model, PackedCausalLM):
-        yield model
-        return
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            "this is not a causal language model of transformers",
-            where="model",
-            got=type(model).__name__,
-            remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
-        )
-    check_supported(model.config, longest)
-    if model.training:
-        raise ConfigError(
-            "the model is in training mode, in which dropout makes log-probs random",
-            where="model",
-            got=type(model).__name__,
-            remedy="call model.eval(); gradients are recorded in evaluation mode too",
-        )
-    head, attention = model.get_output_embeddings(), model.config._attn_implementation
-    dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
-    try:
-        model.set_attn_implementation(PACKED)
-        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, model.device))
-    finally:
-        model.set_output_embeddings(head)
-        model.set_attn_implementation(attention)
 
 
 def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[list[EncodedExample]]:

@@ -20,6 +20,7 @@ from dpo_dist.generation.sampling.respond import Numbers, respond
 from dpo_dist.generation.sampling.responder import ModelSource, Responder, open_responder
 from dpo_dist.generation.stages import Stages
 from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.exactness import settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 
@@ -70,7 +71,9 @@ class Speaker:
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
-        return packed.eval()
+        packed.eval()
+        settle(packed, packed, world.device, longest, key=KEY)
+        return packed
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Return a sample for each request, in their order."""

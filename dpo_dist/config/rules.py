@@ -10,7 +10,7 @@ from dataclasses import fields
 from dpo_dist.config.check import Rule
 from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
-from dpo_dist.config.rules_adapter import ADAPTER_RULES
+from dpo_dist.config.rules_adapter import ADAPTER_RULES, EXPORT_RULES
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
@@ -55,6 +55,20 @@ _RUN_AND_MODEL = (
         lambda c: c.model.compile and c.model.liger,
         "torch.compile and Liger's kernels fuse the same operations",
         "set model.liger=false or model.compile=false",
+        "one of them",
+    ),
+    Rule(
+        "model.activation_offload model.gradient_checkpointing",
+        lambda c: c.model.activation_offload and c.model.gradient_checkpointing == "none",
+        "only the inputs of checkpointed layers are moved to host memory",
+        "set model.gradient_checkpointing=full or model.activation_offload=false",
+        _CHECKPOINTING.replace("none, ", ""),
+    ),
+    Rule(
+        "model.compile model.mlp_tile_tokens",
+        lambda c: c.model.compile and c.model.mlp_tile_tokens is not None,
+        "a compiled MLP computes all tokens at once",
+        "set model.mlp_tile_tokens=null or model.compile=false",
         "one of them",
     ),
     Rule(
@@ -248,6 +262,7 @@ RULES = (
     *KEEP_BEST_RULES,
     *REFERENCE_RULES,
     *EVALUATION_RULES,
+    *EXPORT_RULES,
     *_DOCTOR,
 )
 """In the order in which they are checked."""

@@ -61,6 +61,19 @@ class ModelConfig:
         verbs="train",
         accepts="none, full, or a whole number, >= 2",
     )
+    activation_offload: bool = key(
+        False,
+        "Inputs of checkpointed layers wait for backward in host memory (CUDA).",
+        free=True,
+        verbs="train",
+    )
+    mlp_tile_tokens: int | None = key(
+        None,
+        "Tokens of a tile of an MLP; its wide activations exist for one tile at a time. null: no tiles.",
+        at_least=1,
+        free=True,
+        verbs="train precompute evaluate",
+    )
     compile: bool = key(
         False, "torch.compile in decoder layers.", free=True, verbs="train precompute evaluate"
     )

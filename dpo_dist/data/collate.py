@@ -8,7 +8,7 @@ import torch
 
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
-from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
+from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.data.sampler import Indices
 
 
@@ -28,6 +28,7 @@ class RankBatch:
         sources: int64 [pairs], index in `dataset.labels` of the source of each pair of the global batch; None
             without labels.
         only_chosen: whether only the chosen responses are computed.
+        forwards: for each micro-batch `PackedBatch.forwards`.
     """
 
     dataset: PreferenceDataset
@@ -41,11 +42,12 @@ class RankBatch:
     mean_chosen_tokens: float
     sources: Indices | None = None
     only_chosen: bool = False
+    forwards: tuple[int, ...] = ()
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
-        for indices in self.micro_batches:
-            yield collate(self.dataset, indices, self.only_chosen)
+        for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
+            yield replace(collate(self.dataset, indices, self.only_chosen), forwards=forwards)
 
 
 def shard_batch(
@@ -77,6 +79,7 @@ def shard_batch(
         mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
         only_chosen=only_chosen,
+        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[own].sum()) for own in ranks)) for ranks in plan),
     )
 
 

@@ -6,10 +6,12 @@ assigned at a time, so that it takes about as long as sorting the batch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from dpo_dist.data.arrangement import Arrangement
 
 Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
@@ -17,6 +19,7 @@ Bins = npt.NDArray[np.int64]
 
 _GROUPS = 128  # of examples that are assigned at a time: as tight as one by one, in milliseconds
 _CAPACITY_TRIALS = 3
+_ROW_TRIALS = 12
 
 
 @dataclass(frozen=True)
@@ -26,22 +29,26 @@ class ComputeCosts:
     Attributes:
         key: time of one query-key pair, in all layers.
         target: time of one target in the output layer.
+        arrangement: of the responses in a forward, which decides how many tokens it computes.
     """
 
     key: float
     target: float
+    arrangement: Arrangement = Arrangement.packed
 
 
 @dataclass(frozen=True)
 class ExampleSizes:
-    """Sizes of examples in packed batches, [examples] each.
+    """Sizes of examples in micro-batches, [examples] each.
 
     Attributes:
-        tokens: int64, packed tokens, which decide the memory.
+        tokens: int64, tokens that a forward computes, without padding; they decide the memory.
         rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
         targets: int64, completion tokens to score.
         attended: int64, query-key pairs of attention.
         costs: float64, compute time in units of `ComputeCosts`.
+        rows: int64, responses in padded rows; None: nothing is padded.
+        longest: int64, tokens of the longest of these rows; None: nothing is padded.
     """
 
     tokens: Counts
@@ -49,6 +56,8 @@ class ExampleSizes:
     targets: Counts
     attended: Counts
     costs: Costs
+    rows: Counts | None = None
+    longest: Counts | None = None
 
     def at(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
@@ -58,6 +67,8 @@ class ExampleSizes:
             self.targets[indices],
             self.attended[indices],
             self.costs[indices],
+            None if self.rows is None else self.rows[indices],
+            None if self.longest is None else self.longest[indices],
         )
 
 
@@ -78,16 +89,21 @@ def example_sizes(
         response_targets: int64 [responses], tokens of each response to score; None: all.
     """
     firsts = np.cumsum(responses) - responses
-    stored = response_tokens - 1
-    in_responses = stored * np.repeat(prompt_tokens, responses) + stored * (stored + 1) // 2
-    tokens = prompt_tokens + np.add.reduceat(stored, firsts)
-    attended = prompt_tokens * (prompt_tokens + 1) // 2 + np.add.reduceat(in_responses, firsts)
+    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
+    in_responses = stored * prompts + stored * (stored + 1) // 2
+    # How often a prompt is computed.
+    copies = 1 if costs.arrangement is Arrangement.packed else responses
+    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
+    attended = copies * (prompt_tokens * (prompt_tokens + 1) // 2) + np.add.reduceat(in_responses, firsts)
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2
-    rows_tokens = tokens + (responses - 1) * prompt_tokens
+    rows_tokens = tokens + (responses - copies) * prompt_tokens
     compute = tokens + costs.key * keys + costs.target * targets
-    return ExampleSizes(tokens, rows_tokens, targets, attended, compute)
+    sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
+    if costs.arrangement is not Arrangement.padded:
+        return sizes
+    return replace(sizes, rows=responses, longest=np.maximum.reduceat(prompts + stored, firsts))
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
@@ -99,7 +115,7 @@ def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) 
     Args:
         sizes: of each example.
         world_size: number of ranks.
-        token_budget: tokens that fit in one micro-batch.
+        token_budget: tokens that fit in one micro-batch, with their padding.
 
     Returns:
         ``plan[micro_batch][rank]``: indices in `sizes`; empty if the rank computes a dummy. Every rank has
@@ -107,6 +123,9 @@ def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) 
     """
     if not len(sizes.tokens):
         return []
+    if sizes.rows is not None and sizes.longest is not None:
+        of_rows, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
+        return _assign_to_ranks(of_rows, sizes.costs, world_size, number)
     tokens = np.minimum(sizes.tokens, token_budget)
     micro_batches = math.ceil(tokens.sum() / (world_size * token_budget))
     while True:
@@ -184,6 +203,40 @@ def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
             fitted, capacity = tighter, middle
     bins = np.empty_like(fitted)
     bins[longest_first] = fitted
+    return bins
+
+
+def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
+    """Assign examples of similar lengths to a bin, of which all rows are padded to its longest.
+
+    Returns:
+        The bin of each example, and the number of micro-batches: as few as possible. The bins are as small as
+        a few trials find possible, so that the ranks compute about as much.
+    """
+    bins = _cut_rows(rows, longest, budget)
+    micro_batches = -(-int(bins.max() + 1) // world_size)
+    too_small = 0
+    for _ in range(_ROW_TRIALS):
+        middle = (too_small + budget) // 2
+        tighter = _cut_rows(rows, longest, middle)
+        if tighter.max() >= world_size * micro_batches:
+            too_small = middle
+        else:
+            bins, budget = tighter, middle
+    return bins, micro_batches
+
+
+def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
+    """Cut the examples, longest first, into bins of at most `capacity` padded tokens, or of one example."""
+    longest_first = np.argsort(-longest, kind="stable")
+    before = np.concatenate(([0], np.cumsum(rows[longest_first])))
+    bins = np.empty(len(rows), dtype=np.int64)
+    start = number = 0
+    while start < len(rows):
+        most = capacity // int(longest[longest_first[start]])
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + most, side="right")) - 1)
+        bins[longest_first[start:stop]] = number
+        start, number = stop, number + 1
     return bins
 
 

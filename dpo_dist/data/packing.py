@@ -19,6 +19,9 @@ from torch import Tensor
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
+RESPONSES_OF_DUMMY = 2
+"""Responses of a `dummy_batch`."""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -54,6 +57,8 @@ class PackedBatch:
         labels: of the sources that metrics are divided by; empty: metrics are not divided.
         sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
         mask: bool [completion tokens], whether each is a target; None: all are. Stays on the host.
+        forwards: the most responses that a rank has in this micro-batch: a model that computes each response
+            in a forward of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.
     """
 
     input_ids: Tensor
@@ -71,6 +76,7 @@ class PackedBatch:
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
     mask: Mask | None = None
+    forwards: int = 0
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:

@@ -72,8 +72,8 @@ def regroup(batch: PackedBatch, groups: Sequence[int]) -> Regrouped:
     return Regrouped(
         layout=tuple(layout),
         groups=tuple(group for group, _ in sorted(entries)),
-        tokens=_copied_to(device, np.concatenate(indices)),
-        predictors=_shifted(batch, _copied_to(device, np.array(starts)), _copied_to(device, shifts)),
+        tokens=copied_to(device, np.concatenate(indices)),
+        predictors=_shifted(batch, copied_to(device, np.array(starts)), copied_to(device, shifts)),
     )
 
 
@@ -84,6 +84,7 @@ def _shifted(batch: PackedBatch, starts: Tensor, shifts: Tensor) -> Tensor:
     return batch.predictors + torch.where(is_own, shifts[1, response], shifts[0, response])
 
 
-def _copied_to(device: torch.device, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+def copied_to(device: torch.device, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    """Return a copy on `device`, transferred asynchronously from pinned memory."""
     source = torch.from_numpy(array)
     return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source.to(device)

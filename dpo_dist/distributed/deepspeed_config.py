@@ -15,9 +15,9 @@ from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfi
 
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
-# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. They need it where their
-# experts are a list of modules, and `distributed.engine` finds these. Stacked, as transformers has them now,
-# all ranks gather them alike; and a leaf with an adapter and an input without a gradient fails.
+# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
+# experts are a list of modules; `distributed.engine` finds these. Stacked experts, as transformers has them
+# now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 

@@ -49,7 +49,7 @@ class FrozenEngine:
     """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
-        self._folder = folder
+        self.model, self._folder = model, folder
         model.requires_grad_(False)
         _gather_at_once(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
@@ -108,9 +108,9 @@ class PolicyEngine:
     def __init__(
         self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
     ):
-        self._world = world
+        self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
+        zero.update(policy_communication(zero["stage"], model.hidden_size))
         _gather_at_once(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
@@ -269,11 +269,11 @@ def _drop_gradients(optimizer: Any) -> None:
 def _gather_at_once(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
 
-    Compiled layers, so that no hook is inside compiled code. Blocks with a list of experts: a rank whose
-    tokens visit no part of an expert would not gather it, and the others would wait for that rank.
+    Compiled layers and tiled MLPs, so that no hook is in compiled code or a tile. Blocks with a list of
+    experts: a rank whose tokens visit no part of an expert would not gather it, and the others would wait.
     """
-    for block in expert_blocks(model.causal_lm):
-        set_z3_leaf_module(block, True)
+    for module in [*expert_blocks(model.causal_lm), *model.tiled]:
+        set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
 

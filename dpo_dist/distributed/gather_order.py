@@ -37,6 +37,8 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
         select(generates=False)
 
     def before_generating_forward(*_: Any) -> None:
+        if not engine.module.is_generating:  # a model of own logits is called as a whole
+            return
         select(generates=True)
         # DeepSpeed's hook at the start of a forward is at the packed model, which does not generate.
         offload.param_coordinator.reset_step()

@@ -54,7 +54,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     lora.inference_mode = False
     causal_lm.set_adapter(TRAINED)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
-    if model.compiled or expert_blocks(causal_lm):
+    if model.compiled or model.tiled or expert_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.engine`) when the gradient of their input
         # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
@@ -86,6 +86,8 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
         causal_lm.add_adapter(lora, name)
+        if next(causal_lm.parameters()).is_meta:  # only its shapes are used
+            return lora
         weights = load_peft_weights(str(folder), device="cpu")
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything

@@ -1,29 +1,31 @@
-"""Architectures for which the packed forward is exact; imports no torch, so that errors appear at once."""
+"""Architectures that tests cover, with facts about each; imports no torch, so that errors appear at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts about an architecture for which the packed forward is exact.
+    """Facts about an architecture.
 
     Attributes:
-        is_exact_with_liger: also with Liger's norms, rotary embedding and gated MLP
-            (tests/gpu/test_layers_gpu.py).
+        arrangement: the cheapest one that is exact.
+        is_exact_with_liger: the packed forward is also exact with Liger's norms, rotary embedding and gated
+            MLP (tests/gpu/test_layers_gpu.py).
         has_learned_positions: each position has a learned embedding, so the number of positions is limited.
     """
 
+    arrangement: Arrangement = Arrangement.packed
     is_exact_with_liger: bool = False
     has_learned_positions: bool = False
 
 
-# By `model_type`. tests/unit/model/test_architectures.py shows each to be exact. Other architectures may mix
-# tokens outside of attention (Mamba, Qwen3-Next), never call the registered attention (Bloom), or compute
-# more after the output layer: their log-probs would be wrong without any error.
+# By `model_type`. tests/unit/model/test_architectures.py shows that each packed one is exact. The check at
+# start decides for the model at hand (model/exactness.py), also if its architecture is not here.
 ARCHITECTURES = {
     "ernie4_5": Architecture(),
     "exaone4": Architecture(is_exact_with_liger=True),
@@ -56,27 +58,37 @@ ARCHITECTURES = {
 }
 
 
-def unknown_architecture(model_type: str, key: str) -> ConfigError:
-    """Return the error for an architecture that is not one of `ARCHITECTURES`."""
+def recorded_arrangement(model_type: str) -> Arrangement:
+    """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
+    return ARCHITECTURES.get(model_type, Architecture()).arrangement
+
+
+def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:
+    """Return the error for a model whose learned positions are fewer than the inputs of a sequence.
+
+    Args:
+        positions: of the model.
+        max_length: tokens of the longest sequence, of which the last is not an input.
+        key: the configuration key of the model.
+    """
     return ConfigError(
-        "the packed forward is not known to be exact for this architecture",
-        where=key,
-        got=model_type,
-        expected=", ".join(sorted(ARCHITECTURES)),
-        remedy="choose a model of one of these; to add an architecture, add it to ARCHITECTURES in "
-        "dpo_dist/model/architectures.py and run tests/unit/model/test_architectures.py",
+        "the model has fewer learned positions than a sequence of data.max_length needs",
+        where=f"data.max_length, {key}",
+        got=f"{max_length} with {positions} positions",
+        expected=f"{positions + 1} or less; the last token of a sequence is not an input",
+        remedy=f"set data.max_length to {positions + 1} or less",
     )
 
 
 def check_described(folder: Path, key: str) -> None:
-    """Check that config.json of a model folder names a known architecture and no quantized weights.
+    """Check that config.json of a model folder names an architecture and no quantized weights.
 
     Args:
         folder: of the model.
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: config.json names none or another one than `ARCHITECTURES`, or quantized weights.
+        ConfigError: config.json names no architecture, or quantized weights.
     """
     content = read_model_json(folder / CONFIG_FILE)
     if "auto_map" in content:  # the model's own code may give it another type
@@ -89,8 +101,6 @@ def check_described(folder: Path, key: str) -> None:
             got=f"{folder / CONFIG_FILE} without model_type",
             remedy="download or save the model again",
         )
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise unknown_architecture(str(model_type), key)
     quantized = content.get("quantization_config")
     if isinstance(quantized, dict):
         raise quantized_weights(folder, quantized, key)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
@@ -86,8 +86,10 @@ class PeakFlops:
     datasheet: float | None
 
 
-def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> StepFlops:
-    """Return the FLOPs of a training step of a model, one of `model.architectures.ARCHITECTURES`.
+def count_flops(
+    config: PretrainedConfig, adapter: AdapterConfig | None = None, *, trust_remote_code: bool = False
+) -> StepFlops:
+    """Return the FLOPs of a training step of a model.
 
     With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
     the adapter are. DoRA's operations once per step and layer are not counted.
@@ -101,7 +103,7 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
     """
     try:
         with torch.device("meta"):
-            causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]](config)
+            causal_lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "transformers cannot make a model of this config.json",
@@ -109,24 +111,34 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
             got=f"{config.model_type}: {type(error).__name__}: {error}",
             remedy="check config.json against that of the original model",
         ) from error
-    output = causal_lm.get_output_embeddings().weight
+    text, output = config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside.add(id(output))
+    visited_experts: int = getattr(text, "num_experts_per_tok", None) or 0
+    convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
     visited = 0.0
     for parameter in causal_lm.parameters():
         if id(parameter) not in outside and parameter.dim() > 1:
-            share = config.num_experts_per_tok / len(parameter) if parameter.dim() > 2 else 1.0
+            is_of_experts = parameter.dim() > 2 and visited_experts and id(parameter) not in convolutions
+            share = min(1.0, visited_experts / len(parameter)) if is_of_experts else 1.0
             visited += share * parameter.numel()
     per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
-    heads = heads_of(config)
     # Scores and the weighted sum of values are two products over the width of all heads.
-    attention = 2 * config.num_hidden_layers * heads.query * heads.dim
+    attention = 2 * text.num_hidden_layers * _attention_width(text)
     return StepFlops(
         per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
         per_target=per_weight * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
     )
+
+
+def _attention_width(text: PretrainedConfig) -> int:
+    """Return the width of all query heads of a layer; 0 for a model without attention."""
+    if not getattr(text, "num_attention_heads", None):
+        return 0
+    heads = heads_of(text)
+    return heads.query * heads.dim
 
 
 def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:

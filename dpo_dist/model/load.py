@@ -12,9 +12,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.model.architectures import quantized_weights
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
+from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
@@ -22,12 +23,10 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
-from dpo_dist.model.supported import check_no_remote_model, check_supported
+from dpo_dist.model.supported import check_supported, switch_off_noise
+from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
-
-# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
-_NOISES = ("drop", "jitter", "noise")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
@@ -70,7 +69,9 @@ def load_packed(
     key: str = "model.path",
     sequence: TokenExchange | None = None,
 ) -> PackedCausalLM:
-    """Return the model of `folder` with packed attention and the chunked head.
+    """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
+
+    Whether this is exact is for `exactness.settle` to check.
 
     Under a ZeRO-3 loading context every process keeps its own shard only. Dropout is off: policy and
     reference compute the same function (law L7).
@@ -85,26 +86,35 @@ def load_packed(
 
     Raises:
         ConfigError: the model cannot be loaded, its packed forward is not exact, a kernel cannot run, or its
-            heads cannot be divided among the ranks of `sequence`.
+            heads cannot be divided among the ranks of `sequence`; an option of its layers has no effect.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
+    arrangement = recorded_arrangement(model_config.model_type)
     if sequence is not None:
         check_heads(heads_of(model_config), sequence.ranks)
-    if backend is not AttentionBackend.sdpa:
+    if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed:
         check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
-    causal_lm = load_weights(folder, model_config, config, device, attention=PACKED, key=key)
+    if config.activation_offload:
+        check_offload(device)
+    causal_lm = load_weights(folder, model_config, config, device, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    return PackedCausalLM(causal_lm, backend, config.compile, sequence)
+    if config.activation_offload:
+        offload_inputs(causal_lm, PinnedMemory(device))
+    model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
+    if config.mlp_tile_tokens is not None:
+        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
+    model.start_as(arrangement)
+    return model
 
 
 def load_weights(
@@ -113,7 +123,6 @@ def load_weights(
     config: ModelConfig,
     device: torch.device,
     *,
-    attention: str | None = None,
     key: str = "model.path",
 ) -> Any:
     """Return the causal language model of `folder`, with every weight read and none left at random.
@@ -123,7 +132,6 @@ def load_weights(
         model_config: from `load_config`.
         config: precision, quantization, remote code.
         device: of the forward.
-        attention: name of the attention implementation; None: transformers' choice.
         key: the configuration key to name in an error.
 
     Raises:
@@ -134,7 +142,6 @@ def load_weights(
             folder,
             config=model_config,
             dtype=TORCH_DTYPES[config.dtype],
-            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
@@ -272,13 +279,8 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
     check_no_kernels(folder, key)
-    if config.trust_remote_code:
-        check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         raise quantized_weights(folder, dict(quantized), key)
-    for name, value in vars(model_config).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and any(noise in name for noise in _NOISES):
-            setattr(model_config, name, 0.0)
+    switch_off_noise(model_config)
     return model_config

@@ -1,28 +1,27 @@
-"""Architectures for which the packed forward is exact, and checks of a model's configuration."""
+"""Checks of a model's configuration before its weights are loaded, and notes on its training."""
 
-from pathlib import Path
 from typing import Any
 
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.architectures import ARCHITECTURES, unknown_architecture
+from transformers import PreTrainedConfig
+
+from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
+
+# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
+_NOISES = ("drop", "jitter", "noise")
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
-    """Check that the packed forward computes the exact log-probs of a model.
+    """Check what the configuration of a model says about its log-probs; the check at start tries the model.
 
     Args:
         model_config: a transformers configuration.
         max_length: the longest prompt plus response, in tokens. The last token is not an input.
 
     Raises:
-        ConfigError: the architecture is not one of `ARCHITECTURES`, is not causal, or is exact for shorter
-            sequences only.
+        ConfigError: the model is not causal, or is exact for shorter sequences only.
     """
-    if model_config.model_type not in ARCHITECTURES:
-        raise unknown_architecture(model_config.model_type, "model.path")
     _check_causal(model_config)
-    _check_fixed_rotation(model_config, max_length)
     _check_positions(model_config, max_length)
 
 
@@ -53,65 +52,20 @@ def _check_causal(model_config: Any) -> None:
     raise not_causal(f"{model_config.model_type} with {option}")
 
 
-def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
-    """Check that rotary frequencies do not depend on the longest sequence of the batch."""
-    if not getattr(model_config, "rope_parameters", None):
-        return
-    model_config.standardize_rope_params()  # as the model does; it may replace the original length
-    parameters = model_config.rope_parameters
-    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in of_layers or [parameters]:
-        rope_type = rope.get("rope_type", "default")
-        if rope_type == "longrope":
-            limit = rope["original_max_position_embeddings"]
-        elif "dynamic" in rope_type:
-            limit = model_config.max_position_embeddings
-        else:
-            continue
-        if max_length > limit:
-            raise ConfigError(
-                f"beyond {limit} tokens, {rope_type} RoPE depends on the longest sequence of the batch, "
-                "so packing would not be exact",
-                where="data.max_length",
-                got=str(max_length),
-                expected=f"{limit} or less",
-                remedy=f"set data.max_length to {limit} or less",
-            )
-
-
 def _check_positions(model_config: Any, max_length: int) -> None:
-    if not ARCHITECTURES[model_config.model_type].has_learned_positions:
+    architecture = ARCHITECTURES.get(model_config.model_type)
+    if architecture is None or not architecture.has_learned_positions:
         return
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:
-        raise ConfigError(
-            "the model has fewer learned positions than a sequence of data.max_length needs",
-            where="data.max_length",
-            got=f"{max_length} with {positions} positions",
-            expected=f"{positions + 1} or less; the last token of a sequence is not an input",
-            remedy=f"set data.max_length to {positions + 1} or less",
-        )
+        raise few_positions(positions, max_length)
 
 
-def check_no_remote_model(folder: Path, model_config: Any) -> None:
-    """Check that a model uses code of transformers, for which the packed forward was tested.
-
-    Args:
-        folder: of the model, for the error.
-        model_config: loaded by transformers with remote code allowed.
-
-    Raises:
-        ConfigError: the model's folder has its own class of model or configuration.
-    """
-    remote = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    config_module = type(model_config).__module__
-    if remote is None and not config_module.startswith("transformers."):
-        remote = f"{config_module}.{type(model_config).__name__}"
-    if remote is not None:
-        raise ConfigError(
-            "the model has its own code, and the packed forward is not known to be exact for it",
-            where="model.trust_remote_code",
-            got=f"true for {folder}, whose config.json names {remote}",
-            expected="an architecture of transformers",
-            remedy="set model.trust_remote_code=false: transformers' own code for this model_type is used",
-        )
+def switch_off_noise(model_config: Any) -> None:
+    """Set the options that make training random to 0, also in the configurations of parts of the model."""
+    for name, value in vars(model_config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and any(noise in name for noise in _NOISES):
+            setattr(model_config, name, type(value)(0))
+        elif isinstance(value, PreTrainedConfig):
+            switch_off_noise(value)

@@ -71,6 +71,36 @@ def token_logps(
     return values
 
 
+def logps_of_logits(logits: Tensor, targets: Tensor, statistics: Sequence[Statistic] = ()) -> Tensor:
+    """Return the same as `token_logps` from logits that exist; the softmax is float32.
+
+    Args:
+        logits: [targets, vocab].
+        targets: int64 [targets].
+        statistics: see `token_logps`.
+    """
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    logps = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    if not statistics:
+        return logps
+    probabilities = log_probabilities.detach().exp()
+    return torch.stack((logps, *(_statistic(probabilities, statistic) for statistic in statistics)))
+
+
+def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return hidden @ weight.T + bias as float32, with a graph.
+
+    In bf16 a logit is rounded by hundredths of a nat.
+
+    Args:
+        hidden: [..., hidden_size].
+        weight: [vocab, hidden_size].
+        bias: [vocab] or None.
+    """
+    logits = torch.nn.functional.linear(hidden.float(), weight.float())
+    return logits if bias is None else logits + bias.float()
+
+
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
     size = max(1, _CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
     return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]

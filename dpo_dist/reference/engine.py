@@ -19,6 +19,7 @@ from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_pref
 from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
+from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapter_off, load_adapter
@@ -45,12 +46,12 @@ class QuantizedReference:
     """A quantized reference; ZeRO cannot shard it, so every rank has the whole model."""
 
     def __init__(self, model: PackedCausalLM):
-        self._model = model.eval()
+        self.model = model.eval()
 
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return float32 [targets]; with statistics [1 + n, targets]. Not collective."""
-        logps: Tensor = self._model(batch, tuple(statistics))
+        logps: Tensor = self.model(batch, tuple(statistics))
         return logps
 
     @property
@@ -62,15 +63,15 @@ class QuantizedReference:
     def generating(self, *, of_base: bool = False) -> Iterator[Any]:
         """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
         with (
-            adapter_off(self._model) if of_base else contextlib.nullcontext(),
-            self._model.unpacked() as causal_lm,
+            adapter_off(self.model) if of_base else contextlib.nullcontext(),
+            self.model.unpacked() as causal_lm,
             torch.no_grad(),
         ):
             yield causal_lm
 
     def free(self) -> None:
         """Free its memory."""
-        del self._model
+        del self.model
         return_memory()
 
 
@@ -82,6 +83,7 @@ def scored_model(config: RunConfig) -> ModelConfig:
     return replace(
         config.model,
         gradient_checkpointing="none",
+        activation_offload=False,
         adapter=None,
         quantization=config.reference.quantization,
     )
@@ -112,8 +114,24 @@ def load_scored(
         config: of the run.
         finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
         key: the configuration key to name in an error.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or its log-probs are not exact.
     """
     log.info("loading a model to score from %s", folder)
+    engine = _loaded(folder, model_config, config, world, finish, key)
+    settle_engine(engine, config.data.max_length, world, key)
+    return engine
+
+
+def _loaded(
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None,
+    key: str,
+) -> ReferenceEngine:
     length = config.data.max_length
     if model_config.quantization is not None:
         with whole_loading(world):
@@ -153,9 +171,8 @@ def _load_sharded(
         model = load_packed(folder, model_config, length, world.device, key, world.sequence)
         if finish is not None:
             finish(model)
-    hidden_size = model.causal_lm.config.hidden_size
     world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-    return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
+    return FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
 
 
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:

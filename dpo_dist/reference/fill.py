@@ -73,7 +73,7 @@ class StoreFiller:
         store: the store to fill; its own view may be empty.
         load_scorer: loads the reference; called only if log-probs are missing.
         micro_batch_tokens: that fit on a device at once, without activations.
-        costs: of the model, to balance ranks.
+        costs: of the model, to balance ranks; `load_scorer` may set them.
         entries_per_shard: approximate number of entries in a shard.
         stops: asked after each micro-batch; None: nobody stops the fill.
         shards: size in bytes of every shard with an entry that the run uses, by name; equal on all ranks. A
@@ -136,12 +136,12 @@ class StoreFiller:
         """Return the number of responses computed by all ranks, and the shards of this rank."""
         done, computed, own = 0, 0, 0
         must_stop = _Once(self.stops)
+        score = self.load_scorer()
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
         rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.replicas, seed)
         progress(0, len(work))
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writer = _ShardWriter(self.store, self.world, pool)
-            score = self.load_scorer()
             for round_ in planned:
                 left = self._not_stored_by(others, dataset, round_, plan)
                 if left is not None:

@@ -1,7 +1,8 @@
 """Split the responses to score into rounds, each round across ranks, and score this rank's share."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from torch import Tensor
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
-from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
+from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
@@ -80,6 +81,12 @@ class Round:
     work: Work
     micro_batches: list[list[int]]
 
+    @property
+    def responses(self) -> list[int]:
+        """Number of responses of each micro-batch."""
+        counts = np.diff(self.work.stops, prepend=0)
+        return [int(counts[numbers].sum()) for numbers in self.micro_batches]
+
 
 def plan_round(
     dataset: PreferenceDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, work: Work
@@ -115,10 +122,11 @@ def score_round(
     Raises:
         DataError: token ids do not match the key that they would be stored under.
     """
-    most_batches = max(world.gather(len(round_.micro_batches)))
+    forwards = _most_responses(world.gather(round_.responses))
+    most_batches = len(forwards)
     dummies: list[list[int]] = [[]] * (most_batches - len(round_.micro_batches))
     damaged: list[int] = []
-    packed = _packed(dataset, round_.work, round_.micro_batches + dummies, damaged, world.device)
+    packed = _packed(dataset, round_.work, round_.micro_batches + dummies, forwards, damaged, world.device)
     keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
     entries: list[Values] = []
     last: _ScoredBatch | None = None
@@ -138,10 +146,17 @@ def score_round(
     return np.concatenate(keys), entries
 
 
+def _most_responses(of_ranks: Sequence[Sequence[int]]) -> list[int]:
+    """Return `PackedBatch.forwards` of each micro-batch, from the numbers of responses on every rank."""
+    columns = itertools.zip_longest(*of_ranks, fillvalue=0)
+    return [max(RESPONSES_OF_DUMMY, *column) for column in columns]
+
+
 def _packed(
     dataset: PreferenceDataset,
     work: Work,
     micro_batches: Iterable[list[int]],
+    forwards: Sequence[int],
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
@@ -149,11 +164,12 @@ def _packed(
 
     The error is raised at the end of the round: until then all ranks score the same number of batches.
     """
-    for numbers in micro_batches:
+    for numbers, most in zip(micro_batches, forwards, strict=True):
         batch = _pack(dataset, [work.part(number, number + 1) for number in numbers])
         if numbers and not np.array_equal(keys_of_ids(batch), batch.keys):
             damaged += [int(work.pairs[number]) for number in numbers]
             batch = dummy_batch()
+        batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch
 
 

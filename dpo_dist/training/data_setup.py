@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.router_schema import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
@@ -51,6 +52,7 @@ class ModelInputs:
         adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
         flops: floating-point operations of the model.
         router: losses of the policy's routers, which training adds; None: none.
+        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -60,11 +62,12 @@ class ModelInputs:
     adapter: AdapterConfig | None
     flops: StepFlops
     router: RouterLoss | None
+    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return compute_costs(self.flops)
+        return replace(compute_costs(self.flops), arrangement=self.arrangement)
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,17 @@ def _load_models(
     router = router_loss(routers, model_config)
     for note in [*router_notes(routers, model_config), *training_notes(model_config, config.data.max_length)]:
         console.say(note)
+    vocabulary = model_config.get_text_config().vocab_size
     policy_files, reference_files = _digest_models(folder, start, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
-        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
     adapter = trained_adapter(config.model, start)
-    flops = count_flops(model_config, adapter)
+    flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
     models = ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops, router)
     return models, encode
 

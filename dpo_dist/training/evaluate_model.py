@@ -77,7 +77,8 @@ def _evaluate(
     model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
     dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
     every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
-    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, inputs.costs, one_sided)
+    costs = replace(inputs.costs, arrangement=model.model.arrangement)
+    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, costs, one_sided)
     evaluation = evaluate(model, objective, rank_batch, world, running)
     means = MetricSums(evaluation.sums.names, world.sum_replicas(evaluation.sums.values)).means()
     found: Results = {}

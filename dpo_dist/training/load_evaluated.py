@@ -27,6 +27,11 @@ from dpo_dist.training.evaluated import KEY, Evaluated, Kind
 class FreeableModel(ScoredModel, Protocol):
     """A model that can be freed."""
 
+    @property
+    def model(self) -> PackedCausalLM:
+        """Return the model."""
+        ...
+
     def free(self) -> None:
         """Release its memory."""
         ...

@@ -90,7 +90,9 @@ def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, 
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
-    count_flops(model_config, trained_adapter(config.model, start))  # as a run does: checks the targets
+    adapter = trained_adapter(config.model, start)
+    # As a run does: checks the adapter's targets.
+    count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
     check_template_keys(config.data, tokenizer)
     return folder, tokenizer, model_config.model_type
 

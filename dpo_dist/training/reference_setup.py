@@ -1,7 +1,7 @@
 """The reference of a run: its provider, and in mode `cached` the store filled and checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ from dpo_dist.config.schema import Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
@@ -94,6 +95,18 @@ def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
 
 
+def open_reference_sync(
+    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
+) -> ReferenceSync | None:
+    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
+    sync = config.loss.sync_reference
+    if sync.every is None:
+        return None
+    assert isinstance(reference, LiveReference)
+    assert isinstance(reference.engine, FrozenEngine)
+    return ReferenceSync(reference.engine, policy, sync, world)
+
+
 def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of a resumed run: what all starts computed, and what the first one found.
 
@@ -155,6 +168,7 @@ def _stored_reference(
     def load_scorer() -> Scorer:
         if not engines:
             engines.append(load_digested(files, config, world))
+            filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
@@ -172,8 +186,8 @@ def _stored_reference(
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
     if config.reference.audit_pairs and must_score:
-        objective = Objective(config.loss, provider)
-        report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
+        objective, score = Objective(config.loss, provider), load_scorer()
+        report["drift"] = check_drift(score, objective, *audited, filler.costs, config, world)
         drift = describe_drift(report["drift"])
         console.say(f"reference check passed: stored and newly computed log-probs are {drift}")
     for engine in engines:

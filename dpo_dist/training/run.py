@@ -9,20 +9,21 @@ from typing import Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
-from dpo_dist.reference.providers import LiveReference, ReferenceProvider
+from dpo_dist.reference.providers import LiveReference
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
+from dpo_dist.training.arrange import arranged
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.best_checkpoints import check_keep_best, still_there
 from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
@@ -33,7 +34,13 @@ from dpo_dist.training.length import describe_change
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
-from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
+from dpo_dist.training.reference_setup import (
+    Reference,
+    adapter_reference,
+    open_reference_sync,
+    over_starts,
+    prepare_reference,
+)
 from dpo_dist.training.run_start import (
     Start,
     describe_run,
@@ -129,10 +136,11 @@ def _set_up(
     with clock.of("samples"):
         samples = prepare_samples(config, inputs, start.step, world, console)
     reference, policy = _load_models(config, inputs, stops, clock, console)
+    inputs = arranged(inputs, policy.model.arrangement, console)
     world.together(inputs.policy_files.check_unchanged)
     stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
-    reference_sync = _reference_sync(config, reference.provider, policy, world)
+    reference_sync = open_reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
@@ -219,7 +227,9 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
-    return PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
+    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
+    settle_engine(policy, config.data.max_length, world)
+    return policy
 
 
 def _resume(
@@ -263,18 +273,6 @@ def _check_start(
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
     console.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
     return {"drift": drift}
-
-
-def _reference_sync(
-    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
-) -> ReferenceSync | None:
-    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
-    sync = config.loss.sync_reference
-    if sync.every is None:
-        return None
-    assert isinstance(reference, LiveReference)
-    assert isinstance(reference.engine, FrozenEngine)
-    return ReferenceSync(reference.engine, policy, sync, world)
 
 
 def _open_recorder(

@@ -65,6 +65,33 @@ def test_float32_equals_the_plain_model(
         assert (ours - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
 
 
+def test_layer_inputs_that_wait_on_the_host_change_no_bit(folder: Path, batch: PackedBatch) -> None:
+    """In two steps, so that memory of the first is used again; and the device keeps fewer of them."""
+    kept: list[int] = []
+    found: list[list[Tensor]] = []
+    for offload in (False, True):
+        config = ModelConfig(gradient_checkpointing="full", activation_offload=offload)
+        model = load_packed(folder, config, 512, CUDA).to(CUDA).train()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(2):
+            logps = model(batch)
+            torch.cuda.synchronize()
+            kept.append(torch.cuda.memory_allocated() - before)
+            logps.square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    inputs = 4 * len(batch.input_ids) * 256 * 2  # layers, tokens, width, bytes
+    assert kept[0] - kept[2] >= 0.9 * inputs
+    assert all(torch.equal(ours, plain) for ours, plain in zip(found[1], found[0], strict=True))
+
+
+def test_mlps_in_tiles_equal_the_plain_model(folder: Path, batch: PackedBatch) -> None:
+    expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))
+    got = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32, mlp_tile_tokens=64))
+    for ours, plain in zip(got, expected, strict=True):
+        assert (ours - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
+
+
 @pytest.mark.parametrize("options", KERNELS)
 def test_bf16_is_as_close_to_float32_as_the_plain_model(
     options: dict[str, bool], folder: Path, batch: PackedBatch

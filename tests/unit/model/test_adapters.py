@@ -11,8 +11,9 @@ from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.engine import _parameter_groups
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter
-from dpo_dist.model.head import LogpHead, PackedCausalLM
+from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.logp_head import LogpHead
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

@@ -173,41 +173,6 @@ def test_router_noise_is_off_in_training(tmp_path: Path) -> None:
         assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
 
 
-def ship_code(folder: Path, names: dict[str, str]) -> None:
-    """Let config.json name code of its own, whose model differs from transformers'."""
-    (folder / "own.py").write_text(
-        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
-        "class OwnConfig(Qwen2Config):\n    pass\n"
-        "class Own(Qwen2ForCausalLM):\n"
-        "    def forward(self, *args, **kwargs):\n"
-        "        outputs = super().forward(*args, **kwargs)\n"
-        "        outputs.logits = outputs.logits / 2\n"
-        "        return outputs\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
-
-
-@pytest.mark.parametrize(
-    "names",
-    [{"AutoModelForCausalLM": "own.Own"}, {"AutoConfig": "own.OwnConfig"}],
-    ids=["model", "configuration"],
-)
-def test_a_model_with_its_own_code_is_refused(
-    names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = write_model(tmp_path / "model")
-    ship_code(folder, names)
-    with pytest.raises(ConfigError, match="has its own code") as raised:
-        load(folder, ModelConfig(dtype=Dtype.fp32, trust_remote_code=True))
-    assert raised.value.where == "model.trust_remote_code"
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    with torch.no_grad():
-        expected, logps = plain_logps(plain, PAIRS), load(folder)(pack_unkeyed(PAIRS))
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
-
-
 def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:
     assert model_folder(str(folder), None) == folder
     with pytest.raises(ConfigError, match="no effect on a local folder") as caught:

@@ -13,9 +13,10 @@ from dpo_dist.data.packing import Sequences
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import segment_attention
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.head import LogpHead, PackedCausalLM
+from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.logit_changes import logit_change
+from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.objective.token_logps import LogitChange
 from tests.support.kernels import put_kernels
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs

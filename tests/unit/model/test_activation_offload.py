@@ -1,0 +1,69 @@
+"""Inputs of checkpointed layers wait elsewhere, and gradients stay the same bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.activation_offload import Elsewhere, check_offload, offload_inputs
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layers import checkpoint_layers
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+
+BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
+LAYERS = 4
+
+
+class Counted(Elsewhere):
+    """Copies in host memory, with the size of each and the order in which they are read."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+        self.read: list[int] = []
+
+    def put(self, tensor: Tensor) -> tuple[int, Tensor]:
+        self.bytes.append(tensor.nbytes)
+        return len(self.bytes) - 1, tensor.detach().clone()
+
+    def get(self, copy: tuple[int, Tensor]) -> Tensor:
+        self.read.append(copy[0])
+        return copy[1]
+
+
+def model_of(model_type: str, choice: int | str) -> PackedCausalLM:
+    model = packed(tiny_causal_lm(tiny_config(model_type, num_hidden_layers=LAYERS))).train()
+    checkpoint_layers(model.causal_lm, choice)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma", "gpt2"])
+@pytest.mark.parametrize(("choice", "layers"), [("full", 4), (2, 2)])
+def test_the_input_of_each_checkpointed_layer_is_moved_and_gradients_are_equal(
+    model_type: str, choice: int | str, layers: int
+) -> None:
+    plain = model_of(model_type, choice)
+    expected = gradients(plain.causal_lm, plain(BATCH))
+    model, elsewhere = model_of(model_type, choice), Counted()
+    offload_inputs(model.causal_lm, elsewhere)
+    logps = model(BATCH)
+    size = len(BATCH.input_ids) * model.causal_lm.config.hidden_size * 4
+    assert elsewhere.bytes == [size] * layers
+    ours = gradients(model.causal_lm, logps)
+    assert elsewhere.read == list(reversed(range(layers)))
+    assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
+
+
+def test_scoring_moves_nothing() -> None:
+    model, elsewhere = model_of("qwen2", "full"), Counted()
+    offload_inputs(model.causal_lm, elsewhere)
+    with torch.no_grad():
+        model.eval()(BATCH)
+    assert not elsewhere.bytes
+
+
+def test_a_cpu_has_no_other_memory() -> None:
+    check_offload(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="in host memory already") as raised:
+        check_offload(torch.device("cpu"))
+    assert raised.value.where == "model.activation_offload"

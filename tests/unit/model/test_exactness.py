@@ -1,0 +1,159 @@
+"""The check at start finds the cheapest exact arrangement, and refuses a model that has none."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.exactness import settle, trial_sequences
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+from tests.support.own_code import ship_code
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.tiny_model import write_model
+from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config
+
+CPU = torch.device("cpu")
+PACKED, PADDED, SINGLE = Arrangement
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a model with code of its own, of which transformers keeps its copy elsewhere."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return write_model(tmp_path / "model")
+
+
+def load(folder: Path, dtype: Dtype = Dtype.fp32) -> PackedCausalLM:
+    config = ModelConfig(str(folder), dtype=dtype, trust_remote_code=True)
+    return load_packed(folder, config, 64, CPU).eval()
+
+
+def settled(model: PackedCausalLM) -> PackedCausalLM:
+    settle(model, model, CPU, 64)
+    return model
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize(
+    ("hidden", "scale", "arrangement", "own_logits"),
+    [
+        ("plain", 1.0, PACKED, False),
+        ("state", 1.0, PADDED, False),
+        ("rows", 1.0, SINGLE, False),
+        ("plain", 0.5, PACKED, True),
+        ("rows", 0.5, SINGLE, True),
+    ],
+)
+def test_own_code_is_arranged_so_that_it_is_exact(
+    hidden: str, scale: float, arrangement: Arrangement, own_logits: bool, dtype: Dtype, folder: Path
+) -> None:
+    model = settled(load(ship_code(folder, hidden, scale), dtype))
+    assert (model.arrangement, model.own_logits) == (arrangement, own_logits)
+    if dtype is Dtype.bf16:
+        return
+    pairs = random_pairs(SHAPES)
+    with model.unpacked() as own:
+        expected = plain_logps(own, pairs)
+        plain = gradients(own, expected)
+    logps = model(pack_unkeyed(pairs))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
+    ours = gradients(model.causal_lm, logps)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize(
+    ("hidden", "named"), [("future", "not causal"), ("broken", "cannot score a sequence of tokens")]
+)
+def test_a_model_without_an_exact_forward_is_refused(
+    hidden: str, named: str, dtype: Dtype, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=named) as raised:
+        settled(load(ship_code(folder, hidden), dtype))
+    assert raised.value.remedy
+    assert "own" in raised.value.got
+
+
+def test_log_probs_that_differ_from_call_to_call_are_refused(folder: Path) -> None:
+    model, calls = load(folder), iter(range(100))
+
+    def score(batch: PackedBatch) -> Tensor:
+        logps: Tensor = model(batch) + (0.1 * next(calls) if len(batch.layout) == 2 else 0.0)
+        return logps
+
+    with pytest.raises(ConfigError, match="would not compute the log-probs") as raised:
+        settle(model, score, CPU, 64)
+    for described in ("packed with the log-prob head", "single with its own logits"):
+        assert described in raised.value.got
+
+
+def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
+    """A rank whose arrangement is exact goes on with the others if it is not exact there."""
+    model, asked = load(folder), []
+
+    def agree(flag: bool) -> bool:
+        asked.append(flag)
+        return flag or len(asked) == 3
+
+    settle(model, model, CPU, 64, agree)
+    assert model.arrangement is PADDED
+    assert not any(asked)
+
+
+def test_each_failure_and_the_memory_of_logits_are_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        settled(load(ship_code(folder, "state", 0.5)))
+    assert "own, packed with the log-prob head: log-probs differ by" in caplog.text
+    assert "log-probs are computed from all logits of the model" in caplog.text
+
+
+def test_the_sequences_are_longer_than_a_short_window_and_within_the_longest() -> None:
+    config = tiny_config("mistral", sliding_window=100)
+    (long, short) = trial_sequences(tiny_causal_lm(config), 1024)
+    assert len(long.prompt_ids) + len(long.responses[1]) > 100
+    assert len(short.prompt_ids) + max(map(len, short.responses)) < 100
+    for length in (4, 7, 64):
+        for sequences in trial_sequences(tiny_causal_lm(config), length):
+            assert min(map(len, sequences.responses)) > 0
+            assert len(sequences.prompt_ids) + max(map(len, sequences.responses)) <= length
+            assert not {0, 1, 2} & {*sequences.prompt_ids, *sequences.responses[0]}  # the special tokens
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "xglm", "gptj"])
+def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> None:
+    own = {"num_attention_heads": 4, "rotary_dim": 4, "attention_heads": 4, "ffn_dim": 32}
+    model = PackedCausalLM(
+        tiny_causal_lm(tiny_config(model_type, max_position_embeddings=63, **own)).eval(),
+        AttentionBackend.sdpa,
+        arrangement=PADDED,
+    )
+    if model_type in ("gptj", "xglm"):  # positions are computed
+        settle(model, model, CPU, 48)
+        return
+    settle(model, model, CPU, 64)
+    with pytest.raises(ConfigError, match="learned positions"):
+        settle(model, model, CPU, 65)
+
+
+def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> None:
+    model = load(folder)
+    model.arrange(SINGLE, own_logits=False)
+    lengths: list[int] = []
+    model.body.register_forward_pre_hook(
+        lambda _module, _args, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    batch = pack_unkeyed(random_pairs([(3, 2, 4)]))
+    alone, padded = model(batch), model(dataclasses.replace(batch, forwards=5))
+    assert lengths == [4, 6, 4, 6, 1, 1, 1]
+    assert torch.equal(alone, padded)

@@ -1,0 +1,139 @@
+"""MLPs in tiles compute the same log-probs and gradients, and keep the activations of one tile."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.tiled_mlp import tile_mlps
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+
+BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
+CPU = torch.device("cpu")
+
+
+def tiled(causal_lm: Any, tokens: int, dtype: torch.dtype = torch.float32) -> Any:
+    tile_mlps(causal_lm, tokens, CPU, dtype)
+    return causal_lm
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "gemma", "phi", "phi3", "gpt2"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_tiles_change_no_log_prob_and_no_gradient(model_type: str, checkpointing: str) -> None:
+    plain = packed(tiny_causal_lm(tiny_config(model_type))).train()
+    expected_logps = plain(BATCH)
+    expected = gradients(plain.causal_lm, expected_logps)
+    largest = max(gradient.norm() for gradient in expected.values())
+    for tokens in (1, 7, len(BATCH.input_ids) - 1, 1000):
+        model = packed(tiled(tiny_causal_lm(tiny_config(model_type)), tokens)).train()
+        checkpoint_layers(model.causal_lm, checkpointing)
+        logps = model(BATCH)
+        torch.testing.assert_close(logps, expected_logps, rtol=1e-6, atol=1e-6)
+        ours = gradients(model.causal_lm, logps)
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            difference = (ours[name] - gradient).norm()
+            # A bias of keys has no gradient but rounding: its own norm is no measure.
+            assert difference <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+
+
+def test_weights_that_are_not_trained_get_no_gradient() -> None:
+    model = packed(tiled(tiny_causal_lm(tiny_config("qwen2")), 4)).train()
+    model.requires_grad_(False)
+    layers = model.causal_lm.model.layers
+    layers[0].mlp.up_proj.weight.requires_grad_(True)
+    layers[1].mlp.down_proj.weight.requires_grad_(True)
+    found = gradients(model.causal_lm, model(BATCH))
+    plain = packed(tiny_causal_lm(tiny_config("qwen2"))).train()
+    expected = gradients(plain.causal_lm, plain(BATCH))
+    assert set(found) == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def widest_saved(model: Any) -> int:
+    """Return the largest last dimension of [tokens, width] that forward keeps, other than weights."""
+    widths: list[int] = []
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.dim() == 3:
+            widths.append(tensor.shape[-1])
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        model(BATCH)
+    return max(widths)
+
+
+def test_the_wide_activations_are_not_kept() -> None:
+    config = tiny_config("qwen2", intermediate_size=500)
+    assert widest_saved(packed(tiny_causal_lm(config)).train()) == 500
+    assert widest_saved(packed(tiled(tiny_causal_lm(config), 4)).train()) < 500
+
+
+def test_gradients_of_bf16_weights_are_added_in_float32() -> None:
+    """Of 1,000 tiles of equal gradients; added in bf16, the sum would stop to grow at a few hundred."""
+    causal_lm = tiled(tiny_causal_lm(tiny_config("qwen2")).bfloat16(), 1, torch.bfloat16)
+    mlp = causal_lm.model.layers[0].mlp
+    hidden = torch.ones(1, 1000, causal_lm.config.hidden_size, dtype=torch.bfloat16)
+    mlp(hidden).sum().backward()
+    got = mlp.up_proj.weight.grad.float()
+    mlp.zero_grad()
+    mlp(hidden[:, :1]).sum().backward()
+    torch.testing.assert_close(got, 1000 * mlp.up_proj.weight.grad.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    mlp = tiled(tiny_causal_lm(tiny_config("qwen2")), 2).model.layers[0].mlp
+    other = copy.deepcopy(mlp)
+    nn.init.zeros_(other.down_proj.weight)
+    hidden = torch.randn(1, 5, other.down_proj.out_features)
+    assert mlp(hidden).abs().max() > 0
+    assert other(hidden).abs().max() == 0
+
+
+class Mixing(nn.Module):
+    """Matrices only, and yet a token depends on the others."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.up(hidden - hidden.mean(dim=-2, keepdim=True))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
+def test_experts_are_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="no MLP that can be computed in tiles") as raised:
+        tiled(tiny_causal_lm(tiny_config(model_type)), 4)
+    assert raised.value.where == "model.mlp_tile_tokens"
+
+
+def test_an_mlp_that_mixes_tokens_is_refused() -> None:
+    causal_lm = tiny_causal_lm(tiny_config("qwen2"))
+    causal_lm.model.layers[1].mlp = Mixing(causal_lm.config.hidden_size)
+    with pytest.raises(ConfigError, match="no MLP that can be computed in tiles"):
+        tiled(causal_lm, 4)
+
+
+def test_weights_that_are_sharded_are_examined_by_random_ones() -> None:
+    """Under ZeRO-3 a rank has none of the values while the model is loaded."""
+    for mixes in (False, True):
+        causal_lm = tiny_causal_lm(tiny_config("qwen2"))
+        if mixes:
+            causal_lm.model.layers[1].mlp = Mixing(causal_lm.config.hidden_size)
+        for weight in causal_lm.parameters():
+            weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+        if mixes:
+            with pytest.raises(ConfigError, match="in tiles"):
+                tiled(causal_lm, 4)
+        else:
+            tiled(causal_lm, 4)
