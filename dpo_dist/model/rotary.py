@@ -64,11 +64,13 @@ class _Arranged:
     Attributes:
         parts: (number of tokens, or of rows; representative length).
         positions: int64 [tokens] of one packed sequence; None: the batch has a response in each row.
+        rows: number of inputs of each row.
         own: int64, indices of the tokens that this rank computes; None: all.
     """
 
     parts: tuple[tuple[int, int], ...]
     positions: Tensor | None = None
+    rows: tuple[int, ...] = ()
     own: Tensor | None = None
 
 
@@ -121,7 +123,8 @@ class RotaryByLength:
 
     def arrange_rows(self, lengths: Sequence[int]) -> None:
         """Compute one response in each row of the next forward; with its prompt it has so many inputs."""
-        self.arranged = _Arranged(_parts([1] * len(lengths), map(self._representative, lengths)))
+        parts = _parts([1] * len(lengths), map(self._representative, lengths))
+        self.arranged = _Arranged(parts, rows=tuple(lengths))
 
     def share(self, tokens: Tensor) -> None:
         """Compute a share of the tokens in the next forward: int64 indices in the arranged batch."""
@@ -155,7 +158,9 @@ class _Rotary(nn.Module):
             return self.rotary(hidden, position_ids, *args, **kwargs)
         sizes = [size for size, _ in arranged.parts]
         if arranged.positions is None:
-            positions, dim = position_ids.expand(*position_ids.shape[:-2], sum(sizes), -1), -2
+            ends = torch.tensor(arranged.rows, device=position_ids.device)[:, None]
+            # Positions of padding would make a row longer.
+            positions, dim = torch.minimum(position_ids, ends - 1), -2
         else:
             positions, dim = arranged.positions.expand(*position_ids.shape[:-1], -1), -1
         outputs = []

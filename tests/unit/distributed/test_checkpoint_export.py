@@ -25,7 +25,8 @@ from dpo_dist.distributed.slice_files import SavedSlices, write_slices
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 
 RANKS = 3
@@ -71,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_several_ranks_become_a_model_in_its_precision(
     dtype: Dtype, base: Path, tmp_path: Path
 ) -> None:
@@ -80,7 +81,7 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     checkpoint = checkpoint_of(weights, tmp_path / "step-000001")
     export_models([checkpoint], tmp_path / "out", config, lambda: "A card")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    wanted = torch.bfloat16 if dtype is Dtype.bf16 else torch.float32
+    wanted = TORCH_DTYPES[dtype]
     found = dict(model.named_parameters())
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
