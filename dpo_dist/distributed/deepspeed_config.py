@@ -17,7 +17,7 @@ from dpo_dist.distributed.loss_scale import START
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
 # DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
-# experts are a list of modules; `distributed.engine` finds these. Stacked experts, as transformers has them
+# experts are a list of modules; `distributed.leaves` finds these. Stacked experts, as transformers has them
 # now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 

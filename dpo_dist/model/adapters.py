@@ -55,7 +55,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     causal_lm.set_adapter(TRAINED)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
     if model.compiled or model.tiled or expert_blocks(causal_lm):
-        # ZeRO-3 reduces the gradients of its leaves (`distributed.engine`) when the gradient of their input
+        # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
         # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
