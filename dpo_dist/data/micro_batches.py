@@ -36,6 +36,10 @@ class ComputeCosts:
     target: float
     arrangement: Arrangement = Arrangement.packed
 
+    def arranged(self, arrangement: Arrangement) -> "ComputeCosts":
+        """Return the costs of a model of this arrangement."""
+        return replace(self, arrangement=arrangement)
+
 
 @dataclass(frozen=True)
 class ExampleSizes:
