@@ -1,7 +1,8 @@
 """Write a checkpoint as a plain model folder: `python -m dpo_dist.export run.dir=output/run-1a2b3c4d`.
 
 Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
-(default: the latest), `export.output` the folder, which transformers loads, or peft if it is an adapter.
+(default: the latest), `export.average` several in its place, `export.output` the folder, which transformers
+loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.training.exported import find_checkpoint, find_output
+from dpo_dist.training.exported import find_output, find_sources
 
 
 def main(config: RunConfig) -> int:
@@ -21,8 +22,8 @@ def main(config: RunConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
-    checkpoint = find_checkpoint(config)
-    output = find_output(config, checkpoint)
+    sources = find_sources(config)
+    output = find_output(config, sources)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
@@ -32,8 +33,8 @@ def main(config: RunConfig) -> int:
     with warnings_off():
         from dpo_dist.training.export import export_model  # noqa: PLC0415
 
-        export_model(config, checkpoint, output, console)
-    written = {"checkpoint": str(checkpoint), "output": str(output)}
+        export_model(config, sources, output, console)
+    written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"written: {output}"])
     return ExitCode.completed
 

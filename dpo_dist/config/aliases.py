@@ -132,8 +132,12 @@ REMEDIES = _by_name(
         ),
         "trainer.micro_batch_tokens bounds evaluation too": "per_device_eval_batch_size eval_batch_size",
         "set model.dtype=bf16 (the default) or fp32": "bf16 tf32",
-        "float16 is not offered; set model.dtype=bf16 or fp32": "fp16",
-        "set model.dtype=bf16 (the default, with float32 master weights) or fp32": "mixed_precision",
+        "set model.dtype=fp16; its loss scale is dynamic": (
+            "fp16 initial_scale_power loss_scale_window min_loss_scale fp16_opt_level"
+        ),
+        "set model.dtype=bf16 (the default), fp16 or fp32; the first two have float32 master weights": (
+            "mixed_precision"
+        ),
         "set model.attention=auto, flash_attention_2, varlen or sdpa": "flash_attn",
         "set model.attention=flash_attention_2": "use_flash_attention_2",
         "set model.quantization=int8, with model.adapter and parallelism=ddp": "load_in_8bit",
@@ -257,7 +261,8 @@ VALUE_ALIASES = _by_name(
         "apo_zero": "apo",
         "sigmoid_norm": "dpo_norm",
         "plackett_luce": "pl lipo",
-        "bf16": "bfloat16 fp16 float16",
+        "bf16": "bfloat16",
+        "fp16": "float16 half",
         "fp32": "float32",
         "flash_attention_2": "fa2 flash_attention",
         "sdpa": "eager",

@@ -1,4 +1,4 @@
-"""The keys of `export`: a checkpoint as a model folder; see `schema`."""
+"""The keys of `export`: checkpoints as a model folder; see `schema`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +10,7 @@ ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The model folder that `python -m dpo_dist.export` writes from a checkpoint of `run.dir`."""
+    """The model folder that `python -m dpo_dist.export` writes from checkpoints of `run.dir`."""
 
     checkpoint: str = key(
         "latest",
@@ -21,6 +21,27 @@ class ExportConfig:
     weights: ExportedWeights = key(
         ExportedWeights.last,
         "`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`).",
+    )
+    average: list[str] = key(
+        [],
+        "In place of one checkpoint, the average of several: names of checkpoints, or folders of models or "
+        "of adapters on `model.path`.",
+    )
+    average_weights: list[float] = key(
+        [], "The weights of `export.average`, divided by their sum; empty: equal ones.", above=0
+    )
+    merge: bool = key(False, "Write an adapter and its base as one model.")
+    dtype: str | None = key(
+        None,
+        "Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of "
+        "its files.",
+        accepts="bf16, fp16 or fp32",
+        pattern=r"bf16|fp16|fp32",
+    )
+    check: bool = key(
+        True,
+        "Load the folder by transformers (and peft) before it gets its name, and compare log-probs of "
+        "training pairs with those of the trained weights.",
     )
     output: str | None = key(
         None,

@@ -10,7 +10,7 @@ from dataclasses import fields
 from dpo_dist.config.check import Rule
 from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
-from dpo_dist.config.rules_adapter import ADAPTER_RULES
+from dpo_dist.config.rules_adapter import ADAPTER_RULES, EXPORT_RULES
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
@@ -262,6 +262,7 @@ RULES = (
     *KEEP_BEST_RULES,
     *REFERENCE_RULES,
     *EVALUATION_RULES,
+    *EXPORT_RULES,
     *_DOCTOR,
 )
 """In the order in which they are checked."""

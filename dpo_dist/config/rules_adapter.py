@@ -1,9 +1,10 @@
-"""The rows about the adapter: what goes together, and with the weights below it."""
+"""The rows about the adapter: what goes together, and with the weights below it; those about exports."""
 
 from collections.abc import Callable
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.check import Rule
+from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.schema import ParallelismKind, Quantization, RunConfig
 
 
@@ -23,6 +24,34 @@ def _of_adapter(
 
     return Rule(" ".join(f"model.adapter.{key}" for key in keys.split()), is_broken, why, remedy, expected)
 
+
+EXPORT_RULES = (
+    Rule(
+        "export.merge model.adapter",
+        lambda c: c.export.merge and c.model.adapter is None,
+        "the run trains all weights, so there is no adapter to merge",
+        "remove export.merge",
+    ),
+    Rule(
+        "export.average export.checkpoint",
+        lambda c: bool(c.export.average) and c.export.checkpoint != ExportConfig.checkpoint,
+        "export.average names what is exported, so export.checkpoint has no effect",
+        "add the checkpoint to export.average, or remove one of them",
+    ),
+    Rule(
+        "export.average",
+        lambda c: len(c.export.average) == 1 or len(set(c.export.average)) < len(c.export.average),
+        "an average has two members or more, each once",
+        "set export.checkpoint for a single one; export.average_weights gives members different weights",
+        "[step-000100,step-000200]",
+    ),
+    Rule(
+        "export.average_weights export.average",
+        lambda c: bool(c.export.average_weights) and len(c.export.average_weights) != len(c.export.average),
+        "export.average_weights has another number of entries than export.average",
+        "give each member of export.average one weight, or remove export.average_weights",
+    ),
+)
 
 ADAPTER_RULES = (
     _of_adapter(

@@ -27,7 +27,7 @@ from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.tracking_schema import TrackingConfig
 
-Dtype = StrEnum("Dtype", ["bf16", "fp32"])
+Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
@@ -47,7 +47,9 @@ class ModelConfig:
 
     path: str = key(MISSING, "Folder or hub name of the model to train.", filled=True)
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
-    dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
+    dtype: Dtype = key(
+        Dtype.bf16, "`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."
+    )
     attention: AttentionBackend = key(
         AttentionBackend.auto,
         "Attention kernel; `auto`: the fastest.",

@@ -23,7 +23,7 @@ class RankBatch:
         tokens: packed tokens of the global batch, over all ranks.
         rows_tokens: the same with each prompt once for each of its responses.
         targets: completion tokens of the global batch that the loss counts.
-        attended: query-key pairs that attention computes for the global batch.
+        attended: query-key pairs of the global batch that attention computes in the mean layer.
         mean_chosen_tokens: mean number of such tokens in the chosen responses of the global batch.
         sources: int64 [pairs], index in `dataset.labels` of the source of each pair of the global batch; None
             without labels.

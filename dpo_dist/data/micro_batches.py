@@ -6,12 +6,14 @@ assigned at a time, so that it takes about as long as sorting the batch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.data.reach import Reach, causal_pairs
 
 Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
@@ -30,11 +32,13 @@ class ComputeCosts:
         key: time of one query-key pair, in all layers.
         target: time of one target in the output layer.
         arrangement: of the responses in a forward, which decides how many tokens it computes.
+        reaches: limits in some layers; other layers see all earlier tokens.
     """
 
     key: float
     target: float
     arrangement: Arrangement = Arrangement.packed
+    reaches: tuple[Reach, ...] = ()
 
     def arranged(self, arrangement: Arrangement) -> "ComputeCosts":
         """Return the costs of a model of this arrangement."""
@@ -49,7 +53,7 @@ class ExampleSizes:
         tokens: int64, tokens that a forward computes, without padding; they decide the memory.
         rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
         targets: int64, completion tokens to score.
-        attended: int64, query-key pairs of attention.
+        attended: int64, query-key pairs of attention in the mean layer.
         costs: float64, compute time in units of `ComputeCosts`.
         rows: int64, responses in padded rows; None: nothing is padded.
         longest: int64, tokens of the longest of these rows; None: nothing is padded.
@@ -94,11 +98,18 @@ def example_sizes(
     """
     firsts = np.cumsum(responses) - responses
     stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
-    in_responses = stored * prompts + stored * (stored + 1) // 2
     # How often a prompt is computed.
     copies = 1 if costs.arrangement is Arrangement.packed else responses
     tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
-    attended = copies * (prompt_tokens * (prompt_tokens + 1) // 2) + np.add.reduceat(in_responses, firsts)
+
+    def attended_with(pairs: Callable[[Counts], Counts]) -> Counts:
+        in_responses = pairs(prompts + stored) - pairs(prompts)
+        return copies * pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
+
+    attended = attended_with(causal_pairs)
+    if costs.reaches:
+        shorter = sum(reach.share * (attended - attended_with(reach.pairs)) for reach in costs.reaches)
+        attended = attended - np.rint(shorter).astype(np.int64)
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2

@@ -1,67 +1,163 @@
-"""Write a checkpoint as the model folder that training would have written at its step; in one process."""
+"""Write checkpoints as the model folder that training would have written at their step; in one process."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.atomic import collect_abandoned, temporary_folder
-from dpo_dist.config.export_schema import ExportedWeights
+from dpo_dist.atomic import collect_abandoned, staged_folder, temporary_folder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
-from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
-from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
-from dpo_dist.distributed.slice_files import SavedSlices
-from dpo_dist.distributed.slices import EMA, WEIGHT
+from dpo_dist.distributed.export_sources import (
+    average_weight,
+    member_adapter,
+    open_source,
+    weight_shapes,
+)
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
-from dpo_dist.model.save import write_model_folder, writing_errors
+from dpo_dist.model.merge import names_in_model, write_merged
+from dpo_dist.model.save import write_card, write_tokenizer, write_weights, writing_errors
 
-_PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Members = Sequence[tuple[float, AdapterWeights]]
 
 
-def export_checkpoint(
-    checkpoint: Path, folder: Path, config: RunConfig, card: Callable[[], str] | None = None
+@dataclass(frozen=True)
+class Exported:
+    """A written folder before it gets its name.
+
+    Attributes:
+        folder: as it is on disk.
+        base: folder of the model that training started from.
+        adapters: the written adapters with their coefficients; empty: all weights were trained.
+        read: returns a trained weight by transformers name in float32, before it was rounded.
+        tokenizer: of the model.
+    """
+
+    folder: Path
+    base: Path
+    adapters: Members
+    read: Callable[[str], Tensor]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, config: RunConfig) -> None:
+    """Write a checkpoint as `export_models` does, by itself."""
+    export_models([checkpoint], folder, config)
+
+
+def export_models(
+    sources: Sequence[Path],
+    folder: Path,
+    config: RunConfig,
+    card: Callable[[], str] | None = None,
+    check: Callable[[Exported], None] | None = None,
 ) -> None:
-    """Write the weights of a checkpoint, or their average, as a model or adapter folder, whole or not at all.
+    """Write the trained weights of a checkpoint, or an average, as a model or adapter folder, whole or not.
 
-    Needs no GPU, no other process and no weights of the base. Memory is that of one float32 weight and of one
-    file of the model (5 GB); `folder`'s disk needs room for the weights twice for a while.
+    Needs no GPU, no other process, and weights of the base only if an adapter is merged. Memory is that of
+    a few float32 weights and of one file of the model (5 GB); `folder`'s disk needs room for the weights
+    twice for a while.
 
     Args:
-        checkpoint: of any number of processes and kind of parallelism.
+        sources: a checkpoint of any number of processes and kind of parallelism; or the members of an
+            average, also folders of models or adapters.
         folder: its final name.
-        config: of the run.
+        config: of the run; `config.export` says how.
         card: returns the content of README.md; None or "": there is none.
+        check: called with the folder before it gets its name; an error removes it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or the folder cannot be written.
-        ConfigError: the description of the base model cannot be read.
+        CheckpointError: a checkpoint is damaged or of another model, or the folder cannot be written.
+        ConfigError: the base model cannot be read, or sources do not go together.
     """
-    if faults := find_faults(checkpoint, 0, 1):
-        raise damaged_checkpoint(checkpoint, faults)
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
     causal_lm = _without_weights(base, start, config)
-    saved = read_weights(checkpoint)
-    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
-    check_shapes(trained, saved.shapes, checkpoint)
-    below = start if start is not None and config.model.adapter.on_top else None
-    tokenizer = load_tokenizer(tokenizer_folder(base, start), config.model)
+    files = tokenizer_folder(base, start)
+    tokenizer = load_tokenizer(files, config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
-    part, dtype = _PARTS[config.export.weights], TORCH_DTYPES[config.model.dtype]
-    with writing_errors(folder), _on_disk(saved, part, dtype, folder) as weights:
-        write_model_folder(folder, causal_lm, weights, tokenizer, card, below=below)
+    trained = _open_trained(sources, causal_lm, start, config)
+    with writing_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        collect_abandoned(folder.parent)  # of exports that were killed
+    with writing_errors(folder), staged_folder(folder) as temporary:
+        _write_trained(temporary, trained, causal_lm, base, config)
+        write_tokenizer(temporary, tokenizer, None if config.data.chat_template is not None else files)
+        write_card(temporary, card)
+        if check is not None:
+            check(Exported(temporary, base, trained.adapters, trained.read, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Trained weights of the sources: adapters with their coefficients, or whole weights, averaged."""
+
+    adapters: Members
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, config: RunConfig) -> _Trained:
+    opened = [open_source(source, config) for source in sources]
+    given = config.export.average_weights or [1.0] * len(sources)
+    coefficients = [weight / sum(given) for weight in given]
+    if config.model.adapter is None:
+        shapes, members = weight_shapes(opened, causal_lm), list(zip(coefficients, opened, strict=True))
+        return _Trained((), shapes, partial(average_weight, members))
+    below = start if config.model.adapter.on_top else None
+    adapters = [member_adapter(source, causal_lm, below) for source in opened]
+    return _Trained(list(zip(coefficients, adapters, strict=True)), {}, _no_weight)
+
+
+def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, config: RunConfig) -> None:
+    """Write weights and configuration as `config.export` says."""
+    named = None if config.export.dtype is None else _DTYPES[config.export.dtype]
+    dtype = named or TORCH_DTYPES[config.model.dtype]
+    if not trained.adapters:
+        with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
+            write_weights(folder, causal_lm, weights)
+    elif config.export.merge:
+        whole = model_folder(config.model.path, config.model.revision)
+        write_merged(folder, whole, trained.adapters, names_in_model(_plain(base, config)), named)
+    else:
+        _write_update(folder, trained.adapters, dtype)
+
+
+def _no_weight(name: str) -> Tensor:
+    raise KeyError(name)
+
+
+def _write_update(folder: Path, members: Members, dtype: torch.dtype) -> None:
+    """Write an adapter, or several as one, without their base."""
+    if len(members) == 1:
+        (_, only), *_ = members
+        config, weights = only.config, {name: only.read(name) for name in sorted(only.names)}
+    elif any(member.config.use_dora for _, member in members):
+        raise ConfigError(
+            "an average of DoRA adapters is no adapter: each scales the weights that it changes",
+            where="export.average, export.merge",
+            got=f"{len(members)} adapters, false",
+            remedy="set export.merge=true: the merged models are averaged",
+        )
+    else:
+        config, weights = stack(members)
+    write_adapter(folder, config, {name: weight.to(dtype) for name, weight in weights.items()})
 
 
 def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
@@ -80,16 +176,24 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
     return packed.causal_lm
 
 
+def _plain(base: Path, config: RunConfig) -> Any:
+    """Return the transformers model of the run without its adapter, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            load_config(base, config.model), trust_remote_code=config.model.trust_remote_code
+        )
+
+
 @contextlib.contextmanager
-def _on_disk(saved: SavedSlices, part: str, dtype: torch.dtype, folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Yield a part of the saved slices in `dtype`, mapped from temporary files beside `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    collect_abandoned(folder.parent)  # of exports that were killed
+def _on_disk(
+    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], dtype: torch.dtype, folder: Path
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the named weights in `dtype`, mapped from temporary files beside `folder`."""
     with temporary_folder(folder) as temporary:
         weights = {}
-        for number, name in enumerate(saved.shapes):
+        for number, name in enumerate(shapes):
             file = temporary / str(number)
-            weights[name] = _mapped(saved.whole(name, part).to(dtype), file)
+            weights[name] = _mapped(read(name).to(dtype), file)
         yield weights
         weights.clear()  # some file systems keep the files of mapped tensors
 

@@ -12,6 +12,7 @@ import torch
 
 from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.loss_scale import START
 
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
@@ -106,6 +107,7 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype is Dtype.bf16},
+        "fp16": {"enabled": dtype is Dtype.fp16, "loss_scale": START},  # `LossScale` changes it
         "steps_per_print": 2**31,
     }
 

@@ -29,6 +29,7 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
@@ -101,6 +102,10 @@ class PolicyEngine:
         optim: the optimizer.
         world: of this start.
         ema_decay: of the moving average of the weights; None: there is none.
+
+    Attributes:
+        loss_scale: of the next step in fp16; None with another `model.dtype`.
+        has_overflowed: the last step was not applied, and a smaller loss scale may help.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class PolicyEngine:
         self._backwards, self._current = 0, ("", "")
         if self._engine.zero_optimization_partition_weights():
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+        self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
+        self.has_overflowed = False
         self._averages = Averages({}, 0.0)
         if ema_decay is not None:
             self._averages = Averages.of(self._slices().masters(), ema_decay)
@@ -191,11 +198,21 @@ class PolicyEngine:
             group["lr"] = learning_rate
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
-        if not self._engine.was_step_applied():
+        is_applied = self._engine.was_step_applied()
+        self.has_overflowed = not is_applied and self.loss_scale is not None and self.loss_scale.can_fall
+        if self.loss_scale is not None:
+            self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
+        if not is_applied:
             _drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
         self._averages.update()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
+
+    def set_loss_scale(self, scale: LossScale | None) -> None:
+        """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
+        self.loss_scale = scale
+        if scale is not None:
+            self._engine.optimizer.loss_scale = scale.value
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""

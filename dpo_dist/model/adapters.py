@@ -84,6 +84,8 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
         causal_lm.add_adapter(lora, name)
+        if next(causal_lm.parameters()).is_meta:  # only its shapes are used
+            return lora
         weights = load_peft_weights(str(folder), device="cpu")
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything

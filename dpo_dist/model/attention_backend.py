@@ -1,15 +1,18 @@
 """Choose the attention kernel of a run, and check its results on the device before training."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.mask_rules import mask_rule
 from dpo_dist.model.optional_packages import check_flash_attn
 from dpo_dist.model.segment_attention import Layout, Scores
 
@@ -18,6 +21,7 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Several segments, a response of one token, another of three.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
+_TRIAL_WINDOW = 6
 # Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
 # of 128 in 8 groups); with a different mask they differ by about the largest value itself.
 _TOLERANCE = 0.05
@@ -71,7 +75,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
+def scores_of(model_config: Any) -> list[Scores]:
+    """Return the kinds of scores that a kernel must compute for layers of a transformers configuration.
+
+    Windows are shorter than those of the model, so that a small layout shows them.
+    """
+    text = model_config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    kinds = [Scores(softcap=softcap)]
+    if isinstance(getattr(text, "sliding_window", None), int):
+        kinds.append(Scores(window=_TRIAL_WINDOW, softcap=softcap))
+    return kinds
+
+
+def check_kernel(
+    backend: AttentionBackend,
+    device: torch.device,
+    heads: Heads,
+    dtype: torch.dtype,
+    kinds: Sequence[Scores] = (Scores(),),
+) -> None:
     """Check this backend against SDPA in float32 on a small layout, forward and backward.
 
     A kernel with another alignment of the causal mask, or another meaning of lengths, would give wrong
@@ -82,14 +105,26 @@ def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, 
         device: of the run.
         heads: of the model.
         dtype: of the model's activations.
+        kinds: from `scores_of`.
 
     Raises:
         ConfigError: the results differ by more than rounding, or the kernel fails.
     """
+    for scores in kinds:
+        _check_scores(backend, device, heads, dtype, scores)
+
+
+def _check_scores(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+) -> None:
+    if scores.window is not None:
+        function = sliding_window_causal_mask_function(scores.window)
+        scores = replace(scores, rule=mask_rule(function, scores.window, device=device))
+    described = _describe(heads, dtype, scores)
     rounded = _random_heads(device, heads, dtype)
-    wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded])
+    wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded], scores)
     try:
-        got = _attend(backend, device, rounded)
+        got = _attend(backend, device, rounded, scores)
     except ConfigError:
         raise
     except Exception as error:  # a kernel can raise anything
@@ -97,7 +132,7 @@ def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, 
         raise ConfigError(
             "this attention kernel fails on this device",
             where="model.attention",
-            got=f"{backend} with {_describe(heads, dtype)}: {type(error).__name__}: {reason}",
+            got=f"{backend} with {described}: {type(error).__name__}: {reason}",
             remedy="set model.attention=sdpa, or another of its values",
         ) from error
     for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
@@ -107,15 +142,16 @@ def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, 
             raise ConfigError(
                 "this attention kernel gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend} with {_describe(heads, dtype)}: its {tensor} differs from sdpa's "
-                f"by {difference:.2g}",
+                got=f"{backend} with {described}: its {tensor} differs from sdpa's by {difference:.2g}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
-def _describe(heads: Heads, dtype: torch.dtype) -> str:
+def _describe(heads: Heads, dtype: torch.dtype, scores: Scores) -> str:
     kind = str(dtype).removeprefix("torch.")
-    return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}"
+    window = "" if scores.window is None else ", a sliding window"
+    softcap = "" if scores.softcap is None else ", capped scores"
+    return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}{window}{softcap}"
 
 
 def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
@@ -128,11 +164,13 @@ def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> lis
     ]
 
 
-def _attend(backend: AttentionBackend, device: torch.device, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def _attend(
+    backend: AttentionBackend, device: torch.device, tensors: list[Tensor], scores: Scores
+) -> tuple[Tensor, ...]:
     """Return the attention output of `_random_heads`, and gradients of query, key and value, in float32."""
     *heads, output_gradient = tensors
     with torch.enable_grad():
         query, key, value = (tensor.requires_grad_() for tensor in heads)
-        output = packed_attention(_TRIAL, backend, device)(query, key, value, Scores())
+        output = packed_attention(_TRIAL, backend, device)(query, key, value, scores)
         gradients = torch.autograd.grad(output, (query, key, value), output_gradient)
     return tuple(tensor.detach().float() for tensor in (output, *gradients))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 from dpo_dist.model.attention_backend import heads_of
@@ -26,8 +27,8 @@ _HEAD_SLOWNESS = 0.9
 # On a CPU, many products of a few milliseconds: one of them runs uninterrupted also on a busy machine.
 _PEAK_TRIALS = {"cuda": 5, "cpu": 20}
 _PEAK_SIDE = {"cuda": 8192, "cpu": 512}
-# TFLOP/s of dense matrix products by the makers' data sheets: bf16, and float32 without TF32. The first entry
-# whose name is part of PyTorch's name of the device is used.
+# TFLOP/s of dense matrix products by the makers' data sheets: 16 bits, and float32 without TF32. The first
+# entry whose name is part of PyTorch's name of the device is used.
 _DATASHEET_TFLOPS = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
@@ -51,6 +52,9 @@ _DATASHEET_TFLOPS = (
     ("RTX 4090", 165.2, 82.6),
     ("RTX 3090", 71.0, 35.6),
     ("MI300X", 1307.4, 163.4),
+    ("V100-SXM2", 125.0, 15.7),
+    ("V100-PCIE", 112.0, 14.0),
+    ("T4", 65.0, 8.1),
 )
 
 
@@ -62,14 +66,16 @@ class StepFlops:
         per_token: FLOPs of a packed token in the matrices of all layers.
         per_target: FLOPs of a completion token in the output layer.
         per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
+        reaches: limits of attention in some layers.
     """
 
     per_token: float
     per_target: float
     per_attended: float
+    reaches: tuple[Reach, ...] = ()
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
-        """Return the FLOPs of a step with these counts."""
+        """Return the FLOPs of a step with these counts; `attended` is that of the mean layer."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
@@ -130,6 +136,22 @@ def count_flops(
         per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
         per_target=per_weight * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
+        reaches=_reaches(text),
+    )
+
+
+def _reaches(text: PretrainedConfig) -> tuple[Reach, ...]:
+    """Return the sliding windows and chunks of the layers of a text model."""
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    layer_types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    options = (
+        ("sliding_attention", window, False),
+        ("chunked_attention", getattr(text, "attention_chunk_size", None), True),
+    )
+    return tuple(
+        Reach(tokens, layer_types.count(kind) / len(layer_types), in_chunks)
+        for kind, tokens, in_chunks in options
+        if tokens and kind in layer_types
     )
 
 
@@ -154,6 +176,7 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
+        reaches=flops.reaches,
     )
 
 
@@ -173,9 +196,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
     """Return the FLOP/s of a device by its data sheet; None if the device is not in the table."""
-    for name, bf16, fp32 in _DATASHEET_TFLOPS:
+    for name, sixteen_bit, fp32 in _DATASHEET_TFLOPS:
         if re.search(rf"\b{name}\b", device_name) and "Laptop" not in device_name:
-            return 1e12 * (bf16 if dtype is torch.bfloat16 else fp32)
+            return 1e12 * (fp32 if dtype is torch.float32 else sixteen_bit)
     return None
 
 

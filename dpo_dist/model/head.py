@@ -17,6 +17,7 @@ from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.logit_changes import logit_change
 from dpo_dist.model.logp_head import LogpHead
+from dpo_dist.model.rotary import RotaryByLength
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router_losses import routing_sums
 from dpo_dist.objective.token_logps import Statistic, logps_of_logits
@@ -52,6 +53,7 @@ class PackedCausalLM(nn.Module):
         self.backend = backend
         self.compiled = compiled
         self.sequence = sequence
+        self._rotary = RotaryByLength.of(causal_lm)
         self.tiled: list[nn.Module] = []
         self.arrangement = arrangement
         self.is_generating = False
@@ -119,6 +121,8 @@ class PackedCausalLM(nn.Module):
             with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts; not
                 with `sequence`.
         """
+        if self._rotary is not None and self.arrangement is Arrangement.packed:
+            batch = self._rotary.arrange(batch)
         if self.arrangement is Arrangement.packed and self.sequence is not None:
             return self._shared(batch, self.sequence, statistics)
         found, weights = self._in_rows(batch, with_routing)
@@ -136,7 +140,8 @@ class PackedCausalLM(nn.Module):
         rows = rows_of(batch, self._pad_id)
         weights = rows.is_token.float() * bool(len(batch.keys))
         if self.arrangement is Arrangement.padded:
-            return self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors), weights.flatten()
+            found = self._row_outputs(rows.input_ids, rows.lengths, with_routing)
+            return found.at(rows.predictors), weights.flatten()
         return self._one_by_one(rows, batch.forwards, with_routing), weights[rows.is_token]
 
     def _shared(self, batch: PackedBatch, sequence: TokenExchange, statistics: Sequence[Statistic]) -> Tensor:
@@ -144,6 +149,8 @@ class PackedCausalLM(nn.Module):
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         tokens = len(batch.input_ids)
         share = TokenShare.of(sequence, tokens, batch.predictors)
+        if self._rotary is not None:
+            self._rotary.share(share.tokens)
         own = self._packed(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
@@ -178,13 +185,21 @@ class PackedCausalLM(nn.Module):
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         for row, length in enumerate(rows.lengths):
-            found = self._call(with_routing, input_ids=rows.input_ids[row : row + 1, :length])
+            found = self._row_outputs(rows.input_ids[row : row + 1, :length], [length], with_routing)
             outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
             routers.append(found.router_logits)
         predicting = torch.cat(outputs).index_select(0, rows.predictors)
         for _ in range(forwards - len(rows.lengths)):
-            predicting = predicting + 0.0 * self._call(input_ids=rows.input_ids[:1, :1]).predicting.sum()
+            predicting = predicting + 0.0 * self._row_outputs(rows.input_ids[:1, :1], [1]).predicting.sum()
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
+
+    def _row_outputs(
+        self, input_ids: Tensor, lengths: Sequence[int], with_routing: bool = False
+    ) -> "_Outputs":
+        """Return the outputs of rows with these numbers of tokens, [rows, longest]."""
+        if self._rotary is not None:
+            self._rotary.arrange_rows(lengths)
+        return self._call(with_routing, input_ids=input_ids)
 
     def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
         """Return the outputs of all tokens in one row after the other; the only call of the model."""
@@ -218,6 +233,8 @@ class PackedCausalLM(nn.Module):
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
+        if self._rotary is not None:
+            self._rotary.release()
         head = self.causal_lm.get_output_embeddings()
         self._attend_by(self._own_attention)
         if isinstance(head, LogpHead):

@@ -16,11 +16,12 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
-from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
+from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of, scores_of
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
+from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
 from dpo_dist.model.supported import check_supported, switch_off_noise
@@ -28,7 +29,7 @@ from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
 
-TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
 
 
 def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerBase:
@@ -96,7 +97,8 @@ def load_packed(
         check_heads(heads_of(model_config), sequence.ranks)
     has_heads = getattr(model_config, "num_attention_heads", None) is not None
     if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed and has_heads:
-        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
+        kinds = scores_of(model_config)
+        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype], kinds)
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
@@ -136,8 +138,10 @@ def load_weights(
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: the model cannot be loaded, or weights are missing or not used.
+        ConfigError: the model cannot be loaded, weights are missing or not used, or the device cannot compute
+            in this precision.
     """
+    check_precision(config.dtype, device)
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from dpo_dist.config.schema import AttentionBackend, ModelConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
 
 NUMERICS_FIELDS = {
     "dtype": False,
     "matmul_precision": False,
     "bf16_reduction": False,
+    "fp16_reduction": False,
     "quantization": False,
     "attention": True,
     "flash_attn": True,
@@ -62,9 +64,32 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         profile["gpu"] = torch.cuda.get_device_name(device)
         profile["cuda"] = str(torch.version.cuda)
         profile["bf16_reduction"] = str(matmul.allow_bf16_reduced_precision_reduction)
+        if config.dtype is Dtype.fp16:
+            profile["fp16_reduction"] = str(matmul.allow_fp16_reduced_precision_reduction)
     if device.type == "cpu":
         profile["cpu"] = torch.backends.cpu.get_cpu_capability()
     return profile
+
+
+def check_precision(dtype: Dtype, device: torch.device) -> None:
+    """Check that a device computes in this precision, other than by slow emulation.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if device.type == "cuda" and dtype is Dtype.bf16:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return
+        name, remedy = torch.cuda.get_device_name(device), "set model.dtype=fp16, or fp32"
+    elif device.type == "cpu" and dtype is Dtype.fp16:
+        if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return
+        name, remedy = "this CPU", "set model.dtype=bf16, or fp32"
+    else:
+        return
+    raise ConfigError(
+        f"{name} does not compute in {dtype}", where="model.dtype", got=str(dtype), remedy=remedy
+    )
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,6 @@ def write_model_folder(
     remedy: str = _REMEDY,
     below: Path | None = None,
     tokenizer_files: Path | None = None,
-    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
 
@@ -53,24 +53,36 @@ def write_model_folder(
         remedy: of a full disk.
         below: folder of an adapter that is part of the model below the trained one; both become one.
         tokenizer_files: folder of the tokenizer, whose files are copied; None: transformers writes new ones.
-        check: called with the written folder before it gets its name; an error removes it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     with writing_errors(folder, remedy), staged_folder(folder) as temporary:
         if adapted_layers(causal_lm):
-            _write_adapter(temporary, causal_lm, weights, below)
+            write_adapter(temporary, *trained_update(causal_lm, weights, weights.pop, below))
         else:
-            causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-        if tokenizer_files is None:
-            tokenizer.save_pretrained(temporary)
-        else:
-            copy_tokenizer(tokenizer_files, temporary)
-        if card is not None and (text := card()):
-            (temporary / "README.md").write_text(text, encoding="utf-8")
-        if check is not None:
-            check(temporary)
+            write_weights(temporary, causal_lm, weights)
+        write_tokenizer(temporary, tokenizer, tokenizer_files)
+        write_card(temporary, card)
+
+
+def write_weights(folder: Path, causal_lm: Any, weights: dict[str, Tensor]) -> None:
+    """Write the weights and the configuration of a model in files of at most 5 GB."""
+    causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, files: Path | None) -> None:
+    """Copy the files of a tokenizer from a folder; None: write those of `tokenizer`."""
+    if files is None:
+        tokenizer.save_pretrained(folder)
+    else:
+        copy_tokenizer(files, folder)
+
+
+def write_card(folder: Path, card: Callable[[], str] | None) -> None:
+    """Write README.md, unless there is no card or it is empty."""
+    if card is not None and (text := card()):
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -86,13 +98,21 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _write_adapter(folder: Path, causal_lm: Any, weights: dict[str, Tensor], below: Path | None) -> None:
-    """Write the trained weights as one adapter of the base, with that of `below` if there is one."""
-    trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], weights, weights.pop)
+def trained_update(
+    causal_lm: Any, names: Iterable[str], read: Callable[[str], Tensor], below: Path | None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the trained adapter of a model, with that of the folder `below` if there is one.
+
+    Args:
+        causal_lm: with its adapter; its tensors are not used.
+        names: of the trained weights in the model.
+        read: returns a trained weight.
+        below: as in `write_model_folder`.
+    """
+    trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], list(names), read)
     if below is None:
-        write_adapter(folder, trained.config, {name: trained.read(name) for name in trained.names})
-    else:
-        write_adapter(folder, *stack([(1.0, trained), (1.0, AdapterWeights.of_folder(below))]))
+        return trained.config, {name: trained.read(name) for name in sorted(trained.names)}
+    return stack([(1.0, trained), (1.0, AdapterWeights.of_folder(below))])
 
 
 @contextlib.contextmanager

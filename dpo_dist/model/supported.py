@@ -4,7 +4,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
 
@@ -23,7 +22,6 @@ def check_supported(model_config: Any, max_length: int) -> None:
         ConfigError: the model is not causal, or is exact for shorter sequences only.
     """
     _check_causal(model_config)
-    _check_fixed_rotation(model_config, max_length)
     _check_positions(model_config, max_length)
 
 
@@ -52,32 +50,6 @@ def _check_causal(model_config: Any) -> None:
     else:
         return
     raise not_causal(f"{model_config.model_type} with {option}")
-
-
-def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
-    """Check that rotary frequencies do not depend on the longest sequence of the batch."""
-    if not getattr(model_config, "rope_parameters", None):
-        return
-    model_config.standardize_rope_params()  # as the model does; it may replace the original length
-    parameters = model_config.rope_parameters
-    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in of_layers or [parameters]:
-        rope_type = rope.get("rope_type", "default")
-        if rope_type == "longrope":
-            limit = rope["original_max_position_embeddings"]
-        elif "dynamic" in rope_type:
-            limit = model_config.max_position_embeddings
-        else:
-            continue
-        if max_length > limit:
-            raise ConfigError(
-                f"beyond {limit} tokens, {rope_type} RoPE depends on the longest sequence of the batch, "
-                "so packing would not be exact",
-                where="data.max_length",
-                got=str(max_length),
-                expected=f"{limit} or less",
-                remedy=f"set data.max_length to {limit} or less",
-            )
 
 
 def _check_positions(model_config: Any, max_length: int) -> None:

@@ -40,6 +40,11 @@ def is_bad(totals: StepTotals) -> bool:
     return not (math.isfinite(totals.means["loss"]) and math.isfinite(totals.grad_norm))
 
 
+def is_overflow(totals: StepTotals, policy: PolicyEngine) -> bool:
+    """Return whether the last step was skipped because gradients in fp16 were too large for its scale."""
+    return policy.has_overflowed and math.isfinite(totals.means["loss"])
+
+
 @dataclass(frozen=True)
 class StepGuard:
     """Names the pairs of bad steps, and ends a run that learns nothing any more. Methods are collective."""
@@ -76,6 +81,14 @@ class StepGuard:
             f"all pairs of the step: {folder.bad_step(step)}"
         )
 
+    def say_overflow(self, position: Position) -> None:
+        """Say that the last step was an overflow."""
+        assert self.policy.loss_scale is not None
+        self.console.say(
+            f"step {position.step} was skipped: gradients overflow in fp16; the loss scale falls to "
+            f"{self.policy.loss_scale.value:g}"
+        )
+
     def _losses(self, ready: ReadyStep, position: Position) -> list[float]:
         """Return the loss of every pair of the global batch, in its order."""
         rank_batch, device = ready.rank_batch, self.world.device
@@ -101,9 +114,9 @@ class StepGuard:
     def end(self, totals: StepTotals, position: Position) -> DivergedError | None:
         """Return the error that ends the run after this step, if it must; the same on all ranks."""
         most, steps = self.config.trainer.max_bad_steps, self.inputs.sampler.steps
-        is_last = position.step == steps
+        is_last, skipped = position.step == steps, position.bad_steps + position.overflows
         allowed = min(most, _BAD_AT_THE_END) if is_last else most
-        if position.bad_in_a_row > allowed or (is_last and position.bad_steps == steps):
+        if position.bad_in_a_row > allowed or (is_last and skipped == steps):
             return self._not_finite(totals, position, allowed)
         if position.collapsed_in_a_row > most or (position.collapsed_in_a_row and is_last):
             return self._collapsed(totals, position)
@@ -132,8 +145,17 @@ class StepGuard:
         )
 
 
-def count(position: Position, totals: StepTotals) -> None:
-    """Count a step, whose number is `position.step` already, in `position`."""
+def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
+    """Count a step, whose number is `position.step` already, in `position`.
+
+    Args:
+        position: changed.
+        totals: of the step.
+        overflow: it `is_overflow`.
+    """
+    if overflow:
+        position.overflows += 1
+        return
     if is_bad(totals):
         position.bad_steps += 1
         position.bad_in_a_row += 1

@@ -1,5 +1,6 @@
 """The checkpoint and the folder of an export; imports no torch, so that errors appear at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
@@ -9,8 +10,42 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.folder import CONFIG_FILE, is_adapter
 
 _KEY = "export.checkpoint"
+
+
+def find_sources(config: RunConfig) -> list[Path]:
+    """Return the folders to export: that of `export.checkpoint`, or those of `export.average`.
+
+    Their files are not checked.
+
+    Raises:
+        ConfigError: one does not exist, or the configuration is not that of the run.
+    """
+    if not config.export.average:
+        return [find_checkpoint(config)]
+    run = existing_run(RunFolder.of(config).path)
+    _check_configuration(run, config)
+    return [_find_member(name, run) for name in config.export.average]
+
+
+def _find_member(name: str, run: RunFolder) -> Path:
+    """Return the checkpoint of a run with this name, or the folder of another model."""
+    folder = run.checkpoints / name
+    if "/" not in name and is_checkpoint(folder):
+        return folder
+    folder = Path(name).expanduser()
+    if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
+        raise ConfigError(
+            "a member of the average is neither a checkpoint nor a model",
+            where="export.average",
+            got=name,
+            expected=", ".join(found.name for found in checkpoint_folders(run.checkpoints))
+            or "the folder of a checkpoint, a model or an adapter",
+            remedy="name a checkpoint of this run, or a folder",
+        )
+    return folder
 
 
 def find_checkpoint(config: RunConfig) -> Path:
@@ -20,14 +55,7 @@ def find_checkpoint(config: RunConfig) -> Path:
         ConfigError: the run or the checkpoint does not exist, or the configuration is not that of the run.
     """
     run = existing_run(RunFolder.of(config).path)
-    if changed := changed_keys(run.config, config):
-        raise ConfigError(
-            "an export has the configuration of its run",
-            where=", ".join(changed),
-            got=", ".join(str(new) for _, new in changed.values()),
-            expected=", ".join(str(old) for old, _ in changed.values()),
-            remedy="give run.dir and keys of export only",
-        )
+    _check_configuration(run, config)
     found = checkpoint_folders(run.checkpoints)
     if not found:
         raise ConfigError(
@@ -49,6 +77,17 @@ def find_checkpoint(config: RunConfig) -> Path:
     return folder
 
 
+def _check_configuration(run: RunFolder, config: RunConfig) -> None:
+    if changed := changed_keys(run.config, config):
+        raise ConfigError(
+            "an export has the configuration of its run",
+            where=", ".join(changed),
+            got=", ".join(str(new) for _, new in changed.values()),
+            expected=", ".join(str(old) for old, _ in changed.values()),
+            remedy="give run.dir and keys of export only",
+        )
+
+
 def _best(run: RunFolder) -> str:
     """Return the name of the best checkpoint.
 
@@ -66,15 +105,16 @@ def _best(run: RunFolder) -> str:
     )
 
 
-def find_output(config: RunConfig, checkpoint: Path) -> Path:
-    """Return the folder to write.
+def find_output(config: RunConfig, sources: Sequence[Path]) -> Path:
+    """Return the folder to write: by default named after the checkpoint, or `average`, and `-merged`.
 
     Raises:
         ConfigError: it exists.
     """
     named, weights = config.export.output, config.export.weights
-    name = checkpoint.name + (f"-{weights}" if weights is ExportedWeights.ema else "")
-    folder = RunFolder.of(config).exported(name) if named is None else Path(named).expanduser()
+    own = "average" if config.export.average else sources[0].name
+    own += (weights is ExportedWeights.ema) * "-ema" + config.export.merge * "-merged"
+    folder = RunFolder.of(config).exported(own) if named is None else Path(named).expanduser()
     if folder.exists() or folder.is_symlink():
         raise ConfigError(
             "the folder to write exists",

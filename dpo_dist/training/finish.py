@@ -191,6 +191,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "bad_steps": position.bad_steps,
+        **({"overflows": position.overflows} if loop.policy.loss_scale is not None else {}),
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,

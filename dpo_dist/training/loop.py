@@ -28,7 +28,7 @@ from dpo_dist.reference.shard import has_its_entries
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.training.bad_steps import StepGuard, count, is_bad
+from dpo_dist.training.bad_steps import StepGuard, count, is_bad, is_overflow
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
@@ -179,6 +179,7 @@ class Loop:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
+        overflow = is_overflow(totals, self.policy)
         bad = is_bad(totals)
         pairs = rank_batch.pairs
         running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
@@ -196,9 +197,11 @@ class Loop:
         position.step += 1
         position.pairs_seen += pairs
         position.train_seconds += measures.seconds
-        count(position, totals)
+        count(position, totals, overflow=overflow)
         guard = StepGuard(self.config, world, self.inputs, self.policy, self.objective, self.console)
-        if bad:
+        if overflow:
+            guard.say_overflow(position)
+        elif bad:
             guard.name_pairs(ready, totals, position)
         else:
             position.window.add(measures)
@@ -267,6 +270,8 @@ class Loop:
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         row["bad_steps"] = position.bad_steps
+        if self.policy.loss_scale is not None:
+            row |= {"loss_scale": self.policy.loss_scale.value, "overflows": position.overflows}
         if self.recorder is not None:
             name_spike(row, self.recorder.metrics, self.inputs, self.console.say)
         self._record(row)
@@ -284,7 +289,7 @@ class Loop:
         with self.clock.of("saving"):
             if self.recorder is not None:
                 self.recorder.metrics.save()
-            position.work = self.clock.read()
+            position.work, position.loss_scale = self.clock.read(), self.policy.loss_scale
             facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
             state = {**asdict(position), **self.identity, **facts}
             self.checkpoints.save(position.step, state, is_last=is_last)

@@ -6,13 +6,14 @@ from typing import Any
 
 from dpo_dist.config.checkpoint_folders import STATE
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.errors import CheckpointError, first_line
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.log_window import LogWindow
 from dpo_dist.training.work_clock import WorkTime
 
-_COUNTS = ("step", "pairs_seen", "steps", "bad_steps", "bad_in_a_row", "collapsed_in_a_row")
+_COUNTS = ("step", "pairs_seen", "steps", "bad_steps", "bad_in_a_row", "collapsed_in_a_row", "overflows")
 _MOST = 2**48
 
 
@@ -35,6 +36,8 @@ class Position:
         bad_steps: number of steps that were skipped because loss or gradient was not finite.
         bad_in_a_row: of these, the last ones without another step between them.
         collapsed_in_a_row: last steps of a policy that has collapsed.
+        overflows: number of steps that were skipped because gradients in fp16 were too large for their scale.
+        loss_scale: of the next step in fp16, set before it is saved; None with another `model.dtype`.
         best: the best checkpoints by `trainer.keep_best`, the best first.
         owes_evaluation: the run was stopped before the evaluation of its last step was complete.
     """
@@ -49,6 +52,8 @@ class Position:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     collapsed_in_a_row: int = 0
+    overflows: int = 0
+    loss_scale: LossScale | None = None
     best: list[BestCheckpoint] = field(default_factory=list)
     owes_evaluation: bool = False
 
@@ -83,6 +88,8 @@ class Position:
             bad_steps=state.get("bad_steps", 0),
             bad_in_a_row=state.get("bad_in_a_row", 0),
             collapsed_in_a_row=state.get("collapsed_in_a_row", 0),
+            overflows=state.get("overflows", 0),
+            loss_scale=LossScale(**scale) if (scale := state.get("loss_scale")) else None,
             best=[BestCheckpoint(**one) for one in state.get("best", [])],
             owes_evaluation=state.get("owes_evaluation", False),
         )
@@ -126,6 +133,7 @@ def _check_types(state: Mapping[str, Any]) -> None:
         if not isinstance(value, int) or not 0 <= value < _MOST:
             raise ValueError(f"{name} is no count")
     numbers = {name: state[name] for name in ("train_seconds", "running", "window")}
+    numbers["loss_scale"] = state.get("loss_scale")
     numbers |= {"work": state.get("work", {}), "best": [one["value"] for one in best]}
     if report:
         numbers["reference_report"] = [report[name] for name in ("hits", "computed", "seconds")]

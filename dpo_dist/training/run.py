@@ -145,6 +145,7 @@ def _set_up(
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+        policy.set_loss_scale(position.loss_scale)
         checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
     else:
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
@@ -223,10 +224,10 @@ def _load_models(
 
 def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
     """Return the policy at its start, with its adapter if it has one; collective."""
-    folder = inputs.policy_files.folder
-    model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
+    files, longest = inputs.policy_files, config.data.max_length
+    model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
+        add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     settle_engine(policy, config.data.max_length, world)
     return policy

@@ -22,9 +22,10 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.weight_loading import sharded_loading
 from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
@@ -34,6 +35,7 @@ from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
+from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
 
 LOSS = LossConfig(beta=0.5)
@@ -114,6 +116,8 @@ def steps(
     policy = PolicyEngine(
         load_packed(model, config.model, 1024, world.device, sequence=world.sequence), OPTIM, world
     )
+    if policy.loss_scale is not None:
+        policy.set_loss_scale(LossScale(2.0**8))  # at the start's, the first step overflows
     write_whole(policy, folder / "before.safetensors")
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
 
@@ -221,28 +225,30 @@ def test_steps_equal_plain_pytorch(
         assert of_rank["unchanged"]
 
 
+@pytest.mark.parametrize("dtype", [Dtype.bf16, pytest.param(Dtype.fp16, marks=NEEDS_FP16)])
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_steps_in_bf16_equal_float32_up_to_rounding(
-    kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+def test_steps_in_16_bits_equal_float32_up_to_rounding(
+    kind: ParallelismKind, dtype: Dtype, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
-    """Each kind has an optimizer wrapper of its own in bf16, with its own way to skip a step."""
+    """Each kind has an optimizer wrapper of its own in 16 bits, with its own way to skip a step."""
     ranks = tmp_path / "ranks"
-    scenario = partial(steps, assets, assets.policy, plain_entries, Dtype.bf16)
-    results = run_ranks(scenario, 2, ranks, kind, Dtype.bf16)
-    loaded = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.bfloat16)
+    scenario = partial(steps, assets, assets.policy, plain_entries, dtype)
+    results = run_ranks(scenario, 2, ranks, kind, dtype)
+    rounded, finer = TORCH_DTYPES[dtype], 8 if dtype is Dtype.fp16 else 1
+    loaded = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=rounded)
     before = load_file(ranks / "before.safetensors")
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
 
     norms = plain_steps(loaded.float(), assets.dataset(), plain_entries)
     after = load_file(ranks / "after.safetensors")
     for name, tensor in loaded.state_dict().items():
-        assert after[name].dtype is torch.bfloat16
+        assert after[name].dtype is rounded
         assert not torch.equal(before[name], after[name]), f"{name} was not trained"
-        torch.testing.assert_close(after[name].float(), tensor, atol=0.01, rtol=0.01)
+        torch.testing.assert_close(after[name].float(), tensor, atol=0.01 / finer, rtol=0.01 / finer)
     for of_rank in results:
-        assert of_rank["norms"] == pytest.approx(norms, rel=0.1)
+        assert of_rank["norms"] == pytest.approx(norms, rel=0.1 / finer)
         assert of_rank["norms"] == results[0]["norms"]
-        assert of_rank["drift"] < 0.1
+        assert of_rank["drift"] < 0.1 / finer
         assert of_rank["bad norms"] == ["inf", "inf"]
         assert of_rank["unchanged"]
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, PreTrainedConfig
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.attention_backend import Heads, check_kernel
+from dpo_dist.model.attention_backend import Heads, check_kernel, heads_of, scores_of
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.mask_rules import mask_rule
 from dpo_dist.model.segment_attention import Layout, Scores
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -32,6 +35,39 @@ KERNELS = [
 @pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(28, 4, 128), Heads(8, 8, 64)], ids=str)
 def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, heads: Heads) -> None:
     check_kernel(kernel, CUDA, heads, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "config",
+    [MistralConfig(sliding_window=4096), Gemma2Config(), Gemma3TextConfig()],
+    ids=lambda config: config.model_type,
+)
+def test_kernels_pass_the_check_with_windows_and_capped_scores(
+    kernel: AttentionBackend, config: PreTrainedConfig
+) -> None:
+    check_kernel(kernel, CUDA, heads_of(config), torch.bfloat16, scores_of(config))
+
+
+def test_sdpa_of_windows_chunks_sinks_and_caps_equals_that_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, LAYOUT))
+    exact = [torch.randn(tokens, count, 64, generator=generator) for count in (8, 2, 2)]
+    sinks = torch.linspace(-2, 2, 8)
+    found = []
+    for device in (torch.device("cpu"), CUDA):
+        window = mask_rule(sliding_window_causal_mask_function(40), 40, device=device)
+        on_device = [tensor.to(device) for tensor in exact]
+        attention = packed_attention(LAYOUT, AttentionBackend.sdpa, device)
+        kinds = [
+            Scores(rule=window),
+            Scores(sinks=sinks.to(device)),
+            Scores(rule=window, sinks=sinks.to(device)),
+            Scores(rule=window, softcap=2.0),
+        ]
+        found.append([attention(*on_device, scores).cpu() for scores in kinds])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

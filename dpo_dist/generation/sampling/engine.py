@@ -91,7 +91,7 @@ class VllmGenerator:
         self._llm = llm(
             model=str(source.folder),
             tokenizer=str(source.tokenizer_folder),
-            dtype={"bf16": "bfloat16", "fp32": "float32"}[config.dtype],
+            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype],
             trust_remote_code=config.trust_remote_code,
             enable_lora=source.adapter is not None,
             generation_config="vllm",  # no defaults of the model's folder

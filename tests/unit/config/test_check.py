@@ -114,6 +114,7 @@ IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "model.adapter.r": {"model.adapter": {"r": 0}},
     "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
     "optim.betas[1]": {"optim.betas": [0.9, 1.0]},
+    "export.average_weights[1]": {"export.average_weights": [1.0, 0.0]},
 }
 EMPTY: dict[str, Any] = {
     "data.train[0].path": {"data.train": [{"path": " "}]},
@@ -146,8 +147,9 @@ def test_each_declared_bound_is_checked(key: str) -> None:
     row = all_keys()[key]
     bounds = (row.bounds.above, row.bounds.at_least)
     below = next(bound - (index == 1) for index, bound in enumerate(bounds) if bound is not None)
+    is_list = key in ("optim.betas", "export.average_weights")
     with pytest.raises(ConfigError, match="is out of range"):
-        configured({key: [below, below] if key == "optim.betas" else below})
+        configured({key: [below, below] if is_list else below})
 
 
 @pytest.mark.parametrize(("where", "values"), IN_MAPPINGS.items(), ids=str)

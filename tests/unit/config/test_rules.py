@@ -138,6 +138,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.adapter.on_top, model.adapter.variant",
     ),
     ({"model.adapter": {"path": "sft"}, "pairs.rounds": 2}, "model.adapter, pairs.rounds"),
+    ({"export.merge": True}, "export.merge, model.adapter"),
+    (
+        {"export.average": ["step-000001", "b"], "export.checkpoint": "best"},
+        "export.average, export.checkpoint",
+    ),
+    ({"export.average": ["step-000001"]}, "export.average"),
+    ({"export.average_weights": [1.0]}, "export.average_weights, export.average"),
     ({"model.quantization": "int8"}, "model.quantization, model.adapter"),
     (QUANTIZED | {"parallelism.kind": "zero3"}, "model.quantization, parallelism.kind"),
     (QUANTIZED | {"parallelism.kind": "zero2"}, "model.quantization, parallelism.kind"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.data.packing import packed_tokens
+from dpo_dist.data.reach import Reach
 from tests.support.packing import pair_shapes
 
 Plan = list[list[list[int]]]
@@ -159,3 +160,31 @@ def test_examples_above_the_budget_share_a_micro_batch() -> None:
     tokens = [300, 280, 290, *[20] * 60]
     plan = plan_micro_batches(sizes(tokens), 4, 100)
     assert sum(max(tokens[index] for index in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1
+
+
+@given(pair_shapes, st.integers(1, 12), st.booleans())
+def test_layers_with_windows_or_chunks_attend_to_fewer_keys(
+    shapes: list[tuple[int, ...]], size: int, in_chunks: bool
+) -> None:
+    prompts, responses = [shape[0] for shape in shapes], [shape[1:] for shape in shapes]
+
+    def attended(*reaches: Reach) -> list[int]:
+        found = example_sizes(
+            np.array(prompts),
+            np.array(list(chain.from_iterable(responses))),
+            np.array([len(of_pair) for of_pair in responses]),
+            ComputeCosts(0.0, 0.0, reaches=reaches),
+        )
+        return [int(count) for count in found.attended]
+
+    def keys(position: int) -> int:
+        return position % size + 1 if in_chunks else min(position + 1, size)
+
+    expected = [
+        sum(map(keys, range(prompt)))
+        + sum(keys(place) for response in own for place in range(prompt, prompt + response - 1))
+        for prompt, own in zip(prompts, responses, strict=True)
+    ]
+    assert attended(Reach(size, 1.0, in_chunks)) == expected
+    half = [(full + limited) / 2 for full, limited in zip(attended(), expected, strict=True)]
+    assert np.abs(np.array(attended(Reach(size, 0.5, in_chunks))) - half).max() <= 0.5

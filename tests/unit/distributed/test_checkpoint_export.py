@@ -1,5 +1,6 @@
 """A checkpoint as a model folder: the weights of any world, in the model's precision, whole or not at all."""
 
+import json
 import os
 import weakref
 from collections.abc import Iterator
@@ -9,20 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.atomic import is_temporary
-from dpo_dist.config.adapter_schema import AdapterConfig
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.distributed.checkpoint_export import export_checkpoint
+from dpo_dist.distributed.checkpoint_export import Exported, export_checkpoint, export_models
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
 from dpo_dist.distributed.slice_files import SavedSlices, write_slices
 from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 
 RANKS = 3
@@ -68,17 +72,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_several_ranks_become_a_model_in_its_precision(
     dtype: Dtype, base: Path, tmp_path: Path
 ) -> None:
     config = run_of(base, dtype=dtype)
     weights = weights_of(config)
-    export_checkpoint(
-        checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "out", config, lambda: "A card"
-    )
+    checkpoint = checkpoint_of(weights, tmp_path / "step-000001")
+    export_models([checkpoint], tmp_path / "out", config, lambda: "A card")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    wanted = torch.bfloat16 if dtype is Dtype.bf16 else torch.float32
+    wanted = TORCH_DTYPES[dtype]
     found = dict(model.named_parameters())
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
@@ -140,9 +143,9 @@ def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: 
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     child = os.fork()
     if child == 0:
-        export_checkpoint(checkpoint, tmp_path / "out", config, lambda: os._exit(1))  # type: ignore[arg-type, return-value]
+        export_models([checkpoint], tmp_path / "out", config, lambda: os._exit(1))  # type: ignore[arg-type, return-value]
     os.waitpid(child, 0)
-    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 2
+    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 1
     export_checkpoint(checkpoint, tmp_path / "other", config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
@@ -157,4 +160,117 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("dpo_dist.distributed.checkpoint_export._mapped", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder's files."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            found |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("variant", AdapterVariant)
+def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
+    variant: AdapterVariant, tied: bool, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "base", tied=tied)
+    (base / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
+    for name, weight in oracle.named_parameters():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
+    assert files_of(tmp_path / "merged") == files_of(base)
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
+    for file in base.glob("tokenizer*"):
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
+    base: Path, tmp_path: Path
+) -> None:
+    config = run_of(base, dtype=Dtype.bf16, adapter=AdapterConfig(r=2, alpha=3))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    for name, wanted in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        written = replace(config, export=ExportConfig(merge=True, dtype=name))
+        export_checkpoint(checkpoint, tmp_path / str(name), written)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(name), dtype="auto")
+        assert {weight.dtype for weight in model.parameters()} == {wanted}
+
+
+def test_an_average_of_whole_models(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32)
+    first = weights_of(config)
+    second = {name: weight.flip(0) for name, weight in first.items()}
+    sources = [
+        checkpoint_of(first, tmp_path / "step-000001"),
+        checkpoint_of(second, tmp_path / "step-000002"),
+        base,
+    ]
+    weighted = replace(config, export=ExportConfig(average=["a", "b", "c"], average_weights=[1.0, 2.0, 1.0]))
+    export_models(sources, tmp_path / "out", weighted)
+    start = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
+    for name, weight in found.items():
+        wanted = 0.25 * first[name] + 0.5 * second[name] + 0.25 * start[name]
+        torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_an_average_of_adapters_is_the_average_of_their_updates(base: Path, tmp_path: Path) -> None:
+    """Not of their matrices, whose products are no average."""
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3))
+    first = weights_of(config)
+    second = {name: weight.flip(0) - 0.1 for name, weight in first.items()}
+    sources = [
+        checkpoint_of(one, tmp_path / f"step-{n:06}") for n, one in enumerate((first, second), start=1)
+    ]
+    averaged = replace(config, export=ExportConfig(average=["a", "b"], average_weights=[1.0, 3.0]))
+    export_models(sources, tmp_path / "out", averaged)
+    merging = replace(averaged, export=replace(averaged.export, merge=True))
+    export_models(sources, tmp_path / "merged", merging)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    of_peft = PeftModel.from_pretrained(plain, tmp_path / "out").merge_and_unload().state_dict()
+    for layer in {name.partition(".lora_")[0] for name in first}:
+        updates = [
+            1.5 * one[f"{layer}.lora_B.default.weight"] @ one[f"{layer}.lora_A.default.weight"]
+            for one in (first, second)
+        ]
+        wanted = start[f"{layer}.weight"] + 0.25 * updates[0] + 0.75 * updates[1]
+        torch.testing.assert_close(merged[f"{layer}.weight"], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_peft[f"{layer}.weight"], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, variant=AdapterVariant.dora))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
+    with pytest.raises(ConfigError, match="an average of DoRA adapters is no adapter"):
+        export_models([checkpoint, checkpoint], tmp_path / "out", averaged)
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    with pytest.raises(ConfigError, match="are not of one kind"):
+        export_models([base, tmp_path / "adapter"], tmp_path / "out", run_of(base, dtype=Dtype.fp32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_check_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32)
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+
+    def check(exported: Exported) -> None:
+        assert (exported.folder / "model.safetensors").is_file()
+        raise CheckpointError("different", remedy="none")
+
+    with pytest.raises(CheckpointError, match="different"):
+        export_models([checkpoint], tmp_path / "out", config, check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

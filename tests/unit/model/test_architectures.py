@@ -11,11 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
+from dpo_dist.data.packing import Sequences
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
+from dpo_dist.model.rotary import RopeLimits, rope_limits
 from dpo_dist.model.supported import check_supported, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
@@ -142,7 +144,8 @@ def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Non
     check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
     pairs = random_pairs(shapes)
-    expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [pair]) for pair in pairs])
+    alone = [Sequences(pair.prompt_ids, (response,)) for pair in pairs for response in pair.responses]
+    expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [single]) for single in alone])
     logps = packed(causal_lm).train()(pack_unkeyed(pairs))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
@@ -169,10 +172,8 @@ def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, 
         "original_max_position_embeddings": LONGEST,
     }
     (tmp_path / "config.json").write_text(json.dumps(written))
-    config = load_config(tmp_path, ModelConfig())
-    check_supported(config, LONGEST)
-    with pytest.raises(ConfigError, match="longest sequence of the batch"):
-        check_supported(load_config(tmp_path, ModelConfig()), LONGEST + 1)
+    limits = rope_limits(load_config(tmp_path, ModelConfig()))
+    assert limits == (RopeLimits((), LONGEST) if dynamic else RopeLimits((LONGEST,), None))
 
 
 def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
@@ -220,11 +221,5 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt"}))
 def test_rotary_frequencies_do_not_depend_on_other_sequences(model_type: str, rope_type: str) -> None:
     """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
-    assert_exact(with_rope(tiny_config(model_type), rope_type, LONGEST))
-    beyond = with_rope(tiny_config(model_type), rope_type, LONGEST - 1)
-    if rope_type not in ("dynamic", "longrope"):
-        assert_exact(beyond)
-        return
-    with pytest.raises(ConfigError, match=rope_type) as raised:
-        check_supported(beyond, LONGEST)
-    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"
+    for limit in (LONGEST, LONGEST - 1):
+        assert_exact(with_rope(tiny_config(model_type), rope_type, limit))

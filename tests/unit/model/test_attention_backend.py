@@ -1,16 +1,17 @@
 """The attention kernel of a run fits the device, and its results are checked first."""
 
+import sys
 from functools import wraps
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, Qwen3Config
+from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention_backend import Heads, check_kernel, choose_backend, heads_of
+from dpo_dist.model.attention_backend import Heads, check_kernel, choose_backend, heads_of, scores_of
 from tests.support.kernels import (
     put_kernels,
     varlen_of_torch_2_11,
@@ -112,3 +113,31 @@ def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
         check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
     assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy
+
+
+def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
+
+
+def test_the_kernel_is_checked_with_the_windows_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, windowed = scores_of(Qwen3Config()), scores_of(MistralConfig(sliding_window=4096))
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(ignores_the_window))
+    check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16, plain)
+    with pytest.raises(ConfigError) as raised:
+        check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16, windowed)
+    assert "a sliding window: its output differs" in raised.value.got
+    put_kernels(monkeypatch)
+    check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16, windowed)
+
+
+def test_the_kernel_is_checked_with_the_capped_scores_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_kernels(monkeypatch)
+    kinds = scores_of(Gemma2Config(attn_logit_softcapping=0.5))
+    assert [(kind.window is None, kind.softcap) for kind in kinds] == [(True, 0.5), (False, 0.5)]
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+    check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32, kinds)
+    ignores = wraps(flash)(lambda *args, softcap, **options: flash(*args, softcap=0.0, **options))
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", ignores)
+    with pytest.raises(ConfigError) as raised:
+        check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32, kinds)
+    assert "capped scores" in raised.value.got

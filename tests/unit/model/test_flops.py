@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import ModelConfig
+from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import flops as counting
 from dpo_dist.model.adapters import add_adapter
@@ -16,6 +17,8 @@ from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
+
+PATTERN = ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -48,6 +51,29 @@ def test_a_step_by_hand() -> None:
     # Scores and values: 2 operations each for each of 32 numbers in two layers, and twice that backward.
     assert flops.per_attended == 3 * 2 * (2 * 32 + 2 * 32)
     assert flops.of(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "reaches"),
+    [
+        ("llama", {}, ()),
+        ("mistral", {"sliding_window": 8}, (Reach(8, 1.0),)),
+        ("mistral", {"sliding_window": None}, ()),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, ()),
+        (
+            "qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            (Reach(8, 0.5),),
+        ),
+        ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 8}, (Reach(8, 5 / 6),)),
+        ("llama4_text", {"num_hidden_layers": 4, "attention_chunk_size": 8}, (Reach(8, 0.75, True),)),
+    ],
+)
+def test_layers_with_windows_or_chunks_are_counted(
+    model_type: str, own: dict[str, Any], reaches: tuple[Reach, ...]
+) -> None:
+    flops = count_flops(tiny_config(model_type, head_dim=8, **own))
+    assert flops.reaches == compute_costs(flops).reaches == reaches
 
 
 def test_a_token_counts_the_experts_it_visits() -> None:
@@ -87,7 +113,9 @@ def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
         ("NVIDIA L40S", 362.0),
         ("NVIDIA RTX A4000", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("Tesla T4", None),
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("Tesla P100", None),
     ],
 )
 def test_a_device_is_found_by_its_full_name(name: str, tflops: float | None) -> None:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention_backend import Heads, check_kernel
-from dpo_dist.model.numerics import NUMERICS_FIELDS, TOLERABLE_FIELDS, deterministic_kernels, numerics_of
+from dpo_dist.model.numerics import (
+    NUMERICS_FIELDS,
+    TOLERABLE_FIELDS,
+    check_precision,
+    deterministic_kernels,
+    numerics_of,
+)
 from tests.support.kernels import flash_attn_varlen_func, put_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,7 +55,7 @@ def test_a_profile_names_the_version_of_every_kernel() -> None:
 
 @pytest.mark.usefixtures("_installed")
 def test_the_list_of_fields_is_complete_and_rounding_alone_is_tolerable() -> None:
-    everything = ModelConfig(quantization=Quantization.int8, compile=True, liger=True)
+    everything = ModelConfig(dtype=Dtype.fp16, quantization=Quantization.int8, compile=True, liger=True)
     torch.use_deterministic_algorithms(True)
     try:
         profiles = [numerics_of(everything, AttentionBackend.flash_attention_2, d) for d in (CPU, CUDA)]
@@ -59,8 +66,24 @@ def test_the_list_of_fields_is_complete_and_rounding_alone_is_tolerable() -> Non
         "dtype",
         "matmul_precision",
         "bf16_reduction",
+        "fp16_reduction",
         "quantization",
     }
+
+
+def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ConfigError, match="Tesla V100-SXM2-32GB does not compute in bf16") as error:
+        check_precision(Dtype.bf16, CUDA)
+    assert error.value.remedy == "set model.dtype=fp16, or fp32"
+    check_precision(Dtype.fp16, CUDA)
+    check_precision(Dtype.bf16, CPU)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="this CPU does not compute in fp16"):
+        check_precision(Dtype.fp16, CPU)
 
 
 def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_sizes_are_known_before_loading_and_before_the_optimizers_states(
         Slice(name, tuple(weight.shape), 0, {"weight": weight.flatten().float()})
         for name, weight in weights.items()
     ]
-    itemsize = 2 if dtype is Dtype.bf16 else 4
+    itemsize = 4 if dtype is Dtype.fp32 else 2
     assert Sizes.of_files(tmp_path, config) == Sizes(22 * 12, 22 * itemsize)
     averaged = replace(config, trainer=TrainerConfig(ema_decay=0.9))
     assert Sizes.of_files(tmp_path, averaged) == Sizes(22 * 16, 22 * itemsize)
@@ -122,5 +122,5 @@ def test_the_sizes_of_a_run_that_continues_are_those_of_its_checkpoint(dtype: Dt
     sizes = {"engine/rank-00000-00000.safetensors": 22 * 12, "reference/rank-00000-00000.safetensors": 30}
     write_manifest(tmp_path, {name: {"bytes": size} for name, size in sizes.items()})
     config = RunConfig(model=ModelConfig("somewhere", dtype=dtype))
-    itemsize = 2 if dtype is Dtype.bf16 else 4
+    itemsize = 4 if dtype is Dtype.fp32 else 2
     assert Sizes.of_checkpoint(tmp_path, config) == Sizes(22 * 12 + 30, 22 * itemsize)

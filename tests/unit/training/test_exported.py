@@ -10,7 +10,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.training.exported import find_checkpoint, find_output
+from dpo_dist.training.exported import find_checkpoint, find_output, find_sources
 
 
 @pytest.fixture
@@ -36,7 +36,10 @@ def named(config: RunConfig, checkpoint: str) -> RunConfig:
 def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
     folder = find_checkpoint(named(config, checkpoint))
     assert folder == tmp_path / "checkpoints" / found
-    assert find_output(config, folder) == tmp_path / "exported" / found
+    assert find_sources(named(config, checkpoint)) == [folder]
+    assert find_output(config, [folder]) == tmp_path / "exported" / found
+    merged = replace(config, export=ExportConfig(merge=True))
+    assert find_output(merged, [folder]) == tmp_path / "exported" / f"{found}-merged"
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
@@ -60,4 +63,19 @@ def test_keys_of_another_run_are_refused(config: RunConfig) -> None:
 def test_an_existing_folder_is_not_replaced(config: RunConfig, tmp_path: Path) -> None:
     given = replace(config, export=ExportConfig(output=str(tmp_path)))
     with pytest.raises(ConfigError, match="the folder to write exists"):
-        find_output(given, find_checkpoint(given))
+        find_output(given, [find_checkpoint(given)])
+
+
+def test_members_of_an_average_by_name_or_folder(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "config.json").write_text("{}")
+    members = ["step-000200", "step-000100", f"{tmp_path}/other/model"]
+    averaged = replace(config, export=ExportConfig(average=members))
+    checkpoints = tmp_path / "checkpoints"
+    found = [checkpoints / "step-000200", checkpoints / "step-000100", tmp_path / "other/model"]
+    assert find_sources(averaged) == found
+    assert find_output(averaged, found) == tmp_path / "exported" / "average"
+    absent = replace(config, export=ExportConfig(average=["step-000200", "step-000300"]))
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a model") as missing:
+        find_sources(absent)
+    assert missing.value.got == "step-000300"

@@ -1,0 +1,145 @@
+"""Open the sources of an export: checkpoints, and folders of models or adapters; read weights one by one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from dpo_dist.config.checkpoint_folders import is_checkpoint
+from dpo_dist.config.export_schema import ExportedWeights
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
+from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
+from dpo_dist.distributed.slices import EMA, WEIGHT
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_files import adapted_layers_on_disk
+from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.folder import is_adapter, weight_files
+from dpo_dist.model.safe_weights import check_adapter, check_safetensors
+from dpo_dist.model.save import trained_update
+
+_KEY = "export.average"
+_PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint or a folder.
+
+    Attributes:
+        folder: its place.
+        is_adapter: whether it is the folder of an adapter.
+        shapes: of the weights, by transformers name; of an adapter folder: empty.
+        read: returns a weight in host memory.
+    """
+
+    folder: Path
+    is_adapter: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def open_source(folder: Path, config: RunConfig) -> Source:
+    """Return a source, whose files are checked.
+
+    Raises:
+        CheckpointError: it is a damaged checkpoint.
+        ConfigError: it is a whole model beside adapters, or an adapter beside whole models.
+    """
+    if is_adapter(folder):
+        check_adapter(folder, _KEY)
+        adapted_layers_on_disk(folder)
+        source = Source(folder, True, {}, _unread)
+    elif is_checkpoint(folder) or not (folder / "config.json").is_file():
+        if faults := find_faults(folder, 0, 1):
+            raise damaged_checkpoint(folder, faults)
+        saved = read_weights(folder)
+        return Source(folder, False, saved.shapes, partial(saved.whole, part=_PARTS[config.export.weights]))
+    else:
+        source = _whole_model(folder)
+    if source.is_adapter is (config.model.adapter is None):
+        raise ConfigError(
+            "the members of an average are not of one kind",
+            where=_KEY,
+            got=f"{folder}, {'an adapter' if source.is_adapter else 'a whole model'}",
+            expected="adapters on model.path" if config.model.adapter is not None else "whole models",
+            remedy="name checkpoints and folders of runs that train the same weights",
+        )
+    if config.export.weights is ExportedWeights.ema:
+        raise ConfigError(
+            "only checkpoints have a moving average of the weights",
+            where="export.weights, export.average",
+            got=f"ema, {folder}",
+            remedy="name checkpoints, or set export.weights=last",
+        )
+    return source
+
+
+def _unread(name: str) -> Tensor:
+    raise KeyError(name)
+
+
+def _whole_model(folder: Path) -> Source:
+    files = weight_files(folder)
+    check_safetensors(folder, files, _KEY)
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  (the file is not iterable)
+                    shapes[name] = tuple(content.get_slice(name).get_shape())
+                    places[name] = file
+
+    def read(name: str) -> Tensor:
+        with safe_open(places[name], "pt") as content:
+            tensor: Tensor = content.get_tensor(name)
+            return tensor
+
+    return Source(folder, False, shapes, read)
+
+
+def member_adapter(source: Source, causal_lm: Any, below: Path | None) -> AdapterWeights:
+    """Return the adapter of a source.
+
+    Args:
+        source: a checkpoint, or an adapter folder.
+        causal_lm: the model of the run with its adapter, without weights.
+        below: folder of the adapter below the trained one; an adapter folder contains it already.
+
+    Raises:
+        CheckpointError: the checkpoint is of another adapter.
+    """
+    if source.is_adapter:
+        return AdapterWeights.of_folder(source.folder)
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    check_shapes(trained, source.shapes, source.folder)
+    config, weights = trained_update(causal_lm, source.shapes, source.read, below)
+    return AdapterWeights(config, frozenset(weights), weights.__getitem__)
+
+
+def weight_shapes(sources: Sequence[Source], causal_lm: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of the trained weights, which all sources have.
+
+    Raises:
+        CheckpointError: a source lacks one, or has another shape of it.
+    """
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    for source in sources:
+        check_shapes(trained, source.shapes, source.folder)
+    return {name: tuple(weight.shape) for name, weight in trained.items()}
+
+
+def average_weight(members: Sequence[tuple[float, Source]], name: str) -> Tensor:
+    """Return the float32 average of one weight over the sources, which is the weight of an only one."""
+    (coefficient, first), *others = members
+    weight = first.read(name).float()
+    if others:
+        weight = coefficient * weight
+    for coefficient, source in others:
+        weight += coefficient * source.read(name).float()
+    return weight

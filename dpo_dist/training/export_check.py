@@ -1,0 +1,184 @@
+"""Check a written model folder: its log-probs by plain transformers and peft against the trained weights."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dpo_dist.config.schema import Dtype, RunConfig
+from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.data.dataset import open_dataset
+from dpo_dist.data.packing import Sequences, pack
+from dpo_dist.distributed.checkpoint_export import Exported
+from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.model.adapter_weights import stack, write_adapter
+from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.folder import is_adapter, model_folder
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.merge import average_layer
+
+_COARSE = {"BF16": torch.bfloat16, "F16": torch.float16}
+_CPU = torch.device("cpu")
+_READ, _SCORED = 16, 4
+# Between two orders of the same float32 sums, in nats per token.
+_FLOOR = 1e-4
+# Of the drift that rounding the same weights causes; sums of rounded weights round once more.
+_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Mean absolute differences of log-probs, in nats per token.
+
+    Attributes:
+        written: of the folder from the trained weights.
+        rounding: of the trained weights, rounded to the precision of the folder, from themselves.
+        base: of the trained weights from the base.
+        responses: the number of responses.
+    """
+
+    written: float
+    rounding: float
+    base: float
+    responses: int
+
+    def __str__(self) -> str:
+        return (
+            f"log-probs of {self.responses} responses differ from those of the trained weights by "
+            f"{self.written:.2g} nats a token (rounding: {self.rounding:.2g}; the base: {self.base:.2g})"
+        )
+
+
+def check_exported(exported: Exported, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Score training pairs with the written folder and with the trained weights, in float32 on the CPU.
+
+    Memory is that of one model in float32.
+
+    Args:
+        exported: before it has its name.
+        config: of the run.
+        say: prints the result.
+
+    Raises:
+        CheckpointError: log-probs differ by more than rounding explains.
+        ConfigError: the pairs or the base cannot be read.
+    """
+    pairs = _pairs(config, exported.tokenizer)
+    found, dtype = _plain_logps(exported, config, pairs), _coarsest_dtype(exported.folder)
+    expected, rounded, base = _trained_logps(exported, config, pairs, dtype)
+    drift = Drift(
+        _mean(found - expected),
+        _mean(rounded - expected),
+        _mean(expected - base),
+        sum(len(pair.responses) for pair in pairs),
+    )
+    if not drift.written <= _FLOOR + _FACTOR * drift.rounding:  # not ">", which accepts nan
+        raise CheckpointError(
+            "the written folder computes other log-probs than the trained weights",
+            where=str(exported.folder),
+            got=str(drift),
+            expected=f"at most {_FLOOR + _FACTOR * drift.rounding:.2g}",
+            remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
+        )
+    say(f"checked: {drift}")
+    if drift.rounding > drift.base / 4 and dtype is not torch.float32:
+        say("warning: rounding is a large part of what training changed: export.dtype=fp32 keeps it")
+
+
+def _mean(difference: Tensor) -> float:
+    return float(difference.abs().mean())
+
+
+def _pairs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequences]:
+    """Return the shortest of the first pairs of the training data, as training encodes them."""
+    base = model_folder(config.model.path, config.model.revision)
+    digest = tokenizer_digest(tokenizer_folder(base, start_folder(config.model)))
+    source = config.data.train[0]
+    first = replace(source, limit=min(_READ, source.limit or _READ))
+    try:
+        dataset = open_dataset(prepare_dataset([first], config.data, tokenizer, digest), config.data)
+    except (ConfigError, DataError, OSError) as error:
+        raise ConfigError(
+            "the training pairs of the check cannot be read",
+            where="export.check",
+            got=f"{source.path}: {first_line(error)}",
+            remedy="make them available, or set export.check=false",
+        ) from error
+    pairs = [dataset.sequences(index) for index in range(len(dataset))]
+    lengths = [len(pair.prompt_ids) + sum(map(len, pair.responses)) for pair in pairs]
+    return [pairs[index] for index in np.argsort(lengths, kind="stable")[:_SCORED]]
+
+
+def _coarsest_dtype(folder: Path) -> torch.dtype:
+    """Return the precision of the written weights; of several, the one that rounds most."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            found |= {content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
+    return next((dtype for name, dtype in _COARSE.items() if name in found), torch.float32)
+
+
+@torch.no_grad()
+def _plain_logps(exported: Exported, config: RunConfig, pairs: Sequence[Sequences]) -> Tensor:
+    """Return log-probs by a plain forward of each response."""
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=config.model.trust_remote_code)
+    if is_adapter(exported.folder):
+        base = load(exported.base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, exported.folder)
+    else:
+        model = load(exported.folder, dtype=torch.float32)
+    model.eval()
+    logps = []
+    for pair in pairs:
+        for response in pair.responses:
+            ids = torch.from_numpy(np.concatenate((pair.prompt_ids, response))).long()
+            logits = model(input_ids=ids[None]).logits[0, len(pair.prompt_ids) - 1 : -1].float()
+            targets = ids[len(pair.prompt_ids) :, None]
+            logps.append(logits.log_softmax(-1).gather(1, targets)[:, 0])
+    return torch.cat(logps)
+
+
+@torch.no_grad()
+def _trained_logps(
+    exported: Exported, config: RunConfig, pairs: Sequence[Sequences], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs by the packed forward of training: of the trained weights, rounded ones, the base."""
+    plain = replace(config.model, dtype=Dtype.fp32, quantization=None, liger=False, compile=False)
+    model = load_packed(exported.base, plain, config.data.max_length, _CPU).eval()
+    keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
+    batch = pack(pairs, keys)
+    base = model(batch)
+    _use_trained(model, exported)
+    expected = model(batch)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name or not is_adapter(exported.folder):
+            weight.copy_(weight.to(dtype))
+    return expected, model(batch), base
+
+
+def _use_trained(model: Any, exported: Exported) -> None:
+    """Give a loaded base the trained weights, as precise as they are."""
+    members = exported.adapters
+    if not members:
+        for name, weight in model.causal_lm.named_parameters():
+            weight.copy_(exported.read(name))
+    elif len(members) > 1 and any(member.config.use_dora for _, member in members):
+        for layer in sorted({layer for _, member in members for layer in member.layers}):
+            weight = model.causal_lm.get_parameter(f"{layer}.weight")
+            weight.copy_(average_layer(layer, weight, members))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            (_, only), *others = members
+            weights = {name: only.read(name) for name in only.names}
+            write_adapter(Path(folder), *(stack(members) if others else (only.config, weights)))
+            load_adapter(model, Path(folder), "export.check")

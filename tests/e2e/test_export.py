@@ -1,0 +1,69 @@
+"""From an adapter of supervised fine-tuning over training to one merged model, by the command line."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.test_start_adapter import mean_logp, responses
+from tests.support.launch import history, run_verb, train
+from tests.support.sft_adapter import write_sft_adapter
+
+
+@pytest.fixture(scope="module")
+def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of two ranks that shard all weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    sft = write_sft_adapter(assets / "model", folder / "sft")
+    train(
+        [
+            f"model.path={assets}/model",
+            f"model.adapter={{path: {sft}}}",
+            "model.dtype=fp32",
+            f"data.train=[{assets}/train.jsonl]",
+            f"data.eval=[{assets}/eval.jsonl]",
+            f"data.cache={assets}/encoded",
+            f"run.dir={folder}/run",
+            "trainer.global_batch_pairs=6",
+            "trainer.max_steps=4",
+            "trainer.save_every=2",
+            "trainer.keep_last=2",
+            "optim.lr=1e-2",
+            "tracking.wandb=off",
+        ],
+        processes=2,
+    )
+    return folder / "run"
+
+
+def test_the_merged_model_has_the_last_log_probs_of_training(assets: Path, trained: Path) -> None:
+    told = run_verb("export", [f"run.dir={trained}", "export.merge=true"])
+    assert told.code == 0, told.output
+    assert "checked: log-probs of 8 responses differ" in told.output
+    rows = history(trained)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    merged = trained / "exported/step-000004-merged"
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
+    assert model.dtype is torch.float32
+    evaluated = [row for row in rows if "eval_loss" in row][-1]
+    for which, name in enumerate(("chosen", "rejected")):
+        logp = mean_logp(model, responses(assets, which))
+        assert logp == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)
+    for file in (assets / "model").glob("tokenizer*"):
+        assert (merged / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_average_of_checkpoints_is_checked(dtype: str, trained: Path, tmp_path: Path) -> None:
+    averaged = [
+        f"run.dir={trained}",
+        "export.average=[step-000002,step-000004]",
+        f"export.output={tmp_path}/out",
+        f"export.dtype={dtype}",
+    ]
+    told = run_verb("export", averaged)
+    assert told.code == 0, told.output
+    assert "checked" in told.output
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,156 @@
+"""Rotary frequencies are those of each response alone with its prompt, in a model that has seen no other."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.data.packing import Sequences
+from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.rotary import RopeLimits, rope_limits
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, with_rope
+
+LIMIT = 12
+# Each model with its own module; layers of Gemma 3 have one of their kind each, Phi-MoE scales by length too.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {"num_hidden_layers": 6},
+    "gpt_neox": {},
+    "phi3": {},
+    "phimoe": {"num_local_experts": 2, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+}
+# Pairs below the limit, above it, and on both sides; `LIMIT` tokens with and without the last one.
+SHAPES = [(4, 3, 4), (7, 9, 2, 6), (1, 12, 11), (9, 3, 3, 4), (10, 6, 1)]
+
+
+def model_of(model_type: str, rope_type: str) -> Any:
+    config = with_rope(tiny_config(model_type, **MODELS[model_type]), rope_type, LIMIT)
+    if model_type == "phimoe":
+        config.rope_parameters |= {"short_mscale": 1.1, "long_mscale": 1.3}
+    return tiny_causal_lm(config)
+
+
+def alone(pairs: list[Sequences]) -> list[Sequences]:
+    return [Sequences(pair.prompt_ids, (response,)) for pair in pairs for response in pair.responses]
+
+
+def expected_values(causal_lm: Any, pairs: list[Sequences]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log-probs and gradients of each response in a model that has seen no other sequence."""
+    values, summed = [], {}
+    for single in alone(pairs):
+        new = copy.deepcopy(causal_lm)
+        values.append(plain_logps(new, [single]))
+        for name, gradient in gradients(new, values[-1]).items():
+            summed[name] = summed.get(name, 0) + gradient
+    return torch.cat([value.detach() for value in values]), summed
+
+
+def check(causal_lm: Any, pairs: list[Sequences], arrangement: Arrangement = Arrangement.packed) -> None:
+    expected, expected_gradients = expected_values(causal_lm, pairs)
+    model = packed(causal_lm).train()
+    model.arrange(arrangement, own_logits=False)
+    for _ in range(2):  # whatever the forward before was
+        logps = model(pack_unkeyed(pairs))
+        assert (logps - expected).norm() <= 1e-6 * expected.norm()
+    ours = gradients(causal_lm, logps)
+    assert ours.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.1 * largest), name
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "yarn", "llama3", "linear"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_responses_on_both_sides_of_the_limit(model_type: str, rope_type: str) -> None:
+    if model_type == "phimoe" and rope_type != "longrope":
+        pytest.skip("has this kind only")
+    check(model_of(model_type, rope_type), random_pairs(SHAPES))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+@settings(max_examples=8, deadline=None)
+@given(
+    lengths=st.lists(
+        st.tuples(st.integers(1, 14), st.lists(st.integers(1, 9), min_size=1, max_size=3)).map(
+            lambda pair: (pair[0], *pair[1])
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
+    check(model_of("llama", rope_type), random_pairs(lengths))
+
+
+@pytest.mark.parametrize("arrangement", [Arrangement.padded, Arrangement.single])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rows_of_one_response(arrangement: Arrangement, rope_type: str) -> None:
+    check(model_of("llama", rope_type), random_pairs(SHAPES), arrangement)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_forward_does_not_depend_on_those_before(model_type: str, rope_type: str) -> None:
+    model = packed(model_of(model_type, rope_type))
+    for lengths in ([(20, 9, 4)], [(10, 6, 7)], [(4, 5, LIMIT - 4)], [(9, 6, 9)]):
+        pairs = random_pairs(lengths)
+        expected, _ = expected_values(model_of(model_type, rope_type), pairs)
+        assert (model(pack_unkeyed(pairs)) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_recomputed_layers_rotate_alike(rope_type: str) -> None:
+    causal_lm = model_of("llama", rope_type)
+    checkpoint_layers(causal_lm, "full")
+    check(causal_lm, random_pairs(SHAPES))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
+    causal_lm = model_of("llama", rope_type)
+    ids = torch.arange(3, 3 + LIMIT + 4)[None]
+    expected = copy.deepcopy(causal_lm)(ids).logits
+    model = packed(causal_lm)
+    model(pack_unkeyed(random_pairs([(20, 9, 3)])))
+    with model.unpacked() as unpacked:
+        torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
+        unpacked(torch.ones(1, 40, dtype=torch.int64))
+    pairs = random_pairs([(10, 6, 6)])
+    logps, _ = expected_values(model_of("llama", rope_type), pairs)
+    torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_is_repeated_only_where_frequencies_differ() -> None:
+    calls: list[int] = []
+    causal_lm = model_of("llama", "longrope")
+    model = packed(causal_lm)
+    causal_lm.model.embed_tokens.register_forward_hook(lambda _m, args, _o: calls.append(args[0].numel()))
+    model(pack_unkeyed(random_pairs([(4, 3, 4)])))  # all short
+    model(pack_unkeyed(random_pairs([(10, 5, 6)])))  # all long
+    model(pack_unkeyed(random_pairs([(10, 2, 6)])))  # one of each
+    assert calls == [4 + 2 + 3, 10 + 4 + 5, 20 + 1 + 5]
+
+
+def test_lengths_with_equal_frequencies_have_one_representative() -> None:
+    longrope = RopeLimits((8, 16), None)
+    assert [longrope.representative(n) for n in (1, 8, 9, 16, 17, 99)] == [0, 0, 9, 9, 17, 17]
+    dynamic = RopeLimits((), 8)
+    assert [dynamic.representative(n) for n in (1, 8, 9, 10)] == [0, 0, 9, 10]
+    both = RopeLimits((4,), 8)
+    assert [both.representative(n) for n in (4, 5, 8, 9)] == [0, 5, 5, 9]
+
+
+def test_models_with_fixed_frequencies_keep_their_own_embedding() -> None:
+    for rope_type in ("linear", "yarn", "llama3"):
+        causal_lm = model_of("llama", rope_type)
+        assert rope_limits(causal_lm.config) is None
+        before = causal_lm.model.rotary_emb
+        packed(causal_lm)
+        assert causal_lm.model.rotary_emb is before
+    assert rope_limits(tiny_config("gpt2")) is None

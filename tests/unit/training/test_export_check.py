@@ -1,0 +1,108 @@
+"""A written folder is compared with the trained weights: what passes, and what does not."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.export_schema import ExportConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.distributed.checkpoint_export import Exported, export_models
+from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.load import load_packed
+from dpo_dist.training.export_check import check_exported
+from tests.support.invented import write_pairs
+from tests.support.tiny_model import write_model
+from tests.unit.distributed.test_checkpoint_export import checkpoint_of
+
+LORA, DORA = (
+    AdapterConfig(r=2, alpha=4, variant=kind) for kind in (AdapterVariant.lora, AdapterVariant.dora)
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_pairs(folder / "pairs.jsonl", 20)
+    return write_model(folder / "model")
+
+
+def run_of(base: Path, folder: Path, adapter: AdapterConfig | None, **export: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(base), dtype=Dtype.bf16, adapter=adapter),
+        data=DataConfig(train=[SourceConfig(str(base.parent / "pairs.jsonl"))], cache=str(folder / "cache")),
+        export=ExportConfig(**export),
+    )
+
+
+def trained(config: RunConfig, seed: int) -> dict[str, Tensor]:
+    """Master weights a little away from the start."""
+    plain = replace(config.model, dtype=Dtype.fp32)
+    model = load_packed(Path(plain.path), plain, 64, torch.device("cpu"))
+    if plain.adapter is not None:
+        add_adapter(model, plain, 0)
+    torch.manual_seed(seed)
+    named = list(model.causal_lm.named_parameters())
+    return {
+        name: weight.detach() + 0.03 * torch.randn(weight.shape)
+        for name, weight in named
+        if weight.requires_grad
+    }
+
+
+def checkpoints(config: RunConfig, folder: Path, count: int) -> list[Path]:
+    return [
+        checkpoint_of(trained(config, seed), folder / f"step-00000{seed}") for seed in range(1, 1 + count)
+    ]
+
+
+def cases() -> Iterator[Any]:
+    for dtype in ("fp32", "bf16", None):
+        yield pytest.param(None, 1, {"dtype": dtype}, id=f"all weights, {dtype}")
+    yield pytest.param(LORA, 1, {"dtype": "fp32"}, id="adapter")
+    yield pytest.param(LORA, 1, {"dtype": "bf16"}, id="adapter in bf16")
+    yield pytest.param(DORA, 1, {"merge": True}, id="merged DoRA")
+    yield pytest.param(LORA, 2, {"average": ["a", "b"], "dtype": "fp32"}, id="average of adapters")
+    yield pytest.param(DORA, 2, {"average": ["a", "b"], "merge": True}, id="merged average of DoRA")
+
+
+@pytest.mark.parametrize(("adapter", "count", "export"), cases())
+def test_a_whole_folder_passes_and_a_changed_one_does_not(
+    adapter: AdapterConfig | None, count: int, export: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    config = run_of(base, tmp_path, adapter, **export)
+    said: list[str] = []
+
+    def check(exported: Exported) -> None:
+        check_exported(exported, config, said.append)
+        (file,) = exported.folder.glob("*model.safetensors")
+        weights = load_file(file)
+        name = next(name for name in weights if "o_proj" in name and "lora_A" not in name)
+        save_file(weights | {name: 1.3 * weights[name]}, file, {"format": "pt"})
+        check_exported(exported, config, said.append)
+
+    with pytest.raises(CheckpointError, match="computes other log-probs"):
+        export_models(checkpoints(config, tmp_path, count), tmp_path / "out", config, check=check)
+    assert len([line for line in said if line.startswith("checked: log-probs of 8 responses")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, tmp_path, LORA)
+    gone = replace(config, data=replace(config.data, train=[SourceConfig(str(tmp_path / "gone.jsonl"))]))
+    with pytest.raises(ConfigError, match="training pairs of the check cannot be read") as error:
+        export_models(
+            checkpoints(config, tmp_path, 1),
+            tmp_path / "out",
+            config,
+            check=lambda exported: check_exported(exported, gone, print),
+        )
+    assert "export.check=false" in error.value.remedy
