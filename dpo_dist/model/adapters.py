@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 
 TRAINED = "default"
@@ -53,8 +54,9 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     lora.inference_mode = False
     causal_lm.set_adapter(TRAINED)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
-    if model.compiled:
-        # ZeRO-3 reduces the gradients of a compiled layer when the gradient of its input exists.
+    if model.compiled or model.tiled or expert_blocks(causal_lm):
+        # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
+        # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
