@@ -40,6 +40,10 @@ class ComputeCosts:
     arrangement: Arrangement = Arrangement.packed
     reaches: tuple[Reach, ...] = ()
 
+    def arranged(self, arrangement: Arrangement) -> "ComputeCosts":
+        """Return the costs of a model of this arrangement."""
+        return replace(self, arrangement=arrangement)
+
 
 @dataclass(frozen=True)
 class ExampleSizes:

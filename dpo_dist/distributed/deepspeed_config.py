@@ -16,12 +16,17 @@ from dpo_dist.distributed.loss_scale import START
 
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
+# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
+# experts are a list of modules; `distributed.leaves` finds these. Stacked experts, as transformers has them
+# now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
+_NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration of the policy, without `policy_communication`."""
     zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
     if parallelism.kind is ParallelismKind.zero3:
+        zero["leaf_module"] = _NO_LEAVES
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if parallelism.offload_parameters is not Offload.none:
             zero["offload_param"] = _offload(parallelism.offload_parameters)
@@ -57,7 +62,7 @@ def policy_communication(stage: int, hidden_size: int) -> dict[str, Any]:
 
 def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
-    zero: dict[str, Any] = {"stage": 3}
+    zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
     if offload is not Offload.none:
         zero["offload_param"] = _offload(offload)
     return _shared_config(zero, dtype)

@@ -30,6 +30,7 @@ from dpo_dist.distributed.device_memory import (
 from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.leaves import gather_at_once
 from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
@@ -37,7 +38,6 @@ from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
@@ -51,7 +51,7 @@ class FrozenEngine:
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         self.model, self._folder = model, folder
         model.requires_grad_(False)
-        _gather_whole_layers(model)
+        gather_at_once(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         self._engine.eval()
 
@@ -115,7 +115,7 @@ class PolicyEngine:
         self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
-        _gather_whole_layers(model)
+        gather_at_once(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
@@ -281,14 +281,6 @@ def _drop_gradients(optimizer: Any) -> None:
     """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
-
-
-def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather a compiled layer, or a tiled MLP, at once: no hook in compiled code or a tile."""
-    if model.compiled:
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
-    for mlp in model.tiled:
-        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,16 +10,14 @@ from dpo_dist.model.folder import CONFIG_FILE, read_model_json
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts about an architecture.
+    """Facts about an architecture whose packed forward is exact.
 
     Attributes:
-        arrangement: the cheapest one that is exact.
         is_exact_with_liger: the packed forward is also exact with Liger's norms, rotary embedding and gated
             MLP (tests/gpu/test_layers_gpu.py).
         has_learned_positions: each position has a learned embedding, so the number of positions is limited.
     """
 
-    arrangement: Arrangement = Arrangement.packed
     is_exact_with_liger: bool = False
     has_learned_positions: bool = False
 
@@ -58,9 +56,39 @@ ARCHITECTURES = {
 }
 
 
+# Architectures that mix tokens outside of attention or do not call the registered attention. The check at
+# start tries others packed first. tests/dist/test_families.py trains them.
+IN_ROWS = frozenset(
+    {
+        "bamba",
+        "bloom",
+        "codegen",
+        "falcon",
+        "falcon_h1",
+        "falcon_mamba",
+        "gpt_neo",
+        "gptj",
+        "granitemoehybrid",
+        "jamba",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "mpt",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_text",
+        "qwen3_next",
+        "recurrent_gemma",
+        "rwkv",
+        "xglm",
+        "xlstm",
+    }
+)
+
+
 def recorded_arrangement(model_type: str) -> Arrangement:
     """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
-    return ARCHITECTURES.get(model_type, Architecture()).arrangement
+    return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
 
 
 def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:

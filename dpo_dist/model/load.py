@@ -95,7 +95,8 @@ def load_packed(
     arrangement = recorded_arrangement(model_config.model_type)
     if sequence is not None:
         check_heads(heads_of(model_config), sequence.ranks)
-    if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed:
+    has_heads = getattr(model_config, "num_attention_heads", None) is not None
+    if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed and has_heads:
         kinds = scores_of(model_config)
         check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype], kinds)
     if config.liger:

@@ -168,7 +168,8 @@ class _Rotary(nn.Module):
             self._forget()
             # The module finds the length of a sequence as its last position and 1.
             last = part.new_full((*part.shape[:-1], 1 if length else 0), length - 1)
-            computed = self.rotary(hidden, torch.cat((part, last), dim=-1), *args, **kwargs)
+            # `forward`, not a call: ZeRO-3 expects of all ranks the same calls of modules (law L2).
+            computed = self.rotary.forward(hidden, torch.cat((part, last), dim=-1), *args, **kwargs)
             outputs.append([values[..., : part.shape[-1], :] for values in computed])  # cosines and sines
         self._forget()
         joined = [torch.cat(values, dim=dim - 1) for values in zip(*outputs, strict=True)]

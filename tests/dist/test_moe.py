@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.batch_loss import Objective
@@ -37,6 +39,7 @@ OWN: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+OWN["qwen2_moe"] = {**OWN["qwen3_moe"], "shared_expert_intermediate_size": 16, "mlp_only_layers": []}
 ZERO3, ZERO2, DDP = ParallelismKind
 
 
@@ -130,3 +133,38 @@ def test_in_bf16_two_ranks_train_it_like_one_process(
         for a, b in ((two, one), (one, before))
     )
     assert apart < 0.06 * change
+
+
+SHARED = AdapterConfig(r=4, alpha=8.0, target_modules=["gate_proj", "up_proj", "down_proj"])
+
+
+def adapted_steps(
+    assets: Assets, model: Path, reference: Sequence[np.ndarray], world: World, _folder: Path
+) -> list[float]:
+    """Gradient norms of `STEPS`, LoRA on the shared experts only: the first one's input has no gradient."""
+    config, dataset = ModelConfig(str(model), dtype=Dtype.fp32, adapter=SHARED), assets.dataset()
+    loaded = load_packed(model, config, 1024, world.device)
+    add_adapter(loaded, config, 0)
+    policy = PolicyEngine(loaded, OPTIM, world)
+    objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
+    norms = []
+    for rows, budget in STEPS:
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        ready = objective.ready_step(plan, world.device)
+        clock = StepClock(world.device)
+        norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
+    return norms
+
+
+def test_an_adapter_of_shared_experts_only_gets_its_whole_gradient(
+    assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+) -> None:
+    model = write_moe(tmp_path / "model", "qwen2_moe")
+    results = run_ranks(partial(adapted_steps, assets, model, plain_entries), 2, tmp_path / "ranks", ZERO3)
+    config = ModelConfig(str(model), dtype=Dtype.fp32, adapter=SHARED)
+    loaded = load_packed(model, config, 1024, torch.device("cpu"))
+    add_adapter(loaded, config, 0)
+    loaded.causal_lm.config._attn_implementation = "sdpa"
+    norms = plain_steps(loaded.causal_lm, assets.dataset(), plain_entries)
+    for of_rank in results:
+        assert of_rank == pytest.approx(norms, rel=5e-5)

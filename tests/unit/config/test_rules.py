@@ -142,6 +142,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.adapter.on_top, model.adapter.variant",
     ),
     ({"model.adapter": {"path": "sft"}, "pairs.rounds": 2}, "model.adapter, pairs.rounds"),
+    ({"model.adapter": {"init": "olora", "path": "sft"}}, "model.adapter.init, model.adapter.path"),
+    ({"model.adapter": {"init": "pissa", "variant": "dora"}}, "model.adapter.init, model.adapter.variant"),
+    (QUANTIZED | {"model.adapter": {"init": "pissa"}}, "model.adapter.init, model.quantization"),
     ({"export.merge": True}, "export.merge, model.adapter"),
     (
         {"export.average": ["step-000001", "b"], "export.checkpoint": "best"},

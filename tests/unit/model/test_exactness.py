@@ -12,11 +12,13 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.exactness import settle, trial_sequences
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
-from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config
 
@@ -68,6 +70,21 @@ def test_own_code_is_arranged_so_that_it_is_exact(
     ours = gradients(model.causal_lm, logps)
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_each_family_has_the_arrangement_that_is_recorded(model_type: str) -> None:
+    model = PackedCausalLM(
+        tiny_family(model_type, VOCABULARY).eval(), AttentionBackend.sdpa, arrangement=PADDED
+    )
+    settled(model)
+    assert (model.arrangement, model.own_logits) == (FAMILIES[model_type][1], False)
+    assert recorded_arrangement(model_type) in (PACKED, model.arrangement)
+    pairs = random_pairs(SHAPES)
+    with model.unpacked() as own, torch.no_grad():
+        expected = plain_logps(own, pairs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))

@@ -1,0 +1,122 @@
+"""Small models of many families, as their own configurations make them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.model.supported import switch_off_noise
+
+PACKED, PADDED, SINGLE = Arrangement
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"head_dim": 8}
+LOW_RANK = {
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    **HEADS,
+}
+# Options of each family, and the arrangement that its log-probs are exact in.
+FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
+    "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PADDED),
+    "biogpt": ({}, PACKED),
+    "bloom": ({}, PADDED),
+    "codegen": ({"rotary_dim": 4}, PADDED),
+    "cohere": ({"logit_scale": 0.25}, PACKED),
+    "cohere2": ({"logit_scale": 0.25, "sliding_window": 8, **HEADS}, PACKED),
+    "deepseek_v2": (LOW_RANK, PACKED),
+    "deepseek_v3": (LOW_RANK, PACKED),
+    "exaone4": ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, PACKED),
+    "falcon": ({"new_decoder_architecture": False, "alibi": True}, PADDED),
+    "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PADDED),
+    "falcon_mamba": ({"state_size": 4}, PADDED),
+    "gemma2": ({"sliding_window": 8, "final_logit_softcapping": 2.0, **HEADS}, PACKED),
+    "gemma3_text": ({"sliding_window": 8, **HEADS}, PACKED),
+    "gpt_bigcode": ({}, PACKED),
+    "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}, PADDED),
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **HEADS}, PACKED),
+    "gptj": ({"rotary_dim": 4}, PADDED),
+    "granitemoehybrid": (
+        MAMBA2
+        | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"shared_intermediate_size": 16, "logits_scaling": 2.0},
+        PADDED,
+    ),
+    "jamba": (
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        PADDED,
+    ),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, PADDED),
+    "llama4_text": (
+        {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 48, **HEADS},
+        PACKED,
+    ),
+    "mamba": ({"state_size": 4}, PADDED),
+    "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PADDED),
+    "minimax": ({"num_local_experts": 4, "block_size": 16, **HEADS}, PADDED),
+    "mpt": ({}, PADDED),
+    "nemotron": ({}, PADDED),
+    "nemotron_h": (
+        {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8}
+        | {"n_groups": 1, "ssm_state_size": 8, "chunk_size": 16, **HEADS},
+        PADDED,
+    ),
+    "olmo3": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, PACKED),
+    "olmo_hybrid": (DELTA, PADDED),
+    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, PACKED),
+    "qwen3_5_text": (DELTA, PADDED),
+    "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PADDED),
+    "recurrent_gemma": ({"attention_window_size": 8, "lru_width": 32, **HEADS}, PADDED),
+    "rwkv": ({"attention_hidden_size": 32, "context_length": 512}, PADDED),
+    "stablelm": ({}, PADDED),
+    "xglm": ({"num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "d_model": 32}, PADDED),
+    "xlstm": ({"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 16}, PADDED),
+}
+
+
+def tiny_family(model_type: str, vocab_size: int) -> Any:
+    """A model of a family in float32 whose random weights are large enough for every path to matter."""
+    options = COMMON | FAMILIES[model_type][0] | {"vocab_size": vocab_size}
+    config = AutoConfig.for_model(model_type, **options)
+    switch_off_noise(config)
+    torch.manual_seed(1)
+    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in causal_lm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return causal_lm
