@@ -7,6 +7,7 @@ from typing import Any
 from dpo_dist.config.fields import key
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
+_INITS = r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora"
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,17 @@ class AdapterConfig:
     )
     revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
     on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
+    init: str = key(
+        "default",
+        "Initial matrices: `default` (a random A, B = 0), `gaussian` (the same, normal), "
+        "`pissa` or `pissa_niter_4` (arXiv 2404.02948; the latter approximate and fast), `olora` (arXiv "
+        "2406.01775).",
+        added=True,
+        accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora",
+        pattern=_INITS,
+    )
+
+
+def splits_base(init: str) -> bool:
+    """Return whether an initialization takes a part of the weights, which stays part of the function."""
+    return init.startswith(("pissa", "olora"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.check import Rule
 from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.schema import ParallelismKind, Quantization, RunConfig
@@ -86,6 +86,26 @@ ADAPTER_RULES = (
         "DoRA scales the weights that it changes, and would scale those of the adapter below it too",
         "set model.adapter.variant=lora, or merge the first adapter into its base",
         "variant lora or rslora",
+    ),
+    _of_adapter(
+        "init path",
+        lambda adapter: (
+            adapter.init != AdapterConfig.init and adapter.path is not None and not adapter.on_top
+        ),
+        "an adapter that is continued has its values already",
+        "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
+    ),
+    _of_adapter(
+        "init variant",
+        lambda adapter: splits_base(adapter.init) and adapter.variant is AdapterVariant.dora,
+        "DoRA scales the weights of which this initialization takes a part",
+        "set model.adapter.variant=lora or model.adapter.init=default",
+    ),
+    Rule(
+        "model.adapter.init model.quantization",
+        lambda c: c.model.quantization is not None and splits_base(c.model.adapter.init),
+        "quantized weights have no singular vectors or QR factors",
+        "set model.adapter.init=default, or model.quantization=null",
     ),
     Rule(
         "model.adapter pairs.rounds",

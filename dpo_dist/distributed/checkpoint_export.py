@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.atomic import collect_abandoned, staged_folder, temporary_folder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
@@ -23,7 +24,7 @@ from dpo_dist.distributed.export_sources import (
     weight_shapes,
 )
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, untrained_parts
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import description_folder, model_folder
@@ -120,8 +121,10 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
     if config.model.adapter is None:
         shapes, members = weight_shapes(opened, causal_lm), list(zip(coefficients, opened, strict=True))
         return _Trained((), shapes, partial(average_weight, members))
-    below = start if config.model.adapter.on_top else None
-    adapters = [member_adapter(source, causal_lm, below) for source in opened]
+    adapter, adapters = config.model.adapter, []
+    for folder, source in zip(sources, opened, strict=True):
+        parts = untrained_parts(adapter, start, RunFolder(folder.resolve().parents[1]).initial_adapter)
+        adapters.append(member_adapter(source, causal_lm, parts))
     return _Trained(list(zip(coefficients, adapters, strict=True)), {}, _no_weight)
 
 

@@ -103,13 +103,13 @@ def _whole_model(folder: Path) -> Source:
     return Source(folder, False, shapes, read)
 
 
-def member_adapter(source: Source, causal_lm: Any, below: Path | None) -> AdapterWeights:
+def member_adapter(source: Source, causal_lm: Any, parts: Sequence[tuple[float, Path]]) -> AdapterWeights:
     """Return the adapter of a source.
 
     Args:
         source: a checkpoint, or an adapter folder.
         causal_lm: the model of the run with its adapter, without weights.
-        below: folder of the adapter below the trained one; an adapter folder contains it already.
+        parts: of the model beside the trained adapter; an adapter folder contains them already.
 
     Raises:
         CheckpointError: the checkpoint is of another adapter.
@@ -118,7 +118,7 @@ def member_adapter(source: Source, causal_lm: Any, below: Path | None) -> Adapte
         return AdapterWeights.of_folder(source.folder)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     check_shapes(trained, source.shapes, source.folder)
-    config, weights = trained_update(causal_lm, source.shapes, source.read, below)
+    config, weights = trained_update(causal_lm, source.shapes, source.read, parts)
     return AdapterWeights(config, frozenset(weights), weights.__getitem__)
 
 

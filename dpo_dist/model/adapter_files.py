@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
@@ -101,6 +101,50 @@ def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | 
         return adapter
     own = _as_config(read_model_json(start / ADAPTER_CONFIG), start)
     return replace(own, path=adapter.path, revision=adapter.revision)
+
+
+def initial_values(adapter: AdapterConfig | None, folder: Path) -> Path | None:
+    """Return the folder of the initial values of an adapter, if training subtracts them.
+
+    Args:
+        adapter: of the configuration.
+        folder: `RunFolder.initial_adapter`.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if adapter is None or not splits_base(adapter.init):
+        return None
+    if not folder.is_dir():
+        raise ConfigError(
+            "the initial values of the adapter are missing",
+            where="model.adapter.init",
+            got=str(folder),
+            expected="the folder that the first start of the run wrote",
+            remedy="use a checkpoint in the directory of its run",
+        )
+    return folder
+
+
+def untrained_parts(
+    adapter: AdapterConfig | None, start: Path | None, initial: Path
+) -> list[tuple[float, Path]]:
+    """Return the adapters that are part of a policy beside the trained one, with their coefficients.
+
+    Args:
+        adapter: of the configuration.
+        start: from `start_folder`.
+        initial: as in `initial_values`; the initial values are subtracted.
+
+    Raises:
+        ConfigError: as `initial_values`.
+    """
+    parts: list[tuple[float, Path]] = []
+    if adapter is not None and adapter.on_top and start is not None:
+        parts.append((1.0, start))
+    if (subtracted := initial_values(adapter, initial)) is not None:
+        parts.append((-1.0, subtracted))
+    return parts
 
 
 def adapted_layers_on_disk(folder: Path) -> list[str]:

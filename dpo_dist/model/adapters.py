@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 
@@ -27,7 +28,13 @@ _START = "start"
 _KEY = "model.adapter.path"
 
 
-def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
+def add_adapter(
+    model: PackedCausalLM,
+    config: ModelConfig,
+    seed: int,
+    start: Path | None = None,
+    initial: Path | None = None,
+) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
     The adapter has the same values on every rank and for every kind of parallelism. With `start` a frozen
@@ -38,6 +45,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         config: with an adapter.
         seed: of the adapter's initialization.
         start: folder of the adapter that is continued, or that stays below the new one, or None.
+        initial: folder with the initial values that an earlier start took from the weights, or None.
 
     Raises:
         ConfigError: a target names no linear layer of the model, or its output layer; `start` is no adapter
@@ -50,7 +58,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     if start is not None and not adapter.on_top:
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
-        lora = _add_new(causal_lm, adapter, seed)
+        lora = _add_new(causal_lm, adapter, seed, initial)
     lora.inference_mode = False
     causal_lm.set_adapter(TRAINED)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
@@ -65,18 +73,23 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
-def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
+def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int, initial: Path | None) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=target_layers(causal_lm, adapter),
+        init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         causal_lm.add_adapter(lora, TRAINED)
+    if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            start_from_weights(causal_lm, TRAINED, lora, adapter.init, initial)
     return lora
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     card: Callable[[], str] | None = None,
     remedy: str = _REMEDY,
-    below: Path | None = None,
+    parts: Sequence[tuple[float, Path]] = (),
     tokenizer_files: Path | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
@@ -51,7 +51,8 @@ def write_model_folder(
         tokenizer: written beside them.
         card: returns the content of README.md; None or "": there is none.
         remedy: of a full disk.
-        below: folder of an adapter that is part of the model below the trained one; both become one.
+        parts: folders of adapters that are part of the model beside the trained one, with coefficients; all
+            become one adapter.
         tokenizer_files: folder of the tokenizer, whose files are copied; None: transformers writes new ones.
 
     Raises:
@@ -59,7 +60,7 @@ def write_model_folder(
     """
     with writing_errors(folder, remedy), staged_folder(folder) as temporary:
         if adapted_layers(causal_lm):
-            write_adapter(temporary, *trained_update(causal_lm, weights, weights.pop, below))
+            write_adapter(temporary, *trained_update(causal_lm, weights, weights.pop, parts))
         else:
             write_weights(temporary, causal_lm, weights)
         write_tokenizer(temporary, tokenizer, tokenizer_files)
@@ -99,20 +100,21 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def trained_update(
-    causal_lm: Any, names: Iterable[str], read: Callable[[str], Tensor], below: Path | None
+    causal_lm: Any, names: Iterable[str], read: Callable[[str], Tensor], parts: Sequence[tuple[float, Path]]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return the trained adapter of a model, with that of the folder `below` if there is one.
+    """Return the trained adapter of a model, with the other `parts` of the model.
 
     Args:
         causal_lm: with its adapter; its tensors are not used.
         names: of the trained weights in the model.
         read: returns a trained weight.
-        below: as in `write_model_folder`.
+        parts: as in `write_model_folder`.
     """
     trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], list(names), read)
-    if below is None:
+    if not parts:
         return trained.config, {name: trained.read(name) for name in sorted(trained.names)}
-    return stack([(1.0, trained), (1.0, AdapterWeights.of_folder(below))])
+    others = [(coefficient, AdapterWeights.of_folder(folder)) for coefficient, folder in parts]
+    return stack([(1.0, trained), *others])
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from dpo_dist.data.encoded_source import array_files
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
@@ -182,9 +183,10 @@ def _load_models(
         return dataset
 
     adapter = trained_adapter(config.model, start)
-    flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
-    models = ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops, router)
-    return models, encode
+    with whole_loading(world):  # a sharded model has no shapes to count
+        flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
+    files = policy_files, reference_files
+    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
 
 
 def _encode(
@@ -259,9 +261,7 @@ def _digest_models(
 def _shared_start_folder(config: RunConfig, world: World, console: Console) -> Path | None:
     """Return `start_folder` on every rank; rank 0 downloads first."""
     found = partial(start_folder, config.model)
-    if config.model.adapter is None or config.model.adapter.path is None:
-        return None
-    downloading = console.heartbeat(f"downloading {config.model.adapter.path}")
+    downloading = console.heartbeat("looking for the adapter of model.adapter.path")
     world.on_main(found, downloading)
     return world.together(found, downloading)
 

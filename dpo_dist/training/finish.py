@@ -1,6 +1,6 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.model.adapter_files import untrained_parts
 from dpo_dist.model.save import write_model_folder
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
@@ -68,10 +69,11 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         tokenizer = with_chosen_template(tokenizer, template)
     card = partial(_card, loop, summary)
     with loop.clock.of("saving"):
-        adapter = loop.config.model.adapter
-        below = loop.inputs.policy_files.adapter if adapter is not None and adapter.on_top else None
+        parts = untrained_parts(
+            loop.config.model.adapter, loop.inputs.policy_files.adapter, folder.initial_adapter
+        )
         copied = loop.inputs.tokenizer_files if template is None else None
-        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, below, copied)
+        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, parts, copied)
     summary["work"] = loop.clock.read().as_dict()
     exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
@@ -109,7 +111,7 @@ def export_model(
     world: World,
     while_waiting: WhileWaiting | None = None,
     card: Callable[[], str] | None = None,
-    below: Path | None = None,
+    parts: Sequence[tuple[float, Path]] = (),
     tokenizer_files: Path | None = None,
 ) -> None:
     """Write the trained model as a folder that transformers loads; collective.
@@ -121,7 +123,7 @@ def export_model(
         world: of the run.
         while_waiting: called on rank 0 while it writes.
         card: returns the content of README.md, on rank 0; None or "": there is none.
-        below, tokenizer_files: as in `write_model_folder`.
+        parts, tokenizer_files: as in `write_model_folder`.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -131,7 +133,7 @@ def export_model(
     def write() -> None:
         assert weights is not None
         remedy = "free disk space; the same command writes the model from the last checkpoint"
-        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, below, tokenizer_files)
+        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, parts, tokenizer_files)
 
     world.on_main(write, while_waiting)
 

@@ -12,6 +12,7 @@ from dpo_dist.distributed.checkpoint_loading import open_checkpoint, read_state
 from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
+from dpo_dist.model.adapter_files import initial_values
 from dpo_dist.model.adapters import add_adapter, load_adapter
 from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.head import PackedCausalLM
@@ -119,5 +120,7 @@ def _load_trained(
 ) -> None:
     """Give a model the weights that training changed: its own, or those of an adapter; collective."""
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, start)
+        run = RunFolder(folder.resolve().parents[1])
+        initial = initial_values(config.model.adapter, run.initial_adapter)
+        add_adapter(model, config.model, config.trainer.seed, start, initial)
     load_checkpoint_weights(model, folder, world)

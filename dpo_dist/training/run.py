@@ -10,13 +10,10 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
-from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.load import load_packed
 from dpo_dist.reference.providers import LiveReference
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
@@ -27,10 +24,11 @@ from dpo_dist.training.arrange import arranged
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.best_checkpoints import check_keep_best, still_there
 from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
-from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
+from dpo_dist.training.data_setup import Inputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.header import say_header, say_steps
 from dpo_dist.training.length import describe_change
+from dpo_dist.training.load_policy import load_policy
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
@@ -220,17 +218,6 @@ def _load_models(
         reference = prepare_reference(config, inputs, world, console, stops)
     stops.check()
     return reference, load_policy(config, inputs, world)
-
-
-def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
-    """Return the policy at its start, with its adapter if it has one; collective."""
-    files, longest = inputs.policy_files, config.data.max_length
-    model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
-    if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, files.adapter)
-    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
-    settle_engine(policy, config.data.max_length, world)
-    return policy
 
 
 def _resume(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_start_adapter import mean_logp, responses
+from tests.e2e.test_start_adapter import mean_logp, on_base, responses
 from tests.support.launch import history, run_verb, train
 from tests.support.sft_adapter import write_sft_adapter
 
@@ -67,3 +67,37 @@ def test_an_average_of_checkpoints_is_checked(dtype: str, trained: Path, tmp_pat
     assert told.code == 0, told.output
     assert "checked" in told.output
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["zero3", "ddp"])
+def test_an_adapter_from_singular_vectors_is_one_of_the_original_base(
+    kind: str, assets: Path, tmp_path: Path
+) -> None:
+    command = [
+        f"model.path={assets}/model",
+        "model.adapter={r: 2, alpha: 4, init: pissa}",
+        f"parallelism={kind}",
+        "model.dtype=fp32",
+        f"data.train=[{assets}/train.jsonl]",
+        f"data.eval=[{assets}/eval.jsonl]",
+        f"data.cache={assets}/encoded",
+        f"run.dir={tmp_path}/run",
+        "trainer.global_batch_pairs=6",
+        "trainer.save_every=1",
+        "optim.lr=1e-2",
+        "tracking.wandb=off",
+    ]
+    train([*command, "trainer.max_steps=2"], processes=2)
+    told = train([*command, "trainer.max_steps=3"], processes=2)
+    assert "resuming from" in told.output
+    rows = history(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["rewards/margins"] == 0
+    evaluated = [row for row in rows if "eval_loss" in row][-1]
+    exported = run_verb("export", [f"run.dir={tmp_path}/run", "export.merge=true"])
+    assert exported.code == 0, exported.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/exported/step-000003-merged").eval()
+    for which, name in enumerate(("chosen", "rejected")):
+        pairs = responses(assets, which)
+        for model in (on_base(assets, tmp_path / "run/model"), merged):
+            assert mean_logp(model, pairs) == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)

@@ -1,0 +1,89 @@
+"""Initializations of an adapter from the singular vectors or the QR factors of the weights, by peft.
+
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from A_0, B_0 that are parts of the weight W, and
+train A and B on the residual W - s B_0 A_0. Here the weight stays as it is, and a layer computes
+W x + s (B A x - B_0 A_0 x) with frozen A_0 and B_0: the same function with the same gradients, and no
+residual is rounded. At the start the difference is exactly 0, without the adapter the base is exactly itself.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor
+
+from dpo_dist.atomic import staged_folder
+from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
+
+_INITIAL = "initial"
+
+
+def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, folder: Path | None) -> None:
+    """Give the adapter `name` its initial values and every layer a frozen copy of them to subtract.
+
+    Args:
+        causal_lm: with the adapter, sharded or not.
+        name: of the adapter.
+        lora: its configuration.
+        init: for which `splits_base` is true.
+        folder: with the initial values of an earlier start; None: compute them from the weights. Under ZeRO-3
+            the weights of one layer are whole at a time, and every rank computes the same.
+    """
+    if folder is not None:
+        set_peft_model_state_dict(causal_lm, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    layers = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
+    if folder is None:
+        for layer in layers:
+            _factor(layer, name, init)
+    frozen = copy.copy(lora)
+    frozen.inference_mode = True
+    causal_lm.add_adapter(frozen, _INITIAL)
+    with torch.no_grad():
+        for layer in layers:
+            for matrices in (layer.lora_A, layer.lora_B):
+                matrices[_INITIAL].weight.copy_(matrices[name].weight)
+            layer.lora_variant[name] = _FromInitial()
+
+
+def _factor(layer: LoraLayer, name: str, init: str) -> None:
+    """Let peft compute A and B, and restore the weight from which it subtracts their product."""
+    weight = layer.get_base_layer().weight
+    matrices = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    dtypes = [matrix.dtype for matrix in matrices]
+    with torch.no_grad(), gather_params_ctx([weight], modifier_rank=None):
+        kept = weight.data
+        weight.data = kept.clone()
+        if init == "olora":
+            layer.olora_init(name)
+        else:
+            layer.pissa_init(name, init)
+        weight.data = kept
+    for matrix, dtype in zip(matrices, dtypes, strict=True):
+        matrix.data = matrix.data.to(dtype).contiguous()
+
+
+class _FromInitial(LoraVariant):  # type: ignore[misc]
+    """Update of a layer as the difference from its initial values."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Return `result` with s (B A x - B_0 A_0 x) added."""
+        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        initial = module.lora_B[_INITIAL](module.lora_A[_INITIAL](x))
+        updated: Tensor = result + module.scaling[active_adapter] * (trained - initial)
+        return updated
+
+
+def write_initial(causal_lm: Any, name: str, folder: Path) -> None:
+    """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine."""
+    weights = {
+        key: weight.detach().cpu() for key, weight in causal_lm.named_parameters() if f".{name}." in key
+    }
+    found = AdapterWeights.of_model(causal_lm.peft_config[name], weights, weights.__getitem__)
+    with staged_folder(folder) as temporary:
+        write_adapter(temporary, found.config, {key: found.read(key) for key in sorted(found.names)})

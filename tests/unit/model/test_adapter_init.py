@@ -1,0 +1,91 @@
+"""Initial values from the weights: the function at the start, the gradients, and the exported adapter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.adapter_schema import AdapterConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.model.adapter_init import write_initial
+from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
+from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.tiny_model import write_model
+
+PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])
+BATCH = pack_unkeyed(PAIRS)
+INITS = ("pissa", "pissa_niter_4", "olora")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+def started(base: Path, init: str, initial: Path | None = None, dtype: Dtype = Dtype.fp32) -> PackedCausalLM:
+    config = ModelConfig(str(base), dtype=dtype, adapter=AdapterConfig(r=4, alpha=6, init=init))
+    model = load_packed(base, config, 64, torch.device("cpu"))
+    add_adapter(model, config, 0, initial=initial)
+    return model
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("init", [*INITS, "gaussian"])
+def test_the_start_and_the_base_are_exactly_the_model(init: str, dtype: Dtype, base: Path) -> None:
+    plain = load_packed(base, ModelConfig(str(base), dtype=dtype), 64, torch.device("cpu"))
+    model = started(base, init, dtype=dtype)
+    assert torch.equal(model(BATCH), plain(BATCH))
+    weights = dict(plain.causal_lm.named_parameters())
+    for name, weight in model.causal_lm.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(weight, weights[name.replace(".base_layer", "")])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * weight.requires_grad)
+    assert (model(BATCH) - plain(BATCH)).abs().max() > 1e-3
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), plain(BATCH))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_gradients_are_those_of_peft_on_the_residual(init: str, base: Path) -> None:
+    model = started(base, init)
+    model(BATCH).sum().backward()
+    config = LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights=init, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    oracle = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    plain_logps(oracle, PAIRS).sum().backward()
+    wanted = {name.removeprefix("base_model.model."): weight for name, weight in oracle.named_parameters()}
+    trained = {name: weight for name, weight in model.causal_lm.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * 7
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight, wanted[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weight.grad, wanted[name].grad, atol=1e-3, rtol=1e-3)
+
+
+def test_the_difference_is_one_adapter_of_the_original_base(base: Path, tmp_path: Path) -> None:
+    model = started(base, "pissa")
+    write_initial(model.causal_lm, TRAINED, tmp_path / "initial")
+    torch.manual_seed(1)
+    trained = {name: weight for name, weight in model.causal_lm.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(0.05 * torch.randn(weight.shape))
+    own = AdapterWeights.of_model(
+        model.causal_lm.peft_config[TRAINED], trained, lambda name: trained[name].detach()
+    )
+    initial = AdapterWeights.of_folder(tmp_path / "initial")
+    (tmp_path / "out").mkdir()
+    write_adapter(tmp_path / "out", *stack([(1.0, own), (-1.0, initial)]))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = plain_logps(PeftModel.from_pretrained(plain, tmp_path / "out"), PAIRS)
+    torch.testing.assert_close(found, model(BATCH), atol=1e-4, rtol=1e-4)
+    again = started(base, "pissa", tmp_path / "initial")
+    first = dict(started(base, "pissa").causal_lm.named_parameters())
+    assert all(torch.equal(first[name], weight) for name, weight in again.causal_lm.named_parameters())
