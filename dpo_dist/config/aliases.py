@@ -132,6 +132,12 @@ REMEDIES = _by_name(
         ),
         "trainer.micro_batch_tokens bounds evaluation too": "per_device_eval_batch_size eval_batch_size",
         "set model.dtype=bf16 (the default) or fp32": "bf16 tf32",
+        "not offered: bf16 has 8 bits, so that an update below 2^-9 of a weight is lost, and with the usual "
+        "optim.lr of 8e-8 to 1e-6 nearly all are; model.dtype=bf16 has float32 master weights, and "
+        "optim.kind=adamw_8bit saves memory": (
+            "pure_bf16 bf16_full master_weights fp32_master_weights bf16_master_weights use_master_weights "
+            "master_dtype optimizer_dtype bf16_master_weights_and_grads"
+        ),
         "set model.dtype=fp16; its loss scale is dynamic": (
             "fp16 initial_scale_power loss_scale_window min_loss_scale fp16_opt_level"
         ),
@@ -158,8 +164,8 @@ REMEDIES = _by_name(
         "set samples.prompts=16": "generate_during_eval predict_with_generate",
         "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
         "log files are in run.dir": "logging_dir",
-        "AdamW is the optimizer; its options are in optim": "optim_type optimizer",
-        "AdamW is the optimizer: choose optim=adamw, its options are in optim": "optim",
+        "set optim.kind=adamw or adamw_8bit; the other options of AdamW are in optim": "optim_type optimizer",
+        "AdamW is the optimizer: choose optim=adamw or adamw_8bit, its options are in optim": "optim",
         "set optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
         "set optim.min_lr_ratio: the lowest rate as a share of optim.lr": "min_lr lr_end",
         "set optim.min_lr_ratio and optim.warmup_steps": "lr_scheduler_kwargs",
@@ -263,6 +269,8 @@ VALUE_ALIASES = _by_name(
         "plackett_luce": "pl lipo",
         "bf16": "bfloat16",
         "fp16": "float16 half",
+        "adamw_8bit": "adamw_bnb_8bit paged_adamw_8bit adamw8bit adam8bit",
+        "adamw": "adamw_torch adamw_torch_fused adamw_hf",
         "fp32": "float32",
         "flash_attention_2": "fa2 flash_attention",
         "sdpa": "eager",

@@ -26,6 +26,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.spelling import likely, nearest
 from dpo_dist.errors import ConfigError
 
+_BESIDE = dict.fromkeys(
+    ("cosine_with_min_lr", "cosine_warmup_with_min_lr"), " with optim.min_lr_ratio=0.1 for a floor"
+)
+"""What else to set for a value of another trainer."""
+
 
 def assignment(key: str, value: str, hint: Any) -> str:
     """Return `key=value`, quoted for a shell, with `...` in place of a value of another type than `hint`."""
@@ -230,7 +235,11 @@ def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> Co
         found = likely(got, best_first)
         remedy = f"set {key} to one of these"
         if found:
-            remedy = f"did you mean {found[0]}?" if in_list else f"did you mean {key}={found[0]}?"
+            remedy = (
+                f"did you mean {found[0]}?"
+                if in_list
+                else f"did you mean {key}={found[0]}?{_BESIDE.get(got, '')}"
+            )
         if isinstance(value, bool) and not where.startswith("command line"):
             remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
         expected = "one of " + ", ".join(best_first) + (" or null" if type(None) in get_args(hint) else "")

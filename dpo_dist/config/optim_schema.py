@@ -8,12 +8,19 @@ from dpo_dist.config.fields import key
 LearningRateSchedule = StrEnum(
     "LearningRateSchedule", ["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 )
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
+    kind: OptimizerKind = key(
+        OptimizerKind.adamw,
+        "`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the "
+        "`quantization` extra). Master weights are float32 with both.",
+        added=True,
+    )
     lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
     schedule: LearningRateSchedule = key(
         LearningRateSchedule.cosine,

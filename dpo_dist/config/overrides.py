@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -186,6 +186,19 @@ def check_overrides(overrides: Sequence[Override], folders: Sequence[Path]) -> N
             _check_choice(override, folders)
         else:
             _check_key(override)
+    _check_warmup({override.key_or_group: override.value() for override in overrides})
+
+
+def _check_warmup(given: Mapping[str, Any]) -> None:
+    """Check that the warm-up is given once, also if one value is the default, which no rule can see."""
+    if given.get("optim.warmup_ratio") and given.get("optim.warmup_steps") is not None:
+        raise ConfigError(
+            "the length of the warm-up is given twice",
+            where=COMMAND_LINE,
+            got="optim.warmup_ratio and optim.warmup_steps",
+            expected="one of them",
+            remedy="remove one of them",
+        )
 
 
 def _wrong(override: Override, message: str, remedy: str, expected: str = "") -> ConfigError:

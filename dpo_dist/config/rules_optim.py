@@ -2,8 +2,8 @@
 
 from dpo_dist.config.check import Rule
 from dpo_dist.config.export_schema import ExportedWeights
-from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig, OptimizerKind
+from dpo_dist.config.schema import Offload, RunConfig
 
 _FALLING = (LearningRateSchedule.linear, LearningRateSchedule.cosine)
 
@@ -18,6 +18,14 @@ def _warmup_ends_after_the_run(config: RunConfig) -> bool:
 
 
 OPTIM_RULES = (
+    Rule(
+        "optim.kind parallelism.offload_optimizer",
+        lambda c: (
+            c.optim.kind is OptimizerKind.adamw_8bit and c.parallelism.offload_optimizer is not Offload.none
+        ),
+        "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
+        "set optim.kind=adamw, or parallelism.offload_optimizer=none",
+    ),
     Rule(
         "optim.betas",
         lambda c: len(c.optim.betas) != 2,

@@ -27,6 +27,7 @@ from dpo_dist.distributed.device_memory import (
     reference_remedy,
     return_memory,
 )
+from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
 from dpo_dist.distributed.leaves import gather_at_once
@@ -123,6 +124,7 @@ class PolicyEngine:
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages = Averages({}, 0.0)
+        check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
         if ema_decay is not None:
             self._averages = Averages.of(self._slices().masters(), ema_decay)
 

@@ -1,25 +1,31 @@
 """The optimizer that DeepSpeed wraps, and its parameter groups."""
 
+import importlib
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.optim_schema import OptimConfig, OptimizerKind
+from dpo_dist.model.optional_packages import check_bitsandbytes
 
 STATES_OF_ADAM = 2
 """Tensors of a weight's size that the optimizer keeps beside its master weight."""
 
 
 def create_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
-    return torch.optim.AdamW(
-        _parameter_groups(model, optim.weight_decay),
-        lr=optim.lr,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        fused=True,
-    )
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
+    if optim.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    check_bitsandbytes(optim.kind, "optim.kind", instead=OptimizerKind.adamw)
+    bitsandbytes: Any = importlib.import_module("bitsandbytes.optim")  # optional
+    eight_bit: torch.optim.Optimizer = bitsandbytes.AdamW8bit(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    return eight_bit
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from dpo_dist.distributed.eight_bit import create_states, from_float32, is_eight_bit, to_float32
+
 WEIGHT = "weight"
 """The part of a slice that is the weight itself, for a trained one its float32 master weight."""
 EMA = "ema"
@@ -33,7 +35,8 @@ class Slice:
         name: of the weight.
         shape: of the whole weight.
         start: index of the first element of the range.
-        parts: weight and optimizer states by name, flat tensors of equal length; views, not copies.
+        parts: weight and optimizer states by name, flat tensors of equal length; views, or copies of states
+            that the optimizer has in 8 bits.
     """
 
     name: str
@@ -117,16 +120,12 @@ class OptimizerSlices:
     ):
         self._optimizer, self._names, self._rank = engine.optimizer, names, rank
         self._averages = averages
+        self._loaded: dict[Tensor, dict[str, Tensor]] = {}  # 8-bit states in float32, until they are set
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
         for flat in self._flats():
-            states = {
-                name: state
-                for name, state in self._states(flat).items()
-                if isinstance(state, Tensor) and state.shape == flat.tensor.shape
-            }
-            tensors = {WEIGHT: flat.tensor.detach(), **states}
+            tensors = {WEIGHT: flat.tensor.detach(), **self._moments(flat)}
             if flat.tensor in self._averages:
                 tensors[EMA] = self._averages[flat.tensor]
             for weight, start, start_in_weight, length in flat.ranges:
@@ -152,6 +151,10 @@ class OptimizerSlices:
         inner = self._optimizer.optimizer
         names = [part for part in parts if part not in (WEIGHT, EMA)]
         for flat in self._flats():
+            if names and is_eight_bit(inner):
+                create_states(inner, flat.tensor, step)
+                self._loaded[flat.tensor] = to_float32(self._states(flat))
+                continue
             states = self._states(flat)
             for name in names:
                 if name not in states:
@@ -164,7 +167,10 @@ class OptimizerSlices:
             _restore_powers(inner, step)
 
     def write_to_model(self) -> None:
-        """Replace the model's weights by the master weights; collective."""
+        """Set 8-bit states to what was loaded, and the model's weights to the master weights; collective."""
+        for master, moments in self._loaded.items():
+            from_float32(moments, self._optimizer.optimizer.state[master])
+        self._loaded.clear()
         if not isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.update_lp_params()
             return
@@ -172,6 +178,18 @@ class OptimizerSlices:
         for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._optimizer.checkpoint_event_epilogue()
+
+    def _moments(self, flat: _Flat) -> dict[str, Tensor]:
+        """Return the states of the tensor's shape, float32; of an 8-bit optimizer copies in host memory."""
+        states = self._states(flat)
+        if is_eight_bit(self._optimizer.optimizer):
+            return self._loaded.get(flat.tensor) or to_float32(states)
+        shape = flat.tensor.shape
+        return {
+            name: state
+            for name, state in states.items()
+            if isinstance(state, Tensor) and state.shape == shape
+        }
 
     def _states(self, flat: _Flat) -> dict[str, Any]:
         states: dict[str, Any] = self._optimizer.optimizer.state[flat.tensor]

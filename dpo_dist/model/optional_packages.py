@@ -2,18 +2,17 @@
 
 import importlib.util
 
-from dpo_dist.config.schema import Quantization
 from dpo_dist.config.tracking_schema import OtherTracker
 from dpo_dist.errors import ConfigError
 
 
-def check_bitsandbytes(quantization: Quantization, key: str) -> None:
-    """Check that bitsandbytes, which quantizes weights, is installed.
+def check_bitsandbytes(value: str, key: str, instead: str = "null") -> None:
+    """Check that bitsandbytes, which quantizes weights and optimizer states, is installed.
 
     Raises:
         ConfigError: it is not; the error names `key`.
     """
-    _check_installed("bitsandbytes", "quantization", key, quantization, instead="null")
+    _check_installed("bitsandbytes", "quantization", key, value, instead=instead)
 
 
 def check_liger_kernel() -> None:

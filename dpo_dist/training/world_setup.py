@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from dpo_dist.config.optim_schema import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
@@ -37,6 +38,8 @@ def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> 
         load_async_io(console.say)
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     parallelism = (
         config.parallelism if trains else replace(config.parallelism, offload_optimizer=Offload.none)
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind, Quantization
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -69,6 +70,7 @@ class Trainer:
         quantization: Quantization | None = None,
         loss: LossConfig | None = None,
         ema_decay: float | None = None,
+        optim: OptimConfig = OPTIM,
     ):
         model_config = assets.config(assets.policy).model
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
@@ -79,7 +81,7 @@ class Trainer:
         model = load_packed(assets.policy, config, 1024, world.device)
         if adapter is not None:
             add_adapter(model, config, seed=0)
-        self.policy = PolicyEngine(model, OPTIM, world, ema_decay)
+        self.policy = PolicyEngine(model, optim, world, ema_decay)
         if loss is not None:
             self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)
         self.dataset, self.position = assets.dataset(), Position()

@@ -49,6 +49,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optim.min_lr_ratio": 0.1, "optim.schedule": "constant"}, "optim.min_lr_ratio, optim.schedule"),
     ({"optim.min_lr_ratio": 0.1, "optim.schedule": "inverse_sqrt"}, "optim.min_lr_ratio, optim.schedule"),
     ({"trainer.ema_decay": 0.9, "trainer.keep_last": 0}, "trainer.ema_decay, trainer.keep_last"),
+    (
+        {"optim.kind": "adamw_8bit", "parallelism.offload_optimizer": "cpu"},
+        "optim.kind, parallelism.offload_optimizer",
+    ),
     ({"export.weights": "ema"}, "export.weights, trainer.ema_decay"),
     ({"doctor.thresholds": 3}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
