@@ -3,10 +3,12 @@
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
@@ -108,8 +110,11 @@ def count_flops(
         ConfigError: transformers cannot make a model of this configuration.
     """
     try:
+        model_class = _model_class(config, trust_remote_code)
+        if model_class.config_class is config.sub_configs.get("text_config"):
+            config = config.get_text_config()
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            causal_lm = model_class(config)
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "transformers cannot make a model of this config.json",
@@ -153,6 +158,14 @@ def _reaches(text: PretrainedConfig) -> tuple[Reach, ...]:
         for kind, tokens, in_chunks in options
         if tokens and kind in layer_types
     )
+
+
+def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
+    """Return the class of the model; constructed by itself it is not sharded, as by `from_config`."""
+    named = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and named is not None:
+        return get_class_from_dynamic_module(named, config._name_or_path)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _attention_width(text: PretrainedConfig) -> int:

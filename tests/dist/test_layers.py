@@ -1,5 +1,6 @@
 """Options of decoder layers change no gradient, also with sharded weights."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,13 @@ HIDDEN = 96
 
 @pytest.fixture(scope="module")
 def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("four_layers"), hidden_size=HIDDEN, layers=4)
+    """Layers of full attention, and of a window that is shorter than most sequences."""
+    folder = write_model(tmp_path_factory.mktemp("four_layers"), hidden_size=HIDDEN, layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    pattern = ["full_attention", "sliding_attention"] * 2
+    config |= {"use_sliding_window": True, "sliding_window": 6, "layer_types": pattern}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> list[float]:
