@@ -66,7 +66,10 @@ def policy_remedy(batch: PackedBatch | None = None) -> str:
     if batch is None:
         return "use more GPUs, or set parallelism=zero3_offload"
     if len(batch.layout) == 1:
-        return f"lower data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
+        return (
+            "raise parallelism.sequence_parallel or lower data.max_length, as this micro-batch is a single "
+            f"pair; {_LESS_MEMORY}"
+        )
     return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
 
 

@@ -18,6 +18,9 @@ from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.attention_backend import Heads
 from dpo_dist.model.segment_attention import Layout, Scores
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenShare, check_heads
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.unit.model.test_architectures import gradients
+from tests.unit.model.test_windowed_models import OTHERS, WINDOWED, model_of, packed
 
 T = TypeVar("T")
 
@@ -137,3 +140,35 @@ def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(
         with pytest.raises(ConfigError, match="divided among so many ranks") as raised:
             check_heads(heads, ranks)
         assert raised.value.expected == f"one of {', '.join(map(str, sorted(possible)))}"
+
+
+FAMILIES = ("cohere2", "gemma2", "gpt_oss", "llama4_text", "olmo3", "phi3", "qwen3", "deepseek_v3", "granite")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_models_with_windows_sinks_caps_and_temperatures_equal_one_rank(model_type: str, ranks: int) -> None:
+    """Windows shorter than responses, and a number of tokens that the ranks do not divide."""
+    own = {**WINDOWED, **OTHERS}[model_type]
+    batch = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
+    assert len(batch.input_ids) % 2
+    window = 3 if model_type in WINDOWED else None
+    causal_lm = model_of(model_type, own, window)
+    expected = packed(causal_lm)(batch)
+    expected_gradients = gradients(causal_lm, expected)
+
+    def score(exchange: InThreads) -> Tensor:
+        model = packed(causal_lm)
+        model.sequence = exchange
+        logps = model(batch)
+        assert isinstance(logps, Tensor)
+        return logps
+
+    found = on_ranks(ranks, score)
+    for logps in found:
+        assert (logps - expected).norm() <= 1e-6 * expected.norm()
+    ours = gradients(causal_lm, found[0])
+    assert ours.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.1 * largest), name
