@@ -36,7 +36,8 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
     """
     if folder is not None:
         set_peft_model_state_dict(causal_lm, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
-    layers = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
+    adapted = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
+    layers = [layer for layer in adapted if name in layer.lora_A]
     if folder is None:
         for layer in layers:
             _factor(layer, name, init)

@@ -53,12 +53,15 @@ def add_adapter(
     """
     adapter: AdapterConfig = config.adapter
     causal_lm = model.causal_lm
+    continues = start is not None and not adapter.on_top
+    # Before there are the linear layers of another adapter.
+    targets = [] if continues else target_layers(causal_lm, adapter)
     if start is not None:
         _add_from(causal_lm, start, _START, _KEY)
-    if start is not None and not adapter.on_top:
+    if start is not None and continues:
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
-        lora = _add_new(causal_lm, adapter, seed, initial)
+        lora = _add_new(causal_lm, adapter, targets, seed, initial)
     lora.inference_mode = False
     causal_lm.set_adapter(TRAINED)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
@@ -73,13 +76,15 @@ def add_adapter(
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
-def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int, initial: Path | None) -> LoraConfig:
+def _add_new(
+    causal_lm: Any, adapter: AdapterConfig, targets: list[str], seed: int, initial: Path | None
+) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
-        target_modules=target_layers(causal_lm, adapter),
+        target_modules=targets,
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )

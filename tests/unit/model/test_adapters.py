@@ -8,13 +8,14 @@ import torch
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
-from dpo_dist.distributed.engine import _parameter_groups
+from dpo_dist.distributed.optimizer import _parameter_groups
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter
+from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.logp_head import LogpHead
 from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -120,3 +121,35 @@ def test_without_bitsandbytes_a_quantized_model_is_refused(folder: Path) -> None
     with pytest.raises(ConfigError, match="bitsandbytes is not installed") as refused:
         load_packed(folder, config, 64, torch.device("cpu"))
     assert "dpo-dist[quantization]" in refused.value.remedy
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
+def test_a_policy_and_its_start_are_base_and_adapter(on_top: bool, folder: Path, tmp_path: Path) -> None:
+    sft = write_sft_adapter(folder, tmp_path / "sft")
+    plain = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))
+    base = plain(BATCH)
+    load_adapter(plain, sft)
+    started = plain(BATCH)
+    assert (started - base).abs().max() > 0.01
+    config = ModelConfig(
+        str(folder),
+        dtype=Dtype.fp32,
+        adapter=AdapterConfig(path=str(sft), on_top=on_top, r=3 if on_top else 16),
+    )
+    model = load_packed(folder, config, 64, torch.device("cpu"))
+    add_adapter(model, config, 0, sft)
+    assert torch.equal(model(BATCH), started)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".default." in name}
+    assert len(trained) == 2 * 2 * (len(LINEAR) if on_top else 3)
+    assert model.state_dict().keys() == trained
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    moved = model(BATCH)
+    assert (moved - started).abs().max() > 0.01
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), started)
+    assert torch.equal(model(BATCH), moved)
+    moved.sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
