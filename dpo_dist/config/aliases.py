@@ -156,12 +156,8 @@ REMEDIES = _by_name(
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
         "'model.adapter={init: pissa_niter_4}' starts from singular vectors": "pissa_init pissa_iter",
-        "not offered: an adapter is low-rank matrices alone; without model.adapter all weights are trained": (
-            "modules_to_save additional_target"
-        ),
-        "not offered: resize the model by resize_token_embeddings, and save it with its tokenizer": (
-            "resize_vocab new_special_tokens add_tokens"
-        ),
+        "not offered: an adapter has low-rank matrices only": "modules_to_save additional_target",
+        "not offered: resize_token_embeddings of transformers, then save": "resize_vocab new_special_tokens",
         "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
             "adapter_name_or_path create_new_adapter adapter_folder"
         ),
