@@ -42,7 +42,7 @@ from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.packing import COSTS
-from tests.support.precision import DTYPES
+from tests.support.precision import DTYPES, NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
 
@@ -416,6 +416,7 @@ FULL = Policy()
 LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
 NF4 = replace(DORA, quantization=Quantization.nf4)
+NF4_LORA = replace(LORA, quantization=Quantization.nf4)
 BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
 BETA_DPO = Policy(loss=LossConfig(kind=LossKind.beta_dpo))
 INT8 = replace(LORA, quantization=Quantization.int8)
@@ -434,11 +435,14 @@ WORLDS = {
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
     "LoRA in bf16, 1 to 3 with zero2": (LORA, BF16, 1, ZERO2, 3, ZERO2),
     "DoRA on nf4 in bf16, 2 to 1": (NF4, BF16, 2, DDP, 1, DDP),
+    "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
     "LoRA on int8, 1 to 2": (INT8, FP32, 1, DDP, 2, DDP),
 }
 
 
-@pytest.mark.parametrize("case", WORLDS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=NEEDS_FP16 if "fp16" in case else ()) for case in WORLDS]
+)
 def test_another_world_reads_the_same_weights_and_states(case: str, assets: Assets, tmp_path: Path) -> None:
     policy, dtype, ranks, kind, other_ranks, other_kind = WORLDS[case]
     if policy.quantization is not None:

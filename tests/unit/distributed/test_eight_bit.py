@@ -53,6 +53,13 @@ def test_float32_states_become_the_same_states_again(elements: int) -> None:
         assert all(torch.equal(after[name], after_copy[name]) for name in after)
 
 
+def test_they_take_two_bytes_and_a_thirty_second_for_each_weight() -> None:
+    optimizer, weight = trained(2**16, steps=1)
+    states = optimizer.state[weight]
+    own = sum(states[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
+    assert own == 2**16 * (2 + 1 / 32)
+
+
 def test_states_of_other_blocks_are_rounded_to_the_nearest() -> None:
     optimizer, weight = trained(2**14)
     moments = {name: moment[100:] for name, moment in to_float32(optimizer.state[weight]).items()}
