@@ -103,7 +103,11 @@ ADAPTER_RULES = (
     ),
     Rule(
         "model.adapter.init model.quantization",
-        lambda c: c.model.quantization is not None and splits_base(c.model.adapter.init),
+        lambda c: (
+            c.model.quantization is not None
+            and c.model.adapter is not None
+            and splits_base(c.model.adapter.init)
+        ),
         "quantized weights have no singular vectors or QR factors",
         "set model.adapter.init=default, or model.quantization=null",
     ),

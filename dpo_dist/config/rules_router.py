@@ -17,6 +17,12 @@ ROUTER_RULES = (
         f"{OF_MODEL}, or a number above 0",
     ),
     Rule(
+        "loss.router.aux_coefficient loss.router.z_coefficient model.compile",
+        lambda c: c.loss.router.is_set and c.model.compile,
+        "losses of routers are not known to be exact with compiled layers",
+        "set model.compile=false, or remove loss.router",
+    ),
+    Rule(
         "loss.router.aux_coefficient loss.router.z_coefficient parallelism.sequence_parallel",
         lambda c: c.loss.router.is_set and c.parallelism.sequence_parallel > 1,
         "losses of routers are not computed for sequences that several processes share",

@@ -40,6 +40,15 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 OWN["qwen2_moe"] = {**OWN["qwen3_moe"], "shared_expert_intermediate_size": 16, "mlp_only_layers": []}
+OWN["glm4_moe"] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 ZERO3, ZERO2, DDP = ParallelismKind
 
 
@@ -63,7 +72,11 @@ def write_moe(folder: Path, model_type: str) -> Path:
         **OWN[model_type],
     )
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, buffer in causal_lm.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # balances the experts, without a gradient
+            buffer.normal_(std=0.3)
+    causal_lm.save_pretrained(folder)
     return folder
 
 
@@ -95,7 +108,14 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [("qwen3_moe", ZERO3), ("qwen3_moe", ZERO2), ("mixtral", ZERO3), ("mixtral", DDP)],
+    [
+        ("qwen3_moe", ZERO3),
+        ("qwen3_moe", ZERO2),
+        ("mixtral", ZERO3),
+        ("mixtral", DDP),
+        ("glm4_moe", ZERO3),
+        ("glm4_moe", DDP),
+    ],
 )
 def test_two_ranks_train_a_mixture_of_experts_like_plain_pytorch(
     model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path

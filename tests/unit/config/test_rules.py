@@ -32,6 +32,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss.router.aux_coefficient": "own"}, "loss.router.aux_coefficient"),
     ({"loss.router.aux_coefficient": 0}, "loss.router.aux_coefficient"),
     (
+        {"loss.router.z_coefficient": 0.1, "model.compile": True},
+        "loss.router.aux_coefficient, loss.router.z_coefficient, model.compile",
+    ),
+    (
         {"loss.router.aux_coefficient": "model", "parallelism.sequence_parallel": 2},
         "loss.router.aux_coefficient, loss.router.z_coefficient, parallelism.sequence_parallel",
     ),
