@@ -81,6 +81,7 @@ KEY_ALIASES = _by_name(
         "model.adapter.variant": "model.adapter.type model.adapter.kind",
         "model.adapter.path": "model.adapter.adapter_name_or_path model.adapter.folder",
         "model.adapter.on_top": "model.adapter.create_new_adapter",
+        "model.adapter.init": "model.adapter.init_lora_weights",
     }
 )
 
@@ -154,6 +155,9 @@ REMEDIES = _by_name(
             "lora_target lora_target_modules target_modules"
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
+        "'model.adapter={init: pissa_niter_4}' starts from singular vectors": "pissa_init pissa_iter",
+        "not offered: an adapter has low-rank matrices only": "modules_to_save additional_target",
+        "not offered: resize_token_embeddings of transformers, then save": "resize_vocab new_special_tokens",
         "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
             "adapter_name_or_path create_new_adapter adapter_folder"
         ),

@@ -14,6 +14,7 @@ from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
+from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
@@ -44,6 +45,11 @@ class Assets:
         return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
+def files_of(folder: Path) -> ModelFiles:
+    """Return a model folder as `load_reference` takes it, without digests."""
+    return ModelFiles(folder, {}, {}, {})
+
+
 def fill(
     assets: Assets,
     store: Path,
@@ -59,7 +65,7 @@ def fill(
 
     def load_scorer() -> Scorer:
         before_scoring()
-        engine = load_reference(assets.reference, assets.config(assets.policy), world)
+        engine = load_reference(files_of(assets.reference), assets.config(assets.policy), world)
 
         def score(batch: PackedBatch) -> Tensor:
             scored["entries"] += len(batch.keys)

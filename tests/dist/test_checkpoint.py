@@ -39,7 +39,7 @@ from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.position import Position
 from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.packing import COSTS
 from tests.support.precision import DTYPES, NEEDS_FP16
@@ -76,7 +76,9 @@ class Trainer:
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
         self.objective, self.sync = OBJECTIVE, None
         if loss is not None:
-            reference = load_reference(assets.reference, assets.config(assets.policy, dtype=dtype), world)
+            reference = load_reference(
+                files_of(assets.reference), assets.config(assets.policy, dtype=dtype), world
+            )
             self.objective = Objective(loss, LiveReference(reference))
         model = load_packed(assets.policy, config, 1024, world.device)
         if adapter is not None:

@@ -33,7 +33,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
@@ -162,7 +162,7 @@ def reference_comes_and_goes(
     world: World,
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
-    engine = load_reference(assets.reference, config, world)
+    engine = load_reference(files_of(assets.reference), config, world)
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)

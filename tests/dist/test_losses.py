@@ -29,7 +29,7 @@ from dpo_dist.reference.providers import LiveReference, NoReference
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support import tiny
 from tests.support.masks import add_masks
 from tests.support.packing import COSTS
@@ -139,7 +139,9 @@ def _trajectory(
 ) -> Iterator[dict[str, float]]:
     config = assets.config(assets.policy)
     free = not loss.needs_reference
-    reference = NoReference() if free else LiveReference(load_reference(assets.reference, config, world))
+    reference = (
+        NoReference() if free else LiveReference(load_reference(files_of(assets.reference), config, world))
+    )
     objective, running = Objective(loss, reference), RunningMeans()
     model = load_packed(assets.policy, config.model, 1024, world.device, sequence=world.sequence)
     policy = PolicyEngine(model, OPTIM, world)

@@ -16,7 +16,7 @@ from dpo_dist.distributed.nvme import check_async_io, own_folder
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference.engine import load_reference
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
@@ -26,7 +26,7 @@ HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
 
 def score_from_disk(assets: Assets, model: Path, nvme: Path, world: World, _folder: Path) -> dict[str, Any]:
     config = assets.config(model, ReferenceConfig(offload=Offload.nvme, nvme_path=str(nvme)))
-    engine = load_reference(model, config, world)
+    engine = load_reference(files_of(model), config, world)
     on_disk = sum(file.stat().st_size for file in nvme.rglob("*.tensor.swp"))
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
     scored = [engine.token_logps(batch).tolist() for _ in range(2)]

@@ -16,7 +16,7 @@ from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import load_inputs
 from dpo_dist.training.reference_setup import prepare_reference
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None
 def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
     """Return the mean drift of a quantized reference from the unquantized one, and whether it is whole."""
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    in_full = load_reference(model, assets.config(model), world).token_logps(batch)
+    in_full = load_reference(files_of(model), assets.config(model), world).token_logps(batch)
     quantized = ReferenceConfig(quantization=Quantization(quantization))
-    engine = load_reference(model, assets.config(model, quantized), world)
+    engine = load_reference(files_of(model), assets.config(model, quantized), world)
     drift = (engine.token_logps(batch) - in_full).abs().mean()
     return {"drift": float(drift), "whole": isinstance(engine, QuantizedReference)}
 

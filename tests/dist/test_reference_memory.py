@@ -19,7 +19,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import load_inputs
 from dpo_dist.training.reference_setup import prepare_reference
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
@@ -42,7 +42,7 @@ def come_and_go(assets: Assets, offload: Offload, world: World, folder: Path) ->
     sizes = []
     for _ in range(2):
         before = tensor_bytes()
-        engine = load_reference(assets.reference, config, world)
+        engine = load_reference(files_of(assets.reference), config, world)
         [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
         for _ in range(3):  # DeepSpeed remembers the order of its first passes
             engine.token_logps(batch)

@@ -29,7 +29,7 @@ from dpo_dist.reference.providers import LiveReference
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.slow_disk import slow_disk
@@ -54,7 +54,7 @@ class Trainer:
         offload: Offload = Offload.none,
     ):
         config = assets.config(model, ReferenceConfig(offload=offload))
-        self.reference = load_reference(reference, config, world)
+        self.reference = load_reference(files_of(reference), config, world)
         packed = load_packed(model, config.model, 1024, world.device)
         self.policy = PolicyEngine(packed, OPTIM, world)
         self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, mixup), world)

@@ -14,7 +14,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
-from tests.dist.scenario import PAIRS, Assets
+from tests.dist.scenario import PAIRS, Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
 
@@ -47,7 +47,7 @@ def carry_out(
             world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"}
         )
         dataset = assets.dataset()
-        engine = load_reference(folder, assets.config(folder), world)
+        engine = load_reference(files_of(folder), assets.config(folder), world)
         filler = StoreFiller(
             LogpStore(store, [fingerprint], []),
             lambda engine=engine: engine.token_logps,
