@@ -19,11 +19,12 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.data.arrangement import Arrangement, consecutive_batches
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, response_key
 from dpo_dist.data.encode_chunk import encode_record
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
+from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import load
@@ -154,7 +155,7 @@ def token_logps(
     logps: list[Tensor] = []
     with packed_for_a_while(model, longest) as packed:
         device = next(packed.parameters()).device
-        for part in _micro_batches(pairs, micro_batch_tokens):
+        for part in _micro_batches(pairs, micro_batch_tokens, packed.arrangement):
             batch = _batch(part).to(device)
             logps += torch.split(packed(batch), batch.response_tokens.tolist())
     return logps
@@ -236,19 +237,13 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
-def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[list[EncodedExample]]:
-    """Yield consecutive pairs that take at most `budget` packed tokens together, or one longer pair."""
-    part: list[EncodedExample] = []
-    total = 0
-    for pair in pairs:
-        tokens = packed_tokens(len(pair.prompt_ids), list(map(len, pair.responses)))
-        if part and total + tokens > budget:
-            yield part
-            part, total = [], 0
-        part.append(pair)
-        total += tokens
-    if part:
-        yield part
+def _micro_batches(
+    pairs: Sequence[EncodedExample], budget: int, arrangement: Arrangement
+) -> Iterator[Sequence[EncodedExample]]:
+    """Yield consecutive pairs of which at most `budget` tokens are computed together, or one longer pair."""
+    layout = [(len(p.prompt_ids), *(len(ids) - 1 for ids in p.responses)) for p in pairs]
+    for part in consecutive_batches(layout, budget, arrangement):
+        yield pairs[part.start : part.stop]
 
 
 def _batch(pairs: Sequence[EncodedExample], masked: bool = False) -> PackedBatch:

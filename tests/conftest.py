@@ -17,6 +17,7 @@ LONG = (
     "dist/test_network.py",
     "e2e/test_samples.py",
     "dist/test_checkpoint.py",
+    "dist/test_families.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
 

@@ -11,6 +11,7 @@ import torch
 
 from dpo_dist.comparison.startup import KEY, Compared
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.arrangement import consecutive_batches
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.generation.prompts import PromptList, rendering
@@ -148,7 +149,7 @@ def response_logps(
     Args:
         packed: the model that scores.
         rows: of `respond`, with token ids; one sample each, or none.
-        budget: most tokens of a batch; a longer sequence is a batch of its own.
+        budget: most tokens of a batch, with padding; a longer sequence is a batch of its own.
         device: of the forward.
     """
     sequences = {
@@ -158,25 +159,15 @@ def response_logps(
     }
     # A response without tokens has probability 1.
     sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
-    for batch in _batches({at: one for at, one in sequences.items() if at not in sums}, budget):
+    scored = [at for at in sequences if at not in sums]
+    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
+    for part in consecutive_batches(layout, budget, packed.arrangement):
+        batch = scored[part.start : part.stop]
         packed_batch = _packed([sequences[at] for at in batch])
         logps = packed(packed_batch.to(device)).double().cpu()
-        parts = logps.split(packed_batch.response_tokens.tolist())
-        sums |= {at: float(part.sum()) for at, part in zip(batch, parts, strict=True)}
+        of_each = logps.split(packed_batch.response_tokens.tolist())
+        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
     return [sums.get(index) for index in range(len(rows))]
-
-
-def _batches(sequences: dict[int, Sequences], budget: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    room = 0
-    for at, one in sequences.items():
-        tokens = len(one.prompt_ids) + len(one.responses[0])
-        if not batches or tokens > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(at)
-        room -= tokens
-    return batches
 
 
 def _packed(sequences: Sequence[Sequences]) -> PackedBatch:

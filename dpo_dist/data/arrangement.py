@@ -1,5 +1,6 @@
 """Arrangements of the responses of a micro-batch in a forward; imports no torch."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 
@@ -13,3 +14,37 @@ class Arrangement(StrEnum):
     packed = "packed"
     padded = "padded"
     single = "single"
+
+
+def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
+    """Return the tokens that the forwards of a micro-batch compute, with their padding.
+
+    Args:
+        layout: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
+        arrangement: of the responses.
+    """
+    if arrangement is Arrangement.packed:
+        return sum(map(sum, layout))
+    rows = [prompt + tokens for prompt, *responses in layout for tokens in responses]
+    return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
+
+
+def consecutive_batches(
+    layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
+) -> list[range]:
+    """Return micro-batches of consecutive examples, indices in `layout`.
+
+    Args:
+        layout: as in `computed_tokens`.
+        budget: most computed tokens of a micro-batch; a longer example is a micro-batch of its own.
+        arrangement: of the responses.
+    """
+    batches: list[range] = []
+    for stop in range(1, len(layout) + 1):
+        start = batches[-1].start if batches else 0
+        fits = bool(batches) and computed_tokens(layout[start:stop], arrangement) <= budget
+        if fits:
+            batches[-1] = range(start, stop)
+        else:
+            batches.append(range(stop - 1, stop))
+    return batches

@@ -95,7 +95,7 @@ def _prepare(config: RunConfig, folder: Path, counter: Counter) -> tuple["PreTra
     from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow, and not always needed)
 
     tokenizer = load_tokenizer(folder, config.model)
-    vocab_size = load_config(folder, config.model).vocab_size
+    vocab_size = load_config(folder, config.model).get_text_config().vocab_size
     return tokenizer, prepare(
         config, tokenizer, folder, vocab_size, lambda source: counter(f"encoding {source}", "record")
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_dist.data.arrangement import Arrangement, computed_tokens
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import DeviceMemoryError
 
@@ -61,15 +62,14 @@ def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "
     )
 
 
-def policy_remedy(batch: PackedBatch | None = None) -> str:
+def policy_remedy(batch: PackedBatch | None = None, arrangement: Arrangement = Arrangement.packed) -> str:
     """Return the settings to change if the policy runs out of memory at `batch`, or in the optimizer step."""
     if batch is None:
         return "use more GPUs, or set parallelism=zero3_offload"
     if len(batch.layout) == 1:
-        return (
-            "raise parallelism.sequence_parallel or lower data.max_length, as this micro-batch is a single "
-            f"pair; {_LESS_MEMORY}"
-        )
+        can_share = arrangement is Arrangement.packed
+        shorter = "raise parallelism.sequence_parallel or lower" if can_share else "lower"
+        return f"{shorter} data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
     return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
 
 
@@ -78,10 +78,12 @@ def reference_remedy() -> str:
     return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
 
 
-def describe_batch(batch: PackedBatch) -> str:
-    """Return the size of a micro-batch in words."""
+def describe_batch(batch: PackedBatch, arrangement: Arrangement) -> str:
+    """Return the size of a micro-batch, as a model of this arrangement computes it, in words."""
     longest = max(sum(lengths) for lengths in batch.layout)
-    return f"{len(batch.input_ids)} tokens in {len(batch.layout)} pairs, the longest of {longest}"
+    tokens = computed_tokens(batch.layout, arrangement)
+    padding = " with padding" if arrangement is Arrangement.padded else ""
+    return f"{tokens} tokens{padding} in {len(batch.layout)} pairs, the longest of {longest}"
 
 
 def empty_module(module: nn.Module) -> None:

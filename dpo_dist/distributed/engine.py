@@ -58,7 +58,8 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
-        with explain_out_of_memory(f"scoring {describe_batch(batch)}", reference_remedy()):
+        size = describe_batch(batch, self.model.arrangement)
+        with explain_out_of_memory(f"scoring {size}", reference_remedy()):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
@@ -188,7 +189,8 @@ class PolicyEngine:
     def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
         """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        self._current = f"{work}: {describe_batch(batch)}", policy_remedy(batch)
+        arrangement = self.model.arrangement
+        self._current = f"{work}: {describe_batch(batch, arrangement)}", policy_remedy(batch, arrangement)
         return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:

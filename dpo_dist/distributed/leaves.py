@@ -16,4 +16,4 @@ def gather_at_once(model: PackedCausalLM) -> None:
     for module in [*expert_blocks(model.causal_lm), *model.tiled]:
         set_z3_leaf_module(module, True)
     if model.compiled:
-        set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+        set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))

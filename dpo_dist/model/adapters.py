@@ -21,6 +21,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.text_part import text_part
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
@@ -191,11 +192,11 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     Raises:
         ConfigError: a target names no linear layer of the model's body.
     """
-    head = causal_lm.get_output_embeddings()
+    head, text = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
     layers = [
         name
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and module in text
     ]
     if adapter.target_modules == "all-linear":
         return layers

@@ -29,16 +29,36 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Heads:
-    """Shape of a model's attention: number of query heads, of key heads, and dimension of a head."""
+    """Shape of a model's attention.
+
+    Attributes:
+        query: number of query heads.
+        key: number of key heads.
+        dim: of a head of queries and keys.
+        own_value_dim: of a head of values; None: `dim`.
+    """
 
     query: int
     key: int
     dim: int
+    own_value_dim: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Return the dimension of a head of values."""
+        return self.dim if self.own_value_dim is None else self.own_value_dim
 
 
 def heads_of(model_config: Any) -> Heads:
-    """Return the attention shape of a transformers configuration."""
+    """Return the attention shape of a transformers configuration.
+
+    Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
+    head, whose `head_dim` in the configuration is only the part with positions.
+    """
     heads: int = model_config.num_attention_heads
+    if getattr(model_config, "kv_lora_rank", None):
+        dim = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
+        return Heads(heads, heads, dim, model_config.v_head_dim)
     dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
 
@@ -151,17 +171,17 @@ def _describe(heads: Heads, dtype: torch.dtype, scores: Scores) -> str:
     kind = str(dtype).removeprefix("torch.")
     window = "" if scores.window is None else ", a sliding window"
     softcap = "" if scores.softcap is None else ", capped scores"
-    return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}{window}{softcap}"
+    dims = str(heads.dim) if heads.own_value_dim is None else f"{heads.dim} and {heads.value_dim}"
+    return f"{heads.query} query and {heads.key} key heads of {dims} in {kind}{window}{softcap}"
 
 
 def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
     """Return query, key and value of the trial layout, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(map(sum, _TRIAL))
-    return [
-        torch.randn(tokens, count, heads.dim, generator=generator).to(device, dtype)
-        for count in (heads.query, heads.key, heads.key, heads.query)
-    ]
+    shapes = [(heads.query, heads.dim), (heads.key, heads.dim)]
+    shapes += [(heads.key, heads.value_dim), (heads.query, heads.value_dim)]
+    return [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def _attend(

@@ -7,6 +7,7 @@ arrangement is tried. The model's own forward is also shown to be causal.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,8 @@ class _Trial:
     Attributes:
         is_float32: whether the model computes in float32.
         plain: float32 [targets].
-        drift: float32 [targets of the first response], their change in a longer row.
-        future: float32 [targets of the first response], the effect of the tokens after them in such a row.
+        drift: float32 [targets but the last of each response], their change in a shorter row; 0 in float32.
+        future: float32 [targets of the first response], the effect of tokens after them in a longer row.
     """
 
     def __init__(self, model: PackedCausalLM, score: Score, device: torch.device, max_length: int):
@@ -109,7 +110,17 @@ class _Trial:
         longer = tuple(np.concatenate((first, end)) for end in (second[count:], prompt[:later]))
         scores = self._scores(_pack([Sequences(prompt, longer)]), Arrangement.single, own_logits=True)
         one, other = scores.view(2, -1)[:, :count]
-        self.drift, self.future = (one - self.plain[:count]).abs(), (one - other).abs()
+        self.future = (one - other).abs()
+        self.drift = torch.zeros_like(self.plain) if self.is_float32 else self._drift(sequences)
+
+    def _drift(self, sequences: Sequence[Sequences]) -> Tensor:
+        shorter = [replace(whole, responses=tuple(map(_without_end, whole.responses))) for whole in sequences]
+        scores = self._scores(_pack(shorter), Arrangement.single, own_logits=True)
+        kept = [len(response) for example in shorter for response in example.responses]
+        plain = torch.split(
+            self.plain, [len(response) for example in sequences for response in example.responses]
+        )
+        return (scores - torch.cat([of[:n] for of, n in zip(plain, kept, strict=True)])).abs()
 
     @torch.no_grad()
     def _scores(self, batch: PackedBatch, arrangement: Arrangement, *, own_logits: bool) -> Tensor:
@@ -199,7 +210,7 @@ def _ladder(model: PackedCausalLM) -> Iterator[tuple[Arrangement, bool]]:
         if model.has_chunked_head and model.can_pack(own_logits=False):
             yield Arrangement.packed, False
         return
-    first = recorded_arrangement(model.causal_lm.config.model_type)
+    first = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)
     arrangements = list(Arrangement)[list(Arrangement).index(first) :]
     for own_logits in (False, True):
         if own_logits or model.has_chunked_head:
@@ -223,7 +234,7 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     beyond = window * 5 // 4 if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
     length = max(4, min(max_length, max(_USUAL_LENGTH, beyond)))
     short = min(length, _SHORT_LENGTH)
-    named = {value for name, value in vars(config).items() if name.endswith(("_id", "_index"))}
+    named = _named_ids(causal_lm.config) | _named_ids(config)
     vocabulary = [id_ for id_ in range(min(_vocabulary(causal_lm), _IDS)) if id_ not in named]
     generator = np.random.default_rng(0)
 
@@ -235,6 +246,15 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
         (short - short // 2, short // 2, short // 3),
     )
     return [Sequences(ids(prompt), (ids(one), ids(other))) for prompt, one, other in shapes]
+
+
+def _named_ids(config: Any) -> set[int]:
+    values = [value for name, value in vars(config).items() if name.endswith(("_id", "_index"))]
+    return {id_ for value in values for id_ in (value if isinstance(value, list | tuple) else [value])}
+
+
+def _without_end(response: Ids) -> Ids:
+    return response[: max(1, len(response) * 3 // 4)]
 
 
 def _vocabulary(causal_lm: Any) -> int:

@@ -16,6 +16,7 @@ from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 from dpo_dist.model.attention_backend import heads_of
+from dpo_dist.model.text_part import other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6
@@ -124,19 +125,19 @@ def count_flops(
         ) from error
     text, output = config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
-    outside.add(id(output))
+    outside |= {id(output), *map(id, other_weights(causal_lm))}
     visited_experts: int = getattr(text, "num_experts_per_tok", None) or 0
     convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
     visited = 0.0
-    for parameter in causal_lm.parameters():
-        if id(parameter) not in outside and parameter.dim() > 1:
+    for name, parameter in causal_lm.named_parameters():
+        is_matrix = parameter.dim() > 1 and not name.endswith("bias")  # of experts, stacked
+        if id(parameter) not in outside and is_matrix:
             is_of_experts = parameter.dim() > 2 and visited_experts and id(parameter) not in convolutions
             share = min(1.0, visited_experts / len(parameter)) if is_of_experts else 1.0
             visited += share * parameter.numel()
     per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
-    # Scores and the weighted sum of values are two products over the width of all heads.
-    attention = 2 * text.num_hidden_layers * _attention_width(text)
+    attention = text.num_hidden_layers * _attention_width(text)
     return StepFlops(
         per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
         per_target=per_weight * output.numel(),
@@ -169,11 +170,11 @@ def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
 
 
 def _attention_width(text: PretrainedConfig) -> int:
-    """Return the width of all query heads of a layer; 0 for a model without attention."""
+    """Return the width of a layer's products, scores and weighted sums of values; 0 without attention."""
     if not getattr(text, "num_attention_heads", None):
         return 0
     heads = heads_of(text)
-    return heads.query * heads.dim
+    return heads.query * (heads.dim + heads.value_dim)
 
 
 def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:

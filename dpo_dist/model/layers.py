@@ -12,11 +12,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.optional_packages import check_liger_kernel
+from dpo_dist.model.text_part import text_part
 
 
-def decoder_layers(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers in order: the modules that transformers can checkpoint."""
-    return [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+def decoder_layers(causal_lm: Any) -> list[nn.Module]:
+    """Return the decoder layers of text in order: the modules that transformers can checkpoint."""
+    modules = text_part(causal_lm).modules()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
@@ -27,11 +29,18 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         every: `none`, `full` (every layer), or n: layers n, 2n, and so on, counted from 1.
 
     Raises:
-        ConfigError: the model has fewer than n layers.
+        ConfigError: the model has fewer than n layers, or none that transformers can checkpoint.
     """
     if every == "none":
         return
     layers: list[Any] = decoder_layers(causal_lm)
+    if not layers:
+        raise ConfigError(
+            "transformers cannot checkpoint the layers of this architecture",
+            where="model.gradient_checkpointing",
+            got=f"{every} for {causal_lm.config.model_type}",
+            remedy="set model.gradient_checkpointing=none",
+        )
     distance = 1 if every == "full" else int(every)
     if distance > len(layers):
         raise ConfigError(

@@ -24,7 +24,7 @@ from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
-from dpo_dist.model.supported import check_supported, switch_off_noise
+from dpo_dist.model.supported import check_causal_class, check_supported, switch_off_noise
 from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
@@ -92,13 +92,13 @@ def load_packed(
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
-    arrangement = recorded_arrangement(model_config.model_type)
+    text = model_config.get_text_config()
+    arrangement = recorded_arrangement(text.model_type)
     if sequence is not None:
-        check_heads(heads_of(model_config), sequence.ranks)
-    has_heads = getattr(model_config, "num_attention_heads", None) is not None
+        check_heads(heads_of(text), sequence.ranks)
+    has_heads = getattr(text, "num_attention_heads", None) is not None
     if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed and has_heads:
-        kinds = scores_of(model_config)
-        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype], kinds)
+        check_kernel(backend, device, heads_of(text), TORCH_DTYPES[config.dtype], scores_of(text))
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
@@ -138,10 +138,11 @@ def load_weights(
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: the model cannot be loaded, weights are missing or not used, or the device cannot compute
-            in this precision.
+        ConfigError: the model cannot be loaded or is no causal language model, weights are missing or not
+            used, or the device cannot compute in this precision.
     """
     check_precision(config.dtype, device)
+    check_causal_class(model_config, key)
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -170,6 +171,8 @@ def load_weights(
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
+    if causal_lm.config.model_type != model_config.model_type:
+        log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
     return causal_lm
 
 

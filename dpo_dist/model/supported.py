@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
 
@@ -21,8 +22,9 @@ def check_supported(model_config: Any, max_length: int) -> None:
     Raises:
         ConfigError: the model is not causal, or is exact for shorter sequences only.
     """
-    _check_causal(model_config)
-    _check_positions(model_config, max_length)
+    text = model_config.get_text_config()
+    _check_causal(text)
+    _check_positions(text, max_length)
 
 
 def training_notes(model_config: Any, max_length: int) -> list[str]:
@@ -32,7 +34,7 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
         model_config: a transformers configuration.
         max_length: the longest prompt plus response, in tokens.
     """
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     notes = []
     if positions is not None and max_length - 1 > positions:
         notes.append(
@@ -40,6 +42,24 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
             "(max_position_embeddings): its log-probs of longer sequences may mean little"
         )
     return notes
+
+
+def check_causal_class(model_config: Any, key: str = "model.path") -> None:
+    """Check that the model is one that transformers' AutoModelForCausalLM loads.
+
+    Raises:
+        ConfigError: there is no such class, as for a model of images and text that has no text model.
+    """
+    own = getattr(model_config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own or type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    raise ConfigError(
+        "transformers has no causal language model of this architecture",
+        where=key,
+        got=model_config.model_type,
+        expected="an architecture that AutoModelForCausalLM loads",
+        remedy="choose another model; of one that reads images, save its text model as a folder of its own",
+    )
 
 
 def _check_causal(model_config: Any) -> None:

@@ -39,7 +39,8 @@ def tile_mlps(causal_lm: Any, tile_tokens: int, device: torch.device, dtype: tor
     Raises:
         ConfigError: a layer has no MLP that computes every token alone, as with experts.
     """
-    mlps = [_mlp(layer, causal_lm.config.hidden_size, device, dtype) for layer in decoder_layers(causal_lm)]
+    width = causal_lm.config.get_text_config().hidden_size
+    mlps = [_mlp(layer, width, device, dtype) for layer in decoder_layers(causal_lm)]
     for mlp in mlps:
         mlp.forward = partial(_forward, mlp, mlp.forward, tile_tokens)
     return mlps

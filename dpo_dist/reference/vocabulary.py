@@ -28,7 +28,7 @@ def check_same_vocabulary(
     """
     vocabulary = tokenizer.get_vocab()
     ids_needed = max(vocabulary.values()) + 1
-    ids = load_config(folder, config).vocab_size
+    ids = load_config(folder, config).get_text_config().vocab_size
     if ids < ids_needed:
         raise ConfigError(
             f"the model of {key} has fewer token ids than the tokenizer of model.path",

@@ -32,6 +32,7 @@ from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, RowsAtHand
 from tests.support import tiny
 from tests.support.families import FAMILIES, tiny_family
+from tests.support.multimodal import write_multimodal
 from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
@@ -48,6 +49,8 @@ NOT_SHARDED = {"rwkv", "xlstm"}
 # Rows that are not padded, as the plain model is not exact then: code that couples rows; in float64 rows of
 # padding without any key in the window.
 ALONE = {"gemma2", "own_rows"}
+# Code that comes with a model; `own_refusing` raises an error in the middle of a packed forward.
+OWN_CODE = {"own_state": "state", "own_rows": "rows", "own_refusing": "refusing"}
 # Their own code has no float64.
 NO_FLOAT64 = {"xglm"}
 
@@ -131,7 +134,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     for name in sorted(FAMILIES.keys() - NOT_SHARDED):
         tiny_family(name, len(tokenizer)).save_pretrained(tmp_path / name)
         found[name] = tmp_path / name
-    for name, hidden in (("own_state", "state"), ("own_rows", "rows")):
+    # Its weights for images have no gradient: plain AdamW does not change them.
+    found["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tokenizer))
+    for name, hidden in OWN_CODE.items():
         found[name] = ship_code(write_model(tmp_path / name), hidden)
     return found
 
@@ -144,7 +149,8 @@ def test_families_train_as_in_plain_float64(
     dataset = assets.dataset()
     pairs = [dataset.sequences(index) for index in range(len(dataset))]
     arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()}
-    arrangements |= {"own_state": Arrangement.padded, "own_rows": Arrangement.single}
+    arrangements |= {"gemma3": Arrangement.packed, "own_state": Arrangement.padded}
+    arrangements |= {"own_rows": Arrangement.single, "own_refusing": Arrangement.padded}
     for name, path in models.items():
         dtype = torch.float32 if name in NO_FLOAT64 else torch.float64
         plain = AutoModelForCausalLM.from_pretrained(

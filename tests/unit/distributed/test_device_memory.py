@@ -1,12 +1,14 @@
 """Device memory: released, measured, and out-of-memory errors that name the micro-batch and a remedy."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory, return_memory
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
@@ -45,8 +47,9 @@ class Engine:
         pass
 
 
-def policy(engine: Engine) -> PolicyEngine:
+def policy(engine: Engine, arrangement: Arrangement = Arrangement.packed) -> PolicyEngine:
     made: Any = object.__new__(PolicyEngine)
+    made.model = SimpleNamespace(arrangement=arrangement)
     made._engine, made._world = engine, type("World", (), {"size": 1})
     made._backwards, made._current = 0, ("", "")
     return made
@@ -88,7 +91,16 @@ def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
 def test_a_single_pair_needs_a_shorter_max_length() -> None:
     error = error_of(lambda: one_step(policy(Engine("forward")), batch(5)))
     assert "data.max_length" in error.remedy
+    assert "sequence_parallel" in error.remedy
     assert "micro_batch_tokens" not in error.remedy
+
+
+def test_rows_are_named_with_their_padding_and_cannot_be_shared() -> None:
+    padded = policy(Engine("forward"), Arrangement.padded)
+    # Two rows of 3 + 4, and two of 3 + 8.
+    error = error_of(lambda: one_step(padded, batch(5, 9)))
+    assert error.where == "micro-batch 1 of a step: 44 tokens with padding in 2 pairs, the longest of 19"
+    assert "sequence_parallel" not in error_of(lambda: one_step(padded, batch(5))).remedy
 
 
 def test_the_optimizer_step_is_named() -> None:
@@ -99,7 +111,7 @@ def test_the_optimizer_step_is_named() -> None:
 
 def test_the_reference_has_its_own_remedy() -> None:
     reference: Any = object.__new__(FrozenEngine)
-    reference._engine = Engine("forward")
+    reference._engine, reference.model = Engine("forward"), SimpleNamespace(arrangement=Arrangement.packed)
     error = error_of(lambda: reference.token_logps(batch(5, 9)))
     assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
     assert "reference.micro_batch_tokens" in error.remedy

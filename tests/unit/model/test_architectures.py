@@ -34,9 +34,22 @@ COMMON = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOW_RANK = {
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 32},
+    "deepseek_v3": LOW_RANK | ROUTED | {"moe_intermediate_size": 16, "first_k_dense_replace": 1},
     "exaone4": {"sliding_window": 32},
     "gemma": {"head_dim": 8, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 2.0},
     "gemma3_text": {"head_dim": 8, "sliding_window": 32},
     "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
@@ -45,6 +58,10 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral3": {"head_dim": 8},
     "mistral": {"sliding_window": None},
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 0.5},
+    "minicpm3": LOW_RANK | {"dim_model_base": 16},
     "mixtral": {"num_local_experts": 2, "head_dim": 8},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
@@ -58,11 +58,13 @@ def test_heads_are_those_of_the_model() -> None:
     assert heads_of(GPT2Config(n_embd=48, n_head=4)) == Heads(4, 4, 12)
     grouped = Qwen3Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=40)
     assert heads_of(grouped) == GROUPED
+    low_rank = DeepseekV3Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    assert heads_of(low_rank) == Heads(4, 4, 128 + 64, 128)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64)])
+@pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64), Heads(4, 4, 24, 16)])
 def test_a_correct_kernel_passes(
     backend: AttentionBackend, dtype: torch.dtype, heads: Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:

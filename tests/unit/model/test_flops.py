@@ -53,6 +53,12 @@ def test_a_step_by_hand() -> None:
     assert flops.of(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
 
 
+def test_keys_and_values_of_low_rank_have_sizes_of_their_own() -> None:
+    flops = count_flops(tiny_config("deepseek_v3"))
+    # Four heads in two layers: scores over 4 + 4 dimensions, values of 6.
+    assert flops.per_attended == 3 * 2 * 2 * 4 * (4 + 4 + 6)
+
+
 @pytest.mark.parametrize(
     ("model_type", "own", "reaches"),
     [

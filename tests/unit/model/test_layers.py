@@ -6,11 +6,14 @@ from collections import Counter
 import pytest
 import torch
 
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
-from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.families import FAMILIES, tiny_family
+from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
 
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
@@ -20,7 +23,7 @@ CUDA = torch.device("cuda")
 def forwards(model: PackedCausalLM) -> list[int]:
     """Return the number of forwards of each layer in one forward and backward of the model."""
     counts: Counter[int] = Counter()
-    layers = decoder_layers(model)
+    layers = decoder_layers(model.causal_lm)
     handles = [
         next(layer.children()).register_forward_hook(lambda *_, n=number: counts.update([n]))
         for number, layer in enumerate(layers)
@@ -42,6 +45,24 @@ def test_checkpointed_layers_recompute_without_changing_gradients(model_type: st
         assert ours.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted(name for name, (_, kind) in FAMILIES.items() if kind is not Arrangement.packed)
+)
+def test_layers_of_rows_recompute_without_changing_gradients(model_type: str) -> None:
+    causal_lm = tiny_family(model_type, VOCABULARY)
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded).train()
+    expected = gradients(causal_lm, model(BATCH))
+    if not decoder_layers(causal_lm):
+        with pytest.raises(ConfigError, match="cannot checkpoint the layers of this architecture"):
+            checkpoint_layers(causal_lm, "full")
+        return
+    checkpoint_layers(causal_lm, "full")
+    ours = gradients(causal_lm, model(BATCH))
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_scoring_recomputes_nothing() -> None:

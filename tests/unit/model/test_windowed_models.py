@@ -20,16 +20,8 @@ from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.objective.token_logps import LogitChange
 from tests.support.kernels import put_kernels
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
-from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import LOW_RANK, SHAPES, gradients, tiny_causal_lm, tiny_config
 
-LOW_RANK = {
-    "num_key_value_heads": 4,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 6,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-}
 GRANITE = {
     "logits_scaling": 4.0,
     "attention_multiplier": 0.3,

@@ -1,0 +1,20 @@
+"""The part of a model that computes text, where others read images or sounds."""
+
+from typing import Any
+
+from torch import nn
+
+
+def text_part(causal_lm: Any) -> Any:
+    """Return the decoder of text of a transformers model; the model itself if it reads nothing else."""
+    config = causal_lm.config
+    return causal_lm if config.get_text_config() is config else causal_lm.get_decoder()
+
+
+def other_weights(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the weights that text does not depend on, as of a vision tower: they have no gradient."""
+    text = text_part(causal_lm)
+    if text is causal_lm:
+        return set()
+    used = {*text.parameters(), *causal_lm.get_output_embeddings().parameters()}
+    return set(causal_lm.parameters()) - used

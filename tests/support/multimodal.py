@@ -1,0 +1,77 @@
+"""Small models that read images, in folders as users have them: all parts under one config.json."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    Gemma3ForConditionalGeneration,
+    Llama4ForConditionalGeneration,
+    Mistral3ForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
+)
+
+from dpo_dist.model.supported import switch_off_noise
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+PIXELS = {"image_size": 28, "patch_size": 14}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# By model_type: the class of the whole model, options of its parts and of itself.
+_PARTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        Gemma3ForConditionalGeneration,
+        TEXT | {"sliding_window": 8},
+        VISION | PIXELS,
+        {"mm_tokens_per_image": 4, "image_token_index": 5},
+    ),
+    "qwen3_5": (
+        Qwen3_5ForConditionalGeneration,
+        TEXT | DELTA,
+        {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+        | {"num_position_embeddings": 16},
+        {"image_token_id": 5, "video_token_id": 6},
+    ),
+    "llama4": (
+        Llama4ForConditionalGeneration,
+        TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2, "pad_token_id": 0},
+        VISION | PIXELS | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        {"image_token_index": 5},
+    ),
+    "mistral3": (
+        Mistral3ForConditionalGeneration,
+        TEXT | {"model_type": "mistral"},
+        VISION | PIXELS | {"model_type": "pixtral"},
+        {"image_token_index": 5},
+    ),
+}
+
+
+def write_multimodal(folder: Path, model_type: str, vocab_size: int) -> Path:
+    """Write a whole model in float32 with random weights that are large enough to see."""
+    whole_class, text, vision, own = _PARTS[model_type]
+    parts = {"text_config": text | {"vocab_size": vocab_size}, "vision_config": vision}
+    config = AutoConfig.for_model(model_type, **parts, **own)
+    switch_off_noise(config)
+    torch.manual_seed(1)
+    model = whole_class(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
