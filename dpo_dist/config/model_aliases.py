@@ -48,6 +48,12 @@ MODEL_REMEDIES = by_name(
         "'model.adapter={variant: rslora}'": (
             "use_rslora peft_use_rslora lora_use_rslora model.adapter.use_rslora"
         ),
+        "not offered: an adapter has matrices on linear layers, named by target_modules, without biases": (
+            "lora_bias layers_to_transform target_parameters lora_target_parameters trainable_token_indices "
+            "model.adapter.bias model.adapter.layers_to_transform model.adapter.target_parameters "
+            "model.adapter.trainable_token_indices"
+        ),
+        "'model.adapter={path: FOLDER}' continues an adapter": "peft_adapter lora_model_dir adapter_name",
         "the result is an adapter of the original base already": "pissa_convert",
         "'model.adapter={init: pissa_niter_4}'; others: olora, gaussian": (
             "init_lora_weights peft_init_lora_weights lora_init"
@@ -81,6 +87,10 @@ MODEL_REMEDIES = by_name(
             "model_soup average_checkpoints checkpoint_averaging swa use_swa merge_method"
         ),
         "not needed: an export has files of at most 5 GB": "export_size",
+        "not needed: master weights, norms and log-probs are float32": (
+            "upcast_layernorm upcast_lmhead_output fp32_lm_head"
+        ),
+        "not needed: models and checkpoints are in safetensors": "save_safetensors",
         "not needed: an export needs no GPU and writes safetensors": "export_device export_legacy_format",
         "not offered: quantize the exported folder by the tool that serves it": (
             "export_quantization_bit export_quantization_dataset export_quantization_nsamples"

@@ -176,7 +176,7 @@ def _load_models(
     for note in [*router_notes(routers, model_config), *notes, *base_notes(config.model, start)]:
         console.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    policy_files, reference_files = _digest_models(folder, start, config, world, console)
+    files = _digest_models(folder, start, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
@@ -187,7 +187,7 @@ def _load_models(
     adapter = trained_adapter(config.model, start)
     with whole_loading(world):  # a sharded model has no shapes to count
         flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
-    return ModelInputs(policy_files, reference_files, tokenizer, own_tokenizer, adapter, flops, router), encode
+    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
 
 
 def _encode(
