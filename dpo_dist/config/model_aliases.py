@@ -87,9 +87,7 @@ MODEL_REMEDIES = by_name(
             "model_soup average_checkpoints checkpoint_averaging swa use_swa merge_method"
         ),
         "not needed: an export has files of at most 5 GB": "export_size",
-        "not needed: master weights, norms and log-probs are float32": (
-            "upcast_layernorm upcast_lmhead_output fp32_lm_head"
-        ),
+        "not needed: log-probs and master weights are float32": "upcast_lmhead_output fp32_lm_head",
         "not needed: models and checkpoints are in safetensors": "save_safetensors",
         "not needed: an export needs no GPU and writes safetensors": "export_device export_legacy_format",
         "not offered: quantize the exported folder by the tool that serves it": (

@@ -160,7 +160,7 @@ MISTYPED = [
     ("tiled_mlp=true", "set model.mlp_tile_tokens=2048"),
     ("rope_scaling=yarn", "set it in its config.json"),
     ("use_dora=true", "'model.adapter={variant: dora}'"),
-    ("model.adapter={use_rslora: true}", "'model.adapter={variant: rslora}'"),
+    ("'model.adapter={use_rslora: true}'", "'model.adapter={variant: rslora}'"),
     ("loraplus_lr_ratio=16", "have the rate optim.lr"),
     ("freeze_trainable_layers=2", "'model.adapter={r: 16}'"),
     ("bnb_4bit_quant_type=nf4", "set model.quantization=nf4"),
