@@ -30,7 +30,7 @@ from dpo_dist.distributed.device_memory import (
 from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
-from dpo_dist.distributed.leaves import gather_at_once
+from dpo_dist.distributed.leaves import gather_at_once, reduce_at_once
 from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
@@ -116,6 +116,8 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         gather_at_once(model)
+        if zero["stage"] < 3:
+            reduce_at_once(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
