@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "opt": Architecture(has_learned_positions=True),
     "phi": Architecture(),
     "phi3": Architecture(is_exact_with_liger=True),
+    "phimoe": Architecture(),
     "qwen2": Architecture(is_exact_with_liger=True),
     "qwen2_moe": Architecture(),
     "qwen3": Architecture(is_exact_with_liger=True),

@@ -18,7 +18,7 @@ from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
 from dpo_dist.model.rotary import RopeLimits, rope_limits
-from dpo_dist.model.supported import check_supported, training_notes
+from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -65,6 +65,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 2, "head_dim": 8},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3": {"head_dim": 8},
@@ -78,9 +79,7 @@ LONGEST = 16
 
 def tiny_config(model_type: str, **own: Any) -> Any:
     config = AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    switch_off_noise(config)
     return config
 
 
@@ -235,7 +234,8 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt"}))
+# Phi-MoE has other parameters, and longrope only: tests/unit/model/test_rotary.py.
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt", "phimoe"}))
 def test_rotary_frequencies_do_not_depend_on_other_sequences(model_type: str, rope_type: str) -> None:
     """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
     for limit in (LONGEST, LONGEST - 1):

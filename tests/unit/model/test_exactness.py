@@ -120,7 +120,7 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
 
     def agree(flag: bool) -> bool:
         asked.append(flag)
-        return flag or len(asked) == 3
+        return flag or len(asked) == 4
 
     settle(model, model, CPU, 64, agree)
     assert model.arrangement is PADDED
