@@ -24,7 +24,7 @@ from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
-from dpo_dist.model.supported import check_supported, switch_off_noise
+from dpo_dist.model.supported import check_supported, freeze_as_defined, switch_off_noise
 from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,8 @@ def load_weights(
         )
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
+    if not is_sharded and config.quantization is None:
+        freeze_as_defined(causal_lm)
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     return causal_lm
 

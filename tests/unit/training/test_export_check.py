@@ -98,6 +98,7 @@ def test_models_of_other_forms_pass(family: str, tmp_path: Path) -> None:
     options = {"attention": AttentionBackend.flash_attention_2, "activation_offload": True}
     config = run_of(base, tmp_path, None, dtype="fp32")
     config = replace(config, model=replace(config.model, **options))
+    assert not any("correction_bias" in name for name in trained(run_of(base, tmp_path, None), 0))
     (checkpoint,) = checkpoints(run_of(base, tmp_path, None), tmp_path, 1)
     said: list[str] = []
     check = partial(check_exported, config=config, say=said.append)
