@@ -69,6 +69,10 @@ class AdapterWeights:
         """Return the names of the adapted layers."""
         return sorted(name.removesuffix(_A) for name in self.names if name.endswith(_A))
 
+    def sizes(self, layer: str) -> tuple[int, int]:
+        """Return the sizes of the weight that a layer's matrices change: [out, in]."""
+        return self.read(layer + _B).shape[0], self.read(layer + _A).shape[1]
+
     def scaling(self, layer: str, rank: int) -> float:
         """Return the scale of a layer's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         alpha = _of_layer(self.config.alpha_pattern, layer, self.config.lora_alpha)

@@ -28,6 +28,7 @@ from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from tests.support.precision import DTYPES
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 RANKS = 3
@@ -265,6 +266,11 @@ def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Pat
     export_checkpoint(checkpoint, tmp_path / "adapter", config)
     with pytest.raises(ConfigError, match="are not of one kind"):
         export_models([base, tmp_path / "adapter"], tmp_path / "out", run_of(base, dtype=Dtype.fp32))
+    lora = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
+    other = write_sft_adapter(write_model(tmp_path / "wide", hidden_size=64), tmp_path / "sft")
+    last = checkpoint_of(weights_of(lora), tmp_path / "step-000002")
+    with pytest.raises(ConfigError, match="is an adapter of another model"):
+        export_models([last, other], tmp_path / "out", lora)
     assert not (tmp_path / "out").exists()
 
 
