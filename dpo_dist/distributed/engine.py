@@ -36,7 +36,7 @@ from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off
+from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -242,14 +242,20 @@ class PolicyEngine:
         return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""
+        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks.
+
+        Without an adapter, buffers and weights that the architecture does not train are among them.
+        """
+        is_adapted = bool(adapted_layers(self.causal_lm))
         if self._engine.zero_optimization_partition_weights():
-            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
         else:
             weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
         if not self._world.is_main:
             return None
-        return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        whole = {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        added = dict(self.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
+        return {name: tensor for name, tensor in whole.items() if name not in added}
 
     @property
     def causal_lm(self) -> Any:
