@@ -42,7 +42,7 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
         for layer in layers:
             _factor(layer, name, init)
     frozen = copy.copy(lora)
-    frozen.inference_mode = True
+    frozen.inference_mode, frozen.modules_to_save = True, None
     causal_lm.add_adapter(frozen, _INITIAL)
     with torch.no_grad():
         for layer in layers:
@@ -83,7 +83,9 @@ class _FromInitial(LoraVariant):  # type: ignore[misc]
 def write_initial(causal_lm: Any, name: str, folder: Path) -> None:
     """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine."""
     weights = {
-        key: weight.detach().cpu() for key, weight in causal_lm.named_parameters() if f".{name}." in key
+        key: weight.detach().cpu()
+        for key, weight in causal_lm.named_parameters()
+        if ".lora_" in key and f".{name}." in key
     }
     found = AdapterWeights.of_model(causal_lm.peft_config[name], weights, weights.__getitem__)
     with staged_folder(folder) as temporary:

@@ -10,9 +10,10 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.folder import CONFIG_FILE, is_adapter
+from dpo_dist.model.folder import CONFIG_FILE, is_adapter, read_model_json
 
 _KEY = "export.checkpoint"
+_START = ("model.path", "model.revision")
 
 
 def find_sources(config: RunConfig) -> list[Path]:
@@ -27,15 +28,16 @@ def find_sources(config: RunConfig) -> list[Path]:
         return [find_checkpoint(config)]
     run = existing_run(RunFolder.of(config).path)
     _check_configuration(run, config)
-    return [_find_member(name, run) for name in config.export.average]
+    return [_find_member(name, run, config) for name in config.export.average]
 
 
-def _find_member(name: str, run: RunFolder) -> Path:
+def _find_member(name: str, run: RunFolder, config: RunConfig) -> Path:
     """Return the checkpoint of a run with this name, or the folder of another model."""
     folder = run.checkpoints / name
     if "/" not in name and is_checkpoint(folder):
         return folder
     folder = Path(name).expanduser()
+    _check_start(folder, config)
     if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
         raise ConfigError(
             "a member of the average is neither a checkpoint nor a model",
@@ -46,6 +48,32 @@ def _find_member(name: str, run: RunFolder) -> Path:
             remedy="name a checkpoint of this run, or a folder",
         )
     return folder
+
+
+def _check_start(folder: Path, config: RunConfig) -> None:
+    """Check that a checkpoint of another run, or an adapter, started from what this run started from.
+
+    Raises:
+        ConfigError: it started from another model or adapter.
+    """
+    named: dict[str, str] = {}
+    if is_checkpoint(folder):
+        changed = changed_keys(RunFolder(folder.resolve().parents[1]).config, config)
+        starts = [key for key in changed if key in _START or key.startswith("model.adapter")]
+        named = {key: str(changed[key][0]) for key in starts}
+    elif is_adapter(folder):
+        base = str(read_model_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+        places = [Path(place).expanduser().resolve() for place in (base, config.model.path)]
+        named = {"model.path": base} if base and places[0] != places[1] else {}
+    if named:
+        raise ConfigError(
+            "a member of the average started from another model or adapter",
+            where="export.average",
+            got=f"{folder} with " + ", ".join(f"{key}={value}" for key, value in named.items()),
+            expected=f"{config.model.path}, and the model.adapter of this run",
+            remedy="average members of one start; if a folder has moved, correct base_model_name_or_path in "
+            "adapter_config.json",
+        )
 
 
 def find_checkpoint(config: RunConfig) -> Path:

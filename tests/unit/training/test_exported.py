@@ -75,6 +75,17 @@ def test_members_of_an_average_by_name_or_folder(config: RunConfig, tmp_path: Pa
     found = [checkpoints / "step-000200", checkpoints / "step-000100", tmp_path / "other/model"]
     assert find_sources(averaged) == found
     assert find_output(averaged, found) == tmp_path / "exported" / "average"
+    other = replace(config, model=replace(config.model, path="org/other"))
+    (tmp_path / "other" / "config.yaml").write_text(to_yaml(other))
+    foreign = tmp_path / "other" / "checkpoints" / "step-000100"
+    foreign.mkdir(parents=True)
+    (foreign / "state.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    for member in (foreign, tmp_path / "adapter"):
+        with pytest.raises(ConfigError, match="started from another model") as refused:
+            find_sources(replace(config, export=ExportConfig(average=["step-000200", str(member)])))
+        assert "model.path=org/other" in str(refused.value.got)
     absent = replace(config, export=ExportConfig(average=["step-000200", "step-000300"]))
     with pytest.raises(ConfigError, match="neither a checkpoint nor a model") as missing:
         find_sources(absent)
