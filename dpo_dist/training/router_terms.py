@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.metrics import MetricSums
@@ -64,9 +65,10 @@ def router_terms(
     with torch.no_grad():
         for host_batch in step.batches[1:] if loss.aux is not None else ():
             batch = host_batch.to(world.device)
-            # One target: the output layer is used, as in every forward, and computes next to nothing.
-            shortened = replace(batch, predictors=batch.predictors[:1], targets=batch.targets[:1])
-            unseen = unseen + selections(policy.routed_token_logps(shortened)[1])
+            if policy.model.arrangement is Arrangement.packed:
+                # One target: the output layer is used, as in every forward, and computes next to nothing.
+                batch = replace(batch, predictors=batch.predictors[:1], targets=batch.targets[:1])
+            unseen = unseen + selections(policy.routed_token_logps(batch)[1])
     return RouterTerms(loss, unseen, step, world)
 
 
