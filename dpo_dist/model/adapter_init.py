@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
+from dpo_dist.model.saved_modules import inject_adapter
 
 _INITIAL = "initial"
 
@@ -43,7 +44,7 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
             _factor(layer, name, init)
     frozen = copy.copy(lora)
     frozen.inference_mode, frozen.modules_to_save = True, None
-    causal_lm.add_adapter(frozen, _INITIAL)
+    inject_adapter(causal_lm, frozen, _INITIAL)
     with torch.no_grad():
         for layer in layers:
             for matrices in (layer.lora_A, layer.lora_B):

@@ -80,16 +80,18 @@ class AdapterWeights:
         return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
 
     def merged(self, layer: str, weight: Tensor) -> Tensor:
-        """Return float32 [out, in], the weight of a layer with its update.
+        """Return float32, the weight of a layer with its update, [out, in] or as GPT-2 has it [in, out].
 
         DoRA (arXiv:2402.09353, equation 5) gives every row the length of its magnitude.
         """
         down, up = (self.read(layer + part).float() for part in (_A, _B))
-        moved = weight.float() + self.scaling(layer, len(down)) * (up @ down)
+        is_transposed = bool(self.config.fan_in_fan_out)
+        own = (weight.T if is_transposed else weight).float()
+        moved = own + self.scaling(layer, len(down)) * (up @ down)
         if layer + _MAGNITUDE in self.names:
             magnitude = self.read(layer + _MAGNITUDE).float()
             moved *= (magnitude / moved.norm(dim=1))[:, None]
-        return moved
+        return moved.T if is_transposed else moved
 
 
 def stack(parts: Sequence[tuple[float, AdapterWeights]]) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from dpo_dist.model.adapter_files import saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.saved_modules import find_modules, prepare_copies, saved_modules
+from dpo_dist.model.saved_modules import find_modules, inject_adapter, prepare_copies, saved_modules
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
@@ -67,7 +67,8 @@ def add_adapter(
     else:
         lora = _add_new(causal_lm, adapter, targets, saved, seed, initial)
     lora.inference_mode = False
-    causal_lm.set_adapter(TRAINED)
+    for layer in adapted_layers(causal_lm):
+        layer.set_adapter(TRAINED)
     prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
     if model.compiled or model.tiled or expert_blocks(causal_lm):
@@ -101,7 +102,7 @@ def _add_new(
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        causal_lm.add_adapter(lora, TRAINED)
+        inject_adapter(causal_lm, lora, TRAINED)
     if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -116,7 +117,7 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
         if not saved_modules(causal_lm):  # of the same folder
             find_modules(causal_lm, saved_on_disk(folder))
-        causal_lm.add_adapter(lora, name)
+        inject_adapter(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             return lora
         weights = load_peft_weights(str(folder), device="cpu")

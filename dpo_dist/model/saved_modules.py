@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -15,6 +17,18 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
 
 KEY = "model.adapter.modules_to_save"
+
+
+def inject_adapter(causal_lm: Any, lora: LoraConfig, name: str) -> None:
+    """Add an adapter to a transformers model and make it the one that its low-rank layers train.
+
+    `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
+    """
+    causal_lm._hf_peft_config_loaded = True
+    inject_adapter_in_model(lora, causal_lm, name)
+    for module in causal_lm.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(name)
 
 
 def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:

@@ -13,7 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.atomic import is_temporary
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
@@ -26,6 +26,8 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from tests.support import tiny
+from tests.support.families import COMMON
 from tests.support.precision import DTYPES
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -194,6 +196,40 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
         assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
     for file in base.glob("tokenizer*"):
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("variant", [AdapterVariant.lora, AdapterVariant.dora])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("gemma3_text", {"head_dim": 8}),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        ),
+    ],
+)
+def test_transposed_fused_and_renamed_weights_are_merged(
+    family: str, options: dict[str, Any], variant: AdapterVariant, tmp_path: Path
+) -> None:
+    base, tokenizer = tmp_path / "base", tiny.qwen()
+    torch.manual_seed(0)
+    described = AutoConfig.for_model(family, **COMMON, **options, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
+    for name, weight in oracle.named_parameters():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
+    assert files_of(tmp_path / "merged") == files_of(base)
 
 
 def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
