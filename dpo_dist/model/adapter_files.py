@@ -174,7 +174,7 @@ def saved_on_disk(folder: Path) -> list[str]:
 def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
-            names = sorted(weights.keys())
+            names = sorted(name for name in weights.keys() if not is_repeated(name))  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "the weights of the adapter cannot be read",
@@ -182,7 +182,8 @@ def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
             got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
             remedy="save or download the adapter again",
         ) from error
-    declared = tuple(read_model_json(folder / ADAPTER_CONFIG).get("modules_to_save") or ())
+    found: Any = read_model_json(folder / ADAPTER_CONFIG).get("modules_to_save")
+    declared = tuple(found or ())
     short = [name.removeprefix(PEFT_PREFIX) for name in names]
     layers = {name.rpartition(".lora_")[0] for name in short if name.endswith(_LORA_WEIGHTS)}
     others = {name: name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
@@ -190,6 +191,14 @@ def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     if foreign or not layers:
         raise _unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
     return sorted(layers), sorted(set(others.values()))
+
+
+def is_repeated(name: str) -> bool:
+    """Return whether a weight in an adapter's file is not used.
+
+    Of resized embeddings that it trains in full, peft writes the original and the copy a second time.
+    """
+    return ".original_module." in name or ".modules_to_save." in name
 
 
 def tokenizer_folder(base: Path, adapter: Path | None) -> Path:

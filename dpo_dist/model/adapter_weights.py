@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX
+from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
@@ -47,7 +47,8 @@ class AdapterWeights:
                 return tensor
 
         with safe_open(file, "pt") as weights:
-            names = frozenset(name.removeprefix(PEFT_PREFIX) for name in weights.keys())  # noqa: SIM118
+            own = [name for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
+        names = frozenset(name.removeprefix(PEFT_PREFIX) for name in own)
         return cls(LoraConfig.from_pretrained(folder), names, read)
 
     @classmethod

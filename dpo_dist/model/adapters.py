@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_files import saved_on_disk
+from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
@@ -120,7 +120,13 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         inject_adapter(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             return lora
-        weights = load_peft_weights(str(folder), device="cpu")
+        read = load_peft_weights(str(folder), device="cpu")
+        # Of modules in full, peft looks for the names in a model that it has not wrapped.
+        weights = {
+            one if ".lora_" in one else one.removeprefix(PEFT_PREFIX): weight
+            for one, weight in read.items()
+            if not is_repeated(one)
+        }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]

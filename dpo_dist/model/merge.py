@@ -128,7 +128,9 @@ def average_saved(members: Sequence[tuple[float, AdapterWeights]]) -> dict[str, 
             got=f"{lacking[0]} ({len(lacking)} in all) in some of them only, false",
             remedy="set export.merge=true: the merged models are averaged",
         )
-    return {
-        name: sum(coefficient * member.read(name).float() for coefficient, member in members)
-        for name in names
-    }
+    averages: dict[str, Tensor] = {}
+    for name in names:
+        for coefficient, member in members:
+            part = coefficient * member.read(name).float()
+            averages[name] = averages[name] + part if name in averages else part
+    return averages

@@ -110,7 +110,8 @@ def _add_tokens(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return max(ids.values()) + 1
 
 
 def _weights_by_token(causal_lm: Any, vocabulary: int) -> set[str]:

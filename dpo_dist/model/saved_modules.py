@@ -4,6 +4,7 @@ The trained module is a copy beside the frozen original. Embeddings and an outpu
 weight in the base share it in the copies too, unless an adapter comes with two different ones.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ def inject_adapter(causal_lm: Any, lora: LoraConfig, name: str) -> None:
     `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
     """
     causal_lm._hf_peft_config_loaded = True
-    inject_adapter_in_model(lora, causal_lm, name)
+    with warnings.catch_warnings():
+        # Of embeddings and output layer that share a weight, which `prepare_copies` sees to.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        inject_adapter_in_model(lora, causal_lm, name)
     for module in causal_lm.modules():
         if isinstance(module, LoraLayer):
             module.set_adapter(name)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -66,9 +66,7 @@ class Shards:
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_description(
-    base: Path, folder: Path, dtype: torch.dtype | None, changes: Mapping[str, object]
-) -> None:
+def copy_description(base: Path, folder: Path, dtype: torch.dtype | None, changes: dict[str, object]) -> None:
     """Copy the configuration of a base, beside other weights.
 
     Args:
