@@ -147,6 +147,6 @@ def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_pat
     assert (run / "exported/average-ema-merged/model.safetensors").is_file()
     told = run_verb("evaluate", [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"])
     assert told.code == 0, told.output
-    (file,) = (run / "evaluation").glob("*/evaluation.json")
+    (file,) = (run / "evaluation").glob("s*-*/evaluation.json")
     found = json.loads(file.read_text())["all"]
     assert found["eval_rewards/margins"] == pytest.approx(evaluated["eval_rewards/margins"], rel=1e-3)
