@@ -3,17 +3,19 @@
 Tensors keep the names that they have in the base's own files, so that a loader of the base reads the result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.folder import weight_files
 from dpo_dist.model.shards import Shards, copy_description, tensors_of
 
 
@@ -93,6 +95,24 @@ def names_in_model(causal_lm: Any) -> Callable[[str], str]:
         return str(renamed)
 
     return rename
+
+
+def read_named(folder: Path, wanted: Collection[str], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return tensors of a model folder by their names in its transformers model, as far as they exist.
+
+    Args:
+        folder: in safetensors.
+        wanted: names in the transformers model.
+        rename: as in `write_merged`.
+    """
+    found = {}
+    for file in weight_files(folder):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  (the file is not iterable)
+                    if (renamed := rename(name)) in wanted:
+                        found[renamed] = content.get_tensor(name)
+    return found
 
 
 def average_merged(name: str, weight: Tensor, members: Sequence[tuple[float, AdapterWeights]]) -> Tensor:

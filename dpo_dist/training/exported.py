@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_dist.config.check import as_written
 from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.export_schema import ExportedWeights
-from dpo_dist.config.load import changed_keys
+from dpo_dist.config.foreign_code import read_config
+from dpo_dist.config.load import changed_keys, from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.folder import CONFIG_FILE, is_adapter, read_model_json
+from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.folder import CONFIG_FILE, is_adapter
 
 _KEY = "export.checkpoint"
-_START = ("model.path", "model.revision")
 
 
 def find_sources(config: RunConfig) -> list[Path]:
@@ -28,51 +29,56 @@ def find_sources(config: RunConfig) -> list[Path]:
         return [find_checkpoint(config)]
     run = existing_run(RunFolder.of(config).path)
     _check_configuration(run, config)
-    return [_find_member(name, run, config) for name in config.export.average]
+    sources = [_find_member(name, run) for name in config.export.average]
+    for folder in sources:
+        if folder.parent != run.checkpoints:
+            _check_member(folder, config)
+    return sources
 
 
-def _find_member(name: str, run: RunFolder, config: RunConfig) -> Path:
-    """Return the checkpoint of a run with this name, or the folder of another model."""
-    folder = run.checkpoints / name
-    if "/" not in name and is_checkpoint(folder):
+def _find_member(name: str, run: RunFolder) -> Path:
+    """Return the checkpoint of a run with this name, damaged or not, or the folder of another model."""
+    own = checkpoint_folders(run.checkpoints)
+    if (folder := run.checkpoints / name) in own:
         return folder
     folder = Path(name).expanduser()
-    _check_start(folder, config)
     if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
         raise ConfigError(
             "a member of the average is neither a checkpoint nor a model",
             where="export.average",
             got=name,
-            expected=", ".join(found.name for found in checkpoint_folders(run.checkpoints))
+            expected=", ".join(found.name for found in own)
             or "the folder of a checkpoint, a model or an adapter",
             remedy="name a checkpoint of this run, or a folder",
         )
     return folder
 
 
-def _check_start(folder: Path, config: RunConfig) -> None:
-    """Check that a checkpoint of another run, or an adapter, started from what this run started from.
+def _check_member(folder: Path, config: RunConfig) -> None:
+    """Check that a checkpoint of another run is of the same kind of adapter, which its files do not say.
 
     Raises:
-        ConfigError: it started from another model or adapter.
+        ConfigError: it is not, or its run cannot be read.
     """
-    named: dict[str, str] = {}
-    if is_checkpoint(folder):
-        changed = changed_keys(RunFolder(folder.resolve().parents[1]).config, config)
-        starts = [key for key in changed if key in _START or key.startswith("model.adapter")]
-        named = {key: str(changed[key][0]) for key in starts}
-    elif is_adapter(folder):
-        base = str(read_model_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-        places = [Path(place).expanduser().resolve() for place in (base, config.model.path)]
-        named = {"model.path": base} if base and places[0] != places[1] else {}
-    if named:
+    other = RunFolder(folder.resolve().parents[1])
+    if config.model.adapter is None or not is_checkpoint(folder):
+        return
+    try:
+        adapter = from_yaml(read_config(other.config)).model.adapter
+    except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(
-            "a member of the average started from another model or adapter",
+            "the run of a member of the average cannot be read",
             where="export.average",
-            got=f"{folder} with " + ", ".join(f"{key}={value}" for key, value in named.items()),
-            expected=f"{config.model.path}, and the model.adapter of this run",
-            remedy="average members of one start; if a folder has moved, correct base_model_name_or_path in "
-            "adapter_config.json",
+            got=f"{folder}: {first_line(error)}",
+            remedy="name a checkpoint in the directory of its run, or a folder that export wrote from it",
+        ) from error
+    if adapter != config.model.adapter:
+        raise ConfigError(
+            "a member of the average is a checkpoint of another kind of adapter",
+            where="export.average",
+            got=f"{folder}: {as_written(adapter)}",
+            expected=as_written(config.model.adapter),
+            remedy=f"name the folder that python -m dpo_dist.export run.dir={other} writes",
         )
 
 
@@ -94,7 +100,7 @@ def find_checkpoint(config: RunConfig) -> Path:
         )
     named = config.export.checkpoint
     folder = found[0] if named == "latest" else run.checkpoints / (_best(run) if named == "best" else named)
-    if not is_checkpoint(folder):
+    if folder not in found:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_KEY,
