@@ -110,6 +110,8 @@ class _Trial:
         scores = self._scores(_pack([Sequences(prompt, longer)]), Arrangement.single, own_logits=True)
         one, other = scores.view(2, -1)[:, :count]
         self.drift, self.future = (one - self.plain[:count]).abs(), (one - other).abs()
+        if not bool(self.plain.isfinite().all()):
+            raise FloatingPointError("log-probs of its own forward are not finite; check its weights")
 
     @torch.no_grad()
     def _scores(self, batch: PackedBatch, arrangement: Arrangement, *, own_logits: bool) -> Tensor:

@@ -147,6 +147,15 @@ def test_the_sequences_are_longer_than_a_short_window_and_within_the_longest() -
             assert not {0, 1, 2} & {*sequences.prompt_ids, *sequences.responses[0]}  # the special tokens
 
 
+def test_weights_that_are_not_finite_are_named() -> None:
+    causal_lm = tiny_causal_lm(tiny_config("llama")).eval()
+    with torch.no_grad():
+        causal_lm.model.layers[1].mlp.up_proj.weight[3] = torch.nan
+    with pytest.raises(ConfigError, match="cannot score") as raised:
+        settled(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED))
+    assert "not finite" in raised.value.got
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "xglm", "gptj"])
 def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> None:
     own = {"num_attention_heads": 4, "rotary_dim": 4, "attention_heads": 4, "ffn_dim": 32}
