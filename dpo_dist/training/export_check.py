@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import Dtype, RunConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.packing import Sequences, pack
@@ -23,6 +23,7 @@ from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
 from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.merge import average_layer
@@ -153,8 +154,8 @@ def _trained_logps(
     exported: Exported, config: RunConfig, pairs: Sequence[Sequences], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs by the packed forward of training: of the trained weights, rounded ones, the base."""
-    plain = replace(config.model, dtype=Dtype.fp32, quantization=None, liger=False, compile=False)
-    model = load_packed(exported.base, plain, config.data.max_length, _CPU).eval()
+    model = load_packed(exported.base, _on_cpu(config.model), config.data.max_length, _CPU).eval()
+    settle(model, model, _CPU, config.data.max_length)
     keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
     batch = pack(pairs, keys)
     base = model(batch)
@@ -166,12 +167,27 @@ def _trained_logps(
     return expected, model(batch), base
 
 
+def _on_cpu(model: ModelConfig) -> ModelConfig:
+    """Return the model in float32 without the options that need a GPU or change only speed and memory."""
+    return replace(
+        model,
+        dtype=Dtype.fp32,
+        attention=AttentionBackend.auto,
+        quantization=None,
+        liger=False,
+        compile=False,
+        activation_offload=False,
+        mlp_tile_tokens=None,
+    )
+
+
 def _use_trained(model: Any, exported: Exported) -> None:
     """Give a loaded base the trained weights, as precise as they are."""
     members = exported.adapters
     if not members:
         for name, weight in model.causal_lm.named_parameters():
-            weight.copy_(exported.read(name))
+            if weight.requires_grad:
+                weight.copy_(exported.read(name))
     elif len(members) > 1 and any(member.config.use_dora for _, member in members):
         for layer in sorted({layer for _, member in members for layer in member.layers}):
             weight = model.causal_lm.get_parameter(f"{layer}.weight")

@@ -59,7 +59,7 @@ def test_own_code_is_arranged_so_that_it_is_exact(
 ) -> None:
     model = settled(load(ship_code(folder, hidden, scale), dtype))
     assert (model.arrangement, model.own_logits) == (arrangement, own_logits)
-    if dtype is Dtype.bf16:
+    if dtype is not Dtype.fp32:
         return
     pairs = random_pairs(SHAPES)
     with model.unpacked() as own:
