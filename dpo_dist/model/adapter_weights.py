@@ -75,16 +75,21 @@ class AdapterWeights:
         return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
 
     def merged(self, layer: str, weight: Tensor) -> Tensor:
-        """Return float32 [out, in], the weight of a layer with its update.
+        """Return the weight of a layer with its update, in float32 and of the shape of `weight`.
 
         DoRA (arXiv:2402.09353, equation 5) gives every row the length of its magnitude.
+
+        Args:
+            layer: one of `layers`.
+            weight: [out, in]; of GPT-2's layers, which are Conv1D, [in, out].
         """
         down, up = (self.read(layer + part).float() for part in (_A, _B))
-        moved = weight.float() + self.scaling(layer, len(down)) * (up @ down)
+        rows = weight.float().T if self.config.fan_in_fan_out else weight.float()
+        moved = rows + self.scaling(layer, len(down)) * (up @ down)
         if layer + _MAGNITUDE in self.names:
             magnitude = self.read(layer + _MAGNITUDE).float()
             moved *= (magnitude / moved.norm(dim=1))[:, None]
-        return moved
+        return moved.T if self.config.fan_in_fan_out else moved
 
 
 def stack(parts: Sequence[tuple[float, AdapterWeights]]) -> tuple[LoraConfig, dict[str, Tensor]]:

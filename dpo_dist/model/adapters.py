@@ -72,7 +72,8 @@ def add_adapter(
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
-    lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
+    if not isinstance(lora.target_modules, str):  # a pattern of names
+        lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
@@ -111,6 +112,8 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     except Exception as error:  # peft can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]
         raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
+    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
+        raise _foreign_adapter(folder, "matrices on the output layer", key)
     own = [missing for missing in loaded.missing_keys if ".lora_" in missing and f".{name}" in missing]
     if unread := [*loaded.unexpected_keys, *own]:
         raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)

@@ -89,7 +89,7 @@ def names_in_model(causal_lm: Any) -> Callable[[str], str]:
 
 
 def average_layer(layer: str, weight: Tensor, members: Sequence[tuple[float, AdapterWeights]]) -> Tensor:
-    """Return float32 [out, in], the average of a layer's weight with each adapter merged into it."""
+    """Return the float32 average of a layer's weight with each adapter merged into it."""
     average = torch.zeros_like(weight, dtype=torch.float32)
     for coefficient, member in members:
         average += coefficient * (member.merged(layer, weight) if layer in member.layers else weight.float())

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import Dtype, RunConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.packing import Sequences, pack
@@ -23,6 +23,7 @@ from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
 from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.merge import average_layer
@@ -153,8 +154,8 @@ def _trained_logps(
     exported: Exported, config: RunConfig, pairs: Sequence[Sequences], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs by the packed forward of training: of the trained weights, rounded ones, the base."""
-    plain = replace(config.model, dtype=Dtype.fp32, quantization=None, liger=False, compile=False)
-    model = load_packed(exported.base, plain, config.data.max_length, _CPU).eval()
+    model = load_packed(exported.base, _on_cpu(config.model), config.data.max_length, _CPU).eval()
+    settle(model, model, _CPU, config.data.max_length)
     keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
     batch = pack(pairs, keys)
     base = model(batch)
@@ -164,6 +165,17 @@ def _trained_logps(
         if ".lora_" in name or not is_adapter(exported.folder):
             weight.copy_(weight.to(dtype))
     return expected, model(batch), base
+
+
+def _on_cpu(config: ModelConfig) -> ModelConfig:
+    """Return the settings of a model in float32 on the CPU, without those of training and of GPUs."""
+    return ModelConfig(
+        config.path,
+        dtype=Dtype.fp32,
+        attention=AttentionBackend.sdpa,
+        gradient_checkpointing="none",
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _use_trained(model: Any, exported: Exported) -> None:

@@ -13,7 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from dpo_dist.atomic import is_temporary
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
@@ -26,6 +26,7 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from tests.support import tiny
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 
@@ -193,6 +194,26 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
         assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
     for file in base.glob("tokenizer*"):
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("variant", [AdapterVariant.lora, AdapterVariant.dora])
+def test_layers_that_store_their_weight_transposed_are_merged_so(
+    variant: AdapterVariant, tmp_path: Path
+) -> None:
+    """GPT-2's, of which one weight is square: its transpose would fit, too."""
+    base = tmp_path / "base"
+    small = GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(small).save_pretrained(base)
+    tiny.qwen().save_pretrained(base)
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
+    for name, weight in oracle.named_parameters():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
