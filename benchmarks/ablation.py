@@ -23,7 +23,7 @@ from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.objective.token_logps import Statistic
 
 Forward = Callable[[PackedCausalLM, PackedBatch, Sequence[Statistic]], Tensor]
-HeadForward = Callable[[LogpHead, Tensor, Tensor, Sequence[Statistic]], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor | None, Sequence[Statistic]], Tensor]
 
 
 class Packing(StrEnum):
@@ -109,7 +109,10 @@ def _counting_tokens(forward: Forward, work: Work) -> Forward:
 
 def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
     def counted(
-        head: LogpHead, hidden: Tensor, targets: Tensor, statistics: Sequence[Statistic] = ()
+        head: LogpHead,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        statistics: Sequence[Statistic] = (),
     ) -> Tensor:
         if torch.is_grad_enabled():
             work.logits += len(hidden)
@@ -124,13 +127,19 @@ _head: HeadForward = LogpHead.forward
 
 def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, statistics: Sequence[Statistic]) -> Tensor:
     """Return the model's forward with every token through the head (`_all_logps`), prompts too."""
+    if model.own_logits:  # the check at start
+        return _forward(model, batch, statistics)
     every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     logps = _forward(model, replace(batch, predictors=every), statistics)
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, _statistics: Sequence[Statistic]) -> Tensor:
+def _all_logps(
+    head: LogpHead, hidden: Tensor, targets: Tensor | None, _statistics: Sequence[Statistic]
+) -> Tensor:
     """Return float32 log-probs [n, vocab] of [n, hidden_size]; the caller selects the targets."""
+    if targets is None:
+        return _head(head, hidden, None, ())
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 
 

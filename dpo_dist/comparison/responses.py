@@ -61,7 +61,13 @@ class Speaker:
     @cached_property
     def _packed(self) -> PackedCausalLM:
         model_config = replace(
-            self._config.model, gradient_checkpointing="none", adapter=None, compile=False, liger=False
+            self._config.model,
+            gradient_checkpointing="none",
+            activation_offload=False,
+            mlp_tile_tokens=None,
+            adapter=None,
+            compile=False,
+            liger=False,
         )
         longest = self._config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:

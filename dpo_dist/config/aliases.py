@@ -4,14 +4,10 @@ The names are those of Hugging Face TrainingArguments, TRL's DPOConfig, LLaMA-Fa
 is looked up whole and by its last part, in lower case, with `_` for `-`.
 """
 
-
-def _by_name(names: dict[str, str]) -> dict[str, str]:
-    """Return `{name: key}` for `{key: "name name ..."}`."""
-    return {name: key for key, listed in names.items() for name in listed.split()}
-
+from dpo_dist.config.model_aliases import MODEL_KEY_ALIASES, MODEL_REMEDIES, by_name
 
 # Keys of the same meaning; the value can be kept.
-KEY_ALIASES = _by_name(
+KEY_ALIASES = MODEL_KEY_ALIASES | by_name(
     {
         "model.path": (
             "model_name_or_path model_name model_path model_id base_model pretrained_model_name_or_path"
@@ -86,7 +82,7 @@ KEY_ALIASES = _by_name(
 )
 
 # Names in an entry of data.train or data.eval.
-SOURCE_ALIASES = _by_name(
+SOURCE_ALIASES = by_name(
     {
         "path": "file file_name dataset hf_hub_url url dataset_dir dataset_id",
         "name": "subset config_name configuration dataset_name entry",
@@ -120,7 +116,7 @@ _LAUNCHER = (
 _BEST = "set trainer.keep_best=eval_loss: model/ is the last step's, export.checkpoint=best the best one's"
 
 # Remedies for options without a key of the same meaning.
-REMEDIES = _by_name(
+REMEDIES = MODEL_REMEDIES | by_name(
     {
         _LOSS: "loss_type pref_loss loss.type loss.name",
         "'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.1}]'": "loss_weights pref_ftx",
@@ -258,7 +254,7 @@ REMEDIES = _by_name(
 )
 
 # Values of the same meaning.
-VALUE_ALIASES = _by_name(
+VALUE_ALIASES = by_name(
     {
         "sigmoid": "dpo",
         "hinge": "slic slic_hf",

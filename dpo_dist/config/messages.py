@@ -99,12 +99,14 @@ def unknown_name(name: str, mapping: str, kind: type, *, where: str = "") -> Con
     """
     known, key = list(key_types(kind)), f"{mapping}.{name}"
     alias = SOURCE_ALIASES.get(name) if kind is SourceConfig else KEY_ALIASES.get(key, "").rpartition(".")[2]
-    found = [alias] if alias else likely(name, known)
+    words = None if alias or kind is SourceConfig else REMEDIES.get(key)
+    found = [alias] if alias else [] if words else likely(name, known)
+    guess = f"did you mean {' or '.join(found)}?" if found else f"the keys here are {', '.join(known)}"
     return ConfigError(
         f"there is no key {key!r}",
         where=where or key,
         expected=f"{mapping}.{found[0]}" if found else "",
-        remedy=f"did you mean {' or '.join(found)}?" if found else f"the keys here are {', '.join(known)}",
+        remedy=words or guess,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dpo_dist.atomic import collect_abandoned, staged_folder, temporary_folder
+from dpo_dist.atomic import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.arrangement import Arrangement
@@ -30,7 +30,7 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
-from dpo_dist.model.merge import names_in_model, write_merged
+from dpo_dist.model.merge import names_in_model, read_named, write_merged
 from dpo_dist.model.save import write_card, write_tokenizer, write_weights, writing_errors
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,7 +70,8 @@ def export_models(
 ) -> None:
     """Write the trained weights of a checkpoint, or an average, as a model or adapter folder, whole or not.
 
-    Needs no GPU, no other process, and weights of the base only if an adapter is merged. Memory is that of
+    Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
+    has tensors that are not trained. Memory is that of
     a few float32 weights and of one file of the model (5 GB); `folder`'s disk needs room for the weights
     twice for a while.
 
@@ -134,12 +135,22 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
     dtype = named or TORCH_DTYPES[config.model.dtype]
     if not trained.adapters:
         with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
-            write_weights(folder, causal_lm, weights)
+            write_weights(folder, causal_lm, weights | _untrained(causal_lm, config))
     elif config.export.merge:
         whole = model_folder(config.model.path, config.model.revision)
         write_merged(folder, whole, trained.adapters, names_in_model(_plain(base, config)), named)
     else:
         _write_update(folder, trained.adapters, dtype)
+
+
+def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
+    """Return buffers and weights that the architecture does not train, which are as in the base's files."""
+    frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
+    buffers = dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys()
+    if not (wanted := frozen | buffers):
+        return {}
+    base = model_folder(config.model.path, config.model.revision)
+    return read_named(base, wanted, names_in_model(causal_lm))
 
 
 def _no_weight(name: str) -> Tensor:
@@ -191,8 +202,8 @@ def _plain(base: Path, config: RunConfig) -> Any:
 def _on_disk(
     shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], dtype: torch.dtype, folder: Path
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the named weights in `dtype`, mapped from temporary files beside `folder`."""
-    with temporary_folder(folder) as temporary:
+    """Yield the named weights in `dtype`, mapped from temporary files beside `folder`, which is temporary."""
+    with temporary_folder(final_name(folder)) as temporary:  # `collect_abandoned` knows this form of name
         weights = {}
         for number, name in enumerate(shapes):
             file = temporary / str(number)

@@ -30,13 +30,13 @@ from dpo_dist.distributed.device_memory import (
 from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
-from dpo_dist.distributed.leaves import gather_at_once
+from dpo_dist.distributed.leaves import gather_at_once, reduce_at_once
 from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.optimizer import STATES_OF_ADAM, create_optimizer
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off
+from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -116,6 +116,8 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         gather_at_once(model)
+        if zero["stage"] < 3:
+            reduce_at_once(model)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         self._backwards, self._current = 0, ("", "")
@@ -240,14 +242,20 @@ class PolicyEngine:
         return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""
+        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks.
+
+        Without an adapter, buffers and weights that the architecture does not train are among them.
+        """
+        is_adapted = bool(adapted_layers(self.causal_lm))
         if self._engine.zero_optimization_partition_weights():
-            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
         else:
             weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
         if not self._world.is_main:
             return None
-        return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        whole = {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        added = dict(self.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
+        return {name: tensor for name, tensor in whole.items() if name not in added}
 
     @property
     def causal_lm(self) -> Any:

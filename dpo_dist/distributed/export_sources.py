@@ -58,6 +58,8 @@ def open_source(folder: Path, config: RunConfig) -> Source:
         if faults := find_faults(folder, 0, 1):
             raise damaged_checkpoint(folder, faults)
         saved = read_weights(folder)
+        if _PARTS[config.export.weights] not in saved.parts:
+            raise _without_average(folder)
         return Source(folder, False, saved.shapes, partial(saved.whole, part=_PARTS[config.export.weights]))
     else:
         source = _whole_model(folder)
@@ -70,13 +72,17 @@ def open_source(folder: Path, config: RunConfig) -> Source:
             remedy="name checkpoints and folders of runs that train the same weights",
         )
     if config.export.weights is ExportedWeights.ema:
-        raise ConfigError(
-            "only checkpoints have a moving average of the weights",
-            where="export.weights, export.average",
-            got=f"ema, {folder}",
-            remedy="name checkpoints, or set export.weights=last",
-        )
+        raise _without_average(folder)
     return source
+
+
+def _without_average(folder: Path) -> ConfigError:
+    return ConfigError(
+        "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
+        where="export.weights, export.average",
+        got=f"ema, {folder}",
+        remedy="name such checkpoints, or set export.weights=last",
+    )
 
 
 def _unread(name: str) -> Tensor:

@@ -1,8 +1,8 @@
-"""ZeRO-3's leaves: modules whose weights it gathers at once."""
+"""Modules whose weights ZeRO-3 gathers at once, its leaves, and whose gradients are ready at once."""
 
 from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 
-from dpo_dist.model.experts import expert_blocks
+from dpo_dist.model.experts import expert_blocks, join_gradients
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 
@@ -17,3 +17,9 @@ def gather_at_once(model: PackedCausalLM) -> None:
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+
+
+def reduce_at_once(model: PackedCausalLM) -> None:
+    """Make gradients of blocks with a list of experts ready at once, for the stages of ZeRO other than 3."""
+    for block in expert_blocks(model.causal_lm):
+        join_gradients(block)

@@ -1,6 +1,5 @@
 """The optimizer that DeepSpeed wraps, and its parameter groups."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ def create_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
     if optim.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
     check_bitsandbytes(optim.kind, "optim.kind", instead=OptimizerKind.adamw)
-    bitsandbytes: Any = importlib.import_module("bitsandbytes.optim")  # optional
-    eight_bit: torch.optim.Optimizer = bitsandbytes.AdamW8bit(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
+
+    adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
+    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     return eight_bit
 
 

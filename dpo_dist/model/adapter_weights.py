@@ -122,6 +122,7 @@ def _stacked_config(config: LoraConfig, ranks: dict[str, int], scales: dict[str,
     alphas = {layer: scales[layer] * rank for layer, rank in ranks.items()}
     stacked.target_modules = sorted(ranks)
     stacked.use_rslora, stacked.init_lora_weights = False, True
+    stacked.layers_to_transform = stacked.layers_pattern = stacked.exclude_modules = None
     stacked.r, stacked.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     stacked.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != stacked.r}
     stacked.alpha_pattern = {layer: alpha for layer, alpha in alphas.items() if alpha != stacked.lora_alpha}

@@ -72,7 +72,7 @@ def add_adapter(
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
-    if not isinstance(lora.target_modules, str):  # a pattern of names
+    if not isinstance(lora.target_modules, str):  # a pattern
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 

@@ -162,7 +162,7 @@ def _tried(
     """Return the trial of a model whose own forward is causal; collective.
 
     Raises:
-        ConfigError: the forward fails, or is not causal.
+        ConfigError: the forward fails, is not causal, or gives log-probs that are not finite.
     """
     kind, fault, trial = model.causal_lm.config.model_type, "", None
     try:
@@ -178,6 +178,13 @@ def _tried(
             got=f"{kind}, {fault or 'an error on another rank'}",
             expected="causal_lm(input_ids=...).logits",
             remedy="choose a causal language model",
+        )
+    if agree(not bool(trial.plain.isfinite().all())):
+        raise ConfigError(
+            "the model computes log-probs that are not finite",
+            where=key,
+            got=f"{kind}, {int((~trial.plain.isfinite()).sum())} of {len(trial.plain)} of invented tokens",
+            remedy="check the model's weights, or set model.dtype=fp32",
         )
     if agree(not trial.is_causal):
         raise ConfigError(

@@ -1,6 +1,13 @@
 """Modules of a model that may compute with some of their parts only: lists of experts."""
 
-from torch import nn
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from dpo_dist.model.layers import decoder_layers
 
@@ -27,3 +34,49 @@ def _is_list_of_equals(module: nn.Module) -> bool:
         return False
     is_one_kind = len({type(part) for part in module}) == 1
     return is_one_kind and any(True for _ in module.parameters())
+
+
+def join_gradients(block: nn.Module) -> None:
+    """Make the gradients of all weights of `block` ready at once, those of parts without tokens as zeros.
+
+    ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
+    other parts, they would add up those of different weights.
+    """
+    block.forward = partial(_joined, _Block(block, block.forward))
+
+
+class _Block(nn.Module):
+    """A block as the only child of a module that computes as the block does."""
+
+    def __init__(self, block: nn.Module, compute: Callable[..., Any]):
+        super().__init__()
+        self.block, self._compute = block, compute
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compute(*args, **kwargs)
+
+
+def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
+    trained = {name: weight for name, weight in block.named_parameters() if weight.requires_grad}
+    if not trained or not torch.is_grad_enabled():
+        return block(*args, **kwargs)
+    aliases = _Aliases.apply(*trained.values())  # type: ignore[no-untyped-call]
+    output = functional_call(block, dict(zip(trained, aliases, strict=True)), args, kwargs)
+    # If no trained weight is used, all of them get zeros.
+    touch = 0.0 * aliases[0].flatten()[0]
+    if isinstance(output, tuple):  # with what the router computed
+        return (output[0] + touch.to(output[0].dtype), *output[1:])
+    return output + touch.to(output.dtype)
+
+
+class _Aliases(torch.autograd.Function):
+    """Aliases of weights: backward has the gradients of all of them, zeros for unused ones."""
+
+    @staticmethod
+    def forward(_ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        return slopes

@@ -5,7 +5,7 @@ Tensors keep the names that they have in the base's own files, so that a loader 
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dpo_dist.model.folder import CONFIG_FILE, weight_files
 
 _SHARD_BYTES = 5 * 10**9
 _NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_DESCRIPTIONS = ("generation_config.json", "configuration_*.py", "modeling_*.py")
+_DESCRIPTIONS = ("generation_config.json", "*.py")
 
 
 def write_merged(
@@ -86,6 +86,24 @@ def names_in_model(causal_lm: Any) -> Callable[[str], str]:
         return str(renamed)
 
     return rename
+
+
+def read_named(folder: Path, wanted: Collection[str], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return tensors of a model folder by their names in its transformers model, as far as they exist.
+
+    Args:
+        folder: in safetensors.
+        wanted: names in the transformers model.
+        rename: as in `write_merged`.
+    """
+    found = {}
+    for file in weight_files(folder):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  (the file is not iterable)
+                    if (renamed := rename(name)) in wanted:
+                        found[renamed] = content.get_tensor(name)
+    return found
 
 
 def average_layer(layer: str, weight: Tensor, members: Sequence[tuple[float, AdapterWeights]]) -> Tensor:

@@ -75,7 +75,7 @@ def _shape(weight: nn.Parameter) -> Sequence[int]:
 
 
 def _is_tokenwise(mlp: nn.Module, width: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the first of some random tokens give the same without the others.
+    """Return whether some random tokens give the same in two halves: none depends on earlier or later ones.
 
     Weights that ZeRO-3 has sharded are replaced by random ones for it: only the code is examined.
     """
@@ -95,15 +95,17 @@ def _is_tokenwise(mlp: nn.Module, width: int, device: torch.device, dtype: torch
         whole = functional_call(mlp, sharded, (hidden,))
         if not isinstance(whole, Tensor) or whole.shape != hidden.shape:
             return False
-        half = functional_call(mlp, sharded, (hidden[:, : _TRIED_TOKENS // 2],))
-    difference = (whole[:, : _TRIED_TOKENS // 2] - half).abs().max()
+        halves = [functional_call(mlp, sharded, (half,)) for half in hidden.chunk(2, dim=1)]
+    difference = (whole - torch.cat(halves, dim=1)).abs().max()
     return bool(difference <= _ROUNDING * whole.abs().max())
 
 
 def _forward(mlp: nn.Module, whole: Tokenwise, tile_tokens: int, hidden: Tensor) -> Tensor:
-    if hidden.shape[-2] <= tile_tokens:
-        return whole(hidden)
     trained = [weight for weight in mlp.parameters() if weight.requires_grad]  # those of an adapter, too
+    if hidden.shape[-2] <= tile_tokens and not (trained and torch.is_grad_enabled()):
+        return whole(hidden)
+    # One tile is computed as several are: ZeRO-2 adds up the gradients of the ranks in the order in which
+    # they are ready, so ranks with more and with fewer tokens need the same order.
     tiled: Tensor = _Tiles.apply(hidden, whole, tile_tokens, *trained)  # type: ignore[no-untyped-call]
     return tiled
 

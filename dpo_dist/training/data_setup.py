@@ -26,6 +26,7 @@ from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.model.adapter_base import base_notes
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
@@ -171,10 +172,11 @@ def _load_models(
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
     router = router_loss(routers, model_config)
-    for note in [*router_notes(routers, model_config), *training_notes(model_config, config.data.max_length)]:
+    notes = training_notes(model_config, config.data.max_length)
+    for note in [*router_notes(routers, model_config), *notes, *base_notes(config.model, start)]:
         console.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    policy_files, reference_files = _digest_models(folder, start, config, world, console)
+    files = _digest_models(folder, start, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
@@ -185,7 +187,6 @@ def _load_models(
     adapter = trained_adapter(config.model, start)
     with whole_loading(world):  # a sharded model has no shapes to count
         flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
-    files = policy_files, reference_files
     return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
 
 

@@ -14,7 +14,10 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint_export import export_models
 from dpo_dist.distributed.checkpoint_loading import read_state
-from dpo_dist.errors import RunOutcome
+from dpo_dist.errors import ConfigError, RunOutcome
+from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.model.folder import model_folder
+from dpo_dist.reference.digest import digest_model
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.metrics_log import read_latest_rows
 from dpo_dist.report.recorder import spared
@@ -38,9 +41,50 @@ def export_model(config: RunConfig, sources: Sequence[Path], output: Path, conso
             text = _card(config, sources[0], console)
         return text  # noqa: RET504 (a bug ends the block before)
 
+    _check_base(config, sources)
     console.say(f"reading {', '.join(map(str, sources))}")
     check = partial(check_exported, config=config, say=console.say) if config.export.check else None
     export_models(sources, output, config, None if config.export.average else card, check)
+
+
+def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
+    """Check that files that become part of the result are those that training started from.
+
+    They are the base of a merged adapter, and the adapter below a new one. The check of the written folder
+    reads the same files, so it would not see the difference.
+
+    Raises:
+        ConfigError: they have changed, or cannot be read.
+    """
+    adapter, own = config.model.adapter, RunFolder.of(config).checkpoints
+    if adapter is None or not (config.export.merge or adapter.on_top):
+        return
+    recorded = {_model_digest(source) for source in sources if source.parent == own} - {""}
+    if not recorded:
+        return
+    found = digest_model(
+        model_folder(config.model.path, config.model.revision),
+        Path(config.reference.store),
+        remote_code=config.model.trust_remote_code,
+        adapter=start_folder(config.model),
+    )
+    if recorded != {found.digest}:
+        raise ConfigError(
+            "the model that this run started from has changed since",
+            where="model.path" if adapter.path is None else "model.path, model.adapter.path",
+            got=f"digest {found.digest}",
+            expected=f"digest {', '.join(sorted(recorded))}",
+            remedy="restore its files"
+            + ("" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"),
+        )
+
+
+def _model_digest(checkpoint: Path) -> str:
+    """Return the digest of the model that training started from; "" if the checkpoint has none."""
+    try:
+        return str(read_state(checkpoint).get("model") or "")
+    except (OSError, ValueError):  # a damaged checkpoint, of which the export says more
+        return ""
 
 
 def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:

@@ -167,14 +167,17 @@ def _trained_logps(
     return expected, model(batch), base
 
 
-def _on_cpu(config: ModelConfig) -> ModelConfig:
-    """Return the settings of a model in float32 on the CPU, without those of training and of GPUs."""
-    return ModelConfig(
-        config.path,
+def _on_cpu(model: ModelConfig) -> ModelConfig:
+    """Return the model in float32 without the options that need a GPU or change only speed and memory."""
+    return replace(
+        model,
         dtype=Dtype.fp32,
-        attention=AttentionBackend.sdpa,
-        gradient_checkpointing="none",
-        trust_remote_code=config.trust_remote_code,
+        attention=AttentionBackend.auto,
+        quantization=None,
+        liger=False,
+        compile=False,
+        activation_offload=False,
+        mlp_tile_tokens=None,
     )
 
 
@@ -183,7 +186,8 @@ def _use_trained(model: Any, exported: Exported) -> None:
     members = exported.adapters
     if not members:
         for name, weight in model.causal_lm.named_parameters():
-            weight.copy_(exported.read(name))
+            if weight.requires_grad:
+                weight.copy_(exported.read(name))
     elif len(members) > 1 and any(member.config.use_dora for _, member in members):
         for layer in sorted({layer for _, member in members for layer in member.layers}):
             weight = model.causal_lm.get_parameter(f"{layer}.weight")

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_dist.config.check import as_written
 from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.export_schema import ExportedWeights
-from dpo_dist.config.load import changed_keys
+from dpo_dist.config.foreign_code import read_config
+from dpo_dist.config.load import changed_keys, from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.folder import CONFIG_FILE, is_adapter
 
 _KEY = "export.checkpoint"
@@ -27,13 +29,17 @@ def find_sources(config: RunConfig) -> list[Path]:
         return [find_checkpoint(config)]
     run = existing_run(RunFolder.of(config).path)
     _check_configuration(run, config)
-    return [_find_member(name, run) for name in config.export.average]
+    sources = [_find_member(name, run) for name in config.export.average]
+    for folder in sources:
+        if folder.parent != run.checkpoints:
+            _check_member(folder, config)
+    return sources
 
 
 def _find_member(name: str, run: RunFolder) -> Path:
-    """Return the checkpoint of a run with this name, or the folder of another model."""
-    folder = run.checkpoints / name
-    if "/" not in name and is_checkpoint(folder):
+    """Return the checkpoint of a run with this name, damaged or not, or the folder of another model."""
+    own = checkpoint_folders(run.checkpoints)
+    if (folder := run.checkpoints / name) in own:
         return folder
     folder = Path(name).expanduser()
     if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
@@ -41,11 +47,39 @@ def _find_member(name: str, run: RunFolder) -> Path:
             "a member of the average is neither a checkpoint nor a model",
             where="export.average",
             got=name,
-            expected=", ".join(found.name for found in checkpoint_folders(run.checkpoints))
+            expected=", ".join(found.name for found in own)
             or "the folder of a checkpoint, a model or an adapter",
             remedy="name a checkpoint of this run, or a folder",
         )
     return folder
+
+
+def _check_member(folder: Path, config: RunConfig) -> None:
+    """Check that a checkpoint of another run is of the same kind of adapter, which its files do not say.
+
+    Raises:
+        ConfigError: it is not, or its run cannot be read.
+    """
+    other = RunFolder(folder.resolve().parents[1])
+    if config.model.adapter is None or not is_checkpoint(folder):
+        return
+    try:
+        adapter = from_yaml(read_config(other.config)).model.adapter
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(
+            "the run of a member of the average cannot be read",
+            where="export.average",
+            got=f"{folder}: {first_line(error)}",
+            remedy="name a checkpoint in the directory of its run, or a folder that export wrote from it",
+        ) from error
+    if adapter != config.model.adapter:
+        raise ConfigError(
+            "a member of the average is a checkpoint of another kind of adapter",
+            where="export.average",
+            got=f"{folder}: {as_written(adapter)}",
+            expected=as_written(config.model.adapter),
+            remedy=f"name the folder that python -m dpo_dist.export run.dir={other} writes",
+        )
 
 
 def find_checkpoint(config: RunConfig) -> Path:
@@ -66,7 +100,7 @@ def find_checkpoint(config: RunConfig) -> Path:
         )
     named = config.export.checkpoint
     folder = found[0] if named == "latest" else run.checkpoints / (_best(run) if named == "best" else named)
-    if not is_checkpoint(folder):
+    if folder not in found:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_KEY,

@@ -18,6 +18,7 @@ from dpo_dist.data.first_records import check_first_formats
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.model.adapter_base import check_sizes
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
@@ -217,18 +218,25 @@ def _check_models(config: RunConfig) -> None:
     policy = _described_model(config.model.path, config.model.revision, "model.path")
     if policy is not None:
         check_tokenizer_files(policy)
-    _check_start_adapter(config)
+    _check_start_adapter(config, policy)
     if config.reference.path is not None:
         _described_model(config.reference.path, config.reference.revision, "reference.path")
 
 
-def _check_start_adapter(config: RunConfig) -> None:
-    """Check the adapter that the policy starts from, if it is in a local folder or must be in the cache."""
+def _check_start_adapter(config: RunConfig, policy: Path | None) -> None:
+    """Check the adapter that the policy starts from, if it is in a local folder or must be in the cache.
+
+    Args:
+        config: of the run.
+        policy: folder of a local model.
+    """
     adapter = config.model.adapter
     if adapter is None or adapter.path is None:
         return
     if Path(adapter.path).expanduser().is_dir():
-        start_folder(config.model)
+        start = start_folder(config.model)
+        if policy is not None and start is not None:
+            check_sizes(policy, start)
     else:
         check_cached_offline(adapter.path, "model.adapter.path")
 

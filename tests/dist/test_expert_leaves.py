@@ -14,7 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Offload, ParallelismConfig
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    Dtype,
+    ModelConfig,
+    Offload,
+    ParallelismConfig,
+    ParallelismKind,
+)
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
@@ -154,6 +161,7 @@ def plain_model(targets: list[str] | None) -> Any:
 
 
 OFFLOADED = ParallelismConfig(offload_parameters=Offload.cpu)
+ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +172,9 @@ OFFLOADED = ParallelismConfig(offload_parameters=Offload.cpu)
         pytest.param(2, OFFLOADED, None, "none", id="2 ranks, offloaded weights"),
         pytest.param(2, ParallelismConfig(), ["up_proj", "down_proj"], "none", id="2 ranks, LoRA on experts"),
         pytest.param(3, ParallelismConfig(), ["q_proj"], "full", id="3 ranks, LoRA beside frozen experts"),
+        pytest.param(3, ZERO2, None, "full", id="3 ranks, zero2, checkpointing"),
+        pytest.param(2, ZERO2, ["up_proj", "down_proj"], "none", id="2 ranks, zero2, LoRA on experts"),
+        pytest.param(2, ParallelismConfig(ParallelismKind.ddp), None, "none", id="2 ranks, ddp"),
     ],
 )
 def test_ranks_with_tokens_for_different_experts_train_like_one_process(

@@ -19,6 +19,7 @@ from dpo_dist.atomic import is_temporary
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.distributed import checkpoint_export
 from dpo_dist.distributed.checkpoint_export import Exported, export_checkpoint, export_models
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
 from dpo_dist.distributed.slice_files import SavedSlices, write_slices
@@ -139,14 +140,18 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moment", "left"), [("write_weights", 2), ("write_card", 1)])
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    moment: str, left: int, base: Path, tmp_path: Path
+) -> None:
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     child = os.fork()
     if child == 0:
-        export_models([checkpoint], tmp_path / "out", config, lambda: os._exit(1))  # type: ignore[arg-type, return-value]
+        setattr(checkpoint_export, moment, lambda *_: os._exit(1))
+        export_checkpoint(checkpoint, tmp_path / "out", config)
     os.waitpid(child, 0)
-    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 1
+    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == left
     export_checkpoint(checkpoint, tmp_path / "other", config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 

@@ -12,6 +12,7 @@ import torch
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_base import base_notes, check_sizes
 from dpo_dist.model.adapter_files import check_start, start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import local_model_folder
@@ -53,6 +54,29 @@ def test_a_continued_adapter_is_the_one_on_disk(base: Path, sft: Path) -> None:
     without = ModelConfig(path=str(base))
     assert start_folder(without) is None
     assert trained_adapter(without, None) is None
+
+
+def test_an_adapter_of_a_model_of_other_sizes_is_refused_before_the_load(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    check_sizes(base, sft)
+    with pytest.raises(ConfigError, match="of other sizes") as found:
+        check_sizes(write_model(tmp_path / "wide", hidden_size=64), sft)
+    assert "[32, 64]" in found.value.expected
+    assert found.value.remedy.endswith(str(base))
+
+
+@pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
+def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
+    config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft)))
+    assert base_notes(config, start_folder(config)) == []
+    for same in (f"org/{base.name.upper()}", "", None):
+        changed(sft, base_model_name_or_path=same)
+        assert base_notes(config, start_folder(config)) == []
+    changed(sft, base_model_name_or_path=named)
+    (note,) = base_notes(config, start_folder(config))
+    assert f"was trained on {named}, model.path is {base}" in note
+    assert base_notes(ModelConfig(path=str(base)), None) == []
 
 
 @pytest.mark.parametrize(

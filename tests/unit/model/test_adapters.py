@@ -60,6 +60,14 @@ def test_targets_are_saved_in_one_order(folder: Path) -> None:
     assert config.target_modules == sorted(config.target_modules)
 
 
+def test_a_pattern_of_targets_stays_one(folder: Path, tmp_path: Path) -> None:
+    sft = write_sft_adapter(folder, tmp_path / "sft", target_modules=r".*\.(q_proj|up_proj)")
+    config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft)))
+    model = load_packed(folder, config, 64, torch.device("cpu"))
+    add_adapter(model, config, 0, sft)
+    assert model.causal_lm.peft_config["default"].target_modules == r".*\.(q_proj|up_proj)"
+
+
 @pytest.mark.parametrize("target", ["proj", "query", "lm_head", "embed_tokens"])
 def test_an_unknown_target_is_refused_with_the_known_ones(folder: Path, target: str) -> None:
     with pytest.raises(ConfigError) as refused:

@@ -110,6 +110,13 @@ class Mixing(nn.Module):
         return self.up(hidden - hidden.mean(dim=-2, keepdim=True))
 
 
+class Shifting(Mixing):
+    """A token depends on the one before it, so that the first tokens do not show it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.up(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[..., :-1, :])
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
 def test_experts_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles") as raised:
@@ -117,9 +124,10 @@ def test_experts_are_refused(model_type: str) -> None:
     assert raised.value.where == "model.mlp_tile_tokens"
 
 
-def test_an_mlp_that_mixes_tokens_is_refused() -> None:
+@pytest.mark.parametrize("kind", [Mixing, Shifting])
+def test_an_mlp_that_mixes_tokens_is_refused(kind: type[Mixing]) -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen2"))
-    causal_lm.model.layers[1].mlp = Mixing(causal_lm.config.hidden_size)
+    causal_lm.model.layers[1].mlp = kind(causal_lm.config.hidden_size)
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles"):
         tiled(causal_lm, 4)
 

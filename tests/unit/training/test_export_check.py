@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
@@ -20,7 +22,7 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.training.export_check import check_exported
 from tests.support import tiny
-from tests.support.families import tiny_family
+from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of
@@ -64,6 +66,43 @@ def checkpoints(config: RunConfig, folder: Path, count: int) -> list[Path]:
     return [
         checkpoint_of(trained(config, seed), folder / f"step-00000{seed}") for seed in range(1, 1 + count)
     ]
+
+
+# Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe), convolutions, which
+# the check at start of a run arranges in rows (lfm2).
+OTHER_FAMILIES = {
+    "deepseek_v3": LOW_RANK | {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 0,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_models_of_other_forms_pass(family: str, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    base = write_model(tmp_path / "model")
+    fields = COMMON | OTHER_FAMILIES[family] | {"vocab_size": len(tiny.qwen()), "initializer_range": 0.2}
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in causal_lm.state_dict().items():
+            if "correction_bias" in name:
+                tensor.copy_(torch.linspace(-2, 2, tensor.numel()).view_as(tensor))
+    causal_lm.save_pretrained(base)
+    # Options of a run on GPUs.
+    options = {"attention": AttentionBackend.flash_attention_2, "activation_offload": True}
+    config = run_of(base, tmp_path, None, dtype="fp32")
+    config = replace(config, model=replace(config.model, **options))
+    (checkpoint,) = checkpoints(run_of(base, tmp_path, None), tmp_path, 1)
+    said: list[str] = []
+    check = partial(check_exported, config=config, say=said.append)
+    export_models([checkpoint], tmp_path / "out", config, check=check)
+    assert "checked: " in said[0]
 
 
 def cases() -> Iterator[Any]:

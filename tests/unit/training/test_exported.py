@@ -54,6 +54,38 @@ def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
         find_checkpoint(config)
 
 
+def test_a_damaged_checkpoint_is_not_called_missing(config: RunConfig, tmp_path: Path) -> None:
+    newest = tmp_path / "checkpoints" / "step-000200"
+    (newest / "state.json").unlink()
+    assert find_checkpoint(config) == newest  # whose files are checked later
+    members = replace(config, export=ExportConfig(average=["step-000100", "step-000200"]))
+    assert find_sources(members) == [newest.with_name("step-000100"), newest]
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"), [("{r: 4}", True), ("{r: 4, alpha: 64}", False), ("{r: 4, init: pissa}", False)]
+)
+def test_a_checkpoint_of_another_run_has_the_same_adapter(
+    other: str, is_same: bool, config: RunConfig, tmp_path: Path
+) -> None:
+    command = ["model.path=org/model", "data.train=[pairs.jsonl]"]
+    own = load_run_config([*command, "model.adapter={r: 4}", f"run.dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(own))
+    member = tmp_path / "second" / "checkpoints" / "step-000300"
+    member.mkdir(parents=True)
+    (member / "state.json").write_text("{}")
+    averaged = replace(own, export=ExportConfig(average=["step-000100", str(member)]))
+    with pytest.raises(ConfigError, match="the run of a member of the average cannot be read"):
+        find_sources(averaged)
+    run = load_run_config([*command, f"model.adapter={other}", f"run.dir={tmp_path}/second"])
+    (tmp_path / "second" / "config.yaml").write_text(to_yaml(run))
+    if is_same:
+        assert find_sources(averaged)[1] == member
+    else:
+        with pytest.raises(ConfigError, match="of another kind of adapter"):
+            find_sources(averaged)
+
+
 def test_keys_of_another_run_are_refused(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="has the configuration of its run") as error:
         find_checkpoint(replace(config, optim=OptimConfig(lr=0.5)))

@@ -261,11 +261,16 @@ def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tm
         rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
 
 
-def test_a_check_accepts_or_refuses_the_architecture(assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"model_type": "t5"}, "t5"), ({"is_causal": False}, "is_causal=false")]
+)
+def test_a_check_refuses_a_model_that_is_not_causal(
+    changed: dict[str, object], named: str, assets: Path, tmp_path: Path
+) -> None:
     write_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "bloom"}))
-    with pytest.raises(ConfigError, match="bloom"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ConfigError, match=named):
         rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
 
 
