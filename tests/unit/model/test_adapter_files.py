@@ -106,6 +106,7 @@ def test_keys_that_repeat_the_adapter_are_accepted(sft: Path) -> None:
         ({"peft_type": "IA3"}, "this kind of adapter"),
         ({"bias": "all"}, "this kind of adapter"),
         ({"trainable_token_indices": [1, 2]}, "this kind of adapter"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "this kind of adapter"),
         ({"init_lora_weights": "pissa_niter_4"}, "whose weights its initialization has changed"),
     ],
 )
@@ -117,6 +118,7 @@ def test_other_kinds_are_refused(values: dict[str, Any], message: str, sft: Path
 
 def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path, tmp_path: Path) -> None:
     whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=["lm_head"])
+    changed(whole, modules_to_save=None)
     with pytest.raises(ConfigError, match="this kind of adapter"):
         check_start(AdapterConfig(path=str(whole)), whole)
     (sft / "adapter_model.safetensors").write_bytes(b"damaged")

@@ -30,6 +30,7 @@ from tests.unit.distributed.test_checkpoint_export import checkpoint_of
 LORA, DORA = (
     AdapterConfig(r=2, alpha=4, variant=kind) for kind in (AdapterVariant.lora, AdapterVariant.dora)
 )
+WHOLE = AdapterConfig(r=2, alpha=4, modules_to_save=["embed_tokens", "lm_head", "norm"])
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,9 @@ def cases() -> Iterator[Any]:
     yield pytest.param(DORA, 1, {"merge": True}, id="merged DoRA")
     yield pytest.param(LORA, 2, {"average": ["a", "b"], "dtype": "fp32"}, id="average of adapters")
     yield pytest.param(DORA, 2, {"average": ["a", "b"], "merge": True}, id="merged average of DoRA")
+    yield pytest.param(WHOLE, 1, {"dtype": "bf16"}, id="whole modules in bf16")
+    yield pytest.param(WHOLE, 2, {"average": ["a", "b"], "dtype": "fp32"}, id="average with whole modules")
+    yield pytest.param(WHOLE, 2, {"average": ["a", "b"], "merge": True}, id="merged with whole modules")
 
 
 @pytest.mark.parametrize(("adapter", "count", "export"), cases())
