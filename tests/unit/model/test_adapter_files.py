@@ -169,5 +169,5 @@ def test_an_adapter_of_the_output_layer_is_refused(on_top: bool, base: Path, tmp
     sft = write_sft_adapter(base, tmp_path / "sft", target_modules=["q_proj", "lm_head"])
     config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft), on_top=on_top))
     model = load_packed(base, config, 64, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="output layer"):
+    with pytest.raises(ConfigError, match="cannot be added to the model"):
         add_adapter(model, config, 0, sft)
