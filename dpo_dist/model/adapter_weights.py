@@ -88,6 +88,10 @@ class AdapterWeights:
         """Return float32, the weight of a layer with its update, [out, in] or as GPT-2 has it [in, out].
 
         DoRA (arXiv:2402.09353, equation 5) gives every row the length of its magnitude.
+
+        Args:
+            layer: one of `layers`.
+            weight: [out, in]; of GPT-2's layers, which are Conv1D, [in, out].
         """
         down, up = (self.read(layer + part).float() for part in (_A, _B))
         is_transposed = bool(self.config.fan_in_fan_out)

@@ -132,6 +132,8 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     except Exception as error:  # peft can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]
         raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
+    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
+        raise _foreign_adapter(folder, "matrices on the output layer", key)
     own = [
         missing
         for missing in loaded.missing_keys

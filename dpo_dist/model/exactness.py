@@ -236,7 +236,7 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     beyond = window * 5 // 4 if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
     length = max(4, min(max_length, max(_USUAL_LENGTH, beyond)))
     short = min(length, _SHORT_LENGTH)
-    named = {value for name, value in vars(config).items() if name.endswith(("_id", "_index"))}
+    named = _named_ids(config)
     vocabulary = [id_ for id_ in range(min(_vocabulary(causal_lm), _IDS)) if id_ not in named]
     generator = np.random.default_rng(0)
 
@@ -248,6 +248,13 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
         (short - short // 2, short // 2, short // 3),
     )
     return [Sequences(ids(prompt), (ids(one), ids(other))) for prompt, one, other in shapes]
+
+
+def _named_ids(config: Any) -> set[int]:
+    """Return the token ids that a configuration names, of which an option may have several in a list."""
+    values = [value for name, value in vars(config).items() if name.endswith(("_id", "_index"))]
+    ids = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    return {one for one in ids if isinstance(one, int)}
 
 
 def _vocabulary(causal_lm: Any) -> int:

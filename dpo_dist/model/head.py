@@ -233,6 +233,11 @@ class PackedCausalLM(nn.Module):
         if self.causal_lm._can_set_attn_implementation():
             self.causal_lm.set_attn_implementation(implementation)
 
+    def restore_rotary(self) -> None:
+        """Give the transformers model its own rotary embeddings back; then this model is of no use."""
+        if self._rotary is not None:
+            self._rotary.restore()
+
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""

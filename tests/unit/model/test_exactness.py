@@ -147,6 +147,13 @@ def test_the_sequences_are_longer_than_a_short_window_and_within_the_longest() -
             assert not {0, 1, 2} & {*sequences.prompt_ids, *sequences.responses[0]}  # the special tokens
 
 
+def test_a_model_with_several_ends_of_turn_is_tried_without_them() -> None:
+    causal_lm = tiny_causal_lm(tiny_config("llama", eos_token_id=[*range(2, VOCABULARY - 4)]))
+    ids = {id_ for one in trial_sequences(causal_lm, 64) for r in one.responses for id_ in r.tolist()}
+    assert ids == {*range(VOCABULARY - 4, VOCABULARY)}
+    settled(PackedCausalLM(causal_lm.eval(), AttentionBackend.sdpa, arrangement=PADDED))
+
+
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_rounding_to_int8_depends_on_other_tokens(is_int8: bool) -> None:
     """By as much as measured: 4 % of the spread, as an outlier in any token changes the rounding of all."""

@@ -22,7 +22,7 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.training.export_check import check_exported
 from tests.support import tiny
-from tests.support.families import COMMON, LOW_RANK
+from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of
@@ -139,6 +139,25 @@ def test_a_whole_folder_passes_and_a_changed_one_does_not(
         export_models(checkpoints(config, tmp_path, count), tmp_path / "out", config, check=check)
     assert len([line for line in said if line.startswith("checked: log-probs of 8 responses")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_scored_as_training_does_and_without_its_gpu(tmp_path: Path) -> None:
+    """Of an architecture that no table has, whose responses cannot share a prompt."""
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    tokenizer, base = tiny.qwen(), tmp_path / "model"
+    tiny_family("lfm2", len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = run_of(base, tmp_path, None, dtype="fp32")
+    of_gpu = {"attention": AttentionBackend.varlen, "activation_offload": True, "liger": True}
+    on_gpu = replace(config, model=replace(config.model, gradient_checkpointing="full", **of_gpu))
+    said: list[str] = []
+    export_models(
+        checkpoints(config, tmp_path, 1),
+        tmp_path / "out",
+        config,
+        check=lambda exported: check_exported(exported, on_gpu, said.append),
+    )
+    assert said[0].startswith("checked: log-probs of 8 responses")
 
 
 def test_pairs_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:
