@@ -43,6 +43,12 @@ class AdapterConfig:
         accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora",
         pattern=_INITS,
     )
+    modules_to_save: list[str] = key(
+        [],
+        "Modules trained in full beside the matrices, by the last parts of their names: "
+        "`[embed_tokens,lm_head]`, norms. Of two that share their weight both or none.",
+        added=True,
+    )
 
 
 def splits_base(init: str) -> bool:

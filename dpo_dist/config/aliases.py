@@ -152,8 +152,8 @@ REMEDIES = MODEL_REMEDIES | by_name(
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
         "'model.adapter={init: pissa_niter_4}' starts from singular vectors": "pissa_init pissa_iter",
-        "not offered: an adapter has low-rank matrices only": "modules_to_save additional_target",
-        "not offered: resize_token_embeddings of transformers, then save": "resize_vocab new_special_tokens",
+        "'model.adapter={modules_to_save: [lm_head]}' trains modules": "modules_to_save additional_target",
+        "python -m dpo_dist.extend writes a model with more tokens": "resize_vocab new_special_tokens",
         "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
             "adapter_name_or_path create_new_adapter adapter_folder"
         ),

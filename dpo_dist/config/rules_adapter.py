@@ -69,6 +69,25 @@ ADAPTER_RULES = (
         "all-linear, or a list such as [q_proj,v_proj]",
     ),
     _of_adapter(
+        "modules_to_save target_modules",
+        lambda adapter: (
+            isinstance(adapter.target_modules, list)
+            and bool(set(adapter.modules_to_save) & set(adapter.target_modules))
+        ),
+        "a module that is trained in full needs no low-rank matrices",
+        "remove it from one of both",
+    ),
+    _of_adapter(
+        "modules_to_save",
+        lambda adapter: (
+            not all(adapter.modules_to_save)
+            or len(set(adapter.modules_to_save)) < len(adapter.modules_to_save)
+        ),
+        "model.adapter.modules_to_save names each module once",
+        "write names in brackets, or remove the key",
+        "a list such as [embed_tokens,lm_head]",
+    ),
+    _of_adapter(
         "revision path",
         lambda adapter: adapter.revision is not None and adapter.path is None,
         "model.adapter.revision has no effect without model.adapter.path",

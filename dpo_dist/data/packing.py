@@ -100,6 +100,16 @@ class PackedBatch:
         counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
         return torch.from_numpy(counted).to(self.input_ids.device, non_blocking=True)
 
+    def with_one_target(self) -> "PackedBatch":
+        """Return the batch with its first target only, to be computed, not to be paired."""
+        ends = self.response_tokens.cumsum(0).clamp(max=1)
+        return replace(
+            self,
+            predictors=self.predictors[:1],
+            targets=self.targets[:1],
+            response_tokens=ends.diff(prepend=ends.new_zeros(1)),
+        )
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy the tensors to `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

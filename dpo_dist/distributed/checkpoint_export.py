@@ -30,8 +30,9 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
-from dpo_dist.model.merge import names_in_model, read_named, write_merged
+from dpo_dist.model.merge import average_saved, names_in_model, read_named, write_merged
 from dpo_dist.model.save import write_card, write_tokenizer, write_weights, writing_errors
+from dpo_dist.model.saved_modules import shared_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Members = Sequence[tuple[float, AdapterWeights]]
@@ -138,7 +139,15 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
             write_weights(folder, causal_lm, weights | _untrained(causal_lm, config))
     elif config.export.merge:
         whole = model_folder(config.model.path, config.model.revision)
-        write_merged(folder, whole, trained.adapters, names_in_model(_plain(base, config)), named)
+        plain, has_modules = _plain(base, config), any(member.saved for _, member in trained.adapters)
+        write_merged(
+            folder,
+            whole,
+            trained.adapters,
+            names_in_model(plain),
+            named,
+            shared_weights(plain) if has_modules else (),
+        )
     else:
         _write_update(folder, trained.adapters, dtype)
 
@@ -171,6 +180,7 @@ def _write_update(folder: Path, members: Members, dtype: torch.dtype) -> None:
         )
     else:
         config, weights = stack(members)
+        weights |= average_saved(members)
     write_adapter(folder, config, {name: weight.to(dtype) for name, weight in weights.items()})
 
 

@@ -116,4 +116,6 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
     for part in parts:
         part.load_shards(checkpoint.folder)
     saved_ranks = checkpoint.state["world_size"]
-    world.together(lambda: load_random_states(checkpoint.folder, world.rank, saved_ranks, world.device))
+    # Ranks that compute the same micro-batches draw the same numbers: a user's loss may be random.
+    drawn_as = world.replica * (world.size // world.replicas)
+    world.together(lambda: load_random_states(checkpoint.folder, drawn_as, saved_ranks, world.device))

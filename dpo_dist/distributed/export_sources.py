@@ -119,13 +119,37 @@ def member_adapter(source: Source, causal_lm: Any, parts: Sequence[tuple[float, 
 
     Raises:
         CheckpointError: the checkpoint is of another adapter.
+        ConfigError: the adapter folder is of another model.
     """
     if source.is_adapter:
-        return AdapterWeights.of_folder(source.folder)
+        found = AdapterWeights.of_folder(source.folder)
+        _check_layers(found, causal_lm, source.folder)
+        return found
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     check_shapes(trained, source.shapes, source.folder)
     config, weights = trained_update(causal_lm, source.shapes, source.read, parts)
     return AdapterWeights(config, frozenset(weights), weights.__getitem__)
+
+
+def _check_layers(adapter: AdapterWeights, causal_lm: Any, folder: Path) -> None:
+    """Check that a model has the layers of an adapter, in their sizes.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    modules = dict(causal_lm.named_modules())
+    for layer in adapter.layers:
+        module, sizes = modules.get(layer), adapter.sizes(layer)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or sorted(weight.shape) != sorted(sizes):
+            own = "no such layer" if weight is None else f"a layer of {list(weight.shape)}"
+            raise ConfigError(
+                "a member of the average is an adapter of another model",
+                where=_KEY,
+                got=f"{folder} with {layer} of {list(sizes)}",
+                expected=f"adapters on model.path, which has {own}",
+                remedy="name checkpoints and folders of runs that train the same model",
+            )
 
 
 def weight_shapes(sources: Sequence[Source], causal_lm: Any) -> Mapping[str, tuple[int, ...]]:

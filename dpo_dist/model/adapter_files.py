@@ -25,7 +25,6 @@ _OTHER_FORMS = (
     "alora_invocation_tokens",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -80,13 +79,17 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
         given, read = getattr(adapter, name), getattr(own, name)
         if given not in (getattr(AdapterConfig, name), read):
             raise _contradiction(name, str(given), str(read))
-    targets = adapter.target_modules
-    if isinstance(targets, list):
-        layers = own.target_modules
-        matches = [[f".{layer}".endswith(f".{one}") for one in targets] for layer in layers]
-        if not all(map(any, matches)) or not all(map(any, zip(*matches, strict=True))):
-            names = sorted({layer.rpartition(".")[2] for layer in layers})
-            raise _contradiction("target_modules", ", ".join(targets), ", ".join(names))
+    if isinstance(adapter.target_modules, list):
+        _check_same_names("target_modules", adapter.target_modules, own.target_modules)
+    if adapter.modules_to_save:
+        _check_same_names("modules_to_save", adapter.modules_to_save, own.modules_to_save)
+
+
+def _check_same_names(key: str, given: list[str], layers: list[str]) -> None:
+    matches = [[f".{layer}".endswith(f".{one}") for one in given] for layer in layers]
+    if not matches or not all(map(any, matches)) or not all(map(any, zip(*matches, strict=True))):
+        names = sorted({layer.rpartition(".")[2] for layer in layers})
+        raise _contradiction(key, ", ".join(given), ", ".join(names) or "none")
 
 
 def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
@@ -151,11 +154,27 @@ def adapted_layers_on_disk(folder: Path) -> list[str]:
     """Return the names of the layers for which an adapter folder has matrices.
 
     Raises:
-        ConfigError: its weights cannot be read, or are not those of LoRA on linear layers.
+        ConfigError: its weights cannot be read, or are not those of LoRA on linear layers and of
+            `modules_to_save`.
     """
+    layers, _ = _modules_on_disk(folder)
+    return layers
+
+
+def saved_on_disk(folder: Path) -> list[str]:
+    """Return the names of the modules that an adapter folder has in full.
+
+    Raises:
+        ConfigError: as `adapted_layers_on_disk`.
+    """
+    _, saved = _modules_on_disk(folder)
+    return saved
+
+
+def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
-            names = sorted(weights.keys())
+            names = sorted(name for name in weights.keys() if not is_repeated(name))  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "the weights of the adapter cannot be read",
@@ -163,10 +182,23 @@ def adapted_layers_on_disk(folder: Path) -> list[str]:
             got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
             remedy="save or download the adapter again",
         ) from error
-    foreign = [name for name in names if not name.endswith(_LORA_WEIGHTS)]
-    if foreign or not names:
+    found: Any = read_model_json(folder / ADAPTER_CONFIG).get("modules_to_save")
+    declared = tuple(found or ())
+    short = [name.removeprefix(PEFT_PREFIX) for name in names]
+    layers = {name.rpartition(".lora_")[0] for name in short if name.endswith(_LORA_WEIGHTS)}
+    others = {name: name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
+    foreign = [name for name, module in others.items() if not module.endswith(declared)]
+    if foreign or not layers:
         raise _unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
-    return sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
+    return sorted(layers), sorted(set(others.values()))
+
+
+def is_repeated(name: str) -> bool:
+    """Return whether a weight in an adapter's file is not used.
+
+    Of resized embeddings that it trains in full, peft writes the original and the copy a second time.
+    """
+    return ".original_module." in name or ".modules_to_save." in name
 
 
 def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
@@ -187,6 +219,7 @@ def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
         alpha=float(found.get("lora_alpha", 8)),
         target_modules=adapted_layers_on_disk(folder),
         variant=variant,
+        modules_to_save=saved_on_disk(folder),
     )
 
 
@@ -196,6 +229,8 @@ def _check_form(found: Mapping[str, Any], folder: Path) -> None:
         raise _unsupported(folder, f"peft_type {found.get('peft_type')}")
     if found.get("bias", "none") != "none":
         raise _unsupported(folder, f"bias: {found['bias']}")
+    if found.get("ensure_weight_tying") and found.get("modules_to_save"):
+        raise _unsupported(folder, "modules_to_save with ensure_weight_tying")
     if other := [name for name in _OTHER_FORMS if found.get(name)]:
         raise _unsupported(folder, ", ".join(other))
     if init.startswith(_CHANGES_BASE):
@@ -213,7 +248,7 @@ def _unsupported(folder: Path, got: str) -> ConfigError:
         "training cannot start from this kind of adapter",
         where=_KEY,
         got=f"{folder}: {got}",
-        expected="LoRA, rsLoRA or DoRA on linear layers, without biases",
+        expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
         remedy="merge it into its base by peft's merge_and_unload, and set model.path to the result",
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
+from dpo_dist.model.saved_modules import inject_adapter
 
 _INITIAL = "initial"
 
@@ -42,8 +43,8 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
         for layer in layers:
             _factor(layer, name, init)
     frozen = copy.copy(lora)
-    frozen.inference_mode = True
-    causal_lm.add_adapter(frozen, _INITIAL)
+    frozen.inference_mode, frozen.modules_to_save = True, None
+    inject_adapter(causal_lm, frozen, _INITIAL)
     with torch.no_grad():
         for layer in layers:
             for matrices in (layer.lora_A, layer.lora_B):
@@ -83,7 +84,9 @@ class _FromInitial(LoraVariant):  # type: ignore[misc]
 def write_initial(causal_lm: Any, name: str, folder: Path) -> None:
     """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine."""
     weights = {
-        key: weight.detach().cpu() for key, weight in causal_lm.named_parameters() if f".{name}." in key
+        key: weight.detach().cpu()
+        for key, weight in causal_lm.named_parameters()
+        if ".lora_" in key and f".{name}." in key
     }
     found = AdapterWeights.of_model(causal_lm.peft_config[name], weights, weights.__getitem__)
     with staged_folder(folder) as temporary:

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX
+from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-_NAME_OF_ADAPTER = re.compile(r"\.default(?=\.|$)")
+_NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class AdapterWeights:
                 return tensor
 
         with safe_open(file, "pt") as weights:
-            names = frozenset(name.removeprefix(PEFT_PREFIX) for name in weights.keys())  # noqa: SIM118
+            own = [name for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
+        names = frozenset(name.removeprefix(PEFT_PREFIX) for name in own)
         return cls(LoraConfig.from_pretrained(folder), names, read)
 
     @classmethod
@@ -61,7 +62,7 @@ class AdapterWeights:
             names: of its weights in the model.
             read: returns the weight of such a name.
         """
-        by_name = {_name_in_file(name): name for name in names}
+        by_name = {name_in_file(name): name for name in names}
         return cls(config, frozenset(by_name), lambda name: read(by_name[name]))
 
     @property
@@ -69,28 +70,44 @@ class AdapterWeights:
         """Return the names of the adapted layers."""
         return sorted(name.removesuffix(_A) for name in self.names if name.endswith(_A))
 
+    def sizes(self, layer: str) -> tuple[int, int]:
+        """Return the sizes of the weight that a layer's matrices change: [out, in]."""
+        return self.read(layer + _B).shape[0], self.read(layer + _A).shape[1]
+
+    @property
+    def saved(self) -> list[str]:
+        """Return the names of the weights that the adapter has in full: those of `modules_to_save`."""
+        return sorted(name for name in self.names if not name.endswith((_A, _B, _MAGNITUDE)))
+
     def scaling(self, layer: str, rank: int) -> float:
         """Return the scale of a layer's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         alpha = _of_layer(self.config.alpha_pattern, layer, self.config.lora_alpha)
         return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
 
     def merged(self, layer: str, weight: Tensor) -> Tensor:
-        """Return float32 [out, in], the weight of a layer with its update.
+        """Return float32, the weight of a layer with its update, [out, in] or as GPT-2 has it [in, out].
 
         DoRA (arXiv:2402.09353, equation 5) gives every row the length of its magnitude.
+
+        Args:
+            layer: one of `layers`.
+            weight: [out, in]; of GPT-2's layers, which are Conv1D, [in, out].
         """
         down, up = (self.read(layer + part).float() for part in (_A, _B))
-        moved = weight.float() + self.scaling(layer, len(down)) * (up @ down)
+        is_transposed = bool(self.config.fan_in_fan_out)
+        own = (weight.T if is_transposed else weight).float()
+        moved = own + self.scaling(layer, len(down)) * (up @ down)
         if layer + _MAGNITUDE in self.names:
             magnitude = self.read(layer + _MAGNITUDE).float()
             moved *= (magnitude / moved.norm(dim=1))[:, None]
-        return moved
+        return moved.T if is_transposed else moved
 
 
 def stack(parts: Sequence[tuple[float, AdapterWeights]]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return one adapter whose update is the sum of those of `parts`, each times its coefficient.
+    """Return one adapter whose low-rank update is the sum of those of `parts`, each times its coefficient.
 
-    Its rank in a layer is the sum of their ranks. None of them may be DoRA, whose updates have no such sum.
+    Modules that parts have in full are not in it. Its rank in a layer is the sum of their ranks. None of them
+    may be DoRA, whose updates have no such sum.
     """
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -115,7 +132,7 @@ def _stacked_config(config: LoraConfig, ranks: dict[str, int], scales: dict[str,
     """Return the configuration of an adapter with these ranks and scales by layer."""
     stacked = copy.deepcopy(config)
     alphas = {layer: scales[layer] * rank for layer, rank in ranks.items()}
-    stacked.target_modules = sorted(ranks)
+    stacked.target_modules, stacked.modules_to_save = sorted(ranks), None
     stacked.use_rslora, stacked.init_lora_weights = False, True
     stacked.layers_to_transform = stacked.layers_pattern = stacked.exclude_modules = None
     stacked.r, stacked.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -134,12 +151,14 @@ def write_adapter(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor
     """
     written = copy.copy(config)
     written.inference_mode = True
+    saved = [name for name in weights if not name.endswith((_A, _B, _MAGNITUDE))]
+    written.modules_to_save = sorted({name.rpartition(".")[0] for name in saved}) or None
     written.save_pretrained(folder)
     tensors = {PEFT_PREFIX + name: weight.contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
-def _name_in_file(name: str) -> str:
+def name_in_file(name: str) -> str:
     """Return the name in peft's files of a weight of a model: without the adapter's name."""
     short = _NAME_OF_ADAPTER.sub("", name)
     return short.removesuffix(".weight") if _MAGNITUDE in short else short

@@ -1,7 +1,8 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
 
-The base is frozen. Only one adapter is trained, saved in checkpoints, and exported at the end of a run. A
-policy that starts from an adapter also has a frozen copy of it, which is small, to score as its own start.
+The base is frozen. Only one adapter is trained, with the modules that it trains in full (`saved_modules`),
+saved in checkpoints, and exported at the end of a run. A policy that starts from an adapter also has a frozen
+copy of it, to score as its own start.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.saved_modules import find_modules, inject_adapter, prepare_copies, saved_modules
 from dpo_dist.model.text_part import text_part
 
 TRAINED = "default"
@@ -49,22 +52,25 @@ def add_adapter(
         initial: folder with the initial values that an earlier start took from the weights, or None.
 
     Raises:
-        ConfigError: a target names no linear layer of the model, or its output layer; `start` is no adapter
-            of the model.
+        ConfigError: a target names no linear layer of the model, or its output layer; a module to train in
+            full is none of the model; `start` is no adapter of the model.
     """
     adapter: AdapterConfig = config.adapter
     causal_lm = model.causal_lm
     continues = start is not None and not adapter.on_top
     # Before there are the linear layers of another adapter.
     targets = [] if continues else target_layers(causal_lm, adapter)
+    saved = [] if continues else find_modules(causal_lm, adapter.modules_to_save)
     if start is not None:
         _add_from(causal_lm, start, _START, _KEY)
     if start is not None and continues:
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
-        lora = _add_new(causal_lm, adapter, targets, seed, initial)
+        lora = _add_new(causal_lm, adapter, targets, saved, seed, initial)
     lora.inference_mode = False
-    causal_lm.set_adapter(TRAINED)
+    for layer in adapted_layers(causal_lm):
+        layer.set_adapter(TRAINED)
+    prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
     if model.compiled or model.tiled or expert_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
@@ -79,7 +85,12 @@ def add_adapter(
 
 
 def _add_new(
-    causal_lm: Any, adapter: AdapterConfig, targets: list[str], seed: int, initial: Path | None
+    causal_lm: Any,
+    adapter: AdapterConfig,
+    targets: list[str],
+    saved: list[str],
+    seed: int,
+    initial: Path | None,
 ) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
@@ -87,12 +98,13 @@ def _add_new(
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
+        modules_to_save=saved or None,
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        causal_lm.add_adapter(lora, TRAINED)
+        inject_adapter(causal_lm, lora, TRAINED)
     if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -105,15 +117,29 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        causal_lm.add_adapter(lora, name)
+        if not saved_modules(causal_lm):  # of the same folder
+            find_modules(causal_lm, saved_on_disk(folder))
+        inject_adapter(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             return lora
-        weights = load_peft_weights(str(folder), device="cpu")
+        read = load_peft_weights(str(folder), device="cpu")
+        # Of modules in full, peft looks for the names in a model that it has not wrapped.
+        weights = {
+            one if ".lora_" in one else one.removeprefix(PEFT_PREFIX): weight
+            for one, weight in read.items()
+            if not is_repeated(one)
+        }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]
         raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
-    own = [missing for missing in loaded.missing_keys if ".lora_" in missing and f".{name}" in missing]
+    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
+        raise _foreign_adapter(folder, "matrices on the output layer", key)
+    own = [
+        missing
+        for missing in loaded.missing_keys
+        if (".lora_" in missing or ".modules_to_save." in missing) and f".{name}" in missing
+    ]
     if unread := [*loaded.unexpected_keys, *own]:
         raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
@@ -164,7 +190,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
     That is its base, with the adapter that it started from if there was one.
     """
-    former = [(layer, layer._active_adapter, layer._disable_adapters) for layer in adapted_layers(model)]
+    former = [(layer, layer._active_adapter, layer._disable_adapters) for layer, _ in _switched(model)]
     _activate(model, [_START])
     try:
         yield
@@ -178,11 +204,17 @@ def _activate(model: nn.Module, names: list[str]) -> None:
 
     peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
     """
-    for layer in adapted_layers(model):
-        own = [name for name in names if name in layer.lora_A]
+    for layer, adapters in _switched(model):
+        own = [name for name in names if name in adapters]
         layer._disable_adapters = not own
-        if own:
-            layer._active_adapter = own
+        if own:  # a module uses one copy: that of the adapter on top
+            layer._active_adapter = own if isinstance(layer, LoraLayer) else own[-1:]
+
+
+def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
+    """Return the modules that compute with adapters or without, each with the names of its adapters."""
+    switched: list[tuple[Any, list[str]]] = [(layer, list(layer.lora_A)) for layer in adapted_layers(model)]
+    return switched + [(wrapper, list(wrapper.modules_to_save)) for wrapper in saved_modules(model).values()]
 
 
 def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
@@ -194,10 +226,12 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         ConfigError: a target names no linear layer of the model's body.
     """
     head, text = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    saved = find_modules(causal_lm, adapter.modules_to_save)
     layers = [
         name
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and module in text
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if module in text and name not in saved
     ]
     if adapter.target_modules == "all-linear":
         return layers
@@ -210,7 +244,8 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 got=target,
                 expected="all-linear, or a list of "
                 + ", ".join(sorted({n.rpartition(".")[2] for n in layers})),
-                remedy="name existing layers; the output layer and embeddings cannot have an adapter",
+                remedy="name existing layers; model.adapter.modules_to_save trains the output layer and "
+                "embeddings in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 

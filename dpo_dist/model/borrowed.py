@@ -44,6 +44,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="call model.eval(); gradients are recorded in evaluation mode too",
         )
+    packed: PackedCausalLM | None = None
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
     dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
     try:
@@ -52,6 +53,8 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
         settle(packed, packed, model.device, longest, key="model")
         yield packed
     finally:
+        if packed is not None:
+            packed.restore_rotary()
         if head is not None:
             model.set_output_embeddings(head)
         if model.config._attn_implementation != attention:

@@ -16,6 +16,7 @@ from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 from dpo_dist.model.attention_backend import heads_of
+from dpo_dist.model.saved_modules import find_modules
 from dpo_dist.model.text_part import other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -100,8 +101,9 @@ def count_flops(
 ) -> StepFlops:
     """Return the FLOPs of a training step of a model.
 
-    With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
-    the adapter are. DoRA's operations once per step and layer are not counted.
+    With an adapter the weights of the model are frozen: their gradients are not counted. The matrices of the
+    adapter are counted, and the gradients of modules that it trains in full. DoRA's operations once per step
+    and layer are not counted.
 
     Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
     looked up, and experts (three dimensions, the first of them the experts), of which a token visits
@@ -136,11 +138,16 @@ def count_flops(
             share = min(1.0, visited_experts / len(parameter)) if is_of_experts else 1.0
             visited += share * parameter.numel()
     per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
+    saved = [] if adapter is None else _saved_weights(causal_lm, adapter)
+    visited_saved = sum(weight.numel() for weight in saved if id(weight) not in outside)
+    trains_output = adapter is None or any(weight is output for weight in saved)
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
     attention = text.num_hidden_layers * _attention_width(text)
     return StepFlops(
-        per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
-        per_target=per_weight * output.numel(),
+        per_token=per_weight * visited
+        + _FORWARD_AND_BACKWARD * added
+        + (_FORWARD_AND_BACKWARD - per_weight) * visited_saved,
+        per_target=(_FORWARD_AND_BACKWARD if trains_output else per_weight) * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
         reaches=_reaches(text),
     )
@@ -180,6 +187,11 @@ def _attention_width(text: PretrainedConfig) -> int:
 def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:
     weights = [causal_lm.get_parameter(f"{name}.weight") for name in target_layers(causal_lm, adapter)]
     return adapter.r * sum(sum(weight.shape) for weight in weights)
+
+
+def _saved_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> list[nn.Parameter]:
+    modules = [causal_lm.get_submodule(name) for name in find_modules(causal_lm, adapter.modules_to_save)]
+    return [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:

@@ -83,7 +83,12 @@ class PackedCausalLM(nn.Module):
     def has_chunked_head(self) -> bool:
         """Whether the output layer is one matrix behind a body of its own."""
         has_body = self.body is not self.causal_lm
-        return has_body and isinstance(self.causal_lm.get_output_embeddings(), LogpHead)
+        return has_body and bool(self._heads())
+
+    def _heads(self) -> list[LogpHead]:
+        """Return the output layer and its copies in adapters."""
+        output = self.causal_lm.get_output_embeddings()
+        return [] if output is None else [head for head in output.modules() if isinstance(head, LogpHead)]
 
     def can_pack(self, *, own_logits: bool) -> bool:
         """Return whether the model calls attention by transformers' interface and accepts positions."""
@@ -106,8 +111,7 @@ class PackedCausalLM(nn.Module):
         if arrangement is not self.arrangement:
             self._attend_by(PACKED if arrangement is Arrangement.packed else self._own_attention)
         self.arrangement, self.own_logits = arrangement, own_logits
-        head = self.causal_lm.get_output_embeddings()
-        if isinstance(head, LogpHead):
+        for head in self._heads():
             head.is_precise = own_logits
 
     def forward(
@@ -216,7 +220,7 @@ class PackedCausalLM(nn.Module):
         """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
         if self.own_logits:
             return logps_of_logits(predicting, targets, statistics)
-        head: LogpHead = self.causal_lm.get_output_embeddings()
+        head = self.causal_lm.get_output_embeddings()
         logps: Tensor = head(predicting, targets=targets, statistics=statistics)
         return logps
 
@@ -229,15 +233,19 @@ class PackedCausalLM(nn.Module):
         if self.causal_lm._can_set_attn_implementation():
             self.causal_lm.set_attn_implementation(implementation)
 
+    def restore_rotary(self) -> None:
+        """Give the transformers model its own rotary embeddings back; then this model is of no use."""
+        if self._rotary is not None:
+            self._rotary.restore()
+
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
         if self._rotary is not None:
             self._rotary.release()
-        head = self.causal_lm.get_output_embeddings()
         self._attend_by(self._own_attention)
-        if isinstance(head, LogpHead):
+        for head in self._heads():
             head.is_precise = False
         self.is_generating = True
         try:
@@ -247,7 +255,7 @@ class PackedCausalLM(nn.Module):
             self.is_generating = False
             if self.arrangement is Arrangement.packed:
                 self._attend_by(PACKED)
-            if isinstance(head, LogpHead):
+            for head in self._heads():
                 head.is_precise = self.own_logits
             self.causal_lm.generation_config = defaults
 

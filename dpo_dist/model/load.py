@@ -24,7 +24,12 @@ from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
-from dpo_dist.model.supported import check_causal_class, check_supported, switch_off_noise
+from dpo_dist.model.supported import (
+    check_causal_class,
+    check_supported,
+    freeze_as_defined,
+    switch_off_noise,
+)
 from dpo_dist.model.tiled_mlp import tile_mlps
 
 log = logging.getLogger(__name__)
@@ -138,8 +143,7 @@ def load_weights(
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: the model cannot be loaded or is no causal language model, weights are missing or not
-            used, or the device cannot compute in this precision.
+        ConfigError: no causal language model, unread or missing weights, or the device lacks this precision.
     """
     check_precision(config.dtype, device)
     check_causal_class(model_config, key)
@@ -170,6 +174,8 @@ def load_weights(
         )
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
+    if not is_sharded and config.quantization is None:
+        freeze_as_defined(causal_lm)
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)

@@ -3,26 +3,20 @@
 Tensors keep the names that they have in the base's own files, so that a loader of the base reads the result.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.folder import CONFIG_FILE, weight_files
-
-_SHARD_BYTES = 5 * 10**9
-_NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_DESCRIPTIONS = ("generation_config.json", "*.py")
+from dpo_dist.model.folder import weight_files
+from dpo_dist.model.shards import Shards, copy_description, tensors_of
 
 
 def write_merged(
@@ -31,6 +25,7 @@ def write_merged(
     members: Sequence[tuple[float, AdapterWeights]],
     rename: Callable[[str], str],
     dtype: torch.dtype | None,
+    shared: Sequence[str] = (),
 ) -> None:
     """Write the weights and the configuration of a base with adapters merged into it.
 
@@ -42,21 +37,29 @@ def write_merged(
         members: adapters with coefficients whose sum is 1; the result is the average of the merged models.
         rename: returns the name in a transformers model of a name in the base's files.
         dtype: of the written floating-point weights; None: of each in the base's files.
+        shared: names of the weights of embeddings and output layer, if they are one weight in the base. They
+            are two in the result if an adapter has two different ones.
 
     Raises:
         ConfigError: an adapter has a layer that the base's files do not.
         OSError, SafetensorError: a file cannot be read or written.
     """
     wanted = {f"{layer}.weight" for _, member in members for layer in member.layers}
-    shards = _Shards(folder)
-    for name, weight in _tensors(base):
+    wanted |= {name for _, member in members for name in member.saved}
+    changed, separate = frozenset(wanted), gives_two(members, shared)
+    wanted -= set(shared[1:])  # written where the embeddings are
+    shards = Shards(folder)
+    for name, weight in tensors_of(base):
         renamed = rename(name)
-        if renamed in wanted:
-            wanted.discard(renamed)
-            layer = renamed.removesuffix(".weight")
-            shards.add(name, average_layer(layer, weight, members).to(dtype or weight.dtype))
-        else:
-            shards.add(name, weight.to(dtype) if dtype and weight.is_floating_point() else weight)
+        wanted.discard(renamed)
+        written = {name: renamed}
+        if separate and renamed in shared:
+            written = {name: renamed, shared[1]: shared[1]} if renamed == shared[0] else {}
+        for in_file, in_model in written.items():
+            if in_model in changed:
+                shards.add(in_file, average_merged(in_model, weight, members).to(dtype or weight.dtype))
+            else:
+                shards.add(in_file, weight.to(dtype) if dtype and weight.is_floating_point() else weight)
     if wanted:
         raise ConfigError(
             "the adapter has layers that the files of its base do not",
@@ -65,7 +68,13 @@ def write_merged(
             remedy="export the adapter itself (export.merge=false), and merge it by peft",
         )
     shards.close()
-    _copy_description(base, folder, dtype)
+    copy_description(base, folder, dtype, {"tie_word_embeddings": False} if separate else {})
+
+
+def gives_two(members: Sequence[tuple[float, AdapterWeights]], shared: Sequence[str]) -> bool:
+    """Return whether an adapter has different weights for those that the base shares."""
+    own = [[member.read(name) for name in shared if name in member.names] for _, member in members]
+    return any(not torch.equal(tables[0], other) for tables in own for other in tables[1:])
 
 
 def names_in_model(causal_lm: Any) -> Callable[[str], str]:
@@ -106,68 +115,42 @@ def read_named(folder: Path, wanted: Collection[str], rename: Callable[[str], st
     return found
 
 
-def average_layer(layer: str, weight: Tensor, members: Sequence[tuple[float, AdapterWeights]]) -> Tensor:
-    """Return float32 [out, in], the average of a layer's weight with each adapter merged into it."""
+def average_merged(name: str, weight: Tensor, members: Sequence[tuple[float, AdapterWeights]]) -> Tensor:
+    """Return float32, the average of a weight of the base with each adapter merged into it.
+
+    Args:
+        name: of the weight in the model.
+        weight: the base's.
+        members: adapters with coefficients whose sum is 1.
+    """
+    layer = name.removesuffix(".weight")
     average = torch.zeros_like(weight, dtype=torch.float32)
     for coefficient, member in members:
-        average += coefficient * (member.merged(layer, weight) if layer in member.layers else weight.float())
+        if name in member.names:
+            merged = member.read(name).float()
+        else:
+            merged = member.merged(layer, weight) if layer in member.layers else weight.float()
+        average += coefficient * merged
     return average
 
 
-def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in weight_files(base):
-        if file.suffix != ".json":
-            with safe_open(file, "pt") as content:
-                for name in content.keys():  # noqa: SIM118  (the file is not iterable)
-                    yield name, content.get_tensor(name)
+def average_saved(members: Sequence[tuple[float, AdapterWeights]]) -> dict[str, Tensor]:
+    """Return the float32 averages of the weights that adapters have in full, by name in their files.
 
-
-class _Shards:
-    """Files of at most 5 GB, with an index if there are several, as transformers names them."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._pending = folder, dict[str, Tensor]()
-        self._names: list[list[str]] = []
-        self._bytes = self._total = 0
-
-    def add(self, name: str, weight: Tensor) -> None:
-        """Add a weight; writes a file when it is full."""
-        if self._pending and self._bytes + weight.nbytes > _SHARD_BYTES:
-            self._flush()
-        self._pending[name] = weight.contiguous()
-        self._bytes += weight.nbytes
-
-    def _flush(self) -> None:
-        self._names.append(list(self._pending))
-        save_file(self._pending, self._file(len(self._names)), {"format": "pt"})
-        self._pending, self._total, self._bytes = {}, self._total + self._bytes, 0
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"model-{number:05d}.safetensors"
-
-    def close(self) -> None:
-        """Write the last file, give all their names, and write the index."""
-        self._flush()
-        count = len(self._names)
-        if count == 1:
-            self._file(1).rename(self._folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._names, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._file(number).rename(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _copy_description(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy the configuration of the base; with another precision only its name changes."""
-    content = json.loads((base / CONFIG_FILE).read_bytes())
-    content.pop("transformers_weights", None)  # names a file of the base
-    if dtype is not None:
-        content.pop("torch_dtype", None)
-        content["dtype"] = _NAMES_OF_DTYPES[dtype]
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for file in (file for pattern in _DESCRIPTIONS for file in base.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+    Raises:
+        ConfigError: an adapter lacks one of another.
+    """
+    names = sorted({name for _, member in members for name in member.saved})
+    if lacking := [name for name in names if any(name not in member.names for _, member in members)]:
+        raise ConfigError(
+            "not all members of the average have the same modules in full",
+            where="export.average, export.merge",
+            got=f"{lacking[0]} ({len(lacking)} in all) in some of them only, false",
+            remedy="set export.merge=true: the merged models are averaged",
+        )
+    averages: dict[str, Tensor] = {}
+    for name in names:
+        for coefficient, member in members:
+            part = coefficient * member.read(name).float()
+            averages[name] = averages[name] + part if name in averages else part
+    return averages

@@ -85,9 +85,11 @@ class RotaryByLength:
     def __init__(self, causal_lm: nn.Module, limits: RopeLimits):
         self._limits = limits
         self.arranged: _Arranged | None = None
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for parent in list(causal_lm.modules()):
             for name, child in list(parent.named_children()):
-                if any(buffer.endswith(_ORIGINAL) for buffer, _ in child.named_buffers(recurse=False)):
+                if _originals(child):
+                    self._replaced.append((parent, name, child))
                     setattr(parent, name, _Rotary(child, self))
 
     @classmethod
@@ -135,6 +137,12 @@ class RotaryByLength:
         """Let the embeddings compute padded batches, as transformers does."""
         self.arranged = None
 
+    def restore(self) -> None:
+        """Give the model its own embeddings back, as if they had seen no sequence."""
+        for parent, name, own in self._replaced:
+            _forget(own)
+            setattr(parent, name, own)
+
     def _representative(self, inputs: int) -> int:
         return self._limits.representative(inputs + 1)  # the last token of a response is no input
 
@@ -165,23 +173,30 @@ class _Rotary(nn.Module):
             positions, dim = arranged.positions.expand(*position_ids.shape[:-1], -1), -1
         outputs = []
         for part, (_, length) in zip(torch.split(positions, sizes, dim), arranged.parts, strict=True):
-            self._forget()
+            _forget(self.rotary)
             # The module finds the length of a sequence as its last position and 1.
             last = part.new_full((*part.shape[:-1], 1 if length else 0), length - 1)
             # `forward`, not a call: ZeRO-3 expects of all ranks the same calls of modules (law L2).
             computed = self.rotary.forward(hidden, torch.cat((part, last), dim=-1), *args, **kwargs)
             outputs.append([values[..., : part.shape[-1], :] for values in computed])  # cosines and sines
-        self._forget()
+        _forget(self.rotary)
         joined = [torch.cat(values, dim=dim - 1) for values in zip(*outputs, strict=True)]
         return tuple(values if arranged.own is None else values[..., arranged.own, :] for values in joined)
 
-    def _forget(self) -> None:
-        """Make the embedding that of a model that has seen no sequence."""
-        rotary: Any = self.rotary
-        for name, original in list(rotary.named_buffers(recurse=False)):
-            if not name.endswith(_ORIGINAL):
-                continue
-            prefix = name.removesuffix(_ORIGINAL)
-            if isinstance(getattr(rotary, f"{prefix}max_seq_len_cached", None), Tensor):  # of a long sequence
-                setattr(rotary, f"{prefix}inv_freq", original)
-                setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+
+def _originals(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the names and values of a module's buffers that keep the frequencies of short sequences.
+
+    They may be the same tensors as the frequencies in use.
+    """
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    return [(name, buffer) for name, buffer in buffers if name.endswith(_ORIGINAL)]
+
+
+def _forget(rotary: Any) -> None:
+    """Make an embedding that of a model that has seen no sequence."""
+    for name, original in _originals(rotary):
+        prefix = name.removesuffix(_ORIGINAL)
+        if isinstance(getattr(rotary, f"{prefix}max_seq_len_cached", None), Tensor):  # of a long sequence
+            setattr(rotary, f"{prefix}inv_freq", original)
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)

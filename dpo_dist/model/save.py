@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.errors import CheckpointError
-from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
+from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
 from dpo_dist.model.adapters import TRAINED, adapted_layers
+from dpo_dist.model.saved_modules import trained_aliases
 
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -110,11 +111,19 @@ def trained_update(
         read: returns a trained weight.
         parts: as in `write_model_folder`.
     """
-    trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], list(names), read)
-    if not parts:
-        return trained.config, {name: trained.read(name) for name in sorted(trained.names)}
+    aliases = trained_aliases(causal_lm)
+    own = [name for name in names if name not in aliases]
+    trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], own, read)
     others = [(coefficient, AdapterWeights.of_folder(folder)) for coefficient, folder in parts]
-    return stack([(1.0, trained), *others])
+    saved = {name: below.read(name) for _, below in others for name in below.saved}
+    saved |= {name: trained.read(name) for name in trained.saved}
+    for alias, name in aliases.items():
+        saved[name_in_file(alias)] = saved[name_in_file(name)].clone()  # a file has no shared weights
+    if others:
+        config, weights = stack([(1.0, trained), *others])
+        return config, weights | saved
+    low_rank = sorted(trained.names - saved.keys())
+    return trained.config, {name: trained.read(name) for name in low_rank} | saved
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from dpo_dist.errors import ConfigError
@@ -89,3 +90,15 @@ def switch_off_noise(model_config: Any) -> None:
             setattr(model_config, name, type(value)(0))
         elif isinstance(value, PreTrainedConfig):
             switch_off_noise(value)
+
+
+def freeze_as_defined(causal_lm: Any) -> None:
+    """Freeze the weights that an architecture does not train, such as the biases of ERNIE's routers.
+
+    transformers makes every weight trainable that it reads, except under ZeRO-3.
+    """
+    with torch.device("meta"):
+        defined = type(causal_lm)(causal_lm.config)
+    for name, weight in defined.named_parameters():
+        if not weight.requires_grad:
+            causal_lm.get_parameter(name).requires_grad_(False)

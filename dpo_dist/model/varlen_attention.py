@@ -120,7 +120,7 @@ def _lacking(
         return "attention sinks"
     if scores.softcap is not None and backend is AttentionBackend.varlen:
         return "capped scores"
-    if is_windowed and scores.window is None:
+    if is_windowed and (scores.rule is None or scores.window is None or scores.rule.reach != scores.window):
         return "masks other than sliding windows"
     if len(sizes) > 1 or max(sizes) > LARGEST_HEAD or max(sizes) % _HEAD_MULTIPLE:
         return f"heads of {' and '.join(str(size) for size in sorted(sizes))} dimensions"

@@ -50,7 +50,7 @@ def token_logps(
 
     Args:
         hidden: [targets, hidden_size], the state that predicts each target.
-        weight: [vocab, hidden_size].
+        weight: [vocab, hidden_size], possibly more precise than the states.
         bias: [vocab] or None.
         targets: int64 [targets].
         statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
@@ -66,7 +66,7 @@ def token_logps(
     if change.softcap is not None:  # a chunk's slopes are as large as its probabilities
         kept_chunks //= 2
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, kept_chunks, tuple(statistics), change
+        hidden.to(weight.dtype), weight, bias, targets, kept_chunks, tuple(statistics), change
     )
     return values
 

@@ -116,6 +116,8 @@ class StepGuard:
         most, steps = self.config.trainer.max_bad_steps, self.inputs.sampler.steps
         is_last, skipped = position.step == steps, position.bad_steps + position.overflows
         allowed = min(most, _BAD_AT_THE_END) if is_last else most
+        if is_last and skipped == steps and not position.bad_in_a_row:
+            return self._only_overflows(position)
         if position.bad_in_a_row > allowed or (is_last and skipped == steps):
             return self._not_finite(totals, position, allowed)
         if position.collapsed_in_a_row > most or (position.collapsed_in_a_row and is_last):
@@ -132,6 +134,16 @@ class StepGuard:
             expected=f"at most {allowed} in a row here (trainer.max_bad_steps; {_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs; the checkpoints "
             "before it are complete",
+        )
+
+    def _only_overflows(self, position: Position) -> DivergedError:
+        assert self.policy.loss_scale is not None
+        return DivergedError(
+            "the run has trained nothing: gradients overflow in fp16, and no update was applied",
+            where="model.dtype",
+            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {position.step} "
+            f"steps; the loss scale of the next step is {self.policy.loss_scale.value:g}",
+            remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
 
     def _collapsed(self, totals: StepTotals, position: Position) -> DivergedError:

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConf
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.packing import Sequences, pack
-from dpo_dist.distributed.checkpoint_export import Exported
+from dpo_dist.distributed.checkpoint_export import Exported, Members
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
@@ -26,7 +26,8 @@ from dpo_dist.model.adapters import load_adapter
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.merge import average_layer
+from dpo_dist.model.merge import average_merged, average_saved, gives_two
+from dpo_dist.model.saved_modules import shared_weights
 
 _COARSE = {"BF16": torch.bfloat16, "F16": torch.float16}
 _CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def _trained_logps(
     _use_trained(model, exported)
     expected = model(batch)
     for name, weight in model.named_parameters():
-        if ".lora_" in name or not is_adapter(exported.folder):
+        if ".lora_" in name or ".modules_to_save." in name or not is_adapter(exported.folder):
             weight.copy_(weight.to(dtype))
     return expected, model(batch), base
 
@@ -188,13 +189,29 @@ def _use_trained(model: Any, exported: Exported) -> None:
         for name, weight in model.causal_lm.named_parameters():
             if weight.requires_grad:
                 weight.copy_(exported.read(name))
-    elif len(members) > 1 and any(member.config.use_dora for _, member in members):
-        for layer in sorted({layer for _, member in members for layer in member.layers}):
-            weight = model.causal_lm.get_parameter(f"{layer}.weight")
-            weight.copy_(average_layer(layer, weight, members))
+    elif len(members) > 1 and not is_adapter(exported.folder):
+        _merge(model.causal_lm, members)
     else:
         with tempfile.TemporaryDirectory() as folder:
             (_, only), *others = members
-            weights = {name: only.read(name) for name in only.names}
-            write_adapter(Path(folder), *(stack(members) if others else (only.config, weights)))
+            config, weights = only.config, {name: only.read(name) for name in only.names}
+            if others:
+                config, weights = stack(members)
+                weights |= average_saved(members)
+            write_adapter(Path(folder), config, weights)
             load_adapter(model, Path(folder), "export.check")
+
+
+def _merge(causal_lm: Any, members: Members) -> None:
+    """Replace the weights of a base by the average of it with each adapter merged into it."""
+    names = {f"{layer}.weight" for _, member in members for layer in member.layers}
+    names |= {name for _, member in members for name in member.saved}
+    shared = shared_weights(causal_lm)
+    if gives_two(members, shared):
+        output = causal_lm.get_output_embeddings()
+        output.weight = torch.nn.Parameter(output.weight.clone())
+    else:
+        names -= set(shared[1:])
+    for name in sorted(names):
+        weight = causal_lm.get_parameter(name)
+        weight.copy_(average_merged(name, weight, members))

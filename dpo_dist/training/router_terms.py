@@ -6,7 +6,6 @@ without the output layer. A step of one micro-batch per rank costs one small all
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,8 +65,8 @@ def router_terms(
         for host_batch in step.batches[1:] if loss.aux is not None else ():
             batch = host_batch.to(world.device)
             if policy.model.arrangement is Arrangement.packed:
-                # One target: the output layer is used, as in every forward, and computes next to nothing.
-                batch = replace(batch, predictors=batch.predictors[:1], targets=batch.targets[:1])
+                # The output layer is used, as in every forward, and computes next to nothing.
+                batch = batch.with_one_target()
             unseen = unseen + selections(policy.routed_token_logps(batch)[1])
     return RouterTerms(loss, unseen, step, world)
 

@@ -42,6 +42,9 @@ SCORED = (1, 4, 7)
 SEED = 5
 LORA = AdapterConfig(r=4, alpha=8)
 RSLORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.rslora, target_modules=["q_proj", "mlp.up_proj"])
+WHOLE = AdapterConfig(
+    r=4, alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
+)
 DORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.dora)
 
 
@@ -111,10 +114,17 @@ def plain_adapter(path: Path, adapter: AdapterConfig) -> Any:
         target_modules=adapter.target_modules,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
+        modules_to_save=[f"model.{name}" if name == "norm" else name for name in adapter.modules_to_save],
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(SEED)
-    return get_peft_model(plain_base(path), config)
+    base = plain_base(path)
+    is_tied = base.lm_head.weight is base.model.embed_tokens.weight
+    model = get_peft_model(base, config)
+    if adapter.modules_to_save and is_tied:
+        embeddings, output = base.model.embed_tokens, base.lm_head
+        output.modules_to_save["default"].weight = embeddings.modules_to_save["default"].weight
+    return model
 
 
 def plain_base(path: Path) -> Any:
@@ -131,6 +141,8 @@ WAYS = [
     pytest.param(2, ParallelismKind.zero3, DORA, "full", True, id="2 ranks, zero3, dora, checkpointing"),
     pytest.param(3, ParallelismKind.zero3, RSLORA, "none", True, id="3 ranks, zero3, rslora"),
     pytest.param(2, ParallelismKind.zero2, DORA, "none", False, id="2 ranks, zero2, dora, untied"),
+    pytest.param(2, ParallelismKind.zero3, WHOLE, "full", True, id="2 ranks, zero3, whole modules"),
+    pytest.param(2, ParallelismKind.zero2, WHOLE, "none", False, id="2 ranks, zero2, whole modules, untied"),
     pytest.param(2, ParallelismKind.ddp, LORA, "full", True, id="2 ranks, ddp, lora, checkpointing"),
 ]
 

@@ -1,5 +1,6 @@
 """From an adapter of supervised fine-tuning over training to one merged model, by the command line."""
 
+import json
 import math
 from pathlib import Path
 
@@ -101,3 +102,51 @@ def test_an_adapter_from_singular_vectors_is_one_of_the_original_base(
         pairs = responses(assets, which)
         for model in (on_base(assets, tmp_path / "run/model"), merged):
             assert mean_logp(model, pairs) == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)
+
+
+def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_path: Path) -> None:
+    """Embeddings and output layer are one in the base and two in the adapter, and so in the merged model."""
+    whole = ["embed_tokens", "lm_head"]
+    sft = write_sft_adapter(assets / "model", tmp_path / "sft", modules_to_save=whole, scale=0.02)
+    command = [
+        f"model.path={assets}/model",
+        f"model.adapter={{path: {sft}}}",
+        "reference.mode=live",
+        "model.dtype=fp32",
+        f"data.train=[{assets}/train.jsonl]",
+        f"data.eval=[{assets}/eval.jsonl]",
+        f"data.cache={assets}/encoded",
+        f"run.dir={tmp_path}/run",
+        "trainer.global_batch_pairs=6",
+        "trainer.save_every=1",
+        "trainer.ema_decay=0.5",
+        "trainer.keep_last=3",
+        "optim.lr=1e-2",
+        "tracking.wandb=off",
+    ]
+    train([*command, "trainer.max_steps=2"], processes=2)
+    told = train([*command, "trainer.max_steps=3", "parallelism=ddp"])
+    assert "resuming from" in told.output
+    rows = history(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    evaluated = [row for row in rows if "eval_loss" in row][-1]
+    run = tmp_path / "run"
+    exported = run_verb("export", [f"run.dir={run}", "export.merge=true"])
+    assert exported.code == 0, exported.output
+    merged = AutoModelForCausalLM.from_pretrained(run / "exported/step-000003-merged").eval()
+    assert not merged.config.tie_word_embeddings
+    for which, name in enumerate(("chosen", "rejected")):
+        pairs = responses(assets, which)
+        for model in (on_base(assets, run / "model"), merged):
+            assert mean_logp(model, pairs) == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)
+    average = "export.average=[step-000002,step-000003]"
+    for more in (["export.merge=true"], [average], [average, "export.merge=true"]):
+        told = run_verb("export", [f"run.dir={run}", "export.weights=ema", *more])
+        assert told.code == 0, told.output
+        assert "checked: log-probs of 8 responses" in told.output
+    assert (run / "exported/average-ema-merged/model.safetensors").is_file()
+    told = run_verb("evaluate", [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"])
+    assert told.code == 0, told.output
+    (file,) = (run / "evaluation").glob("s*-*/evaluation.json")
+    found = json.loads(file.read_text())["all"]
+    assert found["eval_rewards/margins"] == pytest.approx(evaluated["eval_rewards/margins"], rel=1e-3)

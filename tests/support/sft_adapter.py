@@ -22,5 +22,7 @@ def write_sft_adapter(
                 weight.normal_(std=scale)
             elif ".lora_magnitude_vector." in name:
                 weight.mul_(1.1)
+            elif ".modules_to_save." in name:
+                weight.add_(scale * torch.randn_like(weight))
     adapted.save_pretrained(folder)
     return folder

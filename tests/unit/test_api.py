@@ -1,10 +1,12 @@
 """The API for scripts and notebooks; docs/python.md is tested in test_python_page.py."""
 
+import copy
 import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist import api
@@ -12,10 +14,13 @@ from dpo_dist.config.data_schema import Ranked, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.packing import Sequences
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
+from tests.support.packing import plain_logps
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
+from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, with_rope
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,23 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_rest
     logps = api.pair_logps(plain.eval(), pairs)
     assert logps.chosen.requires_grad
     assert (plain.config._attn_implementation, plain.get_output_embeddings()) == (attention, head)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_model_with_rotary_frequencies_by_length_is_left_as_it_was(rope_type: str) -> None:
+    plain = tiny_causal_lm(with_rope(tiny_config("llama"), rope_type, 12)).eval()
+    modules = dict(plain.named_modules())
+    pair = EncodedExample(
+        np.arange(5, 14, dtype=np.int32), tuple(np.full(n, 7, dtype=np.int32) for n in (3, 9))
+    )
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        logits = copy.deepcopy(plain)(ids).logits
+        first, second = (torch.cat(api.token_logps(plain, [pair])) for _ in range(2))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, plain_logps(plain, [Sequences(pair.prompt_ids, pair.responses)]))
+        assert torch.equal(plain(ids).logits, logits)
+    assert dict(plain.named_modules()) == modules
 
 
 @pytest.mark.parametrize("truncation", Truncation)

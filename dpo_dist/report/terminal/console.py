@@ -173,10 +173,12 @@ def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
 
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
-    """Log nothing below an error in the block."""
+    """Log nothing below an error in the block, and show no warnings of Python."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(logging.NOTSET)
 

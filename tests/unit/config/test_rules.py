@@ -139,6 +139,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.adapter": {"dropout": 0.05}}, "model.adapter.dropout"),
     ({"model.adapter": {"target_modules": []}}, "model.adapter.target_modules"),
     ({"model.adapter": {"target_modules": "all_linear"}}, "model.adapter.target_modules"),
+    (
+        {"model.adapter": {"modules_to_save": ["norm", "q_proj"], "target_modules": ["q_proj"]}},
+        "model.adapter.modules_to_save, model.adapter.target_modules",
+    ),
+    ({"model.adapter": {"modules_to_save": ["norm", "norm"]}}, "model.adapter.modules_to_save"),
     ({"model.adapter": {"revision": "main"}}, "model.adapter.revision, model.adapter.path"),
     ({"model.adapter": {"on_top": True}}, "model.adapter.on_top, model.adapter.path"),
     (

@@ -13,7 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.atomic import is_temporary
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
@@ -27,17 +27,20 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from tests.support import tiny
+from tests.support.families import COMMON
 from tests.support.precision import DTYPES
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 RANKS = 3
 
 
-def weights_of(config: RunConfig) -> dict[str, Tensor]:
+def weights_of(config: RunConfig, start: Path | None = None) -> dict[str, Tensor]:
     """New float32 master weights of the model that `config` trains."""
     model = load_packed(Path(config.model.path), config.model, 64, torch.device("cpu"))
     if config.model.adapter is not None:
-        add_adapter(model, config.model, 0)
+        add_adapter(model, config.model, 0, start)
     torch.manual_seed(7)
     named = model.causal_lm.named_parameters()
     return {name: torch.randn(weight.shape) for name, weight in named if weight.requires_grad}
@@ -200,6 +203,40 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("variant", [AdapterVariant.lora, AdapterVariant.dora])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("gemma3_text", {"head_dim": 8}),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        ),
+    ],
+)
+def test_transposed_fused_and_renamed_weights_are_merged(
+    family: str, options: dict[str, Any], variant: AdapterVariant, tmp_path: Path
+) -> None:
+    base, tokenizer = tmp_path / "base", tiny.qwen()
+    torch.manual_seed(0)
+    described = AutoConfig.for_model(family, **COMMON, **options, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
+    for name, weight in oracle.named_parameters():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
+    assert files_of(tmp_path / "merged") == files_of(base)
+
+
 def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
     base: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +293,70 @@ def test_an_average_of_adapters_is_the_average_of_their_updates(base: Path, tmp_
         torch.testing.assert_close(of_peft[f"{layer}.weight"], wanted, atol=1e-5, rtol=1e-5)
 
 
+WHOLE = AdapterConfig(
+    r=2, alpha=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
+)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_modules_in_full_are_merged_and_averaged(tied: bool, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tied=tied)
+    config = run_of(base, dtype=Dtype.fp32, adapter=WHOLE)
+    first = weights_of(config)
+    second = {name: weight.flip(0) - 0.1 for name, weight in first.items()}
+    sources = [
+        checkpoint_of(one, tmp_path / f"step-{n:06}") for n, one in enumerate((first, second), start=1)
+    ]
+    for name, used, export in (
+        ("one", sources[:1], ExportConfig()),
+        ("two", sources, ExportConfig(average=["a", "b"], average_weights=[1.0, 3.0])),
+    ):
+        export_models(used, tmp_path / name, replace(config, export=export))
+        merging = replace(config, export=replace(export, merge=True))
+        export_models(used, tmp_path / f"{name}-merged", merging)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        oracle = PeftModel.from_pretrained(plain, tmp_path / name).merge_and_unload().state_dict()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged", dtype="auto").state_dict()
+        assert merged.keys() == oracle.keys()
+        for key, weight in oracle.items():
+            torch.testing.assert_close(merged[key], weight, atol=1e-5, rtol=1e-5)
+        assert files_of(tmp_path / f"{name}-merged") == files_of(base)
+    name = "model.embed_tokens.modules_to_save.default.weight"
+    wanted = 0.25 * first[name] + 0.75 * second[name]
+    torch.testing.assert_close(merged["model.embed_tokens.weight"], wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    sft = write_sft_adapter(base, tmp_path / "sft", modules_to_save=["embed_tokens", "lm_head"])
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft)))
+    checkpoint = checkpoint_of(weights_of(config, sft), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "adapter", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(merged(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_average_of_adapters_with_other_modules_in_full_is_merged(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32, adapter=WHOLE)
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    other = write_sft_adapter(base, tmp_path / "other", modules_to_save=["lm_head"])
+    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
+    with pytest.raises(ConfigError, match="the same modules in full"):
+        export_models([checkpoint, other], tmp_path / "out", averaged)
+    merging = replace(averaged, export=replace(averaged.export, merge=True))
+    export_models([checkpoint, other], tmp_path / "out", merging)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    trained = SavedSlices.find(checkpoint, "engine").whole("model.norm.modules_to_save.default.weight")
+    wanted = 0.5 * trained + 0.5 * start["model.norm.weight"]
+    torch.testing.assert_close(merged["model.norm.weight"], wanted, atol=1e-6, rtol=1e-6)
+
+
 def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, variant=AdapterVariant.dora))
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
@@ -265,6 +366,11 @@ def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Pat
     export_checkpoint(checkpoint, tmp_path / "adapter", config)
     with pytest.raises(ConfigError, match="are not of one kind"):
         export_models([base, tmp_path / "adapter"], tmp_path / "out", run_of(base, dtype=Dtype.fp32))
+    lora = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
+    other = write_sft_adapter(write_model(tmp_path / "wide", hidden_size=64), tmp_path / "sft")
+    last = checkpoint_of(weights_of(lora), tmp_path / "step-000002")
+    with pytest.raises(ConfigError, match="is an adapter of another model"):
+        export_models([last, other], tmp_path / "out", lora)
     assert not (tmp_path / "out").exists()
 
 

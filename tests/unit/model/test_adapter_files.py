@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_base import base_notes, check_sizes
 from dpo_dist.model.adapter_files import check_start, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.load import load_packed
 from dpo_dist.reference.digest import digest_model
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -103,6 +106,7 @@ def test_keys_that_repeat_the_adapter_are_accepted(sft: Path) -> None:
         ({"peft_type": "IA3"}, "this kind of adapter"),
         ({"bias": "all"}, "this kind of adapter"),
         ({"trainable_token_indices": [1, 2]}, "this kind of adapter"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "this kind of adapter"),
         ({"init_lora_weights": "pissa_niter_4"}, "whose weights its initialization has changed"),
     ],
 )
@@ -114,6 +118,7 @@ def test_other_kinds_are_refused(values: dict[str, Any], message: str, sft: Path
 
 def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path, tmp_path: Path) -> None:
     whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=["lm_head"])
+    changed(whole, modules_to_save=None)
     with pytest.raises(ConfigError, match="this kind of adapter"):
         check_start(AdapterConfig(path=str(whole)), whole)
     (sft / "adapter_model.safetensors").write_bytes(b"damaged")
@@ -148,3 +153,21 @@ def test_the_adapters_own_tokenizer_is_the_policys(base: Path, sft: Path) -> Non
     assert tokenizer_folder(base, sft) == base
     shutil.copy(base / "tokenizer.json", sft)
     assert tokenizer_folder(base, sft) == sft
+
+
+def test_a_continued_pattern_of_names_stays_one(base: Path, tmp_path: Path) -> None:
+    pattern = r".*layers\.1\.self_attn\.(q|k)_proj"
+    sft = write_sft_adapter(base, tmp_path / "sft", target_modules=pattern)
+    config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft)))
+    model = load_packed(base, config, 64, torch.device("cpu"))
+    add_adapter(model, config, 0, sft)
+    assert model.causal_lm.peft_config["default"].target_modules == pattern
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "below another"])
+def test_an_adapter_of_the_output_layer_is_refused(on_top: bool, base: Path, tmp_path: Path) -> None:
+    sft = write_sft_adapter(base, tmp_path / "sft", target_modules=["q_proj", "lm_head"])
+    config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft), on_top=on_top))
+    model = load_packed(base, config, 64, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="cannot be added to the model"):
+        add_adapter(model, config, 0, sft)

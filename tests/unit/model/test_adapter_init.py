@@ -11,10 +11,11 @@ from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.adapter_init import write_initial
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
-from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter
+from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])
@@ -89,3 +90,35 @@ def test_the_difference_is_one_adapter_of_the_original_base(base: Path, tmp_path
     again = started(base, "pissa", tmp_path / "initial")
     first = dict(started(base, "pissa").causal_lm.named_parameters())
     assert all(torch.equal(first[name], weight) for name, weight in again.causal_lm.named_parameters())
+
+
+def test_singular_vectors_above_the_adapter_of_a_start(base: Path, tmp_path: Path) -> None:
+    sft = write_sft_adapter(base, tmp_path / "sft")
+    plain = load_packed(base, ModelConfig(str(base), dtype=Dtype.fp32), 64, torch.device("cpu"))
+    load_adapter(plain, sft)
+    adapter = AdapterConfig(r=3, alpha=6, init="pissa", path=str(sft), on_top=True)
+    config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=adapter)
+    model = load_packed(base, config, 64, torch.device("cpu"))
+    add_adapter(model, config, 0, sft)
+    started = model(BATCH)
+    assert torch.equal(started, plain(BATCH))
+    initial = tmp_path / "initial"
+    write_initial(model.causal_lm, TRAINED, initial)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * weight.requires_grad)
+    moved = model(BATCH)
+    assert (moved - started).abs().max() > 0.01
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), started)
+    trained = AdapterWeights.of_model(
+        model.causal_lm.peft_config[TRAINED],
+        (weights := {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}),
+        weights.__getitem__,
+    )
+    parts = [(-1.0, AdapterWeights.of_folder(initial)), (1.0, AdapterWeights.of_folder(sft))]
+    (tmp_path / "out").mkdir()
+    write_adapter(tmp_path / "out", *stack([(1.0, trained), *parts]))
+    scored = load_packed(base, ModelConfig(str(base), dtype=Dtype.fp32), 64, torch.device("cpu"))
+    load_adapter(scored, tmp_path / "out")
+    torch.testing.assert_close(scored(BATCH), moved, atol=1e-5, rtol=1e-5)

@@ -180,12 +180,14 @@ def test_what_a_kernel_lacks_runs_on_sdpa(
     everywhere = causal(0)[1]
     check(LAYOUT, in_window, Scores(rule=window_rule, window=5, sinks=sinks), backend)
     check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
+    own_rule, in_own = of_its_own(5)
+    check(LAYOUT, in_own, Scores(rule=own_rule, window=100), backend)
     check(LAYOUT, everywhere, Scores(softcap=2.0), backend)
     check(LAYOUT, everywhere, Scores(), backend, value_dim=16)
     lacking = ["attention sinks", "masks other than sliding windows", "heads of 8 and 16 dimensions"]
     if backend is AttentionBackend.varlen:
         lacking.insert(2, "capped scores")
-    assert len(called) == len(lacking)
+    assert len(called) == len(lacking) + 1
     assert [record.getMessage() for record in caplog.records] == [
         f"attention: {backend} has no {what}, so layers with them run on sdpa" for what in lacking
     ]

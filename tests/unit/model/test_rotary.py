@@ -137,6 +137,16 @@ def test_a_prompt_is_repeated_only_where_frequencies_differ() -> None:
     assert calls == [4 + 2 + 3, 10 + 4 + 5, 20 + 1 + 5]
 
 
+def test_the_routing_of_a_batch_needs_one_target_only() -> None:
+    model = packed(model_of("phimoe", "longrope")).eval()
+    batch = pack_unkeyed(random_pairs(SHAPES))
+    with torch.no_grad():
+        logps, whole = model(batch, with_routing=True)
+        first, routing = model(batch.with_one_target(), with_routing=True)
+    assert torch.equal(routing, whole)
+    torch.testing.assert_close(first, logps[:1])
+
+
 def test_lengths_with_equal_frequencies_have_one_representative() -> None:
     longrope = RopeLimits((8, 16), None)
     assert [longrope.representative(n) for n in (1, 8, 9, 16, 17, 99)] == [0, 0, 9, 9, 17, 17]

@@ -233,3 +233,10 @@ def test_whole_chosen_has_weight_one_for_every_token() -> None:
     assert pairs.whole_chosen is not None
     assert pairs.whole_chosen.tolist() == [-7.0]
     assert sum_by_response(values, torch.tensor([3, 1])).whole_chosen is None
+
+
+def test_an_output_layer_may_be_more_precise_than_its_input() -> None:
+    (hidden, *_), (_, *rest) = head(torch.bfloat16), head(torch.float32)
+    exact = results(plain, (hidden.detach().float().requires_grad_(), *rest))
+    for ours, expected in zip(results(token_logps, (hidden, *rest)), exact, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)

@@ -22,7 +22,7 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.training.export_check import check_exported
 from tests.support import tiny
-from tests.support.families import COMMON, LOW_RANK
+from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of
@@ -30,6 +30,7 @@ from tests.unit.distributed.test_checkpoint_export import checkpoint_of
 LORA, DORA = (
     AdapterConfig(r=2, alpha=4, variant=kind) for kind in (AdapterVariant.lora, AdapterVariant.dora)
 )
+WHOLE = AdapterConfig(r=2, alpha=4, modules_to_save=["embed_tokens", "lm_head", "norm"])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def test_models_of_other_forms_pass(family: str, tmp_path: Path) -> None:
     options = {"attention": AttentionBackend.flash_attention_2, "activation_offload": True}
     config = run_of(base, tmp_path, None, dtype="fp32")
     config = replace(config, model=replace(config.model, **options))
+    assert not any("correction_bias" in name for name in trained(run_of(base, tmp_path, None), 0))
     (checkpoint,) = checkpoints(run_of(base, tmp_path, None), tmp_path, 1)
     said: list[str] = []
     check = partial(check_exported, config=config, say=said.append)
@@ -113,6 +115,9 @@ def cases() -> Iterator[Any]:
     yield pytest.param(DORA, 1, {"merge": True}, id="merged DoRA")
     yield pytest.param(LORA, 2, {"average": ["a", "b"], "dtype": "fp32"}, id="average of adapters")
     yield pytest.param(DORA, 2, {"average": ["a", "b"], "merge": True}, id="merged average of DoRA")
+    yield pytest.param(WHOLE, 1, {"dtype": "bf16"}, id="whole modules in bf16")
+    yield pytest.param(WHOLE, 2, {"average": ["a", "b"], "dtype": "fp32"}, id="average with whole modules")
+    yield pytest.param(WHOLE, 2, {"average": ["a", "b"], "merge": True}, id="merged with whole modules")
 
 
 @pytest.mark.parametrize(("adapter", "count", "export"), cases())
@@ -134,6 +139,25 @@ def test_a_whole_folder_passes_and_a_changed_one_does_not(
         export_models(checkpoints(config, tmp_path, count), tmp_path / "out", config, check=check)
     assert len([line for line in said if line.startswith("checked: log-probs of 8 responses")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_scored_as_training_does_and_without_its_gpu(tmp_path: Path) -> None:
+    """Of an architecture that no table has, whose responses cannot share a prompt."""
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    tokenizer, base = tiny.qwen(), tmp_path / "model"
+    tiny_family("lfm2", len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = run_of(base, tmp_path, None, dtype="fp32")
+    of_gpu = {"attention": AttentionBackend.varlen, "activation_offload": True, "liger": True}
+    on_gpu = replace(config, model=replace(config.model, gradient_checkpointing="full", **of_gpu))
+    said: list[str] = []
+    export_models(
+        checkpoints(config, tmp_path, 1),
+        tmp_path / "out",
+        config,
+        check=lambda exported: check_exported(exported, on_gpu, said.append),
+    )
+    assert said[0].startswith("checked: log-probs of 8 responses")
 
 
 def test_pairs_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Add tokens to a model's vocabulary: `python -m dpo_dist.extend MODEL FOLDER --tokens '<|user|>' '<|end|>'`.
+
+Writes a model folder whose embeddings and output layer have a row for each token, to train as `model.path`.
+With `--tokenizer` the tokens are those of another tokenizer, such as one beside an adapter.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.model.folder import model_folder
+from dpo_dist.safe_stream import open_closed_streams, print_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    open_closed_streams()
+    given = _parser().parse_args(arguments)
+    try:
+        _extend(given)
+    except DpoDistError as error:
+        print_line(error.block(), sys.stderr)
+        return error.exit_code
+    return ExitCode.completed
+
+
+def _extend(given: argparse.Namespace) -> None:
+    """Write the folder and print its sizes.
+
+    Raises:
+        DpoDistError: the model cannot be read, or the folder cannot be written.
+    """
+    folder = given.folder.expanduser()
+    if folder.exists() or folder.is_symlink():
+        raise ConfigError(
+            "the folder to write exists",
+            where="FOLDER",
+            got=str(folder),
+            remedy="name another folder, or delete this one",
+        )
+    base = model_folder(given.model, given.revision, "MODEL")
+    tokenizer = None if given.tokenizer is None else given.tokenizer.expanduser()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Slow to import: errors above appear at once.
+    from dpo_dist.model.new_tokens import write_extended  # noqa: PLC0415
+
+    config = ModelConfig(path=given.model, trust_remote_code=given.trust_remote_code)
+    sizes = write_extended(folder, base, config, given.tokens, tokenizer)
+    print_line(
+        f"written: {folder} with {sizes.tokens:,} tokens; "
+        f"embeddings of {sizes.former_rows:,} rows before, {sizes.rows:,} now"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.extend", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of the model")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
+    parser.add_argument("--tokens", nargs="+", default=[], metavar="TOKEN", help="special tokens to add")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder of another tokenizer")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

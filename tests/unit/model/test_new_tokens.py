@@ -1,0 +1,117 @@
+"""A model with tokens added to its vocabulary: an ordinary model folder, from the files of the base only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_dist.config.adapter_schema import AdapterConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.extend import main
+from dpo_dist.model.adapter_files import check_start, tokenizer_folder
+from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.load import load_packed
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.tiny_model import write_model
+
+NEW = ["<|plan|>", "<|act|>"]
+PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_new_rows_are_the_mean_and_all_others_stay(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(base), str(tmp_path / "out"), "--tokens", *NEW]) == 0
+    old, new = loaded(base), loaded(tmp_path / "out")
+    rows = old.config.vocab_size
+    assert f"embeddings of {rows} rows before, {rows + 2} now" in capsys.readouterr().out
+    assert new.config.vocab_size == rows + 2
+    assert new.config.tie_word_embeddings is old.config.tie_word_embeddings
+    former, found = old.state_dict(), new.state_dict()
+    assert former.keys() == found.keys()
+    for name, weight in former.items():
+        assert torch.equal(found[name][: len(weight)], weight)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            torch.testing.assert_close(found[name][rows:], weight.mean(0).expand(2, -1))
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(new(ids).logits[..., :rows], old(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("a<|plan|>b<|act|>", add_special_tokens=False)["input_ids"][1::2] == [rows, rows + 1]
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    main([str(base), str(tmp_path / "again"), "--tokens", *NEW])
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def sft_with_tokens(base: Path, folder: Path) -> Any:
+    """As TRL and peft train new tokens: resized, both ends in full, the tokenizer beside the adapter."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), loaded(base)
+    tokenizer.add_tokens(NEW, special_tokens=True)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer))
+    ends = ["embed_tokens", "lm_head"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=ends, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight.add_(0.05 * torch.randn_like(weight) * weight.requires_grad)
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return adapted.eval()
+
+
+def test_an_sft_adapter_with_new_tokens_is_one_of_the_extended_base(base: Path, tmp_path: Path) -> None:
+    trained = sft_with_tokens(base, tmp_path / "sft")
+    assert main([str(base), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "sft")]) == 0
+    check_start(AdapterConfig(path=str(tmp_path / "sft")), tmp_path / "sft")
+    assert tokenizer_folder(tmp_path / "out", tmp_path / "sft") == tmp_path / "sft"
+    config = ModelConfig(str(tmp_path / "out"), dtype=Dtype.fp32)
+    model = load_packed(tmp_path / "out", config, 64, torch.device("cpu"))
+    load_adapter(model, tmp_path / "sft")
+    with torch.no_grad():
+        expected = plain_logps(trained, PAIRS)
+    torch.testing.assert_close(model(pack_unkeyed(PAIRS)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tokens", "<|im_end|>"], "a new token is one of the tokenizer"),
+        ([], "the model has embeddings of all tokens"),
+    ],
+)
+def test_nothing_to_add_is_refused(
+    arguments: list[str], told: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(base), str(tmp_path / "out"), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_and_an_existing_folder_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(base), str(tmp_path), "--tokens", "<|plan|>"]) == 2
+    assert "the folder to write exists" in capsys.readouterr().err
+    other = tmp_path / "other"
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    words = list(content["model"]["vocab"])
+    numbers = content["model"]["vocab"]
+    numbers[words[-1]], numbers[words[-2]] = numbers[words[-2]], numbers[words[-1]]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert main([str(base), str(tmp_path / "out"), "--tokens", "<|plan|>", "--tokenizer", str(other)]) == 2
+    assert "has other ids for tokens of the model" in capsys.readouterr().err
