@@ -214,9 +214,13 @@ def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
         if found.get("use_rslora")
         else AdapterVariant.lora
     )
+    rank: Any = found.get("r", 8)
+    alpha: Any = found.get("lora_alpha", 8)
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        raise _unsupported(folder, f"r: {rank}, lora_alpha: {alpha}")
     return AdapterConfig(
-        r=int(found.get("r", 8)),
-        alpha=float(found.get("lora_alpha", 8)),
+        r=rank,
+        alpha=float(alpha),
         target_modules=adapted_layers_on_disk(folder),
         variant=variant,
         modules_to_save=saved_on_disk(folder),

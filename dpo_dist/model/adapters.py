@@ -131,7 +131,7 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = " ".join(str(error).split())[:200]  # the first line of torch's only announces the others
         raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
         raise _foreign_adapter(folder, "matrices on the output layer", key)

@@ -40,6 +40,7 @@ def model_folder(
         ConfigError: the model does not exist, has no weights or pickled ones, or has an adapter beside them.
     """
     if accepts_adapter and is_adapter(local := Path(path).expanduser()):
+        _check_no_revision(path, revision, key)
         check_adapter(local, key)
         return local
     folder = local_model_folder(path, revision, key)
@@ -88,6 +89,12 @@ def local_model_folder(
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise _missing(folder, key, path)
         return None
+    _check_no_revision(path, revision, key)
+    _check_files(folder, key, needs_weights)
+    return folder
+
+
+def _check_no_revision(path: str, revision: str | None, key: str) -> None:
     if revision is not None:
         raise ConfigError(
             "a revision has no effect on a local folder",
@@ -95,8 +102,6 @@ def local_model_folder(
             got=f"{revision} with {path}",
             remedy="remove it, or name the model on the hub",
         )
-    _check_files(folder, key, needs_weights)
-    return folder
 
 
 def hub_commit(folder: Path) -> str | None:

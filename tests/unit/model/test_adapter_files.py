@@ -66,6 +66,20 @@ def test_an_adapter_of_a_model_of_other_sizes_is_refused_before_the_load(
     assert found.value.remedy.endswith(str(base))
 
 
+@pytest.mark.parametrize("values", [{"r": "x"}, {"r": 0}, {"lora_alpha": None}])
+def test_a_rank_or_scale_that_is_no_number_is_refused(values: dict[str, Any], base: Path, sft: Path) -> None:
+    changed(sft, **values)
+    with pytest.raises(ConfigError, match="cannot start from this kind of adapter"):
+        start_folder(ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft))))
+
+
+def test_a_revision_of_a_local_adapter_is_refused(base: Path, sft: Path) -> None:
+    config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft), revision="main"))
+    with pytest.raises(ConfigError, match="a revision has no effect on a local folder") as found:
+        start_folder(config)
+    assert found.value.where == "model.adapter.revision"
+
+
 @pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
 def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
     config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft)))
