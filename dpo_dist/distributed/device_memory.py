@@ -73,7 +73,7 @@ def policy_remedy(batch: PackedBatch | None = None, arrangement: Arrangement = A
     return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
 
 
-def reference_remedy() -> str:
+def frozen_remedy() -> str:
     """Return the settings to change if the reference model runs out of memory."""
     return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
 

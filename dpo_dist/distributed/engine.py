@@ -23,8 +23,8 @@ from dpo_dist.distributed.device_memory import (
     empty,
     empty_module,
     explain_out_of_memory,
+    frozen_remedy,
     policy_remedy,
-    reference_remedy,
     return_memory,
 )
 from dpo_dist.distributed.eight_bit import check_lengths
@@ -40,7 +40,6 @@ from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
-_SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
 SHARDS = "engine"
 """The folder of the policy's slices in a checkpoint."""
 
@@ -58,8 +57,9 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
-        size = describe_batch(batch, self.model.arrangement)
-        with explain_out_of_memory(f"scoring {size}", reference_remedy()):
+        with explain_out_of_memory(
+            f"scoring {describe_batch(batch, self.model.arrangement)}", frozen_remedy()
+        ):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
@@ -191,8 +191,8 @@ class PolicyEngine:
     def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
         """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        arrangement = self.model.arrangement
-        self._current = f"{work}: {describe_batch(batch, arrangement)}", policy_remedy(batch, arrangement)
+        arranged = (batch, self.model.arrangement)
+        self._current = f"{work}: {describe_batch(*arranged)}", policy_remedy(*arranged)
         return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
@@ -280,7 +280,7 @@ class PolicyEngine:
 def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
     with (
         adapter_off(model) if of_base else contextlib.nullcontext(),
-        explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
+        explain_out_of_memory("generating samples", "lower samples.batch_tokens or samples.max_new_tokens"),
         model.unpacked() as causal_lm,
         torch.no_grad(),
     ):
