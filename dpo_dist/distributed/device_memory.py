@@ -78,7 +78,7 @@ def frozen_remedy() -> str:
     return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
 
 
-def describe_batch(batch: PackedBatch, arrangement: Arrangement) -> str:
+def batch_words(batch: PackedBatch, arrangement: Arrangement) -> str:
     """Return the size of a micro-batch, as a model of this arrangement computes it, in words."""
     longest = max(sum(lengths) for lengths in batch.layout)
     tokens = computed_tokens(batch.layout, arrangement)

@@ -19,7 +19,7 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
-    describe_batch,
+    batch_words,
     empty,
     empty_module,
     explain_out_of_memory,
@@ -57,9 +57,7 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
-        with explain_out_of_memory(
-            f"scoring {describe_batch(batch, self.model.arrangement)}", frozen_remedy()
-        ):
+        with explain_out_of_memory(f"scoring {batch_words(batch, self.model.arrangement)}", frozen_remedy()):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
@@ -192,7 +190,7 @@ class PolicyEngine:
         """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
         arranged = (batch, self.model.arrangement)
-        self._current = f"{work}: {describe_batch(*arranged)}", policy_remedy(*arranged)
+        self._current = f"{work}: {batch_words(*arranged)}", policy_remedy(*arranged)
         return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
