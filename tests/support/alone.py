@@ -16,6 +16,8 @@ class _Alone:
     rank: int = 0
     size: int = 1
     is_main: bool = True
+    replicas: int = 1
+    replica: int = 0
     host: str = "this host"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
