@@ -238,8 +238,7 @@ class PolicyEngine:
         slices.write_to_model()
 
     def _slices(self) -> OptimizerSlices:
-        named = self._engine.module.causal_lm.named_parameters()
-        names = {weight: name for name, weight in named if weight.requires_grad}
+        names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
         return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
