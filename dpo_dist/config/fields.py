@@ -55,7 +55,7 @@ class Declaration:
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
         accepts: the accepted values in words, if a rule or a pattern narrows the type.
         pattern: regular expression that a text must match; `accepts` has it in words.
-        null_means: the value for which null stands in the digest.
+        null_means: the value that null means.
     """
 
     meaning: str
