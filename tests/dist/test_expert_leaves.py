@@ -1,9 +1,11 @@
 """Ranks whose tokens visit different experts neither hang nor differ from one process."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,12 +27,13 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.layers import checkpoint_layers, compile_layers
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
@@ -39,6 +42,7 @@ from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
+from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
 
 EXPERTS, UNUSED = 8, 7
@@ -76,7 +80,8 @@ class ListedExperts(nn.Module):
         for expert in chosen.unique().tolist():
             self.visited.add(expert)
             (own,) = torch.where(chosen == expert)
-            mixed = mixed.index_add(0, own, self.experts[expert](tokens[own]) * weights[own, None])
+            scored = self.experts[expert](tokens[own]) * weights[own, None]
+            mixed = mixed.index_add(0, own, scored.to(mixed.dtype))
         if self.touches_all:
             mixed = mixed + 0.0 * sum(weight.sum() for weight in self.experts.parameters())
         return mixed.view_as(hidden)
@@ -202,6 +207,62 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
         torch.testing.assert_close(
             after[name], tensor.detach(), atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
         )
+
+
+def compiled_in_fp16(
+    assets: Assets, reference: Sequence[np.ndarray], compiled: bool, world: World, _folder: Path
+) -> dict[str, Any]:
+    """Norms of `STEPS` in fp16, with an overflow before the last, and the weights on rank 0 after them.
+
+    Compiled for a backend that runs the traced graphs as they are: tracing is at stake, not its kernels.
+    """
+    dataset = assets.dataset()
+    causal_lm = listed_model().half()
+    causal_lm.config._attn_implementation = PACKED
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=compiled)
+    if compiled:
+        with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
+            compile_layers(model.causal_lm)
+    policy = PolicyEngine(model, OPTIM, world)
+    policy.set_loss_scale(LossScale(256.0))  # the gradients are large
+    objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
+
+    def step(rows: Sequence[int], budget: int) -> float:
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
+        return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
+
+    for number, (rows, budget) in enumerate(STEPS, start=1):
+        if number == len(STEPS):
+            scale = policy.loss_scale
+            policy.set_loss_scale(LossScale(2.0**40))
+            assert step(rows, budget) == math.inf
+            assert policy.has_overflowed
+            policy.set_loss_scale(scale)
+        norms.append(step(rows, budget))
+    weights = policy.whole_weights() or {}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"norms": norms, "graphs": graphs, "sums": [w.double().norm().item() for w in weights.values()]}
+
+
+@NEEDS_FP16
+def test_joined_gradients_in_fp16_are_the_same_if_layers_are_compiled(
+    assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+) -> None:
+    compiled, plain = (
+        run_ranks(
+            partial(compiled_in_fp16, assets, plain_entries, is_compiled),
+            2,
+            tmp_path / f"ranks-{is_compiled}",
+            ZERO2,
+            Dtype.fp16,
+        )
+        for is_compiled in (True, False)
+    )
+    assert compiled[0]["graphs"] > 0 == plain[0]["graphs"]
+    for found, wanted in zip(compiled, plain, strict=True):
+        assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-2)
+    assert compiled[0]["sums"] == pytest.approx(plain[0]["sums"], rel=1e-3)
 
 
 def scored(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
