@@ -102,30 +102,38 @@ def visible(layout: Layout, sees: Sees) -> Tensor:
     )
 
 
-def random_heads(layout: Layout, value_dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
+def random_heads(
+    layout: Layout, value_dim: int = DIM, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = sum(map(sum, layout))
     generator = torch.Generator().manual_seed(tokens)
     shapes = ((tokens, HEADS, DIM), (tokens, KEY_HEADS, DIM), (tokens, KEY_HEADS, value_dim))
-    query, key, value = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    query, key, value = (2 * torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
 def check(
-    layout: Layout, sees: Sees, scores: Scores, backend: AttentionBackend, value_dim: int = DIM
+    layout: Layout,
+    sees: Sees,
+    scores: Scores,
+    backend: AttentionBackend,
+    value_dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    heads = random_heads(layout, value_dim)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-13
+    heads = random_heads(layout, value_dim, dtype)
     inputs = heads if scores.sinks is None else (*heads, scores.sinks)
     attended = packed_attention(layout, backend, CPU)(*heads, scores)
     expected = masked_attention(heads, visible(layout, sees), scores.scale, scores.softcap, scores.sinks)
-    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
-    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     gradients, expected_gradients = (
         torch.autograd.grad((output * slopes).sum(), inputs) for output in (attended, expected)
     )
     # A query that sees one key has no gradient but rounding: its own norm is no measure.
     largest = max(gradient.norm() for gradient in expected_gradients)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * max(theirs.norm(), 0.1 * largest)
+        assert (ours - theirs).norm() <= tolerance * max(theirs.norm(), 0.1 * largest)
 
 
 @given(
@@ -135,6 +143,9 @@ def check(
     st.sampled_from([None, 2.0]),
     st.booleans(),
     st.sampled_from([None, 0.5]),
+    st.sampled_from([DIM, 5, 16]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
 )
 def test_scores_equal_their_definition(
     layout: Layout,
@@ -143,10 +154,17 @@ def test_scores_equal_their_definition(
     softcap: float | None,
     has_sinks: bool,
     scale: float | None,
+    value_dim: int,
+    is_named: bool,
+    dtype: torch.dtype,
 ) -> None:
     rule, sees = rule_of(size)
-    sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if has_sinks and softcap is None else None
-    check(layout, sees, Scores(scale, rule, None, softcap, sinks), AttentionBackend.sdpa)
+    sinks = None
+    if has_sinks and softcap is None:
+        sinks = torch.linspace(-2, 2, HEADS, dtype=dtype, requires_grad=True)
+    named = size if is_named and rule_of is window else None
+    scores = Scores(scale, rule, named, softcap, sinks)
+    check(layout, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
 
 
 @given(layouts, st.sampled_from(KERNELS), st.integers(1, 26))
