@@ -23,6 +23,7 @@ from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.mask_rules import MaskRule, mask_rule
 from dpo_dist.model.segment_attention import Layout, Scores
 from tests.support.kernels import masked_attention, put_kernels
+from tests.unit.model.test_context_memory import Live
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -167,6 +168,19 @@ def test_scores_equal_their_definition(
     check(layout, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
 
 
+@pytest.mark.parametrize("rule_of", RULES)
+@pytest.mark.parametrize("kind", ["plain", "sinks", "softcap"])
+def test_every_rule_with_every_kind_of_scores(
+    rule_of: Callable[[int], tuple[MaskRule | None, Sees]], kind: str
+) -> None:
+    for size in (1, 2, 4, 5, 7, 13):
+        rule, sees = rule_of(size)
+        sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if kind == "sinks" else None
+        for named in {None, size if rule_of is window else None}:
+            scores = Scores(0.5, rule, named, 2.0 if kind == "softcap" else None, sinks)
+            check(LAYOUT, sees, scores, AttentionBackend.sdpa)
+
+
 @given(layouts, st.sampled_from(KERNELS), st.integers(1, 26))
 def test_kernels_are_called_with_the_window(layout: Layout, backend: AttentionBackend, size: int) -> None:
     rule, sees = window(size)
@@ -224,6 +238,10 @@ def test_a_window_longer_than_every_sequence_stays_in_the_kernel(
     assert called == []
 
 
+def test_values_of_more_dimensions_than_keys_with_a_response_of_one_token() -> None:
+    check(((3, 2, 0, 4),), causal(0)[1], Scores(), AttentionBackend.sdpa, value_dim=16)
+
+
 def test_a_rule_that_sees_later_tokens_is_refused() -> None:
     def neighbours(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() <= 1
@@ -249,3 +267,30 @@ def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest
     with torch.no_grad():
         packed_attention(layout, AttentionBackend.sdpa, CPU)(heads[0], heads[1], heads[2], Scores(rule=rule))
     assert sum(products) < 1.5 * 512 * sum(layout[0])
+
+
+def peak_bytes(kind: str, tokens: int) -> int:
+    """Return the most bytes of tensors at a time, in forward and backward, beside the inputs."""
+    layout: Layout = ((tokens, tokens, tokens),)
+    heads = random_heads(layout, 16 if kind == "values of another dimension" else DIM)
+    rule, _ = window(300)
+    scores = {
+        "window": Scores(rule=rule, window=300),
+        "softcap": Scores(softcap=2.0),
+        "softcap and window": Scores(rule=rule, window=300, softcap=2.0),
+        "sinks": Scores(sinks=torch.zeros(HEADS, requires_grad=True)),
+    }.get(kind, Scores())
+    with Live() as live:
+        attended = packed_attention(layout, AttentionBackend.sdpa, CPU)(*heads, scores)
+        attended.sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "window", "softcap", "softcap and window", "sinks", "values of another dimension"]
+)
+def test_memory_grows_with_the_length_and_not_with_its_square(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert peak_bytes(kind, 2400) < 2.3 * peak_bytes(kind, 1200)
