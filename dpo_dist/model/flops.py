@@ -186,11 +186,14 @@ def _attention_width(text: PretrainedConfig) -> int:
 
 def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:
     weights = [causal_lm.get_parameter(f"{name}.weight") for name in target_layers(causal_lm, adapter)]
+    assert adapter.r is not None  # `trained_adapter` has read that of a continued one
     return adapter.r * sum(sum(weight.shape) for weight in weights)
 
 
 def _saved_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> list[nn.Parameter]:
-    modules = [causal_lm.get_submodule(name) for name in find_modules(causal_lm, adapter.modules_to_save)]
+    modules = [
+        causal_lm.get_submodule(name) for name in find_modules(causal_lm, adapter.modules_to_save or [])
+    ]
     return [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
 
 
