@@ -19,6 +19,7 @@ from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layer_options import layer_values
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +244,9 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     that the configuration names.
     """
     config = causal_lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
-    beyond = window * 5 // 4 if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
+    limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
+    windows = [limit for limit in limits if isinstance(limit, int) and limit <= _LONGEST_WINDOW]
+    beyond = max(windows, default=0) * 5 // 4
     length = max(4, min(max_length, max(_USUAL_LENGTH, beyond)))
     short = min(length, _SHORT_LENGTH)
     named = _named_ids(causal_lm.config) | _named_ids(config)
