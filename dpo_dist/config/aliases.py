@@ -133,7 +133,8 @@ REMEDIES = MODEL_REMEDIES | by_name(
         "optim.lr of 8e-8 to 1e-6 nearly all are; model.dtype=bf16 has float32 master weights, and "
         "optim.kind=adamw_8bit saves memory": (
             "pure_bf16 bf16_full master_weights fp32_master_weights bf16_master_weights use_master_weights "
-            "master_dtype optimizer_dtype bf16_master_weights_and_grads"
+            "master_dtype optimizer_dtype bf16_master_weights_and_grads master_weight_dtype state_dtype "
+            "stochastic_rounding"
         ),
         "set model.dtype=fp16; its loss scale is dynamic": (
             "fp16 initial_scale_power loss_scale_window min_loss_scale fp16_opt_level"

@@ -55,6 +55,7 @@ class Declaration:
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
         accepts: the accepted values in words, if a rule or a pattern narrows the type.
         pattern: regular expression that a text must match; `accepts` has it in words.
+        null_means: the value that null means.
     """
 
     meaning: str
@@ -66,6 +67,7 @@ class Declaration:
     of: type | None = None
     accepts: str = ""
     pattern: str = ""
+    null_means: Any = None
 
 
 def key(
@@ -79,6 +81,7 @@ def key(
     filled: bool = False,
     accepts: str = "",
     pattern: str = "",
+    null_means: Any = None,
     **bounds: float,
 ) -> Any:
     """Return a dataclass field with its `Declaration`.
@@ -88,10 +91,19 @@ def key(
         meaning: one line for the user.
         free: keeps the key out of the run's digest.
         verbs: the verbs that use the key, separated by spaces; None: those of its section.
-        added, of, filled, accepts, pattern, **bounds: see `Declaration` and `Bounds`.
+        added, of, filled, accepts, pattern, null_means, **bounds: see `Declaration` and `Bounds`.
     """
     declared = Declaration(
-        meaning, Bounds(**bounds), filled, not free, added, _names(verbs), of, accepts, pattern
+        meaning,
+        Bounds(**bounds),
+        filled,
+        not free,
+        added,
+        _names(verbs),
+        of,
+        accepts,
+        pattern,
+        null_means,
     )
     metadata = {_METADATA: declared}
     if isinstance(default, list):

@@ -74,8 +74,8 @@ def title(config: RunConfig, run_dir: Path) -> str:
         parts.append(f"beta={config.loss.beta:g}")
     parts.append(f"lr={config.optim.lr:g}")
     if (adapter := config.model.adapter) is not None:
-        continues = adapter.path is not None and not adapter.on_top
-        parts.append(f"continues {adapter.path}" if continues else f"{adapter.variant} r={adapter.r}")
+        new = f"{adapter.variant} r={adapter.r}"
+        parts.append(f"continues {adapter.path}" if adapter.continues else new)
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)
@@ -110,23 +110,25 @@ def plain(value: Any) -> Any:
         return {
             field.name: plain(getattr(value, field.name))
             for field in fields(value)
-            if declaration(field).defines_result and getattr(value, field.name) != _default(field)
+            if declaration(field).defines_result and not _is_default(value, field)
         }
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _is_default(value: Any, field: Field[Any]) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return getattr(value, field.name) in (default, declaration(field).null_means)
 
 
 def _defining(value: Any) -> Any:
     if is_dataclass(value):
         return {
-            field.name: _defining(getattr(value, field.name))
+            field.name: _defining(declaration(field).null_means if own is None else own)
             for field in fields(value)
+            for own in [getattr(value, field.name)]
             if declaration(field).defines_result
-            and not (declaration(field).added and getattr(value, field.name) == _default(field))
+            and not (declaration(field).added and _is_default(value, field))
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value

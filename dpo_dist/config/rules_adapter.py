@@ -11,7 +11,11 @@ from dpo_dist.config.schema import ParallelismKind, Quantization, RunConfig
 def _names_layers(targets: object) -> bool:
     if isinstance(targets, list):
         return bool(targets) and all(isinstance(name, str) and name for name in targets)
-    return targets == "all-linear"
+    return targets in ("all-linear", None)
+
+
+def _names_each_once(modules: list[str]) -> bool:
+    return all(modules) and len(set(modules)) == len(modules)
 
 
 def _of_adapter(
@@ -72,17 +76,14 @@ ADAPTER_RULES = (
         "modules_to_save target_modules",
         lambda adapter: (
             isinstance(adapter.target_modules, list)
-            and bool(set(adapter.modules_to_save) & set(adapter.target_modules))
+            and bool(set(adapter.modules_to_save or ()) & set(adapter.target_modules))
         ),
         "a module that is trained in full needs no low-rank matrices",
         "remove it from one of both",
     ),
     _of_adapter(
         "modules_to_save",
-        lambda adapter: (
-            not all(adapter.modules_to_save)
-            or len(set(adapter.modules_to_save)) < len(adapter.modules_to_save)
-        ),
+        lambda adapter: not _names_each_once(adapter.modules_to_save or []),
         "model.adapter.modules_to_save names each module once",
         "write names in brackets, or remove the key",
         "a list such as [embed_tokens,lm_head]",
@@ -108,9 +109,7 @@ ADAPTER_RULES = (
     ),
     _of_adapter(
         "init path",
-        lambda adapter: (
-            adapter.init != AdapterConfig.init and adapter.path is not None and not adapter.on_top
-        ),
+        lambda adapter: adapter.init != AdapterConfig.init and adapter.continues,
         "an adapter that is continued has its values already",
         "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
     ),

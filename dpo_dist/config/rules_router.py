@@ -22,10 +22,4 @@ ROUTER_RULES = (
         "losses of routers are not known to be exact with compiled layers",
         "set model.compile=false, or remove loss.router",
     ),
-    Rule(
-        "loss.router.aux_coefficient loss.router.z_coefficient parallelism.sequence_parallel",
-        lambda c: c.loss.router.is_set and c.parallelism.sequence_parallel > 1,
-        "losses of routers are not computed for sequences that several processes share",
-        "remove loss.router, or set parallelism.sequence_parallel=1",
-    ),
 )

@@ -29,6 +29,14 @@ def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -
     return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
 
 
+def size_in_words(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> str:
+    """Return the tokens and pairs of a micro-batch as text; arguments as of `computed_tokens`."""
+    longest = max(map(sum, layout))
+    padding = " with padding" if arrangement is Arrangement.padded else ""
+    tokens = computed_tokens(layout, arrangement)
+    return f"{tokens} tokens{padding} in {len(layout)} pairs, the longest of {longest}"
+
+
 def consecutive_batches(
     layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
 ) -> list[range]:

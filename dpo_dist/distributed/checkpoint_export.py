@@ -47,14 +47,12 @@ class Exported:
         base: folder of the model that training started from.
         adapters: the written adapters with their coefficients; empty: all weights were trained.
         read: returns a trained weight by transformers name in float32, before it was rounded.
-        tokenizer: of the model.
     """
 
     folder: Path
     base: Path
     adapters: Members
     read: Callable[[str], Tensor]
-    tokenizer: PreTrainedTokenizerBase
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, config: RunConfig) -> None:
@@ -91,10 +89,7 @@ def export_models(
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
     causal_lm = _without_weights(base, start, config)
-    files = tokenizer_folder(base, start)
-    tokenizer = load_tokenizer(files, config.model)
-    if config.data.chat_template is not None:
-        tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
+    files, tokenizer = trained_tokenizer(base, start, config)
     trained = _open_trained(sources, causal_lm, start, config)
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +99,24 @@ def export_models(
         write_tokenizer(temporary, tokenizer, None if config.data.chat_template is not None else files)
         write_card(temporary, card)
         if check is not None:
-            check(Exported(temporary, base, trained.adapters, trained.read, tokenizer))
+            check(Exported(temporary, base, trained.adapters, trained.read))
+
+
+def trained_tokenizer(
+    base: Path, start: Path | None, config: RunConfig
+) -> tuple[Path, PreTrainedTokenizerBase]:
+    """Return the folder of the tokenizer of a run, and the tokenizer with the run's chat template.
+
+    Args:
+        base: of the model.
+        start: from `start_folder`.
+        config: of the run.
+    """
+    files = tokenizer_folder(base, start)
+    tokenizer = load_tokenizer(files, config.model)
+    if config.data.chat_template is not None:
+        tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
+    return files, tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class _Trained:
 
 
 def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, config: RunConfig) -> _Trained:
-    opened = [open_source(source, config) for source in sources]
+    opened = [open_source(source, causal_lm, config) for source in sources]
     given = config.export.average_weights or [1.0] * len(sources)
     coefficients = [weight / sum(given) for weight in given]
     if config.model.adapter is None:
@@ -125,7 +137,8 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
         return _Trained((), shapes, partial(average_weight, members))
     adapter, adapters = config.model.adapter, []
     for folder, source in zip(sources, opened, strict=True):
-        parts = untrained_parts(adapter, start, RunFolder(folder.resolve().parents[1]).initial_adapter)
+        initial = RunFolder(folder.resolve().parents[1]).initial_adapter
+        parts = [] if source.is_adapter else untrained_parts(adapter, start, initial)
         adapters.append(member_adapter(source, causal_lm, parts))
     return _Trained(list(zip(coefficients, adapters, strict=True)), {}, _no_weight)
 

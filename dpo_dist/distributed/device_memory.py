@@ -2,18 +2,19 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.data.arrangement import Arrangement, computed_tokens
-from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import DeviceMemoryError
 
 _LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
+REFERENCE_REMEDY = "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+"""The settings to change if the reference model runs out of memory."""
 
 
 def return_memory() -> None:
@@ -62,28 +63,20 @@ def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "
     )
 
 
-def policy_remedy(batch: PackedBatch | None = None, arrangement: Arrangement = Arrangement.packed) -> str:
-    """Return the settings to change if the policy runs out of memory at `batch`, or in the optimizer step."""
-    if batch is None:
+def policy_remedy(layout: Sequence[Sequence[int]] = (), arrangement: Arrangement = Arrangement.packed) -> str:
+    """Return the settings to change if the policy runs out of memory.
+
+    Args:
+        layout: of the micro-batch, as `PackedBatch.layout`; empty: in the optimizer step.
+        arrangement: of its responses.
+    """
+    if not layout:
         return "use more GPUs, or set parallelism=zero3_offload"
-    if len(batch.layout) == 1:
+    if len(layout) == 1:
         can_share = arrangement is Arrangement.packed
         shorter = "raise parallelism.sequence_parallel or lower" if can_share else "lower"
         return f"{shorter} data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
     return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
-
-
-def frozen_remedy() -> str:
-    """Return the settings to change if the reference model runs out of memory."""
-    return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
-
-
-def batch_words(batch: PackedBatch, arrangement: Arrangement) -> str:
-    """Return the size of a micro-batch, as a model of this arrangement computes it, in words."""
-    longest = max(sum(lengths) for lengths in batch.layout)
-    tokens = computed_tokens(batch.layout, arrangement)
-    padding = " with padding" if arrangement is Arrangement.padded else ""
-    return f"{tokens} tokens{padding} in {len(batch.layout)} pairs, the longest of {longest}"
 
 
 def empty_module(module: nn.Module) -> None:

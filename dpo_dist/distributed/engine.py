@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.data.arrangement import size_in_words
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.averages import Averages
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
-    batch_words,
+    REFERENCE_REMEDY,
     empty,
     empty_module,
     explain_out_of_memory,
-    frozen_remedy,
     policy_remedy,
     return_memory,
 )
@@ -57,7 +57,8 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
-        with explain_out_of_memory(f"scoring {batch_words(batch, self.model.arrangement)}", frozen_remedy()):
+        size = size_in_words(batch.layout, self.model.arrangement)
+        with explain_out_of_memory(f"scoring {size}", REFERENCE_REMEDY):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
@@ -189,8 +190,8 @@ class PolicyEngine:
     def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
         """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        arranged = (batch, self.model.arrangement)
-        self._current = f"{work}: {batch_words(*arranged)}", policy_remedy(*arranged)
+        arranged = (batch.layout, self.model.arrangement)
+        self._current = f"{work}: {size_in_words(*arranged)}", policy_remedy(*arranged)
         return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
@@ -237,8 +238,7 @@ class PolicyEngine:
         slices.write_to_model()
 
     def _slices(self) -> OptimizerSlices:
-        named = self._engine.module.causal_lm.named_parameters()
-        names = {weight: name for name, weight in named if weight.requires_grad}
+        names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
         return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
 
     def whole_weights(self) -> dict[str, Tensor] | None:

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.checkpoint_folders import is_checkpoint
 from dpo_dist.config.export_schema import ExportedWeights
@@ -16,11 +18,14 @@ from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_fa
 from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_base import other_base
 from dpo_dist.model.adapter_files import adapted_layers_on_disk
 from dpo_dist.model.adapter_weights import AdapterWeights
 from dpo_dist.model.folder import is_adapter, weight_files
+from dpo_dist.model.load import load_config
 from dpo_dist.model.safe_weights import check_adapter, check_safetensors
 from dpo_dist.model.save import trained_update
+from dpo_dist.model.saved_modules import shared_weights
 
 _KEY = "export.average"
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
@@ -43,16 +48,22 @@ class Source:
     read: Callable[[str], Tensor]
 
 
-def open_source(folder: Path, config: RunConfig) -> Source:
+def open_source(folder: Path, causal_lm: Any, config: RunConfig) -> Source:
     """Return a source, whose files are checked.
+
+    Args:
+        folder: a checkpoint, or the folder of a model or an adapter.
+        causal_lm: the model of the run, without weights.
+        config: of the run.
 
     Raises:
         CheckpointError: it is a damaged checkpoint.
-        ConfigError: it is a whole model beside adapters, or an adapter beside whole models.
+        ConfigError: it is a whole model beside adapters, an adapter beside whole models, or of another model.
     """
     if is_adapter(folder):
         check_adapter(folder, _KEY)
         adapted_layers_on_disk(folder)
+        _check_base(folder, config)
         source = Source(folder, True, {}, _unread)
     elif is_checkpoint(folder) or not (folder / "config.json").is_file():
         if faults := find_faults(folder, 0, 1):
@@ -61,8 +72,10 @@ def open_source(folder: Path, config: RunConfig) -> Source:
         if _PARTS[config.export.weights] not in saved.parts:
             raise _without_average(folder)
         return Source(folder, False, saved.shapes, partial(saved.whole, part=_PARTS[config.export.weights]))
+    elif config.model.adapter is None:
+        source = _whole_model(folder, causal_lm, config)
     else:
-        source = _whole_model(folder)
+        source = Source(folder, False, {}, _unread)
     if source.is_adapter is (config.model.adapter is None):
         raise ConfigError(
             "the members of an average are not of one kind",
@@ -89,9 +102,64 @@ def _unread(name: str) -> Tensor:
     raise KeyError(name)
 
 
-def _whole_model(folder: Path) -> Source:
+def _check_base(folder: Path, config: RunConfig) -> None:
+    if other := other_base(folder, config.model):
+        raise ConfigError(
+            "a member of the average is an adapter of another model",
+            where=_KEY,
+            got=f"{folder}, trained on {other}",
+            expected=f"adapters on {config.model.path}",
+            remedy="name adapters on model.path; if both are one model, correct base_model_name_or_path in "
+            "adapter_config.json",
+        )
+
+
+def _whole_model(folder: Path, causal_lm: Any, config: RunConfig) -> Source:
+    """Return the model in a folder, which must be of the kind and sizes of `causal_lm`."""
     files = weight_files(folder)
     check_safetensors(folder, files, _KEY)
+    kinds = [
+        text.get_text_config().model_type for text in (load_config(folder, config.model), causal_lm.config)
+    ]
+    if kinds[0] != kinds[1]:
+        raise _other_model(folder, *kinds)
+    source = _files_of(folder, files)
+    trained = {name: tuple(weight.shape) for name, weight in causal_lm.named_parameters()}
+    if not trained.keys() <= source.shapes.keys():
+        source = _loaded(folder, config)
+    if other := [name for name, shape in trained.items() if source.shapes.get(name) != shape]:
+        raise _other_model(
+            folder, f"{other[0]} of {source.shapes.get(other[0])}", f"{other[0]} of {trained[other[0]]}"
+        )
+    shared = shared_weights(causal_lm)
+    for name in shared[1:]:
+        if name in source.shapes and not torch.equal(source.read(name), source.read(shared[0])):
+            raise _other_model(
+                folder, f"{name} of its own", "embeddings and output layer that are one weight"
+            )
+    return source
+
+
+def _other_model(folder: Path, got: str, expected: str) -> ConfigError:
+    return ConfigError(
+        "a member of the average is a model of another kind or of other sizes",
+        where=_KEY,
+        got=f"{folder}: {got}",
+        expected=expected,
+        remedy="name models that were trained from the same model as this run's",
+    )
+
+
+def _loaded(folder: Path, config: RunConfig) -> Source:
+    """Return a model whose files have other names or parts of weights; it is whole in memory."""
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype="auto", trust_remote_code=config.model.trust_remote_code)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return Source(folder, False, shapes, weights.__getitem__)
+
+
+def _files_of(folder: Path, files: Sequence[Path]) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, Path] = {}
     for file in files:

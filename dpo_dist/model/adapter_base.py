@@ -13,21 +13,26 @@ from dpo_dist.model.folder import read_model_json, weight_files
 def base_notes(config: ModelConfig, start: Path | None) -> list[str]:
     """Return a warning if the adapter to start from names another base than `model.path`.
 
-    Only the last parts of both names are compared: folders are copied, and files have no other trace.
-
     Args:
         config: of the model.
         start: from `adapter_files.start_folder`.
     """
-    named = "" if start is None else _named_base(start)
-    local = Path(config.path).expanduser()
-    own = local.resolve().name if local.is_dir() else local.name
-    if not named.strip() or Path(named).name.lower() == own.lower():
+    if start is None or not (named := other_base(start, config)):
         return []
     return [
         f"warning: the adapter of model.adapter.path was trained on {named}, model.path is {config.path}; on "
         "other weights than its own an adapter is noise"
     ]
+
+
+def other_base(adapter: Path, config: ModelConfig) -> str:
+    """Return the base that an adapter folder names, if it is another than `model.path`; else "".
+
+    Only the last parts of both names are compared: folders are copied, and files have no other trace.
+    """
+    named, local = _named_base(adapter), Path(config.path).expanduser()
+    own = local.resolve().name if local.is_dir() else local.name
+    return "" if not named.strip() or Path(named).name.lower() == own.lower() else named
 
 
 def check_sizes(base: Path, start: Path) -> None:

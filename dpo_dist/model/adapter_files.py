@@ -1,6 +1,6 @@
 """The files of the adapter that a policy starts from; imports no torch, so that errors appear at once."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
-from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
 
@@ -46,6 +46,16 @@ def start_folder(config: ModelConfig) -> Path | None:
         return None
     folder = model_folder(adapter.path, adapter.revision, _KEY, accepts_adapter=True)
     check_start(adapter, folder)
+    if (
+        config.quantization is Quantization.int8
+        and read_model_json(folder / ADAPTER_CONFIG).get("use_dora") is True
+    ):
+        raise ConfigError(
+            "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
+            where="model.adapter.path, model.quantization",
+            got=f"{folder} with use_dora, int8",
+            remedy="set model.quantization=nf4 or null",
+        )
     return folder
 
 
@@ -75,21 +85,42 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
                 remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
             )
         return
-    for name in ("r", "alpha", "variant"):
-        given, read = getattr(adapter, name), getattr(own, name)
-        if given not in (getattr(AdapterConfig, name), read):
-            raise _contradiction(name, str(given), str(read))
+    given = {"r": adapter.r, "alpha": adapter.alpha, "variant": adapter.variant}
+    read = {"r": own.r, "alpha": own.alpha, "variant": own.variant}
+    if other := [name for name, value in given.items() if value not in (None, read[name])]:
+        raise _contradiction(other, *(", ".join(str(of[name]) for name in other) for of in (given, read)))
     if isinstance(adapter.target_modules, list):
         _check_same_names("target_modules", adapter.target_modules, own.target_modules)
-    if adapter.modules_to_save:
-        _check_same_names("modules_to_save", adapter.modules_to_save, own.modules_to_save)
+    if adapter.modules_to_save is not None:
+        _check_same_names("modules_to_save", adapter.modules_to_save, own.modules_to_save or [])
+
+
+def check_all_linear(adapter: AdapterConfig, start: Path, layers: Collection[str]) -> None:
+    """Check that the adapter in `start` is on all linear layers of its base, if `adapter` says so.
+
+    Args:
+        adapter: that continues the one in `start`.
+        start: from `start_folder`.
+        layers: all linear layers of the base.
+
+    Raises:
+        ConfigError: it is on others.
+    """
+    own = adapted_layers_on_disk(start)
+    if adapter.target_modules == "all-linear" and set(own) != set(layers) - set(saved_on_disk(start)):
+        raise _other_names("target_modules", ["all-linear"], own)
 
 
 def _check_same_names(key: str, given: list[str], layers: list[str]) -> None:
-    matches = [[f".{layer}".endswith(f".{one}") for one in given] for layer in layers]
-    if not matches or not all(map(any, matches)) or not all(map(any, zip(*matches, strict=True))):
-        names = sorted({layer.rpartition(".")[2] for layer in layers})
-        raise _contradiction(key, ", ".join(given), ", ".join(names) or "none")
+    named = {layer for layer in layers for one in given if f".{layer}".endswith(f".{one}")}
+    used = {one for one in given for layer in layers if f".{layer}".endswith(f".{one}")}
+    if named != set(layers) or used != set(given):
+        raise _other_names(key, given, layers)
+
+
+def _other_names(key: str, given: list[str], layers: list[str]) -> ConfigError:
+    names = sorted({layer.rpartition(".")[2] for layer in layers})
+    return _contradiction([key], ", ".join(given) or "none", ", ".join(names) or "none")
 
 
 def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
@@ -257,11 +288,12 @@ def _unsupported(folder: Path, got: str) -> ConfigError:
     )
 
 
-def _contradiction(name: str, given: str, read: str) -> ConfigError:
+def _contradiction(names: Sequence[str], given: str, read: str) -> ConfigError:
+    keys = [f"model.adapter.{name}" for name in names]
     return ConfigError(
-        f"the adapter of model.adapter.path has another {name}",
-        where=f"model.adapter.{name}",
+        f"the adapter of model.adapter.path has another {', '.join(names)}",
+        where=", ".join(keys),
         got=given,
         expected=read,
-        remedy=f"remove model.adapter.{name}, or set model.adapter.on_top=true for a new adapter above it",
+        remedy=f"set {' '.join(f'{key}=null' for key in keys)}, or model.adapter.on_top=true for a new one",
     )

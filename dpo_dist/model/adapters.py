@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, saved_on_disk
+from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
@@ -57,13 +57,13 @@ def add_adapter(
     """
     adapter: AdapterConfig = config.adapter
     causal_lm = model.causal_lm
-    continues = start is not None and not adapter.on_top
     # Before there are the linear layers of another adapter.
-    targets = [] if continues else target_layers(causal_lm, adapter)
-    saved = [] if continues else find_modules(causal_lm, adapter.modules_to_save)
+    targets = [] if adapter.target_modules is None else target_layers(causal_lm, adapter)
+    saved = find_modules(causal_lm, adapter.modules_to_save or [])
     if start is not None:
         _add_from(causal_lm, start, _START, _KEY)
-    if start is not None and continues:
+    if start is not None and adapter.continues:
+        check_all_linear(adapter, start, targets)
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
         lora = _add_new(causal_lm, adapter, targets, saved, seed, initial)
@@ -226,7 +226,7 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         ConfigError: a target names no linear layer of the model's body.
     """
     head, text = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
-    saved = find_modules(causal_lm, adapter.modules_to_save)
+    saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()

@@ -122,18 +122,15 @@ class PackedCausalLM(nn.Module):
         Args:
             batch: on the device of the model.
             statistics: of each target, beside its log-prob.
-            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts; not
-                with `sequence`.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
         """
         if self._rotary is not None and self.arrangement is Arrangement.packed:
             batch = self._rotary.arrange(batch)
         if self.arrangement is Arrangement.packed and self.sequence is not None:
-            return self._shared(batch, self.sequence, statistics)
+            return self._shared(batch, self.sequence, statistics, with_routing)
         found, weights = self._in_rows(batch, with_routing)
         logps = self._logps(found.predicting, batch.targets, statistics)
-        if not with_routing:
-            return logps
-        return logps, routing_sums(found.router_logits, weights, self.causal_lm.num_experts_per_tok)
+        return (logps, self._routing(found, weights)) if with_routing else logps
 
     def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor]:
         """Return the outputs of the predictors; float32 [tokens], how often each computed token counts."""
@@ -148,20 +145,28 @@ class PackedCausalLM(nn.Module):
             return found.at(rows.predictors), weights.flatten()
         return self._one_by_one(rows, batch.forwards, with_routing), weights[rows.is_token]
 
-    def _shared(self, batch: PackedBatch, sequence: TokenExchange, statistics: Sequence[Statistic]) -> Tensor:
-        """Return log-probs of a packed batch; each rank of `sequence` computes a part of its tokens."""
+    def _shared(
+        self,
+        batch: PackedBatch,
+        sequence: TokenExchange,
+        statistics: Sequence[Statistic],
+        with_routing: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `forward` of a packed batch; each rank of `sequence` computes a part of its tokens."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         tokens = len(batch.input_ids)
         share = TokenShare.of(sequence, tokens, batch.predictors)
         if self._rotary is not None:
             self._rotary.share(share.tokens)
-        own = self._packed(
+        found = self._packed(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
             ExchangedAttention(attention, sequence, tokens),
+            with_routing,
         )
-        own = own.at(share.predictors)
-        return share.gather(self._logps(own.predicting, batch.targets[share.targets], statistics))
+        predicting = found.at(share.predictors).predicting
+        logps = share.gather(self._logps(predicting, batch.targets[share.targets], statistics))
+        return (logps, share.sum(self._routing(found, share.own(batch.rows)))) if with_routing else logps
 
     def _packed(
         self,
@@ -223,6 +228,10 @@ class PackedCausalLM(nn.Module):
         head = self.causal_lm.get_output_embeddings()
         logps: Tensor = head(predicting, targets=targets, statistics=statistics)
         return logps
+
+    def _routing(self, outputs: "_Outputs", weights: Tensor) -> Tensor:
+        """Return `routing_sums` of tokens that count `weights` times, float [tokens]."""
+        return routing_sums(outputs.router_logits, weights, self.causal_lm.num_experts_per_tok)
 
     @property
     def _pad_id(self) -> int:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.blocks import Block
 
 
 @dataclass(eq=False)
@@ -23,7 +25,7 @@ class MaskRule:
     Attributes:
         function: of transformers: (batch, head, query position, key position) to whether the key is visible.
         reach: a query at position p sees no key at p - reach or before, and with at most `reach` keys it sees
-            all that are not later; None: not known.
+            all that are not later; it sees the same if all positions move by `reach`. None: not known.
         by_element: the function takes one pair of positions at a time.
         device: of the masks.
     """
@@ -32,25 +34,82 @@ class MaskRule:
     reach: int | None
     by_element: bool
     device: torch.device
-    _masks: dict[tuple[range, range], Tensor] = field(default_factory=dict, init=False)
+    _masks: dict[Any, Tensor] = field(default_factory=dict, init=False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all earlier tokens are visible in every sequence."""
+        return self.function is causal_mask_function
+
+    def __getitem__(self, selected: tuple[slice, ...]) -> "MaskRule":
+        """Return this rule for a selection of all queries and keys, as Gemma 4 takes one of its masks.
+
+        Raises:
+            IndexError: the selection is a part of them.
+        """
+        if any(part not in (slice(None), slice(0, None)) for part in selected):
+            raise IndexError(f"packed attention has no part {selected} of a mask")
+        return self
 
     def is_causal(self, keys: int) -> bool:
         """Return whether all earlier tokens are visible in a sequence of this length."""
         return self.reach is not None and keys <= self.reach
 
-    def mask(self, queries: range, keys: range) -> Tensor:
-        """Return the mask bool [queries, keys] of positions in one sequence.
+    def mask(
+        self, block: Block, longest: int, dtype: torch.dtype, is_window: bool = False, sinks: int = 0
+    ) -> Tensor:
+        """Return the mask [queries, sinks + keys] of a block: 0 where a key is visible, -inf elsewhere.
+
+        It is a view of a tensor that blocks and layers share.
+
+        Args:
+            block: of a sequence.
+            longest: the length of the sequence.
+            dtype: of the mask.
+            is_window: whether it is known that the rule is a sliding window.
+            sinks: number of keys before the others that every query sees.
 
         Raises:
             ConfigError: a query sees a later key.
         """
-        known = self._masks.get((queries, keys))
+        before = block.start - block.keys.start
+        rows = slice(block.queries.start - block.start, block.queries.stop - block.start)
+        columns = sinks + len(block.keys)
+        if self.is_full or (is_window and self.reach and not sinks):
+            far = self._farthest(block.size, longest + sinks, dtype)
+            first = far.shape[1] - block.size - before - sinks
+            return far[rows, first : first + columns]
+        if self.reach is None:
+            return self._evaluated(block.queries, block.keys, sinks, dtype)
+        period = 1 if is_window else self.reach
+        moved = block.keys.start - block.keys.start % period
+        start, first = block.start - moved, block.keys.start - moved
+        queries, keys = range(start, start + block.size), range(first, start + block.size)
+        return self._evaluated(queries, keys, sinks, dtype)[rows, :columns]
+
+    def _farthest(self, size: int, longest: int, dtype: torch.dtype) -> Tensor:
+        """Return the mask of a late block; the last columns of its keys are the mask of any earlier one."""
+        if self.reach is not None:
+            start = size * -(-(self.reach - 1) // size)
+            return self._evaluated(range(start, start + size), range(start + size), 0, dtype)
+        known = self._masks.get((size, dtype))
+        if known is None or known.shape[1] < longest + size:
+            known = torch.full((size, longest + size), -torch.inf, dtype=dtype, device=self.device)
+            known = known.triu_(longest + 1)
+            self._masks[size, dtype] = known
+        return known
+
+    def _evaluated(self, queries: range, keys: range, sinks: int, dtype: torch.dtype) -> Tensor:
+        known = self._masks.get((queries, keys, sinks, dtype))
         if known is None:
-            known = self._evaluate(queries, keys)
-            self._masks[queries, keys] = known
+            visible = self._evaluate(queries, keys)
+            known = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+            known = pad(known.masked_fill_(~visible, -torch.inf), (sinks, 0))
+            self._masks[queries, keys, sinks, dtype] = known
         return known
 
     def _evaluate(self, queries: range, keys: range) -> Tensor:
+        """Return bool [queries, keys] of positions in one sequence."""
         mask: Tensor = sdpa_mask(
             batch_size=1,
             q_length=len(queries),
@@ -63,7 +122,7 @@ class MaskRule:
             device=self.device,
         )[0, 0]
         # Rules of known reach are causal by construction: they need no synchronization with the device.
-        if self.reach is None and self.function is not causal_mask_function:
+        if self.reach is None:
             later = torch.ones_like(mask).triu(queries.start - keys.start + 1)
             if bool((mask & later).any()):
                 raise not_causal("a layer's attention mask")

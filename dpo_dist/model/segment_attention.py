@@ -2,19 +2,19 @@
 
 A segment is the queries of one response, with those of the prompt for the first response, and their keys:
 the prompt and the response. Where a layer's rule limits the reach, or scores are capped, a segment is cut
-into blocks of queries, so that neither time nor memory grow with the square of its length.
+into blocks of queries, so that neither time nor memory grow with the square of its length. Blocks also keep
+the masks of responses small that follow a shared prompt.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
+from dpo_dist.model.blocks import Block, cut_in_blocks
+from dpo_dist.model.capped_attention import capped_attention, capped_block_size
 from dpo_dist.model.mask_rules import MaskRule, causal_rule
 
 Layout = tuple[tuple[int, ...], ...]
@@ -22,8 +22,8 @@ Layout = tuple[tuple[int, ...], ...]
 # Queries of a block under a window: smaller blocks see fewer keys outside of the window, in more calls.
 _SMALLEST_BLOCK = 128
 _BLOCKS_PER_REACH = 4
-# Float32 scores of a block, where they are capped.
-_SCORE_BYTES = 64 * 2**20
+# Queries of a block without a window, after a prompt: its mask is [queries, keys].
+_FULL_BLOCK = 512
 # Dimensions added for a sink: kernels want multiples of 8.
 _SINK_DIMS = 8
 
@@ -90,73 +90,78 @@ class SegmentAttention:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Return the attention of one segment: [heads, tokens, dim], the queries are the last tokens."""
-        tokens, length = query.shape[1], key.shape[1]
+        tokens, length, dim = query.shape[1], key.shape[1], value.shape[-1]
         if tokens == 0:
-            return query[..., : value.shape[-1]]
-        rule = None if scores.rule is None or scores.rule.is_causal(length) else scores.rule
-        if rule is None and scores.softcap is None:
-            mask = (
-                None if tokens == length else self._causal.mask(range(length - tokens, length), range(length))
-            )
-            return _attend(query, key, value, mask, scores)
-        return _attend_in_blocks(query, key, value, rule or self._causal, scores)
+            return query[..., :dim]
+        rule = self._causal if scores.rule is None or scores.rule.is_causal(length) else scores.rule
+        scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        if scores.softcap is not None:
+            return _attend_capped(query, key, value, rule, scores)
+        query, key, value = _of_one_dim(query, key, value)
+        if scores.sinks is not None:
+            query, key, value = _with_sink(query, key, value, scores.sinks / scale)
+        if rule.is_full and tokens == length:
+            if scores.sinks is not None:  # a query before the others, which sees the sink only
+                query = pad(query, (0, 0, 1, 0))
+            return _attend(query, key, value, None, scale)[:, -tokens:, :dim]
+        return _attend_in_blocks(query, key, value, rule, scores, scale)[..., :dim]
 
 
-def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, scores: Scores) -> Tensor:
-    """Return the attention of one segment, a block of queries over the keys within reach at a time.
-
-    Positions are cut at multiples of one size, and a block's keys are whole pieces of that size.
-    """
-    length = key.shape[1]
-    first = length - query.shape[1]
-    size = _block_size(query.shape[0], length, rule.reach, scores.softcap is not None)
-    cuts = [*range(first - first % size, length, size), length]
-    spans = [range(max(start, first), stop) for start, stop in pairwise(cuts)]
-    pieces = [min(size, length - start) for start in range(0, length, size)]
-    key_pieces, value_pieces = torch.split(key, pieces, dim=1), torch.split(value, pieces, dim=1)
-    outputs = []
-    for span, block in zip(spans, torch.split(query, [len(span) for span in spans], dim=1), strict=True):
-        earliest = 0 if rule.reach is None else max(0, span.start - rule.reach + 1) // size
-        seen = slice(earliest, span.start // size + 1)
-        mask = rule.mask(span, range(earliest * size, span.stop))
-        block_key = torch.cat(key_pieces[seen], dim=1)
-        block_value = torch.cat(value_pieces[seen], dim=1)
-        if scores.softcap is None:
-            outputs.append(_attend(block, block_key, block_value, mask, scores))
-        elif len(spans) == 1:
-            outputs.append(_attend_capped(block, block_key, block_value, mask, scores))
-        else:  # the scores of one block at a time, in backward too
-            outputs.append(_recomputed(_attend_capped, block, block_key, block_value, mask, scores))
-    return torch.cat(outputs, dim=1)
-
-
-def _block_size(heads: int, keys: int, reach: int | None, is_capped: bool) -> int:
-    size = keys if reach is None else max(_SMALLEST_BLOCK, reach // _BLOCKS_PER_REACH)
-    if is_capped:
-        size = min(size, max(1, _SCORE_BYTES // (4 * heads * keys)))
-    return size
-
-
-def _recomputed(function: Any, *inputs: Any) -> Tensor:
-    output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return output
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Return the attention of queries [heads, n, dim]; without a mask they are the keys' own tokens."""
-    scale, dim = scores.scale, value.shape[-1]
-    if scores.sinks is not None:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        query, key, value = _with_sink(query, key, value, scores.sinks / scale)
-        if mask is None:  # a query before the others, which sees the sink only, keeps the mask square
-            query = pad(query, (0, 0, 1, 0))
-        else:
-            mask = pad(mask, (1, 0), value=True)
-    if mask is not None and query.is_cuda and query.shape[0] != key.shape[0]:
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, scores: Scores, scale: float
+) -> Tensor:
+    """Return the attention of one segment, a block of queries over the keys within reach at a time."""
+    sinks = 0 if scores.sinks is None else 1
+    length = key.shape[1] - sinks
+    if query.is_cuda and query.shape[0] != key.shape[0]:
         # With both a mask and groups of heads, CUDA has no kernel that never stores all scores.
         groups = query.shape[0] // key.shape[0]
         key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
-    attended = scaled_dot_product_attention(
+    size = _block_size(length, rule)
+    blocks = cut_in_blocks(range(length - query.shape[1], length), size, rule.reach)
+    pieces = [sinks, *(min(size, length - start) for start in range(0, length, size))]
+    key_pieces, value_pieces = torch.split(key, pieces, dim=1), torch.split(value, pieces, dim=1)
+    is_window = scores.window == rule.reach
+    outputs = []
+    for block, queries in zip(
+        blocks, torch.split(query, [len(block.queries) for block in blocks], dim=1), strict=True
+    ):
+        mask = rule.mask(block, length, query.dtype, is_window, sinks)
+        if rule.reach is None:
+            stop = sinks + block.keys.stop
+            block_key, block_value = key[:, :stop], value[:, :stop]
+        else:  # copies of the keys within reach: the backward of a slice writes all keys
+            within = slice(1 + block.keys.start // size, 2 + block.start // size)
+            block_key = torch.cat((key_pieces[0], *key_pieces[within]), dim=1)
+            block_value = torch.cat((value_pieces[0], *value_pieces[within]), dim=1)
+        outputs.append(_attend(queries, block_key, block_value, mask, scale))
+    return torch.cat(outputs, dim=1)
+
+
+def _block_size(length: int, rule: MaskRule) -> int:
+    if rule.reach is not None:
+        return max(_SMALLEST_BLOCK, rule.reach // _BLOCKS_PER_REACH)
+    return _FULL_BLOCK if rule.is_full else length
+
+
+def _attend_capped(query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, scores: Scores) -> Tensor:
+    assert scores.softcap is not None
+    length = key.shape[1]
+    size = min(_block_size(length, rule), capped_block_size(query, length))
+    blocks = cut_in_blocks(range(length - query.shape[1], length), size, rule.reach)
+    scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    is_window = scores.window == rule.reach
+
+    def mask(block: Block) -> Tensor:
+        return rule.mask(block, length, wide, is_window)
+
+    return capped_attention(query, key, value, blocks, mask, scale, scores.softcap)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the attention of queries [heads, n, dim]; without a mask they are the keys' own tokens."""
+    return scaled_dot_product_attention(
         query[None],
         key[None],
         value[None],
@@ -165,9 +170,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scor
         scale=scale,
         enable_gqa=True,
     )[0]
-    if scores.sinks is None:
-        return attended
-    return attended[:, 1:, :dim] if mask is None else attended[..., :dim]
+
+
+def _of_one_dim(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors with zeros in further dimensions, where values have others than keys.
+
+    Of other dimensions, PyTorch would store all scores on a CPU.
+    """
+    dim = max(query.shape[-1], value.shape[-1])
+    if query.is_cuda or query.shape[-1] == value.shape[-1]:
+        return query, key, value
+    query, key, value = (pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (query, key, value))
+    return query, key, value
 
 
 def _with_sink(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,16 +198,3 @@ def _with_sink(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> t
         torch.cat((sink, pad(key, (0, _SINK_DIMS))), dim=1),
         pad(value, (0, _SINK_DIMS, 1, 0)),
     )
-
-
-def _attend_capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
-    """Return attention with capped scores; softmax is float32, as in the models' own attention."""
-    assert scores.softcap is not None
-    heads, tokens, dim = query.shape
-    scale = dim**-0.5 if scores.scale is None else scores.scale
-    grouped = query.reshape(key.shape[0], -1, dim)
-    products = grouped @ key.transpose(1, 2) * scale
-    capped = torch.tanh(products / scores.softcap) * scores.softcap
-    capped = capped.view(key.shape[0], -1, tokens, key.shape[1]).masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(capped, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights.flatten(1, 2) @ value).view(heads, tokens, value.shape[-1])

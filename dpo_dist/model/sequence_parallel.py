@@ -121,6 +121,23 @@ class TokenShare:
         rows = self.exchange.all_gather(padded.movedim(-1, 0).contiguous())
         return rows.flatten(0, 1).index_select(0, self._gathered).movedim(0, -1)
 
+    def own(self, values: Tensor) -> Tensor:
+        """Return the values of this rank's tokens, zero for another copy of the last token.
+
+        Args:
+            values: [tokens] of the whole sequence.
+        """
+        ranks = self.exchange.ranks
+        padded = torch.nn.functional.pad(values, (0, len(self.tokens) * ranks - len(values)))
+        return padded[self.exchange.rank :: ranks]
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Return the sum of `part` over the ranks, equal on all of them; collective.
+
+        Its gradient is that of this rank's `part`: all ranks compute the same loss from the result.
+        """
+        return self.exchange.all_gather(part).sum(dim=0)
+
 
 def _on_host(counts: Tensor, rank: int) -> tuple[int, int, int]:
     """Return the largest of `counts`, and the first and the number of this rank; waits for the device."""

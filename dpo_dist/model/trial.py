@@ -21,6 +21,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.errors import DeviceMemoryError, first_line
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layer_options import layer_values
 
 Score = Callable[[PackedBatch], Tensor]
 """Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
@@ -207,8 +208,9 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     that the configuration names.
     """
     config = causal_lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
-    beyond = window * 5 // 4 if isinstance(window, int) and window * 5 // 4 <= LONGEST else 0
+    limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
+    tried = [limit * 5 // 4 for limit in limits if isinstance(limit, int) and limit * 5 // 4 <= LONGEST]
+    beyond = max(tried, default=0)
     length = max(4, min(max_length, max(_USUAL_LENGTH, beyond)))
     short = min(length, _SHORT_LENGTH)
     named = _named_ids(causal_lm.config) | _named_ids(config)

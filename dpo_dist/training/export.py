@@ -24,7 +24,7 @@ from dpo_dist.report.recorder import spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.small_files import read_small
 from dpo_dist.training.card import run_card
-from dpo_dist.training.export_check import check_exported
+from dpo_dist.training.export_check import check_exported, read_pairs
 
 
 def export_model(config: RunConfig, sources: Sequence[Path], output: Path, console: Console) -> None:
@@ -43,7 +43,9 @@ def export_model(config: RunConfig, sources: Sequence[Path], output: Path, conso
 
     _check_base(config, sources)
     console.say(f"reading {', '.join(map(str, sources))}")
-    check = partial(check_exported, config=config, say=console.say) if config.export.check else None
+    check = None
+    if config.export.check:  # pairs that cannot be read are an error before anything is written
+        check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
     export_models(sources, output, config, None if config.export.average else card, check)
 
 
@@ -57,6 +59,8 @@ def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
         ConfigError: they have changed, or cannot be read.
     """
     adapter, own = config.model.adapter, RunFolder.of(config).checkpoints
+    if adapter is not None:
+        _check_one_start(sources)
     if adapter is None or not (config.export.merge or adapter.on_top):
         return
     recorded = {_model_digest(source) for source in sources if source.parent == own} - {""}
@@ -76,6 +80,23 @@ def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
             expected=f"digest {', '.join(sorted(recorded))}",
             remedy="restore its files"
             + ("" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"),
+        )
+
+
+def _check_one_start(sources: Sequence[Path]) -> None:
+    """Check that the checkpoints of adapters started from the same model, as far as they record it.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    starts = {source: digest for source in sources if (digest := _model_digest(source))}
+    if len(set(starts.values())) > 1:
+        raise ConfigError(
+            "the members of the average are adapters of different models",
+            where="export.average",
+            got=", ".join(f"{source} of {digest[:12]}" for source, digest in starts.items()),
+            expected="checkpoints of runs that started from the same model",
+            remedy="name checkpoints of one start; an adapter only means something on its own base",
         )
 
 

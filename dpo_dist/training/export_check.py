@@ -12,15 +12,15 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.packing import Sequences, pack
-from dpo_dist.distributed.checkpoint_export import Exported, Members
+from dpo_dist.distributed.checkpoint_export import Exported, Members, trained_tokenizer
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
 from dpo_dist.model.adapters import load_adapter
 from dpo_dist.model.exactness import settle
@@ -61,21 +61,23 @@ class Drift:
         )
 
 
-def check_exported(exported: Exported, config: RunConfig, say: Callable[[str], None]) -> None:
+def check_exported(
+    exported: Exported, pairs: Sequence[Sequences], config: RunConfig, say: Callable[[str], None]
+) -> None:
     """Score training pairs with the written folder and with the trained weights, in float32 on the CPU.
 
     Memory is that of one model in float32.
 
     Args:
         exported: before it has its name.
+        pairs: from `read_pairs`.
         config: of the run.
         say: prints the result.
 
     Raises:
         CheckpointError: log-probs differ by more than rounding explains.
-        ConfigError: the pairs or the base cannot be read.
+        ConfigError: the base cannot be read.
     """
-    pairs = _pairs(config, exported.tokenizer)
     found, dtype = _plain_logps(exported, config, pairs), _coarsest_dtype(exported.folder)
     expected, rounded, base = _trained_logps(exported, config, pairs, dtype)
     drift = Drift(
@@ -101,19 +103,24 @@ def _mean(difference: Tensor) -> float:
     return float(difference.abs().mean())
 
 
-def _pairs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sequences]:
-    """Return the shortest of the first pairs of the training data, as training encodes them."""
-    base = model_folder(config.model.path, config.model.revision)
-    digest = tokenizer_digest(tokenizer_folder(base, start_folder(config.model)))
+def read_pairs(config: RunConfig) -> list[Sequences]:
+    """Return the shortest of the first pairs of the training data, as training encodes them.
+
+    Raises:
+        ConfigError: they, or the weights of the base, which the check loads too, cannot be read.
+    """
     source = config.data.train[0]
     first = replace(source, limit=min(_READ, source.limit or _READ))
     try:
+        base = model_folder(config.model.path, config.model.revision)
+        files, tokenizer = trained_tokenizer(base, start_folder(config.model), config)
+        digest = tokenizer_digest(files)
         dataset = open_dataset(prepare_dataset([first], config.data, tokenizer, digest), config.data)
     except (ConfigError, DataError, OSError) as error:
         raise ConfigError(
-            "the training pairs of the check cannot be read",
+            "the training pairs or the base of the check cannot be read",
             where="export.check",
-            got=f"{source.path}: {first_line(error)}",
+            got=f"{source.path}, {config.model.path}: {first_line(error)}",
             remedy="make them available, or set export.check=false",
         ) from error
     pairs = [dataset.sequences(index) for index in range(len(dataset))]

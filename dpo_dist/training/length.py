@@ -115,13 +115,19 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
     done, former = int(state["step"]), state.get("steps", steps)
     if former == steps:
         return ""
-    before, after = (learning_rate(config.optim, done, total) for total in (former, steps))
     skipped = done * config.trainer.global_batch_pairs - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
-    rate = (
-        f"the learning rate follows the schedule of {steps:,} steps from step {done + 1:,} on "
-        f"({after:.2g}, not {before:.2g})"
-        if after != before
-        else "the learning rate continues"
-    )
+    rate = _rate(config, done, former, steps)
     return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
+
+
+def _rate(config: RunConfig, done: int, former: int, steps: int) -> str:
+    """Return from which step on, if any, the learning rate is another one than by the former length."""
+    for step in range(done, max(former, done + 1)):
+        before, after = (learning_rate(config.optim, step, total) for total in (former, steps))
+        if after != before:
+            return (
+                f"the learning rate follows the schedule of {steps:,} steps from step {step + 1:,} on "
+                f"({after:.2g}, not {before:.2g})"
+            )
+    return "the learning rate continues"

@@ -45,7 +45,7 @@ class RouterTerms:
             sums: metric sums of this rank.
         """
         if self._loss.aux is not None and self._selected is None:
-            self._selected = self._world.sum(self._unseen + selections(routing))
+            self._selected = self._world.sum_replicas(self._unseen + selections(routing))
         parts = self._loss.parts(routing, self._selected, self._tokens)
         values, count, self._count = dict(parts), self._count, 0
         if self._selected is not None:

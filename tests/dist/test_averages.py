@@ -5,11 +5,14 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import SHARDS
 from dpo_dist.distributed.slice_files import SavedSlices
@@ -17,6 +20,7 @@ from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
 from tests.support.cpu_adam import with_cpu_adam
+from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
 
 DECAY = 0.7
@@ -24,20 +28,33 @@ STEPS = ([0, 1, 2], [3, 4, 5], [6, 7])
 KEPT = 1 + len(STEPS)
 BAD = 2
 """An update that is not applied comes before this step."""
+ADAPTER = AdapterConfig(r=4, alpha=8.0, target_modules="all-linear")
 WAYS = {
-    "zero3, to zero2": (Dtype.fp32, ParallelismKind.zero3, 1, ParallelismKind.zero2),
-    "ddp in bf16, to zero3": (Dtype.bf16, ParallelismKind.ddp, 3, ParallelismKind.zero3),
+    "zero3, to zero2": (Dtype.fp32, ParallelismKind.zero3, 1, ParallelismKind.zero2, None),
+    "ddp in bf16, to zero3": (Dtype.bf16, ParallelismKind.ddp, 3, ParallelismKind.zero3, None),
+    "zero3 offloaded with an adapter, to zero2": (
+        Dtype.fp32,
+        ParallelismConfig(
+            ParallelismKind.zero3, offload_optimizer=Offload.cpu, offload_parameters=Offload.cpu
+        ),
+        3,
+        ParallelismKind.zero2,
+        ADAPTER,
+    ),
     "zero2 offloaded in bf16": (
         Dtype.bf16,
         ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
         1,
         ParallelismKind.zero3,
+        None,
     ),
 }
 
 
-def train(assets: Assets, root: Path, dtype: Dtype, world: World, _folder: Path) -> list[str]:
-    trainer = Trainer(assets, world, dtype=dtype, ema_decay=DECAY)
+def train(
+    assets: Assets, root: Path, dtype: Dtype, adapter: AdapterConfig | None, world: World, _folder: Path
+) -> list[str]:
+    trainer = Trainer(assets, world, adapter, dtype, ema_decay=DECAY)
     trainer.save(root, 0, KEPT)
     bad = []
     for number, rows in enumerate(STEPS, start=1):
@@ -52,10 +69,18 @@ def train(assets: Assets, root: Path, dtype: Dtype, world: World, _folder: Path)
     return bad
 
 
-def resume(assets: Assets, root: Path, other: Path, dtype: Dtype, ranks: int, world: World, _: Path) -> None:
+def resume(
+    assets: Assets,
+    root: Path,
+    other: Path,
+    dtype: Dtype,
+    adapter: AdapterConfig | None,
+    world: World,
+    _folder: Path,
+) -> None:
     """Continue the checkpoint before the last step in a new process."""
-    trainer = Trainer(assets, world, dtype=dtype, ema_decay=DECAY)
-    found = Checkpoint(root / f"step-{len(STEPS) - 1:06d}", {"world_size": ranks})
+    trainer = Trainer(assets, world, adapter, dtype, ema_decay=DECAY)
+    found = Checkpoint(root / f"step-{len(STEPS) - 1:06d}", {"world_size": 2})
     load_checkpoint(found, [trainer.policy], world)
     trainer.step(STEPS[-1])
     trainer.save(other, len(STEPS))
@@ -78,9 +103,9 @@ def averaged(root: Path, name: str) -> Tensor:
 def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
     way: str, assets: Assets, tmp_path: Path
 ) -> None:
-    dtype, kind, other_ranks, other_kind = WAYS[way]
+    dtype, kind, other_ranks, other_kind, adapter = WAYS[way]
     root, again, elsewhere = tmp_path / "checkpoints", tmp_path / "again", tmp_path / "elsewhere"
-    run = partial(with_cpu_adam, partial(train, assets, root, dtype))
+    run = partial(with_cpu_adam, partial(train, assets, root, dtype, adapter))
     assert run_ranks(run, 2, tmp_path / "ranks", kind, dtype) == [["inf"], ["inf"]]
     last = len(STEPS)
     first, end = saved(root, 0), saved(root, last)
@@ -91,7 +116,7 @@ def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
             end.whole(name, "ema").double(), averaged(root, name), rtol=1e-6, atol=1e-7
         )
 
-    going_on = partial(with_cpu_adam, partial(resume, assets, root, again, dtype, 2))
+    going_on = partial(with_cpu_adam, partial(resume, assets, root, again, dtype, adapter))
     run_ranks(going_on, 2, tmp_path / "second", kind, dtype)
     same = saved(again, last)
     assert {*same.parts} == {*end.parts} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
@@ -99,10 +124,29 @@ def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
     for name in end.shapes:
         assert all(torch.equal(same.whole(name, part), end.whole(name, part)) for part in end.parts)
 
-    moving = partial(resume, assets, root, elsewhere, dtype, 2)
+    moving = partial(resume, assets, root, elsewhere, dtype, adapter)
     run_ranks(moving, other_ranks, tmp_path / "third", other_kind, dtype)
     other, tolerance = saved(elsewhere, last), 1e-5 if dtype is Dtype.fp32 else 3e-3
     for name in end.shapes:
         torch.testing.assert_close(
             other.whole(name, "ema"), end.whole(name, "ema"), rtol=tolerance, atol=tolerance
         )
+
+
+def beside_none(assets: Assets, world: World, _folder: Path) -> list[bool]:
+    """Train and score with an average and without; return whether norms and log-probs are the same."""
+    found = []
+    for decay in (DECAY, None):
+        trainer = Trainer(assets, world, ema_decay=decay)
+        norms = [trainer.step(rows) for rows in STEPS]
+        trainer.policy.train(False)
+        (batch,) = shard_batch(trainer.dataset, np.arange(2), 0, 1, 1024, COSTS).batches()
+        with torch.no_grad():
+            logps = trainer.policy.token_logps(batch)
+        found.append((torch.tensor(norms), logps.clone()))
+        trainer.policy.free()
+    return [torch.equal(*both) for both in zip(*found, strict=True)]
+
+
+def test_training_and_scoring_do_not_use_the_average(assets: Assets, tmp_path: Path) -> None:
+    assert run_ranks(partial(beside_none, assets), 2, tmp_path / "ranks") == [[True, True]] * 2

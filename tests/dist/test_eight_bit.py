@@ -1,7 +1,7 @@
 """AdamW with 8-bit states: close to AdamW, resumed bit for bit, and read by another world."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.optim_schema import OptimizerKind
 from dpo_dist.config.schema import Dtype, ParallelismKind
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
@@ -17,24 +18,48 @@ from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
+from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
 
 pytest.importorskip("bitsandbytes")
-EIGHT_BIT = replace(OPTIM, kind=OptimizerKind.adamw_8bit)
 STEPS = ([0, 1, 2], [3, 4, 5], [6, 7], [8, 9, 10])
 HALF = 2
+ADAPTER = AdapterConfig(r=8, alpha=16.0, target_modules="all-linear")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A precision, a parallelism, and what else a trainer has."""
+
+    dtype: Dtype
+    kind: ParallelismKind
+    adapter: AdapterConfig | None = None
+    ema_decay: float | None = None
+
+    def trainer(self, assets: Assets, world: World, optimizer: OptimizerKind) -> Trainer:
+        optim = replace(OPTIM, kind=optimizer)
+        return Trainer(assets, world, self.adapter, dtype=self.dtype, ema_decay=self.ema_decay, optim=optim)
+
+    @property
+    def parts(self) -> set[str]:
+        average = set() if self.ema_decay is None else {"ema"}
+        return {"weight", "exp_avg", "exp_avg_sq"} | average
+
+
 WAYS = {
-    "zero3 in bf16": (Dtype.bf16, ParallelismKind.zero3),
-    "zero2": (Dtype.fp32, ParallelismKind.zero2),
-    "ddp in bf16": (Dtype.bf16, ParallelismKind.ddp),
+    "zero3 in bf16": Way(Dtype.bf16, ParallelismKind.zero3),
+    "zero2 with an adapter": Way(Dtype.fp32, ParallelismKind.zero2, adapter=ADAPTER),
+    "ddp in bf16": Way(Dtype.bf16, ParallelismKind.ddp),
+    "zero3 in fp16 with an adapter and an average": Way(Dtype.fp16, ParallelismKind.zero3, ADAPTER, 0.7),
+    "zero2 in fp16 with an average": Way(Dtype.fp16, ParallelismKind.zero2, ema_decay=0.7),
 }
 
 
 def train(
-    assets: Assets, kind: OptimizerKind, dtype: Dtype, root: Path, world: World, _folder: Path
+    assets: Assets, way: Way, kind: OptimizerKind, root: Path, world: World, _folder: Path
 ) -> dict[str, Any]:
     """Train with checkpoints at the start, at half and at the end."""
-    trainer = Trainer(assets, world, dtype=dtype, optim=replace(OPTIM, kind=kind))
+    trainer = way.trainer(assets, world, kind)
     trainer.save(root, 0, 9)
     norms = []
     for number, rows in enumerate(STEPS, start=1):
@@ -48,17 +73,31 @@ def train(
     return {"norms": norms, "8 bits": "torch.uint8" in dtypes}
 
 
-def resume(assets: Assets, dtype: Dtype, root: Path, other: Path, world: World, _folder: Path) -> list[float]:
-    """Continue from half in new processes; return the norms."""
-    trainer = Trainer(assets, world, dtype=dtype, optim=EIGHT_BIT)
-    load_checkpoint(Checkpoint(root / f"step-{HALF:06d}", {"world_size": 2}), [trainer.policy], world)
-    norms = [trainer.step(rows) for rows in STEPS[HALF:]]
-    trainer.save(other, len(STEPS))
+def resume(
+    assets: Assets,
+    way: Way,
+    found: Path,
+    ranks: int,
+    steps: int,
+    other: Path,
+    world: World,
+    _folder: Path,
+) -> list[float]:
+    """Continue a checkpoint of so many ranks in new processes for so many steps; return the norms."""
+    trainer = way.trainer(assets, world, OptimizerKind.adamw_8bit)
+    load_checkpoint(Checkpoint(found, {"world_size": ranks}), [trainer.policy], world)
+    done = int(found.name.removeprefix("step-"))
+    norms = [trainer.step(rows) for rows in STEPS[done : done + steps]]
+    trainer.save(other, done + steps)
     return norms
 
 
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
 def saved(root: Path, step: int = len(STEPS)) -> SavedSlices:
-    return SavedSlices.find(root / f"step-{step:06d}", SHARDS)
+    return SavedSlices.find(step_folder(root, step), SHARDS)
 
 
 def distance(first: SavedSlices, second: SavedSlices, names: Sequence[str]) -> float:
@@ -66,17 +105,21 @@ def distance(first: SavedSlices, second: SavedSlices, names: Sequence[str]) -> f
     return float(torch.stack(squares).sum().sqrt())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_eight_bits_are_close_to_float32_and_resume_exactly(way: str, assets: Assets, tmp_path: Path) -> None:
-    dtype, kind = WAYS[way]
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NEEDS_FP16 if WAYS[name].dtype is Dtype.fp16 else ()) for name in WAYS]
+)
+def test_eight_bits_are_close_to_float32_and_resume_exactly(
+    name: str, assets: Assets, tmp_path: Path
+) -> None:
+    way = WAYS[name]
     roots = {optimizer: tmp_path / optimizer for optimizer in OptimizerKind}
     found = {
         optimizer: run_ranks(
-            partial(train, assets, optimizer, dtype, roots[optimizer]),
+            partial(train, assets, way, optimizer, roots[optimizer]),
             2,
             tmp_path / f"{optimizer}-ranks",
-            kind,
-            dtype,
+            way.kind,
+            way.dtype,
         )
         for optimizer in OptimizerKind
     }
@@ -88,23 +131,28 @@ def test_eight_bits_are_close_to_float32_and_resume_exactly(way: str, assets: As
     moved = distance(exact, saved(root, 0), names)
     assert 0 < distance(end, exact, names) < 0.1 * moved
 
-    going_on = partial(resume, assets, dtype, root, tmp_path / "again")
-    norms = run_ranks(going_on, 2, tmp_path / "second", kind, dtype)
+    going_on = partial(resume, assets, way, step_folder(root, HALF), 2, 2, tmp_path / "again")
+    norms = run_ranks(going_on, 2, tmp_path / "second", way.kind, way.dtype)
     assert norms[0] == found[OptimizerKind.adamw_8bit][0]["norms"][HALF:]
     same = saved(tmp_path / "again")
     assert same.step == end.step == len(STEPS)
-    assert {*same.parts} == {*end.parts} == {"weight", "exp_avg", "exp_avg_sq"}
-    for name in names:
-        assert all(torch.equal(same.whole(name, part), end.whole(name, part)) for part in end.parts)
+    assert {*same.parts} == {*end.parts} == way.parts
+    for weight in names:
+        assert all(torch.equal(same.whole(weight, part), end.whole(weight, part)) for part in end.parts)
 
 
-def test_another_world_reads_them(assets: Assets, tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
-    saving = partial(train, assets, OptimizerKind.adamw_8bit, Dtype.fp32, root)
-    norms = run_ranks(saving, 2, tmp_path / "ranks", ParallelismKind.zero2)[0]["norms"]
-    loading = partial(resume, assets, Dtype.fp32, root, tmp_path / "other")
-    for found in run_ranks(loading, 3, tmp_path / "others", ParallelismKind.zero3):
-        assert found == pytest.approx(norms[HALF:], rel=0.05)
-    end, other = saved(root), saved(tmp_path / "other")
+def test_other_worlds_read_them(assets: Assets, tmp_path: Path) -> None:
+    """Two ranks, then three, then one: blocks of other elements are rounded anew, and so not bit for bit."""
+    root, way = tmp_path / "checkpoints", Way(Dtype.fp32, ParallelismKind.zero2)
+    saving = partial(train, assets, way, OptimizerKind.adamw_8bit, root)
+    norms = run_ranks(saving, 2, tmp_path / "ranks", way.kind)[0]["norms"]
+    third, last = tmp_path / "three", tmp_path / "one"
+    loading = partial(resume, assets, way, step_folder(root, HALF), 2, 1, third)
+    found = run_ranks(loading, 3, tmp_path / "others", ParallelismKind.zero3)
+    alone = partial(resume, assets, way, step_folder(third, HALF + 1), 3, 1, last)
+    found += run_ranks(alone, 1, tmp_path / "alone", ParallelismKind.ddp)
+    assert [*found[0], *found[-1]] == pytest.approx(norms[HALF:], rel=0.05)
+    end, other = saved(root), saved(last)
+    assert other.step == end.step == len(STEPS)
     names = list(end.shapes)
     assert distance(other, end, names) < 0.1 * distance(end, saved(root, HALF), names)

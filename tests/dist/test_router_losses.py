@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.router_schema import RouterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.engine import PolicyEngine
@@ -37,7 +37,8 @@ LOSS = LossConfig(beta=0.5, router=ROUTER)
 COUPLED = replace(LOSS, kind=LossKind.aot)
 # Pairs and token budgets: one micro-batch on each rank, several, and fewer pairs than ranks.
 STEPS: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2, 3, 4), 8192), ((5, 6, 7, 8, 9), 128), ((2,), 1))
-ZERO3, ZERO2, DDP = ParallelismKind
+ZERO3, ZERO2 = ParallelismConfig(), ParallelismConfig(ParallelismKind.zero2)
+SHARED = ParallelismConfig(sequence_parallel=2)
 
 
 def routed_steps(
@@ -54,12 +55,14 @@ def routed_steps(
         ModelConfig(str(model), dtype=Dtype.fp32, gradient_checkpointing=checkpointing),
         assets.dataset(),
     )
-    policy = PolicyEngine(load_packed(model, config, 1024, world.device), OPTIM, world)
+    policy = PolicyEngine(
+        load_packed(model, config, 1024, world.device, sequence=world.sequence), OPTIM, world
+    )
     router = RouterLoss(loss.router.aux_coefficient, loss.router.z_coefficient)
     objective = Objective(loss, RowsAtHand.of(dataset, reference), router if loss.router.is_set else None)
     found: dict[str, Any] = {"norms": [], "means": []}
     for rows, budget in STEPS:
-        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())
@@ -122,12 +125,15 @@ def plain_steps(
         pytest.param("qwen3_moe", 3, ZERO3, LOSS, "none", id="qwen3_moe, 3 ranks, zero3"),
         pytest.param("mixtral", 2, ZERO2, LOSS, "none", id="mixtral, 2 ranks, zero2"),
         pytest.param("qwen3_moe", 2, ZERO3, COUPLED, "none", id="qwen3_moe, 2 ranks, coupled loss"),
+        pytest.param("mixtral", 2, SHARED, LOSS, "full", id="mixtral, 2 ranks share tokens, checkpointing"),
+        pytest.param("qwen3_moe", 4, SHARED, LOSS, "none", id="qwen3_moe, 2 times 2 ranks share tokens"),
+        pytest.param("qwen3_moe", 2, SHARED, COUPLED, "none", id="qwen3_moe, 2 share tokens, coupled loss"),
     ],
 )
 def test_losses_of_routers_equal_those_of_the_whole_padded_batch(
     model_type: str,
     size: int,
-    kind: ParallelismKind,
+    kind: ParallelismConfig,
     loss: LossConfig,
     checkpointing: str,
     assets: Assets,

@@ -18,25 +18,30 @@ from torch.nn.functional import logsigmoid
 
 
 def steep(policy, reference, config):
-    return -30 * logsigmoid(config.beta * (policy.margin - reference.margin))
+    return -STEEPNESS * logsigmoid(config.beta * (policy.margin - reference.margin))
 """
 
 
-def test_overflows_are_skipped_and_reported_and_a_resumed_run_is_the_same(
-    overrides: Overrides, tmp_path: Path
-) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    (tmp_path / "steep_loss.py").write_text(LOSS)
+def prepare(folder: Path, overrides: Overrides, steepness: float) -> list[str]:
+    """The command line of a run of 8 steps in fp16 whose loss is that many times the usual one."""
+    (folder / "steep_loss.py").write_text(LOSS.replace("STEEPNESS", str(steepness)))
     records = [TEXT | {"prompt": f"question {number}"} for number in range(12)]
-    data = tmp_path / "pairs.jsonl"
+    data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    command = overrides(
+    return overrides(
         f"data.train=[{data}]",
         "loss=custom",
         "loss.function=steep_loss:steep",
         "trainer.epochs=4",
         "model.dtype=fp16",
     )
+
+
+def test_overflows_are_skipped_and_reported_and_a_resumed_run_is_the_same(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = prepare(tmp_path, overrides, 30)
     ended = run_verb("train", [*command, f"run.dir={whole}"], processes=2, cwd=tmp_path)
     assert ended.code == 0, ended.output
     rows, found = history(whole), summary(whole)
@@ -56,3 +61,13 @@ def test_overflows_are_skipped_and_reported_and_a_resumed_run_is_the_same(
     assert run_verb("train", command, processes=2, cwd=tmp_path).code == 0
     assert history(run) == rows
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_a_run_of_overflows_only_ends_with_3_on_every_process(overrides: Overrides, tmp_path: Path) -> None:
+    command = [*prepare(tmp_path, overrides, 1e6), "trainer.max_steps=3"]
+    ended = run_verb("train", command, processes=2, cwd=tmp_path)
+    assert ended.code == 3, ended.output
+    assert ended.output.count("the run has trained nothing: gradients overflow in fp16") == 1
+    assert "3 overflows and 0 bad steps in 3 steps; the loss scale of the next step is 8192" in ended.output
+    assert "Traceback" not in ended.output
+    assert run_state(tmp_path / "run")["outcome"] == summary(tmp_path / "run")["exit"] == "diverged"

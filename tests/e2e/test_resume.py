@@ -55,7 +55,7 @@ def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
     assert first["computed"] > 0
     assert first["seconds"] > 0.0
     assert first["drift"]["responses"] > 0
-    assert run_verb("train", [*command, "trainer.stop_after_steps=2"], processes=2).code == 1
+    assert run_verb("train", [*command, "trainer.stop_after_steps=2"], processes=2).code == 75
     stopped = summary(run)
     train(command, processes=2)
     ended = summary(run)
@@ -69,7 +69,7 @@ def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
     assert ended["work"]["since_step"] == 0
 
     full = [*command, f"run.dir={tmp_path}/other"]
-    assert run_verb("train", [*full, "trainer.stop_after_steps=2"], processes=2).code == 1
+    assert run_verb("train", [*full, "trainer.stop_after_steps=2"], processes=2).code == 75
     train(full, processes=2)
     reused = summary(tmp_path / "other")["reference"]
     assert (reused["hits"], reused["computed"]) == (first["hits"] + first["computed"], 0)
@@ -117,7 +117,7 @@ def test_a_stopped_run_in_bf16_resumes_exactly(
 ) -> None:
     steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3", *options]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"), processes=2)
-    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=2"), processes=2).code == 1
+    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=2"), processes=2).code == 75
     assert run_state(tmp_path / "run")["outcome"] == "preempted"
     train(overrides(*steps), processes=2)
     assert history(tmp_path / "run") == history(tmp_path / "whole")

@@ -35,7 +35,7 @@ def test_a_run_with_shared_tokens_is_that_of_one_process_and_resumes_without_the
 
 def test_processes_that_do_not_divide_into_groups_are_an_error(overrides: Overrides) -> None:
     ended = run_verb("train", overrides("parallelism.sequence_parallel=3"), processes=2)
-    assert ended.code != 0
+    assert ended.code == 2, ended.output
     assert "cannot be divided into groups" in ended.output
     assert "Traceback" not in ended.output
 

@@ -95,7 +95,7 @@ def run_warm(
     seconds: float,
     prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str]:
-    """Run a verb on `size` processes; exit code and screen as `python -m` or `accelerate launch` give them.
+    """Run a verb on `size` processes; exit code and screen as `python -m` or `dpo_dist.launch` give them.
 
     Args:
         verb: module below dpo_dist.
@@ -183,19 +183,22 @@ def run_warm_apart(
 
 
 def wait(processes: list[Any], seconds: float) -> int:
-    """Wait as the launcher of several does: the first failure ends all, with 1."""
+    """Wait as `dpo_dist.launch` does for several: the first failure ends all, with its exit code."""
     deadline = time.monotonic() + seconds
+    first = None
     while any(process.is_alive() for process in processes):
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
             raise TimeoutError(f"the verb took longer than {seconds} s")
         if failed := [process.exitcode for process in processes if process.exitcode]:
+            first = failed[0]
             grace = _GRACE_AFTER_KILL_SECONDS if min(failed) < 0 else _GRACE_SECONDS
             _end(processes, grace)
         processes[0].join(_POLL_SECONDS)
     codes = [process.exitcode for process in processes]
-    return codes[0] if len(codes) == 1 else int(any(codes))
+    code: int = first or next(filter(None, codes), 0)
+    return code if code >= 0 or len(codes) == 1 else 128 - code
 
 
 def _end(processes: list[Any], grace: float) -> None:

@@ -3,9 +3,9 @@
 import pytest
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.identity import differing_keys, run_digest
 from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
-from dpo_dist.config.schema import Quantization, ReferenceMode
+from dpo_dist.config.schema import Quantization, ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError
 
 BASIC = ["model.path=m", "data.train=[p.jsonl]"]
@@ -35,6 +35,30 @@ def test_the_adapter_defines_the_run(other: str) -> None:
         run_digest(load_run_config([*BASIC, *more])) for more in ([], [ADAPTER], [f"model.adapter={other}"])
     }
     assert len(digests) == 3
+
+
+def test_null_is_a_default_or_the_value_of_the_adapter_that_is_continued() -> None:
+    """In a new adapter null is the default, with the digest that it has when it is written."""
+
+    def load(adapter: str) -> RunConfig:
+        return load_run_config([*BASIC, f"model.adapter={adapter}"])
+
+    written = load("{r: 16, alpha: 32, target_modules: all-linear, variant: lora, modules_to_save: []}")
+    assert load("{r: null}").model.adapter == written.model.adapter
+    assert load("{path: sft, on_top: true}").model.adapter.alpha == 32.0
+    continued, named = load("{path: sft}"), load("{path: sft, r: 16}")
+    assert (continued.model.adapter.r, continued.model.adapter.variant) == (None, None)
+    assert named.model.adapter.r == 16
+    assert from_yaml(to_yaml(continued)) == continued
+    assert run_digest(continued) == run_digest(named)
+    assert differing_keys(continued, named) == {}
+
+
+def test_the_digest_of_an_adapter_is_that_of_earlier_versions() -> None:
+    digests = [
+        run_digest(load_run_config([*BASIC, *more])) for more in ([ADAPTER], ["model.adapter={r: 16}"])
+    ]
+    assert digests == ["84032856", "2d157294"]
 
 
 def test_the_experiment_is_what_its_docs_say_and_can_be_overridden() -> None:

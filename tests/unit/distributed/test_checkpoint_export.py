@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -65,8 +66,8 @@ def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
     return folder
 
 
-def run_of(folder: Path, **model: Any) -> RunConfig:
-    return RunConfig(model=ModelConfig(path=str(folder), **model))
+def run_of(folder: Path, *, export: ExportConfig | None = None, **model: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(path=str(folder), **model), export=export or ExportConfig())
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,20 @@ def files_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def assert_merged_as_by_peft(base: Path, variant: AdapterVariant, folder: Path) -> None:
+    """A merged export is peft's merge of the exported adapter, in files with the names of the base."""
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
+    export_checkpoint(checkpoint, folder / "adapter", config)
+    export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload()
+    found = dict(AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto").named_parameters())
+    for name, weight in oracle.named_parameters():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
+    assert files_of(folder / "merged") == files_of(base)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("variant", AdapterVariant)
 def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
@@ -187,20 +202,20 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
 ) -> None:
     base = write_model(tmp_path / "base", tied=tied)
     (base / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    export_checkpoint(checkpoint, tmp_path / "adapter", config)
-    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
-    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
-    for name, weight in oracle.named_parameters():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
-    assert files_of(tmp_path / "merged") == files_of(base)
+    assert_merged_as_by_peft(base, variant, tmp_path)
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
     for file in base.glob("tokenizer*"):
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+def write_family(folder: Path, family: str, *, seed: int = 0, **options: Any) -> Path:
+    tokenizer = tiny.qwen()
+    torch.manual_seed(seed)
+    described = AutoConfig.for_model(family, **COMMON, **options, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("variant", [AdapterVariant.lora, AdapterVariant.dora])
@@ -220,21 +235,8 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
 def test_transposed_fused_and_renamed_weights_are_merged(
     family: str, options: dict[str, Any], variant: AdapterVariant, tmp_path: Path
 ) -> None:
-    base, tokenizer = tmp_path / "base", tiny.qwen()
-    torch.manual_seed(0)
-    described = AutoConfig.for_model(family, **COMMON, **options, vocab_size=len(tokenizer))
-    AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    export_checkpoint(checkpoint, tmp_path / "adapter", config)
-    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
-    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").named_parameters())
-    for name, weight in oracle.named_parameters():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
-    assert files_of(tmp_path / "merged") == files_of(base)
+    base = write_family(tmp_path / "base", family, **options)
+    assert_merged_as_by_peft(base, variant, tmp_path)
 
 
 def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
@@ -265,6 +267,80 @@ def test_an_average_of_whole_models(base: Path, tmp_path: Path) -> None:
     for name, weight in found.items():
         wanted = 0.25 * first[name] + 0.5 * second[name] + 0.25 * start[name]
         torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_an_average_of_models_whose_files_have_other_names(tmp_path: Path) -> None:
+    """Mixtral's files have the matrices of every expert by themselves, the model has them as one."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    base = write_family(tmp_path / "base", "mixtral", **experts)
+    other = write_family(tmp_path / "other", "mixtral", seed=1, **experts)
+    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
+    weights = weights_of(config)
+    assert not weights.keys() <= files_of(other).keys()
+    export_models([checkpoint_of(weights, tmp_path / "step-000001"), other], tmp_path / "out", config)
+    second = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert any("gate_up_proj" in name for name in weights)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], 0.5 * weight + 0.5 * second[name], atol=1e-6, rtol=1e-6)
+
+
+def test_members_of_other_precision_are_averaged_in_float32(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"], dtype="fp32"))
+    weights = weights_of(config)
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    sources = [tmp_path / "half", checkpoint_of(weights, tmp_path / "step-000001")]
+    export_models(sources, tmp_path / "out", config)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    for name, weight in half.state_dict().items():
+        assert torch.equal(found[name], 0.5 * weight.float() + 0.5 * weights[name])
+
+
+@pytest.mark.parametrize("other", ["vocabulary", "family", "output layer"])
+def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    folder = write_model(tmp_path / "other", tied=other != "output layer", seed=1)
+    if other == "vocabulary":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(model.config.vocab_size + 3)
+        model.save_pretrained(folder)
+    elif other == "family":
+        folder = write_family(tmp_path / "family", "mistral")
+    with pytest.raises(ConfigError, match="of another kind or of other sizes") as error:
+        export_models([checkpoint, folder], tmp_path / "out", config)
+    assert error.value.got.startswith(f"{folder}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_names_another_base_is_no_member(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    other = write_sft_adapter(write_model(tmp_path / "elsewhere"), tmp_path / "sft")
+    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
+    with pytest.raises(ConfigError, match="is an adapter of another model") as error:
+        export_models([checkpoint, other], tmp_path / "out", averaged)
+    assert f"trained on {tmp_path}/elsewhere" in error.value.got
+    whole = write_model(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="are not of one kind"):
+        export_models([checkpoint, whole], tmp_path / "out", averaged)
+
+
+def test_an_adapter_folder_of_another_run_needs_no_initial_values(base: Path, tmp_path: Path) -> None:
+    """PiSSA's are part of the written adapter, of twice the rank."""
+    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=4, init="pissa"))
+    other = write_sft_adapter(base, tmp_path / "other" / "model")
+    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
+    second = shutil.copytree(other, tmp_path / "second" / "model")
+    export_models([other, second], tmp_path / "out", averaged)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = PeftModel.from_pretrained(start, tmp_path / "out").merge_and_unload().state_dict()
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(start, other).merge_and_unload().state_dict()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
 
 
 def test_an_average_of_adapters_is_the_average_of_their_updates(base: Path, tmp_path: Path) -> None:
@@ -367,7 +443,7 @@ def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="are not of one kind"):
         export_models([base, tmp_path / "adapter"], tmp_path / "out", run_of(base, dtype=Dtype.fp32))
     lora = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
-    other = write_sft_adapter(write_model(tmp_path / "wide", hidden_size=64), tmp_path / "sft")
+    other = write_sft_adapter(write_model(tmp_path / "wide" / base.name, hidden_size=64), tmp_path / "sft")
     last = checkpoint_of(weights_of(lora), tmp_path / "step-000002")
     with pytest.raises(ConfigError, match="is an adapter of another model"):
         export_models([last, other], tmp_path / "out", lora)

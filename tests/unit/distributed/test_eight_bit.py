@@ -53,6 +53,52 @@ def test_float32_states_become_the_same_states_again(elements: int) -> None:
         assert all(torch.equal(after[name], after_copy[name]) for name in after)
 
 
+def published_codebook(signed: bool) -> Tensor:
+    """Dynamic tree quantization (arXiv:2110.02861, section 1.3): decades, each with twice the fractions."""
+    entries = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
+    for decade in range(7):
+        borders = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
+        middles = (borders[1:] + borders[:-1]) / 2 * 10.0 ** (decade - 6)
+        entries += [middles, -middles] if signed else [middles]
+    return torch.cat(entries).sort().values
+
+
+def rounding_errors(moment: Tensor, signed: bool) -> Tensor:
+    """Distance of each element to the nearest entry times the largest magnitude of its block of 256.
+
+    The kernel for CPUs may take a neighbour of that entry, less than 2^-15 of the largest farther away.
+    """
+    blocks = torch.nn.functional.pad(moment, (0, -len(moment) % 256)).view(-1, 256)
+    largest = blocks.abs().amax(1, keepdim=True)
+    entries = published_codebook(signed) * largest
+    nearest = (blocks[:, :, None] - entries[:, None, :]).abs().amin(2)
+    return (nearest + 2.0**-15 * largest).flatten()[: len(moment)]
+
+
+def test_an_update_is_the_published_one() -> None:
+    """Moments in float64 from the states before, rounded block by block; the weight has them unrounded."""
+    rate, betas, eps, decay, elements = 1e-2, (0.9, 0.99), 1e-8, 0.1, 4096 + 77
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(elements, generator=generator))
+    optimizer = optim.AdamW8bit([weight], lr=rate, betas=betas, eps=eps, weight_decay=decay)
+    first = second = torch.zeros(elements, dtype=torch.float64)
+    for step in range(1, 5):
+        before = weight.detach().double()
+        weight.grad = torch.randn(elements, generator=generator) * torch.logspace(-4, 1, elements)
+        gradient = weight.grad.double()
+        optimizer.step()
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient.square()
+        root = (second / (1 - betas[1] ** step)).sqrt() + eps
+        expected = before * (1 - rate * decay) - rate * first / (1 - betas[0] ** step) / root
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+        states = {name: moment.double() for name, moment in to_float32(optimizer.state[weight]).items()}
+        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            allowed = rounding_errors(moment, signed=name == "exp_avg")
+            assert ((states[name] - moment).abs() <= allowed * (1 + 1e-4)).all()
+        first, second = states["exp_avg"], states["exp_avg_sq"]
+
+
 def test_they_take_two_bytes_and_a_thirty_second_for_each_weight() -> None:
     optimizer, weight = trained(2**16, steps=1)
     states = optimizer.state[weight]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_base import base_notes, check_sizes
 from dpo_dist.model.adapter_files import check_start, start_folder, tokenizer_folder, trained_adapter
@@ -97,9 +97,12 @@ def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft:
     ("given", "key"),
     [
         ({"r": 8}, "r"),
+        ({"r": 16}, "r"),
+        ({"alpha": 32.0}, "alpha"),
         ({"alpha": 4.0}, "alpha"),
         ({"variant": AdapterVariant.dora}, "variant"),
         ({"target_modules": ["q_proj", "v_proj"]}, "target_modules"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]}, "target_modules"),
     ],
 )
@@ -110,8 +113,47 @@ def test_keys_that_contradict_the_adapter_are_refused(given: dict[str, Any], key
     check_start(AdapterConfig(path=str(sft), on_top=True, **given), sft)
 
 
+def test_all_contradictions_in_numbers_are_one_error(sft: Path) -> None:
+    """As of an experiment that has an adapter of its own."""
+    with pytest.raises(ConfigError, match="has another r, alpha") as refused:
+        check_start(AdapterConfig(path=str(sft), r=64, alpha=128), sft)
+    assert (refused.value.got, refused.value.expected) == ("64, 128", "4, 8.0")
+    assert "set model.adapter.r=null model.adapter.alpha=null" in refused.value.remedy
+
+
+def test_a_given_default_is_not_the_same_as_none(sft: Path) -> None:
+    dora = AdapterConfig(path=str(sft), variant=AdapterVariant.lora, modules_to_save=[])
+    check_start(dora, sft)
+    changed(sft, use_dora=True)
+    with pytest.raises(ConfigError, match="has another variant"):
+        check_start(dora, sft)
+    check_start(AdapterConfig(path=str(sft)), sft)
+
+
+def test_all_linear_is_compared_with_the_layers_of_the_base(base: Path, sft: Path, tmp_path: Path) -> None:
+    def start(folder: Path) -> None:
+        adapter = AdapterConfig(path=str(folder), target_modules="all-linear")
+        config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=adapter)
+        add_adapter(load_packed(base, config, 64, torch.device("cpu")), config, 0, start_folder(config))
+
+    with pytest.raises(ConfigError, match="has another target_modules") as refused:
+        start(sft)
+    assert refused.value.expected == "down_proj, q_proj, v_proj"
+    start(write_sft_adapter(base, tmp_path / "all", target_modules="all-linear"))
+
+
+def test_dora_on_8_bit_weights_is_refused(base: Path, sft: Path) -> None:
+    changed(sft, use_dora=True)
+    config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft)))
+    start_folder(replace(config, quantization=Quantization.nf4))
+    with pytest.raises(ConfigError, match="peft cannot compute from 8-bit ones"):
+        start_folder(replace(config, quantization=Quantization.int8))
+
+
 def test_keys_that_repeat_the_adapter_are_accepted(sft: Path) -> None:
-    check_start(AdapterConfig(r=4, alpha=8, target_modules=["q_proj", "v_proj", "mlp.down_proj"]), sft)
+    check_start(
+        AdapterConfig(path=str(sft), r=4, alpha=8, target_modules=["q_proj", "v_proj", "mlp.down_proj"]), sft
+    )
 
 
 @pytest.mark.parametrize(

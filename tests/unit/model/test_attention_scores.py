@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import segment_attention, varlen_attention
+from dpo_dist.model import capped_attention, segment_attention, varlen_attention
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.mask_rules import MaskRule, mask_rule
 from dpo_dist.model.segment_attention import Layout, Scores
@@ -45,7 +45,8 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the sizes of these sequences, and kernels that need no CUDA."""
     put_kernels(monkeypatch)
     monkeypatch.setattr(segment_attention, "_SMALLEST_BLOCK", 3)
-    monkeypatch.setattr(segment_attention, "_SCORE_BYTES", 4 * HEADS * 12 * 5)
+    monkeypatch.setattr(segment_attention, "_FULL_BLOCK", 3)
+    monkeypatch.setattr(capped_attention, "_CPU_SCORE_BYTES", 4 * HEADS * 12 * 5)
     varlen_attention._log_sdpa.cache_clear()
 
 

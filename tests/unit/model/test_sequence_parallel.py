@@ -19,7 +19,7 @@ from dpo_dist.model.attention_backend import Heads
 from dpo_dist.model.segment_attention import Layout, Scores
 from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenShare, check_heads
 from tests.support.packing import pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import gradients
+from tests.unit.model.test_architectures import gradients, tiny_causal_lm, tiny_config
 from tests.unit.model.test_windowed_models import OTHERS, WINDOWED, model_of, packed
 
 T = TypeVar("T")
@@ -172,3 +172,32 @@ def test_models_with_windows_sinks_caps_and_temperatures_equal_one_rank(model_ty
     largest = max(gradient.norm() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.1 * largest), name
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_sums_over_routers_are_those_of_all_tokens(model_type: str, ranks: int) -> None:
+    """Each token counts once, also where a share ends with another copy of the last one."""
+    own = {"num_local_experts": 4} if model_type == "mixtral" else {}
+    causal_lm = tiny_causal_lm(tiny_config(model_type, **own))
+    batch = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
+    assert len(batch.input_ids) % 2
+    _, expected = packed(causal_lm)(batch, with_routing=True)
+    slopes = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    wanted = gradients(causal_lm, expected * slopes)
+
+    def route(exchange: InThreads) -> Tensor:
+        model = packed(causal_lm)
+        model.sequence = exchange
+        _, sums = model(batch, with_routing=True)
+        assert isinstance(sums, Tensor)
+        return sums
+
+    found = on_ranks(ranks, route)
+    for sums in found:
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+    ours = gradients(causal_lm, found[0] * slopes)
+    assert ours.keys() == wanted.keys()
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * largest, name

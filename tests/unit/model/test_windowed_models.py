@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import Sequences
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import segment_attention
+from dpo_dist.model import capped_attention, segment_attention
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
@@ -72,7 +72,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_attention, "_SMALLEST_BLOCK", 3)
-    monkeypatch.setattr(segment_attention, "_SCORE_BYTES", 4 * 4 * 16 * 5)
+    monkeypatch.setattr(segment_attention, "_FULL_BLOCK", 3)
+    monkeypatch.setattr(capped_attention, "_CPU_SCORE_BYTES", 4 * 4 * 16 * 5)
 
 
 def model_of(model_type: str, own: dict[str, Any], window: int | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Files that become part of an exported model are those that training started from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,17 @@ def test_a_changed_adapter_below_the_trained_one_is_refused(config: RunConfig, t
     write_sft_adapter(tmp_path / "base", tmp_path / "sft", seed=4)
     with pytest.raises(ConfigError, match="started from has changed"):
         export(config, tmp_path / "out")
+
+
+def test_checkpoints_of_adapters_that_started_from_other_models_are_no_average(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    first = tmp_path / "run" / "checkpoints" / "step-000001"
+    second = shutil.copytree(first, tmp_path / "other" / "checkpoints" / "step-000002")
+    averaged = replace(config, export=ExportConfig(check=False, average=["a", "b"]))
+    export_model(averaged, [first, second], tmp_path / "same", Console(None))
+    (second / "state.json").write_text(json.dumps({"world_size": 1, "model": "f" * 64}))
+    with pytest.raises(ConfigError, match="adapters of different models") as found:
+        export_model(averaged, [first, second], tmp_path / "out", Console(None))
+    assert f"{second} of ffffffffffff" in found.value.got
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """A written folder is compared with the trained weights: what passes, and what does not."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,9 @@ from dpo_dist.distributed.checkpoint_export import Exported, export_models
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
-from dpo_dist.training.export_check import check_exported
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.training.export import export_model
+from dpo_dist.training.export_check import check_exported, read_pairs
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.invented import write_pairs
@@ -102,7 +105,7 @@ def test_models_of_other_forms_pass(family: str, tmp_path: Path) -> None:
     assert not any("correction_bias" in name for name in trained(run_of(base, tmp_path, None), 0))
     (checkpoint,) = checkpoints(run_of(base, tmp_path, None), tmp_path, 1)
     said: list[str] = []
-    check = partial(check_exported, config=config, say=said.append)
+    check = partial(check_exported, pairs=read_pairs(config), config=config, say=said.append)
     export_models([checkpoint], tmp_path / "out", config, check=check)
     assert "checked: " in said[0]
 
@@ -128,12 +131,12 @@ def test_a_whole_folder_passes_and_a_changed_one_does_not(
     said: list[str] = []
 
     def check(exported: Exported) -> None:
-        check_exported(exported, config, said.append)
+        check_exported(exported, read_pairs(config), config, said.append)
         (file,) = exported.folder.glob("*model.safetensors")
         weights = load_file(file)
         name = next(name for name in weights if "o_proj" in name and "lora_A" not in name)
         save_file(weights | {name: 1.3 * weights[name]}, file, {"format": "pt"})
-        check_exported(exported, config, said.append)
+        check_exported(exported, read_pairs(config), config, said.append)
 
     with pytest.raises(CheckpointError, match="computes other log-probs"):
         export_models(checkpoints(config, tmp_path, count), tmp_path / "out", config, check=check)
@@ -155,19 +158,27 @@ def test_a_model_is_scored_as_training_does_and_without_its_gpu(tmp_path: Path) 
         checkpoints(config, tmp_path, 1),
         tmp_path / "out",
         config,
-        check=lambda exported: check_exported(exported, on_gpu, said.append),
+        check=lambda exported: check_exported(exported, read_pairs(config), on_gpu, said.append),
     )
     assert said[0].startswith("checked: log-probs of 8 responses")
 
 
-def test_pairs_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:
+def test_pairs_that_cannot_be_read_are_an_error_before_anything_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = SourceConfig(str(tmp_path / "gone.jsonl"))
     config = run_of(base, tmp_path, LORA)
-    gone = replace(config, data=replace(config.data, train=[SourceConfig(str(tmp_path / "gone.jsonl"))]))
-    with pytest.raises(ConfigError, match="training pairs of the check cannot be read") as error:
-        export_models(
-            checkpoints(config, tmp_path, 1),
-            tmp_path / "out",
-            config,
-            check=lambda exported: check_exported(exported, gone, print),
-        )
+    config = replace(config, data=replace(config.data, train=[gone]))
+    monkeypatch.setattr("dpo_dist.training.export.export_models", lambda *_: pytest.fail("it has begun"))
+    checkpoint = checkpoints(config, tmp_path, 1)
+    with pytest.raises(ConfigError, match="training pairs or the base of the check cannot be read") as error:
+        export_model(config, checkpoint, tmp_path / "out", Console(None))
     assert "export.check=false" in error.value.remedy
+    assert "gone.jsonl" in error.value.got
+    (file,) = shutil.copytree(base, tmp_path / "base").glob("*.safetensors")
+    file.unlink()
+    without = run_of(base, tmp_path, LORA)
+    without = replace(without, model=replace(without.model, path=str(file.parent)))
+    with pytest.raises(ConfigError, match="training pairs or the base of the check cannot be read"):
+        export_model(without, checkpoint, tmp_path / "out", Console(None))
+    assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 """The learning rate is a function of the step."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
@@ -96,6 +98,33 @@ def test_schedules_are_those_of_transformers_whose_warmup_is_one_step_later(
     for step in range(steps):
         expected = theirs[step + 1] if step < warmup else theirs[step]
         assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", LearningRateSchedule)
+@given(steps=st.integers(1, 40), more=st.integers(0, 40), ratio=st.floats(0, 0.999), data=st.data())
+def test_a_run_of_a_ratio_that_is_continued_to_more_steps_has_the_schedule_of_these(
+    schedule: LearningRateSchedule, steps: int, more: int, ratio: float, data: st.DataObject
+) -> None:
+    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=ratio)
+    whole, done = steps + more, data.draw(st.integers(0, steps))
+    given_so = SimpleNamespace(warmup_steps=ratio, warmup_ratio=None)
+    warmup = TrainingArguments.get_warmup_steps(given_so, whole)
+    assume(warmup < whole)
+    theirs = of_transformers(schedule, 0.0, warmup, whole)
+    for step in range(done, whole):
+        expected = theirs[step + 1] if step < warmup else theirs[step]
+        assert learning_rate(optim, step, whole) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", LearningRateSchedule)
+def test_a_warmup_of_one_step_is_none_and_a_run_of_one_step_has_the_full_rate(
+    schedule: LearningRateSchedule,
+) -> None:
+    with_one = OptimConfig(lr=8.0, schedule=schedule, warmup_steps=1)
+    for steps in (1, 5):
+        assert learning_rate(with_one, 0, steps) == 8.0
+    assert learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup_steps=0), 0, 1) == 8.0
+    assert learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=0.01), 0, 1) == 8.0
 
 
 @pytest.mark.parametrize("schedule", FLOORS)

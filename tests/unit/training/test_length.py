@@ -119,6 +119,20 @@ def test_the_line_about_the_learning_rate_and_a_partial_batch() -> None:
     assert "from step 9 on (5e-05, not 0); the next 12 pairs of the order are not trained" in line
 
 
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [(2, "from step 6 on (7.5e-05, not 6.7e-05)"), (6, "from step 7 on (5e-05, not 3.3e-05)")],
+)
+def test_inside_a_warmup_of_fixed_length_the_line_says_from_which_step_the_rate_is_another(
+    done: int, said: str
+) -> None:
+    config = run_of(Path("run"), "optim.lr=1e-4", "optim.schedule=linear", "optim.warmup_steps=4")
+    line = describe_change({"step": done, "steps": 7, "pairs_seen": 64 * done}, config, 8)
+    assert line == (
+        f"training longer: 8 steps in place of 7; the learning rate follows the schedule of 8 steps {said}"
+    )
+
+
 @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
 def test_schedules_that_do_not_depend_on_the_length_continue(schedule: str) -> None:
     config = run_of(Path("run"), f"optim.schedule={schedule}", "optim.warmup_steps=2")
