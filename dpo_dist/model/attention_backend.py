@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.layer_options import layer_configs, layer_values
 from dpo_dist.model.mask_rules import mask_rule
 from dpo_dist.model.optional_packages import check_flash_attn
 from dpo_dist.model.segment_attention import Layout, Scores
@@ -49,8 +52,17 @@ class Heads:
         return self.dim if self.own_value_dim is None else self.own_value_dim
 
 
+def heads_of_layers(text: Any) -> list[Heads]:
+    """Return the attention shape of each layer of a text model, one for all if they are equal.
+
+    Empty for a model without attention.
+    """
+    layers = layer_configs(text)
+    return [heads_of(layer) for layer in layers if getattr(layer, "num_attention_heads", None)]
+
+
 def heads_of(model_config: Any) -> Heads:
-    """Return the attention shape of a transformers configuration.
+    """Return the attention shape of the transformers configuration of a layer.
 
     Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
     head, whose `head_dim` in the configuration is only the part with positions.
@@ -103,9 +115,27 @@ def scores_of(model_config: Any) -> list[Scores]:
     text = model_config.get_text_config()
     softcap = getattr(text, "attn_logit_softcapping", None)
     kinds = [Scores(softcap=softcap)]
-    if isinstance(getattr(text, "sliding_window", None), int):
+    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
         kinds.append(Scores(window=_TRIAL_WINDOW, softcap=softcap))
     return kinds
+
+
+def check_kernels(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
+    """Check this backend with the heads and scores of each layer by `check_kernel`, if it is used.
+
+    Args:
+        backend: from `choose_backend`.
+        device: of the run.
+        text: the transformers configuration of a text model.
+        dtype: of the model's activations.
+
+    Raises:
+        ConfigError: the results differ by more than rounding, or the kernel fails.
+    """
+    if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
+        return
+    for heads in dict.fromkeys(heads_of_layers(text)):
+        check_kernel(backend, device, heads, dtype, scores_of(text))
 
 
 def check_kernel(
@@ -123,7 +153,7 @@ def check_kernel(
     Args:
         backend: from `choose_backend`.
         device: of the run.
-        heads: of the model.
+        heads: of a layer.
         dtype: of the model's activations.
         kinds: from `scores_of`.
 

@@ -2,7 +2,9 @@
 
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.reach import Reach
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
-from dpo_dist.model.attention_backend import heads_of
+from dpo_dist.model.attention_backend import heads_of_layers
+from dpo_dist.model.layer_options import layer_configs, layer_values
 from dpo_dist.model.saved_modules import find_modules
+from dpo_dist.model.supported import check_causal_class
 from dpo_dist.model.text_part import other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -31,6 +35,7 @@ _HEAD_SLOWNESS = 0.9
 # On a CPU, many products of a few milliseconds: one of them runs uninterrupted also on a busy machine.
 _PEAK_TRIALS = {"cuda": 5, "cpu": 20}
 _PEAK_SIDE = {"cuda": 8192, "cpu": 512}
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 # TFLOP/s of dense matrix products by the makers' data sheets: 16 bits, and float32 without TF32. The first
 # entry whose name is part of PyTorch's name of the device is used.
 _DATASHEET_TFLOPS = (
@@ -107,7 +112,7 @@ def count_flops(
 
     Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
     looked up, and experts (three dimensions, the first of them the experts), of which a token visits
-    `num_experts_per_tok`. Norms, rotations and softmax are not counted.
+    its configuration's number. Norms, rotations and softmax are not counted.
 
     Raises:
         ConfigError: transformers cannot make a model of this configuration.
@@ -118,6 +123,8 @@ def count_flops(
             config = config.get_text_config()
         with torch.device("meta"):
             causal_lm = model_class(config)
+    except ConfigError:
+        raise
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "transformers cannot make a model of this config.json",
@@ -128,7 +135,7 @@ def count_flops(
     text, output = config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    visited_experts: int = getattr(text, "num_experts_per_tok", None) or 0
+    visited_experts = _visited_experts(text)
     convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
     visited = 0.0
     for name, parameter in causal_lm.named_parameters():
@@ -142,7 +149,8 @@ def count_flops(
     visited_saved = sum(weight.numel() for weight in saved if id(weight) not in outside)
     trains_output = adapter is None or any(weight is output for weight in saved)
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
-    attention = text.num_hidden_layers * _attention_width(text)
+    widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
+    attention = text.num_hidden_layers * fmean(widths or [0])
     return StepFlops(
         per_token=per_weight * visited
         + _FORWARD_AND_BACKWARD * added
@@ -153,19 +161,31 @@ def count_flops(
     )
 
 
+def _visited_experts(text: PretrainedConfig) -> int:
+    """Return the experts of a layer that a token visits, the most of any layer; 0 without experts."""
+    values = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
+    of_layers = [value if isinstance(value, list) else [value] for value in values]  # Hunyuan has a list
+    return max((value for layers in of_layers for value in layers if value), default=0)
+
+
 def _reaches(text: PretrainedConfig) -> tuple[Reach, ...]:
     """Return the sliding windows and chunks of the layers of a text model."""
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    layer_types = getattr(text, "layer_types", None) or ["sliding_attention"]
-    options = (
-        ("sliding_attention", window, False),
-        ("chunked_attention", getattr(text, "attention_chunk_size", None), True),
-    )
+    layers, kinds = layer_configs(text), getattr(text, "layer_types", None) or ["sliding_attention"]
+    count = max(len(layers), len(kinds))
+    limits = [_limit(layers[n % len(layers)], kinds[n % len(kinds)]) for n in range(count)]
     return tuple(
-        Reach(tokens, layer_types.count(kind) / len(layer_types), in_chunks)
-        for kind, tokens, in_chunks in options
-        if tokens and kind in layer_types
+        Reach(tokens, limited / count, in_chunks)
+        for (tokens, in_chunks), limited in Counter(limits).items()
+        if tokens
     )
+
+
+def _limit(layer: PretrainedConfig, kind: str) -> tuple[int, bool]:
+    """Return the tokens that a layer of this kind sees, 0: all; and whether they are those of a chunk."""
+    if kind == "chunked_attention":
+        return getattr(layer, "attention_chunk_size", None) or 0, True
+    has_window = kind == "sliding_attention" and getattr(layer, "use_sliding_window", True)
+    return (getattr(layer, "sliding_window", None) or 0) if has_window else 0, False
 
 
 def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
@@ -173,15 +193,8 @@ def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
     named = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if trust_remote_code and named is not None:
         return get_class_from_dynamic_module(named, config._name_or_path)
+    check_causal_class(config)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-def _attention_width(text: PretrainedConfig) -> int:
-    """Return the width of a layer's products, scores and weighted sums of values; 0 without attention."""
-    if not getattr(text, "num_attention_heads", None):
-        return 0
-    heads = heads_of(text)
-    return heads.query * (heads.dim + heads.value_dim)
 
 
 def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:

@@ -11,12 +11,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
-from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of, scores_of
+from dpo_dist.model.attention_backend import check_kernels, choose_backend, heads_of_layers
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
@@ -98,12 +98,10 @@ def load_packed(
     model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
     text = model_config.get_text_config()
-    arrangement = recorded_arrangement(text.model_type)
     if sequence is not None:
-        check_heads(heads_of(text), sequence.ranks)
-    has_heads = getattr(text, "num_attention_heads", None) is not None
-    if backend is not AttentionBackend.sdpa and arrangement is Arrangement.packed and has_heads:
-        check_kernel(backend, device, heads_of(text), TORCH_DTYPES[config.dtype], scores_of(text))
+        for heads in heads_of_layers(text):
+            check_heads(heads, sequence.ranks)
+    check_kernels(backend, device, text, TORCH_DTYPES[config.dtype])
     if config.liger:
         check_liger(model_config.model_type, device)
     if config.compile:
@@ -121,7 +119,7 @@ def load_packed(
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     if config.mlp_tile_tokens is not None:
         model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
-    model.start_as(arrangement)
+    model.start_as(recorded_arrangement(text.model_type))
     return model
 
 

@@ -41,6 +41,16 @@ class MaskRule:
         """Whether all earlier tokens are visible in every sequence."""
         return self.function is causal_mask_function
 
+    def __getitem__(self, selected: tuple[slice, ...]) -> "MaskRule":
+        """Return this rule for a selection of all queries and keys, as Gemma 4 takes one of its masks.
+
+        Raises:
+            IndexError: the selection is a part of them.
+        """
+        if any(part not in (slice(None), slice(0, None)) for part in selected):
+            raise IndexError(f"packed attention has no part {selected} of a mask")
+        return self
+
     def is_causal(self, keys: int) -> bool:
         """Return whether all earlier tokens are visible in a sequence of this length."""
         return self.reach is not None and keys <= self.reach

@@ -12,6 +12,9 @@ from dpo_dist.model.mask_rules import not_causal
 # Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
 _NOISES = ("drop", "jitter", "noise")
 
+# A value of `use_bidirectional_attention`, by which only tokens of images see later ones (Gemma 4).
+_OF_IMAGES = "vision"
+
 
 def check_supported(model_config: Any, max_length: int) -> None:
     """Check what the configuration of a model says about its log-probs; the check at start tries the model.
@@ -64,8 +67,9 @@ def check_causal_class(model_config: Any, key: str = "model.path") -> None:
 
 
 def _check_causal(model_config: Any) -> None:
-    if getattr(model_config, "use_bidirectional_attention", None):
-        option = "use_bidirectional_attention=true"
+    bidirectional = getattr(model_config, "use_bidirectional_attention", None)
+    if bidirectional and bidirectional != _OF_IMAGES:
+        option = f"use_bidirectional_attention={str(bidirectional).lower()}"
     elif not getattr(model_config, "is_causal", True):
         option = "is_causal=false"
     else:

@@ -50,6 +50,15 @@ DELTA = {
     "linear_value_head_dim": 8,
     **HEADS,
 }
+# The last two layers attend to keys and values of the first two.
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 8,
+    **HEADS,
+}
 # Options of each family, and the arrangement that its log-probs are exact in.
 FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PADDED),
@@ -66,6 +75,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "falcon_mamba": ({"state_size": 4}, PADDED),
     "gemma2": ({"sliding_window": 8, "final_logit_softcapping": 2.0, **HEADS}, PACKED),
     "gemma3_text": ({"sliding_window": 8, **HEADS}, PACKED),
+    "gemma3n_text": (
+        SHARED_KEYS | {"laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+        PACKED,
+    ),
+    "gemma4_text": (
+        SHARED_KEYS
+        | {"global_head_dim": 16, "use_double_wide_mlp": True, "use_bidirectional_attention": "vision"},
+        PACKED,
+    ),
     "gpt_bigcode": ({}, PACKED),
     "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}, PADDED),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **HEADS}, PACKED),

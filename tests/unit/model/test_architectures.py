@@ -131,6 +131,7 @@ def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: d
     [
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention=all"),
         ("llama", {"is_causal": False}, "is_causal"),
         ("gpt2", {"n_positions": LONGEST - 2}, "fewer learned positions"),
         ("opt", {"max_position_embeddings": LONGEST - 2}, "fewer learned positions"),
@@ -146,6 +147,7 @@ def test_inexact_models_are_refused(model_type: str, own: dict[str, Any], named:
 @pytest.mark.parametrize(
     ("model_type", "own"),
     [
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}),
         ("llama", {"max_position_embeddings": LONGEST // 2}),
         ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
     ],
