@@ -92,7 +92,7 @@ class SegmentAttention:
         """Return the attention of one segment: [heads, tokens, dim], the queries are the last tokens."""
         tokens, length, dim = query.shape[1], key.shape[1], value.shape[-1]
         if tokens == 0:
-            return query[..., :dim]
+            return query.new_empty(query.shape[0], 0, dim)
         rule = self._causal if scores.rule is None or scores.rule.is_causal(length) else scores.rule
         scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         if scores.softcap is not None:

@@ -50,7 +50,7 @@ def _mlp(layer: nn.Module, width: int, device: torch.device, dtype: torch.dtype)
     """Return the MLP of a layer, which is a module `mlp` of matrices and functions without weights."""
     mlp = dict(layer.named_children()).get("mlp")
     if mlp is None or not _has_only_matrices(mlp) or not _is_tokenwise(mlp, width, device, dtype):
-        found = "no module `mlp`" if mlp is None else f"{type(mlp).__name__}, which is more than matrices"
+        found = "no module `mlp`" if mlp is None else f"{type(mlp).__name__}, which is not one"
         raise ConfigError(
             "a layer of this architecture has no MLP that can be computed in tiles of tokens",
             where=KEY,
@@ -93,7 +93,10 @@ def _is_tokenwise(mlp: nn.Module, width: int, device: torch.device, dtype: torch
     }
     hidden = random(1, _TRIED_TOKENS, width)
     with torch.no_grad():
-        whole = functional_call(mlp, sharded, (hidden,))
+        try:
+            whole = functional_call(mlp, sharded, (hidden,))
+        except TypeError:  # its forward has other arguments
+            return False
         if not isinstance(whole, Tensor) or whole.shape != hidden.shape:
             return False
         halves = [functional_call(mlp, sharded, (half,)) for half in hidden.chunk(2, dim=1)]

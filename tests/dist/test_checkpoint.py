@@ -80,7 +80,7 @@ class Trainer:
                 files_of(assets.reference), assets.config(assets.policy, dtype=dtype), world
             )
             self.objective = Objective(loss, LiveReference(reference))
-        model = load_packed(assets.policy, config, 1024, world.device)
+        model = load_packed(assets.policy, config, 1024, world.device, sequence=world.sequence)
         if adapter is not None:
             add_adapter(model, config, seed=0)
         self.policy = PolicyEngine(model, optim, world, ema_decay)
@@ -90,11 +90,12 @@ class Trainer:
         self.world = world
 
     def step(self, rows: Sequence[int]) -> float:
-        plan = shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
+        world = self.world
+        plan = shard_batch(self.dataset, np.array(rows), world.replica, world.replicas, 256, COSTS)
         device, objective, position = self.world.device, self.objective, self.position
         ready, clock = objective.ready_step(plan, device), StepClock(device)
         sums, norm = train_step(self.policy, objective, ready, OPTIM.lr, self.world, clock, position.running)
-        means = MetricSums(sums.names, self.world.sum(sums.values)).means()
+        means = MetricSums(sums.names, self.world.sum_replicas(sums.values)).means()
         position.add_running(objective.loss, means, len(rows))
         position.step += 1
         if self.sync is not None:
@@ -417,6 +418,8 @@ DDP, ZERO2, ZERO3 = map(
 FULL = Policy()
 LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
+SHARED, SHARED_ZERO2, SHARED_DDP = (replace(kind, sequence_parallel=2) for kind in (ZERO3, ZERO2, DDP))
+SHARED_BY_4 = replace(ZERO3, sequence_parallel=4)
 NF4 = replace(DORA, quantization=Quantization.nf4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
 BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
@@ -439,6 +442,11 @@ WORLDS = {
     "DoRA on nf4 in bf16, 2 to 1": (NF4, BF16, 2, DDP, 1, DDP),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
     "LoRA on int8, 1 to 2": (INT8, FP32, 1, DDP, 2, DDP),
+    "full, 2 that share tokens to 4 that do": (FULL, FP32, 2, SHARED, 4, SHARED_BY_4),
+    "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_ZERO2, 4, SHARED_BY_4),
+    "bco and a reference that follows, 2 that share tokens to 1": (BCO, FP32, 2, SHARED, 1, DDP),
+    "DoRA on nf4 in bf16, 1 to 2 that share tokens": (NF4, BF16, 1, DDP, 2, SHARED_DDP),
+    "LoRA on int8, 2 that share tokens to 1": (INT8, FP32, 2, SHARED_DDP, 1, DDP),
 }
 
 

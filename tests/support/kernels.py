@@ -40,10 +40,15 @@ def _by_segment(
     window_size: tuple[int, int] = (-1, 0),
     softcap: float = 0.0,
 ) -> Tensor:
-    """Compute the result of a variable-length kernel: causal in each segment, aligned to the bottom right."""
-    assert window_size[1] == 0
+    """Compute the result of a variable-length kernel, as flash-attn documents it.
+
+    Query i sees the keys from i + keys - queries - window_size[0] to i + keys - queries + window_size[1],
+    both included; -1 is no limit. The cap is of scores that are multiplied by the scale.
+    """
     query, key, value = heads
-    assert all(bounds.dtype == torch.int32 for bounds in cumulative)
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+    assert query.shape[-1] % 8 == 0
+    assert all(bounds.dtype == torch.int32 and bounds[0] == 0 for bounds in cumulative)
     query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)
     assert longest[0] == max(stop - start for start, stop in query_bounds)
     assert longest[1] == max(stop - start for start, stop in key_bounds)
@@ -52,9 +57,13 @@ def _by_segment(
     outputs = []
     for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
         queries, keys = stop - start, key_stop - key_start
-        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        assert queries > 0
+        ends = torch.arange(queries)[:, None] + keys - queries
+        mask = torch.ones(queries, keys, dtype=torch.bool)
         if window_size[0] >= 0:
-            mask = mask.triu(keys - queries - window_size[0])
+            mask &= torch.arange(keys) >= ends - window_size[0]
+        if window_size[1] >= 0:
+            mask &= torch.arange(keys) <= ends + window_size[1]
         part = (query[start:stop], key[key_start:key_stop], value[key_start:key_stop])
         outputs.append(masked_attention(part, mask, scale, softcap))
     return torch.cat(outputs)
@@ -136,13 +145,12 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
     return _by_segment(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
         softmax_scale,
-        (window_size[0], 0),  # causal
+        (window_size[0], 0),  # `causal` replaces the limit on the right
         softcap,
     )
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.activation_offload import Elsewhere, check_offload, offload_inputs
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.packing import pack_unkeyed, random_pairs
@@ -37,8 +38,10 @@ def model_of(model_type: str, choice: int | str) -> PackedCausalLM:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma", "gpt2"])
-@pytest.mark.parametrize(("choice", "layers"), [("full", 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("model_type", "choice", "layers"),
+    [*((model_type, "full", LAYERS) for model_type in sorted(ARCHITECTURES)), ("qwen2", 2, LAYERS // 2)],
+)
 def test_the_input_of_each_checkpointed_layer_is_moved_and_gradients_are_equal(
     model_type: str, choice: int | str, layers: int
 ) -> None:
@@ -51,6 +54,16 @@ def test_the_input_of_each_checkpointed_layer_is_moved_and_gradients_are_equal(
     assert elsewhere.bytes == [size] * layers
     ours = gradients(model.causal_lm, logps)
     assert elsewhere.read == list(reversed(range(layers)))
+    assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
+
+
+def test_losses_of_routers_have_the_same_gradient() -> None:
+    plain = model_of("mixtral", "full")
+    expected = gradients(plain.causal_lm, plain(BATCH, with_routing=True)[1])
+    model = model_of("mixtral", "full")
+    offload_inputs(model.causal_lm, Counted())
+    ours = gradients(model.causal_lm, model(BATCH, with_routing=True)[1])
+    assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 

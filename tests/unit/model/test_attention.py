@@ -10,7 +10,14 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.segment_attention import Layout, Scores
-from tests.support.kernels import masked_attention, put_kernels, varlen_of_torch_2_10, varlen_of_torch_2_11
+from tests.support.kernels import (
+    flash_attn_varlen_func,
+    masked_attention,
+    put_kernels,
+    varlen_of_torch_2_10,
+    varlen_of_torch_2_11,
+    varlen_of_torch_2_13,
+)
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -77,6 +84,23 @@ def test_varlen_is_called_with_the_keywords_of_each_torch_version(monkeypatch: p
     with pytest.raises(ConfigError, match="has no scale or no window") as raised:
         check(((3, 2, 4),), AttentionBackend.varlen, 0.5)
     assert "update torch" in raised.value.remedy
+
+
+@pytest.mark.parametrize(("earlier", "seen"), [(-1, ["11110", "11111"]), (2, ["01110", "00111"])])
+def test_the_kernels_of_tests_see_what_the_documentation_of_flash_attn_shows(
+    earlier: int, seen: list[str]
+) -> None:
+    """Equal scores: the output is the mean of the visible keys' values, of which each is a unit vector."""
+    query, key = torch.zeros(2, 1, 8), torch.zeros(5, 1, 8)
+    value = torch.eye(8)[:5, None]
+    bounds = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+    flash = flash_attn_varlen_func(
+        query, key, value, *bounds, 2, 5, causal=True, window_size=(earlier, -1 if earlier < 0 else 0)
+    )
+    varlen = varlen_of_torch_2_13(query, key, value, *bounds, 2, 5, window_size=(earlier, 0))
+    for output in (flash, varlen):
+        rows = ["".join(str(int(weight > 0)) for weight in row) for row in output[:, 0, :5]]
+        assert rows == seen
 
 
 def check(layout: Layout, backend: AttentionBackend, scale: float | None) -> None:

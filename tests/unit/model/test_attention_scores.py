@@ -23,6 +23,7 @@ from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.mask_rules import MaskRule, mask_rule
 from dpo_dist.model.segment_attention import Layout, Scores
 from tests.support.kernels import masked_attention, put_kernels
+from tests.unit.model.test_context_memory import Live
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -102,30 +103,38 @@ def visible(layout: Layout, sees: Sees) -> Tensor:
     )
 
 
-def random_heads(layout: Layout, value_dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
+def random_heads(
+    layout: Layout, value_dim: int = DIM, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = sum(map(sum, layout))
     generator = torch.Generator().manual_seed(tokens)
     shapes = ((tokens, HEADS, DIM), (tokens, KEY_HEADS, DIM), (tokens, KEY_HEADS, value_dim))
-    query, key, value = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    query, key, value = (2 * torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
 def check(
-    layout: Layout, sees: Sees, scores: Scores, backend: AttentionBackend, value_dim: int = DIM
+    layout: Layout,
+    sees: Sees,
+    scores: Scores,
+    backend: AttentionBackend,
+    value_dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    heads = random_heads(layout, value_dim)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-13
+    heads = random_heads(layout, value_dim, dtype)
     inputs = heads if scores.sinks is None else (*heads, scores.sinks)
     attended = packed_attention(layout, backend, CPU)(*heads, scores)
     expected = masked_attention(heads, visible(layout, sees), scores.scale, scores.softcap, scores.sinks)
-    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
-    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+    slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     gradients, expected_gradients = (
         torch.autograd.grad((output * slopes).sum(), inputs) for output in (attended, expected)
     )
     # A query that sees one key has no gradient but rounding: its own norm is no measure.
     largest = max(gradient.norm() for gradient in expected_gradients)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * max(theirs.norm(), 0.1 * largest)
+        assert (ours - theirs).norm() <= tolerance * max(theirs.norm(), 0.1 * largest)
 
 
 @given(
@@ -135,6 +144,9 @@ def check(
     st.sampled_from([None, 2.0]),
     st.booleans(),
     st.sampled_from([None, 0.5]),
+    st.sampled_from([DIM, 5, 16]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
 )
 def test_scores_equal_their_definition(
     layout: Layout,
@@ -143,10 +155,30 @@ def test_scores_equal_their_definition(
     softcap: float | None,
     has_sinks: bool,
     scale: float | None,
+    value_dim: int,
+    is_named: bool,
+    dtype: torch.dtype,
 ) -> None:
     rule, sees = rule_of(size)
-    sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if has_sinks and softcap is None else None
-    check(layout, sees, Scores(scale, rule, None, softcap, sinks), AttentionBackend.sdpa)
+    sinks = None
+    if has_sinks and softcap is None:
+        sinks = torch.linspace(-2, 2, HEADS, dtype=dtype, requires_grad=True)
+    named = size if is_named and rule_of is window else None
+    scores = Scores(scale, rule, named, softcap, sinks)
+    check(layout, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
+
+
+@pytest.mark.parametrize("rule_of", RULES)
+@pytest.mark.parametrize("kind", ["plain", "sinks", "softcap"])
+def test_every_rule_with_every_kind_of_scores(
+    rule_of: Callable[[int], tuple[MaskRule | None, Sees]], kind: str
+) -> None:
+    for size in (1, 2, 4, 5, 7, 13):
+        rule, sees = rule_of(size)
+        sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if kind == "sinks" else None
+        for named in {None, size if rule_of is window else None}:
+            scores = Scores(0.5, rule, named, 2.0 if kind == "softcap" else None, sinks)
+            check(LAYOUT, sees, scores, AttentionBackend.sdpa)
 
 
 @given(layouts, st.sampled_from(KERNELS), st.integers(1, 26))
@@ -206,6 +238,10 @@ def test_a_window_longer_than_every_sequence_stays_in_the_kernel(
     assert called == []
 
 
+def test_values_of_more_dimensions_than_keys_with_a_response_of_one_token() -> None:
+    check(((3, 2, 0, 4),), causal(0)[1], Scores(), AttentionBackend.sdpa, value_dim=16)
+
+
 def test_a_rule_that_sees_later_tokens_is_refused() -> None:
     def neighbours(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() <= 1
@@ -231,3 +267,30 @@ def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest
     with torch.no_grad():
         packed_attention(layout, AttentionBackend.sdpa, CPU)(heads[0], heads[1], heads[2], Scores(rule=rule))
     assert sum(products) < 1.5 * 512 * sum(layout[0])
+
+
+def peak_bytes(kind: str, tokens: int) -> int:
+    """Return the most bytes of tensors at a time, in forward and backward, beside the inputs."""
+    layout: Layout = ((tokens, tokens, tokens),)
+    heads = random_heads(layout, 16 if kind == "values of another dimension" else DIM)
+    rule, _ = window(300)
+    scores = {
+        "window": Scores(rule=rule, window=300),
+        "softcap": Scores(softcap=2.0),
+        "softcap and window": Scores(rule=rule, window=300, softcap=2.0),
+        "sinks": Scores(sinks=torch.zeros(HEADS, requires_grad=True)),
+    }.get(kind, Scores())
+    with Live() as live:
+        attended = packed_attention(layout, AttentionBackend.sdpa, CPU)(*heads, scores)
+        attended.sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "window", "softcap", "softcap and window", "sinks", "values of another dimension"]
+)
+def test_memory_grows_with_the_length_and_not_with_its_square(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert peak_bytes(kind, 2400) < 2.3 * peak_bytes(kind, 1200)

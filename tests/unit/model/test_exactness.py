@@ -2,21 +2,26 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.exactness import settle, trial_sequences
+from dpo_dist.model.exactness import settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.mask_rules import mask_rule
+from dpo_dist.model.segment_attention import Scores, SegmentAttention
+from dpo_dist.model.trial import trial_sequences
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
@@ -221,34 +226,105 @@ def in_16_bits(model_type: str, seed: int, **own: Any) -> PackedCausalLM:
     )
     torch.manual_seed(seed)
     for name, parameter in causal_lm.named_parameters():
-        if parameter.dim() > 1:
-            is_embedding = "embed" in name
-            torch.nn.init.normal_(parameter, std=1.0 if is_embedding else parameter.shape[-1] ** -0.5)
+        if parameter.dim() > 1 or "sinks" in name:
+            is_wide = "embed" in name or "sinks" in name
+            torch.nn.init.normal_(parameter, std=1.0 if is_wide else parameter.shape[-1] ** -0.5)
     return PackedCausalLM(
         causal_lm.to(torch.bfloat16).eval(), AttentionBackend.sdpa, arrangement=Arrangement.padded
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+SINKS = {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 64, "sliding_window": 16}
+EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True}
+CAPPED = {"sliding_window": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 32}
+
+
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    ("model_type", "own"),
-    [
-        ("mistral", {"sliding_window": 16}),
-        ("qwen3_moe", {"num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True}),
-    ],
+    ("model_type", "own"), [("mistral", {"sliding_window": 16}), ("qwen3_moe", EXPERTS), ("gpt_oss", SINKS)]
 )
 def test_rounding_in_16_bits_is_no_fault(model_type: str, own: dict[str, Any], seed: int) -> None:
     """A token that rounding sends to another expert changes much, in the model's own forward, too."""
     assert settled(in_16_bits(model_type, seed, **own)).arrangement is PACKED
 
 
-def test_a_window_that_is_wrong_by_one_is_found_in_16_bits() -> None:
-    model = in_16_bits("mistral", 0, sliding_window=16)
+@pytest.mark.parametrize("seed", range(2))
+def test_rounding_by_another_attention_kernel_is_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each layer rounds otherwise than the model's own attention."""
+    generator, attend = torch.Generator().manual_seed(seed), SegmentAttention.__call__
+
+    def rounded(self: SegmentAttention, *inputs: Any) -> Tensor:
+        attended = attend(self, *inputs)
+        factors = 1 + 2**-8 * (2 * torch.rand(attended.shape, generator=generator) - 1)
+        return (attended.float() * factors).to(attended.dtype)
+
+    monkeypatch.setattr(SegmentAttention, "__call__", rounded)
+    assert settled(in_16_bits("gpt_oss", seed, **SINKS)).arrangement is PACKED
+
+
+def window_of(tokens: int, scores: Scores) -> Scores:
+    rule = mask_rule(sliding_window_causal_mask_function(tokens), tokens, device=CPU)
+    return scores if scores.rule is None else dataclasses.replace(scores, window=None, rule=rule)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("model_type", "own", "wrong"),
+    [
+        ("mistral", {"sliding_window": 16}, partial(window_of, 17)),
+        ("mistral", {"sliding_window": 16}, partial(window_of, 15)),
+        ("gpt_oss", SINKS, partial(window_of, 17)),
+        ("gpt_oss", SINKS, lambda scores: dataclasses.replace(scores, sinks=None)),
+        ("gemma2", CAPPED, partial(window_of, 17)),
+        ("gemma2", CAPPED, lambda scores: dataclasses.replace(scores, softcap=None)),
+    ],
+    ids=["window+1", "window-1", "experts window+1", "no sink", "capped window+1", "no cap"],
+)
+def test_wrong_attention_is_found_in_16_bits(
+    model_type: str, own: dict[str, Any], wrong: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, attend = in_16_bits(model_type, seed, **own), SegmentAttention.__call__
+    monkeypatch.setattr(
+        SegmentAttention,
+        "__call__",
+        lambda self, query, key, value, scores: attend(self, query, key, value, wrong(scores)),
+    )
+    assert settled(model).arrangement is PADDED
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("model_type", "own"), [("mistral", {"sliding_window": 16}), ("qwen3_moe", EXPERTS), ("gpt_oss", SINKS)]
+)
+def test_wrong_rotary_frequencies_are_found_in_16_bits(
+    model_type: str, own: dict[str, Any], seed: int
+) -> None:
+    model = in_16_bits(model_type, seed, **own)
+    frequencies = model.causal_lm.model.rotary_emb.inv_freq
+    right = frequencies.clone()
 
     def score(batch: PackedBatch) -> Tensor:
-        model.causal_lm.config.sliding_window = 17 if model.arrangement is PACKED else 16
+        frequencies.copy_(right * (1.05 if model.arrangement is PACKED else 1.0))
         logps: Tensor = model(batch)
         return logps
 
-    settle(model, score, CPU, 64)
+    settle(model, score, CPU, 128)
+    assert model.arrangement is PADDED
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize(
+    ("model_type", "own"), [("mistral", {"sliding_window": 16}), ("qwen3_moe", EXPERTS), ("gpt_oss", SINKS)]
+)
+def test_a_state_that_leaks_into_the_next_response_is_found_in_16_bits(
+    model_type: str, own: dict[str, Any], share: float, seed: int
+) -> None:
+    model = in_16_bits(model_type, seed, **own)
+    model.causal_lm.model.layers[1].register_forward_hook(
+        lambda _module, _inputs, hidden: (
+            hidden + share * torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        )
+    )
+    settle(model, model, CPU, 128)
     assert model.arrangement is PADDED

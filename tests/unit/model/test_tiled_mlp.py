@@ -1,6 +1,7 @@
 """MLPs in tiles compute the same log-probs and gradients, and keep the activations of one tile."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.load import load_packed
 from dpo_dist.model.tiled_mlp import tile_mlps
 from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
 
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
@@ -23,9 +30,14 @@ def tiled(causal_lm: Any, tokens: int, dtype: torch.dtype = torch.float32) -> An
     return causal_lm
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "gemma", "phi", "phi3", "gpt2"])
+def has_experts(model_type: str) -> bool:
+    return "moe" in model_type or model_type in ("deepseek_v3", "gpt_oss", "mixtral")
+
+
+@pytest.mark.parametrize("model_type", sorted(t for t in ARCHITECTURES if t != "opt" and not has_experts(t)))
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_tiles_change_no_log_prob_and_no_gradient(model_type: str, checkpointing: str) -> None:
+    """MLPs with a gate and without, with biases (gpt2, phi, starcoder2), and with fused matrices (phi3)."""
     plain = packed(tiny_causal_lm(tiny_config(model_type))).train()
     expected_logps = plain(BATCH)
     expected = gradients(plain.causal_lm, expected_logps)
@@ -55,6 +67,58 @@ def test_weights_that_are_not_trained_get_no_gradient() -> None:
     assert set(found) == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiled") / "model", hidden_size=64)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(
+    ("quantization", "adapter"),
+    [
+        (None, AdapterConfig(r=4, alpha=8)),
+        (None, AdapterConfig(r=4, alpha=8, target_modules=["up_proj"], variant=AdapterVariant.dora)),
+        (None, AdapterConfig(r=4, alpha=8, target_modules=["q_proj"])),
+        (Quantization.nf4, AdapterConfig(r=4, alpha=8)),
+        (Quantization.nf4, AdapterConfig(r=4, alpha=8, variant=AdapterVariant.dora)),
+        (Quantization.int8, AdapterConfig(r=4, alpha=8)),
+    ],
+)
+def test_tiles_change_no_gradient_of_an_adapter(
+    quantization: Quantization | None, adapter: AdapterConfig, checkpointing: str, folder: Path
+) -> None:
+    """On the MLP or beside it, over quantized weights or not; one tile has the tokens of several, or all."""
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+
+    def trained(tokens: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+        config = ModelConfig(
+            str(folder),
+            dtype=Dtype.fp32,
+            adapter=adapter,
+            quantization=quantization,
+            gradient_checkpointing=checkpointing,
+            mlp_tile_tokens=tokens,
+        )
+        model = load_packed(folder, config, 64, CPU)
+        add_adapter(model, config, 0)
+        torch.manual_seed(0)
+        for name, weight in model.train().named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+        logps = model(BATCH)
+        return logps.detach(), gradients(model.causal_lm, logps)
+
+    expected_logps, expected = trained(None)
+    largest = max(gradient.norm() for gradient in expected.values())
+    for tokens in (7, 1000):
+        logps, ours = trained(tokens)
+        torch.testing.assert_close(logps, expected_logps, rtol=1e-6, atol=1e-5)
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (ours[name] - gradient).norm() <= 1e-5 * largest, name
 
 
 def widest_saved(model: Any) -> int:
@@ -117,15 +181,22 @@ class Shifting(Mixing):
         return self.up(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[..., :-1, :])
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
-def test_experts_are_refused(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", sorted(t for t in ARCHITECTURES if t == "opt" or has_experts(t)))
+def test_layers_with_experts_or_without_an_mlp_of_their_own_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles") as raised:
         tiled(tiny_causal_lm(tiny_config(model_type)), 4)
     assert raised.value.where == "model.mlp_tile_tokens"
 
 
-@pytest.mark.parametrize("kind", [Mixing, Shifting])
-def test_an_mlp_that_mixes_tokens_is_refused(kind: type[Mixing]) -> None:
+class Adding(Mixing):
+    """The residual is an input, as in BLOOM."""
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return residual + self.up(hidden)
+
+
+@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding])
+def test_an_mlp_that_mixes_tokens_or_has_other_inputs_is_refused(kind: type[Mixing]) -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen2"))
     causal_lm.model.layers[1].mlp = kind(causal_lm.config.hidden_size)
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles"):

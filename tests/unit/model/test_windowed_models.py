@@ -1,5 +1,6 @@
 """Models with windows, chunks, capped scores, sinks and changed logits are exact when packed."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -147,6 +148,26 @@ def test_recomputed_layers_see_the_same_tokens(model_type: str) -> None:
     ours = gradients(causal_lm, model(pack_unkeyed(pairs)))
     for name, gradient in expected_gradients.items():
         assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) -> None:
+    """Of several layouts, as those compiled for any number of tokens must not keep the masks of the first."""
+    causal_lm = model_of(model_type, WINDOWED[model_type], 4)
+    lengths = [SHAPES, [(9, 5, 2, 1, 7)], [(3, 12), (20, 1, 1)]]
+    batches = [random_pairs(shapes) for shapes in lengths]
+    expected = [plain_logps(causal_lm, pairs) for pairs in batches]
+    expected_gradients = [gradients(causal_lm, logps) for logps in expected]
+    torch._dynamo.reset()
+    causal_lm.config._attn_implementation = PACKED
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True)
+    for pairs, plain, plain_gradients in zip(batches, expected, expected_gradients, strict=True):
+        logps = model(pack_unkeyed(pairs))
+        assert (logps - plain).norm() <= 1e-6 * plain.norm()
+        ours = gradients(causal_lm, logps)
+        for name, gradient in plain_gradients.items():
+            assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
 
 
 @pytest.mark.parametrize(
