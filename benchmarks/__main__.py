@@ -20,6 +20,7 @@ NAMES = {
     "schedule": "balance of micro-batches and ranks; cost of planning",
     "store": "the reference store with many entries",
     "save": "delay of training by a checkpoint, written at once and behind the steps",
+    "attention": "packed attention on a CPU, with windows, caps and sinks",
     "resume": "cost of a resume in the world that saved the checkpoint, and in others",
 }
 

@@ -160,3 +160,10 @@ def test_costs_of_a_schedule_are_measured() -> None:
     costs = figures("schedule", "--costs")["costs"]
     assert costs["microseconds_per_token"] > 0
     assert {"attention_slowness", "head_slowness", "largest_error"} <= costs.keys()
+
+
+def test_attention_measures_each_kind_of_scores() -> None:
+    measured = figures("attention")
+    assert measured["kinds"]["full"]["ratio"] == 1
+    assert len(measured["kinds"]) == 7
+    assert all(kind["forward"] > 0 and kind["backward"] > 0 for kind in measured["kinds"].values())
