@@ -16,7 +16,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.trial import Score, Trial
+from dpo_dist.model.trial import Score, Trial, changes_in_training
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,32 @@ def settle(
     if model.own_logits:
         text = "%s: log-probs are computed from all logits of the model, which takes memory for %s per token"
         log.warning(text, kind, f"{model.causal_lm.config.get_text_config().vocab_size:,} values")
+
+
+def check_training(
+    model: PackedCausalLM,
+    score: Score,
+    device: torch.device,
+    max_length: int,
+    agree: Callable[[bool], bool] = lambda flag: flag,
+    key: str = "model.path",
+) -> None:
+    """Check that a settled `model` computes the same log-probs in training mode; collective.
+
+    Args: as of `settle`. The model is in training mode afterwards.
+
+    Raises:
+        ConfigError: it does not, as with dropout in code of its own that no option switches off.
+    """
+    change = changes_in_training(model, score, device, max_length)
+    if agree(bool(change)):
+        raise ConfigError(
+            "log-probs of this model are others in training mode",
+            where=key,
+            got=f"{model.causal_lm.config.model_type}, {change or 'on another rank'}",
+            expected="a forward without dropout or noise, as policy and reference compute the same function",
+            remedy="remove dropout and noise from the model's own code, or choose another model",
+        )
 
 
 def _tried(

@@ -156,11 +156,12 @@ def load_weights(
             **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything
+        unsharded = ", or set parallelism=zero2 or ddp" if is_deepspeed_zero3_enabled() else ""
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
             got=f"{folder}: {_loading_fault(error)}",
-            remedy=f"download or save the model again, or set {key} to another model",
+            remedy=f"download or save the model again, or set {key} to another model{unsharded}",
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:

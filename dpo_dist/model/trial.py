@@ -176,6 +176,21 @@ class Trial:
         return torch.cat(draws).abs()
 
 
+def changes_in_training(model: PackedCausalLM, score: Score, device: torch.device, max_length: int) -> str:
+    """Return in words how log-probs change when `model` goes to training mode, where it stays; empty: not.
+
+    Forwards of one shape round alike, but for kernels that round otherwise each time.
+    """
+    batch = _pack(trial_sequences(model.causal_lm, max_length)).to(device)
+    with torch.no_grad():
+        before, again = (score(batch).float().cpu() for _ in range(2))
+        model.train()
+        changed = (score(batch).float().cpu() - before).abs()
+    typical = _ROUNDING + _TYPICAL * float(before.std()) + _REPEATS * float((again - before).abs().mean())
+    mean = float(changed.mean())
+    return "" if mean <= typical else f"by {mean:.2g} nats in the mean"
+
+
 _ELSEWHERE = "fails on another rank"
 
 
@@ -209,6 +224,7 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
+    limits += (getattr(config, "compress_rates", None) or {}).values()  # keys that stand for so many tokens
     tried = [limit * 5 // 4 for limit in limits if isinstance(limit, int) and limit * 5 // 4 <= LONGEST]
     beyond = max(tried, default=0)
     length = max(4, min(max_length, max(_USUAL_LENGTH, beyond)))

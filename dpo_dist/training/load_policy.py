@@ -23,7 +23,7 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     if config.model.adapter is not None:
         _add_adapter(model, config, inputs, world)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
-    settle_engine(policy, config.data.max_length, world)
+    settle_engine(policy, config.data.max_length, world, trains=True)
     return policy
 
 

@@ -1,6 +1,7 @@
 """Ranks whose tokens visit different experts neither hang nor differ from one process."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.model.activation_offload import offload_inputs
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
@@ -40,6 +43,7 @@ from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
+from tests.unit.model.test_activation_offload import Counted
 
 EXPERTS, UNUSED = 8, 7
 SECONDS = 60
@@ -64,7 +68,7 @@ class ListedExperts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(width, EXPERTS, bias=False)
         self.experts = nn.ModuleList(Expert(width) for _ in range(EXPERTS))
-        self.visited: set[int] = set()
+        self.visited: list[list[int]] = []
         # As in a sharded model, an expert without tokens has a gradient of 0: it decays, and has momentum.
         self.touches_all = False
 
@@ -73,8 +77,8 @@ class ListedExperts(nn.Module):
         never = torch.zeros(EXPERTS).index_fill(0, torch.tensor(UNUSED), -torch.inf)
         weights, chosen = torch.softmax(self.gate(tokens) + never, -1).max(-1)
         mixed = torch.zeros_like(tokens)
-        for expert in chosen.unique().tolist():
-            self.visited.add(expert)
+        self.visited.append(chosen.unique().tolist())
+        for expert in self.visited[-1]:
             (own,) = torch.where(chosen == expert)
             mixed = mixed.index_add(0, own, self.experts[expert](tokens[own]) * weights[own, None])
         if self.touches_all:
@@ -107,14 +111,15 @@ def listed_model() -> Any:
     return causal_lm
 
 
-def listed_packed() -> PackedCausalLM:
+def listed_packed(sequence: TokenExchange | None = None) -> PackedCausalLM:
     causal_lm = listed_model()
     causal_lm.config._attn_implementation = PACKED
-    return PackedCausalLM(causal_lm, AttentionBackend.sdpa)
+    return PackedCausalLM(causal_lm, AttentionBackend.sdpa, sequence=sequence)
 
 
-def visits(causal_lm: Any) -> list[list[int]]:
-    return [sorted(layer.mlp.visited) for layer in causal_lm.model.layers]
+def visits(causal_lm: Any) -> list[list[list[int]]]:
+    """Return the experts that each forward visited, for each layer."""
+    return [layer.mlp.visited for layer in causal_lm.model.layers]
 
 
 def listed_steps(
@@ -125,28 +130,27 @@ def listed_steps(
     world: World,
     folder: Path,
 ) -> dict[str, Any]:
-    """Gradient norms of `STEPS`, the experts that the second of them visited, and the weights after them."""
-    dataset, model = assets.dataset(), listed_packed()
+    """Gradient norms of `STEPS`, the experts visited in them; the weights after them go to `folder`."""
+    dataset, model = assets.dataset(), listed_packed(world.sequence)
     if targets is not None:
         adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
         add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
     checkpoint_layers(model.causal_lm, checkpointing)
+    if checkpointing == "full":
+        offload_inputs(model.causal_lm, Counted())
     blocks = [layer.mlp for layer in model.causal_lm.model.layers]
     assert expert_blocks(model.causal_lm) == blocks
     policy = PolicyEngine(model, OPTIM, world)
-    objective, norms, visited = Objective(LOSS, RowsAtHand.of(dataset, reference)), [], []
+    objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
     for rows, budget in STEPS:
-        for block in blocks:
-            block.visited.clear()
-        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
-        visited.append(visits(policy.causal_lm))
     weights = policy.whole_weights()
     if weights is not None:
         save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / "after.safetensors")
-    return {"norms": norms, "visited": visited[1]}
+    return {"norms": norms, "visited": visits(policy.causal_lm)}
 
 
 def plain_model(targets: list[str] | None) -> Any:
@@ -162,6 +166,9 @@ def plain_model(targets: list[str] | None) -> Any:
 
 OFFLOADED = ParallelismConfig(offload_parameters=Offload.cpu)
 ZERO2 = ParallelismConfig(ParallelismKind.zero2)
+SHARED, SHARED_ZERO2 = (
+    replace(parallelism, sequence_parallel=2) for parallelism in (ParallelismConfig(), ZERO2)
+)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +182,8 @@ ZERO2 = ParallelismConfig(ParallelismKind.zero2)
         pytest.param(3, ZERO2, None, "full", id="3 ranks, zero2, checkpointing"),
         pytest.param(2, ZERO2, ["up_proj", "down_proj"], "none", id="2 ranks, zero2, LoRA on experts"),
         pytest.param(2, ParallelismConfig(ParallelismKind.ddp), None, "none", id="2 ranks, ddp"),
+        pytest.param(2, SHARED, None, "full", id="2 ranks share tokens, checkpointing"),
+        pytest.param(2, SHARED_ZERO2, None, "none", id="2 ranks share tokens, zero2"),
     ],
 )
 def test_ranks_with_tokens_for_different_experts_train_like_one_process(
@@ -188,9 +197,10 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
 ) -> None:
     scenario = partial(listed_steps, assets, plain_entries, targets, checkpointing)
     results = run_ranks(scenario, size, tmp_path / "ranks", parallelism, seconds=SECONDS)
-    # In the second step one rank has a pair and the others a dummy, which visits one expert of each layer.
+    # In the second step one rank has a pair and the others a dummy, which visits one expert of each layer; or
+    # each rank has a share of the tokens.
     assert results[0]["visited"] != results[1]["visited"]
-    assert all(UNUSED not in layer for result in results for layer in result["visited"])
+    assert all(UNUSED not in of for result in results for layer in result["visited"] for of in layer)
     plain = plain_model(targets)
     norms = plain_steps(plain, assets.dataset(), plain_entries)
     after = load_file(tmp_path / "ranks" / "after.safetensors")

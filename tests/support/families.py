@@ -129,7 +129,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
 
 def tiny_family(model_type: str, vocab_size: int) -> Any:
     """A model of a family in float32 whose random weights are large enough for every path to matter."""
-    options = COMMON | FAMILIES[model_type][0] | {"vocab_size": vocab_size}
+    sizes = {
+        "vocab_size": vocab_size,
+        "vocab_size_per_layer_input": vocab_size,
+    }  # the second of Gemma 3n and 4
+    options = COMMON | FAMILIES[model_type][0] | sizes
     config = AutoConfig.for_model(model_type, **options)
     switch_off_noise(config)
     torch.manual_seed(1)

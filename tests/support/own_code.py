@@ -11,6 +11,7 @@ HIDDEN = {
     "future": "hidden + hidden.mean(1, keepdim=True)",
     "broken": "hidden[:, :0]",
     "refusing": "hidden",
+    "dropout": "torch.nn.functional.dropout(hidden, 0.1, self.training)",
 }
 CODE = """
 import torch

@@ -16,7 +16,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.exactness import settle
+from dpo_dist.model.exactness import check_training, settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.mask_rules import mask_rule
@@ -328,3 +328,47 @@ def test_a_state_that_leaks_into_the_next_response_is_found_in_16_bits(
     )
     settle(model, model, CPU, 128)
     assert model.arrangement is PADDED
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Path) -> None:
+    model = settled(load(ship_code(folder, "dropout"), dtype))
+    assert model.arrangement is PACKED
+    with pytest.raises(ConfigError, match="others in training mode") as raised:
+        check_training(model, model, CPU, 64)
+    assert "nats" in raised.value.got
+
+
+def test_a_model_without_noise_is_the_same_in_training_mode(folder: Path) -> None:
+    model = settled(load(folder, Dtype.bf16))
+    check_training(model, model, CPU, 64)
+    assert model.training
+
+
+def test_keys_that_stand_for_many_tokens_are_tried() -> None:
+    """Shorter sequences than 128 tokens have none of DeepSeek-V4's compressed keys, and could be packed."""
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    own = {
+        "layer_types": [*rates],
+        "mlp_layer_types": ["moe"] * 2,
+        "compress_rates": rates,
+        "sliding_window": 8,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "q_lora_rank": 8,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 8,
+        "max_position_embeddings": 2048,
+    }
+    causal_lm = tiny_causal_lm(tiny_config("deepseek_v4", **own)).eval()
+    assert sum(trial_sequences(causal_lm, 512)[0].prompt_ids.shape) > 64
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
+    settle(model, model, CPU, 512)
+    assert model.arrangement is SINGLE

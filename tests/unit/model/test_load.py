@@ -124,6 +124,18 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: st
     assert str(tmp_path) in raised.value.got
 
 
+def test_a_model_that_cannot_be_loaded_in_shards_may_load_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncate_weights(write_model(tmp_path))
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path)
+    assert "parallelism" not in str(raised.value.remedy)
+    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="set parallelism=zero2 or ddp"):
+        load(tmp_path)
+
+
 def test_a_model_that_is_not_causal_is_refused_at_load(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
