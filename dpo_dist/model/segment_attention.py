@@ -117,7 +117,7 @@ def _attend_in_blocks(
         # With both a mask and groups of heads, CUDA has no kernel that never stores all scores.
         groups = query.shape[0] // key.shape[0]
         key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
-    size = _block_size(length, rule)
+    size = _block_size(query.shape[1], length, rule)
     blocks = cut_in_blocks(range(length - query.shape[1], length), size, rule.reach)
     pieces = [sinks, *(min(size, length - start) for start in range(0, length, size))]
     key_pieces, value_pieces = torch.split(key, pieces, dim=1), torch.split(value, pieces, dim=1)
@@ -138,16 +138,19 @@ def _attend_in_blocks(
     return torch.cat(outputs, dim=1)
 
 
-def _block_size(length: int, rule: MaskRule) -> int:
+def _block_size(queries: int, length: int, rule: MaskRule) -> int:
     if rule.reach is not None:
         return max(_SMALLEST_BLOCK, rule.reach // _BLOCKS_PER_REACH)
-    return _FULL_BLOCK if rule.is_full else length
+    if not rule.is_full:
+        return length
+    # Powers of two: responses of similar lengths share a mask.
+    return min(_FULL_BLOCK, 1 << (queries - 1).bit_length())
 
 
 def _attend_capped(query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, scores: Scores) -> Tensor:
     assert scores.softcap is not None
     length = key.shape[1]
-    size = min(_block_size(length, rule), capped_block_size(query, length))
+    size = min(_block_size(query.shape[1], length, rule), capped_block_size(query, length))
     blocks = cut_in_blocks(range(length - query.shape[1], length), size, rule.reach)
     scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
     wide = torch.promote_types(query.dtype, torch.float32)
