@@ -12,7 +12,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.supported import check_supported
+from dpo_dist.model.supported import check_supported, check_text
 
 
 @contextlib.contextmanager
@@ -36,6 +36,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
         )
+    check_text(model.config, "model")
     check_supported(model.config, longest)
     if model.training:
         raise ConfigError(

@@ -43,19 +43,21 @@ def settle(
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: the model is not causal, its own forward fails, or it has too few positions.
+        ConfigError: the model is not causal or is random, its own forward fails, or it has too few positions.
     """
     kind = model.causal_lm.config.model_type
     check_positions(model.causal_lm, max_length, key)
     trial = _tried(model, score, device, max_length, agree, key)
     failures: list[str] = []
-    for arrangement, own_logits in _ladder(model):
-        fault = trial.fault(arrangement, own_logits=own_logits)
+    for arrangement, own_logits in _ladder(model, max_length):
+        after = max_length if model.mixes_lengths(max_length) else 0
+        fault = trial.fault(arrangement, own_logits=own_logits, after=after)
         if not fault:
             model.arrange(arrangement, own_logits=own_logits)  # the trial may have changed it
             break
         failures.append(f"{_described(arrangement, own_logits)}: {fault}")
     else:
+        _check_not_random(trial, kind, key)
         raise ConfigError(
             "training would not compute the log-probs of this model's own forward",
             where=key,
@@ -132,6 +134,7 @@ def _tried(
             remedy="check the model's weights, or set model.dtype=fp32",
         )
     if agree(not trial.is_causal):
+        _check_not_random(trial, kind, key)
         raise ConfigError(
             "this model is not causal: its log-probs depend on later tokens",
             where=key,
@@ -142,16 +145,34 @@ def _tried(
     return trial
 
 
-def _ladder(model: PackedCausalLM) -> Iterator[tuple[Arrangement, bool]]:
+def _check_not_random(trial: Trial, kind: str, key: str) -> None:
+    """Check that the model's own forward repeats its log-probs; collective.
+
+    Raises:
+        ConfigError: it does not, which also looks like the dependence on other tokens.
+    """
+    if trial.random_change:
+        raise ConfigError(
+            "log-probs of this model are random: the same tokens have others in each forward",
+            where=key,
+            got=f"{kind}, of which they change by {trial.random_change:.2g} nats in the mean",
+            expected="a forward without dropout or noise in evaluation mode",
+            remedy="remove dropout and noise from the model's own code, or choose another model",
+        )
+
+
+def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
     """Yield arrangements from the cheapest to the costliest: by the chunked head, then by all logits.
 
     Ranks that share the tokens of a batch can share those of a packed one only.
     """
+    is_alone = model.mixes_lengths(max_length)
     if model.sequence is not None:
-        if model.has_chunked_head and model.can_pack(own_logits=False):
+        if model.has_chunked_head and model.can_pack(own_logits=False) and not is_alone:
             yield Arrangement.packed, False
         return
-    first = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)
+    recorded = recorded_arrangement(model.causal_lm.config.get_text_config().model_type)
+    first = Arrangement.single if is_alone else recorded
     arrangements = list(Arrangement)[list(Arrangement).index(first) :]
     for own_logits in (False, True):
         if own_logits or model.has_chunked_head:

@@ -96,6 +96,10 @@ class PackedCausalLM(nn.Module):
         accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
         return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
 
+    def mixes_lengths(self, longest: int) -> bool:
+        """Return whether responses of up to `longest` tokens need forwards of their own: see `rotary`."""
+        return self._rotary is not None and self._rotary.mixes(longest)
+
     def start_as(self, recorded: Arrangement) -> None:
         """Arrange the model as its architecture is recorded, as far as it can be packed."""
         if recorded is not Arrangement.packed or self.can_pack(own_logits=self.own_logits):

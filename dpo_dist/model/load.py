@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
@@ -17,7 +14,7 @@ from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention_backend import check_kernels, choose_backend, heads_of_layers
-from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
+from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
@@ -27,12 +24,18 @@ from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
 from dpo_dist.model.supported import (
     check_causal_class,
     check_supported,
+    check_text,
     freeze_as_defined,
     switch_off_noise,
 )
 from dpo_dist.model.tiled_mlp import tile_mlps
+from dpo_dist.model.unread_weights import check_all_weights_read, unread_when_sharded
 
 log = logging.getLogger(__name__)
+
+# Names in files that transformers (5.23) mistakes under ZeRO-3, as patterns, and names that it maps right:
+# the final norm of DeepSeek-V4, as transformers saves it, would be that of compressed keys.
+_RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
 
@@ -153,6 +156,7 @@ def load_weights(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
+            key_mapping=_RENAMED.get(model_config.model_type),
             **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything
@@ -172,7 +176,7 @@ def load_weights(
             remedy=f"set {key} to a complete model folder",
         )
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
-    unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
+    unread = unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
     if not is_sharded and config.quantization is None:
         freeze_as_defined(causal_lm)
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
@@ -188,86 +192,12 @@ def _loading_fault(error: Exception) -> str:
     return f"{first_line(error)} {lines[1][:200]}" if is_announced else first_line(error)
 
 
-def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
-    """Return the names of tensors in the weight files that were not loaded; reads only names.
-
-    Under ZeRO-3 transformers does not report them.
-    """
-    loaded = causal_lm.state_dict()
-    mapping = getattr(causal_lm, "_weight_conversions", None) or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = causal_lm.base_model_prefix
-    unread = set()
-    for file in weight_files(folder):
-        for name in _tensor_names(file):
-            renamed, _ = rename_source_key(
-                name, renamings, converters, base_model_prefix=prefix, meta_state_dict=loaded
-            )
-            if renamed not in loaded and f"{prefix}.{renamed}" not in loaded:
-                unread.add(name)
-    info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
-    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture ignores
-    found: set[str] = info.unexpected_keys
-    return found
-
-
-def _tensor_names(file: Path) -> list[str]:
-    if file.suffix == ".json":  # an index
-        return []
-    with safe_open(file, "pt") as content:
-        return list(content.keys())
-
-
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that load unsharded weights directly to a GPU."""
     if config.quantization is not None:
         return quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device)
     on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
-
-
-def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:
-    """Check that the architecture reads all tensors that the files contain for its modules.
-
-    Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
-    only logged: log-probs do not depend on them.
-
-    Args:
-        causal_lm: the loaded model.
-        unread: names of tensors in the files that were not loaded.
-        folder: of the model, for the error.
-        key: the configuration key to name in the error.
-
-    Raises:
-        ConfigError: a module of the model has further tensors in the files: the model is another function.
-    """
-    if not unread:
-        return
-    modules = dict(causal_lm.named_modules())
-    containers = {"", causal_lm.base_model_prefix}
-    containers |= {name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)}
-    foreign: list[str] = []
-    own: list[str] = []
-    for name in unread:
-        parts = name.split(".")
-        owner = next(o for n in range(len(parts), -1, -1) if (o := ".".join(parts[:n])) in modules)
-        (foreign if owner in containers else own).append(name)
-    if own:
-        raise ConfigError(
-            f"the weight files have tensors that {type(causal_lm).__name__} does not read",
-            where=key,
-            got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
-            expected="weights and config.json of one architecture",
-            remedy="check model_type and the options in config.json",
-        )
-    log.warning(
-        "%s: not used by %s: %s (%d tensors in all)",
-        folder,
-        type(causal_lm).__name__,
-        ", ".join(foreign[:5]),
-        len(foreign),
-    )
 
 
 def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> Any:
@@ -279,7 +209,8 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: config.json cannot be read, names code in the folder, or describes quantized weights.
+        ConfigError: config.json cannot be read, names code in the folder, describes quantized weights or
+            several models of text.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -292,6 +223,7 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
     check_no_kernels(folder, key)
+    check_text(model_config, key)
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         raise quantized_weights(folder, dict(quantized), key)

@@ -98,6 +98,13 @@ class RotaryByLength:
         limits = rope_limits(causal_lm.config.get_text_config())
         return None if limits is None else cls(causal_lm, limits)
 
+    def mixes(self, longest: int) -> bool:
+        """Return whether responses of up to `longest` tokens change the frequencies of others in a forward.
+
+        They do in code of the model's own, which keeps no frequencies of short sequences to return to.
+        """
+        return not self._replaced and self._limits.representative(longest) > 0
+
     def arrange(self, batch: PackedBatch) -> PackedBatch:
         """Return `batch` for the next packed forward: examples divided by the frequencies of their responses.
 

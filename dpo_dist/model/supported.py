@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
 
@@ -46,6 +46,24 @@ def training_notes(model_config: Any, max_length: int) -> list[str]:
             "(max_position_embeddings): its log-probs of longer sequences may mean little"
         )
     return notes
+
+
+def check_text(model_config: Any, key: str = "model.path") -> None:
+    """Check that the configuration of a model describes one model of text.
+
+    Raises:
+        ConfigError: it describes several, as of a model of sounds that reads text (MusicGen).
+    """
+    try:
+        model_config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(
+            "config.json describes several models of text",
+            where=key,
+            got=f"{model_config.model_type}: {first_line(error)}",
+            expected="a causal language model",
+            remedy="choose another model",
+        ) from error
 
 
 def check_causal_class(model_config: Any, key: str = "model.path") -> None:

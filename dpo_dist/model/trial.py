@@ -107,10 +107,29 @@ class Trial:
         share = _INT8_OTHERS if self.is_int8 else _FUTURE
         return float(self.future.mean()) <= share * self.spread
 
-    def fault(self, arrangement: Arrangement, *, own_logits: bool) -> str:
-        """Return why this arrangement of the model is not exact on some rank; empty: it is. Collective."""
+    @cached_property
+    def random_change(self) -> float:
+        """Mean change of the plain log-probs from one forward to the next, in nats; collective.
+
+        0 if rounding explains it, as by kernels that round otherwise each time.
+        """
+        one, other = (self._scores(self._batch, Arrangement.single, own_logits=True) for _ in range(2))
+        change = float((one - other).abs().mean())
+        return change if self._agree(not change <= _ROUNDING + _TYPICAL * self.spread) else 0.0
+
+    def fault(self, arrangement: Arrangement, *, own_logits: bool, after: int = 0) -> str:
+        """Return why this arrangement of the model is not exact on some rank; empty: it is. Collective.
+
+        Args:
+            arrangement: of the responses.
+            own_logits: whether log-probs are computed from the model's own logits.
+            after: a sequence of so many tokens is scored before, as code of the model's own may keep what it
+                computed for the longest sequence so far; 0: none.
+        """
         raised, found, neighbours = "", self.plain, (0.0, 0.0)
         try:
+            if after:
+                self._scores(_pack([self._long(after)]), arrangement, own_logits=own_logits)
             found = self._scores(self._batch, arrangement, own_logits=own_logits)
             if not self.is_float32 and arrangement is not Arrangement.single:
                 neighbours = self._effect_of_neighbours(found, arrangement, own_logits=own_logits)
@@ -122,6 +141,11 @@ class Trial:
             return raised or _ELSEWHERE
         text = self._difference((found - self.plain).abs(), neighbours)
         return (text or _ELSEWHERE) if self._agree(bool(text)) else ""
+
+    def _long(self, tokens: int) -> Sequences:
+        """Return one response of one token, `tokens` with its prompt."""
+        ids = np.resize(self._sequences[0].prompt_ids, tokens)
+        return Sequences(ids[:-1], (ids[-1:],))
 
     def _effect_of_neighbours(
         self, found: Tensor, arrangement: Arrangement, *, own_logits: bool

@@ -1,7 +1,7 @@
 """Two ranks train models of many families as plain PyTorch does in float64, one response per row."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.schema import ModelConfig, ParallelismKind
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.packing import Sequences
@@ -126,16 +126,20 @@ def walk(
     return found
 
 
+def write_families(names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Write tiny models of these families in `folder`; return the folder of each."""
+    for name in sorted(names):
+        tiny_family(name, len(tiny.qwen())).save_pretrained(folder / name)
+    return {name: folder / name for name in sorted(names)}
+
+
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A folder for each family, and for families that no table has."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    tokenizer, found = tiny.qwen(), {}
-    for name in sorted(FAMILIES.keys() - NOT_SHARDED):
-        tiny_family(name, len(tokenizer)).save_pretrained(tmp_path / name)
-        found[name] = tmp_path / name
+    found = write_families(FAMILIES.keys() - NOT_SHARDED, tmp_path)
     # Its weights for images have no gradient: plain AdamW does not change them.
-    found["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tokenizer))
+    found["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tiny.qwen()))
     for name, hidden in OWN_CODE.items():
         found[name] = ship_code(write_model(tmp_path / name), hidden)
     return found
@@ -144,8 +148,27 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 def test_families_train_as_in_plain_float64(
     models: dict[str, Path], assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
+    assert_trained_as_plain(models, assets, plain_entries, tmp_path, ParallelismKind.zero3)
+
+
+@pytest.mark.parametrize("kind", [ParallelismKind.zero2, ParallelismKind.ddp])
+def test_families_that_cannot_be_sharded_train_whole(
+    kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+) -> None:
+    """As the error of ZeRO-3 advises."""
+    assert_trained_as_plain(write_families(NOT_SHARDED, tmp_path), assets, plain_entries, tmp_path, kind)
+
+
+def assert_trained_as_plain(
+    models: dict[str, Path],
+    assets: Assets,
+    plain_entries: list[np.ndarray],
+    tmp_path: Path,
+    kind: ParallelismKind,
+) -> None:
+    """Two ranks train each model, and PyTorch alone does."""
     scenario = partial(walk, assets, models, plain_entries)
-    first, second = run_ranks(scenario, 2, tmp_path / "ranks", seconds=500)
+    first, second = run_ranks(scenario, 2, tmp_path / "ranks", kind, seconds=500)
     dataset = assets.dataset()
     pairs = [dataset.sequences(index) for index in range(len(dataset))]
     arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()}

@@ -1,5 +1,6 @@
 """Whole runs of models whose responses cannot share a prompt, with code of transformers or their own."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,47 @@ def test_a_run_is_the_same_on_one_and_two_processes(
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     evaluated = run_verb("evaluate", [f"run.dir={tmp_path}/run", "model.trust_remote_code=true"])
     assert evaluated.code == 0, evaluated.output
+
+
+RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
+
+
+@pytest.mark.parametrize("model", ["bloom"], indirect=True)
+def test_the_other_verbs_and_compiled_layers_take_a_model_in_rows(
+    model: Path, overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """A store of `precompute` is complete; samples of compiled layers are those of others; models compare."""
+    command = overrides(
+        f"model.path={model}",
+        f"data.eval=[{assets}/eval.jsonl]",
+        "trainer.max_steps=2",
+        "trainer.eval_every=2",
+        "samples.prompts=2",
+        "samples.max_new_tokens=4",
+        "samples.temperature=0",
+    )
+    filled = run_verb("precompute", command)
+    assert filled.code == 0, filled.output
+    train(command, processes=1)
+    assert summary(tmp_path / "run")["reference"]["computed"] == 0
+    compiled = tmp_path / "compiled"
+    train([*command, "model.compile=true", f"run.dir={compiled}"], processes=1)
+    assert_same_history(without_ties(tmp_path / "run"), without_ties(compiled), 1e-3)
+    samples = "samples/step-000002.jsonl"
+    assert (tmp_path / "run" / samples).read_text() == (compiled / samples).read_text()
+    (tmp_path / "rule.py").write_text(RULE)
+    compared = run_verb(
+        "compare",
+        [
+            f"compare.models=[before={model},after={tmp_path}/run/model]",
+            f"data.eval=[{assets}/eval.jsonl]",
+            "model.dtype=fp32",
+            "compare.max_new_tokens=4",
+            "pairs.function=rule:score",
+            f"run.dir={tmp_path}/compared",
+        ],
+        cwd=tmp_path,
+    )
+    assert compared.code == 0, compared.output
+    answers = (tmp_path / "compared/comparison/answers.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["responses"]["after"]["logp"] < 0 for line in answers)

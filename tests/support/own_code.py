@@ -12,6 +12,7 @@ HIDDEN = {
     "broken": "hidden[:, :0]",
     "refusing": "hidden",
     "dropout": "torch.nn.functional.dropout(hidden, 0.1, self.training)",
+    "noise": "torch.nn.functional.dropout(hidden, 0.1, training=True)",
 }
 CODE = """
 import torch

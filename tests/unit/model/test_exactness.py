@@ -26,7 +26,7 @@ from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config, with_rope
 
 CPU = torch.device("cpu")
 PACKED, PADDED, SINGLE = Arrangement
@@ -113,10 +113,17 @@ def test_log_probs_that_differ_from_call_to_call_are_refused(folder: Path) -> No
         logps: Tensor = model(batch) + (0.1 * next(calls) if len(batch.layout) == 2 else 0.0)
         return logps
 
-    with pytest.raises(ConfigError, match="would not compute the log-probs") as raised:
+    with pytest.raises(ConfigError, match="random") as raised:
         settle(model, score, CPU, 64)
-    for described in ("packed with the log-prob head", "single with its own logits"):
-        assert described in raised.value.got
+    assert "by 0.1 nats in the mean" in raised.value.got
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_dropout_in_evaluation_mode_is_named(dtype: Dtype, folder: Path) -> None:
+    """It also looks like a log-prob that depends on later tokens."""
+    with pytest.raises(ConfigError, match="are random") as raised:
+        settled(load(ship_code(folder, "noise"), dtype))
+    assert "dropout" in raised.value.remedy
 
 
 def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
@@ -209,6 +216,51 @@ def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> Non
     alone, padded = model(batch), model(dataclasses.replace(batch, forwards=5))
     assert lengths == [4, 6, 4, 6, 1, 1, 1]
     assert torch.equal(alone, padded)
+
+
+def test_a_window_that_a_mask_lacks_is_found_at_start() -> None:
+    """Also one longer than the sequences of the check: training would fail at the first longer response."""
+    causal_lm = tiny_causal_lm(tiny_config("qwen2")).eval()
+    for layer in causal_lm.model.layers:
+        layer.self_attn.sliding_window = 4096
+    model = settled(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED))
+    assert model.arrangement is PADDED
+
+
+class OwnRotary(torch.nn.Module):
+    """Dynamic frequencies as code of models computes them: by the longest sequence, also of all forwards."""
+
+    def __init__(self, limit: int, remembers: bool) -> None:
+        super().__init__()
+        self.limit, self.longest, self.remembers = limit, limit, remembers
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        length = max(self.longest, int(position_ids.max()) + 1)
+        if self.remembers:
+            self.longest = length
+        base = 10000.0 * length / self.limit
+        angles = position_ids[..., None] * base ** -torch.linspace(0, 1, 4).repeat(2)
+        return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(
+    ("longest", "remembers", "arrangement"), [(200, True, PACKED), (201, False, SINGLE), (201, True, None)]
+)
+def test_rotary_frequencies_of_own_code_need_forwards_of_their_own(
+    longest: int, remembers: bool, arrangement: Arrangement | None
+) -> None:
+    """Only beyond the length at which they change, which no sequence of the check reaches."""
+    causal_lm = tiny_causal_lm(with_rope(tiny_config("llama"), "dynamic", 200)).eval()
+    causal_lm.model.rotary_emb = OwnRotary(200, remembers)
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
+    if arrangement is None:
+        with pytest.raises(ConfigError, match="would not compute the log-probs") as raised:
+            settle(model, model, CPU, 2 * longest)
+        assert "single with the log-prob head: log-probs differ" in raised.value.got
+        assert "single with its own logits: log-probs differ" in raised.value.got
+        return
+    settle(model, model, CPU, longest)
+    assert model.arrangement is arrangement
 
 
 def in_16_bits(model_type: str, seed: int, **own: Any) -> PackedCausalLM:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MusicgenConfig
 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, load_tokenizer, placement
+from dpo_dist.model.load import load_config, load_packed, load_tokenizer, placement
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
@@ -233,6 +233,14 @@ def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, torch.device("cpu")) == {}
+
+
+def test_a_model_with_several_models_of_text_is_refused(tmp_path: Path) -> None:
+    """MusicGen has an encoder of text and a decoder, of which transformers names neither the text model."""
+    MusicgenConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="several models of text") as raised:
+        load_config(tmp_path, FP32, "reference.path")
+    assert (raised.value.where, raised.value.got[:9]) == ("reference.path", "musicgen:")
 
 
 def test_a_wrong_config_is_no_error_of_the_tokenizer(tmp_path: Path) -> None:
