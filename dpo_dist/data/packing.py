@@ -169,9 +169,12 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
 
 
 def dummy_batch() -> PackedBatch:
-    """Return the smallest batch that a forward accepts, with weight 0."""
+    """Return the smallest batch whose backward gives all weights a gradient, with weight 0.
+
+    Weights that carry a state to the next token (RWKV) have none in rows of one input.
+    """
     one = np.zeros(1, dtype=np.int32)
-    batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
+    batch = pack([Sequences(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 

@@ -150,7 +150,7 @@ def count_flops(
     trains_output = adapter is None or any(weight is output for weight in saved)
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
-    attention = text.num_hidden_layers * fmean(widths or [0])
+    attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
     return StepFlops(
         per_token=per_weight * visited
         + _FORWARD_AND_BACKWARD * added

@@ -76,8 +76,9 @@ class PackedCausalLM(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the hidden states."""
-        return int(self.causal_lm.config.get_text_config().hidden_size)
+        """Return the width of the hidden states, of a model in parts (BLT) that of its last part."""
+        width = getattr(self.causal_lm.config.get_text_config(), "hidden_size", None)
+        return int(width or self.causal_lm.get_output_embeddings().in_features)
 
     @property
     def has_chunked_head(self) -> bool:
@@ -193,8 +194,8 @@ class PackedCausalLM(nn.Module):
     def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.
 
-        A rank with fewer rows than `forwards` computes the first token again, without effect on the result:
-        its forwards and backwards gather the same weights (law L2).
+        A rank with fewer rows than `forwards` computes the first tokens again, without effect on the result:
+        its forwards and backwards gather the same weights (law L2). They are two, as in `dummy_batch`.
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         for row, length in enumerate(rows.lengths):
@@ -202,8 +203,9 @@ class PackedCausalLM(nn.Module):
             outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
             routers.append(found.router_logits)
         predicting = torch.cat(outputs).index_select(0, rows.predictors)
+        short = rows.input_ids[:1, : min(2, rows.lengths[0])]
         for _ in range(forwards - len(rows.lengths)):
-            predicting = predicting + 0.0 * self._row_outputs(rows.input_ids[:1, :1], [1]).predicting.sum()
+            predicting = predicting + 0.0 * self._row_outputs(short, [short.shape[1]]).predicting.sum()
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
 
     def _row_outputs(

@@ -214,7 +214,7 @@ def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> Non
     )
     batch = pack_unkeyed(random_pairs([(3, 2, 4)]))
     alone, padded = model(batch), model(dataclasses.replace(batch, forwards=5))
-    assert lengths == [4, 6, 4, 6, 1, 1, 1]
+    assert lengths == [4, 6, 4, 6, 2, 2, 2]
     assert torch.equal(alone, padded)
 
 
