@@ -63,8 +63,8 @@ class MaskRule:
     ) -> Tensor:
         """Return the mask [queries, sinks + keys] of a block: 0 where a key is visible, -inf elsewhere.
 
-        It is a view of a tensor that blocks and layers share. Its rows begin at multiples of `ALIGNMENT`, if the
-        size of the block and the rows of the tensor are such multiples.
+        It is a view of a tensor that blocks and layers share. If the size of the block and the rows of this
+        tensor are multiples of `ALIGNMENT`, it begins at one.
 
         Args:
             block: of a sequence.
