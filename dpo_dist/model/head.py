@@ -58,7 +58,8 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        if isinstance(head, nn.Linear):
+        # A layer with a forward of its own is another function than its weight says.
+        if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
         self.own_logits = not self.has_chunked_head
@@ -77,8 +78,8 @@ class PackedCausalLM(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Return the width of the hidden states, of a model in parts (BLT) that of its last part."""
-        width = getattr(self.causal_lm.config.get_text_config(), "hidden_size", None)
-        return int(width or self.causal_lm.get_output_embeddings().in_features)
+        config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
+        return int(getattr(config, "hidden_size", None) or head.in_features)
 
     @property
     def has_chunked_head(self) -> bool:
@@ -146,8 +147,8 @@ class PackedCausalLM(nn.Module):
         rows = rows_of(batch, self._pad_id)
         weights = rows.is_token.float() * bool(len(batch.keys))
         if self.arrangement is Arrangement.padded:
-            found = self._row_outputs(rows.input_ids, rows.lengths, with_routing)
-            return found.at(rows.predictors), weights.flatten()
+            of_rows = self._row_outputs(rows.input_ids, rows.lengths, with_routing).at(rows.predictors)
+            return of_rows, weights.flatten()
         return self._one_by_one(rows, batch.forwards, with_routing), weights[rows.is_token]
 
     def _shared(
@@ -194,8 +195,8 @@ class PackedCausalLM(nn.Module):
     def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.
 
-        A rank with fewer rows than `forwards` computes the first tokens again, without effect on the result:
-        its forwards and backwards gather the same weights (law L2). They are two, as in `dummy_batch`.
+        A rank with fewer rows than `forwards` computes two tokens again, as in `dummy_batch`, so that ranks
+        gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no number.
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         for row, length in enumerate(rows.lengths):
@@ -203,9 +204,9 @@ class PackedCausalLM(nn.Module):
             outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
             routers.append(found.router_logits)
         predicting = torch.cat(outputs).index_select(0, rows.predictors)
-        short = rows.input_ids[:1, : min(2, rows.lengths[0])]
         for _ in range(forwards - len(rows.lengths)):
-            predicting = predicting + 0.0 * self._row_outputs(short, [short.shape[1]]).predicting.sum()
+            unused = self._row_outputs(rows.input_ids[:1, :2], [min(2, longest)]).predicting
+            predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
 
     def _row_outputs(

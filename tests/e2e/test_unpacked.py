@@ -67,10 +67,10 @@ RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in 
 
 
 @pytest.mark.parametrize("model", ["bloom"], indirect=True)
-def test_the_other_verbs_and_compiled_layers_take_a_model_in_rows(
+def test_the_other_verbs_take_a_model_in_rows(
     model: Path, overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    """A store of `precompute` is complete; samples of compiled layers are those of others; models compare."""
+    """A store of `precompute` is complete; a run has samples; `compare` scores its responses."""
     command = overrides(
         f"model.path={model}",
         f"data.eval=[{assets}/eval.jsonl]",
@@ -84,11 +84,7 @@ def test_the_other_verbs_and_compiled_layers_take_a_model_in_rows(
     assert filled.code == 0, filled.output
     train(command, processes=1)
     assert summary(tmp_path / "run")["reference"]["computed"] == 0
-    compiled = tmp_path / "compiled"
-    train([*command, "model.compile=true", f"run.dir={compiled}"], processes=1)
-    assert_same_history(without_ties(tmp_path / "run"), without_ties(compiled), 1e-3)
-    samples = "samples/step-000002.jsonl"
-    assert (tmp_path / "run" / samples).read_text() == (compiled / samples).read_text()
+    assert (tmp_path / "run/samples/step-000002.jsonl").read_text().count("\n") == 2
     (tmp_path / "rule.py").write_text(RULE)
     compared = run_verb(
         "compare",
