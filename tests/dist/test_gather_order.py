@@ -6,7 +6,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
@@ -69,6 +72,34 @@ def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfi
             micro_batches.append(len(plan.micro_batches))
             comparisons.append(compared.call_count)
     return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}
+
+
+def score_by_turns(assets: Assets, adapter: AdapterConfig, world: World, _folder: Path) -> list[float]:
+    """Return changes of log-probs between scores before and after the first forward of the reference."""
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
+    packed = load_packed(assets.policy, model, 1024, world.device)
+    add_adapter(packed, model, 0, Path(str(adapter.path)))
+    policy, dataset = PolicyEngine(packed, OPTIM, world), assets.dataset()
+    policy.train(False)
+    plan = shard_batch(dataset, ROWS, world.rank, world.size, 8192, COSTS)
+    objective = Objective(LossConfig(), AdapterReference(policy))
+    (batch,) = objective.ready_step(plan, world.device).batches
+    with torch.no_grad():
+        before = [policy.token_logps(batch) for _ in range(4)]
+        others = [*before, policy.base_token_logps(batch)]
+        again = policy.token_logps(batch)
+        return [float((again - logps).abs().max()) for logps in others]
+
+
+def test_a_late_first_forward_of_the_reference_leaves_other_orders_right(
+    assets: Assets, tmp_path: Path
+) -> None:
+    """A frozen start adapter is read for the first time when other kinds have their orders."""
+    base = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "start")
+    adapter = AdapterConfig(path=str(tmp_path / "start"))
+    for changes in run_ranks(partial(score_by_turns, assets, adapter), 2, tmp_path / "ranks"):
+        assert max(changes) < 1e-5
 
 
 def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_path: Path) -> None:
