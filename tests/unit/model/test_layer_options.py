@@ -7,9 +7,9 @@ from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.data.reach import Reach
 from dpo_dist.model.attention_backend import Heads, heads_of_layers, scores_of
-from dpo_dist.model.trial import trial_sequences
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.layer_options import layer_values
+from dpo_dist.model.trial import trial_sequences
 from tests.support.families import tiny_family
 
 SIZES: dict[str, Any] = {
