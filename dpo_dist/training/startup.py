@@ -121,6 +121,7 @@ def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began:
 def _is_of_this_start(folder: RunFolder, began: float) -> bool:
     """Return whether this start has written every file in the folder, and no step has been done."""
     before_first_step = {folder.logs, folder.lock, folder.config, folder.environment, folder.state}
+    before_first_step.add(folder.initial_adapter)
     if not before_first_step.issuperset(folder.path.iterdir()) or _is_locked(folder):
         return False
     files = [file for file in folder.path.rglob("*") if file.is_file()]
