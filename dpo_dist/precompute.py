@@ -32,7 +32,7 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig) -> int:
     """Check everything that `main` needs before it uses a GPU; return the exit code."""
     _check_mode(config)
-    return train.check(config)
+    return train.check(config, trains=False)
 
 
 def _check_mode(config: RunConfig) -> None:

@@ -27,21 +27,25 @@ def main(config: RunConfig) -> int:
     """
     check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with stop.listening(), started(config) as console:
+    with stop.listening(), started(config, trains=True) as console:
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
 
         return train(config, console, stop)
 
 
-def check(config: RunConfig) -> int:
+def check(config: RunConfig, *, trains: bool = True) -> int:
     """Check everything that the run of `config` needs before it uses a GPU; return the exit code.
+
+    Args:
+        config: of the run.
+        trains: whether the run trains, and does not only score its pairs.
 
     Raises:
         DpoDistError: the first check that fails.
     """
     check_newest_checkpoint(config)
     with without_traces(config, of_success=True):
-        check_start(config)
+        check_start(config, trains=trains)
         with warnings_off():
             from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
 

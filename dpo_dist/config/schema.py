@@ -89,7 +89,7 @@ class ModelConfig:
         None,
         "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
         of=AdapterConfig,
-        verbs="train precompute evaluate",
+        verbs="train precompute evaluate doctor",
     )
     quantization: Quantization | None = key(
         None,

@@ -17,6 +17,7 @@ from dpo_dist.diagnostics.prepared import Prepared, prepare
 from dpo_dist.diagnostics.shown_pairs import ShownPair, show_pairs
 from dpo_dist.diagnostics.stored_margins import StoreUse, compare_with_store
 from dpo_dist.errors import DpoDistError
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.folder import description_folder
 
 if TYPE_CHECKING:
@@ -62,15 +63,16 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
         counter: shows progress.
 
     Raises:
-        ConfigError: the model's tokenizer cannot be used, or a threshold names no rule.
+        ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.
         DataError: a source cannot be read, or changes meanwhile.
     """
     sources = [resolved(source) for source in (*config.data.train, *config.data.eval)]
     states = list(map(source_state, sources))
-    tokenizer, folder, prepared = None, None, None
+    tokenizer, files, prepared = None, None, None
     if config.model.path != NO_MODEL:
         folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-        tokenizer, prepared = _prepare(config, folder, counter)
+        files = tokenizer_folder(folder, start_folder(config.model))
+        tokenizer, prepared = _prepare(config, folder, files, counter)
     report = examine(
         config.data,
         tokenizer,
@@ -88,16 +90,19 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
     for source, state in zip(sources, states, strict=True):
         if source_state(source) != state:
             raise changed_data(source)
-    return Diagnosis(report, tuple(shown), folder, store)
+    return Diagnosis(report, tuple(shown), files, store)
 
 
-def _prepare(config: RunConfig, folder: Path, counter: Counter) -> tuple["PreTrainedTokenizerBase", Prepared]:
+def _prepare(
+    config: RunConfig, folder: Path, files: Path, counter: Counter
+) -> tuple["PreTrainedTokenizerBase", Prepared]:
+    """Return the tokenizer of the policy, whose files are in `files`, and the data encoded with it."""
     from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow, and not always needed)
 
-    tokenizer = load_tokenizer(folder, config.model)
+    tokenizer = load_tokenizer(files, config.model)
     vocab_size = load_config(folder, config.model).get_text_config().vocab_size
     return tokenizer, prepare(
-        config, tokenizer, folder, vocab_size, lambda source: counter(f"encoding {source}", "record")
+        config, tokenizer, files, vocab_size, lambda source: counter(f"encoding {source}", "record")
     )
 
 

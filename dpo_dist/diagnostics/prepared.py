@@ -60,7 +60,7 @@ def prepare(
     Args:
         config: of the run.
         tokenizer: of the policy.
-        folder: its model folder.
+        folder: with the files of the tokenizer.
         vocab_size: of the policy's embeddings.
         progress: called for each source that is not encoded yet.
 

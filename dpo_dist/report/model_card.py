@@ -173,11 +173,14 @@ def _introduction(config: RunConfig, summary: Row) -> str:
     what = "A LoRA adapter of" if config.model.adapter is not None else "A fine-tuned"
     link = f"[{inert(base)}](https://huggingface.co/{base})" if hub_name(config.model.path) else code(base)
     bits = f" (trained on its {quantized} weights)" if quantized is not None else ""
+    start = None if config.model.adapter is None else config.model.adapter.path
+    started = "" if start is None else f", which started from the adapter {code(_model_name(start))},"
     pairs, steps = _pairs(summary), counted(summary["steps"], "step")
     verdict = summary["verdict"]
     findings = "\n".join(f"- {inert(finding['text'])}" for finding in verdict["findings"])
     return (
-        f"{what} {link}{bits}, trained on {pairs} in {steps} with the loss {kinds} by dpo_dist.\n\n"
+        f"{what} {link}{bits}{started or ','} trained on {pairs} in {steps} with the loss {kinds} by "
+        "dpo_dist.\n\n"
         f"{_averaging(config)}**Verdict:** {inert(verdict['sentence'])}"
         + (f"\n\n{findings}" if findings else "")
     )
@@ -276,6 +279,8 @@ def _training(config: RunConfig) -> str:
         found["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:
         found["data.chat_template"] = Path(config.data.chat_template).name
+    if (adapter := config.model.adapter) is not None and adapter.path is not None:
+        found["model.adapter"] = {**found["model.adapter"], "path": _model_name(adapter.path)}
     return _facts("key", "value", found)
 
 

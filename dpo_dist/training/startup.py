@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.optim_schema import OptimizerKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_function import find_function
@@ -35,10 +36,14 @@ from dpo_dist.report.terminal.console import Console, open_console
 _START_SECONDS = 60.0
 
 
-def check_start(config: RunConfig) -> None:
+def check_start(config: RunConfig, *, trains: bool = False) -> None:
     """Check everything that needs no torch, network or other processes, and create the folders of the run.
 
     Only processes on the first node check.
+
+    Args:
+        config: of the run.
+        trains: whether there is an optimizer, which may need a package.
 
     Raises:
         ConfigError: a package, model or folder is missing, or a folder cannot be written.
@@ -48,7 +53,7 @@ def check_start(config: RunConfig) -> None:
         return
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
-    _check_packages(config)
+    _check_packages(config, trains=trains)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
@@ -70,14 +75,13 @@ def with_evaluated_pairs(config: RunConfig) -> RunConfig:
 
 
 @contextlib.contextmanager
-def started(config: RunConfig) -> Iterator[Console]:
+def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check the start, open the console, and remove the folders of a start that fails before its first step.
 
-    Raises:
-        DpoDistError: as `check_start`.
+    Args and errors are those of `check_start`.
     """
     with without_traces(config):
-        check_start(config)
+        check_start(config, trains=trains)
         with open_console(RunFolder.of(config), config.console) as console:
             yield console
 
@@ -121,6 +125,7 @@ def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began:
 def _is_of_this_start(folder: RunFolder, began: float) -> bool:
     """Return whether this start has written every file in the folder, and no step has been done."""
     before_first_step = {folder.logs, folder.lock, folder.config, folder.environment, folder.state}
+    before_first_step.add(folder.initial_adapter)
     if not before_first_step.issuperset(folder.path.iterdir()) or _is_locked(folder):
         return False
     files = [file for file in folder.path.rglob("*") if file.is_file()]
@@ -203,11 +208,13 @@ def _check_folder(folder: Path, key: str) -> None:
         ) from None
 
 
-def _check_packages(config: RunConfig) -> None:
+def _check_packages(config: RunConfig, *, trains: bool) -> None:
     if config.model.quantization is not None:
         check_bitsandbytes(config.model.quantization, "model.quantization")
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     if config.model.liger:
         check_liger_kernel()
     for tracker in config.tracking.also:

@@ -12,7 +12,10 @@ from dpo_dist.config.schema import NO_MODEL
 from dpo_dist.diagnostics import diagnosis
 from dpo_dist.doctor import main
 from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
+from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, write
+from tests.support.sft_adapter import write_sft_adapter
+from tests.support.tiny_model import write_model
 
 
 @contextmanager
@@ -49,6 +52,23 @@ def test_data_that_change_meanwhile_are_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(diagnosis, "show_pairs", show_and_append)
     with pytest.raises(DataError, match="changed while"):
         diagnosis.diagnose(config, silent)
+
+
+def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts_from(tmp_path: Path) -> None:
+    """As training encodes them: the base has no chat template, the adapter's folder has one."""
+    tokenizer = tiny.qwen()
+    model, sft = write_model(tmp_path / "base", tokenizer), tmp_path / "sft"
+    write_sft_adapter(model, sft)
+    tokenizer.save_pretrained(sft)
+    (model / "chat_template.jinja").unlink()
+    message = [{"role": "user", "content": "Say hello."}]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    data = write(tmp_path / "a.jsonl", [{"prompt": message, **answers}] * 3)
+    keys = [f"model.path={model}", f"data.train=[{data}]", f"data.cache={tmp_path}/encoded"]
+    found = diagnosis.diagnose(load_run_config([*keys, f"model.adapter={{path: {sft}}}"]), silent)
+    assert found.model == sft
+    with pytest.raises(ConfigError, match="no chat template"):
+        diagnosis.diagnose(load_run_config(keys), silent)
 
 
 def test_other_processes_of_a_launcher_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,20 @@ def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:
     assert found.data.eval_results[0].dataset_type == "b"
 
 
+@pytest.mark.parametrize("on_top", ["", ", on_top: true, r: 8"])
+def test_the_adapter_that_training_started_from_is_named_without_its_place(
+    on_top: str, tmp_path: Path
+) -> None:
+    start = tmp_path / "home" / "alice" / "my-sft"
+    start.mkdir(parents=True)
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "reference.mode=adapter"]
+    overrides.append(f"model.adapter={{path: {start}{on_top}}}")
+    found = card(overrides, summary(["a"], []), None)
+    assert "alice" not in found.content
+    assert "LoRA adapter of [org/base](https://huggingface.co/org/base), which started from" in found.text
+    assert found.text.count("my-sft") == 2, "in the introduction and among the settings"
+
+
 def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--base-7B" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import evaluate, precompute
+from dpo_dist import evaluate, precompute, train
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -39,7 +39,7 @@ def run_of(assets: Path, root: Path, *overrides: str) -> RunConfig:
 
 def refused(config: RunConfig) -> DpoDistError:
     with pytest.raises(DpoDistError) as caught, without_traces(config):
-        check_start(config)
+        check_start(config, trains=True)
     return caught.value
 
 
@@ -81,6 +81,7 @@ def test_missing_inputs_are_errors_and_no_files_are_left(
         ("liger_kernel", ["model.liger=true"]),
         ("bitsandbytes", ["model.adapter={r: 8}", "model.quantization=nf4", "parallelism=ddp"]),
         ("bitsandbytes", ["reference.quantization=int8"]),
+        ("bitsandbytes", ["optim=adamw_8bit"]),
     ],
 )
 def test_a_missing_package_is_an_error_before_anything_is_read(
@@ -92,6 +93,16 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
+
+
+def test_a_verb_without_an_optimizer_needs_no_package_of_it(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda _name: None)
+    config = run_of(assets, tmp_path, "optim=adamw_8bit", "reference=cached")
+    assert precompute.check(config) == 0
+    with pytest.raises(ConfigError, match="bitsandbytes is not installed"):
+        train.check(config)
 
 
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
@@ -122,22 +133,35 @@ def test_only_a_stored_reference_is_precomputed(
 # Failed starts
 
 
-def start(config: RunConfig, error: Exception) -> None:
+def start(config: RunConfig, error: Exception, more: Callable[[], None]) -> None:
     with without_traces(config):
         check_start(config)
         log = RunFolder.of(config).rank_log(0)
         log.parent.mkdir()
         log.write_text("output of libraries\n")
+        more()
         raise error
 
 
-def fail_after_logs(config: RunConfig, error: Exception) -> None:
+def fail_after_logs(config: RunConfig, error: Exception, more: Callable[[], None] = lambda: None) -> None:
     with pytest.raises(type(error)):
-        start(config, error)
+        start(config, error, more)
 
 
 def test_a_users_error_removes_a_run_directory_without_steps(assets: Path, tmp_path: Path) -> None:
     fail_after_logs(run_of(assets, tmp_path), DataError("too many bad records"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_removed_with_the_initial_values_of_an_adapter(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    values = RunFolder.of(config).initial_adapter
+
+    def write() -> None:
+        values.mkdir()
+        (values / "adapter_config.json").touch()
+
+    fail_after_logs(config, ConfigError("of the check before the first step"), write)
     assert not list(tmp_path.iterdir())
 
 
