@@ -19,8 +19,8 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     recording again takes two forwards without prefetch and several collective comparisons. A policy has
     forwards of different orders: with gradients, without them, without its adapter, and in generation.
 
-    A linear layer of peft reads the weight of A itself. DeepSpeed then adds this weight to those of the layer,
-    and an order that was recorded before is wrong. So every A of a layer is added before the first record.
+    A linear layer of peft reads the weight of A itself. DeepSpeed then adds this weight to those of the
+    layer, and an order that was recorded before is wrong. So each A is added before the first record.
 
     Args:
         engine: of a `PackedCausalLM`, that shards its weights.
