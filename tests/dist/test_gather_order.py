@@ -8,8 +8,6 @@ from unittest import mock
 import numpy as np
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
@@ -29,6 +27,7 @@ from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.sft_adapter import write_sft_adapter
 
 # The token budgets of steps and what follows them: many micro-batches, one, many.
 BUDGETS = (64, 8192, 64)
@@ -74,34 +73,6 @@ def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfi
     return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}
 
 
-def score_by_turns(assets: Assets, adapter: AdapterConfig, world: World, _folder: Path) -> list[float]:
-    """Return changes of log-probs between scores before and after the first forward of the reference."""
-    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
-    packed = load_packed(assets.policy, model, 1024, world.device)
-    add_adapter(packed, model, 0, Path(str(adapter.path)))
-    policy, dataset = PolicyEngine(packed, OPTIM, world), assets.dataset()
-    policy.train(False)
-    plan = shard_batch(dataset, ROWS, world.rank, world.size, 8192, COSTS)
-    objective = Objective(LossConfig(), AdapterReference(policy))
-    (batch,) = objective.ready_step(plan, world.device).batches
-    with torch.no_grad():
-        before = [policy.token_logps(batch) for _ in range(4)]
-        others = [*before, policy.base_token_logps(batch)]
-        again = policy.token_logps(batch)
-        return [float((again - logps).abs().max()) for logps in others]
-
-
-def test_a_late_first_forward_of_the_reference_leaves_other_orders_right(
-    assets: Assets, tmp_path: Path
-) -> None:
-    """A frozen start adapter is read for the first time when other kinds have their orders."""
-    base = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32)
-    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "start")
-    adapter = AdapterConfig(path=str(tmp_path / "start"))
-    for changes in run_ranks(partial(score_by_turns, assets, adapter), 2, tmp_path / "ranks"):
-        assert max(changes) < 1e-5
-
-
 def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_path: Path) -> None:
     for of_rank in run_ranks(partial(train, assets), 2, tmp_path / "ranks"):
         for name, case in of_rank.items():
@@ -109,3 +80,33 @@ def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_pat
             assert case["micro_batches"][1] == 1, name
             assert case["discarded"] == 0, name
             assert case["compared"][0] == case["compared"][-1], name
+
+
+def switch(assets: Assets, adapter: AdapterConfig, world: World, _folder: Path) -> float:
+    """Return the largest difference of log-probs of the policy and of its start, before training."""
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
+    packed = load_packed(assets.policy, model, 1024, world.device)
+    add_adapter(packed, model, 0, start=Path(str(adapter.path)))
+    policy = PolicyEngine(packed, OPTIM, world)
+    policy.train(False)
+    plan = shard_batch(assets.dataset(), ROWS, world.rank, world.size, 8192, COSTS)
+    objective = Objective(LossConfig(reference_free=True), NoReference())
+    differences = [0.0]
+    with objective.prefetched(plan, world.device) as batches, torch.no_grad():
+        batch = next(iter(batches)).to(world.device)
+        for _ in range(3):  # the first two record the order of the policy, as the check at start does
+            policy.token_logps(batch)
+        for _ in range(3):
+            differences.append(
+                (policy.base_token_logps(batch) - policy.token_logps(batch)).abs().max().item()
+            )
+    return max(differences)
+
+
+def test_a_start_adapter_keeps_the_order_that_was_recorded_without_it(assets: Assets, tmp_path: Path) -> None:
+    sft = write_sft_adapter(assets.policy, tmp_path / "sft")
+    for adapter in (
+        AdapterConfig(None, None, path=str(sft)),
+        AdapterConfig(2, 4, path=str(sft), on_top=True),
+    ):
+        assert max(run_ranks(partial(switch, assets, adapter), 2, tmp_path / str(adapter.on_top))) < 1e-6
