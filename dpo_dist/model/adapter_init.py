@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
@@ -53,20 +54,26 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
 
 
 def _factor(layer: LoraLayer, name: str, init: str) -> None:
-    """Let peft compute A and B, and restore the weight from which it subtracts their product."""
-    weight = layer.get_base_layer().weight
+    """Let peft compute A and B, and restore the weight from which it subtracts their product.
+
+    A weight has no more factors than its smaller side; the rest of a higher rank is 0, and stays 0.
+    """
+    weight, rank = layer.get_base_layer().weight, layer.r[name]
     matrices = [layer.lora_A[name].weight, layer.lora_B[name].weight]
     dtypes = [matrix.dtype for matrix in matrices]
     with torch.no_grad(), gather_params_ctx([weight], modifier_rank=None):
         kept = weight.data
         weight.data = kept.clone()
+        layer.r[name] = min(rank, *kept.shape)
         if init == "olora":
             layer.olora_init(name)
         else:
             layer.pissa_init(name, init)
+        missing, layer.r[name] = rank - layer.r[name], rank
         weight.data = kept
-    for matrix, dtype in zip(matrices, dtypes, strict=True):
-        matrix.data = matrix.data.to(dtype).contiguous()
+    sides = (0, 0, 0, missing), (0, missing)
+    for matrix, dtype, side in zip(matrices, dtypes, sides, strict=True):
+        matrix.data = pad(matrix.data, side).to(dtype).contiguous()
 
 
 class _FromInitial(LoraVariant):  # type: ignore[misc]

@@ -104,40 +104,39 @@ class AdapterWeights:
 
 
 def stack(parts: Sequence[tuple[float, AdapterWeights]]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return one adapter whose low-rank update is the sum of those of `parts`, each times its coefficient.
+    """Return one adapter, float32, whose low-rank update is the sum of `parts`, each times its coefficient.
 
-    Modules that parts have in full are not in it. Its rank in a layer is the sum of their ranks. None of them
-    may be DoRA, whose updates have no such sum.
+    Modules that parts have in full are not in it. Its rank in a layer is the sum of their ranks, its scale is
+    one for all layers: vLLM has read one scale of an adapter only. None of the parts may be DoRA, whose
+    updates have no such sum.
     """
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    scales: dict[str, float] = {}
+    common = 0.0
     for layer in sorted({layer for _, part in parts for layer in part.layers}):
         downs, ups = [], []
         for coefficient, part in parts:
             if layer + _A in part.names:
-                down, up = part.read(layer + _A), part.read(layer + _B)
+                down, up = part.read(layer + _A).float(), part.read(layer + _B).float()
                 scale = part.scaling(layer, len(down))
-                common = scales.setdefault(layer, scale)
+                common = common or scale
                 downs.append(down)
                 ups.append(up if coefficient * scale == common else up * (coefficient * scale / common))
-        dtype = downs[0].dtype
-        weights[layer + _A] = torch.cat([down.to(dtype) for down in downs])
-        weights[layer + _B] = torch.cat([up.to(dtype) for up in ups], dim=1)
+        weights[layer + _A], weights[layer + _B] = torch.cat(downs), torch.cat(ups, dim=1)
         ranks[layer] = len(weights[layer + _A])
-    return _stacked_config(parts[0][1].config, ranks, scales), weights
+    return _stacked_config(parts[0][1].config, ranks, common), weights
 
 
-def _stacked_config(config: LoraConfig, ranks: dict[str, int], scales: dict[str, float]) -> LoraConfig:
-    """Return the configuration of an adapter with these ranks and scales by layer."""
+def _stacked_config(config: LoraConfig, ranks: dict[str, int], scale: float) -> LoraConfig:
+    """Return the configuration of an adapter with these ranks by layer, and one scale."""
     stacked = copy.deepcopy(config)
-    alphas = {layer: scales[layer] * rank for layer, rank in ranks.items()}
     stacked.target_modules, stacked.modules_to_save = sorted(ranks), None
     stacked.use_rslora, stacked.init_lora_weights = False, True
     stacked.layers_to_transform = stacked.layers_pattern = stacked.exclude_modules = None
-    stacked.r, stacked.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    stacked.r = max(ranks.values())
+    stacked.lora_alpha = scale * stacked.r
     stacked.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != stacked.r}
-    stacked.alpha_pattern = {layer: alpha for layer, alpha in alphas.items() if alpha != stacked.lora_alpha}
+    stacked.alpha_pattern = {layer: scale * rank for layer, rank in stacked.rank_pattern.items()}
     return stacked
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.errors import ConfigError, DeviceMemoryError, first_line
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.trial import Score, Trial, changes_in_training
+from dpo_dist.model.trial import Score, Trial, attempted, changes_in_training
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,17 @@ def check_training(
     Args: as of `settle`. The model is in training mode afterwards.
 
     Raises:
-        ConfigError: it does not, as with dropout in code of its own that no option switches off.
+        ConfigError: it does not, as with dropout in code of its own that no option switches off, or it fails.
     """
-    change = changes_in_training(model, score, device, max_length)
+    change, fault = attempted(lambda: changes_in_training(model, score, device, max_length))
+    if agree(change is None) or change is None:
+        raise ConfigError(
+            "the model cannot score a sequence of tokens in training mode",
+            where=key,
+            got=f"{model.causal_lm.config.model_type}, {fault or 'an error on another rank'}",
+            expected="the forward of evaluation mode",
+            remedy="remove what the model's own code does in training mode only, or choose another model",
+        )
     if agree(bool(change)):
         raise ConfigError(
             "log-probs of this model are others in training mode",
@@ -109,13 +117,8 @@ def _tried(
     Raises:
         ConfigError: the forward fails, is not causal, or gives log-probs that are not finite.
     """
-    kind, fault, trial = model.causal_lm.config.model_type, "", None
-    try:
-        trial = Trial(model, score, device, max_length, agree)
-    except (DeviceMemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a model's code can raise anything
-        fault = first_line(error)
+    kind = model.causal_lm.config.model_type
+    trial, fault = attempted(lambda: Trial(model, score, device, max_length, agree))
     if agree(trial is None) or trial is None:
         raise ConfigError(
             "the model's own forward cannot score a sequence of tokens",

@@ -58,7 +58,8 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        if isinstance(head, nn.Linear):
+        # A layer with a forward of its own is another function than its weight says.
+        if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
         self.own_logits = not self.has_chunked_head
@@ -199,7 +200,9 @@ class PackedCausalLM(nn.Module):
             routers.append(found.router_logits)
         predicting = torch.cat(outputs).index_select(0, rows.predictors)
         for _ in range(forwards - len(rows.lengths)):
-            predicting = predicting + 0.0 * self._row_outputs(rows.input_ids[:1, :1], [1]).predicting.sum()
+            unused = self._row_outputs(rows.input_ids[:1, :1], [1]).predicting
+            # A sum in fp16 can be infinite, and 0 times that is no number.
+            predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
 
     def _row_outputs(

@@ -17,6 +17,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.blocks import Block
 
+ALIGNMENT = 16
+"""Masks begin at multiples of so many elements of their tensor: PyTorch's kernels on CUDA refuse others."""
+
 
 @dataclass(eq=False)
 class MaskRule:
@@ -60,7 +63,8 @@ class MaskRule:
     ) -> Tensor:
         """Return the mask [queries, sinks + keys] of a block: 0 where a key is visible, -inf elsewhere.
 
-        It is a view of a tensor that blocks and layers share.
+        It is a view of a tensor that blocks and layers share. If the size of the block and the rows of this
+        tensor are multiples of `ALIGNMENT`, it begins at one.
 
         Args:
             block: of a sequence.
@@ -76,7 +80,7 @@ class MaskRule:
         rows = slice(block.queries.start - block.start, block.queries.stop - block.start)
         columns = sinks + len(block.keys)
         if self.is_full or (is_window and self.reach and not sinks):
-            far = self._farthest(block.size, longest + sinks, dtype)
+            far = self._farthest(block.size, longest, sinks, dtype)
             first = far.shape[1] - block.size - before - sinks
             return far[rows, first : first + columns]
         if self.reach is None:
@@ -87,16 +91,17 @@ class MaskRule:
         queries, keys = range(start, start + block.size), range(first, start + block.size)
         return self._evaluated(queries, keys, sinks, dtype)[rows, :columns]
 
-    def _farthest(self, size: int, longest: int, dtype: torch.dtype) -> Tensor:
+    def _farthest(self, size: int, longest: int, sinks: int, dtype: torch.dtype) -> Tensor:
         """Return the mask of a late block; the last columns of its keys are the mask of any earlier one."""
         if self.reach is not None:
             start = size * -(-(self.reach - 1) // size)
             return self._evaluated(range(start, start + size), range(start + size), 0, dtype)
-        known = self._masks.get((size, dtype))
-        if known is None or known.shape[1] < longest + size:
-            known = torch.full((size, longest + size), -torch.inf, dtype=dtype, device=self.device)
-            known = known.triu_(longest + 1)
-            self._masks[size, dtype] = known
+        known = self._masks.get((size, sinks, dtype))
+        if known is None or known.shape[1] < sinks + longest + size:
+            before = sinks + -(-longest // ALIGNMENT) * ALIGNMENT
+            known = torch.full((size, before + size), -torch.inf, dtype=dtype, device=self.device)
+            known = known.triu_(before + 1)
+            self._masks[size, sinks, dtype] = known
         return known
 
     def _evaluated(self, queries: range, keys: range, sinks: int, dtype: torch.dtype) -> Tensor:

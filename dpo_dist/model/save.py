@@ -61,7 +61,9 @@ def write_model_folder(
     """
     with writing_errors(folder, remedy), staged_folder(folder) as temporary:
         if adapted_layers(causal_lm):
-            write_adapter(temporary, *trained_update(causal_lm, weights, weights.pop, parts))
+            dtype = next(iter(weights.values())).dtype
+            config, update = trained_update(causal_lm, weights, weights.pop, parts)
+            write_adapter(temporary, config, {name: weight.to(dtype) for name, weight in update.items()})
         else:
             write_weights(temporary, causal_lm, weights)
         write_tokenizer(temporary, tokenizer, tokenizer_files)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dpo_dist.model.blocks import Block, cut_in_blocks
 from dpo_dist.model.capped_attention import capped_attention, capped_block_size
-from dpo_dist.model.mask_rules import MaskRule, causal_rule
+from dpo_dist.model.mask_rules import ALIGNMENT, MaskRule, causal_rule
 
 Layout = tuple[tuple[int, ...], ...]
 
@@ -140,11 +140,11 @@ def _attend_in_blocks(
 
 def _block_size(queries: int, length: int, rule: MaskRule) -> int:
     if rule.reach is not None:
-        return max(_SMALLEST_BLOCK, rule.reach // _BLOCKS_PER_REACH)
+        return max(_SMALLEST_BLOCK, rule.reach // (_BLOCKS_PER_REACH * ALIGNMENT) * ALIGNMENT)
     if not rule.is_full:
         return length
     # Powers of two: responses of similar lengths share a mask.
-    return min(_FULL_BLOCK, 1 << (queries - 1).bit_length())
+    return min(_FULL_BLOCK, max(ALIGNMENT, 1 << (queries - 1).bit_length()))
 
 
 def _attend_capped(query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, scores: Scores) -> Tensor:

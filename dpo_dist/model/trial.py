@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dpo_dist.errors import DeviceMemoryError, first_line
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layer_options import layer_values
 
+T = TypeVar("T")
 Score = Callable[[PackedBatch], Tensor]
 """Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
 
@@ -109,17 +110,17 @@ class Trial:
 
     def fault(self, arrangement: Arrangement, *, own_logits: bool) -> str:
         """Return why this arrangement of the model is not exact on some rank; empty: it is. Collective."""
-        raised, found, neighbours = "", self.plain, (0.0, 0.0)
-        try:
+
+        def scored() -> tuple[Tensor, tuple[float, float]]:
             found = self._scores(self._batch, arrangement, own_logits=own_logits)
-            if not self.is_float32 and arrangement is not Arrangement.single:
-                neighbours = self._effect_of_neighbours(found, arrangement, own_logits=own_logits)
-        except (DeviceMemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a model can raise anything if it is called in an unusual way
-            raised = first_line(error)
-        if self._agree(bool(raised)):
+            if self.is_float32 or arrangement is Arrangement.single:
+                return found, (0.0, 0.0)
+            return found, self._effect_of_neighbours(found, arrangement, own_logits=own_logits)
+
+        result, raised = attempted(scored)
+        if self._agree(result is None) or result is None:
             return raised or _ELSEWHERE
+        found, neighbours = result
         text = self._difference((found - self.plain).abs(), neighbours)
         return (text or _ELSEWHERE) if self._agree(bool(text)) else ""
 
@@ -153,7 +154,10 @@ class Trial:
         is_explained = mean <= typical and median <= typical and largest <= most and effect <= allowed
         if not self._agree(not is_explained):
             return ""
-        noise = _summary(self._noise)
+        changes, raised = attempted(lambda: self._noise)
+        if self._agree(changes is None) or changes is None:
+            return f"{text}; what rounding explains cannot be measured: {raised or _ELSEWHERE}"
+        noise = _summary(changes)
         if not effect <= max(allowed, _NEIGHBOUR_NOISES * noise[1]):
             return f"log-probs change by {effect:.2g} nats with the tokens of other responses"
         limits = [max(typical, _NOISES * value) for value in noise[:2]]
@@ -192,6 +196,19 @@ def changes_in_training(model: PackedCausalLM, score: Score, device: torch.devic
 
 
 _ELSEWHERE = "fails on another rank"
+
+
+def attempted(work: Callable[[], T]) -> tuple[T | None, str]:
+    """Return the result of `work` and no text, or None and the first line of its error.
+
+    A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
+    """
+    try:
+        return work(), ""
+    except (DeviceMemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return None, first_line(error) or type(error).__name__
 
 
 def _summary(differences: Tensor) -> tuple[float, float, float]:

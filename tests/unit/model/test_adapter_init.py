@@ -70,6 +70,27 @@ def test_gradients_are_those_of_peft_on_the_residual(init: str, base: Path) -> N
         torch.testing.assert_close(weight.grad, wanted[name].grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_a_rank_above_the_smaller_side_of_a_layer(init: str, base: Path, tmp_path: Path) -> None:
+    config = ModelConfig(str(base), dtype=Dtype.fp32, adapter=AdapterConfig(r=20, alpha=6, init=init))
+    model = load_packed(base, config, 64, torch.device("cpu"))
+    plain = model(BATCH)
+    add_adapter(model, config, 0)
+    assert torch.equal(model(BATCH), plain)
+    model(BATCH).sum().backward()
+    up = model.causal_lm.get_parameter("model.layers.0.self_attn.k_proj.lora_B.default.weight")
+    assert up.shape == (16, 20)
+    assert up.grad is not None
+    assert up.grad[:, :16].abs().min() > 0
+    assert not up.grad[:, 16:].any()
+    write_initial(model.causal_lm, TRAINED, tmp_path / "initial")
+    initial = AdapterWeights.of_folder(tmp_path / "initial")
+    layer = "model.layers.0.self_attn.k_proj"
+    weight = model.causal_lm.get_submodule(layer).base_layer.weight
+    if init == "pissa":  # all factors of the weight
+        torch.testing.assert_close(initial.merged(layer, torch.zeros_like(weight)), weight)
+
+
 def test_the_difference_is_one_adapter_of_the_original_base(base: Path, tmp_path: Path) -> None:
     model = started(base, "pissa")
     write_initial(model.causal_lm, TRAINED, tmp_path / "initial")

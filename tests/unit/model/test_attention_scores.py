@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +250,37 @@ def test_a_rule_that_sees_later_tokens_is_refused() -> None:
     rule = mask_rule(or_masks(causal_mask_function, neighbours), allow_is_causal_skip=False)
     with pytest.raises(ConfigError, match="not causal"):
         packed_attention(LAYOUT, AttentionBackend.sdpa, CPU)(*random_heads(LAYOUT), Scores(rule=rule))
+
+
+def layouts_of_every_remainder() -> list[Layout]:
+    """Return a prompt with a first response and one of each of 16 lengths, of some hundred tokens and few."""
+    return [((prompt, 1, *range(1, 17), *range(140, 156)),) for prompt in (3, 15, 40, 150)]
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("size", [None, 5, 100, 530, 545])
+def test_masks_begin_where_cuda_kernels_accept_them(
+    size: int | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel refuses an address that is no multiple of 16 bytes. PyTorch copies other masks first: those
+    whose rows begin at no multiple of 16 elements."""
+    monkeypatch.undo()
+    starts = []
+    original = segment_attention.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.stride(0) % 16 == 0:
+            starts.append(attn_mask.data_ptr() % 16)
+        return original(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(segment_attention, "scaled_dot_product_attention", noted)
+    rule = None if size is None else window(size)[0]
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16) if has_sinks else None
+    for layout in layouts_of_every_remainder():
+        heads = [tensor.detach() for tensor in random_heads(layout, dtype=torch.bfloat16)]
+        attention = packed_attention(layout, AttentionBackend.sdpa, CPU)
+        attention(heads[0], heads[1], heads[2], Scores(rule=rule, window=size, sinks=sinks))
+    assert set(starts) <= {0}
 
 
 def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,19 @@ def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> Non
     assert torch.equal(alone, padded)
 
 
+def test_forwards_without_effect_have_none_in_fp16() -> None:
+    """The sum of the logits of a token passes the largest number of fp16."""
+    causal_lm = tiny_causal_lm(tiny_config("llama")).half().eval()
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=SINGLE)
+    model.causal_lm.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits + 60_000)
+    model.arrange(SINGLE, own_logits=True)
+    for head in model._heads():
+        head.is_precise = False
+    batch = pack_unkeyed(random_pairs([(3, 2, 4)]))
+    assert torch.equal(model(dataclasses.replace(batch, forwards=5)), model(batch))
+    assert model(batch).isfinite().all()
+
+
 def in_16_bits(model_type: str, seed: int, **own: Any) -> PackedCausalLM:
     """A model as wide and deep as rounding needs to differ visibly between shapes of a batch."""
     causal_lm = tiny_causal_lm(
@@ -337,6 +350,56 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     with pytest.raises(ConfigError, match="others in training mode") as raised:
         check_training(model, model, CPU, 64)
     assert "nats" in raised.value.got
+
+
+def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
+    """Also where another rank fails and this one does not: all ranks end with the same error."""
+
+    def check(on_training: str, agree: Any) -> ConfigError:
+        model = settled(load(folder))
+
+        def refuse(module: torch.nn.Module, _inputs: Any) -> None:
+            if module.training and on_training:
+                raise RuntimeError(on_training)
+
+        model.causal_lm.model.layers[0].register_forward_pre_hook(refuse)
+        with pytest.raises(ConfigError, match="in training mode") as raised:
+            check_training(model, model, CPU, 64, agree)
+        return raised.value
+
+    assert "labels are missing" in check("labels are missing", bool).got
+    assert "an error on another rank" in check("", lambda _flag: True).got
+
+
+def test_rounding_that_cannot_be_measured_explains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of a model may be another kind of module than the trial can change."""
+    model, attend = in_16_bits("mistral", 0, sliding_window=16), SegmentAttention.__call__
+
+    def wrong(self: SegmentAttention, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        return attend(self, query, key, value, window_of(17, scores))
+
+    def missing() -> None:
+        raise NotImplementedError("no embedding")
+
+    monkeypatch.setattr(SegmentAttention, "__call__", wrong)
+    monkeypatch.setattr(model.causal_lm, "get_input_embeddings", missing)
+    assert settled(model).arrangement is PADDED
+
+
+def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
+    class Normed(torch.nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 3 * super().forward(torch.nn.functional.normalize(hidden, dim=-1))
+
+    causal_lm = tiny_causal_lm(tiny_config("llama")).eval()
+    own = causal_lm.lm_head
+    causal_lm.lm_head = Normed(own.in_features, own.out_features, bias=False)
+    pairs = random_pairs(SHAPES)
+    with torch.no_grad():
+        expected = plain_logps(causal_lm, pairs)
+        model = settled(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED))
+        torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=2e-5)
+    assert (model.arrangement, model.own_logits) == (PACKED, True)
 
 
 def test_a_model_without_noise_is_the_same_in_training_mode(folder: Path) -> None:
