@@ -4,8 +4,9 @@ import copy
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
-from dpo_dist.model.adapters import active_adapters
+from dpo_dist.model.adapters import active_adapters, adapted_layers
 
 _Kind = tuple[bool, frozenset[str], bool]
 
@@ -18,10 +19,16 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     recording again takes two forwards without prefetch and several collective comparisons. A policy has
     forwards of different orders: with gradients, without them, without its adapter, and in generation.
 
+    A linear layer of peft reads the weight of A itself. DeepSpeed then adds this weight to those of the
+    layer, and an order that was recorded before is wrong. So each A is added before the first record.
+
     Args:
         engine: of a `PackedCausalLM`, that shards its weights.
         offload: DeepSpeed's part of the engine that gathers weights.
     """
+    for layer in adapted_layers(engine.module):
+        for matrix in layer.lora_A.values():
+            register_external_parameter(layer, matrix.weight)
     unused = offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
 
