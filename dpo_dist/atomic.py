@@ -80,19 +80,25 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(path: Path, keep_if: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def staged_folder(
+    path: Path, keep_if: Callable[[Path], bool] | None = None, *, replaces: bool = True
+) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` on exit, and is removed on an error.
 
     Args:
-        path: the final name; an existing folder is replaced.
+        path: the final name.
         keep_if: called with `path` on exit; True keeps the folder that another process has committed there.
+        replaces: whether an existing folder is replaced.
+
+    Raises:
+        FileExistsError: `path` exists on exit, has files, and is not replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     with temporary_folder(path) as temporary:
         yield temporary
         if keep_if is None or not keep_if(path):
-            commit_folder(temporary, path)
+            commit_folder(temporary, path, replaces=replaces)
 
 
 @contextlib.contextmanager
@@ -106,8 +112,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def commit_folder(temporary: Path, path: Path) -> None:
+def commit_folder(temporary: Path, path: Path, *, replaces: bool = True) -> None:
     """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted afterwards.
+
+    Raises:
+        FileExistsError: there is an older `path` with files, and it is not to be replaced.
 
     If the file system can exchange two names, `path` exists at every moment. If not (NFS, Lustre), a crash
     between two renames leaves both folders under temporary names, until `recover_folder`.
@@ -117,6 +126,8 @@ def commit_folder(temporary: Path, path: Path) -> None:
     sync(temporary)
     replaced = []
     while not _take(temporary, path):
+        if not replaces:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if _exchange(temporary, path):
             replaced.append(temporary)
             break

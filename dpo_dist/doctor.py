@@ -38,7 +38,8 @@ def main(config: RunConfig) -> int:
     check_template_file(config.data.chat_template)
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
-        if policy is not None:
+        starts_as_base = config.model.adapter is None or config.model.adapter.path is None
+        if policy is not None and starts_as_base:  # an adapter may have its own
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.

@@ -31,7 +31,7 @@ from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.merge import average_saved, names_in_model, read_named, write_merged
-from dpo_dist.model.save import write_card, write_tokenizer, write_weights, writing_errors
+from dpo_dist.model.save import read_tokenizer, write_card, write_tokenizer, write_weights, writing_errors
 from dpo_dist.model.saved_modules import shared_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,6 +66,8 @@ def export_models(
     config: RunConfig,
     card: Callable[[], str] | None = None,
     check: Callable[[Exported], None] | None = None,
+    *,
+    replaces: bool = True,
 ) -> None:
     """Write the trained weights of a checkpoint, or an average, as a model or adapter folder, whole or not.
 
@@ -81,6 +83,7 @@ def export_models(
         config: of the run; `config.export` says how.
         card: returns the content of README.md; None or "": there is none.
         check: called with the folder before it gets its name; an error removes it.
+        replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
 
     Raises:
         CheckpointError: a checkpoint is damaged or of another model, or the folder cannot be written.
@@ -94,9 +97,10 @@ def export_models(
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
-    with writing_errors(folder), staged_folder(folder) as temporary:
+    with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         _write_trained(temporary, trained, causal_lm, base, config)
-        write_tokenizer(temporary, tokenizer, None if config.data.chat_template is not None else files)
+        is_chosen = config.data.chat_template is not None
+        write_tokenizer(temporary, tokenizer, None if is_chosen else read_tokenizer(files))
         write_card(temporary, card)
         if check is not None:
             check(Exported(temporary, base, trained.adapters, trained.read))
@@ -139,7 +143,8 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
     for folder, source in zip(sources, opened, strict=True):
         initial = RunFolder(folder.resolve().parents[1]).initial_adapter
         parts = [] if source.is_adapter else untrained_parts(adapter, start, initial)
-        adapters.append(member_adapter(source, causal_lm, parts))
+        others = [(share, AdapterWeights.of_folder(part)) for share, part in parts]
+        adapters.append(member_adapter(source, causal_lm, others))
     return _Trained(list(zip(coefficients, adapters, strict=True)), {}, _no_weight)
 
 

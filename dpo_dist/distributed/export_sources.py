@@ -177,7 +177,9 @@ def _files_of(folder: Path, files: Sequence[Path]) -> Source:
     return Source(folder, False, shapes, read)
 
 
-def member_adapter(source: Source, causal_lm: Any, parts: Sequence[tuple[float, Path]]) -> AdapterWeights:
+def member_adapter(
+    source: Source, causal_lm: Any, parts: Sequence[tuple[float, AdapterWeights]]
+) -> AdapterWeights:
     """Return the adapter of a source.
 
     Args:

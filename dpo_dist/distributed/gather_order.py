@@ -7,7 +7,7 @@ import torch
 
 from dpo_dist.model.adapters import active_adapters
 
-_Kind = tuple[bool, frozenset[str], bool]
+_Kind = tuple[bool, frozenset[str], bool, int]
 
 
 def record_gather_orders(engine: Any, offload: Any) -> None:
@@ -18,15 +18,21 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     recording again takes two forwards without prefetch and several collective comparisons. A policy has
     forwards of different orders: with gradients, without them, without its adapter, and in generation.
 
+    A forward of one kind can add weights to those that a module gathers in every kind: a layer reads the
+    weights of its active adapter, and DeepSpeed registers them as the layer's own. Orders recorded before
+    are wrong then.
+
     Args:
         engine: of a `PackedCausalLM`, that shards its weights.
         offload: DeepSpeed's part of the engine that gathers weights.
     """
     unused = offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
+    modules = [module for module in engine.module.modules() if hasattr(module, "_external_params")]
 
     def select(generates: bool) -> None:
-        kind = torch.is_grad_enabled(), active_adapters(engine.module), generates
+        registered = sum(len(module._external_params) for module in modules)
+        kind = torch.is_grad_enabled(), active_adapters(engine.module), generates, registered
         if kind not in coordinators:
             # The copy shares the list of weights in flight, and starts a new record.
             coordinators[kind] = copy.copy(unused)

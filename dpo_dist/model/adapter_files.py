@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig, Quantization
 from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.adapter_checks import check_matrices, check_values, unsupported
 from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -204,8 +205,11 @@ def saved_on_disk(folder: Path) -> list[str]:
 
 def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     try:
+        if (folder / ADAPTER_WEIGHTS).is_fifo():  # to open it would wait for a writer
+            raise OSError("it is a pipe")
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
             names = sorted(name for name in weights.keys() if not is_repeated(name))  # noqa: SIM118
+            dimensions = {name: len(weights.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "the weights of the adapter cannot be read",
@@ -213,14 +217,16 @@ def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
             got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
             remedy="save or download the adapter again",
         ) from error
-    found: Any = read_model_json(folder / ADAPTER_CONFIG).get("modules_to_save")
-    declared = tuple(found or ())
+    check_matrices(dimensions, PEFT_PREFIX, folder)
+    found: Any = read_model_json(folder / ADAPTER_CONFIG)
+    check_values(found, folder)
+    declared = tuple(found.get("modules_to_save") or ())
     short = [name.removeprefix(PEFT_PREFIX) for name in names]
     layers = {name.rpartition(".lora_")[0] for name in short if name.endswith(_LORA_WEIGHTS)}
     others = {name: name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
     foreign = [name for name, module in others.items() if not module.endswith(declared)]
     if foreign or not layers:
-        raise _unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
+        raise unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
     return sorted(layers), sorted(set(others.values()))
 
 
@@ -245,14 +251,11 @@ def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
         if found.get("use_rslora")
         else AdapterVariant.lora
     )
-    rank: Any = found.get("r", 8)
-    alpha: Any = found.get("lora_alpha", 8)
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise _unsupported(folder, f"r: {rank}, lora_alpha: {alpha}")
+    layers: Any = adapted_layers_on_disk(folder)
     return AdapterConfig(
-        r=rank,
-        alpha=float(alpha),
-        target_modules=adapted_layers_on_disk(folder),
+        r=found.get("r", 8),
+        alpha=float(found.get("lora_alpha", 8)),
+        target_modules=layers,
         variant=variant,
         modules_to_save=saved_on_disk(folder),
     )
@@ -261,13 +264,13 @@ def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
 def _check_form(found: Mapping[str, Any], folder: Path) -> None:
     init = str(found.get("init_lora_weights", True)).lower()
     if found.get("peft_type") != "LORA":
-        raise _unsupported(folder, f"peft_type {found.get('peft_type')}")
+        raise unsupported(folder, f"peft_type {found.get('peft_type')}")
     if found.get("bias", "none") != "none":
-        raise _unsupported(folder, f"bias: {found['bias']}")
+        raise unsupported(folder, f"bias: {found['bias']}")
     if found.get("ensure_weight_tying") and found.get("modules_to_save"):
-        raise _unsupported(folder, "modules_to_save with ensure_weight_tying")
+        raise unsupported(folder, "modules_to_save with ensure_weight_tying")
     if other := [name for name in _OTHER_FORMS if found.get(name)]:
-        raise _unsupported(folder, ", ".join(other))
+        raise unsupported(folder, ", ".join(other))
     if init.startswith(_CHANGES_BASE):
         raise ConfigError(
             "the adapter belongs to a base whose weights its initialization has changed",
@@ -276,16 +279,6 @@ def _check_form(found: Mapping[str, Any], folder: Path) -> None:
             expected="a LoRA adapter of the original base",
             remedy="convert it by peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
-
-
-def _unsupported(folder: Path, got: str) -> ConfigError:
-    return ConfigError(
-        "training cannot start from this kind of adapter",
-        where=_KEY,
-        got=f"{folder}: {got}",
-        expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
-        remedy="merge it into its base by peft's merge_and_unload, and set model.path to the result",
-    )
 
 
 def _contradiction(names: Sequence[str], given: str, read: str) -> ConfigError:

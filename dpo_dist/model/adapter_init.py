@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import gather_params_ctx
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo_dist.atomic import staged_folder
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
 from dpo_dist.model.saved_modules import inject_adapter
 
@@ -35,9 +37,12 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
         init: for which `splits_base` is true.
         folder: with the initial values of an earlier start; None: compute them from the weights. Under ZeRO-3
             the weights of one layer are whole at a time, and every rank computes the same.
+
+    Raises:
+        ConfigError: those of an earlier start are damaged.
     """
     if folder is not None:
-        set_peft_model_state_dict(causal_lm, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+        _read_initial(causal_lm, name, folder)
     adapted = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
     layers = [layer for layer in adapted if name in layer.lora_A]
     if folder is None:
@@ -51,6 +56,37 @@ def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, f
             for matrices in (layer.lora_A, layer.lora_B):
                 matrices[_INITIAL].weight.copy_(matrices[name].weight)
             layer.lora_variant[name] = _FromInitial()
+
+
+def _read_initial(causal_lm: Any, name: str, folder: Path) -> None:
+    """Set the matrices of an adapter to those of `folder`.
+
+    peft's own function looks for modules in full too, which `folder` does not have.
+
+    Raises:
+        ConfigError: it has not all of them, or other ones.
+    """
+    try:
+        initial = AdapterWeights.of_folder(folder)
+        for layer_name, layer in causal_lm.named_modules():
+            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                    _set(matrices[name].weight, initial.read(f"{layer_name}.{part}.weight"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(
+            "the initial values of the adapter are damaged",
+            where="model.adapter.init",
+            got=f"{folder}: {first_line(error)}",
+            expected="the folder that the first start of the run wrote",
+            remedy="restore it, or train a new run",
+        ) from error
+
+
+@torch.no_grad()
+def _set(matrix: Tensor, value: Tensor) -> None:
+    if matrix.shape != value.shape:
+        raise ValueError(f"a matrix of {list(value.shape)} in place of {list(matrix.shape)}")
+    matrix.copy_(value)
 
 
 def _factor(layer: LoraLayer, name: str, init: str) -> None:

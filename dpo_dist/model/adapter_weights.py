@@ -7,7 +7,7 @@ matrices: sum c_i s_i B_i A_i = s [c_1 s_1/s B_1, ...] [A_1; ...].
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpo_dist.errors import first_line
+from dpo_dist.model.adapter_checks import unsupported
 from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -38,7 +40,11 @@ class AdapterWeights:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "AdapterWeights":
-        """Return the adapter that peft or a run wrote into `folder`."""
+        """Return the adapter that peft or a run wrote into `folder`.
+
+        Raises:
+            ConfigError: peft cannot read its configuration.
+        """
         file = folder / ADAPTER_WEIGHTS
 
         def read(name: str) -> Tensor:
@@ -49,7 +55,11 @@ class AdapterWeights:
         with safe_open(file, "pt") as weights:
             own = [name for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
         names = frozenset(name.removeprefix(PEFT_PREFIX) for name in own)
-        return cls(LoraConfig.from_pretrained(folder), names, read)
+        try:
+            config = LoraConfig.from_pretrained(folder)
+        except Exception as error:  # peft can raise anything
+            raise unsupported(folder, first_line(error)) from error
+        return cls(config, names, read)
 
     @classmethod
     def of_model(
@@ -64,6 +74,11 @@ class AdapterWeights:
         """
         by_name = {name_in_file(name): name for name in names}
         return cls(config, frozenset(by_name), lambda name: read(by_name[name]))
+
+    def in_memory(self) -> "AdapterWeights":
+        """Return the same adapter, whose weights are in host memory: its files may change."""
+        weights = {name: self.read(name) for name in self.names}
+        return replace(self, read=weights.__getitem__)
 
     @property
     def layers(self) -> list[str]:

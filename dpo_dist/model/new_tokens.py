@@ -69,7 +69,7 @@ def write_extended(
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)
-    with writing_errors(folder), staged_folder(folder) as temporary:
+    with writing_errors(folder), staged_folder(folder, replaces=False) as temporary:
         shards = Shards(temporary)
         for name, weight in tensors_of(base):
             shards.add(name, _grow(weight, rows, min(_ids(own), former)) if rename(name) in grown else weight)

@@ -1,8 +1,7 @@
 """Write a model or an adapter, with its tokenizer, as a folder that transformers or peft loads."""
 
 import contextlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
 from dpo_dist.model.adapters import TRAINED, adapted_layers
 from dpo_dist.model.saved_modules import trained_aliases
+from dpo_dist.small_files import read_small
 
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -40,8 +40,8 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     card: Callable[[], str] | None = None,
     remedy: str = _REMEDY,
-    parts: Sequence[tuple[float, Path]] = (),
-    tokenizer_files: Path | None = None,
+    parts: Sequence[tuple[float, AdapterWeights]] = (),
+    tokenizer_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
 
@@ -52,9 +52,9 @@ def write_model_folder(
         tokenizer: written beside them.
         card: returns the content of README.md; None or "": there is none.
         remedy: of a full disk.
-        parts: folders of adapters that are part of the model beside the trained one, with coefficients; all
-            become one adapter.
-        tokenizer_files: folder of the tokenizer, whose files are copied; None: transformers writes new ones.
+        parts: adapters that are part of the model beside the trained one, with coefficients; all become one
+            adapter.
+        tokenizer_files: from `read_tokenizer`; None: transformers writes new ones.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -75,12 +75,14 @@ def write_weights(folder: Path, causal_lm: Any, weights: dict[str, Tensor]) -> N
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, files: Path | None) -> None:
-    """Copy the files of a tokenizer from a folder; None: write those of `tokenizer`."""
+def write_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes] | None
+) -> None:
+    """Write the files of a tokenizer from `read_tokenizer`; None: those of `tokenizer`."""
     if files is None:
         tokenizer.save_pretrained(folder)
     else:
-        copy_tokenizer(files, folder)
+        _write_files(folder, files)
 
 
 def write_card(folder: Path, card: Callable[[], str] | None) -> None:
@@ -89,21 +91,38 @@ def write_card(folder: Path, card: Callable[[], str] | None) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def read_tokenizer(source: Path) -> dict[str, bytes]:
+    """Return the files of a tokenizer with its chat template, by name below their folder.
+
+    Args:
+        source: a model folder, or a snapshot of the hub, whose files are links.
+    """
+    found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
+    return {str(file.relative_to(source)): read_small(file) for file in found}
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files of a tokenizer with its chat template, byte by byte.
 
     Args:
-        source: a model folder, or a snapshot of the hub, whose files are links.
+        source: as of `read_tokenizer`.
         folder: that exists.
     """
-    for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}):
-        target = folder / file.relative_to(source)
+    _write_files(folder, read_tokenizer(source))
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        target = folder / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        target.write_bytes(content)
 
 
 def trained_update(
-    causal_lm: Any, names: Iterable[str], read: Callable[[str], Tensor], parts: Sequence[tuple[float, Path]]
+    causal_lm: Any,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    parts: Sequence[tuple[float, AdapterWeights]],
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return the trained adapter of a model, with the other `parts` of the model.
 
@@ -116,13 +135,12 @@ def trained_update(
     aliases = trained_aliases(causal_lm)
     own = [name for name in names if name not in aliases]
     trained = AdapterWeights.of_model(causal_lm.peft_config[TRAINED], own, read)
-    others = [(coefficient, AdapterWeights.of_folder(folder)) for coefficient, folder in parts]
-    saved = {name: below.read(name) for _, below in others for name in below.saved}
+    saved = {name: below.read(name) for _, below in parts for name in below.saved}
     saved |= {name: trained.read(name) for name in trained.saved}
     for alias, name in aliases.items():
         saved[name_in_file(alias)] = saved[name_in_file(name)].clone()  # a file has no shared weights
-    if others:
-        config, weights = stack([(1.0, trained), *others])
+    if parts:
+        config, weights = stack([(1.0, trained), *parts])
         return config, weights | saved
     low_rank = sorted(trained.names - saved.keys())
     return trained.config, {name: trained.read(name) for name in low_rank} | saved

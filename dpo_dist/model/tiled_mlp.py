@@ -95,7 +95,9 @@ def _is_tokenwise(mlp: nn.Module, width: int, device: torch.device, dtype: torch
     with torch.no_grad():
         try:
             whole = functional_call(mlp, sharded, (hidden,))
-        except TypeError:  # its forward has other arguments
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError):  # its forward has other arguments, or inputs of another width
             return False
         if not isinstance(whole, Tensor) or whole.shape != hidden.shape:
             return False

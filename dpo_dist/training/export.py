@@ -46,7 +46,7 @@ def export_model(config: RunConfig, sources: Sequence[Path], output: Path, conso
     check = None
     if config.export.check:  # pairs that cannot be read are an error before anything is written
         check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
-    export_models(sources, output, config, None if config.export.average else card, check)
+    export_models(sources, output, config, None if config.export.average else card, check, replaces=False)
 
 
 def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:

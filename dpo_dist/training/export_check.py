@@ -1,6 +1,5 @@
 """Check a written model folder: its log-probs by plain transformers and peft against the trained weights."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.atomic import final_name, temporary_folder
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
@@ -199,14 +199,15 @@ def _use_trained(model: Any, exported: Exported) -> None:
     elif len(members) > 1 and not is_adapter(exported.folder):
         _merge(model.causal_lm, members)
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        # Beside the result, where there is room, and where the next export removes it if this one is killed.
+        with temporary_folder(final_name(exported.folder)) as folder:
             (_, only), *others = members
             config, weights = only.config, {name: only.read(name) for name in only.names}
             if others:
                 config, weights = stack(members)
                 weights |= average_saved(members)
-            write_adapter(Path(folder), config, weights)
-            load_adapter(model, Path(folder), "export.check")
+            write_adapter(folder, config, weights)
+            load_adapter(model, folder, "export.check")
 
 
 def _merge(causal_lm: Any, members: Members) -> None:

@@ -1,6 +1,6 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
-from dpo_dist.model.adapter_files import untrained_parts
 from dpo_dist.model.save import write_model_folder
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
@@ -27,13 +26,14 @@ from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.closing_table import closing_table
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.card import data_findings, run_card
+from dpo_dist.training.kept_files import KeptFiles
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
-def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
+def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: KeptFiles | None = None) -> int:
     """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
     A kill between two of these files loses nothing: the same command writes the missing ones.
@@ -42,6 +42,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         loop: the run.
         position: its progress; advanced.
         identity: digests of its inputs.
+        kept: as of `export_model`.
 
     Raises:
         DivergedError: loss or gradient stopped being finite.
@@ -69,11 +70,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         tokenizer = with_chosen_template(tokenizer, template)
     card = partial(_card, loop, summary)
     with loop.clock.of("saving"):
-        parts = untrained_parts(
-            loop.config.model.adapter, loop.inputs.policy_files.adapter, folder.initial_adapter
-        )
-        copied = loop.inputs.tokenizer_files if template is None else None
-        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, parts, copied)
+        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, kept)
     summary["work"] = loop.clock.read().as_dict()
     exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
@@ -111,8 +108,7 @@ def export_model(
     world: World,
     while_waiting: WhileWaiting | None = None,
     card: Callable[[], str] | None = None,
-    parts: Sequence[tuple[float, Path]] = (),
-    tokenizer_files: Path | None = None,
+    kept: KeptFiles | None = None,
 ) -> None:
     """Write the trained model as a folder that transformers loads; collective.
 
@@ -123,7 +119,7 @@ def export_model(
         world: of the run.
         while_waiting: called on rank 0 while it writes.
         card: returns the content of README.md, on rank 0; None or "": there is none.
-        parts, tokenizer_files: as in `write_model_folder`.
+        kept: files of the inputs that become part of the folder; None: there are none.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -133,7 +129,8 @@ def export_model(
     def write() -> None:
         assert weights is not None
         remedy = "free disk space; the same command writes the model from the last checkpoint"
-        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, parts, tokenizer_files)
+        parts, files = (kept.adapters, kept.tokenizer) if kept is not None else ((), None)
+        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, parts, files)
 
     world.on_main(write, while_waiting)
 

@@ -27,6 +27,7 @@ from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
 from dpo_dist.training.data_setup import Inputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.header import say_header, say_steps
+from dpo_dist.training.kept_files import KeptFiles, keep_files
 from dpo_dist.training.length import describe_change
 from dpo_dist.training.load_policy import load_policy
 from dpo_dist.training.loop import Loop
@@ -76,9 +77,9 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
         inputs, environment, state = _begin(config, start, world, console)
         with stop.deferred():
             with recorded_stop(folder, state, stops):
-                loop, position = _set_up(config, start, inputs, environment, stops, clock, console)
+                loop, position, kept = _set_up(config, start, inputs, environment, stops, clock, console)
             with contextlib.closing(loop.checkpoints):
-                exit_code = _run_tracked(loop, position, state.identity)
+                exit_code = _run_tracked(loop, position, state.identity, kept)
         if isinstance(loop.objective.reference, LiveReference):
             loop.objective.reference.engine.free()
         loop.policy.free()
@@ -124,8 +125,9 @@ def _set_up(
     stops: Stops,
     clock: WorkClock,
     console: Console,
-) -> tuple[Loop, Position]:
-    """Return the loop and its position: load models, fill the store, load the checkpoint. Collective.
+) -> tuple[Loop, Position, KeptFiles]:
+    """Return the loop, its position and files of its result: load models, fill the store, load the
+    checkpoint. Collective.
 
     Raises:
         StoppedError: a rank was asked to stop.
@@ -135,6 +137,7 @@ def _set_up(
         samples = prepare_samples(config, inputs, start.step, world, console)
     reference, policy = _load_models(config, inputs, stops, clock, console)
     inputs = arranged(inputs, policy.model.arrangement, console)
+    kept = keep_files(config, inputs, world)
     world.together(inputs.policy_files.check_unchanged)
     stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
@@ -165,10 +168,10 @@ def _set_up(
         clock=clock,
         stops=stops,
     )
-    return loop, position
+    return loop, position, kept
 
 
-def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
+def _run_tracked(loop: Loop, position: Position, identity: Identity, kept: KeptFiles) -> int:
     """Train to the end of the run with its trackers, and return the exit code; collective."""
     loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
@@ -176,7 +179,7 @@ def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
         contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
         sampled_system(loop.config, loop.world, trackers),
     ):
-        return run_to_its_end(loop, position, identity)
+        return run_to_its_end(loop, position, identity, kept)
 
 
 def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World, console: Console) -> int:

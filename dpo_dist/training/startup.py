@@ -20,7 +20,7 @@ from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.model.adapter_base import check_sizes
-from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_cached_offline,
@@ -223,15 +223,15 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 def _check_models(config: RunConfig) -> None:
     policy = _described_model(config.model.path, config.model.revision, "model.path")
+    start = _local_start_adapter(config, policy)
     if policy is not None:
-        check_tokenizer_files(policy)
-    _check_start_adapter(config, policy)
+        check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
         _described_model(config.reference.path, config.reference.revision, "reference.path")
 
 
-def _check_start_adapter(config: RunConfig, policy: Path | None) -> None:
-    """Check the adapter that the policy starts from, if it is in a local folder or must be in the cache.
+def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
+    """Return the folder of the adapter that the policy starts from, checked; None if it is not local.
 
     Args:
         config: of the run.
@@ -239,13 +239,14 @@ def _check_start_adapter(config: RunConfig, policy: Path | None) -> None:
     """
     adapter = config.model.adapter
     if adapter is None or adapter.path is None:
-        return
-    if Path(adapter.path).expanduser().is_dir():
-        start = start_folder(config.model)
-        if policy is not None and start is not None:
-            check_sizes(policy, start)
-    else:
+        return None
+    if not Path(adapter.path).expanduser().is_dir():
         check_cached_offline(adapter.path, "model.adapter.path")
+        return None
+    start = start_folder(config.model)
+    if policy is not None and start is not None:
+        check_sizes(policy, start)
+    return start
 
 
 def _described_model(path: str, revision: str | None, key: str) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
 from dpo_dist.config.adapter_schema import AdapterConfig
@@ -26,6 +27,7 @@ from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.sft_adapter import write_sft_adapter
 
 # The token budgets of steps and what follows them: many micro-batches, one, many.
 BUDGETS = (64, 8192, 64)
@@ -78,3 +80,33 @@ def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_pat
             assert case["micro_batches"][1] == 1, name
             assert case["discarded"] == 0, name
             assert case["compared"][0] == case["compared"][-1], name
+
+
+def switch(assets: Assets, adapter: AdapterConfig, world: World, _folder: Path) -> float:
+    """Return the largest difference of log-probs of the policy and of its start, before training."""
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
+    packed = load_packed(assets.policy, model, 1024, world.device)
+    add_adapter(packed, model, 0, start=Path(str(adapter.path)))
+    policy = PolicyEngine(packed, OPTIM, world)
+    policy.train(False)
+    plan = shard_batch(assets.dataset(), ROWS, world.rank, world.size, 8192, COSTS)
+    objective = Objective(LossConfig(reference_free=True), NoReference())
+    differences = [0.0]
+    with objective.prefetched(plan, world.device) as batches, torch.no_grad():
+        batch = next(iter(batches)).to(world.device)
+        for _ in range(3):  # the first two record the order of the policy, as the check at start does
+            policy.token_logps(batch)
+        for _ in range(3):
+            differences.append(
+                (policy.base_token_logps(batch) - policy.token_logps(batch)).abs().max().item()
+            )
+    return max(differences)
+
+
+def test_a_start_adapter_keeps_the_order_that_was_recorded_without_it(assets: Assets, tmp_path: Path) -> None:
+    sft = write_sft_adapter(assets.policy, tmp_path / "sft")
+    for adapter in (
+        AdapterConfig(None, None, path=str(sft)),
+        AdapterConfig(2, 4, path=str(sft), on_top=True),
+    ):
+        assert max(run_ranks(partial(switch, assets, adapter), 2, tmp_path / str(adapter.on_top))) < 1e-6

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
 from tests.support.invented import write_pairs
 from tests.support.launch import history, run_verb
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 # A loss that changes files after the second step.
@@ -26,6 +29,7 @@ def changing(policy, reference, config):
     return softplus(-config.beta * (policy.margin - reference.margin))
 """
 DELETED = "model", "data", "encoded", "store"
+FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -43,12 +47,34 @@ def changing(folder: Path, change: str) -> None:
 
 
 def test_deleted_inputs_do_not_stop_a_run(command: list[str], tmp_path: Path) -> None:
+    tokenizer = {file.name: file.read_bytes() for file in (tmp_path / "model").glob("tokenizer*")}
+    assert len(tokenizer) > 1
     changing(tmp_path, f"[shutil.rmtree(HERE / n, ignore_errors=True) for n in {DELETED}]")
     ended = run_verb("train", command, cwd=tmp_path)
     assert ended.code == 0, ended.output
     assert not any((tmp_path / name).exists() for name in DELETED)
     assert (tmp_path / "run/model/model.safetensors").is_file()
+    for name, content in tokenizer.items():
+        assert (tmp_path / "run/model" / name).read_bytes() == content
     assert [row["step"] for row in history(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_an_adapter_that_is_replaced_is_below_the_new_one_as_it_was(
+    command: list[str], tmp_path: Path
+) -> None:
+    """By another one of supervised fine-tuning, at the same path."""
+    sft = write_sft_adapter(tmp_path / "model", tmp_path / "sft", seed=1)
+    write_sft_adapter(tmp_path / "model", tmp_path / "other", seed=2)
+    before = load_file(sft / FILE)
+    changing(
+        tmp_path, f"(HERE / 'other/{FILE}').exists() and (HERE / 'other/{FILE}').replace(HERE / 'sft/{FILE}')"
+    )
+    ended = run_verb("train", [*command, f"model.adapter={{path: {sft}, on_top: true, r: 2}}"], cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    after, written = load_file(sft / FILE), load_file(tmp_path / "run/model" / FILE)
+    for name in (name for name in before if ".lora_A." in name):
+        assert not torch.equal(before[name], after[name])
+        assert torch.equal(written[name][2:], before[name])
 
 
 def test_encoded_data_that_are_changed_in_place_end_a_run(command: list[str], tmp_path: Path) -> None:

@@ -242,3 +242,17 @@ def test_files_of_a_hidden_process_are_kept(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("dpo_dist.atomic._started", lambda _process: -1)
     monkeypatch.setattr(os, "kill", deny)
     assert collect_abandoned(tmp_path) == [old]
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def write() -> None:
+        with staged_folder(path, replaces=False) as temporary:
+            (temporary / "file").write_text("new")
+            path.mkdir()
+            (path / "own").write_text("of another process")
+
+    with pytest.raises(FileExistsError):
+        write()
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["folder", "folder/own"]

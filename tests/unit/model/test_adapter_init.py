@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_init import write_initial
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
 from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter, load_adapter
@@ -143,3 +145,21 @@ def test_singular_vectors_above_the_adapter_of_a_start(base: Path, tmp_path: Pat
     scored = load_packed(base, ModelConfig(str(base), dtype=Dtype.fp32), 64, torch.device("cpu"))
     load_adapter(scored, tmp_path / "out")
     torch.testing.assert_close(scored(BATCH), moved, atol=1e-5, rtol=1e-5)
+
+
+def test_damaged_initial_values_are_refused(base: Path, tmp_path: Path) -> None:
+    """Before another function is trained from a checkpoint."""
+    initial = tmp_path / "initial"
+    write_initial(started(base, "pissa").causal_lm, TRAINED, initial)
+    file = initial / "adapter_model.safetensors"
+    content, values = file.read_bytes(), load_file(file)
+    (first, *_) = values
+    for damage in (
+        lambda: file.write_bytes(content[:-1]),
+        lambda: save_file({name: value for name, value in values.items() if name != first}, file),
+        lambda: save_file(values | {first: values[first][:1].clone()}, file),
+        file.unlink,
+    ):
+        damage()
+        with pytest.raises(ConfigError, match="initial values of the adapter are damaged"):
+            started(base, "pissa", initial)

@@ -7,9 +7,9 @@ from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.data.reach import Reach
 from dpo_dist.model.attention_backend import Heads, heads_of_layers, scores_of
-from dpo_dist.model.exactness import trial_sequences
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.layer_options import layer_values
+from dpo_dist.model.trial import trial_sequences
 from tests.support.families import tiny_family
 
 SIZES: dict[str, Any] = {
@@ -50,9 +50,9 @@ def test_options_of_each_layer_in_config_json_are_read() -> None:
 
 def test_invented_sequences_are_longer_than_the_window_of_gemma_4() -> None:
     causal_lm = tiny_family("gemma4_text", 97)
-    causal_lm.config.sliding_window = 60
+    causal_lm.config.sliding_window = 160
     first = trial_sequences(causal_lm, 512)[0]
-    assert len(first.prompt_ids) + max(map(len, first.responses)) == 75
+    assert len(first.prompt_ids) + max(map(len, first.responses)) == 200
 
 
 def test_a_model_without_attention_has_no_heads() -> None:

@@ -195,7 +195,14 @@ class Adding(Mixing):
         return residual + self.up(hidden)
 
 
-@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding])
+class Narrow(Mixing):
+    """Its input is not the hidden state, but a part of it."""
+
+    def __init__(self, width: int):
+        super().__init__(width // 2)
+
+
+@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding, Narrow])
 def test_an_mlp_that_mixes_tokens_or_has_other_inputs_is_refused(kind: type[Mixing]) -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen2"))
     causal_lm.model.layers[1].mlp = kind(causal_lm.config.hidden_size)

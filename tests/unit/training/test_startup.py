@@ -19,6 +19,7 @@ from dpo_dist.training.run_start import locked
 from dpo_dist.training.startup import check_start, without_traces
 from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
+from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 
@@ -113,6 +114,10 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
             (folder / file.name).write_bytes(file.read_bytes())
     error = refused(run_of(assets, tmp_path / "out", f"model.path={folder}"))
     assert "no tokenizer" in error.message
+    start = write_sft_adapter(folder, tmp_path / "sft")
+    for file in (assets / "model").glob("*token*"):
+        (start / file.name).write_bytes(file.read_bytes())
+    check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
 
 
 def test_a_missing_loss_function_is_an_error_of_every_verb(assets: Path, tmp_path: Path) -> None:
