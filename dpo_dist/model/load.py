@@ -26,6 +26,7 @@ from dpo_dist.model.supported import (
     check_supported,
     check_text,
     freeze_as_defined,
+    keep_evaluating,
     switch_off_noise,
 )
 from dpo_dist.model.tiled_mlp import tile_mlps
@@ -179,6 +180,7 @@ def load_weights(
     unread = unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
     if not is_sharded and config.quantization is None:
         freeze_as_defined(causal_lm)
+    keep_evaluating(causal_lm)
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)

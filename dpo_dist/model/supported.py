@@ -1,16 +1,23 @@
 """Checks of a model's configuration before its weights are loaded, and notes on its training."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions
 from dpo_dist.model.mask_rules import not_causal
 
-# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
-_NOISES = ("drop", "jitter", "noise")
+# Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), or that
+# divide weights in place for evaluation, which exports would write (rescale_every of RWKV).
+_NOISES = ("drop", "jitter", "noise", "rescale_every")
+
+# By `model_type`: routers that draw experts at random in training only, and the option that names a noise but
+# is a threshold of the experts' weights in evaluation, too (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
+_SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
 # A value of `use_bidirectional_attention`, by which only tokens of images see later ones (Gemma 4).
 _OF_IMAGES = "vision"
@@ -105,13 +112,27 @@ def _check_positions(model_config: Any, max_length: int) -> None:
 
 
 def switch_off_noise(model_config: Any) -> None:
-    """Set the options that make training random to 0, also in the configurations of parts of the model."""
+    """Set the options by which training differs from evaluation to 0, also in configurations of parts."""
+    _, threshold = _SAMPLING_ROUTERS.get(model_config.model_type, ("", ""))
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and any(noise in name for noise in _NOISES):
+        if is_number and name != threshold and any(noise in name for noise in _NOISES):
             setattr(model_config, name, type(value)(0))
         elif isinstance(value, PreTrainedConfig):
             switch_off_noise(value)
+
+
+def keep_evaluating(causal_lm: Any) -> None:
+    """Keep routers that draw experts at random in training in evaluation mode, whatever that of the model."""
+    router, _ = _SAMPLING_ROUTERS.get(causal_lm.config.get_text_config().model_type, ("", ""))
+    for name, module in causal_lm.named_modules():
+        if router and name.endswith(f".{router}"):
+            module.eval()
+            module.train = partial(_as_it_is, module)
+
+
+def _as_it_is(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return module
 
 
 def freeze_as_defined(causal_lm: Any) -> None:

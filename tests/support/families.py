@@ -6,7 +6,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.model.supported import switch_off_noise
 
 PACKED, PADDED, SINGLE = Arrangement
 COMMON = {
@@ -135,10 +134,9 @@ def tiny_family(model_type: str, vocab_size: int) -> Any:
     }  # the second of Gemma 3n and 4
     options = COMMON | FAMILIES[model_type][0] | sizes
     config = AutoConfig.for_model(model_type, **options)
-    switch_off_noise(config)
     torch.manual_seed(1)
     causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in causal_lm.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    return causal_lm
+    return causal_lm.eval()

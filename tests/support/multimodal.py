@@ -12,8 +12,6 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from dpo_dist.model.supported import switch_off_noise
-
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -67,9 +65,8 @@ def write_multimodal(folder: Path, model_type: str, vocab_size: int) -> Path:
     whole_class, text, vision, own = _PARTS[model_type]
     parts = {"text_config": text | {"vocab_size": vocab_size}, "vision_config": vision}
     config = AutoConfig.for_model(model_type, **parts, **own)
-    switch_off_noise(config)
     torch.manual_seed(1)
-    model = whole_class(config)
+    model = whole_class(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)

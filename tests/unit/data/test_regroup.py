@@ -92,6 +92,6 @@ def test_tokens_that_are_no_targets_have_no_predictor() -> None:
 
 def test_a_dummy_is_regrouped() -> None:
     regrouped = regroup(dummy_batch(), [0, 1])
-    assert regrouped.layout == ((1, 0), (1, 0))
-    assert regrouped.tokens.tolist() == [0, 0]
-    assert regrouped.predictors.tolist() == [0, 1]
+    assert regrouped.layout == ((2, 0), (2, 0))
+    assert regrouped.tokens.tolist() == [0, 1, 0, 1]
+    assert regrouped.predictors.tolist() == [1, 3]

@@ -47,7 +47,7 @@ def test_each_row_is_a_prompt_with_one_response_and_padding(shapes, is_masked, r
     assert batch.targets.tolist() == expected
 
 
-def test_a_dummy_has_rows_of_one_token() -> None:
+def test_a_dummy_has_rows_of_two_tokens() -> None:
     rows = rows_of(dummy_batch(), PAD)
-    assert rows.input_ids.shape == (2, 1)
-    assert torch.equal(rows.predictors, torch.tensor([0, 1]))
+    assert rows.input_ids.shape == (2, 2)
+    assert torch.equal(rows.predictors, torch.tensor([1, 3]))

@@ -18,7 +18,7 @@ from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
 from dpo_dist.model.rotary import RopeLimits, rope_limits
-from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
+from dpo_dist.model.supported import check_supported, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -78,9 +78,7 @@ LONGEST = 16
 
 
 def tiny_config(model_type: str, **own: Any) -> Any:
-    config = AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
-    switch_off_noise(config)
-    return config
+    return AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
 
 
 def tiny_causal_lm(config: Any) -> Any:
@@ -90,7 +88,7 @@ def tiny_causal_lm(config: Any) -> Any:
     for parameter in causal_lm.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    return causal_lm
+    return causal_lm.eval()
 
 
 def packed(causal_lm: Any) -> PackedCausalLM:
@@ -158,13 +156,13 @@ def test_options_without_effect_are_accepted(model_type: str, own: dict[str, Any
 
 @torch.no_grad()
 def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
-    """Packed in training mode, and each response alone in a model that has seen no other."""
+    """Packed, and each response alone in a model that has seen no other."""
     check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
     pairs = random_pairs(shapes)
     alone = [Sequences(pair.prompt_ids, (response,)) for pair in pairs for response in pair.responses]
     expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [single]) for single in alone])
-    logps = packed(causal_lm).train()(pack_unkeyed(pairs))
+    logps = packed(causal_lm)(pack_unkeyed(pairs))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 

@@ -15,13 +15,21 @@ from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer, placement
 from tests.support import tiny
+from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import tiny_config
+from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config
 
 CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
+# The option of phimoe's router is also a threshold in evaluation.
+NOISES = {
+    "gpt2": {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
+    "mixtral": {"router_jitter_noise": 0.5},
+    "opt": {"dropout": 0.5},
+    "phimoe": {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5},
+}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -39,6 +47,28 @@ def test_a_loaded_model_scores_like_the_original(folder: Path) -> None:
         expected = plain_logps(plain, PAIRS)
         logps = load(folder)(pack_unkeyed(PAIRS))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", sorted(NOISES))
+def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: str, tmp_path: Path) -> None:
+    noises = NOISES[model_type]
+    tiny_causal_lm(tiny_config(model_type, vocab_size=300, **noises)).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path).train()
+    with torch.no_grad():
+        expected, logps = plain_logps(plain, PAIRS), loaded(pack_unkeyed(PAIRS))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:
+    """As RWKV of transformers does, which divides the weights of later layers."""
+    causal_lm = tiny_family("rwkv", 97)
+    causal_lm.config.rescale_every = 1
+    causal_lm.save_pretrained(tmp_path)
+    loaded = load(tmp_path).causal_lm.eval()
+    before = [weight.detach().clone() for weight in loaded.parameters()]
+    loaded(input_ids=torch.tensor([[5, 6, 7]]))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before, strict=True))
 
 
 def test_the_head_shares_the_parameters_of_the_model(folder: Path) -> None:
