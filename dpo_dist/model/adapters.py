@@ -240,11 +240,13 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         if not any(_matches(name, target) for name in layers):
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model",
-                where="model.adapter.target_modules",
+                where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
                 got=target,
                 expected="all-linear, or a list of "
                 + ", ".join(sorted({n.rpartition(".")[2] for n in layers})),
-                remedy="name existing layers; model.adapter.modules_to_save trains the output layer and "
+                remedy="set model.path to the base that the adapter was trained on"
+                if adapter.continues
+                else "name existing layers; model.adapter.modules_to_save trains the output layer and "
                 "embeddings in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]

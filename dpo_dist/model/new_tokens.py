@@ -5,6 +5,7 @@ bounds the change of its distribution over them (J. Hewitt, "Initializing New Wo
 Language Models", 2021). It depends on the files of the base only: no random numbers.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,15 +89,16 @@ def _add_tokens(
     """Add special tokens to a tokenizer that has the tokens of the base.
 
     Raises:
-        ConfigError: a token exists, or the base has it with another id.
+        ConfigError: a token exists, is repeated, or the base has it with another id.
     """
     vocabulary = tokenizer.get_vocab()
-    if present := sorted(set(tokens) & vocabulary.keys()):
+    repeated = {token for token, count in Counter(tokens).items() if count > 1}
+    if present := sorted(repeated | (set(tokens) & vocabulary.keys())):
         raise ConfigError(
-            "a new token is one of the tokenizer",
+            "a new token is one of the tokenizer, or named twice",
             where="--tokens",
             got=", ".join(map(repr, present[:3])),
-            remedy="name only tokens that it lacks",
+            remedy="name only tokens that it lacks, each once",
         )
     if differing := sorted(token for token, number in of_base.items() if vocabulary.get(token) != number):
         raise ConfigError(

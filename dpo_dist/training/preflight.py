@@ -20,9 +20,12 @@ from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.attention_backend import heads_of_layers
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.router import router_loss
+from dpo_dist.model.sequence_parallel import check_heads
 from dpo_dist.model.supported import check_supported
 from dpo_dist.number_text import counted
 from dpo_dist.objective.custom_loss import check_custom_loss
@@ -90,6 +93,9 @@ def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, 
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
+    for heads in heads_of_layers(model_config.get_text_config()):
+        check_heads(heads, config.parallelism.sequence_parallel)
+    router_loss(config.loss.router, model_config)
     adapter = trained_adapter(config.model, start)
     # As a run does: checks the adapter's targets.
     count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)

@@ -90,6 +90,7 @@ def test_an_sft_adapter_with_new_tokens_is_one_of_the_extended_base(base: Path, 
     ("arguments", "told"),
     [
         (["--tokens", "<|im_end|>"], "a new token is one of the tokenizer"),
+        (["--tokens", "<|a|>", "<|a|>"], "named twice"),
         ([], "the model has embeddings of all tokens"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_dist import evaluate, precompute, train
 from dpo_dist.config.load import load_run_config
@@ -288,6 +289,30 @@ def test_a_check_shows_that_more_records_are_dropped_than_training_accepts(
 def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter's target"):
         rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
+
+
+def test_a_check_names_the_adapter_of_another_base(assets: Path, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    sft = write_sft_adapter(tmp_path / "gpt2", tmp_path / "sft", target_modules=["c_attn"])
+    with pytest.raises(ConfigError, match="adapter's target") as caught:
+        rehearse(run_of(assets, tmp_path, f"model.adapter={{path: {sft}}}"))
+    assert caught.value.where == "model.adapter.path"
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("parallelism.sequence_parallel=3", "heads of this model cannot be divided"),
+        ("loss.router.aux_coefficient=0.1", "no load-balancing loss"),
+    ],
+)
+def test_a_check_refuses_options_that_the_model_cannot_have(
+    option: str, named: str, assets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        rehearse(run_of(assets, tmp_path, option))
 
 
 @pytest.mark.parametrize(
