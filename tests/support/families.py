@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.model.supported import switch_off_noise
 
 PACKED, PADDED, SINGLE = Arrangement
 COMMON = {
@@ -126,7 +127,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
 }
 
 
-def tiny_family(model_type: str, vocab_size: int) -> Any:
+def tiny_family(model_type: str, vocab_size: int, *, has_noise: bool = True) -> Any:
     """A model of a family in float32 whose random weights are large enough for every path to matter."""
     sizes = {
         "vocab_size": vocab_size,
@@ -134,6 +135,8 @@ def tiny_family(model_type: str, vocab_size: int) -> Any:
     }  # the second of Gemma 3n and 4
     options = COMMON | FAMILIES[model_type][0] | sizes
     config = AutoConfig.for_model(model_type, **options)
+    if not has_noise:
+        switch_off_noise(config)
     torch.manual_seed(1)
     causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in causal_lm.parameters():

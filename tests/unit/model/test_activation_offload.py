@@ -10,7 +10,7 @@ from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
 from tests.support.packing import pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
 
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
 LAYERS = 4
@@ -33,7 +33,7 @@ class Counted(Elsewhere):
 
 
 def model_of(model_type: str, choice: int | str) -> PackedCausalLM:
-    model = packed(tiny_causal_lm(tiny_config(model_type, num_hidden_layers=LAYERS))).train()
+    model = packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=LAYERS))).train()
     checkpoint_layers(model.causal_lm, choice)
     return model
 

@@ -18,7 +18,7 @@ from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
 from dpo_dist.model.rotary import RopeLimits, rope_limits
-from dpo_dist.model.supported import check_supported, training_notes
+from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -79,6 +79,13 @@ LONGEST = 16
 
 def tiny_config(model_type: str, **own: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
+
+
+def trained_config(model_type: str, **own: Any) -> Any:
+    """`tiny_config` without noise in training, as a loaded model has it."""
+    config = tiny_config(model_type, **own)
+    switch_off_noise(config)
+    return config
 
 
 def tiny_causal_lm(config: Any) -> Any:

@@ -14,7 +14,7 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, trained_config
 
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
 CUDA = torch.device("cuda")
@@ -36,7 +36,7 @@ def forwards(model: PackedCausalLM) -> list[int]:
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_checkpointed_layers_recompute_without_changing_gradients(model_type: str) -> None:
-    model = packed(tiny_causal_lm(tiny_config(model_type, num_hidden_layers=3))).train()
+    model = packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=3))).train()
     expected = gradients(model.causal_lm, model(BATCH))
     for choice, computed in (("none", [1, 1, 1]), (2, [1, 2, 1]), (3, [1, 1, 2]), ("full", [2, 2, 2])):
         checkpoint_layers(model.causal_lm, choice)
@@ -51,7 +51,7 @@ def test_checkpointed_layers_recompute_without_changing_gradients(model_type: st
     "model_type", sorted(name for name, (_, kind) in FAMILIES.items() if kind is not Arrangement.packed)
 )
 def test_layers_of_rows_recompute_without_changing_gradients(model_type: str) -> None:
-    causal_lm = tiny_family(model_type, VOCABULARY)
+    causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded).train()
     expected = gradients(causal_lm, model(BATCH))
     if not decoder_layers(causal_lm):

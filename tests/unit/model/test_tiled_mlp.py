@@ -19,7 +19,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.tiled_mlp import tile_mlps
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, trained_config
 
 BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
 CPU = torch.device("cpu")
@@ -38,12 +38,12 @@ def has_experts(model_type: str) -> bool:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_tiles_change_no_log_prob_and_no_gradient(model_type: str, checkpointing: str) -> None:
     """MLPs with a gate and without, with biases (gpt2, phi, starcoder2), and with fused matrices (phi3)."""
-    plain = packed(tiny_causal_lm(tiny_config(model_type))).train()
+    plain = packed(tiny_causal_lm(trained_config(model_type))).train()
     expected_logps = plain(BATCH)
     expected = gradients(plain.causal_lm, expected_logps)
     largest = max(gradient.norm() for gradient in expected.values())
     for tokens in (1, 7, len(BATCH.input_ids) - 1, 1000):
-        model = packed(tiled(tiny_causal_lm(tiny_config(model_type)), tokens)).train()
+        model = packed(tiled(tiny_causal_lm(trained_config(model_type)), tokens)).train()
         checkpoint_layers(model.causal_lm, checkpointing)
         logps = model(BATCH)
         torch.testing.assert_close(logps, expected_logps, rtol=1e-6, atol=1e-6)
@@ -184,7 +184,7 @@ class Shifting(Mixing):
 @pytest.mark.parametrize("model_type", sorted(t for t in ARCHITECTURES if t == "opt" or has_experts(t)))
 def test_layers_with_experts_or_without_an_mlp_of_their_own_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles") as raised:
-        tiled(tiny_causal_lm(tiny_config(model_type)), 4)
+        tiled(tiny_causal_lm(trained_config(model_type)), 4)
     assert raised.value.where == "model.mlp_tile_tokens"
 
 
