@@ -55,6 +55,7 @@ class ModelInputs:
         flops: floating-point operations of the model.
         router: losses of the policy's routers, which training adds; None: none.
         arrangement: of the responses in a forward of the policy, known when its weights are loaded.
+        reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -65,11 +66,13 @@ class ModelInputs:
     flops: StepFlops
     router: RouterLoss | None
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
+    reference_pads: bool = field(default=False, kw_only=True)
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return replace(compute_costs(self.flops), arrangement=self.arrangement)
+        costs = compute_costs(self.flops)
+        return replace(costs, arrangement=self.arrangement, pads=self.reference_pads)
 
 
 @dataclass(frozen=True)
