@@ -24,7 +24,7 @@ class Waits:
         A barrier, in which every rank waits for every other one, so that all notice a dead one.
 
         If a signal raises an error meanwhile, the call is still under way: no other call may follow, and the
-        error must leave `World.watch`. The same holds for a `TimeoutError`.
+        error must leave `World.watch`, and so must a `TimeoutError`.
 
         Args:
             group: of ranks.
