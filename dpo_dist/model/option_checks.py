@@ -34,7 +34,7 @@ def check_device(config: ModelConfig, model_type: str, device: torch.device) -> 
 
 
 def check_shared_tokens(model_config: Any, ranks: int) -> None:
-    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json tells.
+    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says.
 
     Raises:
         ConfigError: its heads cannot be divided, or its architecture cannot be packed.

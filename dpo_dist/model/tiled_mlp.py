@@ -47,7 +47,7 @@ def tile_mlps(causal_lm: Any, tile_tokens: int, device: torch.device, dtype: tor
 
 
 def check_mlps(causal_lm: Any) -> None:
-    """Check what the modules of a model tell about its MLPs; `tile_mlps` also tries them.
+    """Check the modules of the MLPs of a model; `tile_mlps` also tries them.
 
     Args:
         causal_lm: a transformers model; its tensors are not used.
