@@ -150,8 +150,7 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
 
 def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, config: RunConfig) -> None:
     """Write weights and configuration as `config.export` says."""
-    named = None if config.export.dtype is None else _DTYPES[config.export.dtype]
-    dtype = named or TORCH_DTYPES[config.model.dtype]
+    named, dtype = _named_dtype(config), _written_dtype(config)
     if not trained.adapters:
         with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
             write_weights(folder, causal_lm, weights | _untrained(causal_lm, config))
@@ -168,6 +167,15 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
         )
     else:
         _write_update(folder, trained.adapters, dtype)
+
+
+def _named_dtype(config: RunConfig) -> torch.dtype | None:
+    return None if config.export.dtype is None else _DTYPES[config.export.dtype]
+
+
+def _written_dtype(config: RunConfig) -> torch.dtype:
+    """Return the precision of written weights that were trained."""
+    return _named_dtype(config) or TORCH_DTYPES[config.model.dtype]
 
 
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
@@ -207,7 +215,7 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             load_config(base, config.model),
-            dtype=TORCH_DTYPES[config.model.dtype],
+            dtype=_written_dtype(config),  # which its description names
             trust_remote_code=config.model.trust_remote_code,
         )
         packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
