@@ -31,7 +31,14 @@ from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.merge import average_saved, names_in_model, read_named, write_merged
-from dpo_dist.model.save import read_tokenizer, write_card, write_tokenizer, write_weights, writing_errors
+from dpo_dist.model.save import (
+    read_processors,
+    read_tokenizer,
+    write_card,
+    write_tokenizer,
+    write_weights,
+    writing_errors,
+)
 from dpo_dist.model.saved_modules import shared_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -153,7 +160,8 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
     named, dtype = _named_dtype(config), _written_dtype(config)
     if not trained.adapters:
         with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
-            write_weights(folder, causal_lm, weights | _untrained(causal_lm, config))
+            written = weights | _untrained(causal_lm, config)
+            write_weights(folder, causal_lm, written, read_processors(base))
     elif config.export.merge:
         whole = model_folder(config.model.path, config.model.revision)
         plain, has_modules = _plain(base, config), any(member.saved for _, member in trained.adapters)

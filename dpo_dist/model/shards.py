@@ -15,7 +15,7 @@ from dpo_dist.model.folder import CONFIG_FILE, weight_files
 _SHARD_BYTES = 5 * 10**9
 _NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _OF_ALL_PARTS = ("tie_word_embeddings",)
-_DESCRIPTIONS = ("generation_config.json", "*.py")
+_DESCRIPTIONS = ("generation_config.json", "*processor_config.json", "*.py")
 
 
 def tensors_of(base: Path) -> Iterator[tuple[str, Tensor]]:
