@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.config.run_folder import RunFolder
@@ -27,18 +26,12 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, untrained_parts
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.description import read_description
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.merge import average_saved, names_in_model, read_named, write_merged
-from dpo_dist.model.save import (
-    read_processors,
-    read_tokenizer,
-    write_card,
-    write_tokenizer,
-    write_weights,
-    writing_errors,
-)
+from dpo_dist.model.save import read_tokenizer, write_card, write_tokenizer, write_weights, writing_errors
 from dpo_dist.model.saved_modules import shared_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -157,11 +150,12 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
 
 def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, config: RunConfig) -> None:
     """Write weights and configuration as `config.export` says."""
-    named, dtype = _named_dtype(config), _written_dtype(config)
+    named = None if config.export.dtype is None else _DTYPES[config.export.dtype]
+    dtype = named or TORCH_DTYPES[config.model.dtype]
     if not trained.adapters:
         with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
-            written = weights | _untrained(causal_lm, config)
-            write_weights(folder, causal_lm, written, read_processors(base))
+            others = _untrained(causal_lm, config)
+            write_weights(folder, causal_lm, weights | others, read_description(base))
     elif config.export.merge:
         whole = model_folder(config.model.path, config.model.revision)
         plain, has_modules = _plain(base, config), any(member.saved for _, member in trained.adapters)
@@ -175,15 +169,6 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
         )
     else:
         _write_update(folder, trained.adapters, dtype)
-
-
-def _named_dtype(config: RunConfig) -> torch.dtype | None:
-    return None if config.export.dtype is None else _DTYPES[config.export.dtype]
-
-
-def _written_dtype(config: RunConfig) -> torch.dtype:
-    """Return the precision of written weights that were trained."""
-    return _named_dtype(config) or TORCH_DTYPES[config.model.dtype]
 
 
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
@@ -223,14 +208,12 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             load_config(base, config.model),
-            dtype=_written_dtype(config),  # which its description names
+            dtype=TORCH_DTYPES[config.model.dtype],
             trust_remote_code=config.model.trust_remote_code,
         )
         packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
         if config.model.adapter is not None:
             add_adapter(packed, config.model, config.trainer.seed, start)
-    if (base / GENERATION_CONFIG_NAME).is_file():
-        packed.causal_lm.generation_config = GenerationConfig.from_pretrained(base)
     return packed.causal_lm
 
 

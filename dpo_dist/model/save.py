@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from peft import LoraConfig
@@ -15,8 +14,8 @@ from dpo_dist.atomic import staged_folder
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
 from dpo_dist.model.adapters import TRAINED, adapted_layers
+from dpo_dist.model.description import restore_description
 from dpo_dist.model.saved_modules import trained_aliases
-from dpo_dist.model.text_part import text_part
 from dpo_dist.small_files import read_small
 
 _TOKENIZER_FILES = (
@@ -34,10 +33,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-# Of models that read images or sounds: how these become numbers.
-_PROCESSOR_FILES = ("*processor_config.json",)
 _REMEDY = "free disk space, or name another folder"
-_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
 def write_model_folder(
@@ -49,7 +45,7 @@ def write_model_folder(
     remedy: str = _REMEDY,
     parts: Sequence[tuple[float, AdapterWeights]] = (),
     tokenizer_files: Mapping[str, bytes] | None = None,
-    processor_files: Mapping[str, bytes] = _NO_FILES,
+    description: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
 
@@ -63,7 +59,7 @@ def write_model_folder(
         parts: adapters that are part of the model beside the trained one, with coefficients; all become one
             adapter.
         tokenizer_files: from `read_tokenizer`; None: transformers writes new ones.
-        processor_files: from `read_processors`.
+        description: from `read_description` of the base; None: transformers writes a new one.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -74,25 +70,29 @@ def write_model_folder(
             config, update = trained_update(causal_lm, weights, weights.pop, parts)
             write_adapter(temporary, config, {name: weight.to(dtype) for name, weight in update.items()})
         else:
-            write_weights(temporary, causal_lm, weights, processor_files)
+            write_weights(temporary, causal_lm, weights, description)
         write_tokenizer(temporary, tokenizer, tokenizer_files)
         write_card(temporary, card)
 
 
 def write_weights(
-    folder: Path, causal_lm: Any, weights: dict[str, Tensor], processor_files: Mapping[str, bytes]
+    folder: Path,
+    causal_lm: Any,
+    weights: dict[str, Tensor],
+    description: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the weights, in files of at most 5 GB, and the description of a model.
+    """Write the weights of a model in files of at most 5 GB, and its configuration.
 
     Args:
         folder: that exists.
         causal_lm: the transformers model; its tensors are not used.
         weights: by transformers name; taken out while they are written.
-        processor_files: from `read_processors`; not written if the model reads text only.
+        description: as in `write_model_folder`.
     """
+    dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    if text_part(causal_lm) is not causal_lm:
-        _write_files(folder, processor_files)
+    if description is not None:
+        restore_description(folder, description, dtype)
 
 
 def write_tokenizer(
@@ -117,16 +117,7 @@ def read_tokenizer(source: Path) -> dict[str, bytes]:
     Args:
         source: a model folder, or a snapshot of the hub, whose files are links.
     """
-    return _read_files(source, _TOKENIZER_FILES)
-
-
-def read_processors(source: Path) -> dict[str, bytes]:
-    """Return the files that say how a model reads images and sounds, as `read_tokenizer` does."""
-    return _read_files(source, _PROCESSOR_FILES)
-
-
-def _read_files(source: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    found = sorted({file for pattern in patterns for file in source.glob(pattern)})
+    found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
     return {str(file.relative_to(source)): read_small(file) for file in found}
 
 

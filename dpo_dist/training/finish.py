@@ -129,7 +129,7 @@ def export_model(
     def write() -> None:
         assert weights is not None
         remedy = "free disk space; the same command writes the model from the last checkpoint"
-        files = kept or KeptFiles()
+        found = kept or KeptFiles()
         write_model_folder(
             folder,
             policy.causal_lm,
@@ -137,9 +137,9 @@ def export_model(
             tokenizer,
             card,
             remedy,
-            files.adapters,
-            files.tokenizer,
-            files.processors,
+            found.adapters,
+            found.tokenizer,
+            found.description,
         )
 
     world.on_main(write, while_waiting)

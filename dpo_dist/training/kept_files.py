@@ -4,14 +4,15 @@ They may be deleted or replaced before its end.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapter_files import untrained_parts
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.save import read_processors, read_tokenizer
+from dpo_dist.model.description import read_description
+from dpo_dist.model.save import read_tokenizer
 from dpo_dist.training.data_setup import Inputs
 
 
@@ -22,12 +23,12 @@ class KeptFiles:
     Attributes:
         adapters: that are part of the policy beside the trained one, with coefficients.
         tokenizer: files of the tokenizer by name; None: transformers writes new ones.
-        processors: files that say how the model reads images, by name.
+        description: files from `read_description` of the base; None: transformers writes new ones.
     """
 
     adapters: Sequence[tuple[float, AdapterWeights]] = ()
     tokenizer: Mapping[str, bytes] | None = None
-    processors: Mapping[str, bytes] = field(default_factory=dict)
+    description: Mapping[str, bytes] | None = None
 
 
 def keep_files(config: RunConfig, inputs: Inputs, world: World) -> KeptFiles:
@@ -45,6 +46,6 @@ def keep_files(config: RunConfig, inputs: Inputs, world: World) -> KeptFiles:
         adapters = [(share, AdapterWeights.of_folder(folder).in_memory()) for share, folder in parts]
         is_chosen = config.data.chat_template is not None
         tokenizer = None if is_chosen else read_tokenizer(inputs.tokenizer_files) or None
-        return KeptFiles(adapters, tokenizer, read_processors(inputs.policy_files.folder))
+        return KeptFiles(adapters, tokenizer, read_description(inputs.policy_files.folder))
 
     return world.together(read)

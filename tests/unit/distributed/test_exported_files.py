@@ -67,6 +67,6 @@ def test_a_run_keeps_the_files_of_its_inputs_from_its_start(tmp_path: Path) -> N
         weights,
         tiny.qwen(),
         tokenizer_files=kept.tokenizer,
-        processor_files=kept.processors,
+        description=kept.description,
     )
     assert {name: (out / name).read_bytes() for name in contents} == contents
