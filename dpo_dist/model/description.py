@@ -40,7 +40,7 @@ def restore_description(folder: Path, files: Mapping[str, bytes], dtype: torch.d
     config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
     in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
     text model only, it is the one of transformers with the base's dropout and noise; the files about images
-    are left out.
+    are not written.
 
     Args:
         folder: with config.json.
