@@ -20,7 +20,7 @@ from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.merge import names_in_model
-from dpo_dist.model.save import copy_tokenizer, writing_errors
+from dpo_dist.model.save import copy_tokenizer, save_tokenizer, writing_errors
 from dpo_dist.model.shards import Shards, copy_description, tensors_of
 
 
@@ -77,7 +77,7 @@ def write_extended(
         shards.close()
         copy_description(base, temporary, None, {"vocab_size": rows})
         if tokens:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         else:
             copy_tokenizer(source, temporary)
     return Extended(_ids(tokenizer), former, rows)
