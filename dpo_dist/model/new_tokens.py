@@ -90,13 +90,13 @@ def _add_tokens(
     """Add special tokens to a tokenizer that has the tokens of the base.
 
     Raises:
-        ConfigError: a token exists, is repeated, or the base has it with another id.
+        ConfigError: a token exists, is empty or repeated, or the base has it with another id.
     """
     vocabulary = tokenizer.get_vocab()
     repeated = {token for token, count in Counter(tokens).items() if count > 1}
-    if present := sorted(repeated | (set(tokens) & vocabulary.keys())):
+    if present := sorted(repeated | (set(tokens) & {"", *vocabulary})):
         raise ConfigError(
-            "a new token is one of the tokenizer, or named twice",
+            "a new token is empty, one of the tokenizer, or named twice",
             where="--tokens",
             got=", ".join(map(repr, present[:3])),
             remedy="name only tokens that it lacks, each once",
