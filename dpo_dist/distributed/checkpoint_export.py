@@ -241,7 +241,7 @@ def _on_disk(
 
 def _mapped(tensor: Tensor, file: Path) -> Tensor:
     """Write `tensor` to `file` and return it mapped from there: its memory can be taken back at any time."""
-    tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
+    file.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)  # tofile hides a full disk
     return torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(
         tensor.shape
     )

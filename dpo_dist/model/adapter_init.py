@@ -72,7 +72,7 @@ def _read_initial(causal_lm: Any, name: str, folder: Path) -> None:
             if isinstance(layer, LoraLayer) and name in layer.lora_A:
                 for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
                     _set(matrices[name].weight, initial.read(f"{layer_name}.{part}.weight"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (ConfigError, OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
             "the initial values of the adapter are damaged",
             where="model.adapter.init",

@@ -16,6 +16,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.sequence_parallel import cannot_be_shared
 from dpo_dist.model.trial import Score, Trial, attempted, changes_in_training
 
 log = logging.getLogger(__name__)
@@ -58,12 +59,14 @@ def settle(
         failures.append(f"{_described(arrangement, own_logits)}: {fault}")
     else:
         _check_not_random(trial, kind, key)
+        if model.sequence is not None:
+            raise cannot_be_shared(kind, model.sequence.ranks, "; ".join(failures))
         raise ConfigError(
             "training would not compute the log-probs of this model's own forward",
             where=key,
-            got=f"{kind}, {'; '.join(failures) or 'which cannot be packed, as sequence parallelism needs'}",
+            got=f"{kind}, {'; '.join(failures)}",
             expected="differences that rounding explains",
-            remedy="set parallelism.sequence_parallel=1" if model.sequence else "choose another model",
+            remedy="choose another model",
         )
     for failure in failures:
         log.info("%s, %s", kind, failure)

@@ -22,7 +22,7 @@ from dpo_dist.distributed.checkpoint_export import Exported, Members, trained_to
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
-from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.adapters import adapted_layers, load_adapter
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
@@ -169,6 +169,9 @@ def _trained_logps(
     base = model(batch)
     _use_trained(model, exported)
     expected = model(batch)
+    if not is_adapter(exported.folder):  # what is rounded are the sums
+        for layer in adapted_layers(model):
+            layer.merge()
     for name, weight in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name or not is_adapter(exported.folder):
             weight.copy_(weight.to(dtype))

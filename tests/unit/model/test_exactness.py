@@ -4,7 +4,8 @@ import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.mask_rules import mask_rule
 from dpo_dist.model.segment_attention import Scores, SegmentAttention
+from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.model.trial import trial_sequences
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
@@ -505,3 +507,14 @@ def test_keys_that_stand_for_many_tokens_are_tried() -> None:
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
     settle(model, model, CPU, 512)
     assert model.arrangement is SINGLE
+
+
+def test_the_error_of_ranks_that_cannot_share_tokens_names_what_is_not_packed() -> None:
+    model = PackedCausalLM(
+        tiny_causal_lm(tiny_config("llama")).eval(), AttentionBackend.sdpa, arrangement=PADDED
+    )
+    model.sequence = cast(TokenExchange, SimpleNamespace(rank=0, ranks=2))  # its all-to-all fails
+    with pytest.raises(ConfigError, match="sequence parallelism needs packed attention") as raised:
+        settle(model, model, CPU, 64)
+    assert raised.value.got.startswith("2, llama, packed with the log-prob head: ")
+    assert "parallelism.sequence_parallel=1" in raised.value.remedy
