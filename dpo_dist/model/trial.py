@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
@@ -80,7 +80,7 @@ class Trial:
         self._model, self._score, self._device, self._agree = model, score, device, agree
         self._sequences = trial_sequences(model.causal_lm, max_length)
         self._batch = _pack(self._sequences)
-        self.is_int8 = _has_int8(model)
+        self.is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
         self.is_float32 = next(model.parameters()).dtype == torch.float32 and not self.is_int8
         self.plain = self._scores(self._batch, Arrangement.single, own_logits=True)
         prompt, (first, second) = self._sequences[0].prompt_ids, self._sequences[0].responses
@@ -204,11 +204,6 @@ class Trial:
         return torch.cat(draws).abs()
 
 
-def _has_int8(model: nn.Module) -> bool:
-    """Return whether weights of `model` are of 8 bits."""
-    return any(weight.dtype == torch.int8 for weight in model.parameters())
-
-
 def changes_in_training(model: PackedCausalLM, score: Score, device: torch.device, max_length: int) -> str:
     """Return in words how log-probs change when `model` goes to training mode, where it stays; empty: not.
 
@@ -219,9 +214,9 @@ def changes_in_training(model: PackedCausalLM, score: Score, device: torch.devic
         before, again = (score(batch).float().cpu() for _ in range(2))
         model.train()
         changed = (score(batch).float().cpu() - before).abs()
-    # bitsandbytes rounds inputs of int8 weights in both modes on CUDA, elsewhere in evaluation mode only.
-    rounds_alike = device.type == "cuda" or not _has_int8(model)
-    share = _TYPICAL if rounds_alike else _INT8_OTHERS
+    # Off CUDA, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+    is_int8 = device.type != "cuda" and any(weight.dtype == torch.int8 for weight in model.parameters())
+    share = _INT8_OTHERS if is_int8 else _TYPICAL
     typical = _ROUNDING + share * float(before.std()) + _REPEATS * float((again - before).abs().mean())
     mean = float(changed.mean())
     return "" if mean <= typical else f"by {mean:.2g} nats in the mean"
