@@ -431,6 +431,24 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     assert "nats" in raised.value.got
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_products_with_int8_weights_are_not_rounded_in_training_on_cpus(is_int8: bool, folder: Path) -> None:
+    """bitsandbytes rounds their inputs to int8 in evaluation mode only, by which log-probs change."""
+    model = settled(load(folder))
+    weight = torch.zeros(1, dtype=torch.int8 if is_int8 else torch.float32)
+    model.causal_lm.model.register_parameter("added", torch.nn.Parameter(weight, requires_grad=False))
+
+    def score(batch: PackedBatch) -> Tensor:
+        logps: Tensor = model(batch)
+        return logps if model.training else 1.02 * logps - 0.02 * logps.mean()
+
+    if is_int8:
+        check_training(CheckedModel(model, score, CPU, 64))
+    else:
+        with pytest.raises(ConfigError, match="others in training mode"):
+            check_training(CheckedModel(model, score, CPU, 64))
+
+
 def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
     """Also where another rank fails and this one does not: all ranks end with the same error."""
 
