@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.reach import Reach, causal_pairs
+from dpo_dist.data.rope_limits import RopeLimits
 
 Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
@@ -33,16 +34,16 @@ class ComputeCosts:
         target: time of one target in the output layer.
         arrangement: of the responses in a forward, which decides how many tokens it computes.
         reaches: limits in some layers; other layers see all earlier tokens.
+        rope: limits at which a packed prompt is computed again; None: rotary frequencies are fixed.
+        pads: whether a live reference computes the examples in padded rows, whatever the arrangement is.
     """
 
     key: float
     target: float
     arrangement: Arrangement = Arrangement.packed
     reaches: tuple[Reach, ...] = ()
-
-    def arranged(self, arrangement: Arrangement) -> "ComputeCosts":
-        """Return the costs of a model of this arrangement."""
-        return replace(self, arrangement=arrangement)
+    rope: RopeLimits | None = None
+    pads: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def example_sizes(
     firsts = np.cumsum(responses) - responses
     stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
     # How often a prompt is computed.
-    copies = 1 if costs.arrangement is Arrangement.packed else responses
+    copies = np.where(costs.arrangement is Arrangement.packed, 1, responses)
+    if costs.rope is not None and costs.arrangement is Arrangement.packed:
+        copies = costs.rope.prompt_copies(prompts + response_tokens, responses)
     tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
 
     def attended_with(pairs: Callable[[Counts], Counts]) -> Counts:
@@ -112,11 +115,10 @@ def example_sizes(
         attended = attended - np.rint(shorter).astype(np.int64)
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
-    keys = attended - tokens / 2
+    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
     rows_tokens = tokens + (responses - copies) * prompt_tokens
-    compute = tokens + costs.key * keys + costs.target * targets
     sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
-    if costs.arrangement is not Arrangement.padded:
+    if costs.arrangement is not Arrangement.padded and not costs.pads:
         return sizes
     return replace(sizes, rows=responses, longest=np.maximum.reduceat(prompts + stored, firsts))
 

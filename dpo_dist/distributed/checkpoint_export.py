@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.config.run_folder import RunFolder
@@ -27,6 +26,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, untrained_parts
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.description import read_description
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
@@ -154,7 +154,8 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
     dtype = named or TORCH_DTYPES[config.model.dtype]
     if not trained.adapters:
         with _on_disk(trained.shapes, trained.read, dtype, folder) as weights:
-            write_weights(folder, causal_lm, weights | _untrained(causal_lm, config))
+            others = _untrained(causal_lm, config)
+            write_weights(folder, causal_lm, weights | others, read_description(base))
     elif config.export.merge:
         whole = model_folder(config.model.path, config.model.revision)
         plain, has_modules = _plain(base, config), any(member.saved for _, member in trained.adapters)
@@ -213,8 +214,6 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
         packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
         if config.model.adapter is not None:
             add_adapter(packed, config.model, config.trainer.seed, start)
-    if (base / GENERATION_CONFIG_NAME).is_file():
-        packed.causal_lm.generation_config = GenerationConfig.from_pretrained(base)
     return packed.causal_lm
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.model.adapters import active_adapters
+from dpo_dist.model.adapters import active_adapters, adapted_layers
 
 _Kind = tuple[bool, frozenset[str], bool, int]
 
@@ -28,11 +28,14 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     """
     unused = offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
-    modules = [module for module in engine.module.modules() if hasattr(module, "_external_params")]
+    # Found once: a large model with an adapter has tens of thousands of modules.
+    added = [
+        module._external_params for module in engine.module.modules() if hasattr(module, "_external_params")
+    ]
+    layers = adapted_layers(engine.module)
 
     def select(generates: bool) -> None:
-        registered = sum(len(module._external_params) for module in modules)
-        kind = torch.is_grad_enabled(), active_adapters(engine.module), generates, registered
+        kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
         if kind not in coordinators:
             # The copy shares the list of weights in flight, and starts a new record.
             coordinators[kind] = copy.copy(unused)

@@ -5,7 +5,7 @@ saved in checkpoints, and exported at the end of a run. A policy that starts fro
 copy of it, to score as its own start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,14 +174,9 @@ def adapted_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def active_adapters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the adapters that a forward of `model` uses."""
-    return frozenset(
-        name
-        for layer in adapted_layers(model)
-        if not layer.disable_adapters
-        for name in layer.active_adapters
-    )
+def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
+    """Return the names of the adapters that a forward uses in `layers`, from `adapted_layers`."""
+    return frozenset(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
 
 
 @contextmanager

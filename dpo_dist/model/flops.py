@@ -15,10 +15,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.reach import Reach
+from dpo_dist.data.rope_limits import RopeLimits
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 from dpo_dist.model.attention_backend import heads_of_layers
 from dpo_dist.model.layer_options import layer_configs, layer_values
+from dpo_dist.model.rotary import rope_limits
 from dpo_dist.model.saved_modules import find_modules
 from dpo_dist.model.supported import check_causal_class
 from dpo_dist.model.text_part import other_weights
@@ -76,12 +78,14 @@ class StepFlops:
         per_target: FLOPs of a completion token in the output layer.
         per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
         reaches: limits of attention in some layers.
+        rope: limits of lengths with the same rotary frequencies; None: they are fixed.
     """
 
     per_token: float
     per_target: float
     per_attended: float
     reaches: tuple[Reach, ...] = ()
+    rope: RopeLimits | None = None
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
         """Return the FLOPs of a step with these counts; `attended` is that of the mean layer."""
@@ -158,6 +162,7 @@ def count_flops(
         per_target=(_FORWARD_AND_BACKWARD if trains_output else per_weight) * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
         reaches=_reaches(text),
+        rope=rope_limits(text),
     )
 
 
@@ -219,6 +224,7 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
         reaches=flops.reaches,
+        rope=flops.rope,
     )
 
 

@@ -15,8 +15,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.description import copy_description
 from dpo_dist.model.folder import weight_files
-from dpo_dist.model.shards import Shards, copy_description, tensors_of
+from dpo_dist.model.shards import Shards, tensors_of
 
 
 def write_merged(

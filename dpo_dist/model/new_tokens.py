@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.description import copy_description
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.merge import names_in_model
 from dpo_dist.model.save import copy_tokenizer, writing_errors
-from dpo_dist.model.shards import Shards, copy_description, tensors_of
+from dpo_dist.model.shards import Shards, tensors_of
 
 
 @dataclass(frozen=True)

@@ -12,32 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.regroup import regroup
+from dpo_dist.data.rope_limits import RopeLimits
 
 _ORIGINAL = "original_inv_freq"
-
-
-@dataclass(frozen=True)
-class RopeLimits:
-    """Lengths above which a model's rotary frequencies change, in tokens.
-
-    Attributes:
-        longrope: of layers with two sets of frequencies.
-        dynamic: of layers with frequencies of their own for each length; None: there are none.
-    """
-
-    longrope: tuple[int, ...]
-    dynamic: int | None
-
-    def representative(self, length: int) -> int:
-        """Return one length for all that have the frequencies of `length`; 0: those of short sequences."""
-        if self.dynamic is not None and length > self.dynamic:
-            return length
-        return max((limit + 1 for limit in self.longrope if length > limit), default=0)
 
 
 def rope_limits(model_config: Any) -> RopeLimits | None:
@@ -103,18 +86,16 @@ class RotaryByLength:
 
         They do in code of the model's own, which keeps no frequencies of short sequences to return to.
         """
-        return not self._replaced and self._limits.representative(longest) > 0
+        return not self._replaced and bool(self._limits.representatives(np.array([longest])).any())
 
     def arrange(self, batch: PackedBatch) -> PackedBatch:
         """Return `batch` for the next packed forward: examples divided by the frequencies of their responses.
 
         Its layout, tokens and predictors change; its targets and their order do not.
         """
-        lengths = [
-            self._representative(prompt + tokens)
-            for prompt, *responses in batch.layout
-            for tokens in responses
-        ]
+        lengths = self._representatives(
+            [prompt + tokens for prompt, *responses in batch.layout for tokens in responses]
+        )
         if len(set(lengths)) == 1:
             parts = _parts([len(batch.input_ids)], lengths[:1])
         else:
@@ -132,7 +113,7 @@ class RotaryByLength:
 
     def arrange_rows(self, lengths: Sequence[int]) -> None:
         """Compute one response in each row of the next forward; with its prompt it has so many inputs."""
-        parts = _parts([1] * len(lengths), map(self._representative, lengths))
+        parts = _parts([1] * len(lengths), self._representatives(lengths))
         self.arranged = _Arranged(parts, rows=tuple(lengths))
 
     def share(self, tokens: Tensor) -> None:
@@ -150,8 +131,10 @@ class RotaryByLength:
             _forget(own)
             setattr(parent, name, own)
 
-    def _representative(self, inputs: int) -> int:
-        return self._limits.representative(inputs + 1)  # the last token of a response is no input
+    def _representatives(self, inputs: Sequence[int]) -> list[int]:
+        lengths = np.array(inputs) + 1  # the last token of a response is no input
+        found: list[int] = self._limits.representatives(lengths).tolist()
+        return found
 
 
 def _parts(sizes: Iterable[int], lengths: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -14,6 +14,7 @@ from dpo_dist.atomic import staged_folder
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
 from dpo_dist.model.adapters import TRAINED, adapted_layers
+from dpo_dist.model.description import restore_description
 from dpo_dist.model.saved_modules import trained_aliases
 from dpo_dist.small_files import read_small
 
@@ -42,6 +43,7 @@ def write_model_folder(
     remedy: str = _REMEDY,
     parts: Sequence[tuple[float, AdapterWeights]] = (),
     tokenizer_files: Mapping[str, bytes] | None = None,
+    description: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `folder`, which appears whole or not at all; an older one is replaced.
 
@@ -55,6 +57,7 @@ def write_model_folder(
         parts: adapters that are part of the model beside the trained one, with coefficients; all become one
             adapter.
         tokenizer_files: from `read_tokenizer`; None: transformers writes new ones.
+        description: from `read_description` of the base; None: transformers writes a new one.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -65,14 +68,29 @@ def write_model_folder(
             config, update = trained_update(causal_lm, weights, weights.pop, parts)
             write_adapter(temporary, config, {name: weight.to(dtype) for name, weight in update.items()})
         else:
-            write_weights(temporary, causal_lm, weights)
+            write_weights(temporary, causal_lm, weights, description)
         write_tokenizer(temporary, tokenizer, tokenizer_files)
         write_card(temporary, card)
 
 
-def write_weights(folder: Path, causal_lm: Any, weights: dict[str, Tensor]) -> None:
-    """Write the weights and the configuration of a model in files of at most 5 GB."""
+def write_weights(
+    folder: Path,
+    causal_lm: Any,
+    weights: dict[str, Tensor],
+    description: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the weights of a model in files of at most 5 GB, and its configuration.
+
+    Args:
+        folder: that exists.
+        causal_lm: the transformers model; its tensors are not used.
+        weights: by transformers name; taken out while they are written.
+        description: as in `write_model_folder`.
+    """
+    dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    if description is not None:
+        restore_description(folder, description, dtype)
 
 
 def write_tokenizer(

@@ -1,21 +1,16 @@
 """Read and write the weights of a model folder one by one, with the names that they have in its files."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_dist.model.folder import CONFIG_FILE, weight_files
+from dpo_dist.model.folder import weight_files
 
 _SHARD_BYTES = 5 * 10**9
-_NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_OF_ALL_PARTS = ("tie_word_embeddings",)
-_DESCRIPTIONS = ("generation_config.json", "*.py")
 
 
 def tensors_of(base: Path) -> Iterator[tuple[str, Tensor]]:
@@ -64,26 +59,3 @@ class Shards:
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def copy_description(base: Path, folder: Path, dtype: torch.dtype | None, changes: dict[str, object]) -> None:
-    """Copy the configuration of a base, beside other weights.
-
-    Args:
-        base: its folder.
-        folder: of the result.
-        dtype: of the result's weights, if it is another one.
-        changes: values of keys of config.json, and of its part about text if it has one.
-    """
-    content = json.loads((base / CONFIG_FILE).read_bytes())
-    content.pop("transformers_weights", None)  # names a file of the base
-    if isinstance(text := content.get("text_config"), dict):
-        content["text_config"] = text | changes
-        changes = {key: value for key, value in changes.items() if key in content or key in _OF_ALL_PARTS}
-    content |= changes
-    if dtype is not None:
-        content.pop("torch_dtype", None)
-        content["dtype"] = _NAMES_OF_DTYPES[dtype]
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for file in (file for pattern in _DESCRIPTIONS for file in base.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)

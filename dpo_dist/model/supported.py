@@ -111,12 +111,17 @@ def _check_positions(model_config: Any, max_length: int) -> None:
         raise few_positions(positions, max_length)
 
 
+def is_noise(name: str, value: object, model_type: str) -> bool:
+    """Return whether an option of a configuration makes training differ from evaluation."""
+    _, threshold = _SAMPLING_ROUTERS.get(model_type, ("", ""))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and name != threshold and any(noise in name for noise in _NOISES)
+
+
 def switch_off_noise(model_config: Any) -> None:
     """Set the options by which training differs from evaluation to 0, also in configurations of parts."""
-    _, threshold = _SAMPLING_ROUTERS.get(model_config.model_type, ("", ""))
     for name, value in vars(model_config).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and name != threshold and any(noise in name for noise in _NOISES):
+        if is_noise(name, value, model_config.model_type):
             setattr(model_config, name, type(value)(0))
         elif isinstance(value, PreTrainedConfig):
             switch_off_noise(value)

@@ -6,17 +6,28 @@ import numpy as np
 
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.number_text import percent
+from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import Inputs
 
 _SAMPLED_EXAMPLES = 10_000
 
 
-def arranged(inputs: Inputs, arrangement: Arrangement, console: Console) -> Inputs:
-    """Return the inputs for a policy of this arrangement; print its cost if it cannot share prompts."""
-    inputs = replace(inputs, arrangement=arrangement)
+def arranged(
+    inputs: Inputs, arrangement: Arrangement, reference: ReferenceProvider, console: Console
+) -> Inputs:
+    """Return the inputs for a policy of this arrangement; print the cost of a model that shares no prompts.
+
+    A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
+    """
+    pads = False
+    if isinstance(reference, LiveReference):
+        pads = reference.engine.model.arrangement is Arrangement.padded
+    inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
     if arrangement is not Arrangement.packed:
         console.say(_describe_unpacked(inputs))
+    elif pads:
+        console.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
     return inputs
 
 

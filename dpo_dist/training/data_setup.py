@@ -39,6 +39,7 @@ from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
 from dpo_dist.training.learning_rate import check_warmup
 
+_SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 
@@ -55,6 +56,7 @@ class ModelInputs:
         flops: floating-point operations of the model.
         router: losses of the policy's routers, which training adds; None: none.
         arrangement: of the responses in a forward of the policy, known when its weights are loaded.
+        reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -65,11 +67,12 @@ class ModelInputs:
     flops: StepFlops
     router: RouterLoss | None
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
+    reference_pads: bool = field(default=False, kw_only=True)
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return replace(compute_costs(self.flops), arrangement=self.arrangement)
+        return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     eval_prompts = None if eval_set is None else eval_set.prompts[:]
     train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
     if eval_set is not None:
-        for count_name, count in (
-            ("also_in_train", count_shared),
-            ("prompts_also_in_train", count_shared_prompts),
-        ):
+        for count_name, count in _SHARED_WITH_TRAIN.items():
             eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     check_warmup(config.optim, sampler.steps)

@@ -129,8 +129,18 @@ def export_model(
     def write() -> None:
         assert weights is not None
         remedy = "free disk space; the same command writes the model from the last checkpoint"
-        parts, files = (kept.adapters, kept.tokenizer) if kept is not None else ((), None)
-        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, parts, files)
+        found = kept or KeptFiles()
+        write_model_folder(
+            folder,
+            policy.causal_lm,
+            weights,
+            tokenizer,
+            card,
+            remedy,
+            found.adapters,
+            found.tokenizer,
+            found.description,
+        )
 
     world.on_main(write, while_waiting)
 

@@ -11,6 +11,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapter_files import untrained_parts
 from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.description import read_description
 from dpo_dist.model.save import read_tokenizer
 from dpo_dist.training.data_setup import Inputs
 
@@ -22,10 +23,13 @@ class KeptFiles:
     Attributes:
         adapters: that are part of the policy beside the trained one, with coefficients.
         tokenizer: files of the tokenizer by name; None: transformers writes new ones.
+        description: config.json and generation_config.json of the base by name; None: transformers writes new
+            ones.
     """
 
     adapters: Sequence[tuple[float, AdapterWeights]] = ()
     tokenizer: Mapping[str, bytes] | None = None
+    description: Mapping[str, bytes] | None = None
 
 
 def keep_files(config: RunConfig, inputs: Inputs, world: World) -> KeptFiles:
@@ -42,6 +46,7 @@ def keep_files(config: RunConfig, inputs: Inputs, world: World) -> KeptFiles:
         parts = untrained_parts(config.model.adapter, inputs.policy_files.adapter, initial)
         adapters = [(share, AdapterWeights.of_folder(folder).in_memory()) for share, folder in parts]
         is_chosen = config.data.chat_template is not None
-        return KeptFiles(adapters, None if is_chosen else read_tokenizer(inputs.tokenizer_files) or None)
+        tokenizer = None if is_chosen else read_tokenizer(inputs.tokenizer_files) or None
+        return KeptFiles(adapters, tokenizer, read_description(inputs.policy_files.folder))
 
     return world.together(read)

@@ -136,7 +136,7 @@ def _set_up(
     with clock.of("samples"):
         samples = prepare_samples(config, inputs, start.step, world, console)
     reference, policy = _load_models(config, inputs, stops, clock, console)
-    inputs = arranged(inputs, policy.model.arrangement, console)
+    inputs = arranged(inputs, policy.model.arrangement, reference.provider, console)
     kept = keep_files(config, inputs, world)
     world.together(inputs.policy_files.check_unchanged)
     stops.check()

@@ -1,5 +1,6 @@
 """Policy and live reference of different arrangements, and stored log-probs of another arrangement."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def train(assets: Assets, policy_folder: Path, reference_folder: Path, world: Wo
     settle_engine(policy, 512, world)
     reference = load_reference(files_of(reference_folder), RunConfig(model=config), world)
     objective = Objective(LOSS, LiveReference(reference))
-    costs, norms = COSTS.arranged(policy.model.arrangement), []
+    costs, norms = replace(COSTS, arrangement=policy.model.arrangement), []
     for indices, budget in STEPS:
         plan = shard_batch(dataset, np.array(indices), world.rank, world.size, budget, costs)
         ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)

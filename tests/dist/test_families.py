@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def walk(
         own = ModelConfig(str(path), dtype=config.model.dtype, trust_remote_code=name.startswith("own"))
         policy = PolicyEngine(load_packed(path, own, 512, world.device), OPTIM, world)
         settle_engine(policy, 512, world)
-        costs = COSTS.arranged(policy.model.arrangement)
+        costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = []
         for indices, budget in STEPS:
             plan = shard_batch(dataset, np.array(indices), world.rank, world.size, budget, costs)

@@ -105,6 +105,10 @@ def test_transformers_loads_the_model_with_its_trained_log_probs(
 ) -> None:
     evaluated_on = f"data.eval=[{assets}/eval.jsonl]"
     train(overrides(evaluated_on, "optim.lr=1e-2", "trainer.max_steps=2"), processes=2)
+    described, own = (
+        json.loads((one / "config.json").read_text()) for one in (tmp_path / "run/model", assets / "model")
+    )
+    assert described | {"dtype": own["dtype"]} == own
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
     tokenizer = tiny.qwen()
     sums = []

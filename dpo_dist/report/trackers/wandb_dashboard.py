@@ -5,10 +5,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_dist.objective.router_losses import AUX_LOSS, BUSIEST, Z_LOSS
 from dpo_dist.report.metrics_log import PHASES
 from dpo_dist.report.trackers.tracked_values import MARGINS, STEP_AXIS
 
-Needs = Literal["", "reference", "evaluations", "samples", "gpu", "sources"]
+Needs = Literal["", "reference", "evaluations", "samples", "gpu", "sources", "fp16", "routers"]
 TIME_AXIS = "_absolute_runtime"
 """W&B's seconds since the start of a run, the axis of its system metrics."""
 
@@ -79,6 +80,10 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/learning_rate",)),
         Panel("Skipped steps and spikes of the loss", ("train/bad_steps", "train/loss_spikes")),
+        Panel("Overflows in fp16", ("train/overflows",), needs="fp16"),
+        Panel("Loss scale in fp16", ("train/loss_scale",), needs="fp16"),
+        Panel("Losses of routers", (f"train/{AUX_LOSS}", f"train/{Z_LOSS}"), needs="routers"),
+        Panel("Busiest expert of a layer, share of tokens", (f"train/{BUSIEST}",), needs="routers"),
     ),
     "Samples": (
         Panel("Length of a response, tokens", ("eval/samples/length",), needs="samples"),

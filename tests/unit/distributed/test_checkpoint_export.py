@@ -74,6 +74,8 @@ def run_of(folder: Path, *, export: ExportConfig | None = None, **model: Any) ->
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = write_model(tmp_path_factory.mktemp("base"), tied=False)
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    described = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(described))
     return folder
 
 
@@ -91,6 +93,8 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
     assert model.generation_config.temperature == 0.5
+    described, own = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "out", base))
+    assert described == own | {"dtype": str(wanted).removeprefix("torch.")}
     assert (tmp_path / "out" / "README.md").read_text() == "A card"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
 

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.data.micro_batches import example_sizes
 from dpo_dist.data.packing import Sequences
+from dpo_dist.data.rope_limits import RopeLimits
+from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.rotary import RopeLimits, rope_limits
+from dpo_dist.model.rotary import RotaryByLength, rope_limits
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, with_rope
 
@@ -148,12 +152,33 @@ def test_the_routing_of_a_batch_needs_one_target_only() -> None:
 
 
 def test_lengths_with_equal_frequencies_have_one_representative() -> None:
-    longrope = RopeLimits((8, 16), None)
-    assert [longrope.representative(n) for n in (1, 8, 9, 16, 17, 99)] == [0, 0, 9, 9, 17, 17]
-    dynamic = RopeLimits((), 8)
-    assert [dynamic.representative(n) for n in (1, 8, 9, 10)] == [0, 0, 9, 10]
-    both = RopeLimits((4,), 8)
-    assert [both.representative(n) for n in (4, 5, 8, 9)] == [0, 5, 5, 9]
+    def found(limits: RopeLimits, *lengths: int) -> list[int]:
+        return limits.representatives(np.array(lengths)).tolist()
+
+    assert found(RopeLimits((16, 8), None), 1, 8, 9, 16, 17, 99) == [0, 0, 9, 9, 17, 17]
+    assert found(RopeLimits((), 8), 1, 8, 9, 10) == [0, 0, 9, 10]
+    assert found(RopeLimits((4,), 8), 4, 5, 8, 9) == [0, 5, 5, 9]
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_the_token_budget_counts_every_copy_of_a_prompt(rope_type: str) -> None:
+    causal_lm = model_of("llama", rope_type)
+    rotary = RotaryByLength.of(causal_lm)
+    assert rotary is not None
+    shapes = [*SHAPES, (8, 2, 6, 7, 7, 5), (13, 1, 1)]
+    prompts, counts = np.array([shape[0] for shape in shapes]), np.array([len(shape) - 1 for shape in shapes])
+    responses = np.array([tokens for _, *of_example in shapes for tokens in of_example])
+    sizes = example_sizes(prompts, responses, counts, compute_costs(count_flops(causal_lm.config)))
+    layouts = [rotary.arrange(pack_unkeyed([pair])).layout for pair in random_pairs(shapes)]
+    assert sizes.tokens.tolist() == [sum(map(sum, layout)) for layout in layouts]
+    assert sizes.rows_tokens.tolist() == [
+        (len(shape) - 1) * shape[0] + sum(shape[1:]) - (len(shape) - 1) for shape in shapes
+    ]
+    assert max(map(len, layouts)) > 1
+    for layout, attended in zip(layouts, sizes.attended, strict=True):
+        keys = (range(p, p + n) for p, *of_example in layout for n in of_example)
+        own = sum(sum(position + 1 for position in positions) for positions in keys)
+        assert attended == own + sum(prompt * (prompt + 1) // 2 for prompt, *_ in layout)
 
 
 def test_models_with_fixed_frequencies_keep_their_own_embedding() -> None:

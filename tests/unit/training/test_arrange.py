@@ -1,0 +1,43 @@
+"""Micro-batches fit the token budget in the rows of a live reference, too."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_dist.data.arrangement import Arrangement, computed_tokens
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.model.flops import StepFlops
+from dpo_dist.reference.providers import LiveReference, NoReference, ReferenceProvider
+from dpo_dist.training.arrange import arranged
+from dpo_dist.training.data_setup import Inputs
+from tests.support.packing import dataset_of, random_pairs
+
+BUDGET = 200
+# Much longer prompts than responses, and one pair that would pad the rows of all others.
+SHAPES = [(20, 3, 4)] * 6 + [(90, 4, 4)] + [(10, 5, 5, 2)] * 5
+
+
+def live(arrangement: Arrangement) -> ReferenceProvider:
+    engine: Any = SimpleNamespace(model=SimpleNamespace(arrangement=arrangement))
+    return LiveReference(engine)
+
+
+@pytest.mark.parametrize("reference", [NoReference(), live(Arrangement.padded), live(Arrangement.single)])
+def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: ReferenceProvider) -> None:
+    facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
+    lines: list[str] = []
+    console: Any = SimpleNamespace(say=lines.append)
+    inputs = arranged(Inputs(**facts), Arrangement.packed, reference, console)
+    dataset = dataset_of(random_pairs(SHAPES))
+    plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, inputs.costs)
+    assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)
+    most = {
+        arrangement: max(computed_tokens(batch.layout, arrangement) for batch in plan.batches())
+        for arrangement in Arrangement
+    }
+    pads = reference == live(Arrangement.padded)
+    assert most[Arrangement.packed] <= BUDGET
+    assert (most[Arrangement.padded] <= BUDGET) is pads
+    assert bool(lines) is pads
