@@ -19,12 +19,18 @@ from dpo_dist.small_files import read_small
 
 _NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+# How a model reads images and sounds.
+_PROCESSORS = "*processor_config.json"
 _OF_ALL_PARTS = ("tie_word_embeddings",)
 
 
 def read_description(base: Path) -> dict[str, bytes]:
-    """Return config.json and generation_config.json of a model folder by name, as far as there are such."""
+    """Return files of a model folder by name, as far as there are such.
+
+    They are config.json, generation_config.json, and those that say how it reads images and sounds.
+    """
     files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
+    files += sorted(base.glob(_PROCESSORS))
     return {file.name: read_small(file) for file in files if file.is_file()}
 
 
@@ -33,7 +39,8 @@ def restore_description(folder: Path, files: Mapping[str, bytes], dtype: torch.d
 
     config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
     in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
-    text model only, it is the one of transformers with the base's dropout and noise.
+    text model only, it is the one of transformers with the base's dropout and noise; the files about images
+    are not written.
 
     Args:
         folder: with config.json.
@@ -44,6 +51,8 @@ def restore_description(folder: Path, files: Mapping[str, bytes], dtype: torch.d
     written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
     if base.get("model_type") == written["model_type"]:
         content = base | {"architectures": written["architectures"]}
+        for name in files.keys() - {CONFIG_FILE, GENERATION_CONFIG_NAME}:
+            (folder / name).write_bytes(files[name])
     else:
         content = _with_noise_of(base.get("text_config") or {}, written)
     _write(file, content, dtype)
@@ -67,7 +76,9 @@ def copy_description(base: Path, folder: Path, dtype: torch.dtype | None, change
         content["text_config"] = text | changes
         changes = {key: value for key, value in changes.items() if key in content or key in _OF_ALL_PARTS}
     _write(folder / CONFIG_FILE, content | changes, dtype)
-    for file in (file for pattern in (GENERATION_CONFIG_NAME, "*.py") for file in base.glob(pattern)):
+    for file in (
+        file for pattern in (GENERATION_CONFIG_NAME, _PROCESSORS, "*.py") for file in base.glob(pattern)
+    ):
         shutil.copyfile(file, folder / file.name)
 
 

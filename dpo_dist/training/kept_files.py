@@ -23,8 +23,7 @@ class KeptFiles:
     Attributes:
         adapters: that are part of the policy beside the trained one, with coefficients.
         tokenizer: files of the tokenizer by name; None: transformers writes new ones.
-        description: config.json and generation_config.json of the base by name; None: transformers writes new
-            ones.
+        description: files from `read_description` of the base; None: transformers writes new ones.
     """
 
     adapters: Sequence[tuple[float, AdapterWeights]] = ()

@@ -255,6 +255,18 @@ def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
         assert {weight.dtype for weight in model.parameters()} == {wanted}
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_a_whole_model_says_the_precision_that_it_was_written_in(
+    name: str, base: Path, tmp_path: Path
+) -> None:
+    config = run_of(base, dtype=Dtype.bf16, export=ExportConfig(dtype=name))
+    weights = weights_of(config)
+    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "out", config)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    wanted = {"fp32": torch.float32, "fp16": torch.float16}[name]
+    assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
+
+
 def test_an_average_of_whole_models(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32)
     first = weights_of(config)
@@ -317,6 +329,23 @@ def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -
         export_models([checkpoint, folder], tmp_path / "out", config)
     assert error.value.got.startswith(f"{folder}: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [(100_000, "a weight file of the model cannot be read"), (None, "has no weights")]
+)
+def test_a_member_whose_weights_are_missing_or_cut_is_refused(
+    kept: int | None, told: str, base: Path, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "other")
+    if kept is None:
+        (folder / "model.safetensors").unlink()
+    else:
+        os.truncate(folder / "model.safetensors", kept)
+    with pytest.raises(ConfigError, match=told) as error:
+        export_models([folder], tmp_path / "out", run_of(base, export=ExportConfig(average=["a"])))
+    assert str(folder) in error.value.got
+    assert error.value.where == "export.average"
 
 
 def test_an_adapter_that_names_another_base_is_no_member(base: Path, tmp_path: Path) -> None:

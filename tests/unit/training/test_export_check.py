@@ -144,6 +144,24 @@ def test_a_whole_folder_passes_and_a_changed_one_does_not(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+def test_an_update_that_is_merged_into_a_base_in_bf16_is_rounded_with_it(
+    adapter: AdapterConfig, base: Path, tmp_path: Path
+) -> None:
+    """Weights of the base do not change by rounding, nor those of the adapter much; their sums do."""
+    rounded = tmp_path / "model"
+    shutil.copytree(base, rounded)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(rounded)
+    shutil.copyfile(base.parent / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    config = run_of(rounded, tmp_path, adapter, merge=True)
+    weights = {name: weight.bfloat16().float() for name, weight in trained(config, 1).items()}
+    said: list[str] = []
+    check = partial(check_exported, pairs=read_pairs(config), config=config, say=said.append)
+    export_models([checkpoint_of(weights, tmp_path / "step-000001")], tmp_path / "out", config, check=check)
+    assert "checked: " in said[0]
+
+
 def test_a_model_is_scored_as_training_does_and_without_its_gpu(tmp_path: Path) -> None:
     """Of an architecture that no table has, whose responses cannot share a prompt."""
     write_pairs(tmp_path / "pairs.jsonl", 20)
