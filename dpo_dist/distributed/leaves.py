@@ -10,8 +10,8 @@ from dpo_dist.model.layers import decoder_layers
 def gather_at_once(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
 
-    Compiled layers and tiled MLPs, so that no hook is in compiled code or a tile. Modules that may compute with
-    some of their parts only: a rank that does not need a part would not gather it, and the others would wait.
+    Compiled layers and tiled MLPs, so that no hook is in compiled code or a tile. Modules that may compute
+    with some of their parts only: a rank without need of a part would not gather it, and the others would wait.
     """
     for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm), *model.tiled]:
         set_z3_leaf_module(module, True)

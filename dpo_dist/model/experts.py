@@ -1,4 +1,4 @@
-"""Modules of a model that may compute with some of their parts only: lists of experts, compressors of keys."""
+"""Modules that may compute with some of their parts only: lists of experts, compressors of keys."""
 
 from collections.abc import Callable
 from functools import partial

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-# The name of a module that chooses which keys a query attends to (DeepSeek sparse attention, arXiv 2512.02556).
+# The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
 
 

@@ -104,7 +104,7 @@ def walk(
         config = assets.config(path)
         own = ModelConfig(str(path), dtype=config.model.dtype, trust_remote_code=name.startswith("own"))
         policy = PolicyEngine(load_packed(path, own, 512, world.device), OPTIM, world)
-        settle_engine(policy, 512, world)
+        settle_engine(policy, 512, world, trains=True)
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = []
         for indices, budget in STEPS:
