@@ -70,6 +70,11 @@ class CheckedModel:
         """Return the `model_type`."""
         return str(self.model.causal_lm.config.model_type)
 
+    @property
+    def is_int8(self) -> bool:
+        """Return whether products with the model's weights may round their inputs to int8."""
+        return any(weight.dtype == torch.int8 for weight in self.model.parameters())
+
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Tensor:
         """Return the log-probs of a batch, float32 [targets] on the host."""

@@ -221,13 +221,18 @@ def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> Non
     assert torch.equal(alone, padded)
 
 
-def test_a_window_that_a_mask_lacks_is_found_at_start() -> None:
-    """Also one longer than the sequences of the check: training would fail at the first longer response."""
-    causal_lm = tiny_causal_lm(tiny_config("qwen2")).eval()
-    for layer in causal_lm.model.layers:
-        layer.self_attn.sliding_window = 4096
+@pytest.mark.parametrize("window", [4, 4096])
+def test_a_window_beside_a_full_mask_is_none_as_in_the_own_forward(window: int) -> None:
+    """OLMoE names its window to kernels, and masks nothing; also one longer than sequences of the check."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    causal_lm = tiny_causal_lm(tiny_config("olmoe", sliding_window=window, **experts)).eval()
     model = settled(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED))
-    assert model.arrangement is PADDED
+    assert model.arrangement is PACKED
+    pairs = random_pairs([(6, 5, 7)])
+    with model.unpacked() as own, torch.no_grad():
+        expected = plain_logps(own, pairs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=2e-5)
 
 
 class OwnRotary(torch.nn.Module):
@@ -264,6 +269,25 @@ def test_rotary_frequencies_of_own_code_need_forwards_of_their_own(
         return
     settle(CheckedModel(model, model, CPU, longest))
     assert model.arrangement is arrangement
+
+
+def test_own_logits_in_16_bits_are_as_precise_as_the_head() -> None:
+    model = PackedCausalLM(tiny_causal_lm(tiny_config("llama")).bfloat16().eval(), AttentionBackend.sdpa)
+    model.arrange(PADDED, own_logits=False)
+    batch = pack_unkeyed(random_pairs(SHAPES))
+    with torch.no_grad():
+        expected = model(batch)
+        model.arrange(PADDED, own_logits=True)
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_log_probs_that_are_not_finite_are_named(value: float) -> None:
+    causal_lm = tiny_causal_lm(tiny_config("llama")).eval()
+    causal_lm.lm_head.weight.data[7] = value
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
+    with pytest.raises(ConfigError, match="log-probs that are not finite"):
+        settled(model)
 
 
 def test_forwards_without_effect_have_none_in_fp16() -> None:
@@ -405,6 +429,24 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     with pytest.raises(ConfigError, match="others in training mode") as raised:
         check_training(CheckedModel(model, model, CPU, 64))
     assert "nats" in raised.value.got
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_products_with_int8_weights_are_not_rounded_in_training_on_cpus(is_int8: bool, folder: Path) -> None:
+    """bitsandbytes rounds their inputs to int8 in evaluation mode only, by which log-probs change."""
+    model = settled(load(folder))
+    weight = torch.zeros(1, dtype=torch.int8 if is_int8 else torch.float32)
+    model.causal_lm.model.register_parameter("added", torch.nn.Parameter(weight, requires_grad=False))
+
+    def score(batch: PackedBatch) -> Tensor:
+        logps: Tensor = model(batch)
+        return logps if model.training else 1.02 * logps - 0.02 * logps.mean()
+
+    if is_int8:
+        check_training(CheckedModel(model, score, CPU, 64))
+    else:
+        with pytest.raises(ConfigError, match="others in training mode"):
+            check_training(CheckedModel(model, score, CPU, 64))
 
 
 def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
