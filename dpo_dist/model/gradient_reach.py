@@ -16,7 +16,7 @@ _SHOWN = 3
 def sometimes_used(checked: CheckedModel) -> str:
     """Return in words the trained weights that some sequences use and others do not; empty: there are none.
 
-    Lists of experts are left out: the gradients of all of them are ready at once. Collective.
+    Without those of lists of experts, whose gradients are ready at once. Collective.
     """
     causal_lm = checked.model.causal_lm
     long = trial_sequences(causal_lm, checked.max_length)[0]
