@@ -109,7 +109,7 @@ def _add_new(
     if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            start_from_weights(causal_lm, TRAINED, lora, adapter.init, initial)
+            start_from_weights(causal_lm, TRAINED, lora, str(adapter.init), initial)
     return lora
 
 
