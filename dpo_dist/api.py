@@ -29,6 +29,7 @@ from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import load
 from dpo_dist.model.borrowed import packed_for_a_while
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
@@ -98,7 +99,7 @@ def load_model(
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
-    settle(model, model, device, max_length)
+    settle(CheckedModel(model, model, device, max_length))
     return model
 
 

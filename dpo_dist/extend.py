@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.folder import model_folder, weight_files
+from dpo_dist.model.weights_on_disk import check_weights
 from dpo_dist.safe_stream import open_closed_streams, print_line
 
 
@@ -35,7 +36,7 @@ def _extend(given: argparse.Namespace) -> None:
         DpoDistError: the model cannot be read, or the folder cannot be written.
     """
     folder = given.folder.expanduser()
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise ConfigError(
             "the folder to write exists",
             where="FOLDER",
@@ -43,6 +44,7 @@ def _extend(given: argparse.Namespace) -> None:
             remedy="name another folder, or delete this one",
         )
     base = model_folder(given.model, given.revision, "MODEL")
+    check_weights(weight_files(base), "MODEL")
     tokenizer = None if given.tokenizer is None else given.tokenizer.expanduser()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.number_text import counted
 
 _SIZES = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
 _LAST_PORT = 65535
@@ -50,6 +51,23 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
             raise error
     if size > 1:
         _check_address(environ)
+
+
+def check_groups(processes: int, ranks: int) -> None:
+    """Check that processes can be divided into groups of `ranks` that share the tokens of a micro-batch.
+
+    Raises:
+        ConfigError: their number is no multiple of `ranks`.
+    """
+    if processes % ranks:
+        key = "parallelism.sequence_parallel"
+        raise ConfigError(
+            "the processes cannot be divided into groups of this size",
+            where=key,
+            got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+            expected=f"a divisor of {processes}",
+            remedy=f"set {key} to one, or start a multiple of {ranks} processes",
+        )
 
 
 def _number(name: str, environ: Mapping[str, str]) -> int:

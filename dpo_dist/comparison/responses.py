@@ -21,6 +21,7 @@ from dpo_dist.generation.sampling.respond import Numbers, respond
 from dpo_dist.generation.sampling.responder import ModelSource, Responder, open_responder
 from dpo_dist.generation.stages import Stages
 from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
@@ -79,7 +80,7 @@ class Speaker:
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
-        settle(packed, packed, world.device, longest, key=KEY)
+        settle(CheckedModel(packed, packed, world.device, longest, KEY))
         return packed
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:

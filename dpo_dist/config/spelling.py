@@ -45,6 +45,12 @@ def likely(word: str, known: Iterable[str]) -> list[str]:
     return []
 
 
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return a question after the likely names of `known`, with a space after it; empty if there are none."""
+    found = likely(word, known)
+    return f"did you mean {' or '.join(found)}? " if found else ""
+
+
 def _similarities(word: str, candidate: str) -> tuple[float, float]:
     """Return the similarity of the whole keys and that of their last parts, each from 0 to 1."""
     whole = difflib.SequenceMatcher(None, word, candidate).ratio()

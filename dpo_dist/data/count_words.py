@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_dist.data.sampler import BatchSampler
 from dpo_dist.number_text import counted
 
 _WORDS = {
@@ -116,3 +117,20 @@ def _kept(counts: Mapping[str, Any]) -> str:
     kept = f"{counts['kept']:,} of {counted(counts['read'], 'record')} kept"
     pairs = counts.get("pairs", counts["kept"])
     return kept if pairs == counts["kept"] else f"{kept}, {counted(pairs, 'example')} made of them"
+
+
+def describe_short_run(sampler: BatchSampler) -> list[str]:
+    """Return a line for the log if the dataset is small for the batch size, else none."""
+    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
+    times = -(-min(batch, sampler.total_pairs) // pairs)
+    if times > 1:
+        return [
+            f"warning: an epoch has {counted(pairs, 'pair')} and trainer.global_batch_pairs is {batch:,}: "
+            f"each pair occurs up to {times:,} times in one step"
+        ]
+    if sampler.steps == 1:
+        return [
+            f"warning: the whole run is 1 step: {counted(sampler.total_pairs, 'pair')} with "
+            f"trainer.global_batch_pairs={batch}; lower it or raise trainer.epochs"
+        ]
+    return []

@@ -16,6 +16,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
+from dpo_dist.distributed.checkpoint_manifest import check_sealed
 from dpo_dist.distributed.export_sources import (
     average_weight,
     member_adapter,
@@ -142,6 +143,7 @@ def _open_trained(sources: Sequence[Path], causal_lm: Any, start: Path | None, c
     adapter, adapters = config.model.adapter, []
     for folder, source in zip(sources, opened, strict=True):
         initial = RunFolder(folder.resolve().parents[1]).initial_adapter
+        check_sealed(initial)
         parts = [] if source.is_adapter else untrained_parts(adapter, start, initial)
         others = [(share, AdapterWeights.of_folder(part)) for share, part in parts]
         adapters.append(member_adapter(source, causal_lm, others))
@@ -241,7 +243,7 @@ def _on_disk(
 
 def _mapped(tensor: Tensor, file: Path) -> Tensor:
     """Write `tensor` to `file` and return it mapped from there: its memory can be taken back at any time."""
-    tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
+    file.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)  # tofile hides a full disk
     return torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(
         tensor.shape
     )

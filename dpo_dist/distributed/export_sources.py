@@ -21,11 +21,12 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_base import other_base
 from dpo_dist.model.adapter_files import adapted_layers_on_disk
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.folder import is_adapter, weight_files
+from dpo_dist.model.folder import is_adapter, local_model_folder, weight_files
 from dpo_dist.model.load import load_config
-from dpo_dist.model.safe_weights import check_adapter, check_safetensors
+from dpo_dist.model.safe_weights import check_adapter
 from dpo_dist.model.save import trained_update
 from dpo_dist.model.saved_modules import shared_weights
+from dpo_dist.model.weights_on_disk import check_weights
 
 _KEY = "export.average"
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
@@ -116,8 +117,9 @@ def _check_base(folder: Path, config: RunConfig) -> None:
 
 def _whole_model(folder: Path, causal_lm: Any, config: RunConfig) -> Source:
     """Return the model in a folder, which must be of the kind and sizes of `causal_lm`."""
+    local_model_folder(str(folder), None, _KEY)  # checks that it has weights, in safetensors
     files = weight_files(folder)
-    check_safetensors(folder, files, _KEY)
+    check_weights(files, _KEY)
     kinds = [
         text.get_text_config().model_type for text in (load_config(folder, config.model), causal_lm.config)
     ]

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.sequence_parallel import KEY
-from dpo_dist.number_text import counted
+from dpo_dist.launch_environment import check_groups
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:
@@ -27,14 +25,7 @@ def with_sequence_groups(world: World, ranks: int) -> World:
     """
     if ranks == 1:
         return world
-    if world.size % ranks:
-        raise ConfigError(
-            "the processes cannot be divided into groups of this size",
-            where=KEY,
-            got=f"{ranks}, with {counted(world.size, 'process', 'processes')}",
-            expected=f"a divisor of {world.size}",
-            remedy=f"set {KEY} to one, or start a multiple of {ranks} processes",
-        )
+    check_groups(world.size, ranks)
     timeout = timedelta(seconds=world.timeout_seconds)
     # Every rank creates every group, in the same order.
     groups = [

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import check_training, settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
@@ -18,6 +20,11 @@ class Engine(Protocol):
     @property
     def model(self) -> PackedCausalLM:
         """Return the model."""
+        ...
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective."""
         ...
 
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
@@ -40,9 +47,25 @@ def settle_engine(
     Raises:
         ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode.
     """
+    are_forwards_collective = engine.is_synchronised or world.sequence is not None
+
+    def agree(fault: str, seconds: float | None = None) -> str:
+        try:
+            return world.first_fault(fault, seconds if are_forwards_collective else None)
+        except TimeoutError:
+            raise ConfigError(
+                "the model's forward fails on one rank, and the others wait for it",
+                where=key,
+                got=f"{world.peers[world.rank]}: {fault}",
+                expected="the same on all ranks",
+                remedy="see the traceback in this rank's log; compare devices, drivers and packages of the "
+                "hosts, and remove what depends on the rank from the model's own code",
+            ) from None
+
     was_training = engine.model.training
     engine.model.eval()
-    settle(engine.model, engine.token_logps, world.device, max_length, world.agree, key)
+    checked = CheckedModel(engine.model, engine.token_logps, world.device, max_length, key, agree)
+    settle(checked)
     if trains:
-        check_training(engine.model, engine.token_logps, world.device, max_length, world.agree, key)
+        check_training(checked)
     engine.model.train(was_training)

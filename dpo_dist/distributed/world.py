@@ -184,6 +184,16 @@ class World:
         """Sum `tensor`, equal on all ranks of a replica, over replicas in place, and return it."""
         return self.sum(tensor if self.leads else tensor.zero_())
 
+    def first_fault(self, fault: str, seconds: float | None = None) -> str:
+        """Return the fault of the lowest rank that has one, as text; empty: none has.
+
+        A rank with a fault waits for the others for `seconds` (None: without a limit), and then raises
+        `TimeoutError`. An error must leave `watch`, which ends the others.
+        """
+        if self.size > 1:
+            self.waits.wait(self.control, seconds if fault else None)
+        return next((found for found in self.gather(fault) if found), "")
+
     def agree(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank, without use of the device."""
         if self.size == 1:

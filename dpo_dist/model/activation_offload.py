@@ -58,9 +58,8 @@ def offload_inputs(causal_lm: nn.Module, elsewhere: Elsewhere) -> None:
     """
     layers: list[Any] = decoder_layers(causal_lm)
     for layer in layers:
-        if layer.gradient_checkpointing:
-            checkpoint = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint, elsewhere)
+        checkpoint = layer._gradient_checkpointing_func  # of layers that keep their activations: not called
+        layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint, elsewhere)
 
 
 def _checkpointed(checkpoint: Callable[..., Any], elsewhere: Elsewhere, *arguments: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _NUMBERS = ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")
@@ -75,6 +75,16 @@ def _partner(name: str) -> str:
 
 def _first(names: Collection[str]) -> str:
     return f"{min(names)} ({len(names)} in all)"
+
+
+def unreadable(file: Path, error: Exception) -> ConfigError:
+    """Return the error of an adapter whose weights `file` is missing, incomplete or no safetensors file."""
+    return ConfigError(
+        "the weights of the adapter cannot be read",
+        where="model.adapter.path",
+        got=f"{file}: {first_line(error)}",
+        remedy="save or download the adapter again",
+    )
 
 
 def unsupported(folder: Path, got: str) -> ConfigError:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig, Quantization
-from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.model.adapter_checks import check_matrices, check_values, unsupported
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapter_checks import check_matrices, check_values, unreadable, unsupported
 from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -211,12 +211,7 @@ def _modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
             names = sorted(name for name in weights.keys() if not is_repeated(name))  # noqa: SIM118
             dimensions = {name: len(weights.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            "the weights of the adapter cannot be read",
-            where=_KEY,
-            got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
-            remedy="save or download the adapter again",
-        ) from error
+        raise unreadable(folder / ADAPTER_WEIGHTS, error) from error
     check_matrices(dimensions, PEFT_PREFIX, folder)
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
     check_values(found, folder)

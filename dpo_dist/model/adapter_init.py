@@ -7,6 +7,7 @@ residual is rounded. At the start the difference is exactly 0, without the adapt
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _read_initial(causal_lm: Any, name: str, folder: Path) -> None:
             if isinstance(layer, LoraLayer) and name in layer.lora_A:
                 for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
                     _set(matrices[name].weight, initial.read(f"{layer_name}.{part}.weight"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (ConfigError, OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
             "the initial values of the adapter are damaged",
             where="model.adapter.init",
@@ -124,8 +125,17 @@ class _FromInitial(LoraVariant):  # type: ignore[misc]
         return updated
 
 
-def write_initial(causal_lm: Any, name: str, folder: Path) -> None:
-    """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine."""
+def write_initial(
+    causal_lm: Any, name: str, folder: Path, finish: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine.
+
+    Args:
+        causal_lm: with the adapter.
+        name: of the adapter.
+        folder: to write, which appears when it is complete.
+        finish: called with the folder of the written files before.
+    """
     weights = {
         key: weight.detach().cpu()
         for key, weight in causal_lm.named_parameters()
@@ -134,3 +144,4 @@ def write_initial(causal_lm: Any, name: str, folder: Path) -> None:
     found = AdapterWeights.of_model(causal_lm.peft_config[name], weights, weights.__getitem__)
     with staged_folder(folder) as temporary:
         write_adapter(temporary, found.config, {key: found.read(key) for key in sorted(found.names)})
+        finish(temporary)

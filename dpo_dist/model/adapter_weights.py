@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_dist.errors import first_line
-from dpo_dist.model.adapter_checks import unsupported
+from dpo_dist.model.adapter_checks import unreadable, unsupported
 from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -43,7 +43,7 @@ class AdapterWeights:
         """Return the adapter that peft or a run wrote into `folder`.
 
         Raises:
-            ConfigError: peft cannot read its configuration.
+            ConfigError: its weights cannot be read, or peft cannot read its configuration.
         """
         file = folder / ADAPTER_WEIGHTS
 
@@ -52,8 +52,11 @@ class AdapterWeights:
                 tensor: Tensor = weights.get_tensor(PEFT_PREFIX + name)
                 return tensor
 
-        with safe_open(file, "pt") as weights:
-            own = [name for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
+        try:
+            with safe_open(file, "pt") as weights:
+                own = [name for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
         names = frozenset(name.removeprefix(PEFT_PREFIX) for name in own)
         try:
             config = LoraConfig.from_pretrained(folder)

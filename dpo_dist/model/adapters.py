@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
 from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.spelling import suggestion
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
@@ -265,16 +266,16 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     targets: list[str] = adapter.target_modules
     for target in targets:
         if not any(_matches(name, target) for name in layers):
+            short = sorted({name.rpartition(".")[2] for name in layers})
+            existing = f"{suggestion(target, short)}name existing layers"
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model",
                 where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
                 got=target,
-                expected="all-linear, or a list of "
-                + ", ".join(sorted({n.rpartition(".")[2] for n in layers})),
+                expected=f"all-linear, or a list of {', '.join(short)}",
                 remedy="set model.path to the base that the adapter was trained on"
                 if adapter.continues
-                else "name existing layers; model.adapter.modules_to_save trains the output layer and "
-                "embeddings in full",
+                else f"{existing}; model.adapter.modules_to_save trains embeddings and output layer in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 

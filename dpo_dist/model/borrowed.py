@@ -10,6 +10,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention_backend import choose_backend
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.supported import check_supported, check_text
@@ -51,7 +52,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
     try:
         backend = choose_backend(AttentionBackend.auto, dtype, model.device)
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
-        settle(packed, packed, model.device, longest, key="model")
+        settle(CheckedModel(packed, packed, model.device, longest, "model"))
         yield packed
     finally:
         if packed is not None:

@@ -6,17 +6,18 @@ arrangement is tried. The model's own forward is also shown to be causal.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
+from dpo_dist.model.checked import LAST_SECONDS, CheckedModel
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.trial import Score, Trial, attempted, changes_in_training
+from dpo_dist.model.sequence_parallel import cannot_be_shared
+from dpo_dist.model.trial import Trial, changes_in_training
 
 log = logging.getLogger(__name__)
 
@@ -24,30 +25,15 @@ log = logging.getLogger(__name__)
 _SPARE_POSITIONS = 8
 
 
-def settle(
-    model: PackedCausalLM,
-    score: Score,
-    device: torch.device,
-    max_length: int,
-    agree: Callable[[bool], bool] = lambda flag: flag,
-    key: str = "model.path",
-) -> None:
-    """Arrange `model` in the cheapest way that computes the log-probs of its own forward; collective.
-
-    Args:
-        model: in evaluation mode, in an engine or not.
-        score: scores a batch on `device` by `model`.
-        device: of the forward.
-        max_length: the longest prompt plus response, in tokens.
-        agree: returns whether a flag is true on any rank; collective.
-        key: the configuration key to name in an error.
+def settle(checked: CheckedModel) -> None:
+    """Arrange a model in the cheapest way that computes the log-probs of its own forward; collective.
 
     Raises:
         ConfigError: the model is not causal or is random, its own forward fails, or it has too few positions.
     """
-    kind = model.causal_lm.config.model_type
-    check_positions(model.causal_lm, max_length, key)
-    trial = _tried(model, score, device, max_length, agree, key)
+    model, kind, max_length = checked.model, checked.kind, checked.max_length
+    check_positions(model.causal_lm, max_length, checked.key)
+    trial = _tried(checked)
     failures: list[str] = []
     for arrangement, own_logits in _ladder(model, max_length):
         after = max_length if model.mixes_lengths(max_length) else 0
@@ -57,13 +43,15 @@ def settle(
             break
         failures.append(f"{_described(arrangement, own_logits)}: {fault}")
     else:
-        _check_not_random(trial, kind, key)
+        _check_not_random(trial, checked)
+        if model.sequence is not None:
+            raise cannot_be_shared(kind, model.sequence.ranks, "; ".join(failures))
         raise ConfigError(
             "training would not compute the log-probs of this model's own forward",
-            where=key,
-            got=f"{kind}, {'; '.join(failures) or 'which cannot be packed, as sequence parallelism needs'}",
+            where=checked.key,
+            got=f"{kind}, {'; '.join(failures)}",
             expected="differences that rounding explains",
-            remedy="set parallelism.sequence_parallel=1" if model.sequence else "choose another model",
+            remedy="choose another model",
         )
     for failure in failures:
         log.info("%s, %s", kind, failure)
@@ -72,93 +60,78 @@ def settle(
         log.warning(text, kind, f"{model.causal_lm.config.get_text_config().vocab_size:,} values")
 
 
-def check_training(
-    model: PackedCausalLM,
-    score: Score,
-    device: torch.device,
-    max_length: int,
-    agree: Callable[[bool], bool] = lambda flag: flag,
-    key: str = "model.path",
-) -> None:
-    """Check that a settled `model` computes the same log-probs in training mode; collective.
+def check_training(checked: CheckedModel) -> None:
+    """Check that a settled model computes the same log-probs in training mode; collective.
 
-    Args: as of `settle`. The model is in training mode afterwards.
+    The model is in training mode afterwards.
 
     Raises:
         ConfigError: it does not, as with dropout in code of its own that no option switches off, or it fails.
     """
-    change, fault = attempted(lambda: changes_in_training(model, score, device, max_length))
-    if agree(change is None) or change is None:
+    change, fault = checked.attempt(lambda: changes_in_training(checked), LAST_SECONDS)
+    if change is None:
         raise ConfigError(
             "the model cannot score a sequence of tokens in training mode",
-            where=key,
-            got=f"{model.causal_lm.config.model_type}, {fault or 'an error on another rank'}",
+            where=checked.key,
+            got=f"{checked.kind}, {fault}",
             expected="the forward of evaluation mode",
             remedy="remove what the model's own code does in training mode only, or choose another model",
         )
-    if agree(bool(change)):
+    if change := checked.agree(change):
         raise ConfigError(
             "log-probs of this model are others in training mode",
-            where=key,
-            got=f"{model.causal_lm.config.model_type}, {change or 'on another rank'}",
+            where=checked.key,
+            got=f"{checked.kind}, {change}",
             expected="a forward without dropout or noise, as policy and reference compute the same function",
             remedy="remove dropout and noise from the model's own code, or choose another model",
         )
 
 
-def _tried(
-    model: PackedCausalLM,
-    score: Score,
-    device: torch.device,
-    max_length: int,
-    agree: Callable[[bool], bool],
-    key: str,
-) -> Trial:
+def _tried(checked: CheckedModel) -> Trial:
     """Return the trial of a model whose own forward is causal; collective.
 
     Raises:
         ConfigError: the forward fails, is not causal, or gives log-probs that are not finite.
     """
-    kind = model.causal_lm.config.model_type
-    trial, fault = attempted(lambda: Trial(model, score, device, max_length, agree))
-    if agree(trial is None) or trial is None:
+    trial, fault = checked.attempt(lambda: Trial(checked), LAST_SECONDS)
+    if trial is None:
         raise ConfigError(
             "the model's own forward cannot score a sequence of tokens",
-            where=key,
-            got=f"{kind}, {fault or 'an error on another rank'}",
+            where=checked.key,
+            got=f"{checked.kind}, {fault}",
             expected="causal_lm(input_ids=...).logits",
             remedy="choose a causal language model",
         )
-    if agree(not bool(trial.plain.isfinite().all())):
+    lost = int((~trial.plain.isfinite()).sum())
+    if fault := checked.agree(f"{lost} of {len(trial.plain)} of invented tokens" if lost else ""):
         raise ConfigError(
             "the model computes log-probs that are not finite",
-            where=key,
-            got=f"{kind}, {int((~trial.plain.isfinite()).sum())} of {len(trial.plain)} of invented tokens",
+            where=checked.key,
+            got=f"{checked.kind}, {fault}",
             remedy="check the model's weights, or set model.dtype=fp32",
         )
-    if agree(not trial.is_causal):
-        _check_not_random(trial, kind, key)
+    if change := checked.agree("" if trial.is_causal else f"{float(trial.future.max()):.2g} nats"):
+        _check_not_random(trial, checked)
         raise ConfigError(
             "this model is not causal: its log-probs depend on later tokens",
-            where=key,
-            got=f"{kind}, of which a log-prob changes by {float(trial.future.max()):.2g} nats with the "
-            "tokens after it",
+            where=checked.key,
+            got=f"{checked.kind}, of which a log-prob changes by {change} with the tokens after it",
             remedy="choose a causal language model",
         )
     return trial
 
 
-def _check_not_random(trial: Trial, kind: str, key: str) -> None:
+def _check_not_random(trial: Trial, checked: CheckedModel) -> None:
     """Check that the model's own forward repeats its log-probs; collective.
 
     Raises:
         ConfigError: it does not, which also looks like the dependence on other tokens.
     """
-    if trial.random_change:
+    if change := trial.random_change:
         raise ConfigError(
             "log-probs of this model are random: the same tokens have others in each forward",
-            where=key,
-            got=f"{kind}, of which they change by {trial.random_change:.2g} nats in the mean",
+            where=checked.key,
+            got=f"{checked.kind}, of which they change {change}",
             expected="a forward without dropout or noise in evaluation mode",
             remedy="remove dropout and noise from the model's own code, or choose another model",
         )

@@ -108,15 +108,16 @@ class PeakFlops:
 def count_flops(
     config: PretrainedConfig, adapter: AdapterConfig | None = None, *, trust_remote_code: bool = False
 ) -> StepFlops:
-    """Return the FLOPs of a training step of a model.
+    """Return `step_flops` of the model of a configuration.
 
-    With an adapter the weights of the model are frozen: their gradients are not counted. The matrices of the
-    adapter are counted, and the gradients of modules that it trains in full. DoRA's operations once per step
-    and layer are not counted.
+    Raises:
+        ConfigError: transformers cannot make a model of this configuration.
+    """
+    return step_flops(without_weights(config, trust_remote_code=trust_remote_code), adapter)
 
-    Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
-    looked up, and experts (three dimensions, the first of them the experts), of which a token visits
-    its configuration's number. Norms, rotations and softmax are not counted.
+
+def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """Return the causal language model of a configuration on the meta device.
 
     Raises:
         ConfigError: transformers cannot make a model of this configuration.
@@ -126,7 +127,7 @@ def count_flops(
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()
         with torch.device("meta"):
-            causal_lm = model_class(config)
+            return model_class(config)
     except ConfigError:
         raise
     except Exception as error:  # an architecture's constructor can raise anything
@@ -136,7 +137,20 @@ def count_flops(
             got=f"{config.model_type}: {type(error).__name__}: {error}",
             remedy="check config.json against that of the original model",
         ) from error
-    text, output = config.get_text_config(), causal_lm.get_output_embeddings().weight
+
+
+def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlops:
+    """Return the FLOPs of a training step of a model, of which no tensor is used.
+
+    With an adapter the weights of the model are frozen: their gradients are not counted. The matrices of the
+    adapter are counted, and the gradients of modules that it trains in full. DoRA's operations once per step
+    and layer are not counted.
+
+    Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
+    looked up, and experts (three dimensions, the first of them the experts), of which a token visits
+    its configuration's number. Norms, rotations and softmax are not counted.
+    """
+    text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
     visited_experts = _visited_experts(text)

@@ -11,16 +11,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.model.activation_offload import PinnedMemory, check_offload, offload_inputs
+from dpo_dist.model.activation_offload import PinnedMemory, offload_inputs
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
-from dpo_dist.model.attention_backend import check_kernels, choose_backend, heads_of_layers
+from dpo_dist.model.attention_backend import check_kernels, choose_backend
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
+from dpo_dist.model.layers import checkpoint_layers, use_liger
 from dpo_dist.model.numerics import check_precision
+from dpo_dist.model.option_checks import check_device, check_shared_tokens
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
-from dpo_dist.model.sequence_parallel import TokenExchange, check_heads
+from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.model.supported import (
     check_causal_class,
     check_supported,
@@ -103,15 +104,9 @@ def load_packed(
     check_supported(model_config, max_length)
     text = model_config.get_text_config()
     if sequence is not None:
-        for heads in heads_of_layers(text):
-            check_heads(heads, sequence.ranks)
+        check_shared_tokens(model_config, sequence.ranks)
     check_kernels(backend, device, text, TORCH_DTYPES[config.dtype])
-    if config.liger:
-        check_liger(model_config.model_type, device)
-    if config.compile:
-        check_compiler(device)
-    if config.activation_offload:
-        check_offload(device)
+    check_device(config, model_config.model_type, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)

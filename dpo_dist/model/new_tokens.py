@@ -21,7 +21,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.description import copy_description
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.merge import names_in_model
-from dpo_dist.model.save import copy_tokenizer, writing_errors
+from dpo_dist.model.save import copy_tokenizer, save_tokenizer, writing_errors
 from dpo_dist.model.shards import Shards, tensors_of
 
 
@@ -78,7 +78,7 @@ def write_extended(
         shards.close()
         copy_description(base, temporary, None, {"vocab_size": rows})
         if tokens:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         else:
             copy_tokenizer(source, temporary)
     return Extended(_ids(tokenizer), former, rows)
@@ -90,13 +90,13 @@ def _add_tokens(
     """Add special tokens to a tokenizer that has the tokens of the base.
 
     Raises:
-        ConfigError: a token exists, is repeated, or the base has it with another id.
+        ConfigError: a token exists, is empty or repeated, or the base has it with another id.
     """
     vocabulary = tokenizer.get_vocab()
     repeated = {token for token, count in Counter(tokens).items() if count > 1}
-    if present := sorted(repeated | (set(tokens) & vocabulary.keys())):
+    if present := sorted(repeated | (set(tokens) & {"", *vocabulary})):
         raise ConfigError(
-            "a new token is one of the tokenizer, or named twice",
+            "a new token is empty, one of the tokenizer, or named twice",
             where="--tokens",
             got=", ".join(map(repr, present[:3])),
             remedy="name only tokens that it lacks, each once",

@@ -33,6 +33,8 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
+# In the errors of the library of tokenizers, which all have the class Exception.
+_OF_SYSTEM = "(os error "
 _REMEDY = "free disk space, or name another folder"
 
 
@@ -100,9 +102,23 @@ def write_tokenizer(
 ) -> None:
     """Write the files of a tokenizer from `read_tokenizer`; None: those of `tokenizer`."""
     if files is None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     else:
         _write_files(folder, files)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of a tokenizer as transformers does.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if _OF_SYSTEM not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 def write_card(folder: Path, card: Callable[[], str] | None) -> None:

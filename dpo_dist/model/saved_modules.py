@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from dpo_dist.config.spelling import suggestion
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
 
@@ -59,12 +60,13 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     for one in wanted:
         matching = {name for name in plain if name == one or name.endswith(f".{one}")}
         if not matching:
+            short = sorted({name.rpartition(".")[2] for name in plain})
             raise ConfigError(
                 "a module to train in full is not one of this model",
                 where=KEY,
                 got=one,
-                expected=", ".join(sorted({name.rpartition(".")[2] for name in plain})),
-                remedy="name modules that have unquantized weights of their own",
+                expected=", ".join(short),
+                remedy=f"{suggestion(one, short)}name modules that have unquantized weights of their own",
             )
         found |= matching
     if len(shared := _shared_pair(causal_lm)) == 2 and len(found & set(shared)) == 1:

@@ -66,6 +66,24 @@ def check_heads(heads: Heads, ranks: int) -> None:
         )
 
 
+def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigError:
+    """Return the error for a model of which several ranks cannot share the tokens of a micro-batch.
+
+    Args:
+        model_type: of the model.
+        ranks: that would share them.
+        fault: what is not exact in the packed forward; empty: its architecture cannot be packed.
+    """
+    why = fault or "which computes each response in a row of its own"
+    return ConfigError(
+        "sequence parallelism needs packed attention, and this model cannot be packed",
+        where=f"{KEY}, model.path",
+        got=f"{ranks}, {model_type}, {why}",
+        expected=f"{KEY}=1, or a model whose layers mix tokens in attention only",
+        remedy=f"set {KEY}=1; model.gradient_checkpointing=full saves memory for long sequences",
+    )
+
+
 def _divides(heads: Heads, ranks: int) -> bool:
     return heads.query % ranks == 0 and (heads.key % ranks == 0 or ranks % heads.key == 0)
 

@@ -46,19 +46,58 @@ def tile_mlps(causal_lm: Any, tile_tokens: int, device: torch.device, dtype: tor
     return mlps
 
 
+def check_mlps(causal_lm: Any) -> None:
+    """Check the modules of the MLPs of a model; `tile_mlps` also tries them.
+
+    Args:
+        causal_lm: a transformers model; its tensors are not used.
+
+    Raises:
+        ConfigError: a layer has no MLP of matrices that maps a hidden state to one.
+    """
+    width = causal_lm.config.get_text_config().hidden_size
+    for layer in decoder_layers(causal_lm):
+        mlp = _mlp_of(layer)
+        if mlp is None or not _has_only_matrices(mlp) or not _maps_hidden_states(mlp, width):
+            raise _not_tokenwise(layer, mlp)
+
+
 def _mlp(layer: nn.Module, width: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the MLP of a layer, which is a module `mlp` of matrices and functions without weights."""
-    mlp = dict(layer.named_children()).get("mlp")
+    mlp = _mlp_of(layer)
     if mlp is None or not _has_only_matrices(mlp) or not _is_tokenwise(mlp, width, device, dtype):
-        found = "no module `mlp`" if mlp is None else f"{type(mlp).__name__}, which is not one"
-        raise ConfigError(
-            "a layer of this architecture has no MLP that can be computed in tiles of tokens",
-            where=KEY,
-            got=f"{type(layer).__name__} with {found}",
-            expected="an MLP in every layer that computes each token alone, without experts",
-            remedy=f"set {KEY}=null",
-        )
+        raise _not_tokenwise(layer, mlp)
     return mlp
+
+
+def _mlp_of(layer: nn.Module) -> nn.Module | None:
+    return dict(layer.named_children()).get("mlp")
+
+
+def _not_tokenwise(layer: nn.Module, mlp: nn.Module | None) -> ConfigError:
+    found = "no module `mlp`" if mlp is None else f"{type(mlp).__name__}, which is not one"
+    return ConfigError(
+        "a layer of this architecture has no MLP that can be computed in tiles of tokens",
+        where=KEY,
+        got=f"{type(layer).__name__} with {found}",
+        expected="an MLP in every layer that computes each token alone, without experts",
+        remedy=f"set {KEY}=null",
+    )
+
+
+def _maps_hidden_states(mlp: nn.Module, width: int) -> bool:
+    """Return whether an MLP on the meta device has one argument and one result, [..., tokens, width]."""
+    weight = next(mlp.parameters())
+    if not weight.is_meta:
+        return True
+    try:
+        with torch.no_grad():
+            whole = mlp(torch.empty(1, _TRIED_TOKENS, width, device="meta", dtype=weight.dtype))
+    except NotImplementedError:  # an operation without a computation of shapes
+        return True
+    except (TypeError, RuntimeError):
+        return False
+    return isinstance(whole, Tensor) and whole.shape == (1, _TRIED_TOKENS, width)
 
 
 def _has_only_matrices(mlp: nn.Module) -> bool:

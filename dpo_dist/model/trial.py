@@ -8,10 +8,10 @@ show without such noise: two forwards of one shape, of which only other response
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,8 @@ from torch import Tensor
 
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
-from dpo_dist.errors import DeviceMemoryError, first_line
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.checked import LADDER_SECONDS, CheckedModel
 from dpo_dist.model.layer_options import layer_values
-
-T = TypeVar("T")
-Score = Callable[[PackedBatch], Tensor]
-"""Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
 
 _USUAL_LENGTH = 96
 # Sequences of this length are tried at most: their scores would cost more than the start of a run.
@@ -56,11 +51,7 @@ class Trial:
     """Invented sequences, and their log-probs by the model's own forward of one row at a time.
 
     Args:
-        model: in evaluation mode.
-        score: scores a batch on `device` by `model`.
-        device: of the forward.
-        max_length: the longest prompt plus response, in tokens.
-        agree: returns whether a flag is true on any rank; collective.
+        checked: in evaluation mode.
 
     Attributes:
         is_float32: whether the model computes in float32.
@@ -69,18 +60,12 @@ class Trial:
         future: float32 [targets of the first response], the effect of tokens after them in a longer row.
     """
 
-    def __init__(
-        self,
-        model: PackedCausalLM,
-        score: Score,
-        device: torch.device,
-        max_length: int,
-        agree: Callable[[bool], bool],
-    ):
-        self._model, self._score, self._device, self._agree = model, score, device, agree
-        self._sequences = trial_sequences(model.causal_lm, max_length)
+    def __init__(self, checked: CheckedModel):
+        model = checked.model
+        self._checked, self._model, self._agree = checked, model, checked.agree
+        self._sequences = trial_sequences(model.causal_lm, checked.max_length)
         self._batch = _pack(self._sequences)
-        self.is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
+        self.is_int8 = checked.is_int8
         self.is_float32 = next(model.parameters()).dtype == torch.float32 and not self.is_int8
         self.plain = self._scores(self._batch, Arrangement.single, own_logits=True)
         prompt, (first, second) = self._sequences[0].prompt_ids, self._sequences[0].responses
@@ -90,10 +75,9 @@ class Trial:
         one, other = scores.view(2, -1)[:, :count]
         self.future = (one - other).abs()
 
-    @torch.no_grad()
     def _scores(self, batch: PackedBatch, arrangement: Arrangement, *, own_logits: bool) -> Tensor:
         self._model.arrange(arrangement, own_logits=own_logits)
-        return self._score(batch.to(self._device)).float().cpu()
+        return self._checked.scores(batch)
 
     @property
     def spread(self) -> float:
@@ -108,15 +92,16 @@ class Trial:
         share = _INT8_OTHERS if self.is_int8 else _FUTURE
         return float(self.future.mean()) <= share * self.spread
 
-    @cached_property
-    def random_change(self) -> float:
-        """Mean change of the plain log-probs from one forward to the next, in nats; collective.
+    @property
+    def random_change(self) -> str:
+        """Mean change of the plain log-probs from one forward to the next, in words; collective.
 
-        0 if rounding explains it, as by kernels that round otherwise each time.
+        Empty if rounding explains it, as by kernels that round otherwise each time.
         """
         one, other = (self._scores(self._batch, Arrangement.single, own_logits=True) for _ in range(2))
         change = float((one - other).abs().mean())
-        return change if self._agree(not change <= _ROUNDING + _TYPICAL * self.spread) else 0.0
+        is_rounding = change <= _ROUNDING + _TYPICAL * self.spread
+        return self._agree("" if is_rounding else f"by {change:.2g} nats in the mean")
 
     def fault(self, arrangement: Arrangement, *, own_logits: bool, after: int = 0) -> str:
         """Return why this arrangement of the model is not exact on some rank; empty: it is. Collective.
@@ -136,12 +121,11 @@ class Trial:
                 return found, (0.0, 0.0)
             return found, self._effect_of_neighbours(found, arrangement, own_logits=own_logits)
 
-        result, raised = attempted(scored)
-        if self._agree(result is None) or result is None:
-            return raised or _ELSEWHERE
+        result, raised = self._checked.attempt(scored, LADDER_SECONDS)
+        if result is None:
+            return raised
         found, neighbours = result
-        text = self._difference((found - self.plain).abs(), neighbours)
-        return (text or _ELSEWHERE) if self._agree(bool(text)) else ""
+        return self._agree(self._difference((found - self.plain).abs(), neighbours))
 
     def _long(self, tokens: int) -> Sequences:
         """Return one response of one token, `tokens` with its prompt."""
@@ -176,11 +160,11 @@ class Trial:
         effect, repeated = neighbours
         allowed = max(_REPEATS * repeated, _INT8_OTHERS * self.spread if self.is_int8 else 0.0)
         is_explained = mean <= typical and median <= typical and largest <= most and effect <= allowed
-        if not self._agree(not is_explained):
+        if not self._agree("" if is_explained else text):
             return ""
-        changes, raised = attempted(lambda: self._noise)
-        if self._agree(changes is None) or changes is None:
-            return f"{text}; what rounding explains cannot be measured: {raised or _ELSEWHERE}"
+        changes, raised = self._checked.attempt(lambda: self._noise, LADDER_SECONDS)
+        if changes is None:
+            return f"{text}; what rounding explains cannot be measured: {raised}"
         noise = _summary(changes)
         if not effect <= max(allowed, _NEIGHBOUR_NOISES * noise[1]):
             return f"log-probs change by {effect:.2g} nats with the tokens of other responses"
@@ -204,35 +188,20 @@ class Trial:
         return torch.cat(draws).abs()
 
 
-def changes_in_training(model: PackedCausalLM, score: Score, device: torch.device, max_length: int) -> str:
-    """Return in words how log-probs change when `model` goes to training mode, where it stays; empty: not.
+def changes_in_training(checked: CheckedModel) -> str:
+    """Return in words how log-probs change when the model goes to training mode, where it stays; empty: not.
 
     Forwards of one shape round alike, but for kernels that round otherwise each time.
     """
-    batch = _pack(trial_sequences(model.causal_lm, max_length)).to(device)
-    with torch.no_grad():
-        before, again = (score(batch).float().cpu() for _ in range(2))
-        model.train()
-        changed = (score(batch).float().cpu() - before).abs()
-    typical = _ROUNDING + _TYPICAL * float(before.std()) + _REPEATS * float((again - before).abs().mean())
+    batch = _pack(trial_sequences(checked.model.causal_lm, checked.max_length))
+    before, again = (checked.scores(batch) for _ in range(2))
+    checked.model.train()
+    changed = (checked.scores(batch) - before).abs()
+    # Off CUDA, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+    share = _INT8_OTHERS if checked.is_int8 and checked.device.type != "cuda" else _TYPICAL
+    typical = _ROUNDING + share * float(before.std()) + _REPEATS * float((again - before).abs().mean())
     mean = float(changed.mean())
     return "" if mean <= typical else f"by {mean:.2g} nats in the mean"
-
-
-_ELSEWHERE = "fails on another rank"
-
-
-def attempted(work: Callable[[], T]) -> tuple[T | None, str]:
-    """Return the result of `work` and no text, or None and the first line of its error.
-
-    A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
-    """
-    try:
-        return work(), ""
-    except (DeviceMemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        return None, first_line(error) or type(error).__name__
 
 
 def _summary(differences: Tensor) -> tuple[float, float, float]:

@@ -17,7 +17,7 @@ from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
-from dpo_dist.data.count_words import describe_counts
+from dpo_dist.data.count_words import describe_counts, describe_short_run
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
 from dpo_dist.data.encoded_source import array_files
@@ -28,12 +28,12 @@ from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.model.adapter_base import base_notes
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
-from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
+from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.option_checks import check_device, check_modules, check_shared_tokens
 from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.model.supported import check_supported, training_notes
-from dpo_dist.number_text import counted
 from dpo_dist.objective.router_losses import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
@@ -126,13 +126,15 @@ class Inputs(ModelInputs):
         return [file for folder in sorted(folders) for file in array_files(folder)]
 
 
-def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
+def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bool = False) -> Inputs:
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+
+    With `trains`, options of the policy's training are checked before any large file is read.
 
     Raises:
         ConfigError, DataError: they cannot be read, or do not fit the configuration.
     """
-    models, encode = _load_models(config, world, console, config.loss.router)
+    models, encode = _load_models(config, world, console, config.loss.router, trains=trains)
     eval_set = None
     if config.data.eval_sources:
         eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
@@ -162,7 +164,12 @@ def load_evaluation_inputs(config: RunConfig, world: World, console: Console) ->
 
 
 def _load_models(
-    config: RunConfig, world: World, console: Console, routers: RouterConfig | None = None
+    config: RunConfig,
+    world: World,
+    console: Console,
+    routers: RouterConfig | None = None,
+    *,
+    trains: bool = False,
 ) -> tuple[ModelInputs, _Encode]:
     """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
@@ -171,6 +178,14 @@ def _load_models(
     tokenizer = load_tokenizer(own_tokenizer, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
+    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
+    adapter = trained_adapter(config.model, start)
+    with whole_loading(world):  # a sharded model has no shapes to count
+        causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    flops = step_flops(causal_lm, adapter)
+    if trains:
+        world.together(lambda: check_device(config.model, model_config.model_type, world.device))
+        check_modules(causal_lm, config.model, adapter)
     router = router_loss(routers, model_config)
     notes = training_notes(model_config, config.data.max_length)
     for note in [*router_notes(routers, model_config), *notes, *base_notes(config.model, start)]:
@@ -184,9 +199,6 @@ def _load_models(
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    adapter = trained_adapter(config.model, start)
-    with whole_loading(world):  # a sharded model has no shapes to count
-        flops = count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
     return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
 
 
@@ -281,20 +293,3 @@ def shared_model_folder(
     found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     world.on_main(found, downloading)
     return world.together(found, downloading)
-
-
-def describe_short_run(sampler: BatchSampler) -> list[str]:
-    """Return a line for the log if the dataset is small for the batch size, else none."""
-    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
-    times = -(-min(batch, sampler.total_pairs) // pairs)
-    if times > 1:
-        return [
-            f"warning: an epoch has {counted(pairs, 'pair')} and trainer.global_batch_pairs is {batch:,}: "
-            f"each pair occurs up to {times:,} times in one step"
-        ]
-    if sampler.steps == 1:
-        return [
-            f"warning: the whole run is 1 step: {counted(sampler.total_pairs, 'pair')} with "
-            f"trainer.global_batch_pairs={batch}; lower it or raise trainer.epochs"
-        ]
-    return []

@@ -14,7 +14,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint_export import export_models
 from dpo_dist.distributed.checkpoint_loading import read_state
-from dpo_dist.errors import ConfigError, RunOutcome
+from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint
+from dpo_dist.errors import ConfigError, RunOutcome, first_line
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.folder import model_folder
 from dpo_dist.reference.digest import digest_model
@@ -110,7 +111,11 @@ def _model_digest(checkpoint: Path) -> str:
 
 def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
     """Return the model card of a checkpoint; "" if its run has not recorded its data."""
-    folder, state, step = RunFolder.of(config), read_state(checkpoint), step_of(checkpoint.name)
+    folder, step = RunFolder.of(config), step_of(checkpoint.name)
+    try:
+        state = read_state(checkpoint)
+    except (OSError, ValueError) as error:  # its run has removed it meanwhile
+        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
     counts = state.get("counts") or _read(folder.summary).get("data")
     if counts is None:  # of an earlier version, before the end of its run
         console.say("warning: no model card: this run has no counts of its data yet")

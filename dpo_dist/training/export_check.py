@@ -23,6 +23,7 @@ from dpo_dist.errors import CheckpointError, ConfigError, DataError, first_line
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.adapter_weights import stack, write_adapter
 from dpo_dist.model.adapters import adapted_layers, load_adapter
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
@@ -163,7 +164,7 @@ def _trained_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs by the packed forward of training: of the trained weights, rounded ones, the base."""
     model = load_packed(exported.base, _on_cpu(config.model), config.data.max_length, _CPU).eval()
-    settle(model, model, _CPU, config.data.max_length)
+    settle(CheckedModel(model, model, _CPU, config.data.max_length))
     keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
     batch = pack(pairs, keys)
     base = model(batch)

@@ -1,5 +1,6 @@
 """The checkpoint and the folder of an export; imports no torch, so that errors appear at once."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def find_output(config: RunConfig, sources: Sequence[Path]) -> Path:
     own = "average" if config.export.average else sources[0].name
     own += (weights is ExportedWeights.ema) * "-ema" + config.export.merge * "-merged"
     folder = RunFolder.of(config).exported(own) if named is None else Path(named).expanduser()
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         raise ConfigError(
             "the folder to write exists",
             where="export.output",

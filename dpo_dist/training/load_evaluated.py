@@ -9,6 +9,7 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint_loading import open_checkpoint, read_state
+from dpo_dist.distributed.checkpoint_manifest import check_sealed
 from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
@@ -121,6 +122,7 @@ def _load_trained(
     """Give a model the weights that training changed: its own, or those of an adapter; collective."""
     if config.model.adapter is not None:
         run = RunFolder(folder.resolve().parents[1])
+        world.on_main(lambda: check_sealed(run.initial_adapter))
         initial = initial_values(config.model.adapter, run.initial_adapter)
         add_adapter(model, config.model, config.trainer.seed, start, initial)
     load_checkpoint_weights(model, folder, world)

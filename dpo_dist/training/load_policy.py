@@ -1,9 +1,12 @@
 """Load the policy at its start: model, adapter, engine."""
 
-from dpo_dist.config.adapter_schema import splits_base
+from pathlib import Path
+
+from dpo_dist.config.adapter_schema import AdapterConfig, splits_base
 from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.checkpoint_manifest import check_sealed, seal
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.world import World
@@ -34,7 +37,13 @@ def _add_adapter(model: PackedCausalLM, config: RunConfig, inputs: ModelInputs, 
     """
     run, seed, start = RunFolder.of(config), config.trainer.seed, inputs.policy_files.adapter
     adapter, resumes = config.model.adapter, world.on_main(lambda: bool(checkpoint_folders(run.checkpoints)))
-    initial = world.on_main(lambda: initial_values(adapter, run.initial_adapter)) if resumes else None
+    initial = world.on_main(lambda: _initial(adapter, run.initial_adapter)) if resumes else None
     add_adapter(model, config.model, seed, start, initial)
     if splits_base(adapter.init) and not resumes:
-        write_on_main(lambda: write_initial(model.causal_lm, TRAINED, run.initial_adapter), run, world)
+        folder = run.initial_adapter
+        write_on_main(lambda: write_initial(model.causal_lm, TRAINED, folder, seal), run, world)
+
+
+def _initial(adapter: AdapterConfig, folder: Path) -> Path | None:
+    check_sealed(folder)
+    return initial_values(adapter, folder)

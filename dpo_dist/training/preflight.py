@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.checkpoint_folders import checkpoint_folders
@@ -20,12 +21,11 @@ from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
-from dpo_dist.model.attention_backend import heads_of_layers
-from dpo_dist.model.flops import count_flops
+from dpo_dist.model.flops import without_weights
 from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.option_checks import check_modules, check_shared_tokens
 from dpo_dist.model.router import router_loss
-from dpo_dist.model.sequence_parallel import check_heads
 from dpo_dist.model.supported import check_supported
 from dpo_dist.number_text import counted
 from dpo_dist.objective.custom_loss import check_custom_loss
@@ -56,6 +56,7 @@ def rehearse(config: RunConfig) -> str:
         ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
         ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
+        *_needs_gpu(config),
     ]
     lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
     return _passed(lines) + "  python -m dpo_dist.doctor with the same arguments examines all records\n"
@@ -93,12 +94,10 @@ def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, 
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
-    for heads in heads_of_layers(model_config.get_text_config()):
-        check_heads(heads, config.parallelism.sequence_parallel)
+    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
     router_loss(config.loss.router, model_config)
-    adapter = trained_adapter(config.model, start)
-    # As a run does: checks the adapter's targets.
-    count_flops(model_config, adapter, trust_remote_code=config.model.trust_remote_code)
+    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    check_modules(causal_lm, config.model, trained_adapter(config.model, start))
     check_template_keys(config.data, tokenizer)
     return folder, tokenizer, model_config.model_type
 
@@ -123,6 +122,14 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
         spaces = len(list(Path(reference.store).glob("*/space.json")))
         found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
     return ", ".join(found)
+
+
+def _needs_gpu(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a finding if options have an effect on GPUs only, and this machine has none."""
+    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
+    if torch.cuda.is_available() or not needing:
+        return []
+    return [("device", f"no GPU here: a run on this machine would refuse {' and '.join(needing)}")]
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:

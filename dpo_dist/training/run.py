@@ -100,7 +100,7 @@ def _begin(
     environment = describe_run(config, world)
     if "loss_function" in environment:
         console.say(f"loss: {environment['loss_function']}")
-    inputs = load_inputs(config, world, console)
+    inputs = load_inputs(config, world, console, trains=True)
     if inputs.eval_set is not None:
         check_keep_best(config, inputs.eval_set.labels)
     identity = identify(config, inputs)

@@ -112,7 +112,11 @@ def check_identity(
             continue
         if former == digest or (dataset and former and was_fingerprint_of(former, dataset.encoded)):
             continue
-        also = " (after an update of this program also those in data.cache)" if dataset else ""
+        also = (
+            " (also those of the tokenizer; after an update of this program those in data.cache)"
+            if dataset
+            else ""
+        )
         raise CheckpointError(
             f"the {_NAMES[name]} of this run changed since it was last saved",
             where=str(where),

@@ -19,6 +19,7 @@ from dpo_dist.data.first_records import check_first_formats
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.launch_environment import check_groups
 from dpo_dist.model.adapter_base import check_sizes
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.architectures import check_described
@@ -54,6 +55,8 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
+    if "WORLD_SIZE" in os.environ:
+        check_groups(int(os.environ["WORLD_SIZE"]), config.parallelism.sequence_parallel)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)

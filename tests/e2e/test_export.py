@@ -88,6 +88,25 @@ def test_an_adapter_from_singular_vectors_is_one_of_the_original_base(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/exported/step-000003-merged").eval()
     for model in (on_base(assets, tmp_path / "run/model"), merged):
         assert_last_log_probs(model, assets, tmp_path / "run")
+    if kind == "ddp":
+        assert_changed_initial_values_are_refused(command, tmp_path / "run")
+
+
+def assert_changed_initial_values_are_refused(command: list[str], run: Path) -> None:
+    """One bit of a value that training subtracts is another policy, for whatever reads a checkpoint."""
+    file = run / "initial_adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    evaluated = [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"]
+    for verb, overrides in (
+        ("train", [*command, "trainer.max_steps=4"]),
+        ("export", [f"run.dir={run}", f"export.output={run.parent}/out"]),
+        ("evaluate", evaluated),
+    ):
+        told = run_verb(verb, overrides)
+        assert told.code == 2, told.output
+        assert "adapter_model.safetensors differs from its digest" in told.output
 
 
 def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_path: Path) -> None:

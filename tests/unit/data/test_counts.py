@@ -10,12 +10,11 @@ import pytest
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.count_words import describe_counts
+from dpo_dist.data.count_words import describe_counts, describe_short_run
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
 from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.errors import DataError
-from dpo_dist.training.data_setup import describe_short_run
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 

@@ -331,6 +331,23 @@ def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kept", "told"), [(100_000, "a weight file of the model cannot be read"), (None, "has no weights")]
+)
+def test_a_member_whose_weights_are_missing_or_cut_is_refused(
+    kept: int | None, told: str, base: Path, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "other")
+    if kept is None:
+        (folder / "model.safetensors").unlink()
+    else:
+        os.truncate(folder / "model.safetensors", kept)
+    with pytest.raises(ConfigError, match=told) as error:
+        export_models([folder], tmp_path / "out", run_of(base, export=ExportConfig(average=["a"])))
+    assert str(folder) in error.value.got
+    assert error.value.where == "export.average"
+
+
 def test_an_adapter_that_names_another_base_is_no_member(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")

@@ -124,6 +124,13 @@ def test_a_configuration_that_peft_cannot_read_is_an_error(sft: Path) -> None:
         AdapterWeights.of_folder(sft)
 
 
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_weights_that_are_cut_are_an_error(kept: int, sft: Path) -> None:
+    os.truncate(sft / "adapter_model.safetensors", kept)
+    with pytest.raises(ConfigError, match="the weights of the adapter cannot be read"):
+        AdapterWeights.of_folder(sft)
+
+
 def test_a_revision_of_a_local_adapter_is_refused(base: Path, sft: Path) -> None:
     config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft), revision="main"))
     with pytest.raises(ConfigError, match="a revision has no effect on a local folder") as found:

@@ -128,6 +128,7 @@ def check(
     attended = packed_attention(layout, backend, CPU)(*heads, scores)
     expected = masked_attention(heads, visible(layout, sees), scores.scale, scores.softcap, scores.sinks)
     torch.testing.assert_close(attended, expected, rtol=tolerance, atol=tolerance)
+    assert attended.is_contiguous()  # models join heads by a view
     slopes = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     gradients, expected_gradients = (
         torch.autograd.grad((output * slopes).sum(), inputs) for output in (attended, expected)
@@ -250,6 +251,27 @@ def test_a_rule_that_sees_later_tokens_is_refused() -> None:
     rule = mask_rule(or_masks(causal_mask_function, neighbours), allow_is_causal_skip=False)
     with pytest.raises(ConfigError, match="not causal"):
         packed_attention(LAYOUT, AttentionBackend.sdpa, CPU)(*random_heads(LAYOUT), Scores(rule=rule))
+
+
+def test_gradients_of_capped_scores_in_bf16_are_rounded_once() -> None:
+    layout, scores = ((120, 50, 30),), Scores(scale=0.5, softcap=5.0)
+    heads = [tensor.detach().div(2).bfloat16() for tensor in random_heads(layout)]
+    slopes = torch.randn(heads[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        own = [tensor.detach().to(dtype).requires_grad_() for tensor in heads]
+        attended = packed_attention(layout, AttentionBackend.sdpa, CPU)(*own, scores)
+        found.append(torch.autograd.grad(attended, own, slopes.to(dtype)))
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).abs().mean() <= 0.6 * torch.finfo(torch.bfloat16).eps * exact.abs().mean()
+
+
+def test_of_a_mask_only_the_whole_can_be_selected() -> None:
+    rule = window(4)[0]
+    assert rule is not None
+    assert rule[:, :, :, 0:] is rule
+    with pytest.raises(IndexError, match="no part"):
+        rule[:, :, :, :5]
 
 
 def layouts_of_every_remainder() -> list[Layout]:

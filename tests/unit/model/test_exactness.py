@@ -4,7 +4,8 @@ import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import check_training, settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.mask_rules import mask_rule
 from dpo_dist.model.segment_attention import Scores, SegmentAttention
+from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.model.trial import trial_sequences
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
@@ -45,7 +48,7 @@ def load(folder: Path, dtype: Dtype = Dtype.fp32) -> PackedCausalLM:
 
 
 def settled(model: PackedCausalLM) -> PackedCausalLM:
-    settle(model, model, CPU, 64)
+    settle(CheckedModel(model, model, CPU, 64))
     return model
 
 
@@ -114,7 +117,7 @@ def test_log_probs_that_differ_from_call_to_call_are_refused(folder: Path) -> No
         return logps
 
     with pytest.raises(ConfigError, match="random") as raised:
-        settle(model, score, CPU, 64)
+        settle(CheckedModel(model, score, CPU, 64))
     assert "by 0.1 nats in the mean" in raised.value.got
 
 
@@ -130,11 +133,11 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
     """A rank whose arrangement is exact goes on with the others if it is not exact there."""
     model, asked = load(folder), []
 
-    def agree(flag: bool) -> bool:
-        asked.append(flag)
-        return flag or len(asked) == 4
+    def agree(fault: str, _seconds: float | None = None) -> str:
+        asked.append(fault)
+        return fault or ("fails on rank 1" if len(asked) == 4 else "")
 
-    settle(model, model, CPU, 64, agree)
+    settle(CheckedModel(model, model, CPU, 64, agree=agree))
     assert model.arrangement is PADDED
     assert not any(asked)
 
@@ -182,11 +185,11 @@ def test_rounding_to_int8_depends_on_other_tokens(is_int8: bool) -> None:
         return logps + 0.04 * logps.std() * torch.randn(logps.shape, generator=generator)
 
     if is_int8:
-        settle(model, score, CPU, 64)
+        settle(CheckedModel(model, score, CPU, 64))
         assert model.arrangement is PACKED
     else:
         with pytest.raises(ConfigError, match="are random"):
-            settle(model, score, CPU, 64)
+            settle(CheckedModel(model, score, CPU, 64))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "xglm", "gptj"])
@@ -198,11 +201,11 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
         arrangement=PADDED,
     )
     if model_type in ("gptj", "xglm"):  # positions are computed
-        settle(model, model, CPU, 48)
+        settle(CheckedModel(model, model, CPU, 48))
         return
-    settle(model, model, CPU, 64)
+    settle(CheckedModel(model, model, CPU, 64))
     with pytest.raises(ConfigError, match="learned positions"):
-        settle(model, model, CPU, 65)
+        settle(CheckedModel(model, model, CPU, 65))
 
 
 def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> None:
@@ -218,13 +221,18 @@ def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> Non
     assert torch.equal(alone, padded)
 
 
-def test_a_window_that_a_mask_lacks_is_found_at_start() -> None:
-    """Also one longer than the sequences of the check: training would fail at the first longer response."""
-    causal_lm = tiny_causal_lm(tiny_config("qwen2")).eval()
-    for layer in causal_lm.model.layers:
-        layer.self_attn.sliding_window = 4096
+@pytest.mark.parametrize("window", [4, 4096])
+def test_a_window_beside_a_full_mask_is_none_as_in_the_own_forward(window: int) -> None:
+    """OLMoE names its window to kernels, and masks nothing; also one longer than sequences of the check."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    causal_lm = tiny_causal_lm(tiny_config("olmoe", sliding_window=window, **experts)).eval()
     model = settled(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED))
-    assert model.arrangement is PADDED
+    assert model.arrangement is PACKED
+    pairs = random_pairs([(6, 5, 7)])
+    with model.unpacked() as own, torch.no_grad():
+        expected = plain_logps(own, pairs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=2e-5)
 
 
 class OwnRotary(torch.nn.Module):
@@ -255,12 +263,31 @@ def test_rotary_frequencies_of_own_code_need_forwards_of_their_own(
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
     if arrangement is None:
         with pytest.raises(ConfigError, match="would not compute the log-probs") as raised:
-            settle(model, model, CPU, 2 * longest)
+            settle(CheckedModel(model, model, CPU, 2 * longest))
         assert "single with the log-prob head: log-probs differ" in raised.value.got
         assert "single with its own logits: log-probs differ" in raised.value.got
         return
-    settle(model, model, CPU, longest)
+    settle(CheckedModel(model, model, CPU, longest))
     assert model.arrangement is arrangement
+
+
+def test_own_logits_in_16_bits_are_as_precise_as_the_head() -> None:
+    model = PackedCausalLM(tiny_causal_lm(tiny_config("llama")).bfloat16().eval(), AttentionBackend.sdpa)
+    model.arrange(PADDED, own_logits=False)
+    batch = pack_unkeyed(random_pairs(SHAPES))
+    with torch.no_grad():
+        expected = model(batch)
+        model.arrange(PADDED, own_logits=True)
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_log_probs_that_are_not_finite_are_named(value: float) -> None:
+    causal_lm = tiny_causal_lm(tiny_config("llama")).eval()
+    causal_lm.lm_head.weight.data[7] = value
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
+    with pytest.raises(ConfigError, match="log-probs that are not finite"):
+        settled(model)
 
 
 def test_forwards_without_effect_have_none_in_fp16() -> None:
@@ -373,7 +400,7 @@ def test_wrong_rotary_frequencies_are_found_in_16_bits(
         logps: Tensor = model(batch)
         return logps
 
-    settle(model, score, CPU, 128)
+    settle(CheckedModel(model, score, CPU, 128))
     assert model.arrangement is PADDED
 
 
@@ -391,7 +418,7 @@ def test_a_state_that_leaks_into_the_next_response_is_found_in_16_bits(
             hidden + share * torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
         )
     )
-    settle(model, model, CPU, 128)
+    settle(CheckedModel(model, model, CPU, 128))
     assert model.arrangement is PADDED
 
 
@@ -400,14 +427,32 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     model = settled(load(ship_code(folder, "dropout"), dtype))
     assert model.arrangement is PACKED
     with pytest.raises(ConfigError, match="others in training mode") as raised:
-        check_training(model, model, CPU, 64)
+        check_training(CheckedModel(model, model, CPU, 64))
     assert "nats" in raised.value.got
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_products_with_int8_weights_are_not_rounded_in_training_on_cpus(is_int8: bool, folder: Path) -> None:
+    """bitsandbytes rounds their inputs to int8 in evaluation mode only, by which log-probs change."""
+    model = settled(load(folder))
+    weight = torch.zeros(1, dtype=torch.int8 if is_int8 else torch.float32)
+    model.causal_lm.model.register_parameter("added", torch.nn.Parameter(weight, requires_grad=False))
+
+    def score(batch: PackedBatch) -> Tensor:
+        logps: Tensor = model(batch)
+        return logps if model.training else 1.02 * logps - 0.02 * logps.mean()
+
+    if is_int8:
+        check_training(CheckedModel(model, score, CPU, 64))
+    else:
+        with pytest.raises(ConfigError, match="others in training mode"):
+            check_training(CheckedModel(model, score, CPU, 64))
 
 
 def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
     """Also where another rank fails and this one does not: all ranks end with the same error."""
 
-    def check(on_training: str, agree: Any) -> ConfigError:
+    def check(on_training: str, elsewhere: str) -> ConfigError:
         model = settled(load(folder))
 
         def refuse(module: torch.nn.Module, _inputs: Any) -> None:
@@ -415,12 +460,16 @@ def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
                 raise RuntimeError(on_training)
 
         model.causal_lm.model.layers[0].register_forward_pre_hook(refuse)
-        with pytest.raises(ConfigError, match="in training mode") as raised:
-            check_training(model, model, CPU, 64, agree)
+
+        def agree(fault: str, _seconds: float | None = None) -> str:
+            return fault or elsewhere
+
+        with pytest.raises(ConfigError, match="cannot score a sequence of tokens in training mode") as raised:
+            check_training(CheckedModel(model, model, CPU, 64, agree=agree))
         return raised.value
 
-    assert "labels are missing" in check("labels are missing", bool).got
-    assert "an error on another rank" in check("", lambda _flag: True).got
+    assert "labels are missing" in check("labels are missing", "").got
+    assert "an error of rank 1" in check("", "an error of rank 1").got
 
 
 def test_rounding_that_cannot_be_measured_explains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +505,7 @@ def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
 
 def test_a_model_without_noise_is_the_same_in_training_mode(folder: Path) -> None:
     model = settled(load(folder, Dtype.bf16))
-    check_training(model, model, CPU, 64)
+    check_training(CheckedModel(model, model, CPU, 64))
     assert model.training
 
 
@@ -485,5 +534,16 @@ def test_keys_that_stand_for_many_tokens_are_tried() -> None:
     causal_lm = tiny_causal_lm(tiny_config("deepseek_v4", **own)).eval()
     assert sum(trial_sequences(causal_lm, 512)[0].prompt_ids.shape) > 64
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=PADDED)
-    settle(model, model, CPU, 512)
+    settle(CheckedModel(model, model, CPU, 512))
     assert model.arrangement is SINGLE
+
+
+def test_the_error_of_ranks_that_cannot_share_tokens_names_what_is_not_packed() -> None:
+    model = PackedCausalLM(
+        tiny_causal_lm(tiny_config("llama")).eval(), AttentionBackend.sdpa, arrangement=PADDED
+    )
+    model.sequence = cast(TokenExchange, SimpleNamespace(rank=0, ranks=2))  # its all-to-all fails
+    with pytest.raises(ConfigError, match="sequence parallelism needs packed attention") as raised:
+        settle(CheckedModel(model, model, CPU, 64))
+    assert raised.value.got.startswith("2, llama, packed with the log-prob head: ")
+    assert "parallelism.sequence_parallel=1" in raised.value.remedy

@@ -1,6 +1,8 @@
 """A model with tokens added to its vocabulary: an ordinary model folder, from the files of the base only."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ def test_an_sft_adapter_with_new_tokens_is_one_of_the_extended_base(base: Path, 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--tokens", "<|im_end|>"], "a new token is one of the tokenizer"),
+        (["--tokens", "<|im_end|>"], "a new token is empty, one of the tokenizer"),
+        (["--tokens", ""], "a new token is empty"),
         (["--tokens", "<|a|>", "<|a|>"], "named twice"),
         ([], "the model has embeddings of all tokens"),
     ],
@@ -100,6 +103,18 @@ def test_nothing_to_add_is_refused(
     assert main([str(base), str(tmp_path / "out"), *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_incomplete_base_and_a_name_that_no_folder_has_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not as a disk without room."""
+    assert main([str(base), str(tmp_path / ("x" * 300)), "--tokens", *NEW]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    broken = shutil.copytree(base, tmp_path / "broken")
+    os.truncate(broken / "model.safetensors", 1000)
+    assert main([str(broken), str(tmp_path / "out"), "--tokens", *NEW]) == 2
+    assert "a weight file of the model cannot be read" in capsys.readouterr().err
 
 
 def test_another_tokenizer_and_an_existing_folder_are_refused(

@@ -130,6 +130,19 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)
 
 
+def test_a_model_that_is_given_back_has_seen_no_sequence() -> None:
+    causal_lm = model_of("llama", "dynamic")
+    ids = torch.arange(3, 3 + LIMIT + 4)[None]
+    expected, own = copy.deepcopy(causal_lm)(ids).logits, causal_lm.model.rotary_emb
+    model = packed(causal_lm)
+    with model.unpacked() as unpacked:
+        unpacked(torch.ones(1, 40, dtype=torch.int64))
+    model.restore_rotary()
+    assert causal_lm.model.rotary_emb is own
+    with model.unpacked() as unpacked:
+        torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_a_prompt_is_repeated_only_where_frequencies_differ() -> None:
     calls: list[int] = []
     causal_lm = model_of("llama", "longrope")

@@ -15,6 +15,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.distributed.optimizer import _parameter_groups
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
+from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.exactness import settle
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.head import PackedCausalLM
@@ -46,7 +47,7 @@ def test_a_whole_model_is_trained_by_its_text_and_exported(
 ) -> None:
     folder = write_multimodal(tmp_path / "base", model_type, VOCABULARY)
     model = load(folder)
-    settle(model, model, CPU, 64)
+    settle(CheckedModel(model, model, CPU, 64))
     assert model.arrangement is arrangement
     model.train()
     logps = model(pack_unkeyed(PAIRS))

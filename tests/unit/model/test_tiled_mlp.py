@@ -202,7 +202,19 @@ class Narrow(Mixing):
         super().__init__(width // 2)
 
 
-@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding, Narrow])
+class Listed(Mixing):
+    """Each token is computed alone, by one of several parts: an expert may get no tile at all."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first, second = (part(hidden) for part in self.parts)
+        return torch.where(self.up(hidden).sum(-1, keepdim=True) > 0, first, second)
+
+
+@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding, Narrow, Listed])
 def test_an_mlp_that_mixes_tokens_or_has_other_inputs_is_refused(kind: type[Mixing]) -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen2"))
     causal_lm.model.layers[1].mlp = kind(causal_lm.config.hidden_size)

@@ -46,9 +46,9 @@ def test_a_refused_lengthening_leaves_the_finished_run_as_it_was(
     }
     answers = {"load_inputs": SimpleNamespace(**inputs), "describe_run": {}, "describe_change": ""}
     for name in CHECKS:
-        monkeypatch.setattr(run, name, lambda *_, name=name: answers.get(name))
+        monkeypatch.setattr(run, name, lambda *_, name=name, **__: answers.get(name))
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("refused")
 
     monkeypatch.setattr(run, refusing, refuse)

@@ -12,8 +12,10 @@ from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.distributed import checkpoint_export
+from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.model.save import write_tokenizer
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.export import export_model
@@ -64,6 +66,20 @@ def test_a_changed_adapter_below_the_trained_one_is_refused(config: RunConfig, t
     write_sft_adapter(tmp_path / "base", tmp_path / "sft", seed=4)
     with pytest.raises(ConfigError, match="started from has changed"):
         export(config, tmp_path / "out")
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_full_disk(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_and_remove(*given: Any) -> None:
+        write_tokenizer(*given)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000001")
+
+    monkeypatch.setattr(checkpoint_export, "write_tokenizer", write_and_remove)
+    with pytest.raises(CheckpointError, match="the checkpoint is damaged") as found:
+        export(config, tmp_path / "out")
+    assert found.value.where.endswith("step-000001")
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_of_adapters_that_started_from_other_models_are_no_average(

@@ -1,5 +1,6 @@
 """Checks before torch is imported, `--check`, and the files that a failed start leaves."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -15,10 +16,13 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import optional_packages
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.training.data_setup import load_inputs
 from dpo_dist.training.preflight import rehearse
 from dpo_dist.training.run_start import locked
 from dpo_dist.training.startup import check_start, without_traces
+from tests.support import tiny
 from tests.support.alone import ALONE
+from tests.support.families import tiny_family
 from tests.support.invented import write_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -313,6 +317,66 @@ def test_a_check_refuses_options_that_the_model_cannot_have(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         rehearse(run_of(assets, tmp_path, option))
+
+
+MISFITS = [
+    ("gpt_oss", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "GptOssDecoderLayer"),
+    ("nemotron_h", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "no module `mlp`"),
+    ("bloom", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "BloomMLP"),
+    ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
+    ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
+    ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "did you mean q_proj?"),
+    ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "did you mean lm_head?"),
+]
+
+
+def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a world without DeepSpeed load inputs, as far as the digests of the model's files."""
+    monkeypatch.setattr("dpo_dist.training.data_setup.digest_on_every_node", None)
+    monkeypatch.setattr("dpo_dist.training.data_setup.whole_loading", lambda _: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)
+def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_read(
+    family: str,
+    option: str,
+    named: str,
+    told: str,
+    assets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny_family(family, len(tiny.qwen())).save_pretrained(tmp_path / "model")
+    tiny.qwen().save_pretrained(tmp_path / "model")
+    config = run_of(assets, tmp_path, f"model.path={tmp_path}/model", "model.dtype=fp32", option)
+    start_without_digests(monkeypatch)
+    for work in (rehearse, lambda run: load_inputs(run, ALONE, Console(None), trains=True)):
+        with pytest.raises(ConfigError, match=named) as caught:
+            work(config)
+        assert told in str(caught.value)
+        assert caught.value.where.startswith(option.partition("=")[0])
+
+
+@pytest.mark.parametrize("option", ["activation_offload", "liger"])
+def test_options_of_gpus_are_refused_without_one_before_files_are_read(
+    option: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(assets, tmp_path, f"model.{option}=true", "model.gradient_checkpointing=full")
+    assert f"would refuse model.{option}" in rehearse(config)  # where it is run, there may be a GPU
+    start_without_digests(monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        load_inputs(config, ALONE, Console(None), trains=True)
+    assert caught.value.where == f"model.{option}"
+
+
+def test_processes_that_cannot_share_tokens_are_found_before_torch_is_imported(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=2")
+    check_start(config)  # by hand in one process: how many train is not known
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="cannot be divided into groups"):
+        check_start(config)
 
 
 @pytest.mark.parametrize(
