@@ -28,6 +28,8 @@ LOW_RANK = {
     "v_head_dim": 6,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
+}
+ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_group": 2,
@@ -69,12 +71,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "codegen": ({"rotary_dim": 4}, PADDED),
     "cohere": ({"logit_scale": 0.25}, PACKED),
     "cohere2": ({"logit_scale": 0.25, "sliding_window": 8, **HEADS}, PACKED),
-    "deepseek_v2": (LOW_RANK, PACKED),
-    "deepseek_v3": (LOW_RANK, PACKED),
-    "deepseek_v32": (
-        LOW_RANK | CHOICES | {"head_dim": 4},
-        PADDED,
-    ),
+    "deepseek_v2": (LOW_RANK | ROUTED, PACKED),
+    "deepseek_v3": (LOW_RANK | ROUTED, PACKED),
+    "deepseek_v32": (LOW_RANK | ROUTED | CHOICES | {"head_dim": 4}, PADDED),
     "deepseek_v4": (
         {"layer_types": ["sliding_attention", "compressed_sparse_attention"], "num_key_value_heads": 1}
         | {"compress_rates": {"compressed_sparse_attention": 4}, "mlp_layer_types": ["hash_moe", "moe"]}
