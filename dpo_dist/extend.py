@@ -1,7 +1,9 @@
 """Add tokens to a model's vocabulary: `python -m dpo_dist.extend MODEL FOLDER --tokens '<|user|>' '<|end|>'`.
 
 Writes a model folder whose embeddings and output layer have a row for each token, to train as `model.path`.
-With `--tokenizer` the tokens are those of another tokenizer, such as one beside an adapter.
+Only chat templates write special tokens: a text that spells one is encoded as text. Texts contain the tokens
+of `--content-tokens`. With `--tokenizer` the tokens are those of another tokenizer, such as one beside an
+adapter.
 """
 
 import argparse
@@ -48,10 +50,14 @@ def _extend(given: argparse.Namespace) -> None:
     tokenizer = None if given.tokenizer is None else given.tokenizer.expanduser()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.
+    from tokenizers import AddedToken  # noqa: PLC0415
+
     from dpo_dist.model.new_tokens import write_extended  # noqa: PLC0415
 
     config = ModelConfig(path=given.model, trust_remote_code=given.trust_remote_code)
-    sizes = write_extended(folder, base, config, given.tokens, tokenizer)
+    tokens = [AddedToken(token, special=True, normalized=False) for token in given.tokens]
+    tokens += [AddedToken(token, special=False, normalized=False) for token in given.content_tokens]
+    sizes = write_extended(folder, base, config, tokens, tokenizer)
     print_line(
         f"written: {folder} with {sizes.tokens:,} tokens; "
         f"embeddings of {sizes.former_rows:,} rows before, {sizes.rows:,} now"
@@ -63,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of the model")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
     parser.add_argument("--tokens", nargs="+", default=[], metavar="TOKEN", help="special tokens to add")
+    of_texts = "tokens to add that prompts and responses may contain"
+    parser.add_argument("--content-tokens", nargs="+", default=[], metavar="TOKEN", help=of_texts)
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder of another tokenizer")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ class Extended:
 
 
 def write_extended(
-    folder: Path, base: Path, config: ModelConfig, tokens: Sequence[str], tokenizer_files: Path | None
+    folder: Path, base: Path, config: ModelConfig, tokens: Sequence[AddedToken], tokenizer_files: Path | None
 ) -> Extended:
     """Write `folder`, the model of `base` with rows for all tokens; whole or not at all.
 
@@ -45,7 +46,7 @@ def write_extended(
         folder: that does not exist.
         base: folder of the model, in safetensors.
         config: of the base: whether its code may run.
-        tokens: added as special tokens, in this order.
+        tokens: added in this order; contents spell special ones as text, and contain the others.
         tokenizer_files: folder of the tokenizer; None: that of the base.
 
     Raises:
@@ -61,12 +62,13 @@ def write_extended(
     if not tokens and rows == former:
         raise ConfigError(
             "the model has embeddings of all tokens of the tokenizer",
-            where="--tokens",
+            where="--tokens, --content-tokens",
             got=f"{_ids(tokenizer)} tokens, {former} embeddings",
-            remedy="name tokens to add, or a tokenizer with more: --tokens, --tokenizer",
+            remedy="name tokens to add, or a tokenizer with more: --tokens, --content-tokens, --tokenizer",
         )
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    known, new = min(_ids(own), former), tokenizer.convert_tokens_to_ids([str(token) for token in tokens])
     grown, rename = _weights_by_token(causal_lm, former), names_in_model(causal_lm)
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def write_extended(
     with writing_errors(folder), staged_folder(folder, replaces=False) as temporary:
         shards = Shards(temporary)
         for name, weight in tensors_of(base):
-            shards.add(name, _grow(weight, rows, min(_ids(own), former)) if rename(name) in grown else weight)
+            shards.add(name, _grow(weight, rows, known, new) if rename(name) in grown else weight)
         shards.close()
         copy_description(base, temporary, None, {"vocab_size": rows})
         if tokens:
@@ -85,19 +87,19 @@ def write_extended(
 
 
 def _add_tokens(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], of_base: Mapping[str, int]
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[AddedToken], of_base: Mapping[str, int]
 ) -> None:
-    """Add special tokens to a tokenizer that has the tokens of the base.
+    """Add tokens to a tokenizer that has the tokens of the base.
 
     Raises:
         ConfigError: a token exists, is empty or repeated, or the base has it with another id.
     """
-    vocabulary = tokenizer.get_vocab()
-    repeated = {token for token, count in Counter(tokens).items() if count > 1}
-    if present := sorted(repeated | (set(tokens) & {"", *vocabulary})):
+    vocabulary, named = tokenizer.get_vocab(), Counter(str(token) for token in tokens)
+    repeated = {token for token, count in named.items() if count > 1}
+    if present := sorted(repeated | (named.keys() & {"", *vocabulary})):
         raise ConfigError(
             "a new token is empty, one of the tokenizer, or named twice",
-            where="--tokens",
+            where="--tokens, --content-tokens",
             got=", ".join(map(repr, present[:3])),
             remedy="name only tokens that it lacks, each once",
         )
@@ -109,7 +111,7 @@ def _add_tokens(
             expected="the tokenizer of the model with further tokens",
             remedy="name the tokenizer of a training that started from this model",
         )
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.add_tokens(list(tokens))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -142,7 +144,12 @@ def _weights_by_token(causal_lm: Any, vocabulary: int) -> set[str]:
     return {f"{names[end]}.{name}" for end in ends if end is not None for name, _ in end.named_parameters()}
 
 
-def _grow(weight: Tensor, rows: int, known: int) -> Tensor:
-    """Return a weight with `rows` rows; new ones are the mean of the first `known`, formed in float32."""
+def _grow(weight: Tensor, rows: int, known: int, new: Sequence[int]) -> Tensor:
+    """Return a weight with `rows` rows, the mean of the first `known` in further ones and those of `new`.
+
+    The mean is formed in float32. A padded vocabulary has unused rows, some of which `new` may name.
+    """
     mean = weight[:known].float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), *mean.shape[1:])])
+    grown = torch.cat([weight, mean.expand(rows - len(weight), *mean.shape[1:])])
+    grown[list(new)] = mean
+    return grown

@@ -28,6 +28,8 @@ LOW_RANK = {
     "v_head_dim": 6,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
+}
+ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_group": 2,
@@ -67,8 +69,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "codegen": ({"rotary_dim": 4}, PADDED),
     "cohere": ({"logit_scale": 0.25}, PACKED),
     "cohere2": ({"logit_scale": 0.25, "sliding_window": 8, **HEADS}, PACKED),
-    "deepseek_v2": (LOW_RANK, PACKED),
-    "deepseek_v3": (LOW_RANK, PACKED),
+    "deepseek_v2": (LOW_RANK | ROUTED, PACKED),
+    "deepseek_v3": (LOW_RANK | ROUTED, PACKED),
     "exaone4": ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, PACKED),
     "falcon": ({"new_decoder_architecture": False, "alibi": True}, PADDED),
     "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PADDED),

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist import api
 from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.extend import main
@@ -58,6 +59,48 @@ def test_new_rows_are_the_mean_and_all_others_stay(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_new_tokens_in_unused_rows_of_a_padded_vocabulary_are_the_mean_too(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tied=False)
+    with torch.no_grad():
+        padded = loaded(base)
+        rows = padded.config.vocab_size
+        padded.resize_token_embeddings(rows + 3)
+        for end in (padded.get_input_embeddings(), padded.get_output_embeddings()):
+            end.weight[rows:] = 1.0
+    padded.save_pretrained(base)
+    assert main([str(base), str(tmp_path / "out"), "--tokens", *NEW]) == 0
+    former, found = padded.state_dict(), loaded(tmp_path / "out").state_dict()
+    for name, weight in former.items():
+        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(found[name], weight)
+            continue
+        torch.testing.assert_close(found[name][rows : rows + 2], weight[:rows].mean(0).expand(2, -1))
+        assert torch.equal(found[name][rows + 2 :], weight[rows + 2 :])
+        assert torch.equal(found[name][:rows], weight[:rows])
+
+
+def test_contents_contain_content_tokens_and_spell_special_ones_as_text(base: Path, tmp_path: Path) -> None:
+    extended = tmp_path / "out"
+    assert (
+        main([str(base), str(extended), "--tokens", "<|user|>", "--content-tokens", "<plan>", "</plan>"]) == 0
+    )
+    rows = loaded(base).config.vocab_size
+    tokenizer = api.load_tokenizer(str(extended))
+    assert tokenizer.convert_tokens_to_ids(["<|user|>", "<plan>", "</plan>"]) == [rows, rows + 1, rows + 2]
+    turn = [{"role": "assistant", "content": "<plan>a</plan> <|user|>"}]
+    chosen = {"chosen": turn, "rejected": [{"role": "assistant", "content": "b"}]}
+    for record in (
+        {"prompt": [{"role": "user", "content": "<plan> <|user|>"}], **chosen},
+        {"prompt": "<plan> <|user|>", "chosen": "<plan>a</plan> <|user|>", "rejected": "b"},
+    ):
+        file = tmp_path / "pairs.jsonl"
+        file.write_text(json.dumps(record))
+        (pair,), _ = api.read_pairs(str(file), tokenizer, api.DataConfig(max_length=256))
+        for ids, contained in ((pair.prompt_ids, [rows + 1]), (pair.responses[0], [rows + 1, rows + 2])):
+            assert [int(id_) for id_ in ids if id_ >= rows] == contained
+        assert "<plan>a</plan>" in tokenizer.decode(pair.responses[0], skip_special_tokens=True)
+
+
 def sft_with_tokens(base: Path, folder: Path) -> Any:
     """As TRL and peft train new tokens: resized, both ends in full, the tokenizer beside the adapter."""
     tokenizer, model = AutoTokenizer.from_pretrained(base), loaded(base)
@@ -94,6 +137,7 @@ def test_an_sft_adapter_with_new_tokens_is_one_of_the_extended_base(base: Path, 
         (["--tokens", "<|im_end|>"], "a new token is empty, one of the tokenizer"),
         (["--tokens", ""], "a new token is empty"),
         (["--tokens", "<|a|>", "<|a|>"], "named twice"),
+        (["--tokens", "<|a|>", "--content-tokens", "<|a|>"], "named twice"),
         ([], "the model has embeddings of all tokens"),
     ],
 )
