@@ -35,6 +35,9 @@ _ALONE = {
 }
 """Environment of a world of one process, which no launcher has set."""
 
+# Of the store of the rendezvous, and of gloo.
+_CUT = r"connection was likely closed|closed by peer|reset by peer|broken pipe|connectFullMesh failed"
+
 
 @contextlib.contextmanager
 def joined(
@@ -49,13 +52,13 @@ def joined(
 
     Raises:
         ConfigError: a kernel that the optimizer needs cannot be compiled.
-        PeerLostError: not all processes joined in time.
+        PeerLostError: not all processes joined in time, or one ended meanwhile.
     """
     reports = reports or Reports()
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
         key = "parallelism.offload_optimizer"
         load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
-    with answered_at_once(), _missing_ranks_named(timeout_seconds):
+    with answered_at_once():
         world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(reports):
@@ -69,20 +72,22 @@ def joined(
 
 @contextlib.contextmanager
 def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
-    """Raise the timeout of a rendezvous as an error for the user."""
+    """Raise failures of communication as errors for the user: a rank has not come, or has ended."""
     try:
         yield
     except RuntimeError as failure:
-        if not re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE):
+        has_waited = re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE)
+        if not has_waited and not re.search(_CUT, str(failure), re.IGNORECASE):
             raise
+        all_ = f"{os.environ.get('WORLD_SIZE')} processes of the run"
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        see = "the messages of all processes (the screen of each node, logs/rank-N.log)"
         raise PeerLostError(
-            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            f"not all {all_} have joined" if has_waited else f"one of the {all_} ended before all had joined",
             where=f"rank {os.environ.get('RANK')}, which waited at {address}",
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see whether every node has started its processes (logs/rank-N.log), and reaches "
-            "this address; then run the same command again",
+            remedy=f"see {see}, and whether every node reaches this address; then run the same command again",
         ) from failure
 
 
@@ -95,6 +100,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
     Raises:
         ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
+        PeerLostError: not all processes joined in time, or one ended meanwhile.
     """
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
@@ -117,15 +123,16 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():  # a state without a group is of another library in this process
         AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
-    )
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    rank, size = accelerator.process_index, accelerator.num_processes
-    peers: list[Any] = [None] * size
-    dist.all_gather_object(peers, Peer.here(rank), group=control)
+    with _missing_ranks_named(timeout_seconds):
+        accelerator = Accelerator(
+            mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        rank, size = accelerator.process_index, accelerator.num_processes
+        peers: list[Any] = [None] * size
+        dist.all_gather_object(peers, Peer.here(rank), group=control)
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
@@ -63,6 +64,30 @@ def test_blocked_ranks_name_the_dead_one_and_end(late: int, tmp_path: Path) -> N
     assert "process lost: rank 1 of 3 died" in survivor.log
     assert "process lost" not in other.log
     assert exit_codes(tmp_path / "codes") == []
+
+
+def die(*_arguments: Any, **_options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in(call: str, rank: int) -> None:
+    """Let rank 0, which has the store of the rendezvous, die in a call of `start_world`."""
+    if rank == 0:
+        setattr(dist, call, die)
+
+
+@pytest.mark.parametrize("call", ["new_group", "all_gather_object"])
+def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(call: str, tmp_path: Path) -> None:
+    """The launcher ends the others, of which each may have printed it before."""
+    ranks = start_ranks(refused_at_once, 3, tmp_path / "ranks", enter=partial(dies_in, call))
+    _, *others = ranks.finish(60)
+    for outcome in others:
+        assert outcome.error == "PeerLostError", outcome.log
+        assert "one of the 3 processes of the run ended before all had joined" in outcome.message
+
+
+def refused_at_once(_world: World, _folder: Path) -> None:
+    refuse()
 
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:

@@ -12,24 +12,12 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
+from tests.support.families import COMMON, DELTA, HEADS
+
+# Without the ids that tokens of images have in these models.
+TEXT = {name: value for name, value in COMMON.items() if not name.endswith("_id")} | HEADS
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PIXELS = {"image_size": 28, "patch_size": 14}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 # By model_type: the class of the whole model, options of its parts and of itself.
 _PARTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (

@@ -121,10 +121,11 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
 
 
 def test_a_rendezvous_that_times_out_is_an_error_for_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(*_: object) -> World:
+    def wait(**_: object) -> None:
         raise RuntimeError("Timed out after 61 seconds waiting for clients. 1/2 clients joined.")
 
-    monkeypatch.setattr(joined_module, "start_world", wait)
+    monkeypatch.setattr(joined_module, "Accelerator", wait)
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
     with pytest.raises(PeerLostError, match="not all 2 processes") as found, joined(config, 60):

@@ -20,34 +20,14 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
 from dpo_dist.model.rotary import rope_limits
 from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
+from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LOW_RANK = {
-    "num_key_value_heads": 4,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 6,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-}
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+SIZES = COMMON | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 32},
-    "deepseek_v3": LOW_RANK | ROUTED | {"moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    "deepseek_v3": LOW_RANK | ROUTED | {"first_k_dense_replace": 1},
     "exaone4": {"sliding_window": 32},
     "gemma": {"head_dim": 8, "num_key_value_heads": 1},
     "gemma2": {"head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 2.0},
@@ -79,7 +59,7 @@ LONGEST = 16
 
 
 def tiny_config(model_type: str, **own: Any) -> Any:
-    return AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
+    return AutoConfig.for_model(model_type, **{**SIZES, **OWN.get(model_type, {}), **own})
 
 
 def trained_config(model_type: str, **own: Any) -> Any:

@@ -19,9 +19,10 @@ from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.logit_changes import logit_change
 from dpo_dist.model.logp_head import LogpHead
 from dpo_dist.objective.token_logps import LogitChange
+from tests.support.families import LOW_RANK, ROUTED
 from tests.support.kernels import put_kernels
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
-from tests.unit.model.test_architectures import LOW_RANK, SHAPES, gradients, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config
 
 GRANITE = {
     "logits_scaling": 4.0,
@@ -59,9 +60,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
-    "deepseek_v3": LOW_RANK
-    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-    | {"moe_intermediate_size": 16},
+    "deepseek_v3": LOW_RANK | ROUTED,
     "granite": GRANITE,
     "granitemoe": GRANITE | {"num_local_experts": 2},
     "hyperclovax": {"logits_scaling": 0.5},

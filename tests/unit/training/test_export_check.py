@@ -25,7 +25,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.export import export_model
 from dpo_dist.training.export_check import check_exported, read_pairs
 from tests.support import tiny
-from tests.support.families import COMMON, LOW_RANK, tiny_family
+from tests.support.families import COMMON, LOW_RANK, ROUTED, tiny_family
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of
@@ -75,7 +75,7 @@ def checkpoints(config: RunConfig, folder: Path, count: int) -> list[Path]:
 # Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe), convolutions, which
 # the check at start of a run arranges in rows (lfm2).
 OTHER_FAMILIES = {
-    "deepseek_v3": LOW_RANK | {"first_k_dense_replace": 1},
+    "deepseek_v3": LOW_RANK | ROUTED | {"first_k_dense_replace": 1},
     "ernie4_5_moe": {
         "moe_num_experts": 4,
         "moe_k": 2,
