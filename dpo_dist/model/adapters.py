@@ -5,6 +5,7 @@ saved in checkpoints, and exported at the end of a run. A policy that starts fro
 copy of it, to score as its own start.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,14 +24,16 @@ from dpo_dist.config.spelling import suggestion
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
-from dpo_dist.model.experts import expert_blocks
+from dpo_dist.model.experts import compressors, expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.saved_modules import find_modules, inject_adapter, prepare_copies, saved_modules
-from dpo_dist.model.text_part import text_part
+from dpo_dist.model.text_part import indexers, text_part
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
 _START = "start"
+# Layers that are one in fused experts; peft fails if it finds only one of two.
+_FUSED = ("gate_proj", "up_proj", "w1", "w3")
 _KEY = "model.adapter.path"
 
 
@@ -53,8 +57,8 @@ def add_adapter(
         initial: folder with the initial values that an earlier start took from the weights, or None.
 
     Raises:
-        ConfigError: a target names no linear layer of the model, or its output layer; a module to train in
-            full is none of the model; `start` is no adapter of the model.
+        ConfigError: a target names no linear layer of the model, or its output layer, or one that peft takes
+            for experts; a module to train in full is none of the model; `start` is no adapter of the model.
     """
     adapter: AdapterConfig = config.adapter
     causal_lm = model.causal_lm
@@ -73,7 +77,7 @@ def add_adapter(
         layer.set_adapter(TRAINED)
     prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
-    if model.compiled or model.tiled or expert_blocks(causal_lm):
+    if model.compiled or model.tiled or expert_blocks(causal_lm) or compressors(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
         # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
@@ -103,14 +107,42 @@ def _add_new(
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
+    _check_kept(causal_lm, lora)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         inject_adapter(causal_lm, lora, TRAINED)
     if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            start_from_weights(causal_lm, TRAINED, lora, adapter.init, initial)
+            start_from_weights(causal_lm, TRAINED, lora, str(adapter.init), initial)
     return lora
+
+
+def _check_kept(causal_lm: Any, lora: LoraConfig) -> None:
+    """Check that peft adapts the layers that are named, and that it will when the adapter is loaded.
+
+    In architectures whose experts were linear layers before transformers 5, peft takes `gate_proj` for a name
+    of these, whatever module it is in: it would adapt the fused experts, and not the layer.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    found = copy.deepcopy(lora)
+    found.target_modules = {*lora.target_modules, *_FUSED}
+    convert_peft_config_for_transformers(found, causal_lm, None)
+    if replaced := set(lora.target_modules) - set(found.target_modules):
+        kept = ",".join(_last_parts(set(lora.target_modules) - replaced))
+        raise ConfigError(
+            "peft would adapt the experts in place of some layers of this architecture",
+            where="model.adapter.target_modules",
+            got=", ".join(_last_parts(replaced)),
+            expected="layers of attention, or others whose names are not those of experts",
+            remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
+        )
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
@@ -221,13 +253,14 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     Raises:
         ConfigError: a target names no linear layer of the model's body.
     """
-    head, text = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-        if module in text and name not in saved
+        if module in trained and name not in saved
     ]
     if adapter.target_modules == "all-linear":
         return layers

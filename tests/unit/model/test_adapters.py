@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
+from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.distributed.optimizer import _parameter_groups
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.logp_head import LogpHead
-from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.families import tiny_family
+from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
@@ -74,6 +76,27 @@ def test_an_unknown_target_is_refused_with_the_known_ones(folder: Path, target: 
         adapted(folder, target_modules=["q_proj", target])
     assert refused.value.got == target
     assert all(name in refused.value.expected for name in LINEAR)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_b_proj", "gate_proj"]])
+def test_layers_in_whose_place_peft_would_adapt_the_experts_are_refused(targets: str | list[str]) -> None:
+    """The first layer's MLP and the shared experts of DeepSeek are linear layers with the experts' names."""
+    causal_lm = tiny_family("deepseek_v3", VOCABULARY)
+    names = {name.rpartition(".")[2] for name, layer in causal_lm.named_modules() if _is_linear(layer)}
+    assert names >= {"gate_proj", "up_proj", "down_proj"}
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+    adapter = AdapterConfig(r=2, alpha=4, target_modules=targets)
+    with pytest.raises(ConfigError, match="experts in place of") as raised:
+        add_adapter(model, ModelConfig(adapter=adapter), 0)
+    assert "gate_proj" in raised.value.got
+    assert raised.value.remedy.endswith("[q_b_proj]") is (targets != "all-linear")
+    own = AdapterConfig(r=2, alpha=4, target_modules=["q_a_proj", "q_b_proj", "o_proj"])
+    add_adapter(model, ModelConfig(adapter=own), 0)
+    assert len(adapted_layers(model)) == 6
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("variant", AdapterVariant)
