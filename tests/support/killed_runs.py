@@ -7,15 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
 
+from tests.support import warm
 from tests.support.kill_points import KillPoint
 from tests.support.launch import Finished, history, run_verb, summary
 
 # Seconds after the fatal operation; in half of the kills none.
 _LONGEST_DELAY = 0.03
+# As short as a launcher's: what the ranks that are left say is not looked at.
+_GRACE_SECONDS = 0.5
 _OF_STARTS = frozenset({"train_seconds", "work", "window", "reference_report"})
 
 
@@ -85,9 +89,10 @@ class KilledRuns:
     def _start(self, point: KillPoint) -> Finished:
         command = list(self.overrides(point.folder))
         point.forget_former_start()
-        return run_verb(
-            "train", command, processes=self.processes, prepare=point.arm, seconds=int(self.seconds)
-        )
+        with mock.patch.object(warm, "GRACE_AFTER_KILL_SECONDS", _GRACE_SECONDS):
+            return run_verb(
+                "train", command, processes=self.processes, prepare=point.arm, seconds=int(self.seconds)
+            )
 
     def _folder(self, name: str) -> Path:
         folder = self.parent / name

@@ -38,7 +38,7 @@ _OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_",
 
 # A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
-_GRACE_AFTER_KILL_SECONDS = 3
+GRACE_AFTER_KILL_SECONDS = 3
 _POLL_SECONDS = 0.05
 
 context = multiprocessing.get_context("forkserver")
@@ -193,7 +193,7 @@ def wait(processes: list[Any], seconds: float) -> int:
             raise TimeoutError(f"the verb took longer than {seconds} s")
         if failed := [process.exitcode for process in processes if process.exitcode]:
             first = failed[0]
-            grace = _GRACE_AFTER_KILL_SECONDS if min(failed) < 0 else _GRACE_SECONDS
+            grace = GRACE_AFTER_KILL_SECONDS if min(failed) < 0 else _GRACE_SECONDS
             _end(processes, grace)
         processes[0].join(_POLL_SECONDS)
     codes = [process.exitcode for process in processes]
