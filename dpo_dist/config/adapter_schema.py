@@ -47,14 +47,15 @@ class AdapterConfig:
     )
     revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
     on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
-    init: str = key(
-        "default",
+    init: str | None = key(
+        None,
         "Initial matrices: `default` (a random A, B = 0), `gaussian` (the same, normal), "
         "`pissa` or `pissa_niter_4` (arXiv 2404.02948; the latter approximate and fast), `olora` (arXiv "
-        "2406.01775).",
+        f"2406.01775); null: `default`{_OR_OWN}",
         added=True,
         accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora",
         pattern=_INITS,
+        null_means="default",
     )
     modules_to_save: list[str] | None = key(
         None,
@@ -78,6 +79,6 @@ class AdapterConfig:
         return self.path is not None and not self.on_top
 
 
-def splits_base(init: str) -> bool:
+def splits_base(init: str | None) -> bool:
     """Return whether an initialization takes a part of the weights, which stays part of the function."""
-    return init.startswith(("pissa", "olora"))
+    return init is not None and init.startswith(("pissa", "olora"))

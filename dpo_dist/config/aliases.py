@@ -152,8 +152,6 @@ REMEDIES = MODEL_REMEDIES | by_name(
             "lora_target lora_target_modules target_modules"
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
-        "'model.adapter={init: pissa_niter_4}' starts from singular vectors": "pissa_init pissa_iter",
-        "'model.adapter={modules_to_save: [lm_head]}' trains modules": "modules_to_save additional_target",
         "python -m dpo_dist.extend writes a model with more tokens": "resize_vocab new_special_tokens",
         "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
             "adapter_name_or_path create_new_adapter adapter_folder"
@@ -268,11 +266,11 @@ VALUE_ALIASES = by_name(
         "apo_zero": "apo",
         "sigmoid_norm": "dpo_norm",
         "plackett_luce": "pl lipo",
-        "bf16": "bfloat16",
-        "fp16": "float16 half",
+        "bf16": "bfloat16 torch.bfloat16",
+        "fp16": "float16 half torch.float16",
         "adamw_8bit": "adamw_bnb_8bit paged_adamw_8bit adamw8bit adam8bit",
         "adamw": "adamw_torch adamw_torch_fused adamw_hf",
-        "fp32": "float32",
+        "fp32": "float32 float 32 torch.float32",
         "flash_attention_2": "fa2 flash_attention",
         "sdpa": "eager",
         "nf4": "int4 4bit 4",

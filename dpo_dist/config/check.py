@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import reduce
+from pathlib import PurePath
 from typing import Any, get_args
 
-from dpo_dist.config.fields import declaration
+from dpo_dist.config.fields import Declaration, declaration
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.spelling import likely
 from dpo_dist.errors import ConfigError
 
 LOSS = "loss"
@@ -87,6 +89,30 @@ def _entries(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+def _unlike_pattern(where: str, value: str, declared: Declaration) -> ConfigError:
+    """Return the error for a text that does not match its pattern, with the accepted one that is like it."""
+    if declared.pattern.startswith("["):  # it names characters, not values
+        return ConfigError(
+            f"{where} has other characters than it may have",
+            where=where,
+            got=repr(value),
+            expected=declared.accepts,
+            remedy="write it with these characters, or remove the key",
+        )
+    words = re.findall(r"[\w-]+", declared.accepts)
+    named = [word for word in words if re.fullmatch(declared.pattern, word)]
+    # The last part of a path, and the names of other trainers.
+    own = PurePath(value).name
+    found = [own] if re.fullmatch(declared.pattern, own) else likely(own, named)
+    return ConfigError(
+        f"{where} has no such value",
+        where=where,
+        got=repr(value),
+        expected=declared.accepts,
+        remedy=f"did you mean {found[0]}?" if found else "write one of these, or remove the key",
+    )
+
+
 def _has_no_home(path: str) -> bool:
     return path.startswith("~") and os.path.expanduser(path) == path  # noqa: PTH111 (no error)
 
@@ -106,13 +132,7 @@ def _check_value(where: str, value: Any, field: Field[Any]) -> None:
             remedy="write the whole path",
         )
     if declared.pattern and isinstance(value, str) and not re.fullmatch(declared.pattern, value):
-        raise ConfigError(
-            f"{where} has other characters than it may have",
-            where=where,
-            got=repr(value),
-            expected=declared.accepts,
-            remedy="write it with these characters, or remove the key",
-        )
+        raise _unlike_pattern(where, value, declared)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and not declared.bounds.contain(value):
         null = " or null" if type(None) in get_args(field.type) else ""

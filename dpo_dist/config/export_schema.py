@@ -16,7 +16,7 @@ class ExportConfig:
         "latest",
         "`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`.",
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
-        pattern=r"latest|best|step-\d{6,18}",
+        pattern=r"latest|best|step-\d{1,18}",
     )
     weights: ExportedWeights = key(
         ExportedWeights.last,

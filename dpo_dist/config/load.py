@@ -268,12 +268,13 @@ def _mapping(kind: type[_Typed], content: Any, where: str) -> _Typed:
 def _adapter(content: Any) -> AdapterConfig | None:
     """Return a typed adapter; the schema has `Any`, as a node that may be null cannot be made writable."""
     if content is not None and not isinstance(content, dict):
+        meant = f"path: {content}" if "/" in str(content) else "r: 64, alpha: 128"
         raise ConfigError(
             "model.adapter is not an adapter",
             where="model.adapter",
             got=str(content),
             expected=f"null or {describe_type(AdapterConfig)}",
-            remedy="write 'model.adapter={r: 64, alpha: 128}'",
+            remedy=f"write 'model.adapter={{{meant}}}'",
         )
     return None if content is None else _mapping(AdapterConfig, content, "model.adapter")
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -20,7 +21,7 @@ from yaml import MarkedYAMLError
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES, VALUE_ALIASES, alias_of
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.keys import choices, describe_type, key_types, run_keys
+from dpo_dist.config.keys import all_keys, choices, describe_type, key_types, run_keys
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.spelling import likely, nearest
@@ -60,7 +61,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     known, expected = run_keys(), ""
     same, words = alias_of(key, KEY_ALIASES), alias_of(key, REMEDIES)
     if same is not None:
-        type_words = describe_type(known[same])
+        type_words = _accepted(same, known[same])
         expected = f"{same}, {type_words}" if type_words else same
         remedy = f"write {assignment(same, value, known[same])}"
         if same.startswith("model.adapter."):
@@ -75,6 +76,12 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     else:
         remedy = _keys_beside(key, known)
     return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
+
+
+def _accepted(key: str, hint: Any) -> str:
+    """Return the values that a key accepts in words: as declared, else by its type."""
+    declared = all_keys().get(key)
+    return (declared.accepts if declared is not None else "") or describe_type(hint)
 
 
 def _keys_beside(key: str, known: Iterable[str]) -> str:
@@ -246,13 +253,16 @@ def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> Co
             remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
         expected = "one of " + ", ".join(best_first) + (" or null" if type(None) in get_args(hint) else "")
         return ConfigError(f"{key} has no such value", where=where, got=got, expected=expected, remedy=remedy)
-    remedy = f"set {key} to {describe_type(hint)}"
+    accepted = _accepted(key, hint)
+    remedy = f"set {key} to {accepted}"
+    if is_dataclass(hint):
+        remedy = f"write {key}.{fields(hint)[0].name}=...; or another of its keys"
     if get_origin(hint) is list:
         remedy = f"write {assignment(key, got, hint)}"
     if isinstance(value, float) and value.is_integer():
         remedy = f"write {key}={int(value)}"
     message = f"{key} has the wrong type"
-    return ConfigError(message, where=where, got=got, expected=describe_type(hint), remedy=remedy)
+    return ConfigError(message, where=where, got=got, expected=accepted, remedy=remedy)
 
 
 def _origin(key: str, error: Exception, overrides: Sequence[Override]) -> tuple[str, str]:

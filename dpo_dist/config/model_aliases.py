@@ -13,21 +13,26 @@ MODEL_KEY_ALIASES = by_name(
     {
         "loss.router.aux_coefficient": (
             "router_aux_loss_coef router_aux_coef moe_aux_loss_coef moe_aux_loss_coeff aux_loss_coef "
-            "aux_loss_coeff"
+            "aux_loss_coeff loss.router.aux_coef loss.router.aux"
         ),
         "loss.router.z_coefficient": (
-            "router_z_loss_coef moe_z_loss_coef moe_z_loss_coeff z_loss_coef z_loss_coeff"
+            "router_z_loss_coef moe_z_loss_coef moe_z_loss_coeff z_loss_coef z_loss_coeff "
+            "loss.router.z_coef loss.router.z_loss"
         ),
         "model.activation_offload": (
             "activation_offloading offload_activations activation_cpu_offload activation_offload"
         ),
         "parallelism.sequence_parallel": (
             "context_parallel_size cp_size sequence_parallel_degree ulysses_degree ulysses_size sp "
+            "ulysses context_parallel sequence_parallel_size "
             "parallelism_config_sp_size parallelism_config_cp_size"
         ),
         "reference.quantization": "ref_model_quantization_bit",
-        "trainer.ema_decay": "ema_decay ema_beta",
-        "export.output": "export_dir",
+        "trainer.ema_decay": "ema_decay ema_beta ema_rate",
+        "export.output": "export_dir export.out export.dir export.folder export.path",
+        "export.check": "export.verify export.validate",
+        "model.adapter.path": "model.adapter.adapter_path model.adapter.adapter",
+        "model.adapter.modules_to_save": "model.adapter.additional_target",
         "export.dtype": "infer_dtype export_dtype",
     }
 )
@@ -36,6 +41,12 @@ MODEL_REMEDIES = by_name(
     {
         "set loss.router.aux_coefficient=model": "output_router_logits",
         "set trainer.ema_decay=0.99": "use_ema ema",
+        "not offered: the moving average takes in the weights of every step": (
+            "ema_every ema_steps ema_update_every ema_update_freq ema_start ema_start_step ema_warmup"
+        ),
+        "not offered: the loss scale of model.dtype=fp16 is dynamic": (
+            "optim.loss_scale optim.initial_loss_scale optim.dynamic_loss_scale"
+        ),
         "set model.mlp_tile_tokens=2048": "tiled_mlp use_tiled_mlp tiled_mlp_num_shards",
         "set parallelism.sequence_parallel=N, which divides the number of processes": (
             "sequence_parallel_mode sp_backend ring_attn_size ring_attn_func parallelism_config"
@@ -44,18 +55,26 @@ MODEL_REMEDIES = by_name(
             "rope_scaling rope_theta rope_type yarn sliding_window attn_logit_softcapping "
             "final_logit_softcapping max_position_embeddings"
         ),
-        "'model.adapter={variant: dora}'": "use_dora peft_use_dora lora_use_dora model.adapter.use_dora",
-        "'model.adapter={variant: rslora}'": (
-            "use_rslora peft_use_rslora lora_use_rslora model.adapter.use_rslora"
-        ),
+        "write 'model.adapter={variant: dora}'": "use_dora peft_use_dora lora_use_dora",
+        "write 'model.adapter={variant: rslora}'": "use_rslora peft_use_rslora lora_use_rslora",
+        "write variant: dora in its place": "model.adapter.use_dora model.adapter.dora",
+        "write variant: rslora in its place": "model.adapter.use_rslora model.adapter.rslora",
         "not offered: an adapter has matrices on linear layers, named by target_modules, without biases": (
             "lora_bias layers_to_transform target_parameters lora_target_parameters trainable_token_indices "
             "model.adapter.bias model.adapter.layers_to_transform model.adapter.target_parameters "
             "model.adapter.trainable_token_indices"
         ),
-        "'model.adapter={path: FOLDER}' continues an adapter": "peft_adapter lora_model_dir adapter_name",
+        "write 'model.adapter={path: FOLDER}'; it continues an adapter": (
+            "peft_adapter lora_model_dir adapter_name"
+        ),
+        "write 'model.adapter={init: pissa_niter_4}'; it starts from singular vectors": (
+            "pissa_init pissa_iter"
+        ),
+        "write 'model.adapter={modules_to_save: [lm_head]}'; it trains modules": (
+            "modules_to_save additional_target"
+        ),
         "the result is an adapter of the original base already": "pissa_convert",
-        "'model.adapter={init: pissa_niter_4}'; others: olora, gaussian": (
+        "write 'model.adapter={init: pissa_niter_4}'; others: olora, gaussian": (
             "init_lora_weights peft_init_lora_weights lora_init"
         ),
         "not offered: all matrices of an adapter have the rate optim.lr": (
@@ -77,7 +96,8 @@ MODEL_REMEDIES = by_name(
             "double_quantization quantization_type quantization_method bnb_config_kwargs"
         ),
         "not offered: parallelism=zero3 shards weights, gradients and optimizer states, of experts too": (
-            "expert_parallel_size ep_size expert_model_parallel_size tensor_parallel_size tp_size "
+            "expert_parallel expert_parallel_size ep_size expert_model_parallel_size "
+            "tensor_parallel_size tp_size "
             "pipeline_parallel_size pp_size tensor_model_parallel_size pipeline_model_parallel_size"
         ),
         "python -m dpo_dist.export run.dir=RUN export.merge=true writes adapter and base as one model": (
@@ -86,7 +106,9 @@ MODEL_REMEDIES = by_name(
         "python -m dpo_dist.export run.dir=RUN 'export.average=[step-000100,step-000200]'": (
             "model_soup average_checkpoints checkpoint_averaging swa use_swa merge_method"
         ),
-        "not needed: an export has files of at most 5 GB": "export_size",
+        "not needed: an export has files of at most 5 GB": (
+            "export_size export.max_shard_size export.shard_size"
+        ),
         "not needed: log-probs and master weights are float32": "upcast_lmhead_output fp32_lm_head",
         "not needed: models and checkpoints are in safetensors": "save_safetensors",
         "not needed: an export needs no GPU and writes safetensors": "export_device export_legacy_format",

@@ -25,7 +25,8 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(
         LearningRateSchedule.cosine,
         "Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that "
-        "refuses a run without warm-up.",
+        "refuses a run without warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of warm-up, "
+        "without them as sqrt(10,000 / (10,000 + step)), as in transformers.",
     )
     warmup_ratio: float = key(
         0.1,

@@ -17,7 +17,7 @@ class RouterConfig:
         "Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; "
         "null: without it.",
         added=True,
-        accepts="model, or a number above 0",
+        accepts="model, a number above 0, or null",
     )
     z_coefficient: float | None = key(
         None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", above=0, added=True

@@ -109,7 +109,7 @@ ADAPTER_RULES = (
     ),
     _of_adapter(
         "init path",
-        lambda adapter: adapter.init != AdapterConfig.init and adapter.continues,
+        lambda adapter: adapter.init is not None and adapter.continues,
         "an adapter that is continued has its values already",
         "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
     ),

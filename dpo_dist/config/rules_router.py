@@ -14,7 +14,7 @@ ROUTER_RULES = (
         lambda c: not _is_coefficient(c.loss.router.aux_coefficient),
         "loss.router.aux_coefficient is not a weight of the load-balancing loss",
         f"set loss.router.aux_coefficient={OF_MODEL}, or remove it",
-        f"{OF_MODEL}, or a number above 0",
+        f"{OF_MODEL}, a number above 0, or null",
     ),
     Rule(
         "loss.router.aux_coefficient loss.router.z_coefficient model.compile",

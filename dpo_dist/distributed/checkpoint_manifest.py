@@ -159,11 +159,14 @@ def check_sealed(folder: Path) -> None:
 
 def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
     """Return the error of a named checkpoint with `faults`."""
+    is_gone = not folder.is_dir()
     return CheckpointError(
-        "the checkpoint is damaged",
+        "the checkpoint has been removed" if is_gone else "the checkpoint is damaged",
         where=str(folder),
         got="; ".join(faults[:5]),
-        remedy="restore its files, or name another checkpoint",
+        remedy="name another checkpoint; a run that trains keeps its last ones (trainer.keep_last)"
+        if is_gone
+        else "restore its files, or name another checkpoint",
     )
 
 

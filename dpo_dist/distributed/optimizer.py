@@ -8,7 +8,7 @@ from torch import nn
 from dpo_dist.config.optim_schema import OptimConfig, OptimizerKind
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.optional_packages import check_bitsandbytes
-from dpo_dist.model.text_part import other_weights
+from dpo_dist.model.text_part import without_gradient
 
 STATES_OF_ADAM = 2
 """Tensors of a weight's size that the optimizer keeps beside its master weight."""
@@ -34,17 +34,17 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
 def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups with weight decay for matrices, and without for biases and norms.
 
-    Weights that text does not depend on are not decayed either: without a gradient they stay as they are.
+    Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
     Under ZeRO-3 only `ds_shape` has the number of dimensions.
     """
-    others_than_text = other_weights(model.causal_lm)
+    unmoved = without_gradient(model.causal_lm)
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        is_decayed = dimensions > 1 and parameter not in others_than_text
+        is_decayed = dimensions > 1 and parameter not in unmoved
         (matrices if is_decayed else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

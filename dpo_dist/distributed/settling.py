@@ -9,7 +9,7 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import check_training, settle
+from dpo_dist.model.exactness import check_training, check_use, settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -42,10 +42,12 @@ def settle_engine(
         max_length: the longest prompt plus response, in tokens.
         world: of the ranks.
         key: the configuration key to name in an error.
-        trains: whether the model is trained; then its log-probs in training mode are checked, too.
+        trains: whether the model is trained; then its log-probs in training mode and, of several
+            ranks, the weights that sequences use are checked, too.
 
     Raises:
-        ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode.
+        ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
+            sequences use other weights.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
@@ -68,4 +70,6 @@ def settle_engine(
     settle(checked)
     if trains:
         check_training(checked)
+        if world.size > 1:
+            check_use(checked)
     engine.model.train(was_training)

@@ -24,10 +24,10 @@ from dpo_dist.config.spelling import suggestion
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, saved_on_disk
 from dpo_dist.model.adapter_init import start_from_weights
-from dpo_dist.model.experts import expert_blocks
+from dpo_dist.model.experts import compressors, expert_blocks
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.saved_modules import find_modules, inject_adapter, prepare_copies, saved_modules
-from dpo_dist.model.text_part import text_part
+from dpo_dist.model.text_part import indexers, text_part
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
@@ -77,7 +77,7 @@ def add_adapter(
         layer.set_adapter(TRAINED)
     prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
-    if model.compiled or model.tiled or expert_blocks(causal_lm):
+    if model.compiled or model.tiled or expert_blocks(causal_lm) or compressors(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
         # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
@@ -114,7 +114,7 @@ def _add_new(
     if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            start_from_weights(causal_lm, TRAINED, lora, adapter.init, initial)
+            start_from_weights(causal_lm, TRAINED, lora, str(adapter.init), initial)
     return lora
 
 
@@ -253,13 +253,14 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     Raises:
         ConfigError: a target names no linear layer of the model's body.
     """
-    head, text = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-        if module in text and name not in saved
+        if module in trained and name not in saved
     ]
     if adapter.target_modules == "all-linear":
         return layers

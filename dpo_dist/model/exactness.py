@@ -15,6 +15,7 @@ from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.checked import LAST_SECONDS, CheckedModel
+from dpo_dist.model.gradient_reach import sometimes_used
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.sequence_parallel import cannot_be_shared
 from dpo_dist.model.trial import Trial, changes_in_training
@@ -84,6 +85,26 @@ def check_training(checked: CheckedModel) -> None:
             got=f"{checked.kind}, {change}",
             expected="a forward without dropout or noise, as policy and reference compute the same function",
             remedy="remove dropout and noise from the model's own code, or choose another model",
+        )
+
+
+def check_use(checked: CheckedModel) -> None:
+    """Check that each sequence uses the same trained weights of a model in training mode; collective.
+
+    Ranks add up gradients weight by weight. A rank whose sequences do not use one has no gradient to add,
+    and the others would wait for it.
+
+    Raises:
+        ConfigError: a short sequence uses others than a long one, or the forward fails.
+    """
+    names, fault = checked.attempt(lambda: sometimes_used(checked), LAST_SECONDS)
+    if fault or checked.agree(names or ""):
+        raise ConfigError(
+            "some sequences do not use all weights of this model, so several processes cannot train it",
+            where=checked.key,
+            got=f"{checked.kind}, {fault or names}",
+            expected="a gradient of each trained weight from each sequence",
+            remedy="train on one process, or add 0 times these weights to the output of their module",
         )
 
 

@@ -1,4 +1,4 @@
-"""Modules of a model that may compute with some of their parts only: lists of experts."""
+"""Modules that may compute with some of their parts only: lists of experts, compressors of keys."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +27,16 @@ def expert_blocks(causal_lm: nn.Module) -> list[nn.Module]:
         for module in causal_lm.modules()
         if module in inside and module not in layers and any(map(_is_list_of_equals, module.children()))
     ]
+
+
+def compressors(causal_lm: nn.Module) -> list[nn.Module]:
+    """Return the modules that make one key of several tokens, as in DeepSeek-V4.
+
+    A sequence of fewer tokens has no such key, and uses only some of their weights.
+    """
+    found = [name for name, module in causal_lm.named_modules() if hasattr(module, "compress_rate")]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return [causal_lm.get_submodule(name) for name in outer]
 
 
 def _is_list_of_equals(module: nn.Module) -> bool:
@@ -62,8 +72,9 @@ def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
         return block(*args, **kwargs)
     aliases = _Aliases.apply(*trained.values())  # type: ignore[no-untyped-call]
     output = functional_call(block, dict(zip(trained, aliases, strict=True)), args, kwargs)
-    # If no trained weight is used, all of them get zeros.
-    touch = 0.0 * aliases[0].flatten()[0]
+    # If no trained weight is used, all of them get zeros; hooks of backward wait for the gradients of inputs.
+    touched = [aliases[0], *(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)]
+    touch = torch.stack([0.0 * tensor.flatten()[0].float() for tensor in touched]).sum()
     if isinstance(output, tuple):  # with what the router computed
         return (output[0] + touch.to(output[0].dtype), *output[1:])
     return output + touch.to(output.dtype)

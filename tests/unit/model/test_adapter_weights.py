@@ -1,11 +1,16 @@
 """Several adapters as one: its precision, and the one scale that any loader reads."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights, stack
+from dpo_dist.model.merge import write_merged
+from tests.support.tiny_model import write_model
 
 
 def part(layers: list[str], rank: int, alpha: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
@@ -51,3 +56,30 @@ def test_all_layers_of_a_stack_have_one_scale(parts: list[tuple[float, AdapterWe
         torch.testing.assert_close(
             update(stacked, layer, config.lora_alpha / config.r), update(stacked, layer)
         )
+
+
+def test_a_stack_of_rslora_has_the_scale_of_lora(parts: list[tuple[float, AdapterWeights]]) -> None:
+    for _, one in parts:
+        one.config.use_rslora = True
+    config, weights = stack(parts)
+    stacked = AdapterWeights(config, frozenset(weights), weights.__getitem__)
+    for layer in ("x.q", "x.k", "x.v"):
+        wanted = sum(factor * update(one, layer) for factor, one in parts if layer in one.layers)
+        torch.testing.assert_close(update(stacked, layer), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_patterns_name_the_ends_of_layers_as_in_peft() -> None:
+    one = part(["x.q", "x.v", "x.vq"], 2, 6, torch.float32, 1)
+    one.config.alpha_pattern = {"q": 10, r"x\.v": 4}
+    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "v", "vq")})
+    model = inject_adapter_in_model(one.config, nn.ModuleDict({"x": layers}))
+    for layer, alpha in (("x.q", 10), ("x.v", 4), ("x.vq", 6)):
+        assert one.scaling(layer, 2) == alpha / 2 == model.get_submodule(layer).scaling["default"]
+
+
+def test_a_layer_that_the_files_of_the_base_lack_is_an_error(tmp_path: Path) -> None:
+    adapter = part(["model.layers.9.self_attn.q_proj"], 2, 6, torch.float32, 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="has layers that the files of its base do not") as raised:
+        write_merged(tmp_path / "out", write_model(tmp_path / "base"), [(1.0, adapter)], str, None)
+    assert "layers.9.self_attn.q_proj" in raised.value.got

@@ -21,8 +21,8 @@ from dpo_dist.model.flops import count_flops
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.load import load_config, load_packed
-from dpo_dist.model.text_part import other_weights
-from tests.support.families import tiny_family
+from dpo_dist.model.text_part import other_weights, without_gradient
+from tests.support.families import SINGLE, tiny_family
 from tests.support.multimodal import write_multimodal
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
@@ -70,6 +70,21 @@ def test_weights_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
     assert others["weight_decay"] == 0.0
     assert other_weights(model.causal_lm) <= set(others["params"])
     assert not other_weights(model.causal_lm) & set(decayed["params"])
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "deepseek_v32"])
+def test_choices_of_keys_are_not_trained(model_type: str) -> None:
+    """Their weights have no gradient, get no adapter and do not decay; all others have one."""
+    causal_lm = tiny_family(model_type, VOCABULARY)
+    frozen = without_gradient(causal_lm)
+    assert 0 < len(frozen) < len(list(causal_lm.parameters()))
+    causal_lm(input_ids=torch.arange(3, 43)[None], use_cache=False).logits.sum().backward()
+    assert {weight for weight in causal_lm.parameters() if weight.grad is None} == frozen
+    decayed, _ = _parameter_groups(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=SINGLE), 0.1)
+    assert not frozen & set(decayed["params"])
+    targets = {causal_lm.get_submodule(name).weight for name in target_layers(causal_lm, AdapterConfig())}
+    assert targets
+    assert not frozen & targets
 
 
 def test_an_adapter_and_flops_are_of_text_alone(tmp_path: Path) -> None:

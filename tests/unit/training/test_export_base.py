@@ -76,7 +76,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_full_disk(
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000001")
 
     monkeypatch.setattr(checkpoint_export, "write_tokenizer", write_and_remove)
-    with pytest.raises(CheckpointError, match="the checkpoint is damaged") as found:
+    with pytest.raises(CheckpointError, match="the checkpoint has been removed") as found:
         export(config, tmp_path / "out")
     assert found.value.where.endswith("step-000001")
     assert not (tmp_path / "out").exists()

@@ -31,7 +31,12 @@ def named(config: RunConfig, checkpoint: str) -> RunConfig:
 
 @pytest.mark.parametrize(
     ("checkpoint", "found"),
-    [("latest", "step-000200"), ("best", "step-000100"), ("step-000100", "step-000100")],
+    [
+        ("latest", "step-000200"),
+        ("best", "step-000100"),
+        ("step-000100", "step-000100"),
+        ("step-100", "step-000100"),
+    ],
 )
 def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
     folder = find_checkpoint(named(config, checkpoint))
@@ -52,6 +57,22 @@ def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="has no checkpoint"):
         find_checkpoint(config)
+
+
+def test_another_configuration_than_the_runs_is_shown_in_part(config: RunConfig) -> None:
+    """As of a command line with the model of the run and no other of its keys."""
+    data, trainer = replace(config.data, max_length=77), replace(config.trainer, seed=5, epochs=2)
+    other = replace(config, optim=OptimConfig(lr=1e-3, eps=1e-3), data=data, trainer=trainer)
+    with pytest.raises(ConfigError, match="configuration of its run") as raised:
+        find_checkpoint(other)
+    assert raised.value.where == "data.max_length, optim.lr, optim.eps and 2 others"
+    assert raised.value.got == "77, 0.001, 0.001 and 2 others"
+    assert "without model.path" in raised.value.remedy
+
+
+def test_members_of_an_average_may_be_named_without_zeros(config: RunConfig, tmp_path: Path) -> None:
+    average = replace(config, export=ExportConfig(average=["step-100", "step-000200"]))
+    assert [folder.name for folder in find_sources(average)] == ["step-000100", "step-000200"]
 
 
 def test_a_damaged_checkpoint_is_not_called_missing(config: RunConfig, tmp_path: Path) -> None:
