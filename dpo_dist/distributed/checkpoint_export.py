@@ -168,6 +168,7 @@ def _write_trained(folder: Path, trained: _Trained, causal_lm: Any, base: Path, 
             names_in_model(plain),
             named,
             shared_weights(plain) if has_modules else (),
+            {name for name, _ in plain.named_buffers()},  # such as the biases of DeepSeek's routers
         )
     else:
         _write_update(folder, trained.adapters, dtype)

@@ -27,6 +27,7 @@ def write_merged(
     rename: Callable[[str], str],
     dtype: torch.dtype | None,
     shared: Sequence[str] = (),
+    exact: Collection[str] = (),
 ) -> None:
     """Write the weights and the configuration of a base with adapters merged into it.
 
@@ -40,6 +41,7 @@ def write_merged(
         dtype: of the written floating-point weights; None: of each in the base's files.
         shared: names of the weights of embeddings and output layer, if they are one weight in the base. They
             are two in the result if an adapter has two different ones.
+        exact: names in the transformers model of tensors that keep the precision of the base's files.
 
     Raises:
         ConfigError: an adapter has a layer that the base's files do not.
@@ -60,7 +62,8 @@ def write_merged(
             if in_model in changed:
                 shards.add(in_file, average_merged(in_model, weight, members).to(dtype or weight.dtype))
             else:
-                shards.add(in_file, weight.to(dtype) if dtype and weight.is_floating_point() else weight)
+                is_rounded = dtype and weight.is_floating_point() and in_model not in exact
+                shards.add(in_file, weight.to(dtype) if is_rounded else weight)
     if wanted:
         raise ConfigError(
             "the adapter has layers that the files of its base do not",

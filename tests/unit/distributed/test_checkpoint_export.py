@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +30,7 @@ from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from tests.support import tiny
-from tests.support.families import COMMON
+from tests.support.families import COMMON, LOW_RANK
 from tests.support.precision import DTYPES
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -216,7 +217,7 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
 def write_family(folder: Path, family: str, *, seed: int = 0, **options: Any) -> Path:
     tokenizer = tiny.qwen()
     torch.manual_seed(seed)
-    described = AutoConfig.for_model(family, **COMMON, **options, vocab_size=len(tokenizer))
+    described = AutoConfig.for_model(family, **COMMON | options, vocab_size=len(tokenizer))
     AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -265,6 +266,21 @@ def test_a_whole_model_says_the_precision_that_it_was_written_in(
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     wanted = {"fp32": torch.float32, "fp16": torch.float16}[name]
     assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
+
+
+def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
+    """Models load them in float32: a rounded one selects other experts."""
+    base = write_family(tmp_path / "base", "deepseek_v3", **LOW_RANK, first_k_dense_replace=1)
+    weights = load_file(base / "model.safetensors")
+    (name,) = (name for name in weights if "e_score" in name)
+    bias = torch.linspace(7, 7.01, len(weights[name]))
+    save_file(weights | {name: bias}, base / "model.safetensors", {"format": "pt"})
+    adapter = AdapterConfig(r=2, alpha=3, target_modules=["o_proj"])
+    config = run_of(base, dtype=Dtype.bf16, adapter=adapter, export=ExportConfig(merge=True, dtype="bf16"))
+    export_checkpoint(checkpoint_of(weights_of(config), tmp_path / "step-000001"), tmp_path / "out", config)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found.pop(name), bias)
+    assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
 
 
 def test_an_average_of_whole_models(base: Path, tmp_path: Path) -> None:
