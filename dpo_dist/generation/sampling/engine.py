@@ -88,7 +88,7 @@ def lora_options(adapter: Path | None) -> dict[str, Any]:
     """
     if adapter is None:
         return {"enable_lora": False}
-    content = read_model_json(adapter / ADAPTER_CONFIG)
+    content: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
     rank = max([content.get("r") or 0, *(content.get("rank_pattern") or {}).values()])
     kinds = {
         "use_dora": bool(content.get("use_dora")),
