@@ -36,8 +36,8 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
 
 @pytest.mark.parametrize("text", [TIMEOUT, CUT])
 def test_a_forward_that_waits_in_vain_is_no_error_of_the_model(text: str) -> None:
-    """The world makes it the error that names the rank, whose exit code lets a cluster start the job again."""
-    with pytest.raises(RuntimeError, match="Timed out|closed by peer"):
+    """The world makes it the error that names the rank, whose exit code lets clusters start the job again."""
+    with pytest.raises(RuntimeError, match=r"Timed out|closed by peer"):
         settle_failing(RuntimeError(text), is_synchronised=True)
 
 
