@@ -123,13 +123,18 @@ def check_cached_offline(path: str, key: str) -> None:
     """
     if is_absent_offline("model", path):
         raise ConfigError(
-            "the model is neither a local folder nor a model found on the Hugging Face Hub",
+            _not_found(key),
             where=key,
             got=f"{path}, which is not in the cache of the Hub, and HF_HUB_OFFLINE=1",
             expected="a folder, or a model that was downloaded before",
             remedy=_near(Path(path))
             or "check the path or the hub name, download the model, or unset HF_HUB_OFFLINE",
         )
+
+
+def _not_found(key: str) -> str:
+    named, found = ("adapter", "an adapter") if key == "model.adapter.path" else ("model", "a model")
+    return f"the {named} is neither a local folder nor {found} found on the Hugging Face Hub"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -290,7 +295,7 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
     except (OSError, HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            "the model is neither a local folder nor a model found on the Hugging Face Hub",
+            _not_found(key),
             where=key,
             got=f"{path} ({reason})",
             remedy=_near(Path(path))
