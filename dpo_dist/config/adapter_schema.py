@@ -53,7 +53,7 @@ class AdapterConfig:
         "`pissa` or `pissa_niter_4` (arXiv 2404.02948; the latter approximate and fast), `olora` (arXiv "
         f"2406.01775); null: `default`{_OR_OWN}",
         added=True,
-        accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora",
+        accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora, or null",
         pattern=_INITS,
         null_means="default",
     )

@@ -7,6 +7,9 @@ from dpo_dist.config.check import Rule
 from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.schema import ParallelismKind, Quantization, RunConfig
 
+# config.yaml of earlier versions names the default of every key.
+_UNSET_INITS = (None, "default")
+
 
 def _names_layers(targets: object) -> bool:
     if isinstance(targets, list):
@@ -109,7 +112,7 @@ ADAPTER_RULES = (
     ),
     _of_adapter(
         "init path",
-        lambda adapter: adapter.init is not None and adapter.continues,
+        lambda adapter: adapter.init not in _UNSET_INITS and adapter.continues,
         "an adapter that is continued has its values already",
         "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
     ),

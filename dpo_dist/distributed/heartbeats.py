@@ -217,6 +217,11 @@ class Heartbeats:
         return None
 
 
+def is_of_communication(text: str) -> bool:
+    """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
+    return bool(re.search(f"{_TIMEOUT}|{_CUT}", text, re.IGNORECASE))
+
+
 def _is_cut(failure: BaseException) -> bool:
     return bool(re.search(_CUT, _message(failure), re.IGNORECASE))
 

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.heartbeats import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.checked import CheckedModel
@@ -48,10 +49,13 @@ def settle_engine(
     Raises:
         ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
             sequences use other weights.
+        RuntimeError: a forward waited too long for another rank, or that rank has ended.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
     def agree(fault: str, seconds: float | None = None) -> str:
+        if are_forwards_collective and is_of_communication(fault):
+            raise RuntimeError(fault)  # no fault of the model: the world names the rank
         try:
             return world.first_fault(fault, seconds if are_forwards_collective else None)
         except TimeoutError:
@@ -64,6 +68,7 @@ def settle_engine(
                 "hosts, and remove what depends on the rank from the model's own code",
             ) from None
 
+    world.barrier()  # a rank that begins late would be one that does not fail
     was_training = engine.model.training
     engine.model.eval()
     checked = CheckedModel(engine.model, engine.token_logps, world.device, max_length, key, agree)

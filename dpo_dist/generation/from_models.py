@@ -14,7 +14,7 @@ from dpo_dist.generation.judging.judge import Judge
 from dpo_dist.generation.judging.score import describe_judge, open_judge, score
 from dpo_dist.generation.prompts import PromptList, open_prompts, rendering, write_prompts
 from dpo_dist.generation.results import Results, pairs_of, samples_of, samples_of_part, usable
-from dpo_dist.generation.sampling.engine import Generator, chosen_engine, open_generator
+from dpo_dist.generation.sampling.engine import Generator, chosen_engine, lora_options, open_generator
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.sampling.respond import Numbers, respond
@@ -58,6 +58,8 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
     work = _Work(config, sampling, engine, prompts, stages)
     models = [stages.found(name, config) for name in responding_models(config)]
+    for model in models if engine is Engine.vllm else ():
+        lora_options(model.adapter)
     judge: dict[str, Any] = {}
     if pairs.method is PairsMethod.samples:
         judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))

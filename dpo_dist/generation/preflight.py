@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.config.pairs_schema import PairsMethod
+from dpo_dist.config.pairs_schema import Engine, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.count_words import in_one_line
@@ -21,7 +21,7 @@ from dpo_dist.generation.judging.endpoint_judge import EndpointJudge
 from dpo_dist.generation.judging.reward_model import check_reward_model
 from dpo_dist.generation.prompts import as_asked
 from dpo_dist.generation.rounds.checks import check_rounds
-from dpo_dist.generation.sampling.engine import chosen_engine
+from dpo_dist.generation.sampling.engine import chosen_engine, lora_options
 from dpo_dist.generation.sampling.respond import usable_prompt
 from dpo_dist.generation.sampling.responder import Responder, find_description, open_responder
 from dpo_dist.generation.startup import output_file, responding_models
@@ -59,6 +59,8 @@ def rehearse_pairs(config: RunConfig) -> str:
             lines.append(("engine", str(engine)))
             for name in responding_models(config):
                 responder = open_responder(find_description(name, config), config)
+                if engine is Engine.vllm:
+                    lora_options(responder.source.adapter)
                 lines.append(("model", describe_responder(responder)))
                 faults[f"{name}: "] = fault_of(responder, config.data, pairs.max_new_tokens)
     if pairs.method is PairsMethod.samples:

@@ -68,7 +68,8 @@ def write_extended(
         )
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    known, new = min(_ids(own), former), tokenizer.convert_tokens_to_ids([str(token) for token in tokens])
+    known, of_base = min(_ids(own), former), own.get_vocab()
+    new = [id_ for token, id_ in tokenizer.get_vocab().items() if token not in of_base]
     grown, rename = _weights_by_token(causal_lm, former), names_in_model(causal_lm)
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_fold
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.export_schema import ExportedWeights
 from dpo_dist.config.foreign_code import read_config
+from dpo_dist.config.identity import plain
 from dpo_dist.config.load import changed_keys, from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -32,6 +33,7 @@ def find_sources(config: RunConfig) -> list[Path]:
     run = existing_run(RunFolder.of(config).path)
     _check_configuration(run, config)
     sources = [_find_member(name, run) for name in config.export.average]
+    _check_each_once(sources, config)
     for folder in sources:
         if folder.parent != run.checkpoints:
             _check_member(folder, config)
@@ -62,6 +64,23 @@ def _of_step(name: str, checkpoints: Sequence[Path]) -> Path | None:
     return next((folder for folder in checkpoints if step is not None and step_of(folder.name) == step), None)
 
 
+def _check_each_once(sources: Sequence[Path], config: RunConfig) -> None:
+    """Check that no folder is named twice, in two ways.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for number, folder in enumerate(sources):
+        if any(folder.resolve() == other.resolve() for other in sources[:number]):
+            raise ConfigError(
+                "a member of the average is named twice",
+                where="export.average",
+                got=as_written(config.export.average),
+                expected=f"{folder} once",
+                remedy="remove one of its names; export.average_weights gives members different weights",
+            )
+
+
 def _check_member(folder: Path, config: RunConfig) -> None:
     """Check that a checkpoint of another run is of the same kind of adapter, which its files do not say.
 
@@ -80,7 +99,7 @@ def _check_member(folder: Path, config: RunConfig) -> None:
             got=f"{folder}: {first_line(error)}",
             remedy="name a checkpoint in the directory of its run, or a folder that export wrote from it",
         ) from error
-    if adapter != config.model.adapter:
+    if plain(adapter) != plain(config.model.adapter):
         raise ConfigError(
             "a member of the average is a checkpoint of another kind of adapter",
             where="export.average",

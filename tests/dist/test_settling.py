@@ -1,5 +1,6 @@
 """A forward of the check at start that fails on one rank ends all; one that fails on all is not the last."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
@@ -24,15 +25,18 @@ from tests.support.tiny_model import write_model
 OWN, PACKED = Arrangement.single, Arrangement.packed
 
 
-def settle(folder: Path, fails: Arrangement, on: range, world: World, _folder: Path) -> str:
-    """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`."""
+def settle(
+    folder: Path, fails: Arrangement, on: range, world: World, _folder: Path, late_seconds: float = 0.0
+) -> str:
+    """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
     failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = monitor._GRACE_SECONDS = 1.0
     exactness.LAST_SECONDS = trial.LADDER_SECONDS = 1.0
     config = ModelConfig(str(folder), dtype=Dtype.fp32)
-    model = load_packed(folder, config, 512, world.device)
+    model = load_packed(folder, config, 512, world.device, sequence=world.sequence)
     policy = PolicyEngine(model, OPTIM, world)
     if world.rank in on:
         model.causal_lm.model.layers[1].register_forward_pre_hook(partial(refuse, model, fails))
+    time.sleep(late_seconds * world.rank)
     settle_engine(policy, 512, world, trains=True)
     return policy.model.arrangement.value
 
@@ -75,3 +79,11 @@ def test_an_error_of_all_ranks_or_of_whole_models_is_one_error(kind: Parallelism
 def test_an_arrangement_that_fails_on_all_ranks_is_followed_by_the_next(tmp_path: Path) -> None:
     outcomes = settled(PACKED, range(2), 2, tmp_path)
     assert [outcome.result for outcome in outcomes] == [Arrangement.padded.value] * 2, outcomes[0].log
+
+
+def test_ranks_that_begin_at_unequal_times_fail_together(tmp_path: Path) -> None:
+    """With whole weights and shared tokens, nothing in the model's own forward waits for the other rank."""
+    work = partial(settle, write_model(tmp_path / "model"), OWN, range(2), late_seconds=2.0)
+    kind = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
+    for outcome in start_ranks(work, 2, tmp_path / "ranks", kind).finish(60):
+        assert "own forward cannot score" in outcome.message, outcome.log

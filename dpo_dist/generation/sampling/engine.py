@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,11 @@ from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.responder import Responder, load_responder
+from dpo_dist.model.adapter_files import ADAPTER_CONFIG
+from dpo_dist.model.folder import read_model_json
+
+# Values that `max_lora_rank` of vLLM may have (`vllm.config.lora.MaxLoRARanks`, 0.14).
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Generator(Protocol):
@@ -74,6 +80,31 @@ class TransformersGenerator:
         return generate(self._causal_lm, requests, sampling, self._stop_ids, self._budget)
 
 
+def lora_options(adapter: Path | None) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` about the folder of an adapter.
+
+    Raises:
+        ConfigError: vLLM does not load an adapter of this kind.
+    """
+    if adapter is None:
+        return {"enable_lora": False}
+    content: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
+    rank = max([content.get("r") or 0, *(content.get("rank_pattern") or {}).values()])
+    kinds = {
+        "use_dora": bool(content.get("use_dora")),
+        "modules_to_save": bool(content.get("modules_to_save")),
+        f"r={rank}": rank > _LORA_RANKS[-1],
+    }
+    if refused := [kind for kind, has in kinds.items() if has]:
+        raise ConfigError(
+            "vLLM does not load an adapter of this kind",
+            where="pairs.models",
+            got=f"{adapter}: {', '.join(refused)}",
+            remedy="set pairs.engine=transformers, or merge it: python -m dpo_dist.export export.merge=true",
+        )
+    return {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if rank <= limit)}
+
+
 class VllmGenerator:
     """Generates by vLLM, which batches by itself; each sample has its own seed.
 
@@ -93,7 +124,7 @@ class VllmGenerator:
             tokenizer=str(source.tokenizer_folder),
             dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype],
             trust_remote_code=config.trust_remote_code,
-            enable_lora=source.adapter is not None,
+            **lora_options(source.adapter),
             generation_config="vllm",  # no defaults of the model's folder
         )
 

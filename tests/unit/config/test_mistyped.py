@@ -204,7 +204,7 @@ MISTYPED = [
     ("'model.adapter={init: pissa_niter_0}'", "did you mean pissa_niter_1?"),
     ("'model.adapter={adapter_path: a}'", "did you mean path?"),
     ("'model.adapter={additional_target: [lm_head]}'", "did you mean modules_to_save?"),
-    ("'model.adapter={path: a, init: default}'", "remove model.adapter.init"),
+    ("'model.adapter={path: a, init: gaussian}'", "remove model.adapter.init"),
     ("'model.adapter={alhpa: 16}'", "did you mean alpha?"),
     ("'model.adapter={ontop: true}'", "did you mean on_top?"),
     ("model.adapter=sft/adapter", "write 'model.adapter={path: sft/adapter}'"),

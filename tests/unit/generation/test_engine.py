@@ -21,7 +21,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.generation.judging.function_judge import FunctionJudge, describe_function
 from dpo_dist.generation.judging.judge import Judgement, Question
 from dpo_dist.generation.judging.score import score
-from dpo_dist.generation.sampling.engine import chosen_engine, open_generator
+from dpo_dist.generation.sampling.engine import chosen_engine, lora_options, open_generator
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
 from dpo_dist.generation.sampling.responder import find_model, open_responder
 from tests.support.tiny_model import write_model
@@ -95,11 +95,32 @@ def test_the_arguments_for_vllm(tmp_path: Path, adapter: Path, monkeypatch: pyte
     assert generator.generate([REQUEST], Sampling(9, 0.7, 0.9, seed=2)) == [Sample([5, 6], True, 2)]
     assert (seen["model"]["model"], seen["model"]["dtype"]) == (str(adapter.parent / "base"), "float32")
     assert seen["model"]["enable_lora"]
+    assert seen["model"]["max_lora_rank"] == 8
     assert seen["lora"] == ("adapter", 1, str(adapter))
     assert seen["prompts"] == [{"prompt_token_ids": list(range(40, 50))}]
     given = seen["parameters"][0]
     assert (given.temperature, given.top_p, given.top_k, given.max_tokens) == (0.7, 0.9, -1, 9)
     assert set(given.stop_token_ids) == responder.stop_ids
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"),
+    [({"r": 17}, 32), ({"r": 4, "rank_pattern": {"q_proj": 65}}, 128), ({"r": 512}, 512)],
+)
+def test_vllm_makes_room_for_the_rank_of_an_adapter(
+    content: dict[str, Any], limit: int, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    assert lora_options(tmp_path) == {"enable_lora": True, "max_lora_rank": limit}
+    assert lora_options(None) == {"enable_lora": False}
+
+
+@pytest.mark.parametrize("content", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"r": 600}])
+def test_an_adapter_that_vllm_does_not_load_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8} | content))
+    with pytest.raises(ConfigError, match="does not load") as raised:
+        lora_options(tmp_path)
+    assert next(iter(content)) in raised.value.got
 
 
 def test_vllm_that_is_not_installed_is_refused() -> None:

@@ -60,7 +60,11 @@ def test_new_rows_are_the_mean_and_all_others_stay(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_new_tokens_in_unused_rows_of_a_padded_vocabulary_are_the_mean_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_tokenizer", [0, 1])
+def test_new_tokens_in_unused_rows_of_a_padded_vocabulary_are_the_mean_too(
+    of_tokenizer: int, tmp_path: Path
+) -> None:
+    """Also those of a named tokenizer."""
     base = write_model(tmp_path / "base", tied=False)
     with torch.no_grad():
         padded = loaded(base)
@@ -69,7 +73,11 @@ def test_new_tokens_in_unused_rows_of_a_padded_vocabulary_are_the_mean_too(tmp_p
         for end in (padded.get_input_embeddings(), padded.get_output_embeddings()):
             end.weight[rows:] = 1.0
     padded.save_pretrained(base)
-    assert main([str(base), str(tmp_path / "out"), "--tokens", *NEW]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(NEW[:of_tokenizer], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = ["--tokenizer", str(tmp_path / "tokenizer"), "--tokens", *NEW[of_tokenizer:]]
+    assert main([str(base), str(tmp_path / "out"), *named]) == 0
     former, found = padded.state_dict(), loaded(tmp_path / "out").state_dict()
     for name, weight in former.items():
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -75,6 +75,13 @@ def test_members_of_an_average_may_be_named_without_zeros(config: RunConfig, tmp
     assert [folder.name for folder in find_sources(average)] == ["step-000100", "step-000200"]
 
 
+def test_a_member_by_two_names_is_one_member_twice(config: RunConfig, tmp_path: Path) -> None:
+    own = f"{tmp_path}/checkpoints/step-000100"
+    for twice in (["step-100", "step-000100"], ["step-000100", "step-000200", own]):
+        with pytest.raises(ConfigError, match="named twice"):
+            find_sources(replace(config, export=ExportConfig(average=twice)))
+
+
 def test_a_damaged_checkpoint_is_not_called_missing(config: RunConfig, tmp_path: Path) -> None:
     newest = tmp_path / "checkpoints" / "step-000200"
     (newest / "state.json").unlink()
@@ -105,6 +112,19 @@ def test_a_checkpoint_of_another_run_has_the_same_adapter(
     else:
         with pytest.raises(ConfigError, match="of another kind of adapter"):
             find_sources(averaged)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_same_adapter(config: RunConfig, tmp_path: Path) -> None:
+    command = ["model.path=org/model", "data.train=[pairs.jsonl]", "model.adapter={path: sft}"]
+    member = tmp_path / "second" / "checkpoints" / "step-000300"
+    member.mkdir(parents=True)
+    (member / "state.json").write_text("{}")
+    runs = [load_run_config([*command, f"run.dir={folder}"]) for folder in (tmp_path, tmp_path / "second")]
+    (tmp_path / "config.yaml").write_text(to_yaml(runs[0]))
+    former = to_yaml(runs[1]).replace("    init: null\n", "    init: default\n")
+    (tmp_path / "second" / "config.yaml").write_text(former)
+    averaged = replace(runs[0], export=ExportConfig(average=["step-000100", str(member)]))
+    assert find_sources(averaged)[1] == member
 
 
 def test_keys_of_another_run_are_refused(config: RunConfig) -> None:
