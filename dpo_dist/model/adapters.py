@@ -5,7 +5,6 @@ saved in checkpoints, and exported at the end of a run. A policy that starts fro
 copy of it, to score as its own start.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,14 +24,13 @@ from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repea
 from dpo_dist.model.adapter_init import start_from_weights
 from dpo_dist.model.experts import compressors, expert_blocks
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.peft_targets import check_adaptable
 from dpo_dist.model.saved_modules import find_modules, inject_adapter, prepare_copies, saved_modules
 from dpo_dist.model.text_part import indexers, text_part
 
 TRAINED = "default"
 """The name of the trained adapter in a model."""
 _START = "start"
-# Layers that are one in fused experts; peft fails if it finds only one of two.
-_FUSED = ("gate_proj", "up_proj", "w1", "w3")
 _KEY = "model.adapter.path"
 
 
@@ -107,7 +104,7 @@ def _add_new(
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
-    _check_kept(causal_lm, lora)
+    check_adaptable(causal_lm, targets)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         inject_adapter(causal_lm, lora, TRAINED)
@@ -116,33 +113,6 @@ def _add_new(
             torch.manual_seed(seed)
             start_from_weights(causal_lm, TRAINED, lora, str(adapter.init), initial)
     return lora
-
-
-def _check_kept(causal_lm: Any, lora: LoraConfig) -> None:
-    """Check that peft adapts the layers that are named, and that it will when the adapter is loaded.
-
-    In architectures whose experts were linear layers before transformers 5, peft takes `gate_proj` for a name
-    of these, whatever module it is in: it would adapt the fused experts, and not the layer.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    found = copy.deepcopy(lora)
-    found.target_modules = {*lora.target_modules, *_FUSED}
-    convert_peft_config_for_transformers(found, causal_lm, None)
-    if replaced := set(lora.target_modules) - set(found.target_modules):
-        kept = ",".join(_last_parts(set(lora.target_modules) - replaced))
-        raise ConfigError(
-            "peft would adapt the experts in place of some layers of this architecture",
-            where="model.adapter.target_modules",
-            got=", ".join(_last_parts(replaced)),
-            expected="layers of attention, or others whose names are not those of experts",
-            remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
-        )
-
-
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:

@@ -13,6 +13,7 @@ from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention_backend import heads_of_layers
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.numerics import check_precision
+from dpo_dist.model.peft_targets import check_adaptable
 from dpo_dist.model.saved_modules import find_modules
 from dpo_dist.model.sequence_parallel import cannot_be_shared, check_heads
 from dpo_dist.model.tiled_mlp import check_mlps
@@ -61,5 +62,7 @@ def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | 
     if config.mlp_tile_tokens is not None:
         check_mlps(causal_lm)
     if adapter is not None:
-        target_layers(causal_lm, adapter)
+        targets = target_layers(causal_lm, adapter)
+        if not adapter.continues:
+            check_adaptable(causal_lm, targets)
         find_modules(causal_lm, adapter.modules_to_save or [])

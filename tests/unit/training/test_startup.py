@@ -326,6 +326,13 @@ MISFITS = [
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "did you mean q_proj?"),
+    (
+        "deepseek_v3",
+        "model.adapter={r: 2}",
+        "adapt the experts in place",
+        "set model.adapter.target_modules=[",
+    ),
+    ("nemotron_h", "model.adapter={r: 2}", "adapts no such layer of state-space", "in_proj"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "did you mean lm_head?"),
 ]
 
