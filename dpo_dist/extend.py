@@ -7,6 +7,7 @@ adapter.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.model.folder import model_folder, weight_files
+from dpo_dist.model.folder import has_tokenizer, model_folder, weight_files
 from dpo_dist.model.weights_on_disk import check_weights
 from dpo_dist.safe_stream import open_closed_streams, print_line
 
@@ -48,7 +49,17 @@ def _extend(given: argparse.Namespace) -> None:
     base = model_folder(given.model, given.revision, "MODEL")
     check_weights(weight_files(base), "MODEL")
     tokenizer = None if given.tokenizer is None else given.tokenizer.expanduser()
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise ConfigError(
+            "this folder has no tokenizer" if tokenizer.is_dir() else "this folder does not exist",
+            where="--tokenizer",
+            got=str(tokenizer),
+            expected="a folder with tokenizer.json, tokenizer.model or vocab.json",
+            remedy="name the folder of a tokenizer that has the new tokens",
+        )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It warns about kernels of 4-bit weights, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Slow to import: errors above appear at once.
     from tokenizers import AddedToken  # noqa: PLC0415
 

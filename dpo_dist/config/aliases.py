@@ -269,7 +269,7 @@ VALUE_ALIASES = by_name(
         "bf16": "bfloat16 torch.bfloat16",
         "fp16": "float16 half torch.float16",
         "adamw_8bit": "adamw_bnb_8bit paged_adamw_8bit adamw8bit adam8bit",
-        "adamw": "adamw_torch adamw_torch_fused adamw_hf",
+        "adamw": "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw paged_adamw_32bit",
         "fp32": "float32 float 32 torch.float32",
         "flash_attention_2": "fa2 flash_attention",
         "sdpa": "eager",

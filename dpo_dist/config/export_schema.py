@@ -45,7 +45,7 @@ class ExportConfig:
     )
     output: str | None = key(
         None,
-        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, of an average "
-        "`<checkpoint>-ema`.",
+        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, of `export.average` "
+        "`<run.dir>/exported/average`, with `-ema` and `-merged` after it.",
         filled=True,
     )

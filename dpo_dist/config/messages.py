@@ -215,7 +215,9 @@ def content_error(
             return unknown_name(name, above, kind, where=where)
         if key not in run_keys():
             return unknown_key(key, where=origin)
-        remedy = f"add it: +{key}=..., or set {above} as a whole"
+        line = origin.removeprefix("command line: ")
+        added = shlex.quote(f"+{line}") if line.startswith(f"{key}=") else f"+{key}=..."
+        remedy = f"add it: {added}, or set {above} as a whole"
         return ConfigError(f"{above} is null, or a mapping without {name}", where=where, remedy=remedy)
     if isinstance(error, ValidationError):
         return _wrong_value(key, error, kind, where)

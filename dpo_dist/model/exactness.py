@@ -191,7 +191,7 @@ def check_positions(causal_lm: Any, max_length: int, key: str) -> None:
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or max_length - 1 <= positions:
         return
-    tokens = causal_lm.get_input_embeddings()
-    tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    tokens = set(causal_lm.get_input_embeddings().modules())  # original and copy, if an adapter has one
+    tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
     if any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables):
         raise few_positions(positions, max_length, key)

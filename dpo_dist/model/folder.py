@@ -122,14 +122,15 @@ def check_cached_offline(path: str, key: str) -> None:
         ConfigError: they are not.
     """
     if is_absent_offline("model", path):
-        raise ConfigError(
-            "the model is neither a local folder nor a model found on the Hugging Face Hub",
-            where=key,
-            got=f"{path}, which is not in the cache of the Hub, and HF_HUB_OFFLINE=1",
-            expected="a folder, or a model that was downloaded before",
-            remedy=_near(Path(path))
-            or "check the path or the hub name, download the model, or unset HF_HUB_OFFLINE",
-        )
+        got = f"{path}, which is not in the cache of the Hub, and HF_HUB_OFFLINE=1"
+        remedy = "check the path or the hub name, download the model, or unset HF_HUB_OFFLINE"
+        raise _not_found(path, key, got, remedy, "a folder, or a model that was downloaded before")
+
+
+def _not_found(path: str, key: str, got: str, remedy: str, expected: str = "") -> ConfigError:
+    named, found = ("adapter", "an adapter") if key == "model.adapter.path" else ("model", "a model")
+    message = f"the {named} is neither a local folder nor {found} found on the Hugging Face Hub"
+    return ConfigError(message, where=key, got=got, expected=expected, remedy=_near(Path(path)) or remedy)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -289,10 +290,5 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
         return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored))
     except (OSError, HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            "the model is neither a local folder nor a model found on the Hugging Face Hub",
-            where=key,
-            got=f"{path} ({reason})",
-            remedy=_near(Path(path))
-            or "check the path or the hub name, and that the hub can be reached or the model is cached",
-        ) from None
+        remedy = "check the path or the hub name, and that the hub can be reached or the model is cached"
+        raise _not_found(path, key, f"{path} ({reason})", remedy) from None

@@ -78,6 +78,7 @@ MISTYPED = [
     ("optim.kind=adamw_bf16", "set optim.kind to one of these"),
     ("model.dtype=bf16_full", "set model.dtype to one of these"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
+    ("optim=paged_adamw_32bit", "did you mean optim=adamw?"),
     ("warmup_steps=10", "write optim.warmup_steps=10"),
     ("min_lr=1e-7", "set optim.min_lr_ratio"),
     ("min_lr_rate=0.1", "write optim.min_lr_ratio=0.1"),

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
@@ -18,10 +19,11 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import check_training, settle
+from dpo_dist.model.exactness import check_positions, check_training, settle
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.mask_rules import mask_rule
+from dpo_dist.model.saved_modules import inject_adapter
 from dpo_dist.model.segment_attention import Scores, SegmentAttention
 from dpo_dist.model.sequence_parallel import TokenExchange
 from dpo_dist.model.trial import trial_sequences
@@ -206,6 +208,16 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
     settle(CheckedModel(model, model, CPU, 64))
     with pytest.raises(ConfigError, match="learned positions"):
         settle(CheckedModel(model, model, CPU, 65))
+
+
+def test_embeddings_trained_in_full_are_no_table_of_positions() -> None:
+    causal_lm = tiny_causal_lm(tiny_config("qwen3", max_position_embeddings=VOCABULARY))
+    whole = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    inject_adapter(causal_lm, whole, "default")
+    check_positions(causal_lm, VOCABULARY + 2, "model.path")
+    causal_lm.model.positions = nn.Embedding(VOCABULARY, 4)
+    with pytest.raises(ConfigError, match="learned positions"):
+        check_positions(causal_lm, VOCABULARY + 2, "model.path")
 
 
 def test_a_rank_with_fewer_responses_makes_as_many_forwards(folder: Path) -> None:

@@ -100,6 +100,8 @@ def test_a_mistyped_folder_with_one_slash_is_named(tmp_path: Path, monkeypatch: 
         with pytest.raises(ConfigError) as raised:
             model_folder(path, None)
         assert raised.value.remedy.startswith(remedy)
+    with pytest.raises(ConfigError, match="the adapter is neither a local folder nor an adapter found"):
+        model_folder("org/bas", None, "model.adapter.path", accepts_adapter=True)
 
 
 def test_an_adapter_is_a_model_only_where_it_is_accepted(

@@ -1,6 +1,7 @@
 """A model with tokens added to its vocabulary: an ordinary model folder, from the files of the base only."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -87,11 +88,23 @@ def test_new_tokens_in_unused_rows_of_a_padded_vocabulary_are_the_mean_too(
         assert torch.equal(found[name][:rows], weight[:rows])
 
 
+def test_a_folder_without_a_tokenizer_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, told in (("empty", "this folder has no tokenizer"), ("absent", "this folder does not exist")):
+        assert main([str(base), str(tmp_path / "out"), "--tokenizer", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert "--tokenizer" in error
+
+
 def test_contents_contain_content_tokens_and_spell_special_ones_as_text(base: Path, tmp_path: Path) -> None:
     extended = tmp_path / "out"
     assert (
         main([str(base), str(extended), "--tokens", "<|user|>", "--content-tokens", "<plan>", "</plan>"]) == 0
     )
+    assert not logging.getLogger("bitsandbytes.backends").isEnabledFor(logging.WARNING)
     rows = loaded(base).config.vocab_size
     tokenizer = api.load_tokenizer(str(extended))
     assert tokenizer.convert_tokens_to_ids(["<|user|>", "<plan>", "</plan>"]) == [rows, rows + 1, rows + 2]
