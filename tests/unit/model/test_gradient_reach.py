@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
@@ -30,15 +30,35 @@ def test_a_model_that_always_uses_all_weights_is_trained(model_type: str) -> Non
     check_use(checked(tiny_family(model_type, VOCABULARY)))
 
 
-def test_a_model_whose_short_sequences_skip_a_layer_is_refused() -> None:
+@pytest.mark.parametrize("used_by_long", [True, False])
+def test_a_model_of_which_some_sequences_skip_a_layer_is_refused(used_by_long: bool) -> None:
     causal_lm = tiny_family("olmo3", VOCABULARY)
     mlp = causal_lm.model.layers[1].mlp
     compute = mlp.forward
-    mlp.forward = lambda hidden: compute(hidden) if hidden.shape[-2] > 8 else hidden
+    mlp.forward = lambda hidden: compute(hidden) if (hidden.shape[-2] > 8) is used_by_long else hidden
     with pytest.raises(ConfigError, match="several processes") as raised:
         check_use(checked(causal_lm))
     assert "model.layers.1.mlp.gate_proj.weight" in raised.value.got
     assert "layers.0" not in raised.value.got
+
+
+class Experts(nn.Module):
+    """The second one computes in long sequences only."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first, second = self.experts
+        return first(hidden) + (second(hidden) if hidden.shape[-2] > 8 else 0.0)
+
+
+def test_experts_without_tokens_may_be_skipped() -> None:
+    """Their gradients are ready at once (`distributed.leaves`)."""
+    causal_lm = tiny_family("olmo3", VOCABULARY)
+    causal_lm.model.layers[1].mlp = Experts(causal_lm.config.hidden_size)
+    check_use(checked(causal_lm))
 
 
 def test_weights_that_are_not_trained_may_be_skipped() -> None:
