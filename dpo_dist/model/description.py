@@ -49,7 +49,8 @@ def restore_description(folder: Path, files: Mapping[str, bytes], dtype: torch.d
     """
     file = folder / CONFIG_FILE
     written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
-    if base.get("model_type") == written["model_type"]:
+    # Code of the model's own may give it a type that config.json does not name.
+    if base.get("model_type", written["model_type"]) == written["model_type"]:
         content = base | {"architectures": written["architectures"]}
         for name in files.keys() - {CONFIG_FILE, GENERATION_CONFIG_NAME}:
             (folder / name).write_bytes(files[name])

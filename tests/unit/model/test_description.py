@@ -13,6 +13,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.save import write_weights
 from tests.support.families import tiny_family
 from tests.support.multimodal import write_multimodal
+from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -30,7 +31,9 @@ def change(file: Path, **values: Any) -> dict[str, Any]:
 
 def written_again(base: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
     """config.json of a model that is loaded and written as training does."""
-    causal_lm = load_packed(base, ModelConfig(path=str(base), dtype=dtype), 64, CPU).causal_lm
+    causal_lm = load_packed(
+        base, ModelConfig(path=str(base), dtype=dtype, trust_remote_code=True), 64, CPU
+    ).causal_lm
     weights = {name: weight.detach() for name, weight in causal_lm.named_parameters()}
     write_weights(folder, causal_lm, weights, read_description(base))
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -52,6 +55,18 @@ def test_a_written_model_is_described_as_its_base(key: str, dtype: Dtype, tmp_pa
     assert found == given
     copied, original = (folder / "generation_config.json" for folder in (tmp_path / "out", base))
     assert copied.read_bytes() == original.read_bytes()
+
+
+def test_own_code_whose_config_names_no_type_keeps_its_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older models with code have it: `auto_map` says which class reads config.json."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = ship_code(write_model(tmp_path / "base"), "state")
+    given = change(base / "config.json", **AUTHORS)
+    del given["model_type"]
+    (base / "config.json").write_text(json.dumps(given))
+    assert written_again(base, tmp_path / "out", Dtype.fp32) == given | {"architectures": ["Own"]}
 
 
 def test_a_base_without_generation_options_gets_none(tmp_path: Path) -> None:
