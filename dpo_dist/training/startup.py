@@ -244,6 +244,7 @@ def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
     if adapter is None or adapter.path is None:
         return None
     if not Path(adapter.path).expanduser().is_dir():
+        local_model_folder(adapter.path, adapter.revision, "model.adapter.path")  # raises for a missing one
         check_cached_offline(adapter.path, "model.adapter.path")
         return None
     start = start_folder(config.model)

@@ -58,6 +58,7 @@ def refused(config: RunConfig) -> DpoDistError:
         ("model.path={assets}", "did you mean {assets}/model?"),
         ("model.revision=main", "a revision has no effect on a local folder"),
         ("reference.path={assets}/modle", "reference.path"),
+        ("model.adapter={{path: {assets}/modle}}", "model.adapter.path"),
         ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),
         ("data.train=[{assets}/model/config.toml]", "file does not exist"),
         ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
