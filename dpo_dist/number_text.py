@@ -1,10 +1,12 @@
-"""Numbers as people read them, the same everywhere: counts, values, shares, durations, sizes."""
+"""Numbers and lists as people read them, the same everywhere: counts, values, shares, durations, sizes."""
 
 import math
+from collections.abc import Sequence
 
 _KIBI = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FEW_SECONDS = 10
+_FEW_WORDS = 3
 _SMALL_AMOUNT = 0.1
 
 
@@ -17,6 +19,19 @@ def counted(count: int, noun: str, plural: str = "") -> str:
         plural: of a noun that takes more than an s: "entries".
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def first_few(words: Sequence[str], noun: str = "") -> str:
+    """Return the first three words and the number of the rest: "a, b, c and 2 more".
+
+    Args:
+        words: any number of them.
+        noun: in place of "more", in the singular.
+    """
+    named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
+    if left <= 0:
+        return named
+    return f"{named} and {counted(left, noun) if noun else f'{left:,} more'}"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -7,10 +7,10 @@ from dpo_dist.data.packing import Sequences
 from dpo_dist.model.checked import CheckedModel
 from dpo_dist.model.experts import expert_blocks
 from dpo_dist.model.trial import pack_trial, trial_sequences
+from dpo_dist.number_text import first_few
 
 # Prompt and response of the short sequence: an input of two tokens.
 _SHORT = (2, 1)
-_SHOWN = 3
 
 
 def sometimes_used(checked: CheckedModel) -> str:
@@ -25,8 +25,7 @@ def sometimes_used(checked: CheckedModel) -> str:
     one, other = (_reached(checked, sequences) for sequences in (long, short))
     experts = {weight for block in expert_blocks(causal_lm) for weight in block.parameters()}
     names = [name for name, weight in causal_lm.named_parameters() if weight in (one ^ other) - experts]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_few(names)
 
 
 def _reached(checked: CheckedModel, sequences: Sequences) -> set[nn.Parameter]:

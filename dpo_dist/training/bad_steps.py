@@ -20,6 +20,7 @@ from dpo_dist.diagnostics.run_step_faults import is_collapsed
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
+from dpo_dist.number_text import first_few
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.batch_loss import Objective, ReadyStep
@@ -29,8 +30,6 @@ from dpo_dist.training.position import Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.step import StepTotals
 
-_NAMED = 3
-"""Pairs that a message names; the file names all."""
 _BAD_AT_THE_END = 1
 """One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
 
@@ -74,10 +73,9 @@ class StepGuard:
             return [f"{pair['source']}:{pair['line']}" for pair in described if isinstance(pair["loss"], str)]
 
         named = write_on_main(write, folder, self.world)
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         self.console.say(
             f"warning: step {step} was skipped: loss {totals.means['loss']:.4g}, gradient norm "
-            f"{totals.grad_norm:.4g}; {', '.join(named[:_NAMED]) or 'no pair alone is the cause'}{more}; "
+            f"{totals.grad_norm:.4g}; {first_few(named) or 'no pair alone is the cause'}; "
             f"all pairs of the step: {folder.bad_step(step)}"
         )
 

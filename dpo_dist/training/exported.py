@@ -1,7 +1,7 @@
 """The checkpoint and the folder of an export; imports no torch, so that errors appear at once."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
@@ -15,7 +15,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.folder import CONFIG_FILE, is_adapter
-from dpo_dist.number_text import counted
+from dpo_dist.number_text import first_few
 
 _KEY = "export.checkpoint"
 
@@ -144,17 +144,11 @@ def _check_configuration(run: RunFolder, config: RunConfig) -> None:
     if changed := changed_keys(run.config, config):
         raise ConfigError(
             "an export has the configuration of its run",
-            where=_first_few(changed),
-            got=_first_few(as_written(new) for _, new in changed.values()),
-            expected=_first_few(as_written(old) for old, _ in changed.values()),
+            where=first_few(list(changed), "other"),
+            got=first_few([as_written(new) for _, new in changed.values()], "other"),
+            expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
             remedy="give run.dir and keys of export only: without model.path, others are those of the run",
         )
-
-
-def _first_few(words: Iterable[str]) -> str:
-    """Return the first three of `words` and the number of the others."""
-    first, others = (listed := list(words))[:3], len(listed) - 3
-    return ", ".join(first) + (f" and {counted(others, 'other')}" if others > 0 else "")
 
 
 def _best(run: RunFolder) -> str:

@@ -7,10 +7,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sampler import BatchSampler
 from dpo_dist.distributed.world import World
-from dpo_dist.number_text import counted, percent
+from dpo_dist.number_text import counted, first_few, percent
 from dpo_dist.report.terminal.console import Console
-
-_NAMED_SOURCES = 3
 
 
 def say_header(config: RunConfig, world: World, console: Console) -> None:
@@ -37,6 +35,4 @@ def say_steps(sampler: BatchSampler, first: int, ema_decay: float | None, consol
 
 
 def _sources(sources: Sequence[SourceConfig]) -> str:
-    more = len(sources) - _NAMED_SOURCES
-    named = ", ".join(source.path for source in sources[:_NAMED_SOURCES])
-    return f"{named} and {more:,} more" if more > 0 else named
+    return first_few([source.path for source in sources])

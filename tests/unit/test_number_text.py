@@ -4,7 +4,21 @@ import math
 
 import pytest
 
-from dpo_dist.number_text import counted, duration, money, number, percent, size
+from dpo_dist.number_text import counted, duration, first_few, money, number, percent, size
+
+
+def test_a_list_names_three_and_counts_the_rest() -> None:
+    assert [first_few(list("abcd")[:count]) for count in (0, 1, 3, 4)] == [
+        "",
+        "a",
+        "a, b, c",
+        "a, b, c and 1 more",
+    ]
+    assert first_few(["a"] * 2003) == "a, a, a and 2,000 more"
+    assert [first_few(["a"] * count, "other") for count in (4, 5)] == [
+        "a, a, a and 1 other",
+        "a, a, a and 2 others",
+    ]
 
 
 def test_one_is_singular() -> None:
