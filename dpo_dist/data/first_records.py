@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, Outcome, check_counts
+from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.data.files.hub import check_cached_offline
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, bad_record_error
@@ -24,6 +25,7 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     Raises:
         DataError: none of them can be used, or one cannot and `data.on_bad_record` is `error`.
     """
+    source = resolved(source)
     if local_files(source) is None:
         check_cached_offline(source)
         return

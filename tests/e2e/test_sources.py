@@ -1,0 +1,90 @@
+"""Sources as people write them: what a verb reads, what it says of it, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.api import SourceConfig, load_tokenizer, read_pairs
+from dpo_dist.errors import DataError
+from tests.support.launch import Finished, run_verb, summary
+from tests.support.shared_data import shared_data_dir
+
+SHARED = shared_data_dir()
+GOOD = ("dpo_en_demo", "dpo_zh_demo", "ultrafeedback", "orca_pairs", "oaast_rm_zh")
+BAD = {"kto_en_demo": "unpaired responses with a good/bad label"}
+IN_ORDER = "everything that needs no weights and no GPU is in order"
+
+# The keys that each verb gets; {model} and {folder} are of the test.
+_STORED = ("model.dtype=fp32", "reference=cached", "reference.store={folder}/store")
+_DATA = ("model.path={model}", "data.cache={folder}/cache", "data.max_bad_share=0.9")
+_STEP = ("tracking.wandb=off", "trainer.max_steps=1", "trainer.global_batch_pairs=2", "data.max_length=512")
+VERBS: dict[str, tuple[str, ...]] = {
+    "train --check": (*_DATA, *_STORED, *_STEP),
+    "train": (*_DATA, *_STORED, *_STEP),
+    "precompute": (*_DATA, *_STORED, "trainer.max_steps=1"),
+    "evaluate --check": (*_DATA, *_STORED, "evaluation.model={model}"),
+    "evaluate": (*_DATA, *_STORED, "evaluation.model={model}"),
+    "doctor": (*_DATA, "doctor.fail_on=error"),
+    "pairs --check": ("pairs.method=people",),
+    "compare --check": ("compare.models=[{model},other={model}]",),
+}
+KEYS = {"evaluate": "data.eval", "compare": "data.eval"}
+
+
+def run(command: str, sources: str, assets: Path, folder: Path, *more: str) -> Finished:
+    """Run a verb on sources, with the keys of its row."""
+    verb, *options = command.split()
+    keys = [key.format(model=assets / "model", folder=folder) for key in VERBS[command]]
+    data = f"{KEYS.get(verb, 'data.train')}=[{sources}]"
+    return run_verb(verb, [*options, data, f"run.dir={folder}/run", *keys, *more])
+
+
+def entry(folder: Path | None, name: str) -> str:
+    return f"{{path: {folder}, name: {name}, limit: 12}}"
+
+
+@pytest.mark.parametrize("command", VERBS)
+def test_every_verb_reads_an_entry_of_a_dataset_info(command: str, assets: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"question {n}", "good": f"yes {n}", "bad": f"no {n}"} for n in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    mine = {"file_name": "pairs.json", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": mine}))
+    ended = run(command, entry(tmp_path, "mine"), assets, tmp_path)
+    assert ended.code in ((0, 1) if command == "doctor" else (0,)), ended.output
+    if command == "train --check":
+        for source, advice in (
+            (entry(tmp_path, "mne"), "did you mean mine?"),
+            (str(tmp_path), "name: ENTRY"),
+        ):
+            ended = run(command, source, assets, tmp_path)
+            assert (ended.code, advice in ended.output) == (2, True), ended.output
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+def test_every_entry_of_a_real_dataset_info(assets: Path, tmp_path: Path) -> None:
+    assert SHARED is not None
+    names = json.loads((SHARED / "dataset_info.json").read_text()).keys()
+    assert names == {*GOOD, *BAD}
+    for name in GOOD:
+        ended = run("train --check", entry(SHARED, name), assets, tmp_path, "data.ranked=best_worst")
+        assert (ended.code, IN_ORDER in ended.output) == (0, True), ended.output
+        assert read_pairs(SourceConfig(path=str(SHARED), name=name), load_tokenizer(f"{assets}/model"))[0]
+    sources = ", ".join(entry(SHARED, name) for name in GOOD)
+    for command in ("precompute", "train", "evaluate"):
+        ended = run(command, sources, assets, tmp_path, "data.ranked=best_worst")
+        assert ended.code == 0, ended.output
+    assert [one["label"] for one in summary(tmp_path / "run")["data"]["train"]["sources"]] == list(GOOD)
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+def test_entries_that_cannot_be_trained_on_say_why(assets: Path, tmp_path: Path) -> None:
+    for name, why in BAD.items():
+        with pytest.raises(DataError, match=why):
+            read_pairs(SourceConfig(path=str(SHARED), name=name), load_tokenizer(f"{assets}/model"))
+        for command in VERBS:
+            ended = run(command, entry(SHARED, name), assets, tmp_path)
+            assert (ended.code, why in ended.output) == (2, True), ended.output
+    ranked = run("train --check", entry(SHARED, "oaast_rm_zh"), assets, tmp_path)
+    assert (ranked.code, "data.ranked=best_worst" in ranked.output) == (2, True), ranked.output
