@@ -43,6 +43,6 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     for source in config.data.eval_sources:
         for whose, fault in faults.items():
             records = prompt_records(pinned(source, None))
-            lines.append(("held out", whose + first_records(records, source.path, fault)))
+            lines.append(("held out", whose + first_records(records, source, config.data, fault)))
     findings = "".join(f"  {label + ':':<10}{text}\n" for label, text in lines)
     return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"

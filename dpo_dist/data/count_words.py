@@ -67,7 +67,19 @@ _WORDS = {
 _UNREAD = "unread_"
 _OWN_LINE = "chat_template_not_applied"
 _NO_CHANGES = frozenset(
-    {"label", "path", "read", "kept", "pairs", "dropped", "examples", "details", "sources", _OWN_LINE}
+    {
+        "label",
+        "path",
+        "read",
+        "kept",
+        "pairs",
+        "dropped",
+        "read_as",
+        "examples",
+        "details",
+        "sources",
+        _OWN_LINE,
+    }
 )
 
 
@@ -89,14 +101,17 @@ def in_one_line(counts: Mapping[str, int]) -> str:
 
 
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
-    """Return lines for the screen: kept, dropped and changed records, of all sources and of each."""
+    """Return lines for the screen: kept, dropped and changed records; of each source also how it was read."""
     lines = [f"{name} data: {_kept(counts)}"]
     lines += describe_dropped(counts["dropped"])
     changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
     lines += [f"  {counts[change]:,} {change}: {in_words(change)}" for change in changes]
-    for source in counts["sources"] if len(counts["sources"]) > 1 else []:
+    for source in counts["sources"]:
         dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source["dropped"].items()))
-        lines.append(f"  of {source['label']} ({source['path']}): {_kept(source)}{dropped}")
+        name = f"{source['path']}: {counted(source['kept'], 'record')}"
+        if len(counts["sources"]) > 1:
+            name = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
+        lines.append(f"  {name}: {read_in_words(source['read_as'])}")
     if plain := counts.get(_OWN_LINE):
         records = counted(counts["kept"], "record")
         lines.append(
@@ -104,6 +119,13 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             "(data.text_as_messages=true makes their prompts user turns)"
         )
     return lines
+
+
+def read_in_words(read_as: Mapping[str, int]) -> str:
+    """Return how kept records were read, with their numbers if it was in several ways."""
+    if len(read_as) == 1:
+        return next(iter(read_as))
+    return "; ".join(f"{number:,} {form}" for form, number in sorted(read_as.items()))
 
 
 def describe_dropped(dropped: Mapping[str, int]) -> list[str]:

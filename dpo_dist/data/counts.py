@@ -71,6 +71,7 @@ class Changes:
         unknown_template_argument: whether the record has an argument that the chat template does not name.
         content_not_rendered: whether the chat template omits or changes the content of a turn.
         partly_trained: whether the loss does not count all tokens of the responses.
+        by_template: whether the chat template rendered the record; not counted, see `Outcome.read_as`.
     """
 
     prompt_truncated: bool = False
@@ -85,10 +86,11 @@ class Changes:
     unknown_template_argument: bool = False
     content_not_rendered: bool = False
     partly_trained: bool = False
+    by_template: bool = False
 
     def counts(self) -> dict[str, int]:
         """Return 0 or 1 by the name of each change."""
-        return {name: int(is_so) for name, is_so in vars(self).items()}
+        return {name: int(is_so) for name, is_so in vars(self).items() if name != "by_template"}
 
 
 NO_CHANGES = Changes()
@@ -103,11 +105,13 @@ class Outcome:
         pairs: the number of examples made from it; 0 without a reason if it belongs to the other part of a
             split into training and evaluation data.
         changed: number of changes of each kind; for a dropped record the fields that no format reads.
+        read_as: form of the prompt, and how it is rendered; empty for a record that was not kept.
     """
 
     dropped: str | None = None
     pairs: int = 0
     changed: tuple[tuple[str, int], ...] = ()
+    read_as: str = ""
 
 
 @dataclass
@@ -120,6 +124,7 @@ class DataCounts:
         pairs: examples made from them: one each, or several from a ranking.
         dropped: dropped records by reason.
         changed: changes of kept records and their omitted ties by kind; unread fields of dropped records.
+        read_as: kept records by `Outcome.read_as`.
         examples: dropped records as ``file:line reason``, without their texts.
         details: for each reason, details of the first record dropped for it, without its texts.
     """
@@ -131,6 +136,7 @@ class DataCounts:
     changed: Counter[str] = field(
         default_factory=lambda: Counter({**NO_CHANGES.counts(), "ties_left_out": 0})
     )
+    read_as: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -150,6 +156,7 @@ class DataCounts:
                 counts.read += records
                 counts.kept += records
                 counts.pairs += records * outcome.pairs
+                counts.read_as[outcome.read_as] += records
             for name, times in outcome.changed:
                 counts.changed[name] += records * times
         return counts
@@ -161,6 +168,7 @@ class DataCounts:
         self.pairs += later.pairs
         self.dropped.update(later.dropped)
         self.changed.update(later.changed)
+        self.read_as.update(later.read_as)
         self.examples += later.examples[: SHOWN_EXAMPLES - len(self.examples)]
         self.details = later.details | self.details
 
@@ -171,6 +179,7 @@ class DataCounts:
             "kept": self.kept,
             "pairs": self.pairs,
             "dropped": dict(self.dropped),
+            "read_as": dict(self.read_as),
             **{name: self.changed[name] for name in sorted(self.changed)},
         }
 
@@ -194,7 +203,9 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
         return  # a part too small for a share; the training data are checked
-    check_templated(counts, path, config)
+    if not of_first or counts.changed["templated_text"] == counts.kept:
+        # The share among the first records is no estimate; all of them is a clear sign.
+        check_templated(counts, path, config)
     dropped = sum(counts.dropped.values())
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
@@ -208,14 +219,16 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
         remedy += f" (data.max_length is {config.max_length})"
     if counts.kept:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
+    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
     raise DataError(
-        f"{dropped} of {counts.read} records cannot be used"
+        f"{dropped} of {first}{counts.read} records cannot be used"
         if counts.kept
         else f"none of the first {counts.read} records can be used"
         if of_first
         else "no record can be used",
         where="; ".join(counts.examples[:_MAX_SHOWN_ORIGINS]) or path,
-        got=f"{counts.read} records; dropped: {reasons}" + (f"; {main_reason}: {detail}" if detail else ""),
+        got=f"{counts.read} records{rest}; dropped: {reasons}"
+        + (f"; {main_reason}: {detail}" if detail else ""),
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
     )

@@ -12,7 +12,7 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.fields.rankings import training_examples
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, bad_record_error
+from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, bad_record_error
 from dpo_dist.data.tokenization.loss_mask import Mask
 
 if TYPE_CHECKING:
@@ -228,7 +228,13 @@ def _outcome(
     if others:
         changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
     is_applied = found.encoded.changes.templated_text and config.template is TextTemplate.applied
-    is_plain = isinstance(record.prompt, str) and not config.text_as_messages
-    if is_plain and not is_applied and tokenizer.chat_template:
+    form = {str: "text", Dialogue: "hh (Human/Assistant turns)"}.get(type(record.prompt), "messages")
+    way = "without the chat template"
+    if found.encoded.changes.by_template:
+        way = "by the chat template"
+    elif is_applied:
+        way = "with the template that is in it"
+    elif form == "text" and tokenizer.chat_template:
         changed["chat_template_not_applied"] = 1
-    return Outcome(None, len(found.ranks), tuple((name, times) for name, times in changed.items() if times))
+    counted = tuple((name, times) for name, times in changed.items() if times)
+    return Outcome(None, len(found.ranks), counted, f"{form}, {way}")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,8 @@ class Manifest:
         largest_id: of all token ids; -1 if there are none.
         sizes: elements of each array.
         digests: digest of each array's file.
-        outcomes: the distinct outcomes of records, each as ``[dropped, pairs, changed]``; values of the array
-            `outcomes` are indices in this list.
+        outcomes: the distinct outcomes of records, each as ``[dropped, pairs, changed, read_as]``; values of
+            the array `outcomes` are indices in this list. Former versions have no `read_as`.
         files: the files of examples and bad records, relative to the source's path.
         examples: the first dropped records and the first for each reason, each as
             ``[record index, file index, line, reason, detail]``.
@@ -53,7 +54,7 @@ class Manifest:
     largest_id: int
     sizes: dict[str, int]
     digests: dict[str, str]
-    outcomes: list[tuple[str | None, int, list[tuple[str, int]]]]
+    outcomes: list[tuple[Any, ...]]
     files: list[str]
     examples: list[tuple[int, int, int, str, str]]
 
@@ -88,7 +89,8 @@ def _is_manifest(found: Manifest) -> bool:
             and isinstance(pairs, int)
             and 0 <= pairs < _MOST_PAIRS
             and all(isinstance(n, str) and isinstance(k, int) for n, k in changed)
-            for drop, pairs, changed in found.outcomes
+            and list(map(type, read_as)) in ([], [str])
+            for drop, pairs, changed, *read_as in found.outcomes
         )
         and all(isinstance(file, str) for file in found.files)
         and all(list(map(type, example)) == [int, int, int, str, str] for example in found.examples)

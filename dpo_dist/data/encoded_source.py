@@ -107,7 +107,7 @@ class SourceWriter:
             largest_id=self._largest_id,
             sizes=self._sizes,
             digests={name: digest.hexdigest() for name, digest in self._hashes.items()},
-            outcomes=[(kind.dropped, kind.pairs, list(kind.changed)) for kind in self._outcomes],
+            outcomes=[(one.dropped, one.pairs, list(one.changed), one.read_as) for one in self._outcomes],
             files=[_relative_name(self._path, source) for source in self._files],
             examples=self._examples,
         )
@@ -207,9 +207,10 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
     """Map the first `limit` records of an encoded source without reading their ids."""
     arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in ARRAYS}
     used = arrays["outcomes"][: source.limit]
-    check_offsets(arrays, [pairs for _, pairs, _ in manifest.outcomes], len(manifest.files), source.folder)
+    check_offsets(arrays, [pairs for _, pairs, *_ in manifest.outcomes], len(manifest.files), source.folder)
     outcomes = [
-        Outcome(drop, pairs, tuple((n, k) for n, k in changed)) for drop, pairs, changed in manifest.outcomes
+        Outcome(drop, pairs, tuple((n, k) for n, k in changed), *read_as)
+        for drop, pairs, changed, *read_as in manifest.outcomes
     ]
     numbers = np.bincount(used, minlength=len(outcomes)).tolist()
     files = [_display_name(source.path, name) for name in manifest.files]

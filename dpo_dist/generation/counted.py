@@ -16,6 +16,8 @@ def good_records(
     data: DataConfig,
     say: Callable[[str], None],
     enough: Callable[[], bool] = lambda: False,
+    *,
+    of_first: bool = False,
 ) -> Iterator[PreferenceRecord]:
     """Yield the usable records of a source; then print the counts of kept and dropped ones.
 
@@ -25,6 +27,7 @@ def good_records(
         data: with the allowed share of dropped records, of those that were read.
         say: prints a line.
         enough: asked before each record; True ends the reading.
+        of_first: whether they are the first records of more.
 
     Raises:
         DataError: more records were dropped than `data.max_bad_share` allows.
@@ -41,7 +44,7 @@ def good_records(
     examples = [f"{record.origin} {record.reason}" for record in bad]
     details = {record.reason: record.detail for record in reversed(bad) if record.detail}
     counts = DataCounts.of(outcomes, examples, details)
-    check_counts(counts, source.path, data)
+    check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
         say(line)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.pairs_schema import Engine, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -17,6 +17,7 @@ from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.judging.endpoint_judge import EndpointJudge
 from dpo_dist.generation.judging.reward_model import check_reward_model
 from dpo_dist.generation.prompts import as_asked
@@ -27,6 +28,7 @@ from dpo_dist.generation.sampling.responder import Responder, find_description, 
 from dpo_dist.generation.startup import output_file, responding_models
 
 _FIRST_RECORDS = 64
+_READ_RECORDS = 1024
 
 Fault = Callable[[PreferenceRecord], str | None]
 """Returns the reason why a record cannot be used, or None."""
@@ -68,7 +70,10 @@ def rehearse_pairs(config: RunConfig) -> str:
     read = read_prompts if pairs.method in (PairsMethod.samples, PairsMethod.delta) else read_records
     for index, source in enumerate(config.data.train):
         lines += [
-            (f"data.train[{index}]", whose + first_records(read(pinned(source, None)), source.path, fault))
+            (
+                f"data.train[{index}]",
+                whose + first_records(read(pinned(source, None)), source, config.data, fault),
+            )
             for whose, fault in faults.items()
         ]
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
@@ -107,15 +112,20 @@ def ask_judge(config: RunConfig) -> str:
     return f"{pairs.endpoint.model} at {pairs.endpoint.url} replies"
 
 
-def first_records(records: Iterable[PreferenceRecord | BadRecord], path: str, fault: Fault) -> str:
-    """Check the first records of the source `path`; return their counts as one line.
+def first_records(
+    records: Iterable[PreferenceRecord | BadRecord], source: SourceConfig, data: DataConfig, fault: Fault
+) -> str:
+    """Check the first records of a source; return their counts as one line.
 
     Raises:
-        DataError: none of them can be used.
+        DataError: none of them can be used, or more than `data.max_bad_share` cannot be read.
     """
+    path = source.path
+    first = list(islice(records, _READ_RECORDS + 1))
+    read = iter(first[:_READ_RECORDS])
+    list(good_records(read, source, data, lambda _: None, of_first=len(first) > _READ_RECORDS))
     faults = [
-        record.reason if isinstance(record, BadRecord) else fault(record)
-        for record in islice(records, _FIRST_RECORDS)
+        record.reason if isinstance(record, BadRecord) else fault(record) for record in first[:_FIRST_RECORDS]
     ]
     usable = faults.count(None)
     dropped = in_one_line(Counter(reason for reason in faults if reason is not None))
@@ -126,7 +136,8 @@ def first_records(records: Iterable[PreferenceRecord | BadRecord], path: str, fa
             got=dropped or "no records",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
-    found = f"{path}, {usable} of the first {len(faults)} records can be used"
+    rest = " (the others were not looked at)" if len(first) > len(faults) else ""
+    found = f"{path}, {usable} of the first {len(faults)} records can be used{rest}"
     return found + (f"; not used: {dropped}" if dropped else "")
 
 

@@ -15,8 +15,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.acceptance import check_fits_loss
 from dpo_dist.data.build_dataset import check_template_keys
-from dpo_dist.data.count_words import in_one_line
-from dpo_dist.data.counts import DataCounts, check_counts, check_templated
+from dpo_dist.data.count_words import in_one_line, read_in_words
+from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
@@ -34,6 +34,7 @@ from dpo_dist.training.evaluate_model import with_stored_reference
 from dpo_dist.training.evaluated import Evaluated, Kind
 
 _FIRST_RECORDS = 64
+_MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
 
 
 def rehearse(config: RunConfig) -> str:
@@ -143,18 +144,17 @@ def _first_records(
 ) -> str:
     """Read, encode and check the first records of a source; return their counts as one line."""
     # No run directory is written, so the commit of a hub dataset is not recorded.
-    records = list(itertools.islice(read_records(pinned(source, None)), _FIRST_RECORDS))
-    chunk = encode_chunk(records, config.data, tokenizer)
-    examples = [f"{bad.origin} {bad.reason}" for _, bad in chunk.bad]
-    details = {bad.reason: bad.detail for _, bad in reversed(chunk.bad) if bad.detail}
-    counts = DataCounts.of(Counter(chunk.outcomes), examples, details)
-    dropped = in_one_line(counts.dropped)
-    where = f"{key}: {source.path}"
-    if len(records) < _FIRST_RECORDS or not counts.kept:
-        check_counts(counts, where, config.data)
-    elif counts.changed["templated_text"] == counts.kept:
-        # The share among the first records is no estimate; all of them is a clear sign.
-        check_templated(counts, where, config.data)
+    source = pinned(source, None)
+    for most in (_FIRST_RECORDS, _MORE_RECORDS):
+        records = list(itertools.islice(read_records(source), most + 1))
+        chunk = encode_chunk(records[:most], config.data, tokenizer)
+        examples = [f"{bad.origin} {bad.reason}" for _, bad in chunk.bad]
+        details = {bad.reason: bad.detail for _, bad in reversed(chunk.bad) if bad.detail}
+        counts = DataCounts.of(Counter(chunk.outcomes), examples, details)
+        if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
+            break
+    has_more = len(records) > most
+    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
     response_counts = chunk.pair_pieces - 1
     ends = np.cumsum(response_counts)
     check_fits_loss(
@@ -164,10 +164,11 @@ def _first_records(
         lambda index: f"{key}: {chunk.origins[index]}",
     )
     name = f" ({source.name})" if source.name else ""
-    found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept"]
+    rest = " (the others were not looked at)" if has_more else ""
+    found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}"]
+    dropped = in_one_line(counts.dropped)
     found += [f"dropped: {dropped}"] if dropped else []
-    if counts.read - counts.kept > config.data.max_bad_share * counts.read:
-        found.append("more than data.max_bad_share: training refuses a source with so many")
+    found.append(read_in_words(counts.read_as))
     changed = in_one_line(counts.changed)
     found += [f"changed or particular: {changed}"] if changed else []
     found.append(f"{chunk.piece_tokens.sum() / len(chunk.pair_pieces):.0f} tokens per example")

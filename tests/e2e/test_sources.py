@@ -7,6 +7,7 @@ import pytest
 
 from dpo_dist.api import SourceConfig, load_tokenizer, read_pairs
 from dpo_dist.errors import DataError
+from tests.e2e.conftest import Overrides
 from tests.support.launch import Finished, run_verb, summary
 from tests.support.shared_data import shared_data_dir
 
@@ -88,3 +89,45 @@ def test_entries_that_cannot_be_trained_on_say_why(assets: Path, tmp_path: Path)
             assert (ended.code, why in ended.output) == (2, True), ended.output
     ranked = run("train --check", entry(SHARED, "oaast_rm_zh"), assets, tmp_path)
     assert (ranked.code, "data.ranked=best_worst" in ranked.output) == (2, True), ranked.output
+
+
+def test_a_check_refuses_what_training_refuses(overrides: Overrides, tmp_path: Path) -> None:
+    """Also by the first records of more; it says how many it has looked at."""
+    pair = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+    file = tmp_path / "pairs.jsonl"
+    for times, share in ((5, "5 of 50 records"), (200, "102 of the first 1024 records")):
+        file.write_text(("".join(json.dumps(pair) + "\n" for _ in range(9)) + "{}\n") * times)
+        checked = run_verb("train", ["--check", *overrides(f"data.train=[{file}]")])
+        assert (checked.code, IN_ORDER in checked.output) == (2, False), checked.output
+        assert share in checked.output, checked.output
+        assert ("the others were not looked at" in checked.output) is (times == 200)
+    accepted = run_verb("train", ["--check", *overrides(f"data.train=[{file}]", "data.max_bad_share=0.1")])
+    assert (accepted.code, IN_ORDER in accepted.output) == (0, True), accepted.output
+    assert "58 of the first 64 records kept (the others were not looked at)" in accepted.output
+
+
+def test_a_run_says_how_each_source_was_read(overrides: Overrides, tmp_path: Path) -> None:
+    """A prompt that ends as a dialogue becomes turns here, and stays text in TRL."""
+    sides = {"chosen": " Hello!", "rejected": " No."}
+    prompts = {
+        "hh (Human/Assistant turns), by the chat template": "\n\nHuman: Say hello.\n\nAssistant:",
+        "text, without the chat template": "Human: Say hello.\n\nAssistant:",
+        "messages, by the chat template": [{"role": "user", "content": "Say hello."}],
+    }
+    files = [tmp_path / f"{name}.jsonl" for name in ("hh", "text", "turns")]
+    for file, prompt in zip(files, prompts.values(), strict=True):
+        file.write_text((json.dumps({"prompt": prompt, **sides}) + "\n") * 6)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(files[0].read_text() + files[2].read_text())
+    data = f"data.train=[{','.join(map(str, files))}]", f"data.eval=[{mixed}]"
+    checked = run_verb("train", ["--check", *overrides(*data)])
+    trained = run_verb("train", overrides(*data, "trainer.max_steps=1"))
+    assert (trained.code, checked.code) == (0, 0), trained.output + checked.output
+    for file, words in zip(files, prompts, strict=True):
+        assert f"{file}): 6 of 6 records kept: {words}" in trained.output, trained.output
+        assert words in checked.output, checked.output
+    hh, _, turns = prompts
+    assert f"{mixed}: 12 records: 6 {hh}; 6 {turns}" in trained.output, trained.output
+    found = summary(tmp_path / "run")["data"]
+    assert [source["read_as"] for source in found["train"]["sources"]] == [{words: 6} for words in prompts]
+    assert found["eval"]["read_as"] == {hh: 6, turns: 6}

@@ -260,7 +260,7 @@ def encoded(folder: Path, **changed: list[int]) -> Path:
         "largest_id": 3,
         "sizes": sizes,
         "digests": digests,
-        "outcomes": [[None, 1, []]],
+        "outcomes": [[None, 1, [], "text"]],
         "files": ["."],
         "examples": [],
     }
@@ -321,6 +321,7 @@ def test_forged_offsets_of_encoded_data_are_an_error(changed: dict[str, list[int
         {"outcomes": [[None, "1", []]]},
         {"outcomes": [[None, 10**30, []]]},
         {"outcomes": [[["x"], 1, []]]},
+        {"outcomes": [[None, 1, [], 5]]},
         {"fingerprint": 5},
         {"outcomes": 1},
         {"files": [1]},

@@ -87,6 +87,7 @@ def _render_messages(
     return _changed(
         rendered,
         unknown_template_argument=len(known) < len(arguments),
+        by_template=True,
         content_not_rendered=not all(wholes),
         templated_content=any(
             facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns

@@ -52,7 +52,8 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
 
 def test_templated_records_are_not_counted_as_plain(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
-    assert len(describe_counts("train", opened(tmp_path, path, text_as_messages=True).counts)) == 1
+    lines = describe_counts("train", opened(tmp_path, path, text_as_messages=True).counts)
+    assert lines[1:] == [f"  {path}: 40 records: text, by the chat template"]
 
 
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
@@ -68,8 +69,9 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
-    assert f"  of one-records ({first}): 40 of 40 records kept" in lines
-    assert f"  of two-records ({second}): 3 of 4 records kept, 1 missing_field" in lines
+    plain = "text, without the chat template"
+    assert f"  of one-records ({first}): 40 of 40 records kept: {plain}" in lines
+    assert f"  of two-records ({second}): 3 of 4 records kept, 1 missing_field: {plain}" in lines
     json.dumps(counts)
 
 

@@ -39,6 +39,7 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path, model: Path
             "pairs.method=samples",
             f"pairs.endpoint.url={server.url}",
             "pairs.endpoint.model=judge",
+            "data.max_bad_share=0.2",
         )
     assert len(server.bodies) == 1
     assert f"judge at {server.url} replies" in report
@@ -48,6 +49,13 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path, model: Path
         in report
     )
     assert "), 1 unknown_format (the fields are of no known format)" in report
+
+
+@pytest.mark.parametrize("records", [10, 2000])
+def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, tmp_path: Path) -> None:
+    looked_at = min(records, 1024)
+    with pytest.raises(DataError, match=f"{'the first ' if records > looked_at else ''}{looked_at} records"):
+        found(tmp_path, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10), "pairs.method=scores")
 
 
 def test_an_endpoint_that_refuses_is_an_error(tmp_path: Path, model: Path) -> None:
