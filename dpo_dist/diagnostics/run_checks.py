@@ -54,12 +54,18 @@ def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
         return {
             "cause": _cause_of_divergence(keys[0], row, before),
             "quantity": f"the {_QUANTITIES.get(keys[0], keys[0])}",
-            "step": int(row["step"]),
+            "step": _first_bad_step(facts, row),
             "loss": number(last(before.steps, "loss")),
             "grad_norm": number(last(before.steps, "grad_norm")),
             "rate": number(row.get("learning_rate", last(before.steps, "learning_rate"))),
         }
     return None
+
+
+def _first_bad_step(facts: RunFacts, row: Row) -> int:
+    """Return the step of a row that is not finite; of the row that ends a run, the first skipped step."""
+    skipped = facts.summary.get("bad_in_a_row") or 1
+    return int(row["step"]) - (skipped - 1 if row is facts.rows[-1] and "loss" in row else 0)
 
 
 def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
