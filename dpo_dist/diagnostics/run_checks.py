@@ -5,7 +5,7 @@ metric.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean, median
 from typing import Any, TypeAlias
 
@@ -19,9 +19,15 @@ from dpo_dist.diagnostics.run_facts import (
     number,
     values,
 )
-from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
+from dpo_dist.diagnostics.run_rate_symptoms import (
+    LOGISTIC,
+    falls_of_chosen,
+    known_start,
+    rise_of_loss,
+    symptoms_of_rate,
+)
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
-from dpo_dist.diagnostics.run_step_faults import find_bad_steps, find_collapse, find_spikes
+from dpo_dist.diagnostics.run_step_faults import find_bad_steps, find_collapse
 from dpo_dist.number_text import counted, percent
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -54,12 +60,18 @@ def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
         return {
             "cause": _cause_of_divergence(keys[0], row, before),
             "quantity": f"the {_QUANTITIES.get(keys[0], keys[0])}",
-            "step": int(row["step"]),
+            "step": _first_bad_step(facts, row),
             "loss": number(last(before.steps, "loss")),
             "grad_norm": number(last(before.steps, "grad_norm")),
             "rate": number(row.get("learning_rate", last(before.steps, "learning_rate"))),
         }
     return None
+
+
+def _first_bad_step(facts: RunFacts, row: Row) -> int:
+    """Return the step of a row that is not finite; of the row that ends a run, the first skipped step."""
+    skipped = facts.summary.get("bad_in_a_row") or 1
+    return int(row["step"]) - (skipped - 1 if row is facts.rows[-1] and "loss" in row else 0)
 
 
 def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
@@ -135,12 +147,16 @@ def _loss_that_stayed(facts: RunFacts, limits: Limits) -> dict[str, float] | Non
 
     A single row of a run that learns may have the loss of its start by chance.
     """
-    losses = values(facts.steps, "loss")
-    recent = [loss for step, loss in losses if step > 0.75 * facts.total_steps]
-    if not recent:
+    recent, start = _recent_losses(facts), first(facts.steps, "loss")
+    if not recent or start is None:
         return None
-    start, mean = losses[0][1], fmean(recent)
+    mean = fmean(recent)
     return {"first": start, "last": mean} if abs(mean - start) <= limits["fall"] * abs(start) else None
+
+
+def _recent_losses(facts: RunFacts) -> list[float]:
+    """Return the training losses of the last quarter of the steps."""
+    return [loss for step, loss in values(facts.steps, "loss") if step > 0.75 * facts.total_steps]
 
 
 def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
@@ -153,21 +169,25 @@ def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
 
 
 def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
-    accuracy = facts.accuracy()
-    if accuracy is None or accuracy.pairs < limits["pairs"] or not facts.has_ended(limits["steps"]):
+    if not facts.has_ended(limits["steps"]):
         return None
+    symptoms = [*_accuracy_of_chance(facts, limits), *_loss_at_its_start(facts, limits)]
+    return {"symptom": "; ".join(symptoms)} if symptoms else None
+
+
+def _accuracy_of_chance(facts: RunFacts, limits: Limits) -> Iterator[str]:
+    accuracy, training = facts.accuracy(), facts.training_accuracy()
+    if accuracy is None or accuracy.pairs < limits["pairs"]:
+        return
     noise = limits["standard_errors"] * accuracy.noise
-    if abs(accuracy.value - 0.5) > noise or accuracy.value >= limits["accuracy"]:
-        return None
-    training = facts.training_accuracy()
-    return {
-        "part": facts.part,
-        "accuracy": accuracy.value,
-        "pairs": accuracy.pairs,
-        "noise": noise,
-        "margin": last(facts.last_rows, MARGIN) or 0.0,
-        "training": number(None if training is None else training.value),
-    }
+    both = [accuracy.value, *([] if training is None else [training.value])]
+    if abs(accuracy.value - 0.5) > noise or max(both) >= limits["accuracy"]:
+        return
+    yield (
+        f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise of one "
+        f"half ({noise:.2f}); margin {last(facts.last_rows, MARGIN) or 0.0:.2g}, training accuracy "
+        f"{number(None if training is None else training.value)}"
+    )
 
 
 def _prefers_rejected(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -179,36 +199,57 @@ def _prefers_rejected(facts: RunFacts, limits: Limits) -> Fields | None:
     return {"accuracy": accuracy.value, "pairs": accuracy.pairs}
 
 
-def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
-    losses = _loss_that_stayed(facts, limits)
-    if losses is None or not facts.has_ended(limits["steps"]):
-        return None
-    if len(values(facts.steps, "loss")) < limits["rows"]:
-        return None
-    change = _beta_and_change(facts)
+def _loss_at_its_start(facts: RunFacts, limits: Limits) -> Iterator[str]:
+    losses, change = _loss_that_stayed(facts, limits), _beta_and_change(facts)
+    if losses is None or len(values(facts.steps, "loss")) < limits["rows"]:
+        return
     if change is not None and change["margin"] >= limits["margin"]:
-        return None  # a loss with a large constant part, such as sppo_hard with a small beta
-    rate = number(facts.setting("optim.lr"))
-    return {**losses, "steps": facts.total_steps, "rate": rate}
+        return  # a loss with a large constant part, such as sppo_hard with a small beta
+    yield (
+        f"the training loss stayed at its start, {losses['first']:.4g} -> {losses['last']:.4g}, in "
+        f"{facts.total_steps:,} steps with optim.lr={number(facts.setting('optim.lr'))}"
+    )
 
 
-def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
+def _does_not_generalise(facts: RunFacts, limits: Limits) -> Fields | None:
+    if facts.total_steps < limits["steps"]:
+        return None
+    symptoms = [*_rise_of_evaluation_loss(facts, limits), *_gap_of_accuracy(facts, limits)]
+    return {"symptom": "; ".join(symptoms)} if symptoms else None
+
+
+def _rise_of_evaluation_loss(facts: RunFacts, limits: Limits) -> Iterator[str]:
     losses = values(facts.evaluations, "loss")
-    if len(losses) < limits["evaluations"]:
-        return None
-    step, lowest = min(losses, key=lambda one: one[1])
-    before = [loss for at, loss in values(facts.steps, "loss") if at <= step]
-    after = last(facts.steps, "loss")
-    risen = losses[-1][1] - lowest
-    if not before or after is None or after >= before[-1] or risen <= limits["rise"] * abs(losses[0][1]):
-        return None
-    return {
-        "lowest": lowest,
-        "step": int(step),
-        "last": losses[-1][1],
-        "before": before[-1],
-        "after": after,
-    }
+    start = known_start(facts)
+    if start is not None:
+        losses.insert(0, (0.0, start))
+    after = fmean(recent) if (recent := _recent_losses(facts)) else None
+    if len(losses) < 2 or after is None:
+        return
+    step, lowest = min(losses[:-1], key=lambda one: one[1])
+    # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
+    earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
+    before = earlier[-1] if earlier else lowest
+    end, pairs = losses[-1][1], facts.evaluated_pairs
+    noise = limits["standard_errors"] * abs(end) / math.sqrt(pairs) if pairs else math.inf
+    if after < before and end - lowest > max(limits["rise"] * abs(losses[0][1]), noise):
+        since = f"at step {step:.0f}" if step else "at the start"
+        yield (
+            f"evaluation loss rose from {lowest:.3g} {since} to {end:.3g}, while training loss fell from "
+            f"{before:.3g} to {after:.3g}"
+        )
+
+
+def _gap_of_accuracy(facts: RunFacts, limits: Limits) -> Iterator[str]:
+    training, accuracy = facts.training_accuracy(), facts.accuracy()
+    if not facts.evaluations or training is None or accuracy is None:
+        return
+    noise = limits["standard_errors"] * math.hypot(training.noise, accuracy.noise)
+    if training.value - accuracy.value > max(limits["difference"], noise):
+        yield (
+            f"training accuracy {training.value:.2f} is far above evaluation accuracy {accuracy.value:.2f} "
+            f"on {counted(accuracy.pairs, 'pair')}"
+        )
 
 
 def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -229,11 +270,9 @@ TRAINING_CHECKS: dict[str, Check] = {
     "beta_too_small": _beta_too_small,
     "prefers_rejected": _prefers_rejected,
     "learnt_nothing": _learnt_nothing,
-    "hardly_trained": _hardly_trained,
-    "overfit": _overfit,
+    "does_not_generalise": _does_not_generalise,
     "displacement": _displacement,
     "bad_steps": find_bad_steps,
-    "loss_spikes": find_spikes,
 }
 """By rule."""
 

@@ -61,25 +61,32 @@ def _label_leak(facts: RunFacts, limits: Limits) -> Fields | None:
     pairs = facts.counts("train").get("pairs") or 1
     shares = {f"/{label}": own / pairs for label, own in facts.pairs_of_labels("train").items()}
     for source, share in {"": 1.0, **shares}.items():
-        at_once = [
-            (step, accuracy)
-            for step, accuracy in pooled(facts.steps, ACCURACY + source, limits["pairs"], share)
-            if step <= within and accuracy >= limits["accuracy"]
-        ]
-        evidence = _evidence_of_leak(facts, source, limits) if at_once else None
-        if evidence is not None:
-            step, accuracy = at_once[0]
-            of_source = f" of {source[1:]}" if source else ""
-            return {"accuracy": accuracy, "step": int(step), "evidence": evidence, "source": of_source}
+        of_source = f" of {source[1:]}" if source else ""
+        means = pooled(facts.steps, ACCURACY + source, limits["pairs"], share)
+        at_once = next((one for one in means if one[0] <= within and one[1] >= limits["accuracy"]), None)
+        if at_once is not None and (evidence := _evidence_of_leak(facts, source, limits["length_ratio"])):
+            step, accuracy = at_once
+            return {
+                "symptom": f"accuracy{of_source} is {accuracy:.2f} at step {step:.0f} already, {evidence}"
+            }
+        if means and (evidence := _leak_by_length(facts, source, limits["sure_ratio"])):
+            return {"symptom": f"the label{of_source} shows {evidence}"}
     return None
 
 
-def _evidence_of_leak(facts: RunFacts, source: str, limits: Limits) -> str | None:
-    """Return a clause that names the feature by which the label leaks, or None if none is known."""
+def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
+    """Return a clause if the mean lengths of both sides differ by this ratio."""
     rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
     chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
-    if chosen and rejected and max(chosen / rejected, rejected / chosen) >= limits["length_ratio"]:
-        return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
+    if not chosen or not rejected or max(chosen / rejected, rejected / chosen) < ratio:
+        return None
+    return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
+
+
+def _evidence_of_leak(facts: RunFacts, source: str, ratio: float) -> str | None:
+    """Return a clause that names the feature by which the label leaks, or None if none is known."""
+    if (by_length := _leak_by_length(facts, source, ratio)) is not None:
+        return by_length
     for finding in facts.data_findings:
         if source and finding.get("source") != source[1:]:
             continue

@@ -114,6 +114,11 @@ class RunFacts:
             has_reference and not self.setting("loss.reference_free") and not self.setting("reference.path")
         )
 
+    @property
+    def evaluated_pairs(self) -> int:
+        """Pairs of the last evaluation; 0 if unknown."""
+        return int(last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0))
+
     def moved(self, metric: str) -> float | None:
         """Return the last value of a metric that starts at 0, or the change of it where it does not.
 
@@ -178,8 +183,7 @@ class RunFacts:
         if not self.evaluations:
             return self.training_accuracy()
         value = last(self.evaluations, ACCURACY)
-        pairs = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
-        return None if value is None else Accuracy(value, int(pairs))
+        return None if value is None else Accuracy(value, self.evaluated_pairs)
 
     def training_accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last quarter of the steps, or None if it was not measured."""

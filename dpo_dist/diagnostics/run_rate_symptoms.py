@@ -10,17 +10,30 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.loss_kinds import Weighting
+from dpo_dist.config.loss_kinds import KINDS, LossKind, Weighting
 from dpo_dist.diagnostics.run_facts import Row, RunFacts, finite, pooled, values
 
 Column: TypeAlias = npt.NDArray[np.float64]
 
 LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
-_SAME_AT_START = ("sigmoid", "robust", "dpop", "sigmoid_norm", "hinge", "ipo", "sppo_hard")
-"""Losses that are the same for all pairs while the policy is the reference."""
+_START = dict.fromkeys(
+    ("sigmoid", "robust", "sigmoid_norm", "dpop", "aot", "aot_unpaired", "beta_dpo"), math.log(2)
+) | {
+    "hinge": 1.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "nca_pair": 2 * math.log(2),
+    "bco_pair": 2 * math.log(2),
+    "discopop": (1 + math.log(2)) / 2,
+}
+"""Loss of every pair while the policy is the reference."""
+_SQUARED_START = {"ipo": 0.25, "sppo_hard": 0.5}
+"""The same, times beta squared."""
 _MEAN_OF = 3
 """Fewest rows of a mean: the loss of few pairs is noisy."""
+_SPIKES = 0.1
+"""Share of the rows, those of the highest losses, that alone are no rise of the loss."""
 _DISTANCES = 8
 """Fewest distances between successive rows that give their noise."""
 _FROM_MEAN, _FROM_MEDIAN = math.sqrt(math.pi) / 2, 1.0484
@@ -32,14 +45,32 @@ _FIRST_SPIKE = 5
 def symptoms_of_rate(facts: RunFacts, limits: Mapping[str, float]) -> Iterator[str]:
     """Yield a clause for each sign; `limits` are those of `learning_rate_too_high`."""
     yield from rise_of_loss(facts, limits)
-    fallen = [(step, fall) for step, fall in falls_of_chosen(facts, limits) if fall > limits["fall"]]
-    if len(fallen) >= limits["rows"] and fallen[0][0] <= limits["steps_share"] * facts.total_steps:
-        step, fall = fallen[0]
+    falls = falls_of_chosen(facts, limits)
+    fallen = [(step, fall) for step, fall in falls if fall > limits["fall"]]
+    early = fallen[:1] if len(fallen) >= limits["rows"] else []
+    for step, fall in early:
+        since = sum(later >= step for later, _ in falls)
+        if step > limits["steps_share"] * facts.total_steps or 2 * len(fallen) < since:
+            break  # late, or it has recovered
         yield (
             f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} of "
             f"{facts.total_steps:,}"
         )
     yield from _jumps_of_gradient(facts.steps, limits)
+
+
+def known_start(facts: RunFacts) -> float | None:
+    """Return the loss of every pair while the policy is the reference; None if pairs differ in it."""
+    kind, beta = facts.setting("loss.kind"), facts.setting("loss.beta")
+    is_weighted = facts.setting("loss.weighting") not in (None, Weighting.none)
+    if is_weighted or not facts.starts_as_reference:
+        return None
+    if kind == LossKind.exo_pair:
+        flipped = facts.setting("loss.label_smoothing") or KINDS[kind].smoothing
+        return -math.log(2) - math.log(flipped * (1 - flipped)) / 2
+    if kind in _SQUARED_START and beta:
+        return _SQUARED_START[kind] / float(beta) ** 2
+    return _START.get(kind)
 
 
 def falls_of_chosen(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[float, float]]:
@@ -57,13 +88,15 @@ def falls_of_chosen(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[
 def rise_of_loss(facts: RunFacts, limits: Mapping[str, float]) -> Iterator[str]:
     """Yield a clause if the loss rose; `limits` are those of `learning_rate_too_high`.
 
-    Means over 3, 6, 12, ... successive rows are compared with the start, by more than their noise.
+    Means over 3, 6, 12, ... successive rows are compared with the start, by more than their noise. The
+    highest losses count as the highest of the others: a spike that recovers is no sign of the learning rate.
     """
     rows = _with_loss(facts.steps)
     start = _start(facts, rows, limits)
     if start is None or start.mean <= 0:
         return
     losses, pairs = _column(rows, "loss"), _column(rows, "pairs")
+    losses = np.minimum(losses, np.quantile(losses, 1 - _SPIKES, method="lower"))
     quantile = NormalDist().inv_cdf(1 - limits["chance"] / len(rows))  # the largest of so many means
     found = []
     size = _MEAN_OF
@@ -96,8 +129,7 @@ def _start(facts: RunFacts, rows: Sequence[Row], limits: Mapping[str, float]) ->
     Before the first update many losses are the same for all pairs, if the policy is the reference.
     """
     losses, pairs = _column(rows, "loss"), _column(rows, "pairs")
-    is_weighted = facts.setting("loss.weighting") not in (None, Weighting.none)
-    if facts.starts_as_reference and facts.setting("loss.kind") in _SAME_AT_START and not is_weighted:
+    if known_start(facts) is not None:
         return _Start(float(losses[0]), 0.0, 1, limits["pairs"]) if len(losses) else None
     fewest = limits["varied_pairs"]
     count = int(np.searchsorted(np.cumsum(pairs), fewest)) + 1
@@ -131,8 +163,8 @@ def _ends_higher(losses: Column, at: int, limits: Mapping[str, float]) -> bool:
     size = max(_MEAN_OF, len(losses) // 10)
     before, after = losses[:at][-size:], losses[at:][-size:]
     noise = max(_noise_of_rows(losses), _FROM_MEAN * float(np.abs(np.diff(after, prepend=after[:1])).mean()))
-    noise *= math.sqrt(1 / len(before) + 1 / len(after))
-    return bool(after.mean() - before.mean() > NormalDist().inv_cdf(1 - limits["chance"]) * noise)
+    noise *= math.sqrt(math.pi / 2 * (1 / len(before) + 1 / len(after)))  # of medians
+    return bool(np.median(after) - np.median(before) > NormalDist().inv_cdf(1 - limits["chance"]) * noise)
 
 
 def _errors(losses: Column, start: int, size: int) -> Column:

@@ -13,8 +13,9 @@ class RunRule:
         limits: the numbers that decide, by name.
         compared: the metrics and counts that are compared with them.
         text: the finding's sentence, a template of `str.format`.
-        remedy: advice.
+        remedy: pieces of advice, joined by "; "; "a lower KEY", "more KEY" and the like push a key.
         explains: rules that are not reported beside this one, because they are its consequences.
+        is_remark: it is no fault in itself, so the verdict's sentence does not name it.
     """
 
     headline: str
@@ -23,6 +24,7 @@ class RunRule:
     text: str
     remedy: str
     explains: tuple[str, ...] = ()
+    is_remark: bool = False
 
 
 FEWEST_STEPS = 10
@@ -31,10 +33,12 @@ FEWEST_STEPS = 10
 _OF_LOST_WEIGHTS = (
     "learning_rate_too_high",
     "far_from_reference",
-    "overfit",
+    "does_not_generalise",
     "displacement",
     "learnt_nothing",
-    "loss_spikes",
+    "prefers_rejected",
+    "over_optimised",
+    "samples_degrade",
 )
 """Findings that follow from weights that compute nothing usable any more."""
 
@@ -45,7 +49,7 @@ RULES: dict[str, RunRule] = {
         "the number of values of a row that are not finite",
         "{cause}; {quantity} was the first value that is not finite, at step {step}; before it the loss was "
         "{loss} and the gradient norm {grad_norm}, with a learning rate of {rate}",
-        "a lower optim.lr, a larger optim.warmup_ratio, model.dtype=fp32 on a small part of the data; look "
+        "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; look "
         "at the pairs of this step",
         explains=(*_OF_LOST_WEIGHTS, "bad_steps"),
     ),
@@ -56,8 +60,8 @@ RULES: dict[str, RunRule] = {
         "`logps/rejected_per_token` are the same, or the former is below -`nats`",
         "from step {step} on the gradient is 0, and chosen responses have {chosen} nats per token, as if "
         "all tokens were alike; before it the loss was {loss}, with optim.lr={rate}",
-        "a lower optim.lr, a larger optim.warmup_ratio; if it is so from the first step, other weights",
-        explains=(*_OF_LOST_WEIGHTS, "hardly_trained"),
+        "a lower optim.lr; a larger optim.warmup_ratio; if it is so from the first step, other weights",
+        explains=_OF_LOST_WEIGHTS,
     ),
     "beta_too_large": RunRule(
         "beta too large",
@@ -66,8 +70,8 @@ RULES: dict[str, RunRule] = {
         "most `margin` nats: the last loss as a share of the first; or the rise of the loss as for "
         "`learning_rate_too_high`, while `logps/chosen_per_token` fell by at most `fall` nats",
         "with loss.beta={beta} {symptom}",
-        "loss.beta between 0.01 and 0.5",
-        explains=("learning_rate_too_high", "overfit"),
+        "a smaller loss.beta, between 0.01 and 0.5",
+        explains=("learning_rate_too_high", "does_not_generalise"),
     ),
     "learning_rate_too_high": RunRule(
         "learning rate too high",
@@ -83,14 +87,15 @@ RULES: dict[str, RunRule] = {
         },
         "the mean loss of 3, 6, 12, ... rows with at least `pairs` pairs relative to the first row (if that "
         "is not the same for all pairs, to the first rows with `varied_pairs` pairs), by more than rows "
-        "differ by chance in a share of `chance` of the runs; the fall of "
+        "differ by chance in a share of `chance` of the runs, without the highest 10 %; the fall of "
         "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
-        "pairs since the first) within the first `steps_share` of the run, in nats; `grad_norm` relative "
+        "pairs since the first) within the first `steps_share` of the run and in half of the rows since, in "
+        "nats; `grad_norm` relative "
         "to the median of the rows before it, and above its start, if the loss ends higher by more than "
         "chance; the last two in at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
-        "optim.lr ten times lower; a larger optim.warmup_ratio",
-        explains=("far_from_reference", "loss_spikes"),
+        "a lower optim.lr, by ten times; a larger optim.warmup_ratio",
+        explains=("far_from_reference",),
     ),
     "labels_swapped": RunRule(
         "labels look swapped",
@@ -102,14 +107,15 @@ RULES: dict[str, RunRule] = {
         "training accuracy is {training}: the policy learns the opposite of these labels",
         "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
         "(`columns` of a source)",
-        explains=("overfit",),
+        explains=("does_not_generalise",),
     ),
     "prefers_rejected": RunRule(
         "the policy prefers rejected responses",
         {"accuracy": 0.45, "standard_errors": 3},
         "the training accuracy of the last quarter of the steps, below `accuracy` by more than chance",
         "training accuracy is {accuracy:.2f} on {pairs:,} pairs: the loss teaches the opposite of the labels",
-        "loss=sigmoid; discopop has a minimum at small negative margins, a custom loss may have a wrong sign",
+        "another loss than discopop, which has a minimum at small negative margins; the other sign of a "
+        "custom loss",
         explains=("learnt_nothing",),
     ),
     "evaluation_leak": RunRule(
@@ -126,19 +132,37 @@ RULES: dict[str, RunRule] = {
         "the last evaluation accuracy minus the accuracy of the last quarter of at least `steps` steps",
         "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
         "evaluation data are easier, or copies of training data, or some training labels are noise",
-        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
-        "training source with the lowest accuracy",
+        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of "
+        "the training source with the lowest accuracy",
     ),
     "label_leak": RunRule(
         "the label leaks",
-        {"accuracy": 0.95, "pairs": 30, "steps_share": 0.1, "steps": 10, "length_ratio": 1.3},
+        {
+            "accuracy": 0.95,
+            "pairs": 30,
+            "steps_share": 0.1,
+            "steps": 10,
+            "length_ratio": 1.3,
+            "sure_ratio": 2.0,
+        },
         "the training accuracy of rows with at least `pairs` pairs, also of each source, within the first "
         "`steps` or `steps_share` of the run, if the doctor found a leak, or one side is `length_ratio` "
-        "times longer",
-        "accuracy{source} is {accuracy:.2f} at step {step} already, {evidence}",
+        "times longer on average; one side that is `sure_ratio` times longer needs no accuracy",
+        "{symptom}",
         "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
         "length-normalised loss",
         explains=("far_from_reference",),
+    ),
+    "does_not_generalise": RunRule(
+        "does not generalise",
+        {"rise": 0.05, "difference": 0.1, "standard_errors": 3, "steps": FEWEST_STEPS},
+        "of a run of at least `steps` steps: the last `eval_loss` above its lowest, or above the loss of a "
+        "policy that is the reference (ln 2 for sigmoid), relative to the first of these, and by more than "
+        "`standard_errors` of `eval_loss` / sqrt(pairs), while the training loss fell; the training accuracy "
+        "of the last quarter of the steps minus the last evaluation accuracy, by more than chance",
+        "{symptom}",
+        "the checkpoint of the lowest evaluation loss; fewer steps; a lower optim.lr; a larger loss.beta, "
+        "or loss.label_smoothing; other evaluation data if they are of another kind",
     ),
     "over_optimised": RunRule(
         "over-optimised",
@@ -156,7 +180,7 @@ RULES: dict[str, RunRule] = {
         "change of at least `responses` responses, and by more than chance) and `distinct_3` of the last "
         "evaluation with those of the reference, or of the first evaluation if they are unknown",
         "{symptoms} compared with {start}",
-        "an earlier checkpoint, fewer steps, a larger loss.beta or a lower optim.lr; a length-normalised "
+        "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised "
         "loss if responses grow",
     ),
     "samples_degrade": RunRule(
@@ -176,7 +200,7 @@ RULES: dict[str, RunRule] = {
         "expect",
         "the policy moved {distance} per token away from the reference on the rejected responses, with "
         "loss.beta={beta}: beta restrains it too little",
-        "a larger loss.beta, a lower optim.lr or fewer steps",
+        "a larger loss.beta; a lower optim.lr; fewer steps",
     ),
     "beta_too_small": RunRule(
         "beta too small",
@@ -185,39 +209,27 @@ RULES: dict[str, RunRule] = {
         "and `rewards/margins` divided by beta, in nats",
         "with loss.beta={beta} the loss stays at its start ({first:.4g} -> {last:.4g}) although the log-prob "
         "of chosen minus rejected changed by {margin:.2g} nats: nothing keeps the policy near the reference",
-        "loss.beta between 0.01 and 0.5",
-        explains=("hardly_trained",),
+        "a larger loss.beta, between 0.01 and 0.5",
     ),
     "learnt_nothing": RunRule(
         "learnt nothing",
-        {"standard_errors": 3, "accuracy": 0.6, "pairs": 30, "steps": FEWEST_STEPS},
-        "the last evaluation accuracy (without evaluations, of the last quarter of the steps) of at least "
-        "`pairs` pairs: below `accuracy`, and within so many standard errors of one half; of a run of at "
-        "least `steps` steps that reached its end",
-        "{part} accuracy {accuracy:.2f} on {pairs:,} pairs is within its noise of one half ({noise:.2f}); "
-        "margin {margin:.2g}, training accuracy {training}",
-        "check that the labels are not random; a higher optim.lr or more steps; more evaluation pairs if "
+        {
+            "standard_errors": 3,
+            "accuracy": 0.6,
+            "pairs": 30,
+            "steps": FEWEST_STEPS,
+            "fall": 0.01,
+            "rows": 3,
+            "margin": 2.0,
+        },
+        "of a run of at least `steps` steps that reached its end: the last evaluation accuracy of at least "
+        "`pairs` pairs, within so many standard errors of one half, if it and the training accuracy of the "
+        "last quarter of the steps are below `accuracy`; or the training loss of this quarter relative to "
+        "the first row, of at least `rows` rows, unless `rewards/margins` divided by beta reached `margin` "
+        "nats",
+        "{symptom}",
+        "check that the labels are not random; a higher optim.lr; more steps; more evaluation pairs if "
         "there are few",
-        explains=("hardly_trained",),
-    ),
-    "hardly_trained": RunRule(
-        "hardly trained",
-        {"fall": 0.01, "rows": 3, "margin": 2.0, "steps": FEWEST_STEPS},
-        "the training loss of the last quarter of the steps relative to the first row, of at least `rows` "
-        "rows, unless `rewards/margins` divided by beta reached `margin` nats; of a run of at least `steps` "
-        "steps that reached its end",
-        "the training loss stayed at its start, {first:.4g} -> {last:.4g}, in {steps:,} steps with "
-        "optim.lr={rate}",
-        "a higher optim.lr, or more steps",
-    ),
-    "overfit": RunRule(
-        "over-fit",
-        {"rise": 0.05, "evaluations": 3},
-        "the rise of `eval_loss` since its lowest, relative to the first, while the training loss fell",
-        "evaluation loss rose from {lowest:.3g} at step {step} to {last:.3g}, while training loss fell from "
-        "{before:.3g} to {after:.3g}",
-        "the checkpoint of the lowest evaluation loss; fewer trainer.epochs, a lower optim.lr, a larger "
-        "loss.beta, or loss.label_smoothing",
     ),
     "noisy_source": RunRule(
         "a source of noise",
@@ -231,16 +243,6 @@ RULES: dict[str, RunRule] = {
         "`weight`",
         explains=("evaluation_too_good",),
     ),
-    "displacement": RunRule(
-        "both responses become less likely",
-        {"both_fall": 0.5, "fall": 0.1},
-        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
-        "that is not known, since the first step), in nats",
-        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share} "
-        "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
-        "neither",
-        "a lower optim.lr, a larger loss.beta, loss=sigmoid_sft or loss=dpop; see docs/metrics.md",
-    ),
     "bad_steps": RunRule(
         "steps were skipped",
         {"steps": 1},
@@ -248,23 +250,13 @@ RULES: dict[str, RunRule] = {
         "{count} of {steps:,} taught nothing, because loss or gradient was not finite",
         "read the pairs that logs/bad-step-*.json names; a lower optim.lr if their losses are finite",
     ),
-    "loss_spikes": RunRule(
-        "a spike of the loss",
-        {"excursion": 5.0, "rows": 100, "fewest_rows": 50, "rise": 1.0},
-        "the loss of a row minus the median of the `rows` rows before (at least `fewest_rows`): more than "
-        "`excursion` times that of the largest among them, and than `rise` times the median and the first "
-        "loss",
-        "the loss rose from {usual} to {loss} in one row, at step {step}{others}",
-        "read the pairs that logs/loss-spike-*.json names: long, garbled or mislabelled ones; a lower "
-        "optim.lr or optim.max_grad_norm if they are usual",
-    ),
     "responses_cut": RunRule(
         "responses are cut",
         {"share": 0.05},
         "`response_truncated` of the data as a share of the kept records",
         "{count:,} of {kept:,} {name} records ({share}) have a response whose end data.max_length cuts: "
         "the policy does not learn to end",
-        "a larger data.max_length, or data.truncation=keep_end or drop",
+        "a larger data.max_length; data.truncation=keep_end or drop",
     ),
     "reference_drift": RunRule(
         "reference log-probs drift",
@@ -287,6 +279,18 @@ RULES: dict[str, RunRule] = {
         "the findings of level `error` in doctor.json of the run directory",
         "the doctor found errors in the data: {names}",
         "doctor.html lists records and remedies",
+    ),
+    "displacement": RunRule(
+        "both responses become less likely",
+        {"both_fall": 0.5, "fall": 0.1},
+        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
+        "that is not known, since the first step), in nats; a remark",
+        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share} "
+        "of the pairs both responses did (likelihood displacement): usual, and harmful only if probability "
+        "moves to texts that are neither",
+        "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
+        "loss=dpop (docs/metrics.md)",
+        is_remark=True,
     ),
 }
 """All rules by name; a verdict reports them in this order."""

@@ -15,6 +15,9 @@ from dpo_dist.number_text import counted
 Fields: TypeAlias = Mapping[str, Any]
 Limits: TypeAlias = Mapping[str, float]
 
+SPIKE = {"excursion": 5.0, "rows": 100, "fewest_rows": 50, "rise": 1.0}
+"""A spike is above the median of the `rows` rows before it (at least `fewest_rows`) by more than `excursion`
+times the largest among them, and than `rise` times that median and the first loss."""
 _SIDES = "logps/chosen_per_token", "logps/rejected_per_token"
 _EQUAL = 1e-9
 """Relative difference of means that only rounding makes different."""
@@ -87,7 +90,7 @@ def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
         rows: all rows before it, of which the last ones are read.
         row: of training steps.
     """
-    limits = RULES["loss_spikes"].limits
+    limits = SPIKE
     logged = (float(row["loss"]) for row in reversed(rows) if finite(row, "loss") is not None)
     before = np.array(list(itertools.islice(logged, int(limits["rows"]))), dtype=np.float64)
     loss = finite(row, "loss")
@@ -97,16 +100,6 @@ def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
     if not _is_spike(before, loss, first, limits):
         return None
     return Spike(int(row["step"]), loss, float(np.median(before)))
-
-
-def find_spikes(facts: RunFacts, limits: Limits) -> Fields | None:
-    """Return the fields of the rule `loss_spikes`: about the largest one."""
-    found = spikes(facts.steps, limits)
-    if not found:
-        return None
-    worst = max(found, key=lambda spike: spike.loss - spike.usual)
-    others = f" ({counted(len(found), 'such step')} in all)" if len(found) > 1 else ""
-    return {"step": worst.step, "loss": number(worst.loss), "usual": number(worst.usual), "others": others}
 
 
 def find_bad_steps(facts: RunFacts, limits: Limits) -> Fields | None:

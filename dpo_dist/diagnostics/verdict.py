@@ -1,5 +1,6 @@
 """The verdict about a run: one sentence and at most five findings, by the rules of `run_rules`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from dpo_dist.diagnostics.run_sample_checks import SAMPLE_CHECKS
 from dpo_dist.errors import RunOutcome
 
 MOST_FINDINGS = 5
-_ADVICE = ". Try: "
+_ADVICE, _NEXT = ". Try: ", "; "
+_UP = ("higher", "larger", "more")
+_PUSH = re.compile(r"\b(lower|smaller|fewer|higher|larger|more) ([a-z_]+(?:\.[a-z_]+)?)")
 _CHECKS = TRAINING_CHECKS | SAMPLE_CHECKS | DATA_CHECKS
 
 
@@ -69,10 +72,12 @@ def verdict(
     facts = RunFacts.of(rows, summary, data_findings)
     broken = _broken(facts, RULES)
     explained = {other for name in broken for other in RULES[name].explains}
-    findings = [_finding(name, fields) for name, fields in broken.items() if name not in explained]
-    if findings:
-        worst = RULES[findings[0].rule]
-        sentence = f"{worst.headline}: {worst.text.format_map(broken[findings[0].rule])}"
+    reported = {name: fields for name, fields in broken.items() if name not in explained}
+    advice = _agreed_advice(reported)
+    findings = [_finding(name, fields, advice[name]) for name, fields in reported.items()]
+    worst = next((name for name in reported if not RULES[name].is_remark), None)
+    if worst is not None:
+        sentence = f"{RULES[worst].headline}: {RULES[worst].text.format_map(broken[worst])}"
     else:
         sentence = sentence_of_success(facts)
     if summary.get("exit") == RunOutcome.preempted:
@@ -82,7 +87,8 @@ def verdict(
 
 def sample_alarms(rows: Sequence[Row]) -> list[RunFinding]:
     """Return the faults of the sampled responses by the metrics rows so far: the rules of `SAMPLE_CHECKS`."""
-    return [_finding(name, fields) for name, fields in _broken(RunFacts.of(rows, {}), SAMPLE_CHECKS).items()]
+    alarms = _broken(RunFacts.of(rows, {}), SAMPLE_CHECKS)
+    return [_finding(name, fields, [RULES[name].remedy]) for name, fields in alarms.items()]
 
 
 def _broken(facts: RunFacts, names: Iterable[str]) -> dict[str, Fields]:
@@ -91,6 +97,20 @@ def _broken(facts: RunFacts, names: Iterable[str]) -> dict[str, Fields]:
     return {name: fields for name, fields in checked.items() if fields is not None}
 
 
-def _finding(name: str, fields: Fields) -> RunFinding:
-    rule = RULES[name]
-    return RunFinding(name, f"{rule.text.format_map(fields)}{_ADVICE}{rule.remedy}")
+def _finding(name: str, fields: Fields, advice: Sequence[str]) -> RunFinding:
+    text = RULES[name].text.format_map(fields)
+    return RunFinding(name, f"{text}{_ADVICE}{_NEXT.join(advice)}" if advice else text)
+
+
+def _agreed_advice(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the remedies of these rules, without what pushes a key against a rule named before."""
+    pushed: dict[str, bool] = {}
+    advice = {}
+    for name in names:
+        pushes = [(piece, _PUSH.search(piece)) for piece in RULES[name].remedy.split(_NEXT)]
+        advice[name] = [
+            piece
+            for piece, push in pushes
+            if push is None or pushed.setdefault(push[2], push[1] in _UP) == (push[1] in _UP)
+        ]
+    return advice

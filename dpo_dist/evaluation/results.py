@@ -100,7 +100,8 @@ def _of_group(
 def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, Column]]:
     """Return values and counts of each pair by metric: those of `plan` that values of single pairs decide."""
     margins = values.margin
-    right = (margins > 0) + 0.5 * (margins == 0)
+    is_missing = np.isnan(margins)  # a comparison with it is False
+    right = np.where(is_missing, np.nan, (margins > 0) + 0.5 * (margins == 0))
     falls = (values.logp_chosen < values.reference_chosen) & (
         values.logp_rejected < values.reference_rejected
     )
@@ -111,7 +112,7 @@ def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, C
         "rewards/rejected": (values.reward_rejected, ones),
         "rewards/accuracies": (right, ones),
         "rewards/margins": (margins, ones),
-        "rewards/both_fall": (falls, has_reference),
+        "rewards/both_fall": (np.where(is_missing, np.nan, falls), has_reference),
         "logps/chosen": (values.logp_chosen, ones),
         "logps/rejected": (values.logp_rejected, ones),
         "logps/chosen_per_token": (values.logp_chosen, values.tokens_chosen),

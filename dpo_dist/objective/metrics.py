@@ -241,7 +241,8 @@ def _of_pairs(
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
-        "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+        # Of a margin that is not a number both are not a number: a comparison with it is False.
+        "rewards/accuracies": torch.where(margins.isnan(), margins, (margins > 0) + 0.5 * (margins == 0)),
         "rewards/margins": margins,
         "rewards/both_fall": missing,
         "logps/chosen": policy.chosen.detach(),
@@ -253,7 +254,7 @@ def _of_pairs(
     }
     if reference is not None:
         falls = (policy.chosen < reference.chosen) & (policy.rejected < reference.rejected)
-        measured["rewards/both_fall"] = falls
+        measured["rewards/both_fall"] = torch.where(margins.isnan(), margins, falls)
     for name, sums in (("kl", tokens.kl), ("entropy", tokens.entropy)):
         chosen = missing if sums is None else Counted(sums.chosen, sums.chosen_tokens)
         rejected = missing if sums is None else Counted(sums.rejected, sums.rejected_tokens)

@@ -200,6 +200,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "bad_steps": position.bad_steps,
+        "bad_in_a_row": position.bad_in_a_row,
         **({"overflows": position.overflows} if loop.policy.loss_scale is not None else {}),
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,

@@ -190,7 +190,7 @@ def _paired_sentence(difference: float, squares: float, pairs: int) -> str:
 def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
     """Return numbers of pairs by the credit of each run: 1 if it prefers the chosen response, of a tie half.
 
-    None if the pairs differ.
+    None if the pairs differ; a pair without a margin in one of them is not counted.
     """
     counts = Counter[tuple[float, float]]()
     files = [json_rows(facts.folder.evaluation_of(LAST_EVALUATION).scores) for facts in two.facts]
@@ -200,7 +200,8 @@ def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
             break
         if first is None or second is None or _key(first) != _key(second):
             return None
-        counts[_credit(first), _credit(second)] += 1
+        if None not in (first.get("margin"), second.get("margin")):
+            counts[_credit(first), _credit(second)] += 1
     return counts or None
 
 
@@ -209,7 +210,5 @@ def _key(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _credit(row: Mapping[str, Any]) -> float:
-    margin = row.get("margin")
-    if margin == 0:
-        return _TIE
-    return float(margin is not None and margin > 0)
+    margin = row["margin"]
+    return _TIE if margin == 0 else float(margin > 0)

@@ -62,4 +62,4 @@ def _judgement(fall: float, both: float | None) -> str:
     if fall >= limits["fall"] and both is not None and both >= limits["both_fall"]:
         return "Both are beyond the verdict's limits: read the sampled responses before you use the model."
     named = f"{number(limits['fall'], 3)} nats per token and {percent(limits['both_fall'])} of the pairs"
-    return f"The verdict objects when both reach {named}."
+    return f"The verdict remarks on it when both reach {named}."

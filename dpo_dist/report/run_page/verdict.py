@@ -38,10 +38,11 @@ def verdict_section(facts: PageFacts) -> str:
         return _unfinished(facts)
     findings = judged.get("findings") or []
     is_diverged = facts.summary.get("exit") == RunOutcome.diverged
-    level = "error" if is_diverged else "warning" if findings else "good"
+    faults = [one for one in findings if not ((rule := RULES.get(str(one.get("rule")))) and rule.is_remark)]
+    level = "error" if is_diverged else "warning" if faults else "good"
     sentence = str(judged["sentence"])
     items = "".join(f"<li>{_finding(finding, sentence)}</li>" for finding in findings)
-    below = f"<ol>{items}</ol>" if items else note(_NO_FAULT)
+    below = ("" if faults else note(_NO_FAULT)) + (f"<ol>{items}</ol>" if items else "")
     return (
         f'<section id="verdict" class="verdict {level}"><h2>Verdict</h2>'
         f'<p class="sentence">{inert_html(_capital(sentence))}.</p>{below}</section>'

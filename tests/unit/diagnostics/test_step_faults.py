@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.diagnostics.run_step_faults import is_collapsed, spike_of_last, spikes
+from dpo_dist.diagnostics.run_step_faults import SPIKE, is_collapsed, spike_of_last, spikes
 
-LIMITS = RULES["loss_spikes"].limits
 Rows = list[dict[str, float]]
 
 
@@ -56,12 +54,12 @@ def healthy(seed: int, steps: int, pairs: int, kind: str) -> Rows:
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "exponential"])
 @pytest.mark.parametrize(("steps", "pairs"), [(300, 8), (1000, 16), (300, 128)])
 def test_of_twenty_healthy_runs_none_has_a_spike(kind: str, steps: int, pairs: int) -> None:
-    accused = [seed for seed in range(20) if spikes(healthy(seed, steps, pairs, kind), LIMITS)]
+    accused = [seed for seed in range(20) if spikes(healthy(seed, steps, pairs, kind), SPIKE)]
     assert accused == []
 
 
 def test_of_single_pairs_with_wrong_labels_few_are_spikes() -> None:
-    accused = [seed for seed in range(40) if spikes(healthy(seed, 300, 1, "sigmoid"), LIMITS)]
+    accused = [seed for seed in range(40) if spikes(healthy(seed, 300, 1, "sigmoid"), SPIKE)]
     assert len(accused) <= 1
 
 
@@ -70,7 +68,7 @@ def test_a_spike_is_found_with_its_step(pairs: int) -> None:
     for seed in range(10):
         rows = healthy(seed, 300, pairs, "sigmoid")
         rows[200]["loss"] = 12.0
-        assert [(spike.step, spike.loss) for spike in spikes(rows, LIMITS)] == [(201, 12.0)]
+        assert [(spike.step, spike.loss) for spike in spikes(rows, SPIKE)] == [(201, 12.0)]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +83,7 @@ def test_a_spike_is_found_with_its_step(pairs: int) -> None:
 )
 def test_small_and_early_jumps_are_no_spikes(losses: list[float]) -> None:
     rows = with_loss(losses)
-    assert [spike.step for spike in spikes(rows, LIMITS)] == ([61] if 9.5 in losses else [])
+    assert [spike.step for spike in spikes(rows, SPIKE)] == ([61] if 9.5 in losses else [])
     assert spike_of_last(rows[:-1], rows[-1]) is None
 
 
@@ -96,5 +94,5 @@ def test_the_last_row_is_judged_as_all_rows_are() -> None:
     rows[100]["loss"] = float("nan")
     evaluated = [{"step": 10, "eval_loss": 1.0}]
     single = [spike_of_last([*evaluated, *rows[:at]], rows[at]) for at in range(300)]
-    assert [spike for spike in single if spike is not None] == spikes(rows, LIMITS)
-    assert [spike.step for spike in spikes(rows, LIMITS)] == [51, 181]
+    assert [spike for spike in single if spike is not None] == spikes(rows, SPIKE)
+    assert [spike.step for spike in spikes(rows, SPIKE)] == [51, 181]

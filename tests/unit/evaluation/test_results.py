@@ -121,11 +121,12 @@ def test_a_margin_that_is_not_a_number_is_of_its_length_only() -> None:
     plan = MetricPlan(LossConfig(), (), is_evaluation=True)
     prompts = np.arange(PAIRS, dtype=np.uint64)
     found = results({}, values, {}, prompts, plan, Resampling(20, 0))["all"]
-    margins = {name: value for name, value in found.items() if name.startswith("eval_rewards/margins_by_")}
-    assert len(margins) == 2
-    assert sorted(map(np.isnan, margins.values())) == [False, True]
-    known = {name for name in found["intervals"] if name.startswith("eval_rewards/margins")}
-    assert known == {name for name, value in margins.items() if not np.isnan(value)}
+    for metric in ("eval_rewards/margins", "eval_rewards/accuracies"):
+        of_lengths = {name: value for name, value in found.items() if name.startswith(f"{metric}_by_")}
+        assert len(of_lengths) == 2
+        assert sorted(map(np.isnan, of_lengths.values())) == [False, True]
+        known = {name for name in found["intervals"] if name.startswith(metric)}
+        assert known == {name for name, value in of_lengths.items() if not np.isnan(value)}
 
 
 def test_a_source_labelled_all_has_its_own_results() -> None:

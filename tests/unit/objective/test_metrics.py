@@ -1,5 +1,6 @@
 """Metrics are exact means over the pairs of a global batch, however it was divided."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,18 @@ def test_metrics_per_token_have_the_counts_of_their_tokens() -> None:
     assert {name: means[name] for name in expected} == pytest.approx(expected)
     buckets = {name.rpartition("/")[2] for name in means if "_by_length/" in name}
     assert buckets == {"1-63", "64-127"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_margin_that_is_not_a_number_is_neither_right_nor_wrong(value: float) -> None:
+    """An accuracy of 0 would accuse the labels. Other pairs keep theirs, in the metrics of other lengths."""
+    tokens = torch.tensor([100.0, 10.0])
+    policy = PairLogps(torch.tensor([value, -1.0]), torch.tensor([value, -2.0]), tokens, tokens)
+    reference = PairLogps(torch.tensor([-2.0, -1.5]), torch.tensor([-2.0, -1.0]), tokens, tokens)
+    means = metric_sums(PLAN, torch.ones(2), policy, reference, torch.ones(2)).means()
+    for name in ("rewards/accuracies", "rewards/both_fall", "rewards/accuracies_by_length/64-127"):
+        assert means[name] != means[name], name
+    assert means["rewards/accuracies_by_length/1-63"] == 1.0
 
 
 def test_what_was_not_measured_is_absent() -> None:
@@ -183,7 +196,8 @@ def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> Non
         else:
             wanted = float(ours.mean())
             assert means[f"rewards/margins/{label}"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
-            assert means[f"rewards/accuracies/{label}"] == pytest.approx(float((ours > 0).double().mean()))
+            right = math.nan if math.isnan(wanted) else float((ours > 0).double().mean())
+            assert means[f"rewards/accuracies/{label}"] == pytest.approx(right, nan_ok=True)
 
 
 def test_a_metric_may_have_a_count_of_its_own() -> None:

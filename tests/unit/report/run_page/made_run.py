@@ -124,8 +124,8 @@ def summary(label: str) -> dict[str, Any]:
         "data": {"train": counts, "eval": {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}},
         "exit": "completed",
         "verdict": {
-            "sentence": f"both responses become less likely: {label}",
-            "findings": [{"rule": "displacement", "text": f"{label} fell. Try: a lower `optim.lr`"}],
+            "sentence": f"does not generalise: {label}",
+            "findings": [{"rule": "does_not_generalise", "text": f"{label} fell. Try: a lower `optim.lr`"}],
         },
     }
 

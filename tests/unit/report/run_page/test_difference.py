@@ -82,8 +82,8 @@ def write_scores(run: RunFolder, margins: list[float | None], first_line: int = 
 
 
 def test_the_same_pairs_are_counted_by_which_run_is_right(runs: Runs) -> None:
-    write_scores(runs[0], [1.0, 1.0, -1.0, -1.0, 1.0])
-    write_scores(runs[1], [1.0, -1.0, 1.0, None, 1.0])
+    write_scores(runs[0], [1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
+    write_scores(runs[1], [1.0, -1.0, 1.0, -1.0, 1.0, None])  # a margin that is not a number is not counted
     same = page_of(*runs).section("The same pairs")
     assert "both 2 only A 1 only B 1 neither 1" in same
     assert "pair by pair: 0 [-0.554, +0.554]" in same

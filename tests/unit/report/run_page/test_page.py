@@ -22,7 +22,7 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
     text = page_of(made_run(tmp_path)).section("qwen-sigmoid-3fa9c1d2")
     order = (
         "completed",
-        "Both responses become less likely: plain.",
+        "Does not generalise: plain.",
         "Plain fell.",
         "Try",
         "final loss",
@@ -32,6 +32,24 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
         text.index(part) for part in (*order, "Curves over", "By source", "Training data", "Time by work")
     ]
     assert places == sorted(places)
+
+
+def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    remark = {"rule": "displacement", "text": "log-probs fell. Try: read the samples"}
+    content = json.loads(run.summary.read_text()) | {
+        "verdict": {"sentence": "no fault found", "findings": [remark]}
+    }
+    run.summary.write_text(json.dumps(content))
+    page = page_of(run)
+    shown = page.section("Verdict")
+    assert 'class="verdict good"' in run.report.read_text(encoding="utf-8")
+    for part in (
+        "No rule of the verdict found a fault",
+        "Both responses become less likely",
+        "read the samples",
+    ):
+        assert part in shown
 
 
 @pytest.mark.parametrize(
@@ -165,7 +183,7 @@ def test_displacement_compares_the_same_responses(tmp_path: Path) -> None:
     rows[-1]["eval_rewards/chosen"] = -0.1 * 50 * 0.09
     run.log_history.write_text(json.dumps(rows))
     shown = page_of(run).section("Chosen responses became less likely")
-    assert "The verdict objects when both reach 0.1 nats per token and 50 % of the pairs." in shown
+    assert "The verdict remarks on it when both reach 0.1 nats per token and 50 % of the pairs." in shown
 
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
