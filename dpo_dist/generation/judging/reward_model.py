@@ -26,6 +26,7 @@ from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.generation.judging.judge import Judgement, Question
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
+from dpo_dist.model.unread_weights import check_all_weights_read
 from dpo_dist.reference.digest import digest_model
 
 KEY = "pairs.reward_model"
@@ -144,7 +145,7 @@ def check_reward_model(name: str, config: ModelConfig) -> str:
         ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
     """
     folder = description_folder(name, None, KEY)
-    model_config = load_config(folder, config)
+    model_config = load_config(folder, config, KEY)
     if model_config.num_labels != 1:
         raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
     load_tokenizer(folder, config, KEY)
@@ -200,6 +201,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
     if outputs != 1 or missing:
         fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
         raise _no_reward_model(f"{folder} {fault}")
+    check_all_weights_read(model, sorted(report["unexpected_keys"]), folder, KEY)
     return model.to(device).eval()
 
 

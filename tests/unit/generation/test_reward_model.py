@@ -1,5 +1,6 @@
 """Scores of a reward model: batched as one by one, by its own template."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no reward model") as caught:
         judge(write_model(tmp_path / "policy"))
     assert "score.weight" in caught.value.got or "outputs" in caught.value.got
+
+
+def test_a_reward_model_with_fewer_layers_than_its_files_is_refused(tmp_path: Path) -> None:
+    folder = write_reward_model(tmp_path / "reward")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.raises(ConfigError, match="does not read") as caught:
+        judge(folder)
+    assert caught.value.where == "pairs.reward_model"
 
 
 def test_a_model_with_several_outputs_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
