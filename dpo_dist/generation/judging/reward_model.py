@@ -48,7 +48,6 @@ class RewardModel:
     def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
         folder = model_folder(name, None, KEY)
         self._tokenizer = load_tokenizer(folder, config, KEY)
-        self._facts = tokenizer_facts(self._tokenizer)
         self._model = _load(folder, config, device)
         self._budget = batch_tokens
         self._padding = self._model.config.get_text_config().pad_token_id
@@ -86,7 +85,8 @@ class RewardModel:
 
         None: the template rejects the conversation.
         """
-        prompt, chat = record.prompt, self._facts.chat
+        facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
+        prompt, chat = record.prompt, facts.chat
         if chat is None:
             text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
             ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
@@ -97,7 +97,7 @@ class RewardModel:
             whole = chat.render(turns, chat.data({**record.template_arguments, **tools}))
         except UnusableRecordError:
             return None
-        return self._facts.with_prefix(self._facts.encoder.encode([whole])[0])[0]
+        return facts.with_prefix(facts.encoder.encode([whole])[0])[0]
 
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int]]) -> list[float | None]:
