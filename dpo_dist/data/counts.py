@@ -64,8 +64,8 @@ class Changes:
             same thought was removed from a response.
         opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
             a response has no thought.
-        ended_thought_reopened: whether the template ends a thought in the prompt (`enable_thinking: false`),
-            and a response has a thought nevertheless.
+        ended_thought_reopened: whether the template ends a thought in the prompt (`enable_thinking: false`,
+            or by itself), and a response has a thought nevertheless.
         prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
             the whole conversation.
         unknown_template_argument: whether the record has an argument that the chat template does not name.

@@ -243,7 +243,7 @@ ENCODING = {
         _WARNING,
         0,
         "have a response with a thought although the prompt ends the thought",
-        "remove enable_thinking=false, or the thoughts",
+        "set enable_thinking=true for these records, or remove the thoughts",
     ),
     "content_not_rendered": Rule(
         _WARNING, 0.01, "have a turn whose text the chat template omits or changes", "set data.chat_template"

@@ -14,6 +14,7 @@ from dpo_dist.digests import text_digest
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.pairing import Selection, select_pairs
+from dpo_dist.generation.prompts import prompt_key
 from dpo_dist.generation.startup import output_file
 from dpo_dist.generation.summary import check_output, write_results
 
@@ -47,7 +48,8 @@ def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) 
         if scores is None:
             counts["without_scores"] += 1
             continue
-        for better, worse in select_pairs(scores, chosen_by, text_digest(str(record.origin)), counts):
+        key = text_digest(f"{prompt_key(record)} {record.responses}")
+        for better, worse in select_pairs(scores, chosen_by, key, counts):
             counts["order_changed"] += better > worse
             yield pair_fields(
                 record,

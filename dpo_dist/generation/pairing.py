@@ -31,7 +31,7 @@ def select_pairs(
     Args:
         scores: [responses], finite.
         selection: the rule.
-        key: identifies the prompt: the random choice of `best_random` follows from it and the seed alone.
+        key: of the content: the random choice of `best_random` follows from it and the seed alone.
         counts: gets `prompts_too_few_responses`, `prompts_all_tied` or `prompts_below_margin` for a prompt
             without a pair, and `tied_pairs`: the number of tied pairs among all pairs of responses.
     """

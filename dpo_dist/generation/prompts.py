@@ -23,8 +23,9 @@ from dpo_dist.generation.counted import good_records
 from dpo_dist.number_text import counted
 
 UNLIMITED = 2**30
-# Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
-_PLACEHOLDER = "response\n</think>\n\nresponse"
+# The first ends a thought, so that one is kept which the template opens in the prompt: the model continues
+# it. The second has none, so that one is kept which the template ends in the prompt.
+_PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,16 @@ def prompt_key(record: PreferenceRecord) -> str:
 def encode_prompt(
     record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> TokenIds | BadRecord:
-    """Return the token ids of a prompt as training encodes them; a thought opened by the template is kept.
+    """Return the token ids of a prompt as training encodes them; the template's start of a thought is kept.
 
     Raises:
         ConfigError: as `encode_pair`.
     """
     limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
-    encoded = encode_pair(replace(record, responses=(_PLACEHOLDER,)), tokenizer, limits)
+    for placeholder in _PLACEHOLDERS:
+        encoded = encode_pair(replace(record, responses=(placeholder,)), tokenizer, limits)
+        if isinstance(encoded, BadRecord) or not encoded.changes.ended_thought_reopened:
+            break
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 
 

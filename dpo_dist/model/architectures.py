@@ -101,7 +101,7 @@ def recorded_arrangement(model_type: str) -> Arrangement:
 
 
 def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:
-    """Return the error for a model whose learned positions are fewer than the inputs of a sequence.
+    """Return the error for a model whose positions are fewer than the inputs of a sequence.
 
     Args:
         positions: of the model.
@@ -109,7 +109,7 @@ def few_positions(positions: int, max_length: int, key: str = "model.path") -> C
         key: the configuration key of the model.
     """
     return ConfigError(
-        "the model has fewer learned positions than a sequence of data.max_length needs",
+        "the model has fewer positions than a sequence of data.max_length needs",
         where=f"data.max_length, {key}",
         got=f"{max_length} with {positions} positions",
         expected=f"{positions + 1} or less; the last token of a sequence is not an input",

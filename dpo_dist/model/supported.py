@@ -19,6 +19,14 @@ _NOISES = ("drop", "jitter", "noise", "rescale_every")
 # is a threshold of the experts' weights in evaluation, too (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
 _SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
+# By `model_type`: the option for the size of a table of positions, beyond which a forward fails.
+_POSITION_TABLES = {
+    "codegen": "max_position_embeddings",
+    "ctrl": "max_position_embeddings",
+    "gptj": "max_position_embeddings",
+    "mpt": "max_seq_len",
+}
+
 # A value of `use_bidirectional_attention`, by which only tokens of images see later ones (Gemma 4).
 _OF_IMAGES = "vision"
 
@@ -59,10 +67,10 @@ def check_text(model_config: Any, key: str = "model.path") -> None:
     """Check that the configuration of a model describes one model of text.
 
     Raises:
-        ConfigError: it describes several, as of a model of sounds that reads text (MusicGen).
+        ConfigError: it describes several, as of a model of sounds that reads text (MusicGen), or no layers.
     """
     try:
-        model_config.get_text_config()
+        text = model_config.get_text_config()
     except ValueError as error:
         raise ConfigError(
             "config.json describes several models of text",
@@ -71,6 +79,14 @@ def check_text(model_config: Any, key: str = "model.path") -> None:
             expected="a causal language model",
             remedy="choose another model",
         ) from error
+    if getattr(text, "num_hidden_layers", None) == 0:
+        raise ConfigError(
+            "config.json describes a model without layers",
+            where=key,
+            got=f"{model_config.model_type} with num_hidden_layers=0",
+            expected="1 or more",
+            remedy="download or save the model again",
+        )
 
 
 def check_causal_class(model_config: Any, key: str = "model.path") -> None:
@@ -103,10 +119,11 @@ def _check_causal(model_config: Any) -> None:
 
 
 def _check_positions(model_config: Any, max_length: int) -> None:
+    option = _POSITION_TABLES.get(model_config.model_type)
     architecture = ARCHITECTURES.get(model_config.model_type)
-    if architecture is None or not architecture.has_learned_positions:
-        return
-    positions = model_config.max_position_embeddings
+    if architecture is not None and architecture.has_learned_positions:
+        option = "max_position_embeddings"
+    positions = max_length if option is None else getattr(model_config, option)
     if max_length - 1 > positions:
         raise few_positions(positions, max_length)
 

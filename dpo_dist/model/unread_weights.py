@@ -54,7 +54,7 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
     """Check that the architecture reads all tensors that the files contain for its modules.
 
     Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
-    only logged: log-probs do not depend on them.
+    only logged: log-probs do not depend on them. Layers beyond those that config.json counts are an error.
 
     Args:
         causal_lm: the loaded model.
@@ -68,21 +68,25 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
     if not unread:
         return
     modules = dict(causal_lm.named_modules())
-    containers = {"", causal_lm.base_model_prefix}
-    containers |= {name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)}
+    # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).
+    predicting = getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     foreign: list[str] = []
     own: list[str] = []
     for name in unread:
         parts = name.split(".")
-        owner = next(o for n in range(len(parts), -1, -1) if (o := ".".join(parts[:n])) in modules)
-        (foreign if owner in containers else own).append(name)
+        depth = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
+        owner = ".".join(parts[:depth])
+        is_foreign = owner in ("", causal_lm.base_model_prefix)
+        if isinstance(modules[owner], torch.nn.ModuleList) and parts[depth].isdecimal():
+            is_foreign = int(parts[depth]) < len(modules[owner]) + predicting
+        (foreign if is_foreign else own).append(name)
     if own:
         raise ConfigError(
             f"the weight files have tensors that {type(causal_lm).__name__} does not read",
             where=key,
             got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
             expected="weights and config.json of one architecture",
-            remedy="check model_type and the options in config.json",
+            remedy="check model_type and the options in config.json, such as num_hidden_layers",
         )
     log.warning(
         "%s: not used by %s: %s (%d tensors in all)",

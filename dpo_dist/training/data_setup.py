@@ -24,6 +24,7 @@ from dpo_dist.data.encoded_source import array_files
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.data.tokenization.tokenizer import end_notes
 from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.model.adapter_base import base_notes
@@ -188,7 +189,8 @@ def _load_models(
         check_modules(causal_lm, config.model, adapter)
     router = router_loss(routers, model_config)
     notes = training_notes(model_config, config.data.max_length)
-    for note in [*router_notes(routers, model_config), *notes, *base_notes(config.model, start)]:
+    notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
+    for note in [*router_notes(routers, model_config), *notes]:
         console.say(note)
     vocabulary = model_config.get_text_config().vocab_size
     files = _digest_models(folder, start, config, world, console)

@@ -1,5 +1,6 @@
 """Files of a run, the same command again, and reuse of the reference store."""
 
+import copy
 import csv
 import json
 import re
@@ -162,6 +163,15 @@ def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Pat
 
     train(overrides("model.dtype=bf16", f"run.dir={tmp_path}/bf16-run", "trainer.max_steps=1"))
     assert summary(tmp_path / "bf16-run")["reference"]["computed"] == 12
+
+
+def test_a_tokenizer_without_an_end_token_is_said_once(overrides: Overrides, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny.qwen())
+    tokenizer.eos_token = None
+    model = write_model(tmp_path / "endless", tokenizer)
+    ended = run_verb("precompute", overrides(f"model.path={model}"))
+    assert ended.code == 0, ended.output
+    assert ended.output.count("the tokenizer has no end token") == 1
 
 
 def test_a_model_trained_with_sft_is_its_own_reference(overrides: Overrides, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ _FAMILIES: dict[str, tuple[list[str], list[str], str | None, str]] = {
     "qwen2_5": (_CHATML, _TAGS[2:], None, "<|im_end|>"),
     "qwen3": (_CHATML, _TAGS, None, "<|im_end|>"),
     "qwen3_instruct_2507": (_CHATML, _TAGS, None, "<|im_end|>"),
+    "qwen3_5_nothink_training": (_CHATML, _TAGS, None, "<|im_end|>"),
     "qwen3_6": (_CHATML, _TAGS, None, "<|im_end|>"),
     "llama3_1": (_LLAMA, [], _LLAMA[0], "<|eot_id|>"),
     "llama3_2": (_LLAMA, [], _LLAMA[0], "<|eot_id|>"),

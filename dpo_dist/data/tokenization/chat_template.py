@@ -29,6 +29,7 @@ FOREIGN_MARKS = (
 FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
+_ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
 # Replaces "%%" until all directives are formatted.
@@ -196,6 +197,11 @@ def ends_opened_thought(response: str) -> bool:
 def without_open_thought(prompt: str) -> str:
     """Return the prompt without the thought opened at its end."""
     return prompt.rstrip().removesuffix(_OPEN)
+
+
+def without_ended_thought(prompt: str) -> str:
+    """Return the prompt without the empty thought at its end."""
+    return _ENDED.sub("", prompt)
 
 
 def end_of_empty_thought(response: str) -> str:

@@ -17,6 +17,7 @@ from dpo_dist.data.tokenization.chat_template import (
     opens_thought,
     split_thought,
     within_thought,
+    without_ended_thought,
     without_open_thought,
 )
 from dpo_dist.data.tokenization.rendered_parts import CALLS, THOUGHT_FIELDS, thought_of
@@ -85,6 +86,9 @@ class Conversation:
         else:
             texts, is_prefix = self._render_each(messages, prompt)
             is_reopened = has_ended_thought(prompt) and any(map(ends_thought, texts))
+            if is_reopened and self._ends_thoughts_by_itself():
+                prompt = without_ended_thought(prompt)
+                texts, _ = self._render_each(messages, prompt)
             changes = Changes(prompt_not_prefix=not is_prefix, ended_thought_reopened=is_reopened)
             rendered = Rendered(prompt, tuple(map(counted, texts)), changes)
         if all(map(self._is_counted, messages)):
@@ -92,6 +96,12 @@ class Conversation:
         pairs = zip(messages, rendered.responses, strict=True)
         masked = (one if self._is_counted(turn) else replace(one, counted=()) for turn, one in pairs)
         return replace(rendered, responses=tuple(masked))
+
+    def _ends_thoughts_by_itself(self) -> bool:
+        """Return whether the template ends a thought in the prompt without an argument that asks for it."""
+        tools = {name: value for name, value in self._context.plain.items() if name == "tools"}
+        prompt = self._chat.render(self._prompt, self._chat.data(tools), generation=True)
+        return has_ended_thought(prompt)
 
     def _is_counted(self, message: Message) -> bool:
         return (

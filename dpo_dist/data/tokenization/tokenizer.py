@@ -182,6 +182,16 @@ def tokenizer_facts(
     return _facts(tokenizer, template and pin_clock(template, config.template_date))
 
 
+def end_notes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return a note for the user on a tokenizer without an end token; texts are then an error."""
+    if tokenizer.eos_token:
+        return []
+    return [
+        "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
+        "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
+    ]
+
+
 def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]

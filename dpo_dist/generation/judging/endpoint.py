@@ -8,6 +8,7 @@ import email.message
 import http.client
 import io
 import json
+import logging
 import os
 import re
 import socket
@@ -22,11 +23,16 @@ from urllib.parse import urlsplit
 from dpo_dist.config.pairs_schema import EndpointConfig
 from dpo_dist.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 URL_KEY = "pairs.endpoint.url"
 _LONGEST_PAUSE_SECONDS = 60.0
 _MAX_REPLY_BYTES = 2**22
 _BUSY = (408, 409, 425, 429)
 _MISCONFIGURED = (401, 402, 403, 404, 405)
+# Options that OpenAI's reasoning models refuse, the name of each that they take, and the code of the refusal.
+_REPLACED = {"max_tokens": "max_completion_tokens", "temperature": None}
+_UNSUPPORTED = ", unsupported_"
 _NAME = re.compile(r"[\w.-]{1,60}")
 
 
@@ -62,21 +68,28 @@ class Endpoint:
         self._headers = {"Content-Type": "application/json", **_authorization(config.key_variable)}
         per_minute = config.requests_per_minute
         self._spacing = 0.0 if per_minute is None else 60.0 * processes / per_minute
+        self._options: dict[str, float] = {"temperature": 0, "max_tokens": config.max_tokens}
         self._next, self._lock = 0.0, threading.Lock()
         self._opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
-        """Return the reply to a conversation, at temperature 0.
+        """Return the reply to a conversation, at temperature 0 if the endpoint can.
 
         Raises:
             ConfigError: the endpoint does not exist, refuses the key, or fails at every repetition.
         """
-        body = {
-            "model": self._config.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self._config.max_tokens,
-        }
+        options = self._options
+        reply = self._ask(messages, options)
+        for name, other in _REPLACED.items():
+            if _UNSUPPORTED in reply.refusal and reply.refusal.endswith(f", {name}") and name in options:
+                kept = {known: value for known, value in self._options.items() if known != name}
+                self._options = kept | ({other: options[name]} if other else {})
+                log.warning("the endpoint of the judge refuses %s, so it gets %s", name, other or "none")
+                return self.ask(messages)
+        return reply
+
+    def _ask(self, messages: list[dict[str, str]], options: dict[str, float]) -> Reply:
+        body = {"model": self._config.model, "messages": messages, **options}
         request = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers)  # noqa: S310
         fault = ""
         for attempt in range(self._config.retries + 1):
@@ -213,11 +226,16 @@ def _authorization(variable: str) -> dict[str, str]:
 
 
 def _text_of(body: bytes) -> str | None:
-    """Return the assistant's text in a chat completion, empty if it has none; None for any other body."""
+    """Return the assistant's whole text in a chat completion; None for any other body.
+
+    Empty if it has none, or if it was cut: its end has the verdict.
+    """
     try:
         choices = list(json.loads(body)["choices"])
         text = choices[0]["message"]["content"] if choices else ""
-    except (ValueError, LookupError, TypeError, RecursionError):
+        if choices and choices[0].get("finish_reason") == "length":
+            return ""
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return text if isinstance(text, str) else ""
 

@@ -1,7 +1,8 @@
 """A language model behind an endpoint as judge: it compares two responses, or grades one.
 
 Two responses are compared in both positions; a verdict that depends on the position is a tie (arXiv
-2306.05685, section 3.4). A reply without exactly one verdict of the required form is counted, not guessed.
+2306.05685, section 3.4). The last verdict of a reply counts. A reply without one of the required form is
+counted, not guessed.
 """
 
 import itertools
@@ -171,9 +172,8 @@ def _graded(replies: Sequence[Reply]) -> Judgement:
 
 
 def _verdict(form: re.Pattern[str], reply: Reply, counts: Counter[str]) -> str | None:
-    """Return the only verdict of a reply; None, and counted, if it has none or several."""
-    found = set(form.findall(reply.text))
-    if len(found) == 1:
-        return str(found.pop())
+    """Return the last verdict of a reply, as others are thoughts; None, and counted, if it has none."""
+    if found := form.findall(reply.text):
+        return str(found[-1])
     counts["unreadable"] += not reply.refusal
     return None

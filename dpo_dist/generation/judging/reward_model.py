@@ -26,6 +26,7 @@ from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.generation.judging.judge import Judgement, Question
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
+from dpo_dist.model.unread_weights import check_all_weights_read
 from dpo_dist.reference.digest import digest_model
 
 KEY = "pairs.reward_model"
@@ -47,7 +48,6 @@ class RewardModel:
     def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
         folder = model_folder(name, None, KEY)
         self._tokenizer = load_tokenizer(folder, config, KEY)
-        self._facts = tokenizer_facts(self._tokenizer)
         self._model = _load(folder, config, device)
         self._budget = batch_tokens
         self._padding = self._model.config.get_text_config().pad_token_id
@@ -85,7 +85,8 @@ class RewardModel:
 
         None: the template rejects the conversation.
         """
-        prompt, chat = record.prompt, self._facts.chat
+        facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
+        prompt, chat = record.prompt, facts.chat
         if chat is None:
             text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
             ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
@@ -96,7 +97,7 @@ class RewardModel:
             whole = chat.render(turns, chat.data({**record.template_arguments, **tools}))
         except UnusableRecordError:
             return None
-        return self._facts.with_prefix(self._facts.encoder.encode([whole])[0])[0]
+        return facts.with_prefix(facts.encoder.encode([whole])[0])[0]
 
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int]]) -> list[float | None]:
@@ -144,7 +145,7 @@ def check_reward_model(name: str, config: ModelConfig) -> str:
         ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
     """
     folder = description_folder(name, None, KEY)
-    model_config = load_config(folder, config)
+    model_config = load_config(folder, config, KEY)
     if model_config.num_labels != 1:
         raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
     load_tokenizer(folder, config, KEY)
@@ -200,6 +201,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
     if outputs != 1 or missing:
         fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
         raise _no_reward_model(f"{folder} {fault}")
+    check_all_weights_read(model, sorted(report["unexpected_keys"]), folder, KEY)
     return model.to(device).eval()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.data.records import Message, Messages, Origin, PreferenceRecord, Response
+from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Response
+from dpo_dist.generation.prompts import encode_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
 from tests.support.pairs import WIDE, encode, reason_against, texts
@@ -42,6 +43,26 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
         assert "hm" in following[responses.index(thinking)]
     assert not encode(pair("Rain.", "No.", **fields), tokenizer, config).changes.ended_thought_reopened
     assert not encode(pair(thinking, "No."), tokenizer).changes.ended_thought_reopened
+
+
+@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, "hm\n</think>\n\nRain."])
+@pytest.mark.parametrize("other", ["No.", "<think>\nno\n</think>\n\nNo."])
+def test_a_thought_is_encoded_as_a_template_writes_it_that_ends_thoughts_by_itself(
+    thinking: Response, other: str
+) -> None:
+    tokenizer = tokenizer_of("qwen3_5_nothink_training")
+    for responses in ((thinking, other), (other, thinking)):
+        record = pair(*responses)
+        found = encode(record, tokenizer)
+        assert found.changes.ended_thought_reopened
+        for side, ids in enumerate(found.responses):
+            whole = Oracle(tokenizer).whole(record, side)
+            assert [*found.prompt_ids, *ids] == whole[: len(found.prompt_ids) + len(ids)]
+    alone = tokenizer.apply_chat_template([as_dict(QUESTION)], tokenize=False, add_generation_prompt=True)
+    assert texts(encode(pair("Rain.", "No."), tokenizer), tokenizer)[0] == alone
+    prompt = encode_prompt(pair(), tokenizer, WIDE)  # of a model that responds
+    assert not isinstance(prompt, BadRecord)
+    assert tokenizer.decode(prompt) == alone
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_6", "glm4moe", "nemotron_3_nano"])

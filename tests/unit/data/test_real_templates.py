@@ -53,7 +53,7 @@ RECORDS = {
 }
 WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill"]
 # These templates write thoughts of a field; DeepSeek's continue the thought that the prompt opens.
-WITH_THOUGHTS = ["qwen3", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"]
+WITH_THOUGHTS = ["qwen3", "qwen3_5_nothink_training", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"]
 OPENED = ["deepseekv3", "deepseek_r1_distill"]
 # The stop token of a turn, if it is not the last one of the template's output.
 ADDED_END = {"glm4moe": "<|endoftext|>"}

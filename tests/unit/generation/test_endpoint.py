@@ -86,7 +86,22 @@ def test_a_tie_in_both_positions_is_no_disagreement() -> None:
     assert judgement.counts["position_disagreements"] == 0
 
 
-@pytest.mark.parametrize("reply", ["", "A is better", "[[A]] or [[B]]", "[[C]]", "[[a]]", "[A]", "{}"])
+def test_the_verdict_of_a_judge_that_thinks_aloud_is_its_last_mark() -> None:
+    def thinks(content: dict[str, Any], number: int) -> str:
+        verdict = longer_wins(content, number)
+        return f"<think>[[B]] or [[A]]? It may be [[tie]].</think> I weighed [[A]], too. {verdict}"
+
+    judgement, _ = judged(thinks, SHORT, LONG)
+    assert judgement.scores == [0.0, 1.0]
+
+
+def test_a_reply_that_is_cut_has_no_verdict() -> None:
+    body = {"choices": [{"message": {"content": "[[A]]? Or rather"}, "finish_reason": "length"}]}
+    judgement, _ = judged(lambda *_: (200, {}, json.dumps(body)), SHORT, LONG)
+    assert (judgement.scores, judgement.counts["unreadable"]) == ([None, None], 2)
+
+
+@pytest.mark.parametrize("reply", ["", "A is better", "[[A] or [B]]", "[[C]]", "[[a]]", "[A]", "{}"])
 def test_nonsense_is_counted_and_not_guessed(reply: str) -> None:
     judgement, _ = judged(lambda *_: reply, SHORT, LONG)
     assert judgement.scores == [None, None]
@@ -106,7 +121,7 @@ def test_a_reply_without_text_is_unreadable() -> None:
         ("ok [[10]]", 10.0, 0),
         ("[[11]]", None, 1),
         ("7", None, 1),
-        ("[[1]] [[2]]", None, 1),
+        ("first [[11]], then [[2]]", 2.0, 0),
     ],
 )
 def test_grades_are_whole_numbers_from_1_to_10(reply: str, score: float | None, unreadable: int) -> None:
@@ -224,6 +239,25 @@ def test_an_endpoint_that_refuses_everything_is_an_error() -> None:
     error, _ = refused(lambda *_: (400, {}, body))
     assert "refused with status 400, bad_parameter, max_tokens, also for a harmless one" in error.got
     assert "secret text" not in error.block()
+
+
+def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
+    """As OpenAI's: they refuse any temperature but their own, and name the most tokens otherwise."""
+
+    def answer(content: dict[str, Any], number: int) -> Any:
+        sent = server.bodies[number - 1]
+        for name, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
+            if name in sent:
+                return 400, {}, json.dumps({"error": {"code": code, "param": name, "message": ""}})
+        return longer_wins(content, number)
+
+    with judge_server(answer) as server:
+        judge = EndpointJudge(config(server.url, max_tokens=77, parallel_requests=1))
+        (judgement,) = judge.judge([Question(RECORD, (SHORT, LONG))])
+    assert (judgement.scores, judgement.counts["refused"]) == ([0.0, 1.0], 0)
+    assert len(server.bodies) == 4
+    assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    assert server.bodies[-1]["max_completion_tokens"] == 77
 
 
 def test_requests_keep_to_the_rate() -> None:

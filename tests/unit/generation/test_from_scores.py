@@ -63,6 +63,26 @@ def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
     assert "1 prompts_below_margin: prompts without a pair" in " ".join(said)
 
 
+def test_a_random_choice_does_not_depend_on_the_place_of_a_record(tmp_path: Path) -> None:
+    """Only on its content: it may be moved, and others may be before it."""
+
+    def lines(name: str, *before: Any) -> list[dict[str, Any]]:
+        (tmp_path / name).mkdir()
+        ranked = [SCORED | {"prompt": [user(f"question {number}")]} for number in range(20)]
+        same = [
+            SCORED
+            | {"responses": [{**one, "content": f"{one['content']}{n}"} for one in SCORED["responses"]]}
+            for n in range(20)
+        ]
+        file, _ = make(tmp_path / name, *before, *ranked, *same, select="best_random")
+        return [json.loads(line) for line in file.read_text().splitlines()][len(before) :]
+
+    first, moved = lines("first"), lines("moved", PAIR)
+    assert [line["rejected"] for line in first] == [line["rejected"] for line in moved]
+    for part in (first[:20], first[20:]):
+        assert len({tuple(line["provenance"]["ranks"]) for line in part}) == 2
+
+
 def test_texts_stay_texts(tmp_path: Path) -> None:
     file, _ = make(tmp_path, PLAIN)
     row = json.loads(file.read_text())

@@ -1,6 +1,9 @@
 """Scores of a reward model: batched as one by one, by its own template."""
 
+import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,13 +57,13 @@ def judge(folder: Path, budget: int = 10**6) -> RewardModel:
     return RewardModel(str(folder), FP32, torch.device("cpu"), budget)
 
 
-def alone(folder: Path, prompt: tuple[Message, ...], response: str) -> float:
+def alone(folder: Path, prompt: tuple[Message, ...], response: str, **context: Any) -> float:
     """As transformers' own documentation scores one conversation."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
     turns.append({"role": "assistant", "content": response})
-    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **context)["input_ids"]
     with torch.inference_mode():
         return float(model(input_ids=ids).logits[0, 0])
 
@@ -79,6 +82,17 @@ def test_a_special_token_in_a_response_stays_text(tmp_path: Path) -> None:
     folder = write_reward_model(tmp_path / "reward")
     (judgement,) = judge(folder).judge([question(CHAT, RESPONSES[2])])
     assert judgement.scores != pytest.approx([alone(folder, CHAT, RESPONSES[2])], abs=1e-5)
+
+
+def test_a_record_with_tools_is_scored_by_the_template_for_tools(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny.qwen())
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "{{ tools[0].name }}" + tiny.CHATML}
+    folder = write_reward_model(tmp_path / "reward", tokenizer)
+    tools = ({"name": "weather"},)
+    record = PreferenceRecord(CHAT, (), Origin("a.jsonl", 1), tools=tools)
+    (judgement,) = judge(folder).judge([Question(record, RESPONSES[:2])])
+    expected = [alone(folder, CHAT, response, tools=list(tools)) for response in RESPONSES[:2]]
+    assert judgement.scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_without_a_template_reads_two_texts(tmp_path: Path) -> None:
@@ -103,6 +117,15 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no reward model") as caught:
         judge(write_model(tmp_path / "policy"))
     assert "score.weight" in caught.value.got or "outputs" in caught.value.got
+
+
+def test_a_reward_model_with_fewer_layers_than_its_files_is_refused(tmp_path: Path) -> None:
+    folder = write_reward_model(tmp_path / "reward")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.raises(ConfigError, match="does not read") as caught:
+        judge(folder)
+    assert caught.value.where == "pairs.reward_model"
 
 
 def test_a_model_with_several_outputs_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

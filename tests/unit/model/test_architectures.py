@@ -119,8 +119,11 @@ def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: d
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention=all"),
         ("llama", {"is_causal": False}, "is_causal"),
-        ("gpt2", {"n_positions": LONGEST - 2}, "fewer learned positions"),
-        ("opt", {"max_position_embeddings": LONGEST - 2}, "fewer learned positions"),
+        ("gpt2", {"n_positions": LONGEST - 2}, "fewer positions"),
+        ("opt", {"max_position_embeddings": LONGEST - 2}, "fewer positions"),
+        ("mpt", {"max_seq_len": LONGEST - 2}, "fewer positions"),
+        ("gptj", {"n_positions": LONGEST - 2}, "fewer positions"),
+        ("codegen", {"n_positions": LONGEST - 2}, "fewer positions"),
     ],
 )
 def test_inexact_models_are_refused(model_type: str, own: dict[str, Any], named: str) -> None:

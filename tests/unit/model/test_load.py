@@ -180,7 +180,14 @@ def weights_of(folder: Path, **more: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.q_norm.weight", "model.norm.bias", "model.layers.1.post_norm.weight"]
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.norm.bias",
+        "model.layers.1.post_norm.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.more.weight",
+    ],
 )
 def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_path: Path) -> None:
     weights_of(write_model(tmp_path), **{name: torch.ones(8)})
@@ -190,10 +197,16 @@ def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_
 
 
 def test_tensors_of_other_modules_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A value head, and a layer that predicts further tokens as config.json says (DeepSeek-V3)."""
     foreign = {"v_head.weight": torch.ones(1, 32), "model.layers.2.mlp.up_proj.weight": torch.ones(1, 32)}
     weights_of(write_model(tmp_path), **foreign)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
     load(tmp_path)
     assert all(name in caplog.text for name in foreign)
+    weights_of(tmp_path, **{"model.layers.3.mlp.up_proj.weight": torch.ones(1, 32)})
+    with pytest.raises(ConfigError, match="does not read"):
+        load(tmp_path)
 
 
 def test_a_model_with_quantized_weight_files_is_refused(tmp_path: Path) -> None:
