@@ -197,7 +197,7 @@ def _sentence(step: int, rows: Sequence[Judged]) -> str:
         for fault, (one, many) in FAULTS.items()
         if counts[fault]
     ]
-    same = sum(row.change == 0 for row in rows)
+    same = sum(row.is_same for row in rows)
     phrases += (
         [f"{same:,} {'has' if same == 1 else 'have'} the same words as the reference's"] if same else []
     )
