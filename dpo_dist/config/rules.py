@@ -212,7 +212,7 @@ def _needs_eval_data(option: str, off: str) -> Rule:
 
 _TRAINING = (
     _needs_eval_data("eval_every", "0"),
-    _needs_eval_data("eval_at_start", "false"),
+    _needs_eval_data("eval_at_start", "null"),
     Rule(
         "samples.prompts data.eval",
         lambda c: c.samples.prompts > 0 and not c.data.eval_sources,

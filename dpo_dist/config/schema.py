@@ -191,7 +191,13 @@ class TrainerConfig:
     eval_every: int = key(
         0, "Steps between evaluations; 0: at the end only.", at_least=0, free=True, verbs="train"
     )
-    eval_at_start: bool = key(False, "Evaluate before the first step too.", free=True, verbs="train")
+    eval_at_start: bool | None = key(
+        None,
+        "Evaluate before the first step; null: where there are evaluation data, and without a forward of the "
+        "policy where it starts as the reference.",
+        free=True,
+        verbs="train",
+    )
     save_every: int = key(
         100, "Steps between checkpoints; 0: at the end only.", at_least=0, free=True, verbs="train"
     )

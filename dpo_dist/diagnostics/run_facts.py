@@ -50,7 +50,7 @@ class RunFacts:
     Attributes:
         rows: all metrics rows in their order.
         steps: rows of training steps.
-        evaluations: rows of evaluations, with keys without `eval_`.
+        evaluations: rows of evaluations after a step, with keys without `eval_`.
         summary: the content of summary.json.
         data_findings: `findings` of doctor.json.
     """
@@ -69,11 +69,7 @@ class RunFacts:
         data_findings: Sequence[Mapping[str, Any]] = (),
     ) -> "RunFacts":
         """Return the facts of rows as in log_history.json (null as nan)."""
-        evaluations = [
-            {key.removeprefix(_EVALUATION): value for key, value in row.items()}
-            for row in rows
-            if f"{_EVALUATION}{_LOSS}" in row
-        ]
+        evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
         return cls(rows, [row for row in rows if _LOSS in row], evaluations, summary, data_findings)
 
     @property
@@ -214,6 +210,15 @@ class RunFacts:
             if accuracy is not None and accuracy.pairs:
                 found[label] = accuracy
         return found
+
+
+def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
+    return [
+        {key.removeprefix(_EVALUATION): value for key, value in row.items()}
+        for row in rows
+        if f"{_EVALUATION}{_LOSS}" in row
+    ]
 
 
 def _accuracy_of(rows: Iterable[Row], metric: str, share: float) -> Accuracy | None:

@@ -144,8 +144,9 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         `final`: loss, rewards (also by source) and log-probs of the last logged step, with its `step`, and of
         the last evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest
         `eval_rewards/accuracies`, each as ``{"value", "step"}``, the earliest of equal ones. Values without a
-        measurement are absent.
+        measurement are absent. The evaluation before the first step is no result.
     """
+    rows = _after_steps(rows)
     final: Row = {}
     for prefix in ("", "eval_"):
         measured = [row for row in rows if f"{prefix}loss" in row]
@@ -171,7 +172,7 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
         the run has one source.
     """
     last: Row = {}
-    for row in rows:
+    for row in _after_steps(rows):
         last.update(row)
     found: dict[str, Row] = {}
     for prefix in ("", "eval_"):
@@ -181,6 +182,10 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
                 if key.startswith(metric) and key not in percentiles:
                     found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
     return found
+
+
+def _after_steps(rows: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    return [row for row in rows if row["step"] > 0]
 
 
 def _grouped(prefix: str) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ class ScoredPairs:
         labels: of the sources that metrics are divided by.
         sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
         routing: `objective.router_losses.routing_sums`, if the loss has losses of routers.
+        is_evaluation: whether metrics are those of an evaluation.
     """
 
     policy: PairLogps
@@ -78,6 +79,7 @@ class ScoredPairs:
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
     routing: Tensor | None = None
+    is_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Objective:
 
     def score(
         self,
-        policy: ScoredModel,
+        policy: ScoredModel | None,
         batch: PackedBatch,
         reference: Tensor | None,
         facts: BatchFacts,
@@ -136,18 +138,22 @@ class Objective:
         """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
 
         Args:
-            policy: scored once.
+            policy: scored once; None: it is the reference, whose log-probs are also its own.
             batch: on its device.
             reference: float32 [targets], log-probs of the batch by `reference.token_logps`.
             facts: of the global batch.
-            is_evaluation: also compute entropies.
+            is_evaluation: also compute entropies, which need a forward.
         """
         wanted: list[Statistic] = []
         if self.loss.weighting is Weighting.wpo:
             wanted.append("collisions")
-        if is_evaluation:
+        if is_evaluation and policy is not None:
             wanted.append("entropy")
-        values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
+        if policy is None:
+            assert reference is not None
+            values, routing = reference, None
+        else:
+            values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
         token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
         statistics = dict(zip(wanted, rows, strict=True))
         sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
@@ -165,6 +171,7 @@ class Objective:
             labels=batch.labels,
             sources=batch.sources,
             routing=routing,
+            is_evaluation=is_evaluation,
         )
 
     def forward(
@@ -188,7 +195,7 @@ class Objective:
             pairs: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        plan = MetricPlan(self.loss, pairs.labels, is_evaluation=pairs.tokens.entropy is not None)
+        plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
         sums = metric_sums(
             plan, losses, pairs.policy, pairs.reference, pairs.weights, pairs.tokens, pairs.sources
         )

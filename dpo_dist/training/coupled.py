@@ -118,6 +118,7 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
         ),
         labels=rank_batch.dataset.labels,
         sources=None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device),
+        is_evaluation=scored[0].is_evaluation,
     )
 
 

@@ -53,6 +53,7 @@ class Loop:
 
     Attributes:
         reference_sync: None unless the reference follows the policy.
+        start_is_known: the evaluation before the first step takes the reference's log-probs for the policy's.
         peaks: floating-point operations per second of all devices.
         checkpoints: saves the engines.
         identity: digests of the run's inputs, written to every checkpoint.
@@ -68,6 +69,7 @@ class Loop:
     policy: PolicyEngine
     objective: Objective
     reference_sync: ReferenceSync | None
+    start_is_known: bool
     peaks: PeakFlops
     checkpoints: CheckpointSaver
     identity: dict[str, Any]
@@ -88,7 +90,7 @@ class Loop:
         """
         self.clock.enter("other")
         trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
-        if eval_set is not None and trainer.eval_at_start and position.step == 0:
+        if eval_set is not None and trainer.eval_at_start is not False and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
@@ -168,7 +170,7 @@ class Loop:
         world, clock = self.world, StepClock(self.world.device)
         clock.enter("data")
         ready = next(ready_steps)
-        rank_batch = ready.rank_batch
+        rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
         rate = learning_rate(self.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
@@ -182,7 +184,6 @@ class Loop:
             clock.enter("other")
         overflow = is_overflow(totals, self.policy)
         bad = is_bad(totals)
-        pairs = rank_batch.pairs
         running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
@@ -223,28 +224,27 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        started = time.monotonic()
+        started, world = time.monotonic(), self.world
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
+        policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
-        evaluation = evaluate(
-            self.policy, self.objective, rank_batch, self.world, position.running, self.stops.give_way
-        )
-        metrics = MetricSums(evaluation.sums.names, self.world.sum_replicas(evaluation.sums.values)).means()
-        seconds = time.monotonic() - started
+        found = evaluate(policy, self.objective, rank_batch, world, position.running, self.stops.give_way)
+        metrics = MetricSums(found.sums.names, world.sum_replicas(found.sums.values)).means()
+        speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
         trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:
-            self._write_evaluation(dataset, evaluation, metrics)
+            self._write_evaluation(dataset, found, metrics)
         margins = None
-        if evaluation.values is not None and not self.config.loss.is_one_sided:
-            metrics |= evaluation.values.margin_percentiles()
-            margins = Histogram.of(evaluation.values.margin)
-        measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
+        if found.values is not None and not self.config.loss.is_one_sided:
+            metrics |= found.values.margin_percentiles()
+            margins = Histogram.of(found.values.margin)
+        measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
             measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
-        position.best = self.world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+        position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from dpo_dist.config.loss_kinds import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
@@ -159,6 +160,7 @@ def _set_up(
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
+        start_is_known=_is_start_known(config, reference),
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identify(config, inputs),
@@ -264,6 +266,12 @@ def _check_start(
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
     console.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
     return {"drift": drift}
+
+
+def _is_start_known(config: RunConfig, reference: Reference) -> bool:
+    """Return whether the evaluation before the first step needs no forward of the policy."""
+    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
+    return reference.is_policys_start and not needs_forward
 
 
 def _open_recorder(

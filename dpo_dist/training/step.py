@@ -133,7 +133,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: ScoredModel,
+    model: ScoredModel | None,
     objective: Objective,
     rank_batch: RankBatch,
     world: World,
@@ -143,7 +143,7 @@ def evaluate(
     """Return metrics and pair values of a dataset, which is one global batch; collective.
 
     Args:
-        model: not in training mode.
+        model: not in training mode; None: the reference, without a forward of another model.
         give_way: called before each micro-batch, of which all ranks have the same number; may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)

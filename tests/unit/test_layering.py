@@ -44,7 +44,7 @@ ROOMS = {
 }
 VERB_ENGINES = ("hydra", "omegaconf")
 OUTSIDE = ("benchmarks", "examples", "scripts", "tests")
-FILE_LINES, FUNCTION_LINES = 300, 60
+FILE_LINES, FUNCTION_LINES = 700, 60
 
 
 def imported(source: str, module: Path) -> Iterator[str]:

@@ -26,8 +26,18 @@ def headline(results: Results) -> str:
     """Return the result of a comparison in a few sentences, plain text.
 
     Only means are compared without their intervals, and called so: "the highest score". Every other claim has
-    an interval of the difference, over the same prompts, on its side.
+    an interval of the difference, over the same prompts, on its side. A model of which no response ends is
+    not called the best: the judge saw beginnings of its responses only.
     """
+    unended = [model for model in results.models if results.quality(model) and not _ends(model)]
+    if unended and not _ranked(results):
+        return "No response of any model ends within compare.max_new_tokens: no model is called the best."
+    return " ".join(
+        [_of_ranked(results), *([f"Not ranked, as no response ends: {_names(unended)}."] if unended else [])]
+    )
+
+
+def _of_ranked(results: Results) -> str:
     ranked = _ranked(results)
     if not ranked:
         return _without_judge(results)
@@ -41,7 +51,7 @@ def headline(results: Results) -> str:
         return f"{claim}."
     rates = f"{_possessive(tops)} over {results.base} {_rates(rated)}"
     if any(model.win_rate and model.win_rate.is_above(0.5) for model in rated):
-        return " ".join([f"{claim}; {rates}.", *_not_distinguished(results, ranked, tops)])
+        return " ".join(_as_good(results, ranked, tops, f"{claim}; {rates}."))
     if all(model.win_rate and model.win_rate.low is None for model in rated):
         return f"{claim}; {rates}, without an interval."
     chance = all(model.win_rate and not model.win_rate.is_below(0.5) for model in rated)
@@ -72,10 +82,16 @@ def rate_text(rate: Estimate) -> str:
 
 
 def _ranked(results: Results) -> list[Model]:
-    """Return the models with a quality, the best first, of equal ones the one of less KL."""
-    placed = [(model, quality) for model in results.models if (quality := results.quality(model))]
+    """Return the models with a quality and an end, the best first, of equal ones the one of less KL."""
+    placed = [
+        (model, quality) for model in results.models if (quality := results.quality(model)) and _ends(model)
+    ]
     order = sorted(placed, key=lambda each: (-each[1].value, each[0].kl.value if each[0].kl else 0.0))
     return [model for model, _ in order]
+
+
+def _ends(model: Model) -> bool:
+    return "finished" not in model.style or model.style["finished"].value > 0
 
 
 def _value(results: Results, model: Model) -> float | None:
@@ -113,26 +129,34 @@ def _base_first(results: Results, base: Model, tops: Sequence[Model]) -> str:
     return f"{_names([*others, base])} have {_highest(results, tops)}."
 
 
-def _not_distinguished(results: Results, ranked: Sequence[Model], tops: Sequence[Model]) -> Iterator[str]:
-    """Yield the other models that may be as good as the best, the one of clearly less KL first."""
+def _as_good(results: Results, ranked: Sequence[Model], tops: Sequence[Model], claim: str) -> Iterator[str]:
+    """Yield the claim about the best model and those that may be as good, first one of clearly less KL."""
     best = tops[0]
     it = "it" if len(tops) == 1 else best.name
-    if len(tops) > 1 and all(results.has_less_kl(best, other) for other in tops[1:]):
-        yield f"{best.name} has the least KL of them."
     open_ones = {
         model.name: rate
         for model in ranked
         if model.name != results.base and model not in tops
         if (rate := results.rates.get((model.name, best.name))) is not None and _is_open(rate)
     }
-    near = [model for model in ranked if model.name in open_ones and results.has_less_kl(model, best)]
+    near = [
+        model
+        for model in ranked
+        if model.name in open_ones
+        and results.has_less_kl(model, best)
+        and model.win_rate
+        and model.win_rate.is_above(0.5)
+    ]
     if near:
         nearest = min(near, key=lambda model: model.kl.value if model.kl else 0.0)
         of_nearest = rate_text(open_ones.pop(nearest.name))
         yield (
-            f"{nearest.name} cannot be distinguished from {it} (win rate {of_nearest}) with "
-            f"{percent(_kl_share(nearest, best))} of its KL."
+            f"{nearest.name} cannot be distinguished from the best (win rate {of_nearest} over {best.name}), "
+            f"with {percent(_kl_share(nearest, best))} of its KL."
         )
+    yield claim
+    if len(tops) > 1 and all(results.has_less_kl(best, other) for other in tops[1:]):
+        yield f"{best.name} has the least KL of them."
     for model in ranked:
         rate = results.rates.get((model.name, best.name))
         if rate is not None and rate.is_above(0.5) and model not in tops:
@@ -149,7 +173,7 @@ def _is_open(rate: Estimate) -> bool:
 def _winners(results: Results) -> Iterator[str]:
     """Yield the models that win more prompts than they lose against the base."""
     for model in results.models:
-        if model.win_rate and model.win_rate.is_above(0.5):
+        if _ends(model) and model.win_rate and model.win_rate.is_above(0.5):
             yield f"But {model.name} wins over {results.base} on {rate_text(model.win_rate)} of the prompts."
 
 
@@ -194,7 +218,7 @@ def _dominated(results: Results) -> Iterator[str]:
         better = [
             other
             for other in results.placed()
-            if results.is_better(other, model) and results.has_less_kl(other, model)
+            if _ends(other) and results.is_better(other, model) and results.has_less_kl(other, model)
         ]
         if better:
             best = max(better, key=lambda other: _value(results, other) or 0.0)

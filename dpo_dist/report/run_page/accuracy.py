@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, last
+from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, evaluation_rows, last
 from dpo_dist.evaluation.results import ALL, results_name
 from dpo_dist.number_text import counted, number
 from dpo_dist.objective.metrics import BUCKETS
@@ -41,7 +41,7 @@ def accuracy_section(facts: PageFacts) -> str:
     sources, lengths = _by_source(facts), _by_length(facts)
     tables = sources + lengths
     explained = note(_MEANING, _INTERVALS if "[" in tables else "", _calibration(facts)) if tables else ""
-    evaluations = _evaluations(facts.run.evaluations)
+    evaluations = _evaluations(evaluation_rows(facts.run.rows))
     return section("accuracy", "Accuracy and margin", sources, lengths, explained, evaluations)
 
 

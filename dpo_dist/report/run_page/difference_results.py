@@ -4,12 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
 from dpo_dist.evaluation.results import ALL, results_name
-from dpo_dist.number_text import number
+from dpo_dist.number_text import counted, number
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.report.blocks import note, paragraph, section, table
 from dpo_dist.report.inert import inert_html
@@ -46,7 +47,7 @@ def results_section(two: Two) -> str:
     rows = [_last(facts, is_evaluated) for facts in two.facts]
     keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
     intervals = [_intervals(facts, ALL) if is_evaluated else {} for facts in two.facts]
-    lines = [_line(key, key, rows, intervals) for key in keys]
+    lines = [_line(key, key, rows, intervals, two) for key in keys]
     shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     if not shown:
         return ""
@@ -54,11 +55,11 @@ def results_section(two: Two) -> str:
     return section(
         "results",
         "Results",
-        paragraph(*_warnings(two)),
+        paragraph(*(text for text, _ in _warnings(two))),
         note(f"Values of {part}."),
         shown,
         by_source,
-        note(_INTERVALS) if any(intervals) else "",
+        note(_INTERVALS) if "overlap" in shown + by_source else "",
         _paired(two),
     )
 
@@ -83,12 +84,15 @@ def _line(
     key: str,
     rows: Sequence[Mapping[str, float]],
     intervals: Sequence[Mapping[str, Sequence[float]]],
+    two: Two,
 ) -> tuple[str, ...]:
+    """Return the cells of a metric; those that compare both values are empty if they are not comparable."""
     values = [row[key] for row in rows]
     ends = [each.get(key) for each in intervals]
     cells = [_cell(value, each) for value, each in zip(values, ends, strict=True)]
-    difference = values[1] - values[0]
-    return inert_html(name), *cells, _signed(difference), _overlap(ends)
+    if not _is_comparable(two, key):
+        return inert_html(name), *cells, "", ""
+    return inert_html(name), *cells, _signed(values[1] - values[0]), _overlap(ends)
 
 
 def _signed(difference: float) -> str:
@@ -117,40 +121,48 @@ def _by_source(two: Two) -> str:
         for metric, name in ((ACCURACY, "accuracy"), (MARGIN, "margin")):
             rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
             if all(math.isfinite(row[metric]) for row in rows):
-                lines.append(_line(f"{label}: {name}", metric, rows, intervals))
+                lines.append(_line(f"{label}: {name}", metric, rows, intervals, two))
     shown = table(("source", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     return f"<h3>By source</h3>{shown}" if shown else ""
 
 
-def _warnings(two: Two) -> Iterator[str]:
-    """Yield the reasons for which values of the two runs are not comparable."""
+def _is_comparable(two: Two, key: str) -> bool:
+    return not any(key.startswith(prefixes) for _, prefixes in _warnings(two))
+
+
+def _warnings(two: Two) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the reasons for which values of the two runs are not comparable, with prefixes of their names."""
     first, second = two.facts
     identities: list[Fields] = [facts.state.get("identity") or {} for facts in two.facts]
     evaluated = [each.get("eval_data") for each in identities]
     if all(evaluated) and evaluated[0] != evaluated[1]:
-        yield "The runs were evaluated on different data: their metrics are not comparable."
+        yield "The runs were evaluated on different data: their metrics are not comparable.", ("",)
     references = [each.get("reference") for each in identities]
     if all(references) and references[0] != references[1]:
-        yield "Their reference models differ: rewards, margins and accuracies are relative to other models."
+        text = "Their reference models differ: rewards, margins and accuracies are relative to other models."
+        yield text, ("loss", "rewards/", "kl/")
     if not (first.config and second.config):
         return
     if any(first.setting(key) != second.setting(key) for key in ("loss.kind", "loss.terms")):
-        yield "Their losses differ: values of the loss are not comparable."
+        yield "Their losses differ: values of the loss are not comparable.", ("loss",)
     betas = [facts.setting("loss.beta") for facts in two.facts]
     if all(betas) and betas[0] != betas[1]:
         values = " and ".join(number(beta, 3) for beta in betas)
         yield (
-            f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends "
-            "on it: compare accuracies, log-probs and KL."
+            (
+                f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends "
+                "on it: compare accuracies, log-probs and KL."
+            ),
+            ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
         )
 
 
 def _paired(two: Two) -> str:
     """Return the numbers of evaluation pairs that each run gets right; empty if the pairs differ."""
-    if not all(facts.evaluation for facts in two.facts):
+    if not all(facts.evaluation for facts in two.facts) or not _is_comparable(two, ACCURACY):
         return ""
-    counts = _agreement(two)
-    if counts is None:
+    counts, damaged = _agreement(two)
+    if not counts:
         return ""
     pairs = sum(counts.values())
     difference = sum((second - first) * each for (first, second), each in counts.items()) / pairs
@@ -164,7 +176,10 @@ def _paired(two: Two) -> str:
         *([("equal rewards in one of them, counted as half", f"{ties:,}")] if ties else []),
     )
     shown = table(("prefer the chosen response", "pairs"), lines)
-    return "<h3>The same pairs</h3>" + shown + note(_paired_sentence(difference, squares, pairs))
+    lost = (
+        f"Without {counted(damaged, 'pair')}: their line of a scores.jsonl cannot be read." if damaged else ""
+    )
+    return "<h3>The same pairs</h3>" + shown + note(_paired_sentence(difference, squares, pairs), lost)
 
 
 def _paired_sentence(difference: float, squares: float, pairs: int) -> str:
@@ -187,22 +202,22 @@ def _paired_sentence(difference: float, squares: float, pairs: int) -> str:
     )
 
 
-def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
+def _agreement(two: Two) -> tuple[Counter[tuple[float, float]], int]:
     """Return numbers of pairs by the credit of each run: 1 if it prefers the chosen response, of a tie half.
 
-    None if the pairs differ; a pair without a margin in one of them is not counted.
+    No pairs if those of the runs differ; a pair without a margin in one of them is not counted. Second: the
+    number of pairs whose line is damaged in a file.
     """
-    counts = Counter[tuple[float, float]]()
+    counts, damaged = Counter[tuple[float, float]](), 0
     files = [json_rows(facts.folder.evaluation_of(LAST_EVALUATION).scores) for facts in two.facts]
-    while True:
-        first, second = (next(rows, None) for rows in files)
-        if first is None and second is None:
-            break
-        if first is None or second is None or _key(first) != _key(second):
-            return None
-        if None not in (first.get("margin"), second.get("margin")):
+    for first, second in zip_longest(*files, fillvalue={}):
+        if first is None or second is None:
+            damaged += 1
+        elif _key(first) != _key(second):
+            return Counter(), 0
+        elif None not in (first.get("margin"), second.get("margin")):
             counts[_credit(first), _credit(second)] += 1
-    return counts or None
+    return counts, damaged
 
 
 def _key(row: Mapping[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from dpo_dist.generation.languages import language_of
 from dpo_dist.generation.refusals import is_refusal
 from dpo_dist.generation.text_facts import text_facts
+from dpo_dist.generation.words import WORD
 from dpo_dist.report.word_diff import difference
 
 LONGER, SHORTER, REPEATED, DISTINCT = 2.0, 0.5, 0.5, 0.5
@@ -39,13 +40,15 @@ class Judged:
     Attributes:
         prompt_id: of the prompt.
         faults: keys of `FAULTS` with their extent: the larger, the worse.
-        change: share of its words, and of those of the reference's response, that they do not share; None:
-            the reference's response is not known.
+        change: share of its first words, and of those of the reference's response, that they do not share;
+            None: the reference's response is not known.
+        is_same: whether all words of both responses are the same.
     """
 
     prompt_id: str
     faults: Mapping[str, float]
     change: float | None
+    is_same: bool
 
 
 def judged(row: Mapping[str, Any]) -> Judged:
@@ -72,7 +75,9 @@ def judged(row: Mapping[str, Any]) -> Judged:
         elif ratio <= SHORTER:
             faults["shorter"] = 1 / ratio
     change = None if reference is None else 1 - difference(policy, reference).similarity
-    return Judged(str(row.get("prompt_id")), faults, change)
+    responses = (row.get(name) for name in ("policy", "reference"))
+    words = [WORD.findall(text) if isinstance(text, str) else None for text in responses]
+    return Judged(str(row.get("prompt_id")), faults, change, None not in words and words[0] == words[1])
 
 
 def choose(rows: Sequence[Judged], most: int) -> dict[str, list[str]]:

@@ -129,7 +129,7 @@ def _shown_rows(
     """
     earlier = [step for step in files if step < last]
     start = _rows_of(files[0], prompt_ids) if 0 in earlier else {}
-    if len(earlier) > 1 and all(row.get("policy") == row.get("reference") for row in start.values()):
+    if all(row.get("policy") == row.get("reference") for row in start.values()):
         earlier = [step for step in earlier if step > 0]
     steps = dict.fromkeys([last, *earlier[-1:], *earlier[:1]])
     return {step: start if step == 0 else _rows_of(files[step], prompt_ids) for step in steps}
@@ -197,7 +197,7 @@ def _sentence(step: int, rows: Sequence[Judged]) -> str:
         for fault, (one, many) in FAULTS.items()
         if counts[fault]
     ]
-    same = sum(row.change == 0 for row in rows)
+    same = sum(row.is_same for row in rows)
     phrases += (
         [f"{same:,} {'has' if same == 1 else 'have'} the same words as the reference's"] if same else []
     )

@@ -76,6 +76,16 @@ def rows(
     return found
 
 
+@pytest.mark.parametrize("last", [4, STEPS])  # before the first evaluation after a step, and at the end
+def test_the_evaluation_before_the_first_step_is_no_evidence(last: int) -> None:
+    of_run = [row for row in rows() if row["step"] <= last]
+    untrained = {"eval_rewards/accuracies": 0.1, "eval_kl/rejected": 9.0, "eval_loss": 0.01}
+    start = evaluation_row(0) | untrained | {"eval_samples/length": 900.0, "eval_samples/finished": 0.0}
+    facts = summary(steps=last, exit="completed" if last == STEPS else "preempted")
+    assert verdict([start, *of_run], facts) == verdict(of_run, facts)
+    assert sample_alarms([start, *of_run]) == sample_alarms(of_run)
+
+
 def counts(**changes: Any) -> dict[str, Any]:
     sources = [{"label": "a", "pairs": 200}, {"label": "b", "pairs": 200}]
     return {"read": 400, "kept": 400, "pairs": 400, "response_truncated": 3, "sources": sources} | changes

@@ -188,6 +188,7 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
 
 def test_final_and_best_values() -> None:
     rows = [
+        evaluation_of(0, 0.10, 0.99),  # of the untrained policy
         row_of(1),
         evaluation_of(1, 0.60, 0.55),
         row_of(2),

@@ -21,8 +21,9 @@ def read(folder: Path, content: dict[str, Any]) -> Results:
 def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> None:
     found = read(tmp_path, betas())
     assert headline(found) == (
-        "beta 0.1 has the highest score, 0.62 at a KL of 14 nats; its win rate over base is 71 % [65, 77]. "
-        "beta 0.3 cannot be distinguished from it (win rate 48 % [42, 54]) with 46 % of its KL."
+        "beta 0.3 cannot be distinguished from the best (win rate 48 % [42, 54] over beta 0.1), with 46 % of "
+        "its KL. "
+        "beta 0.1 has the highest score, 0.62 at a KL of 14 nats; its win rate over base is 71 % [65, 77]."
     )
     assert warnings(found) == [
         "beta 0.01 has a lower score than beta 0.1 and more KL.",
@@ -93,6 +94,38 @@ def test_the_headline(
     assert headline(read(tmp_path, results(models, wins))) == sentence
 
 
+@pytest.mark.parametrize(
+    ("finished", "sentence"),
+    [
+        (
+            (0.9, 0.9, 0.0),
+            "a has the highest score, 0.4 at a KL of 5 nats; its win rate over base is 70 % [64, 76]. Not "
+            "ranked, as no response ends: b.",
+        ),
+        (
+            (0.9, 0.0, 0.0),
+            "No model does better than base on average. Not ranked, as no response ends: a and b.",
+        ),
+        (
+            (0.0, 0.0, 0.0),
+            "No response of any model ends within compare.max_new_tokens: no model is called the best.",
+        ),
+    ],
+)
+def test_a_model_of_which_no_response_ends_is_not_the_best(
+    tmp_path: Path, finished: tuple[float, ...], sentence: str
+) -> None:
+    models = [
+        model("base", None, 0.1, finished=finished[0]),
+        model("a", 5, 0.4, finished=finished[1]),
+        model("b", 3, 0.8, finished=finished[2]),
+    ]
+    wins = [win("base", "a", 0.3), win("base", "b", 0.1), win("a", "b", 0.2)]
+    found = read(tmp_path, results(models, wins))
+    assert headline(found) == sentence
+    assert not any("than b" in text for text in warnings(found))
+
+
 def test_equal_scores_are_called_equal(tmp_path: Path) -> None:
     models = [model("base", None, 0.3), model("a", 3, 0.9), model("b", 2, 0.9), model("c", 2.1, 0.9)]
     wins = [*(win("base", name, 0.2) for name in "abc"), win("a", "b", 0.5), win("b", "c", 0.5)]
@@ -123,7 +156,8 @@ def test_less_kl_needs_an_interval(tmp_path: Path) -> None:
     ]
     found = read(tmp_path, results(models, wins, differences=paired))
     assert headline(found) == (
-        f"{start} near cannot be distinguished from it (win rate 48 % [42, 54]) with 89 % of its KL."
+        "near cannot be distinguished from the best (win rate 48 % [42, 54] over far), with 89 % of its KL. "
+        + start
     )
     assert warnings(found) == ["last has a lower score than far and more KL."]
 

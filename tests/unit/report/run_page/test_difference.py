@@ -66,10 +66,20 @@ def test_values_that_are_not_comparable_are_said(runs: Runs) -> None:
         change(run.config, "loss", "beta", value=beta)
         change(run.config, "loss", "kind", value=f"loss {digest}")
     text = page_of(*runs).section("Results")
+    assert "overlap" not in text
+    assert "The same pairs" not in text
     assert "evaluated on different data: their metrics are not comparable." in text
     assert "Their reference models differ" in text
     assert "Their losses differ" in text
     assert "multiples of beta, which differs (0.1 and 0.5), and the loss depends on it" in text
+
+
+def test_values_that_are_comparable_are_compared_beside_others(runs: Runs) -> None:
+    for run, beta in zip(runs, (0.1, 0.5), strict=True):
+        change(run.config, "loss", "beta", value=beta)
+    text = page_of(*runs).section("Results")
+    assert "rewards/accuracies 0.625 [0.55, 0.7] 0.625 [0.55, 0.7] 0 overlap" in text
+    assert "rewards/margins 0.5 [0.4, 0.6] 0.5 [0.4, 0.6] rewards/both_fall" in text
 
 
 def write_scores(run: RunFolder, margins: list[float | None], first_line: int = 1) -> None:
@@ -112,6 +122,19 @@ def test_other_pairs_are_not_compared(runs: Runs, other: tuple[list[float | None
     write_scores(runs[0], [1.0, 1.0])
     write_scores(runs[1], *other)
     assert "The same pairs" not in page_of(*runs).text
+
+
+@pytest.mark.parametrize("damaged", [[0], [1], [0, 1]])
+def test_a_damaged_line_costs_its_pair_only(runs: Runs, damaged: list[int]) -> None:
+    for number, run in enumerate(runs):
+        write_scores(run, [1.0] * 8 + [-1.0])
+        file = run.evaluation_of(LAST_EVALUATION).scores
+        lines = file.read_text().splitlines(keepends=True)
+        if number in damaged:
+            file.write_text("".join([lines[0], "{\n", *lines[2:]]))
+    same = page_of(*runs).section("The same pairs")
+    assert "both 7 only A 0 only B 0 neither 1" in same
+    assert "Without 1 pair: their line of a scores.jsonl cannot be read." in same
 
 
 def test_curves_of_both_are_in_the_same_charts(runs: Runs) -> None:

@@ -94,9 +94,12 @@ def test_faults_of_all_prompts_are_counted(tmp_path: Path) -> None:
     rows = [sample(number) for number in range(6)]
     rows += [sample(7, ""), sample(8, policy_finished=False), sample(9, policy_finished=False)]
     rows += [sample(10, GOOD.replace("two", "three"))]
+    long = " ".join(f"The city of number {number} has a river." for number in range(99))
+    rows += [sample(11, f"{long} One end.", reference=f"{long} Another end.", policy_finished=False)]
     write_samples(tmp_path, 5, rows)
     html = section(tmp_path)
-    assert "10 held-out prompts: 1 is empty; 2 do not end; 1 has the same words as the reference's." in html
+    assert "11 held-out prompts: 1 is empty; 3 do not end; " in html
+    assert "; 1 has the same words as the reference's." in html
     assert html.count("<details") == html.count("</details>")
     assert html.count(" open>") == 2
 
