@@ -7,17 +7,17 @@ from typing import Any
 
 
 def build_and_weigh(build: Callable[..., Any], memory: dict[str, int], *arguments: Any) -> Any:
-    """Return `build(*arguments)`, a reference with its report; add to `memory` the bytes it keeps and its peak.
+    """Return the reference that `build` builds; add to `memory` the bytes it keeps and its peak.
 
     A fill of the store reports its own peak, and restarts the measurement.
     """
     before = _weights()
     _restart_peak()
-    reference, report, audited = build(*arguments)
-    memory["peak while made ready"] = max(peak(), report.get("peak_memory_bytes", 0))
+    reference = build(*arguments)
+    memory["peak while made ready"] = max(peak(), reference.report.get("peak_memory_bytes", 0))
     memory["kept"] = _weights() - before
     _restart_peak()
-    return reference, report, audited
+    return reference
 
 
 def _weights() -> int:
