@@ -215,6 +215,7 @@ def _pack_padded(pieces: Sequence[Sequences], keys: Any) -> PackedBatch:
     return replace(
         batch,
         predictors=batch.predictors[kept],
+        target_places=batch.target_places[:, kept.numpy()],
         targets=batch.targets[kept],
         response_tokens=batch.response_tokens[is_real],
     )

@@ -45,6 +45,8 @@ class PackedBatch:
         layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
         predictors: int64 [targets], index in `input_ids` of the token that predicts each target. The last
             token of the prompt predicts the first token of every response.
+        target_places: int64 [2, targets], response and predictor of each target. Stays on the host, so
+            that targets are regrouped and shared among ranks without a wait for the device.
         targets: int64 [targets], the completion tokens to score, response after response.
         response_tokens: int64 [responses], number of targets of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
@@ -65,6 +67,7 @@ class PackedBatch:
     position_ids: Tensor
     layout: tuple[tuple[int, ...], ...]
     predictors: Tensor
+    target_places: npt.NDArray[np.int64]
     targets: Tensor
     response_tokens: Tensor
     keys: npt.NDArray[np.uint64]
@@ -98,7 +101,7 @@ class PackedBatch:
         lengths = [length for pieces in self.layout for length in pieces]
         counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
         counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
-        return torch.from_numpy(counted).to(self.input_ids.device, non_blocking=True)
+        return copied_to(self.input_ids.device, counted)
 
     def with_one_target(self) -> "PackedBatch":
         """Return the batch with its first target only, to be computed, not to be paired."""
@@ -106,6 +109,7 @@ class PackedBatch:
         return replace(
             self,
             predictors=self.predictors[:1],
+            target_places=self.target_places[:, :1],
             targets=self.targets[:1],
             response_tokens=ends.diff(prepend=ends.new_zeros(1)),
         )
@@ -123,6 +127,12 @@ class PackedBatch:
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **changed)
+
+
+def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
+    """Return a copy on `device`, transferred asynchronously from pinned memory."""
+    source = torch.from_numpy(array)
+    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source
 
 
 def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
@@ -154,11 +164,14 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
     responses = [response for pair in sequences for response in pair.responses]
     mask = _mask(sequences)
     is_target = slice(None) if mask is None else mask
+    numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
+    target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
     return PackedBatch(
         input_ids=_int64(np.concatenate(inputs)),
         position_ids=_int64(np.concatenate(positions)),
         layout=tuple(layout),
-        predictors=_int64(np.concatenate(predictors)[is_target]),
+        predictors=_int64(target_places[1]),
+        target_places=target_places,
         targets=_int64(np.concatenate(responses)[is_target]),
         response_tokens=_int64(_target_counts(responses, mask)),
         keys=keys,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor
 
-from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.packing import PackedBatch, copied_to
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class Regrouped:
         layout: as `PackedBatch.layout`, one entry per group of each example.
         groups: group of each entry of `layout`, ascending.
         tokens: int64 [tokens of the layout], index of each token in the batch's `input_ids`; prompts repeat.
-        predictors: int64 [targets], index in `tokens` of the token that predicts each target of the batch.
+        predictors: int64 [targets], index in `tokens` of the token that predicts each target of the batch. On
+            the host.
     """
 
     layout: tuple[tuple[int, ...], ...]
     groups: tuple[int, ...]
     tokens: Tensor
-    predictors: Tensor
+    predictors: npt.NDArray[np.int64]
 
 
 def regroup(batch: PackedBatch, groups: Sequence[int]) -> Regrouped:
@@ -68,23 +69,11 @@ def regroup(batch: PackedBatch, groups: Sequence[int]) -> Regrouped:
             indices.append(np.arange(starts[member], starts[member] + lengths[member]))
             shifts[1, member] = end - starts[member]
             end += lengths[member]
-    device = batch.predictors.device
+    response, predictors = batch.target_places
+    is_own = predictors >= np.array(starts)[response]  # else it is a token of the prompt
     return Regrouped(
         layout=tuple(layout),
         groups=tuple(group for group, _ in sorted(entries)),
-        tokens=copied_to(device, np.concatenate(indices)),
-        predictors=_shifted(batch, copied_to(device, np.array(starts)), copied_to(device, shifts)),
+        tokens=copied_to(batch.input_ids.device, np.concatenate(indices)),
+        predictors=predictors + np.where(is_own, shifts[1, response], shifts[0, response]),
     )
-
-
-def _shifted(batch: PackedBatch, starts: Tensor, shifts: Tensor) -> Tensor:
-    """Return the batch's predictors, each a token of a prompt or of its response, after the shifts."""
-    response = torch.repeat_interleave(batch.response_tokens, output_size=len(batch.predictors))
-    is_own = batch.predictors >= starts[response]
-    return batch.predictors + torch.where(is_own, shifts[1, response], shifts[0, response])
-
-
-def copied_to(device: torch.device, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-    """Return a copy on `device`, transferred asynchronously from pinned memory."""
-    source = torch.from_numpy(array)
-    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source.to(device)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.data.packing import PackedBatch
-from dpo_dist.data.regroup import copied_to, regroup
+from dpo_dist.data.packing import PackedBatch, copied_to
+from dpo_dist.data.regroup import regroup
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,9 @@ def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
     on_device = copied_to(device, places)
     input_ids[on_device] = batch.input_ids[alone.tokens]
     is_token[on_device] = True
-    shift_of_target = torch.repeat_interleave(
-        copied_to(device, shifts), batch.response_tokens, output_size=len(alone.predictors)
-    )
     return Rows(
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
         is_token=is_token.view(len(lengths), longest),
-        predictors=alone.predictors + shift_of_target,
+        predictors=copied_to(device, alone.predictors + shifts[batch.target_places[0]]),
     )

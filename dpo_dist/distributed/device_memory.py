@@ -17,6 +17,12 @@ REFERENCE_REMEDY = "lower reference.micro_batch_tokens, or set reference.offload
 """The settings to change if the reference model runs out of memory."""
 
 
+def wait_for_device() -> None:
+    """Wait until the device has done its work: what one of its streams still uses must not be released."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def return_memory() -> None:
     """Release memory without references: the device's, and pinned memory of the host."""
     gc.collect()

@@ -26,6 +26,7 @@ from dpo_dist.distributed.device_memory import (
     explain_out_of_memory,
     policy_remedy,
     return_memory,
+    wait_for_device,
 )
 from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.gather_order import record_gather_orders
@@ -82,6 +83,7 @@ class FrozenEngine:
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
+        wait_for_device()
         self._engine.destroy()
         for weight in self._engine.module.parameters():
             if weight.nvme_swapper is not None:
@@ -263,6 +265,7 @@ class PolicyEngine:
 
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
+        wait_for_device()
         optimizer = self._engine.optimizer
         self._engine.destroy()
         empty(list(self._averages.of_masters.values()))

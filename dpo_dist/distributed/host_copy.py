@@ -19,7 +19,7 @@ class HostCopy:
     """Memory of this rank for copies of its slices: allocated once, pinned if `device` is a GPU."""
 
     def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
         self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
@@ -39,7 +39,7 @@ class HostCopy:
             replace(model, slices=[replace(own, parts=_copied(own, places)) for own in model.slices])
             for model in models
         ]
-        if self._is_cuda:
+        if self.is_cuda:
             torch.cuda.synchronize()
         return copied
 
@@ -56,7 +56,7 @@ class HostCopy:
             return
         self.close()
         self._buffer = torch.empty(count, dtype=torch.uint8)
-        if self._is_cuda:
+        if self.is_cuda:
             self._is_pinned = not int(_cuda().cudaHostRegister(self._buffer.data_ptr(), count, 0))
             if not self._is_pinned:  # copies are slower
                 _forget_error()

@@ -82,7 +82,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, ranks: SequenceGroup) -> Tensor:
         ctx.rank = ranks.rank
         gathered = part.new_empty(ranks.ranks, *part.shape)
-        dist.all_gather(list(gathered.unbind()), part, group=ranks.group)
+        dist.all_gather_into_tensor(gathered, part, group=ranks.group)
         return gathered
 
     @staticmethod

@@ -6,7 +6,7 @@ Every file is in the format of safetensors, from which no code can be run.
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_dist.distributed.checkpoint_manifest import read_manifest
+from dpo_dist.distributed.host_copy import HostCopy
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, first_line
 
@@ -42,16 +43,20 @@ def write_slices(
     folder = checkpoint / model.folder
     folder.mkdir(exist_ok=True)
     files: list[Path] = []
-    for batch in _batches(model.slices):
-        if not is_wanted():
-            break
-        files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
-        tensors = {f"{part}/{own.name}": tensor.cpu() for own in batch for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in batch}
-        try:
-            save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    devices = {tensor.device for own in model.slices for tensor in own.parts.values() if tensor.is_cuda}
+    with contextlib.closing(HostCopy(devices.pop() if devices else torch.device("cpu"))) as staging:
+        for batch in _batches(model.slices):
+            if not is_wanted():
+                break
+            files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
+            # One wait for the tensors of a file, not one for each of them.
+            on_host = staging.of([replace(model, slices=batch)])[0].slices if staging.is_cuda else batch
+            tensors = {f"{part}/{own.name}": tensor for own in on_host for part, tensor in own.parts.items()}
+            ranges = {own.name: [own.start, *own.shape] for own in batch}
+            try:
+                save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
     return files
 
 

@@ -1,6 +1,5 @@
 """Choose the attention kernel of a run, and check its results on the device before training."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layer_options import layer_configs, layer_values
 from dpo_dist.model.mask_rules import mask_rule
-from dpo_dist.model.optional_packages import check_flash_attn
+from dpo_dist.model.optional_packages import check_flash_attn, has_flash_attn
 from dpo_dist.model.segment_attention import Layout, Scores
 
 # The variable-length kernels need Ampere's instructions, as bf16 does.
@@ -86,8 +85,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
         # The variable-length kernels have 16-bit inputs.
         if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
             return AttentionBackend.sdpa
-        has_flash = importlib.util.find_spec("flash_attn") is not None
-        return AttentionBackend.flash_attention_2 if has_flash else AttentionBackend.varlen
+        return AttentionBackend.flash_attention_2 if has_flash_attn() else AttentionBackend.varlen
     if wanted is AttentionBackend.sdpa:
         return wanted
     if not on_cuda or _capability(device) < _FIRST_CAPABILITY:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _STATES_OF_A_WEIGHT = 18
 """bf16 weight, float32 gradient, master weight and two moments."""
-_FIXED = 7_500_000_000
+_FIXED = 8_400_000_000
 """Gathered weights, logits of a chunk, CUDA and NCCL (docs/scaling.md)."""
 _FORWARDS = 4
 """Forward, recomputation, and twice as much for gradients of inputs and weights."""

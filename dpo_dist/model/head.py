@@ -136,20 +136,22 @@ class PackedCausalLM(nn.Module):
             return self._shared(batch, self.sequence, statistics, with_routing)
         found, weights = self._in_rows(batch, with_routing)
         logps = self._logps(found.predicting, batch.targets, statistics)
-        return (logps, self._routing(found, weights)) if with_routing else logps
+        return logps if weights is None else (logps, self._routing(found, weights))
 
-    def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor]:
-        """Return the outputs of the predictors; float32 [tokens], how often each computed token counts."""
+    def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor | None]:
+        """Return outputs of the predictors; with routing float32 [tokens], how often each token counts."""
         if self.arrangement is Arrangement.packed:
             attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
             packed = self._packed(batch.input_ids, batch.position_ids, attention, with_routing)
-            return packed.at(batch.predictors), batch.rows
+            return packed.at(batch.predictors), batch.rows if with_routing else None
         rows = rows_of(batch, self._pad_id)
-        weights = rows.is_token.float() * bool(len(batch.keys))
+        is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
             of_rows = self._row_outputs(rows.input_ids, rows.lengths, with_routing).at(rows.predictors)
-            return of_rows, weights.flatten()
-        return self._one_by_one(rows, batch.forwards, with_routing), weights[rows.is_token]
+            return of_rows, rows.is_token.flatten() * is_example if with_routing else None
+        of_each = self._one_by_one(rows, batch.forwards, with_routing)
+        weights = of_each.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
+        return of_each, weights if with_routing else None
 
     def _shared(
         self,
@@ -161,7 +163,7 @@ class PackedCausalLM(nn.Module):
         """Return `forward` of a packed batch; each rank of `sequence` computes a part of its tokens."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         tokens = len(batch.input_ids)
-        share = TokenShare.of(sequence, tokens, batch.predictors)
+        share = TokenShare.of(sequence, tokens, batch.target_places[1], batch.input_ids.device)
         if self._rotary is not None:
             self._rotary.share(share.tokens)
         found = self._packed(

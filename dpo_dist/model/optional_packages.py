@@ -1,5 +1,6 @@
 """Check that the optional packages of a configuration are installed; imports no torch."""
 
+import importlib.metadata
 import importlib.util
 
 from dpo_dist.config.tracking_schema import OtherTracker
@@ -24,13 +25,29 @@ def check_liger_kernel() -> None:
     _check_installed("liger-kernel", "liger", "model.liger", "true", instead="false")
 
 
+def has_flash_attn() -> bool:
+    """Return whether flash-attn 2 is installed; the module of flash-attn-4 has the same name."""
+    try:
+        importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def check_flash_attn() -> None:
-    """Check that flash-attn is installed.
+    """Check that flash-attn 2 is installed.
 
     Raises:
         ConfigError: it is not.
     """
-    _check_installed("flash-attn", "flash-attn", "model.attention", "flash_attention_2", instead="auto")
+    if not has_flash_attn():
+        raise ConfigError(
+            "flash-attn 2 is not installed",
+            where="model.attention",
+            got="flash_attention_2",
+            remedy="set model.attention=auto, or pip install --no-build-isolation 'dpo-dist[flash-attn]', "
+            "which compiles it for the torch that is installed",
+        )
 
 
 def check_tracker(tracker: OtherTracker) -> None:

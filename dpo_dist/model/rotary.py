@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.packing import PackedBatch, copied_to
 from dpo_dist.data.regroup import regroup
 from dpo_dist.data.rope_limits import RopeLimits
 
@@ -105,7 +105,8 @@ class RotaryByLength:
                 input_ids=batch.input_ids[regrouped.tokens],
                 position_ids=batch.position_ids[regrouped.tokens],
                 layout=regrouped.layout,
-                predictors=regrouped.predictors,
+                predictors=copied_to(batch.input_ids.device, regrouped.predictors),
+                target_places=np.stack((batch.target_places[0], regrouped.predictors)),
             )
             parts = _parts(map(sum, regrouped.layout), regrouped.groups)
         self.arranged = _Arranged(parts, batch.position_ids)
@@ -156,7 +157,7 @@ class _Rotary(nn.Module):
             return self.rotary(hidden, position_ids, *args, **kwargs)
         sizes = [size for size, _ in arranged.parts]
         if arranged.positions is None:
-            ends = torch.tensor(arranged.rows, device=position_ids.device)[:, None]
+            ends = copied_to(position_ids.device, np.array(arranged.rows))[:, None]
             # Positions of padding would make a row longer.
             positions, dim = torch.minimum(position_ids, ends - 1), -2
         else:

@@ -11,9 +11,12 @@ output layer.
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_dist.data.packing import copied_to
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PackedAttention
 from dpo_dist.model.attention_backend import Heads
@@ -107,27 +110,31 @@ class TokenShare:
     _gathered: Tensor
 
     @classmethod
-    def of(cls, exchange: TokenExchange, tokens: int, predictors: Tensor) -> "TokenShare":
+    def of(
+        cls, exchange: TokenExchange, tokens: int, predictors: npt.NDArray[np.int64], device: torch.device
+    ) -> "TokenShare":
         """Return the share of this rank.
 
         Args:
             exchange: of the ranks.
             tokens: of the whole sequence.
             predictors: int64 [targets], index in the sequence of the token that predicts each target.
+            device: of the result.
         """
-        ranks, device = exchange.ranks, predictors.device
+        ranks = exchange.ranks
         own = torch.arange(exchange.rank, exchange.rank + -(-tokens // ranks) * ranks, ranks, device=device)
         owners = predictors % ranks
-        by_owner = torch.argsort(owners, stable=True)
-        counts = torch.bincount(owners, minlength=ranks)
-        most, first, number = _on_host(counts, exchange.rank)
-        targets = by_owner[first : first + number]
+        by_owner = np.argsort(owners, kind="stable")
+        counts = np.bincount(owners, minlength=ranks)
+        most, starts = int(counts.max()), np.cumsum(counts) - counts
+        targets = by_owner[starts[exchange.rank] :][: counts[exchange.rank]]
         # The index of target i among `most` places of each rank: its owner's places, then its number there.
-        starts = counts.cumsum(0) - counts
-        numbers = torch.empty_like(by_owner)
-        numbers[by_owner] = torch.arange(len(by_owner), device=device)
+        numbers = np.empty_like(by_owner)
+        numbers[by_owner] = np.arange(len(by_owner))
         gathered = owners * most + numbers - starts[owners]
-        return cls(exchange, own.clamp(max=tokens - 1), targets, predictors[targets] // ranks, most, gathered)
+        found = (copied_to(device, values) for values in (targets, predictors[targets] // ranks, gathered))
+        own_targets, own_predictors, on_device = found
+        return cls(exchange, own.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the values of all targets, in their order and equal on all ranks; collective.
@@ -155,12 +162,6 @@ class TokenShare:
         Its gradient is that of this rank's `part`: all ranks compute the same loss from the result.
         """
         return self.exchange.all_gather(part).sum(dim=0)
-
-
-def _on_host(counts: Tensor, rank: int) -> tuple[int, int, int]:
-    """Return the largest of `counts`, and the first and the number of this rank; waits for the device."""
-    numbers: list[int] = counts.tolist()
-    return max(numbers), sum(numbers[:rank]), numbers[rank]
 
 
 @dataclass

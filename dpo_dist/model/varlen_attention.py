@@ -8,13 +8,15 @@ import inspect
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.packing import copied_to
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.segment_attention import Layout, Scores, SegmentAttention
 
@@ -45,17 +47,17 @@ class VarlenAttention:
     @cached_property
     def _key_indices(self) -> Tensor:
         """Return the index of each segment's keys in the packed sequence; prompts repeat."""
-        indices: list[Tensor] = []
+        indices: list[npt.NDArray[np.int64]] = []
         start = 0
         for prompt, first, *rest in self.layout:
-            indices.append(torch.arange(start, start + prompt + first))
+            indices.append(np.arange(start, start + prompt + first))
             end = start + prompt + first
             for tokens in rest:
                 if tokens:
-                    indices += [torch.arange(start, start + prompt), torch.arange(end, end + tokens)]
+                    indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
                 end += tokens
             start = end
-        return _copied_to(self.device, torch.cat(indices))
+        return copied_to(self.device, np.concatenate(indices))
 
     @cached_property
     def _cumulative(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class VarlenAttention:
         return max(query for query, _ in self._segments), max(key for _, key in self._segments)
 
     def _offsets(self, lengths: tuple[int, ...]) -> Tensor:
-        return _copied_to(self.device, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+        return copied_to(self.device, np.cumsum((0, *lengths), dtype=np.int32))
 
     @cached_property
     def _by_segment(self) -> SegmentAttention:
@@ -162,9 +164,3 @@ def _varlen(
     attended = varlen_attn(query, key, value, *cumulative, *longest, **options)
     assert isinstance(attended, Tensor)
     return attended
-
-
-def _copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return a copy on `device`, transferred asynchronously from pinned memory."""
-    source = tensor.pin_memory() if device.type == "cuda" else tensor
-    return source.to(device, non_blocking=True)

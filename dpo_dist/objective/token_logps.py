@@ -253,6 +253,6 @@ def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
     if hidden.dtype == total.dtype:
         total.addmm_(grad_logits.T, hidden)
     elif hidden.device.type == "cuda":
-        total.add_(torch.mm(grad_logits.T, hidden, out_dtype=torch.float32))
+        torch.addmm(total, grad_logits.T, hidden, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(grad_logits.T.float(), hidden.float())

@@ -164,8 +164,7 @@ class Loop:
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
         """Train one step, advance `position`, and return whether a rank asked to stop.
 
-        The host waits for the device only in DeepSpeed's update, in `reduce_step`, and in each forward whose
-        tokens several ranks share (`model.sequence_parallel.TokenShare`).
+        The host waits for the device only in DeepSpeed's update and in `reduce_step`.
         """
         world, clock = self.world, StepClock(self.world.device)
         clock.enter("data")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.packing import copied_to
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import BatchFacts
@@ -109,7 +110,7 @@ class StepTotals:
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
-    cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
+    cast = copied_to(sums.values.device, np.array(votes, dtype=np.float64))
     own = sums.values if world.leads else torch.zeros_like(sums.values)
     total = world.sum(torch.cat((own, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()

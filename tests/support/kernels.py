@@ -39,16 +39,21 @@ def _by_segment(
     scale: float | None,
     window_size: tuple[int, int] = (-1, 0),
     softcap: float = 0.0,
+    *,
+    is_bottom_right: bool = True,
 ) -> Tensor:
     """Compute the result of a variable-length kernel, as flash-attn documents it.
 
     Query i sees the keys from i + keys - queries - window_size[0] to i + keys - queries + window_size[1],
-    both included; -1 is no limit. The cap is of scores that are multiplied by the scale.
+    both included; -1 is no limit. The cap is of scores that are multiplied by the scale. Before version 2.1
+    (`is_bottom_right` false) the first query was at the first key.
     """
     query, key, value = heads
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
     assert query.shape[-1] % 8 == 0
-    assert all(bounds.dtype == torch.int32 and bounds[0] == 0 for bounds in cumulative)
+    assert all(tensor.stride(-1) == 1 and tensor.dtype == query.dtype for tensor in heads)
+    assert all(bounds.dtype == torch.int32 and bounds.device == query.device for bounds in cumulative)
+    assert all(bounds[0] == 0 and bounds.is_contiguous() for bounds in cumulative)
     query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)
     assert longest[0] == max(stop - start for start, stop in query_bounds)
     assert longest[1] == max(stop - start for start, stop in key_bounds)
@@ -58,7 +63,7 @@ def _by_segment(
     for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
         queries, keys = stop - start, key_stop - key_start
         assert queries > 0
-        ends = torch.arange(queries)[:, None] + keys - queries
+        ends = torch.arange(queries)[:, None] + (keys - queries if is_bottom_right else 0)
         mask = torch.ones(queries, keys, dtype=torch.bool)
         if window_size[0] >= 0:
             mask &= torch.arange(keys) >= ends - window_size[0]
@@ -155,12 +160,30 @@ def flash_attn_varlen_func(
     )
 
 
+def top_left_varlen(
+    query: Tensor, key: Tensor, value: Tensor, *lengths: Any, scale: Any, window_size: Any, **_: Any
+) -> Tensor:
+    """A kernel whose causal mask begins at the first key."""
+    cumulative, longest = lengths[:2], lengths[2:]
+    heads = (query, key, value)
+    return _by_segment(heads, cumulative, longest, scale, window_size, is_bottom_right=False)
+
+
+def top_left_flash(
+    query: Tensor, key: Tensor, value: Tensor, *lengths: Any, softmax_scale: float | None, **_: Any
+) -> Tensor:
+    """The same with flash-attn's signature."""
+    return top_left_varlen(query, key, value, *lengths, scale=softmax_scale, window_size=(-1, 0))
+
+
 def put_kernels(
-    monkeypatch: pytest.MonkeyPatch, varlen_attn: Callable[..., Tensor] = varlen_of_torch_2_13
+    monkeypatch: pytest.MonkeyPatch,
+    varlen_attn: Callable[..., Tensor] = varlen_of_torch_2_13,
+    flash_attn: Callable[..., Tensor] = flash_attn_varlen_func,
 ) -> None:
     """Put these in the place of the kernels that need CUDA."""
     varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     flash: Any = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = flash_attn_varlen_func
+    flash.flash_attn_varlen_func = flash_attn
     monkeypatch.setitem(sys.modules, "flash_attn", flash)

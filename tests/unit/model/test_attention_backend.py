@@ -1,5 +1,6 @@
 """The attention kernel of a run fits the device, and its results are checked first."""
 
+import importlib.metadata
 import sys
 from functools import wraps
 from typing import Any
@@ -14,6 +15,8 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention_backend import Heads, check_kernel, choose_backend, heads_of, scores_of
 from tests.support.kernels import (
     put_kernels,
+    top_left_flash,
+    top_left_varlen,
     varlen_of_torch_2_11,
     varlen_of_torch_2_13,
 )
@@ -115,6 +118,37 @@ def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
         check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
     assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_whose_mask_begins_at_the_first_key_is_refused(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(top_left_varlen), top_left_flash)
+    with pytest.raises(ConfigError) as raised:
+        check_kernel(backend, CPU, GROUPED, torch.bfloat16)
+    assert "output differs" in raised.value.got
+
+
+@pytest.mark.parametrize("installed", [{}, {"flash-attn-4": "4.0"}, {"flash-attn": "2.8"}])
+def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    put_kernels(monkeypatch)  # the module, of any version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    wanted = AttentionBackend.flash_attention_2
+    if "flash-attn" in installed:
+        assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is wanted
+        assert choose_backend(wanted, Dtype.bf16, CUDA) is wanted
+        return
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.varlen
+    with pytest.raises(ConfigError, match="flash-attn 2 is not installed"):
+        choose_backend(wanted, Dtype.bf16, CUDA)
 
 
 def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:

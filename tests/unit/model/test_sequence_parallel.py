@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,7 +67,7 @@ def test_shares_are_of_equal_length_and_targets_come_back_in_their_order(
     predictors = torch.tensor([int(place * tokens) for place in places])
 
     def share_and_gather(exchange: InThreads) -> tuple[TokenShare, Tensor]:
-        share = TokenShare.of(exchange, tokens, predictors)
+        share = TokenShare.of(exchange, tokens, predictors.numpy(), torch.device("cpu"))
         return share, share.gather(torch.stack((share.targets, -share.targets)))
 
     shares, gathered = zip(*on_ranks(ranks, share_and_gather), strict=True)
@@ -109,7 +110,7 @@ def test_attention_of_shares_equals_that_of_the_whole_sequence(
     gradients = torch.autograd.grad(expected, inputs, slopes)
 
     def attend(exchange: InThreads) -> tuple[Tensor, Tensor]:
-        own = TokenShare.of(exchange, tokens, torch.zeros(1, dtype=torch.int64)).tokens
+        own = TokenShare.of(exchange, tokens, np.zeros(1, dtype=np.int64), cpu).tokens
         query, key, value = (tensor[own] for tensor in inputs[:3])
         return own, ExchangedAttention(whole, exchange, tokens)(query, key, value, scores)
 
