@@ -30,6 +30,7 @@ from dpo_dist.model.trial import trial_sequences
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
+from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import SHAPES, gradients, tiny_causal_lm, tiny_config, with_rope
 
@@ -54,7 +55,7 @@ def settled(model: PackedCausalLM) -> PackedCausalLM:
     return model
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("hidden", "scale", "arrangement", "own_logits"),
     [
@@ -98,7 +99,7 @@ def test_each_family_has_the_arrangement_that_is_recorded(model_type: str) -> No
         torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("hidden", "named"), [("future", "not causal"), ("broken", "cannot score a sequence of tokens")]
 )
@@ -123,7 +124,7 @@ def test_log_probs_that_differ_from_call_to_call_are_refused(folder: Path) -> No
     assert "by 0.1 nats in the mean" in raised.value.got
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_in_evaluation_mode_is_named(dtype: Dtype, folder: Path) -> None:
     """It also looks like a log-prob that depends on later tokens."""
     with pytest.raises(ConfigError, match="are random") as raised:
@@ -434,7 +435,7 @@ def test_a_state_that_leaks_into_the_next_response_is_found_in_16_bits(
     assert model.arrangement is PADDED
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Path) -> None:
     model = settled(load(ship_code(folder, "dropout"), dtype))
     assert model.arrangement is PACKED
