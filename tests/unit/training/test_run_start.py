@@ -134,7 +134,7 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
 @pytest.mark.parametrize("outcome", [None, RunOutcome.started, RunOutcome.preempted])
 def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder: RunFolder) -> None:
     if outcome is not None:
-        write_state(folder, state_of(outcome))
+        write_state(folder, replace(state_of(outcome), step=0))
     assert find_start(config_in(folder), folder, ALONE).checkpoint is None
     folder.model.mkdir()
     with pytest.raises(CheckpointError, match="move model/ away"):
