@@ -18,9 +18,9 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.json_values import plain
 from dpo_dist.model.save import write_model_folder
 from dpo_dist.report.environment import package_versions
-from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import final_and_best
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.closing_table import closing_table
