@@ -208,6 +208,14 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
         [] if keep_last == 0 else ["latest", "step-000004"]
     )
     finish(config, state, None, ALONE, screen)
+    files = [folder.summary, folder.log_history, folder.metrics_table]
+    before = {file: file.read_text() for file in files}
+    for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
+        for file in lost:
+            file.unlink()
+        finish(config, state, None, ALONE, screen)
+        assert folder.report.is_file()
+        assert {file: file.read_text() for file in files} == before
 
 
 @pytest.mark.parametrize(
