@@ -16,7 +16,7 @@ from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.diagnostics.judge import check_thresholds
-from dpo_dist.errors import ExitCode
+from dpo_dist.errors import ConfigError, ExitCode
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
@@ -26,8 +26,13 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the configuration or the data cannot be read.
     """
-    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
-        return ExitCode.completed
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            "the doctor is one process",
+            where="WORLD_SIZE",
+            got=f"{processes} processes",
+            remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
+        )
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)

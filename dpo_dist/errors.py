@@ -6,6 +6,7 @@ its `exit_code`; any other exception is a bug of the program and keeps its trace
 
 import errno
 from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -49,6 +50,7 @@ _PATH_ERRORS = (
     errno.EIO,
     errno.ESTALE,
     errno.EACCES,
+    errno.EEXIST,
     errno.EPERM,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -176,9 +178,18 @@ def disk_error(error: BaseException) -> ConfigError | None:
     return ConfigError(
         "a file cannot be written or read",
         where=str(error.filename or "run.dir, data.cache or reference.store"),
-        got=str(error.strerror),
+        got=dead_link(Path(str(error.filename or ""))) or str(error.strerror),
         remedy="make room, or correct the path or its permissions; then run the same command again: it "
         "continues from what is complete",
+    )
+
+
+def dead_link(path: Path) -> str:
+    """Return what a link to a missing file or folder is; "" for another path."""
+    return (
+        f"a link to {path.readlink()}, which does not exist"
+        if path.is_symlink() and not path.exists()
+        else ""
     )
 
 

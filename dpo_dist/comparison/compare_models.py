@@ -29,6 +29,7 @@ from dpo_dist.generation.pair_records import write_lines
 from dpo_dist.generation.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.stages import Screen, Stages, joined_stages
+from dpo_dist.json_values import plain
 from dpo_dist.model.folder import hub_commit
 
 _REMEDY = (
@@ -198,7 +199,8 @@ class _Comparison:
             },
             "version": dpo_dist.__version__,
         }
-        write_text(folder.comparison_results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        written: dict[str, Any] = plain(results)
+        write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
         for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
             self._screen.say(line)
-        return results
+        return written

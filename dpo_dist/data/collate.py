@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
-from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
+from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, Sequences, dummy_batch, pack
 from dpo_dist.data.sampler import Indices
+from dpo_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ def shard_batch(
 
 
 def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
-    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
+    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none.
+
+    Raises:
+        DataError: token ids are not those that were encoded.
+    """
     labels = dataset.labels
     if not indices:
         none = torch.zeros(1, dtype=torch.int64) if labels else None
@@ -92,10 +98,30 @@ def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: boo
     selected = [0] if only_chosen else None
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
-    packed = pack([dataset.sequences(index, selected, masked=True) for index in indices], keys)
+    sequences = [dataset.sequences(index, selected, masked=True) for index in indices]
+    if not has_keys(sequences, keys):
+        raise damaged_ids(dataset, indices)
+    packed = pack(sequences, keys)
     return replace(
         packed,
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         labels=labels,
         sources=torch.from_numpy(dataset.label_numbers(indices)) if labels else None,
+    )
+
+
+def has_keys(sequences: Sequence[Sequences], keys: Keys) -> bool:
+    """Return whether the content keys of responses, computed from their token ids, are `keys`."""
+    found = (response_key(pair.prompt_ids, ids) for pair in sequences for ids in pair.responses)
+    return b"".join(found) == np.ascontiguousarray(keys).tobytes()
+
+
+def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataError:
+    """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
+    return DataError(
+        "token ids of the encoded data do not match their content key",
+        where="; ".join(str(dataset.origin(example)) for example in examples[:5]),
+        got=f"{len(examples)} records in micro-batches with such ids",
+        expected="the ids that were encoded: these have other log-probs",
+        remedy="delete the folder data.cache and start again: the data are encoded again",
     )

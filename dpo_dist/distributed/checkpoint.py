@@ -57,6 +57,7 @@ class CheckpointSaver:
         damaged: names of checkpoints that are not counted, and are deleted after the next commit.
         behind: copy the weights to host memory, where it has room, and write them while training continues.
         say: called with a warning on every rank.
+        committed: called on rank 0 with the step of each committed checkpoint.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class CheckpointSaver:
         *,
         behind: bool = True,
         say: Callable[[str], None] = log.warning,
+        committed: Callable[[int], None] = lambda _step: None,
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged = set(damaged)
         self._copy = HostCopy(world.device) if behind else None
         self._say, self._has_said = say, False
+        self._committed = committed
         self._pending: Writing | None = None
         self._best: list[str] = []
         # Open, so that no other directory gets its inode.
@@ -175,6 +178,7 @@ class CheckpointSaver:
     def _commit(self, writing: Writing, entries: Entries) -> None:
         with writing.disk_errors():
             _commit(writing.temporary, writing.folder, entries)
+            self._committed(step_of(writing.folder.name) or 0)
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.

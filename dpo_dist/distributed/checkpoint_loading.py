@@ -52,7 +52,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
             "every checkpoint of this run is damaged",
             where=str(root),
             got=f"{', '.join(damaged)}; {damage[0]}",
-            remedy="restore the folder, or delete it to start from the beginning",
+            remedy="restore the folder, or set another run.dir to start from the beginning",
         )
     return None
 

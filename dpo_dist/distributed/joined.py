@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
 from dpo_dist.distributed.kernel_builds import load_kernel
@@ -58,6 +60,7 @@ def joined(
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
         key = "parallelism.offload_optimizer"
         load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
+    hook = sys.excepthook
     with answered_at_once():
         world = start_world(deepspeed_config, timeout_seconds)
     try:
@@ -66,8 +69,10 @@ def joined(
     except BaseException:
         if world.size == 1:  # with others, leaving could wait for a rank that has not failed
             stop_world()
+            sys.excepthook = hook
         raise
     stop_world()
+    sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
 @contextlib.contextmanager
@@ -123,6 +128,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():  # a state without a group is of another library in this process
         AcceleratorState._reset_state(reset_partial_state=True)
+        if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     with _missing_ranks_named(timeout_seconds):
         accelerator = Accelerator(
             mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it

@@ -9,13 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_dist.data.collate import damaged_ids, has_keys
 from dpo_dist.data.dataset import Keys, PreferenceDataset
-from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
 from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DataError
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.shard import Values
 
@@ -165,46 +164,20 @@ def _packed(
     The error is raised at the end of the round: until then all ranks score the same number of batches.
     """
     for numbers, most in zip(micro_batches, forwards, strict=True):
-        batch = _pack(dataset, [work.part(number, number + 1) for number in numbers])
-        if numbers and not np.array_equal(keys_of_ids(batch), batch.keys):
+        pairs = [work.part(number, number + 1) for number in numbers]
+        sequences = [dataset.sequences(int(pair.pairs[0]), pair.which.tolist()) for pair in pairs]
+        keys = dataset.keys[np.concatenate([work.responses[:0], *(pair.responses for pair in pairs)])]
+        is_whole = has_keys(sequences, keys)
+        if not is_whole:
             damaged += [int(work.pairs[number]) for number in numbers]
-            batch = dummy_batch()
+        batch = pack(sequences, keys) if numbers and is_whole else dummy_batch()
         batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _pack(dataset: PreferenceDataset, pairs: list[Work]) -> PackedBatch:
-    """Pack works of one pair each as a micro-batch."""
-    if not pairs:
-        return dummy_batch()
-    sequences = [dataset.sequences(int(pair.pairs[0]), pair.which.tolist()) for pair in pairs]
-    return pack(sequences, dataset.keys[np.concatenate([pair.responses for pair in pairs])])
-
-
-def keys_of_ids(batch: PackedBatch) -> Keys:
-    """Compute the content keys of a batch's responses from the token ids in it; uint64 [responses, 2]."""
-    inputs, targets = (ids.numpy().astype(np.int32) for ids in (batch.input_ids, batch.targets))
-    keys = []
-    start = first = 0
-    for prompt_tokens, *laid_out in batch.layout:
-        prompt = inputs[start : start + prompt_tokens]
-        start += prompt_tokens + sum(laid_out)
-        for tokens in laid_out:
-            stop = first + tokens + 1
-            keys.append(response_key(prompt, targets[first:stop]))
-            first = stop
-    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
-
-
 def _check_encoded(dataset: PreferenceDataset, damaged: list[int]) -> None:
     if damaged:
-        raise DataError(
-            "token ids of the encoded data do not match their content key",
-            where="; ".join(str(dataset.origin(pair)) for pair in damaged[:5]),
-            got=f"{len(damaged)} records in micro-batches with such ids",
-            expected="the ids that were encoded; otherwise log-probs would be stored for another response",
-            remedy="delete the folder data.cache and start again: the data are encoded again",
-        )
+        raise damaged_ids(dataset, damaged)
 
 
 @dataclass(frozen=True)

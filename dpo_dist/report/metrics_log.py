@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.json_values import plain
 from dpo_dist.objective.metrics import GROUP_METRICS, PAIR_METRICS
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
-from dpo_dist.report.json_values import plain
 from dpo_dist.small_files import read_small
 
 Row = dict[str, float]

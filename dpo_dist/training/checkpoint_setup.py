@@ -8,9 +8,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
+from dpo_dist.errors import RunOutcome
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.disk_room import Sizes, check_disk_room
 from dpo_dist.training.run_start import Start
+from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
 def look_for_room(
@@ -40,24 +42,33 @@ def look_for_room(
 
 
 def open_saver(
-    config: RunConfig, start: Start, steps: int, parts: Sequence[Sharded], world: World, console: Console
+    config: RunConfig,
+    start: Start,
+    steps: int,
+    parts: Sequence[Sharded],
+    identity: Identity,
+    world: World,
+    console: Console,
 ) -> CheckpointSaver:
     """Return the saver of a run whose disk has room for its checkpoints; collective.
 
     Args:
         parts: the weights that training changes, of the policy first; the others as `look_for_room`.
+        identity: digests of the run's inputs.
 
     Raises:
         ConfigError: there is too little room.
     """
     sizes = Sizes.of_slices([part.shards() for part in parts], config, world)
     check_disk_room(config, sizes, start.step, steps, world, console)
+    folder = RunFolder.of(config)
     return CheckpointSaver(
-        RunFolder.of(config).checkpoints,
+        folder.checkpoints,
         config.trainer.keep_last,
         parts,
         world,
         () if start.checkpoint is None else start.checkpoint.damaged,
         behind=config.trainer.save_behind,
         say=console.say,
+        committed=lambda step: write_state(folder, RunState(RunOutcome.started, step, identity)),
     )

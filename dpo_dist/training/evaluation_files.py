@@ -17,10 +17,10 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.evaluation.results import Mask, Resampling, results
 from dpo_dist.evaluation.scores import write_scores
+from dpo_dist.json_values import plain
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import PairValues
 from dpo_dist.report.charts.evaluation_plot import draw_evaluation
-from dpo_dist.report.json_values import plain
 
 
 def write_evaluation(

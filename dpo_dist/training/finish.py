@@ -18,13 +18,14 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.json_values import plain
 from dpo_dist.model.save import write_model_folder
 from dpo_dist.report.environment import package_versions
-from dpo_dist.report.json_values import plain
-from dpo_dist.report.metrics_log import final_and_best
+from dpo_dist.report.metrics_log import MetricsLog, final_and_best, read_latest_rows
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.closing_table import closing_table
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.trackers.run_trackers import Trackers
 from dpo_dist.training.card import data_findings, run_card
 from dpo_dist.training.kept_files import KeptFiles
 from dpo_dist.training.loop import Loop
@@ -84,6 +85,8 @@ def finish(
 ) -> None:
     """Write the report of a run whose model is written; delete its checkpoints if none are kept. Collective.
 
+    Of a completed run, files of the report that were deleted are written again.
+
     Raises:
         CheckpointError: a file cannot be written.
     """
@@ -95,10 +98,27 @@ def finish(
             assert state.summary is not None
             _close_report(recorder, state.summary, RunOutcome.completed, folder, console)
             write_state(folder, replace(state, outcome=RunOutcome.completed))
+        elif state.summary is not None:
+            _write_missing(state.summary, folder, console)
         if config.trainer.keep_last == 0:
             drop_checkpoints(folder.checkpoints)
 
     write_on_main(work, folder, world, console.heartbeat("writing the report"))
+
+
+def _write_missing(summary: dict[str, Any], folder: RunFolder, console: Console) -> None:
+    """Write the files of a completed run's report again if one is missing, from its metrics rows."""
+    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
+    missing = [file.name for file in files if not file.exists()]
+    if not missing:
+        return
+    try:
+        metrics = MetricsLog(folder, read_latest_rows(folder))
+    except FileNotFoundError:
+        console.say(f"warning: {', '.join(missing)} cannot be written again: the metrics rows are gone")
+        return
+    console.say(f"written again: {', '.join(missing)}")
+    _close_report(Recorder(metrics, Trackers(), console.say), summary, RunOutcome.completed, folder, console)
 
 
 def export_model(

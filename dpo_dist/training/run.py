@@ -144,7 +144,8 @@ def _set_up(
     objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = open_reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-    checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
+    identity = identify(config, inputs)
+    checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, identity, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         policy.set_loss_scale(position.loss_scale)
@@ -163,7 +164,7 @@ def _set_up(
         start_is_known=_is_start_known(config, reference),
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
-        identity=identify(config, inputs),
+        identity=identity,
         samples=None if samples is None else samples.open(policy, clock),
         recorder=_open_recorder(config, position, stops, environment, console),
         console=console,

@@ -31,7 +31,7 @@ from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.length import check_longer, former_length
-from dpo_dist.training.run_state import RunState, read_state, write_state
+from dpo_dist.training.run_state import RunState, check_no_progress, read_state, write_state
 from dpo_dist.training.same_run import check_configuration
 
 T = TypeVar("T")
@@ -143,6 +143,7 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
         _check_fresh_start(config.run.resume, folder, is_finished, has_model, has_other_length)
+        world.on_main(partial(check_no_progress, state, folder))
         return Start()
     world.on_main(partial(check_configuration, checkpoint.state, config, folder))
     world.on_main(partial(check_longer, checkpoint.state, config, folder))

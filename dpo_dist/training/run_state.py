@@ -37,7 +37,7 @@ class RunState:
 
     Attributes:
         outcome: of the run so far.
-        step: the number of steps done; with `started`, when the last start began.
+        step: the number of steps done; with `started`, at the last checkpoint.
         identity: digests of all inputs that decide the result.
         summary: content of summary.json with `exported`, else None.
         stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
@@ -77,6 +77,25 @@ def read_state(folder: RunFolder) -> RunState | None:
 def write_state(folder: RunFolder, state: RunState) -> None:
     """Write the state file whole."""
     write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
+
+
+def check_no_progress(state: RunState | None, folder: RunFolder) -> None:
+    """Check, where no checkpoint is found, that none was saved.
+
+    Raises:
+        CheckpointError: one was; its disk may not be mounted.
+    """
+    if state is None or state.step == 0:
+        return
+    if state.outcome is RunOutcome.diverged and not folder.checkpoints.exists():
+        return  # it may have diverged before its first checkpoint
+    raise CheckpointError(
+        f"this run has done {state.step:,} steps, and its checkpoints are missing",
+        where=str(folder.checkpoints),
+        got=f"no checkpoint, and the state {state.outcome} after step {state.step:,} in {folder.state.name}",
+        remedy=f"put the checkpoints back, or mount their disk; to train from the beginning, delete "
+        f"{folder.state.name}, or set another run.dir",
+    )
 
 
 def identify(config: RunConfig, inputs: Inputs) -> Identity:

@@ -18,7 +18,7 @@ from dpo_dist.config.user_function import find_function
 from dpo_dist.data.first_records import check_first_formats
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
-from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError, dead_link
 from dpo_dist.launch_environment import check_groups
 from dpo_dist.model.adapter_base import check_sizes
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
@@ -63,6 +63,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
         check_first_formats(source, config.data)
     check_template_file(config.data.chat_template)
     _check_run_dir(config)
+    _check_links(RunFolder.of(config), trains=trains)
     for key, folder in _needed_folders(config).items():
         if key != "reference.store" or not folder.is_dir():
             # A read-only store is enough for a run whose log-probs are all in it.
@@ -176,6 +177,19 @@ def _check_run_dir(config: RunConfig) -> None:
             expected="a folder for this run alone",
             remedy="set run.dir to a new folder, or run.root to the parent folder of all runs",
         )
+
+
+def _check_links(folder: RunFolder, *, trains: bool) -> None:
+    """Refuse links to nothing where this start will write."""
+    trained = (folder.checkpoints, folder.metrics, folder.samples, folder.model, folder.wandb_id.parent)
+    for path in (folder.logs, folder.evaluation.path, *(trained if trains else ())):
+        if link := dead_link(path):
+            raise ConfigError(
+                "a folder of the run is a link that leads nowhere",
+                where=str(path),
+                got=link,
+                remedy="mount its disk, or make the folder that it names; or delete the link",
+            )
 
 
 def _real(path: str) -> Path:

@@ -85,3 +85,18 @@ def test_encoded_data_that_are_changed_in_place_end_a_run(command: list[str], tm
     assert "data error: a file was changed while the run reads it" in ended.output
     assert "ids.bin" in ended.output
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize("loss", [["loss.function=changing_loss:changing"], ["reference=live"]])
+def test_encoded_data_that_decay_end_a_run(loss: list[str], command: list[str], tmp_path: Path) -> None:
+    """A bit of the disk flips: size and time of the file are the same, and all log-probs are stored."""
+    changing(
+        tmp_path,
+        "import os; file = next((HERE / 'encoded').rglob('ids.bin')); time = file.stat().st_mtime_ns; "
+        "content = file.read_bytes(); file.open('r+b').write(bytes([content[0] ^ 1]) + content[1:]); "
+        "os.utime(file, ns=(time, time))",
+    )
+    ended = run_verb("train", [*command, *loss, "trainer.epochs=3"], cwd=tmp_path)
+    assert ended.code == 2, ended.output
+    assert "data error: token ids of the encoded data do not match their content key" in ended.output
+    assert "train.jsonl:" in ended.output

@@ -1,9 +1,13 @@
 """Verbs called from Python, several times in one process."""
 
+import contextlib
 import gc
 import logging
 import os
 import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,18 @@ import pytest
 from tests.e2e.conftest import Overrides
 from tests.support import warm
 from tests.support.launch import environment, history, train
+
+
+def listening() -> set[str]:
+    """The addresses on which this process accepts connections, as the kernel writes them."""
+    sockets = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(str(descriptor.readlink()))
+    text = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    lines = [line.split() for line in text.splitlines() if ":" in line]
+    listen = "0A"
+    return {line[1] for line in lines if line[3] == listen and f"socket:[{line[9]}]" in sockets}
 
 
 def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> None:
@@ -32,6 +48,14 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
 
     before = tensor_bytes()
     linear, handler = torch.nn.functional.linear, signal.getsignal(signal.SIGTERM)
+    hook, addresses = sys.excepthook, set[str]()
+
+    def look() -> None:
+        while True:
+            addresses.update(listening())
+            time.sleep(0.02)
+
+    threading.Thread(target=look, daemon=True).start()
     mine = logging.NullHandler()
     logging.getLogger().handlers[:] = [mine]
     assert precompute.main(load_run_config(command)) == 0
@@ -46,6 +70,9 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     assert kept < 10_000, f"{kept} bytes of weights, gradients or optimizer states are kept"
     assert torch.nn.functional.linear is linear, "a ZeRO-3 run does not change later unsharded models"
     assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
+    assert sys.excepthook is hook, "tracebacks of the caller get no prefix of a rank"
+    assert addresses
+    assert not [address for address in addresses if set(address.partition(":")[0]) == {"0"}], addresses
 
 
 def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: Path, tmp_path: Path) -> None:

@@ -16,6 +16,20 @@ from tests.support.tiny_model import write_model
 STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
 
 
+def refused_without_checkpoints(command: list[str], run: Path) -> None:
+    """Start the run while its checkpoints are on a disk that is not mounted; nothing else changes."""
+    metrics = (run / "dpo_metrics/training_metrics.csv").read_bytes()
+    (run / "checkpoints").rename(run / "mounted")
+    (run / "checkpoints").mkdir()
+    refused = run_verb("train", command)
+    assert refused.code == 2, refused.output
+    assert "checkpoints are missing" in refused.output
+    assert "delete run_state.json" in refused.output
+    assert (run / "dpo_metrics/training_metrics.csv").read_bytes() == metrics
+    (run / "checkpoints").rmdir()
+    (run / "mounted").rename(run / "checkpoints")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -33,6 +47,7 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
     assert all(killed.codes), killed.output
     assert f"rank {rank} of 2 died" in killed.output, killed.output
     assert not list((run / "model").glob("*"))
+    refused_without_checkpoints(command, run)
     assert "resuming from" in train(command, processes=2).output
     assert history(run) == uninterrupted
     assert summary(run)["exit"] == "completed"
@@ -102,6 +117,7 @@ def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
     assert "verdict: stopped after step 3; so far: " in stopped.output
+    refused_without_checkpoints(overrides(*steps), tmp_path / "run")
     train(overrides(*steps))
     rows = history(tmp_path / "run")
     assert rows == history(tmp_path / "whole")

@@ -17,6 +17,7 @@ FOUNDATION = (
     "digests",
     "prefetch",
     "number_text",
+    "json_values",
     "safe_stream",
     "progress_file",
     "hub_cache",

@@ -30,6 +30,7 @@ from dpo_dist.generation.labelling.state import Labelling, Plan
 from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.startup import output_file
 from dpo_dist.generation.summary import check_output, write_results
+from dpo_dist.json_values import plain as finite
 from dpo_dist.number_text import counted
 
 Say: TypeAlias = Callable[[str], None]
@@ -159,7 +160,7 @@ def _write(
     say(_counts(state))
     if judgements:
         say(agreement_table(found))
-        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+        write_text(folder.pairs_agreement, json.dumps(finite(found | {"items": counts}), indent=2) + "\n")
     named = Counter({_COMPARISONS[name]: number for name, number in counts.items()})
     if records:
         write_results(output_file(config), records, settings, named, say)

@@ -13,6 +13,7 @@ from dpo_dist.atomic import write_text
 from dpo_dist.data.tokenization.rendered_parts import THOUGHT_FIELDS
 from dpo_dist.errors import DataError
 from dpo_dist.generation.text_table import table_text
+from dpo_dist.json_values import plain
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def write_result(file: Path, result: RoundResult) -> None:
 def write_results(file: Path, results: Sequence[RoundResult]) -> None:
     """Write the results of all rounds, and the hints."""
     content = {"rounds": [asdict(one) for one in results], "hints": hints(results)}
-    write_text(file, json.dumps(content, indent=2) + "\n")
+    write_text(file, json.dumps(plain(content), indent=2) + "\n")
 
 
 def read_training(summary: dict[str, Any]) -> Training:

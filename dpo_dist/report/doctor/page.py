@@ -19,6 +19,7 @@ from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Across, Finding, Level
 from dpo_dist.diagnostics.stored_margins import StoreUse
 from dpo_dist.errors import ConfigError
+from dpo_dist.json_values import plain as finite
 from dpo_dist.number_text import number
 from dpo_dist.report.blocks import section, table
 from dpo_dist.report.charts.bars import histogram
@@ -58,7 +59,7 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
         "store": None if diagnosis.store is None else diagnosis.store.as_dict(),
         **diagnosis.report.as_dict(),
     }
-    atomic.write_text(folder.doctor_report, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+    atomic.write_text(folder.doctor_report, json.dumps(finite(content), indent=1, ensure_ascii=True) + "\n")
 
 
 def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:

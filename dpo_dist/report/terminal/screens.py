@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
-from dpo_dist.report.json_values import plain
+from dpo_dist.json_values import plain
 from dpo_dist.report.terminal.progress import GAP, Part, TrainingStatus, Work, fitting
 from dpo_dist.report.terminal.text_table import wrapped
 from dpo_dist.safe_stream import SafeStream, printable_lines

@@ -1,5 +1,6 @@
 """The verb `doctor`, as far as it comes before the data."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import NO_MODEL
 from dpo_dist.diagnostics import diagnosis
 from dpo_dist.doctor import main
-from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
+from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, write
 from tests.support.sft_adapter import write_sft_adapter
@@ -71,10 +72,24 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
         diagnosis.diagnose(load_run_config(keys), silent)
 
 
-def test_other_processes_of_a_launcher_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_of_a_launcher_end_alike(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_run_config(["model.path=m", "data.train=[absent.jsonl]"])
-    monkeypatch.setenv("RANK", "1")
-    assert main(config) == ExitCode.completed
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the doctor is one process"):
+        main(config)
+    monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(DpoDistError, match="absent"):
         main(config)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    scores = {"score_chosen": 1.7e308, "score_rejected": -1.7e308}
+    records = [{"prompt": f"p {n}", "chosen": "yes", "rejected": "no", **scores} for n in range(9)]
+    data, model = write(tmp_path / "a.jsonl", records), write_model(tmp_path / "base")
+    run = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/encoded"]
+    main(load_run_config([f"model.path={model}", f"data.train=[{data}]", *run]))
+    text = (tmp_path / "run/doctor/doctor.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    assert '"mean_chosen": null' in text

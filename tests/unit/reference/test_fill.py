@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import PackedBatch, Sequences, pack
+from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError, ReferenceModelError, StoppedError
@@ -21,7 +21,6 @@ from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.index import Index
-from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.signals import StopRequest
 from tests.support.packing import COSTS, dataset_of
@@ -289,11 +288,6 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2], world)
     assert_filled(tmp_path, dataset, [0, 1, 2])
-
-
-def test_keys_are_computed_from_the_ids_of_a_batch(dataset: PreferenceDataset) -> None:
-    batch = pack([dataset.sequences(index) for index in range(len(RESPONSES))], dataset.keys)
-    assert np.array_equal(keys_of_ids(batch), dataset.keys)
 
 
 def test_the_dataset_is_searched_once_even_if_jobs_share_rounds(

@@ -52,6 +52,7 @@ class Policy:
     pair: int = 0
     chosen_drift: float = 0.0
     rejected_drift: float = 0.0
+    key: int = 0
     keys_seen: list[int] = field(default_factory=list)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
@@ -60,7 +61,7 @@ class Policy:
             parts = list(torch.split(logps, batch.response_tokens.tolist()))
             self.keys_seen += [int(key[0]) for key in batch.keys[::2]]
             for number, key in enumerate(batch.keys[::2]):
-                if int(key[0]) == self.pair:
+                if int(key[0]) == self.key:
                     parts[2 * number] = parts[2 * number] + self.chosen_drift
                     parts[2 * number + 1] = parts[2 * number + 1] + self.rejected_drift
             logps = torch.cat(parts)
@@ -79,9 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     folder = tmp_path_factory.mktemp("data")
     config = DataConfig(cache=str(folder / "cache"))
     written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
-    data = open_dataset(written, config)
-    # Keys with the index of their example.
-    return dataclasses.replace(data, keys=np.array([(n // 2, n) for n in range(2 * PAIRS)], dtype=np.uint64))
+    return open_dataset(written, config)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +102,7 @@ def check(world: World, data: PreferenceDataset, reference: StoredReference) -> 
             config, reference=dataclasses.replace(config.reference, audit_pairs=audit_pairs)
         )
         objective = Objective(loss, reference)
+        policy.key = int(data.keys[2 * policy.pair, 0])
         return check_drift(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
 
     return check

@@ -134,7 +134,7 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
 @pytest.mark.parametrize("outcome", [None, RunOutcome.started, RunOutcome.preempted])
 def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder: RunFolder) -> None:
     if outcome is not None:
-        write_state(folder, state_of(outcome))
+        write_state(folder, replace(state_of(outcome), step=0))
     assert find_start(config_in(folder), folder, ALONE).checkpoint is None
     folder.model.mkdir()
     with pytest.raises(CheckpointError, match="move model/ away"):
@@ -208,6 +208,14 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
         [] if keep_last == 0 else ["latest", "step-000004"]
     )
     finish(config, state, None, ALONE, screen)
+    files = [folder.summary, folder.log_history, folder.metrics_table]
+    before = {file: file.read_text() for file in files}
+    for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
+        for file in lost:
+            file.unlink()
+        finish(config, state, None, ALONE, screen)
+        assert folder.report.is_file()
+        assert {file: file.read_text() for file in files} == before
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,22 @@ def test_missing_inputs_are_errors_and_no_files_are_left(
 
 
 @pytest.mark.parametrize(
+    "name", ["checkpoints", "dpo_metrics", "evaluation", "logs", "model", "samples", "wandb"]
+)
+def test_a_link_to_nothing_in_the_run_directory_is_an_error(name: str, assets: Path, tmp_path: Path) -> None:
+    """Such as to a disk that is not mounted."""
+    link = tmp_path / name
+    link.symlink_to("/not/mounted")
+    config = run_of(assets, tmp_path, f"run.dir={tmp_path}")
+    error = refused(config)
+    assert error.where == str(link)
+    assert error.got == "a link to /not/mounted, which does not exist"
+    with pytest.raises(DpoDistError, match="leads nowhere"):
+        train.check(config)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize(
     ("package", "overrides"),
     [
         ("liger_kernel", ["model.liger=true"]),

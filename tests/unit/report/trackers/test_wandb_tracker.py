@@ -17,7 +17,7 @@ import wandb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.json_values import plain
+from dpo_dist.json_values import plain
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.tracked_values import wandb_names
