@@ -64,7 +64,7 @@ def test_the_adapter_is_start_and_reference(
 ) -> None:
     told = train(start(adapter), processes=2).output
     run = tmp_path / "run"
-    first, evaluated = history(run)[0], [row for row in history(run) if "eval_loss" in row][-1]
+    first, evaluated = history(run)[1], [row for row in history(run) if "eval_loss" in row][-1]
     assert summary(run)["reference"]["mode"] == "adapter"
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_evaluated_against_the_start(
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_an_adapter_is_continued_on_a_quantized_base(start: Callable[..., list[str]], tmp_path: Path) -> None:
     train(start("", "model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=2"))
-    first, last = history(tmp_path / "run")[0], history(tmp_path / "run")[-1]
+    first, last = history(tmp_path / "run")[1], history(tmp_path / "run")[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0
     assert last["eval_rewards/margins"] != 0
