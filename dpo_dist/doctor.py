@@ -13,6 +13,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.console_schema import ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.diagnostics.judge import check_thresholds
@@ -28,6 +29,7 @@ def main(config: RunConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
+    check_needs(config, "doctor")
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
@@ -67,4 +69,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, needs_model=False, about=__doc__)
+    run_verb(main, verb="doctor", about=__doc__)
