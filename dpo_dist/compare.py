@@ -49,4 +49,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, needs_model=False, needs_training_data=False, about=__doc__)
+    run_verb(main, check, verb="compare", about=__doc__)

@@ -13,6 +13,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.console_schema import ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.diagnostics.judge import check_thresholds
@@ -26,6 +27,7 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the configuration or the data cannot be read.
     """
+<<<<<<< HEAD
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
             "the doctor is one process",
@@ -33,6 +35,11 @@ def main(config: RunConfig) -> int:
             got=f"{processes} processes",
             remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
         )
+=======
+    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
+        return ExitCode.completed
+    check_needs(config, "doctor")
+>>>>>>> keys
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
@@ -72,4 +79,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, needs_model=False, about=__doc__)
+    run_verb(main, verb="doctor", about=__doc__)

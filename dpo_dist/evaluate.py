@@ -47,4 +47,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, of_run=True, made=_MADE, about=__doc__)
+    run_verb(main, check, verb="evaluate", of_run=True, made=_MADE, about=__doc__)

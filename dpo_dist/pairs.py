@@ -58,4 +58,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, needs_model=False, about=__doc__)
+    run_verb(main, check, verb="pairs", about=__doc__)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.verbs import check_needs
 from dpo_dist.errors import ConfigError
 from dpo_dist.training.startup import started
 
@@ -21,6 +22,7 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: they cannot be computed or stored.
     """
+    check_needs(config, "precompute")
     _check_mode(config)
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), started(config) as console:
@@ -47,4 +49,4 @@ def _check_mode(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, about=__doc__)
+    run_verb(main, check, verb="precompute", about=__doc__)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verbs import check_needs
 from dpo_dist.errors import ExitCode
 from dpo_dist.report.terminal.console import print_text, warnings_off
 from dpo_dist.training.same_run import check_newest_checkpoint
@@ -25,6 +26,7 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the run cannot start or continue.
     """
+    check_needs(config, "train")
     check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
@@ -43,6 +45,7 @@ def check(config: RunConfig, *, trains: bool = True) -> int:
     Raises:
         DpoDistError: the first check that fails.
     """
+    check_needs(config, "train")
     check_newest_checkpoint(config)
     with without_traces(config, of_success=True):
         check_start(config, trains=trains)
@@ -54,4 +57,4 @@ def check(config: RunConfig, *, trains: bool = True) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, about=__doc__)
+    run_verb(main, check, verb="train", about=__doc__)

@@ -88,8 +88,9 @@ def _configuration() -> str:
         "`--cfg job` the values\nof a run. Presets and experiments in [conf/](../conf) set keys too; "
         "the command line wins.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
-        "Every verb accepts the\nkeys of the others, so that one command line fits all. The trainings of "
-        "`pairs.rounds` use the keys of `train`.\n",
+        "On the command line\na key that the verb does not read is an error; an experiment, which may serve "
+        "several verbs, may have it.\n`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
+        "take the command line of `train`.\n",
     ]
     # Entries of data.eval have the keys of those of data.train.
     keys = [key for key in all_keys().values() if not key.name.startswith("data.eval[]")]

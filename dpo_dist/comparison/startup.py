@@ -1,15 +1,13 @@
 """Checks of `compare` before torch is imported and processes join: models, data, judge."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.checkpoint_folders import is_checkpoint, step_of
 from dpo_dist.config.existing_run import without_model
-from dpo_dist.config.fields import declaration
-from dpo_dist.config.pairs_schema import JUDGING, PairsConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sources import check_has_evaluation_data, check_source
@@ -56,7 +54,6 @@ def check_comparison(config: RunConfig) -> list[Compared]:
     for source in config.data.eval_sources:
         check_source(source, needs_pairs=False)
     check_template_file(config.data.chat_template)
-    _check_pairs_keys(config.pairs)
     _check_revision(config, models)
     check_judge(config.pairs, is_needed=False)
     return models
@@ -135,18 +132,3 @@ def _check_revision(config: RunConfig, models: list[Compared]) -> None:
             expected="the hub name that model.path has too, among the models",
             remedy="set model.revision=null; a revision of another model: download it and name its folder",
         )
-
-
-def _check_pairs_keys(pairs: PairsConfig) -> None:
-    """Refuse keys of `pairs` that are not those of a judge."""
-    for field in fields(PairsConfig):
-        is_of_judge = declaration(field).verbs == tuple(JUDGING.split())
-        if not is_of_judge and getattr(pairs, field.name) != getattr(PairsConfig(), field.name):
-            key = f"pairs.{field.name}"
-            raise ConfigError(
-                f"{key} has no effect on a comparison",
-                where=key,
-                got=as_written(getattr(pairs, field.name)),
-                expected="of pairs only the judge: pairs.reward_model, pairs.function or pairs.endpoint",
-                remedy=f"remove {key}; --help compare lists the keys of a comparison",
-            )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -28,6 +27,7 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import ZERO_STAGES, RunConfig
+from dpo_dist.config.verbs import TRAIN
 from dpo_dist.errors import (
     ConfigError,
     DpoDistError,
@@ -57,8 +57,7 @@ def run_verb(
     main: Callable[[RunConfig], int],
     check: Callable[[RunConfig], int] | None = None,
     *,
-    needs_model: bool = True,
-    needs_training_data: bool = True,
+    verb: str = TRAIN,
     of_run: bool = False,
     made: Collection[str] = (),
     about: str | None = None,
@@ -71,20 +70,16 @@ def run_verb(
     Args:
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
-        needs_model: whether `model.path` must be given; see `load.resolve`.
-        needs_training_data: whether `data.train` must be given.
-        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
-            may lack training data.
+        verb: its name, a row of `verbs.VERBS`.
+        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`.
         made: with `of_run`, the keys of folders that the verb makes.
         about: the docstring of the verb's module, which `--help` prints.
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
-        needs_data = needs_training_data and not of_run
-        resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
         completed = partial(with_former_run, made=made) if of_run else contextlib.nullcontext
-        exit_code = _run(main, check, resolved, completed, errors, about or "")
+        exit_code = _run(main, check, verb, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
         exit_code = error.exit_code
@@ -168,13 +163,13 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
 def _run(
     main: Callable[[RunConfig], int],
     check: Callable[[RunConfig], int] | None,
-    resolved: Callable[..., RunConfig],
+    verb: str,
     completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
     errors: _Errors,
     about: str,
 ) -> int:
     arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments, about)) is not None:
+    if (text := _answer(arguments, verb, about)) is not None:
         if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -182,10 +177,10 @@ def _run(
         _ask_hydra(arguments)
         return ExitCode.completed
     with completed(arguments) as whole:
-        composed = compose(whole.overrides, whole.own_folder)
+        composed = compose(whole.overrides, whole.own_folder, verb)
         if "--cfg" in whole.options:
-            return _show(composed, whole, resolved)
-        config = resolved(composed, whole.overrides, whole.own_folder)
+            return _show(composed, whole, verb)
+        config = resolve(composed, whole.overrides, whole.own_folder, verb)
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
@@ -218,7 +213,7 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _answer(arguments: Arguments, about: str) -> str | None:
+def _answer(arguments: Arguments, verb: str, about: str) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
@@ -230,15 +225,14 @@ def _answer(arguments: Arguments, about: str) -> str | None:
         f"{name}{f', {option.short}' if option.short else ''} {option.value}": option.meaning
         for name, option in OPTIONS.items()
     }
-    verb = Path(sys.argv[0]).stem
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
     return None if key is None else usage(command, about, options, folders)
 
 
-def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:
+def _show(composed: DictConfig, arguments: Arguments, verb: str) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        config = resolved(composed, arguments.overrides, arguments.own_folder)
+        config = resolve(composed, arguments.overrides, arguments.own_folder, verb)
         text = to_yaml(config)
     except DpoDistError:
         if this_rank() == 0:

@@ -27,12 +27,12 @@ from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
-from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
+from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides, with_quoted_names
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import find_function
+from dpo_dist.config.verbs import NEEDS_MODEL, TRAIN, VERBS, check_read, keys_of
 from dpo_dist.errors import ConfigError
 from dpo_dist.secret_text import without_secrets
 
@@ -58,7 +58,7 @@ def config_dir() -> Path:
 
 
 def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) -> RunConfig:
-    """Compose, type and check one run.
+    """Compose, type and check one run; what a verb needs of it, such as `data.train`, that verb checks.
 
     Args:
         overrides: as on the command line of a verb: `["+experiment=qwen7b", "loss.beta=0.2"]`.
@@ -70,11 +70,12 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
     Raises:
         ConfigError: a key, value or preset does not exist, or values contradict each other.
     """
-    return resolve(compose(overrides, own_folder), overrides, own_folder)
+    lines = list(map(with_quoted_names, overrides))
+    return resolve(compose(lines, own_folder), lines, own_folder)
 
 
-def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictConfig:
-    """Return Hydra's composition of `overrides`, not yet typed or checked.
+def compose(overrides: Sequence[str], own_folder: Path | None = None, verb: str | None = None) -> DictConfig:
+    """Return Hydra's composition of `overrides`, not yet typed or checked; errors suggest keys of `verb`.
 
     Raises:
         ConfigError: it cannot be composed.
@@ -82,7 +83,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     find_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
-    check_overrides(parsed, folders)
+    check_overrides(parsed, folders, keys_of(verb or TRAIN))
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with _hydra():
@@ -165,24 +166,19 @@ def resolve(
     composed: DictConfig,
     overrides: Sequence[str] = (),
     own_folder: Path | None = None,
-    *,
-    needs_model: bool = True,
-    needs_training_data: bool = True,
+    verb: str | None = None,
 ) -> RunConfig:
     """Type and check the composition of `overrides`, and fill in `reference.mode` and `run.dir`.
 
-    Args:
-        composed: from `compose`.
-        overrides: that were composed.
-        own_folder: as in `load_run_config`.
-        needs_model: whether `model.path` must be given; otherwise `schema.NO_MODEL` takes its place.
-        needs_training_data: whether `data.train` must be given.
+    A `verb` has this command line: it reads all of its keys, and has the keys that it needs.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
     parsed, folders = parse_overrides(overrides), group_folders(own_folder)
-    if not needs_model and OmegaConf.is_missing(composed.model, "path"):
+    needs = VERBS[verb].needs if verb else ()
+    policy = composed.get("model")
+    if NEEDS_MODEL not in needs and policy is not None and OmegaConf.is_missing(policy, "path"):
         composed = cast(DictConfig, OmegaConf.merge(composed, {"model": {"path": NO_MODEL}}))
     try:
         config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
@@ -199,7 +195,9 @@ def resolve(
     evaluation = replace(config.evaluation, data=pairs)
     config = replace(config, data=data, model=model, loss=loss, evaluation=evaluation)
     config = resolve_reference(config, given_keys(parsed))
-    check(config, (NEEDS_TRAINING_DATA, *RULES) if needs_training_data else RULES)
+    if verb:
+        check_read(parsed, verb, trains=config.pairs.rounds > 0)
+    check(config, (*needs, *RULES))
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

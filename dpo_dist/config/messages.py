@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -44,13 +44,14 @@ def assignment(key: str, value: str, hint: Any) -> str:
     return shlex.quote(f"{key}={value}")
 
 
-def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[str] = ()) -> ConfigError:
     """Return the error for a key that does not exist, with the likely key if there is one.
 
     Args:
         key: the whole key.
         value: the text after `=`; empty if unknown.
         where: the file or override with the key.
+        own: keys that are suggested before all others.
     """
     if key.startswith("hydra."):
         return ConfigError(
@@ -70,7 +71,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
         kind = VALUE_ALIASES.get(value, value)
         is_kind = "loss=NAME" in words and kind in [*LossKind, "sigmoid_sft"]
         remedy = f"write loss={kind}" if is_kind else words
-    elif found := likely(key, known):
+    elif found := likely(key, own) or likely(key, known):
         expected = " or ".join(found)
         remedy = f"did you mean {expected}?"
     else:

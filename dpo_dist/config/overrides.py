@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -159,12 +159,15 @@ def given_keys(overrides: Iterable[Override]) -> frozenset[str]:
     return frozenset(keys)
 
 
-def check_overrides(overrides: Sequence[Override], folders: Sequence[Path]) -> None:
+def check_overrides(
+    overrides: Sequence[Override], folders: Sequence[Path], own: Collection[str] = ()
+) -> None:
     """Check the form of each override: an existing key or group, one value, a list where the type is one.
 
     Args:
         overrides: of the command line.
         folders: the folders of configuration groups.
+        own: keys that are suggested first.
 
     Raises:
         ConfigError: for the first wrong one.
@@ -185,7 +188,7 @@ def check_overrides(overrides: Sequence[Override], folders: Sequence[Path]) -> N
         if is_group:
             _check_choice(override, folders)
         else:
-            _check_key(override)
+            _check_key(override, own)
     _check_warmup({override.key_or_group: override.value() for override in overrides})
 
 
@@ -233,12 +236,12 @@ def _type_of(override: Override) -> Any:
     return run_keys().get(override.key_or_group.partition("[")[0])
 
 
-def _check_key(override: Override) -> None:
+def _check_key(override: Override, own: Collection[str]) -> None:
     """Check that a key exists, is neither added nor removed, and has a value of the right form."""
     key, line, hint = override.key_or_group, str(override.input_line), _type_of(override)
     text, value = line.partition("=")[2], override.value()
     if hint is None:
-        raise unknown_key(key, text, where=f"{COMMAND_LINE}: {line}")
+        raise unknown_key(key, text, where=f"{COMMAND_LINE}: {line}", own=own)
     if override.is_add() and not key.startswith("model.adapter."):
         raise _wrong(override, f"{key} exists already", f"write {line.lstrip('+')}")
     if override.is_delete():

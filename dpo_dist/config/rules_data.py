@@ -55,15 +55,6 @@ def _is_repeated(sources: list[SourceConfig]) -> bool:
     return any(source in bare[:index] for index, source in enumerate(bare))
 
 
-NEEDS_TRAINING_DATA = Rule(
-    "data.train",
-    lambda c: not c.data.train,
-    "no training data is given",
-    "set data.train=[pairs.jsonl], or choose a preset with data=...",
-    "at least one source",
-)
-"""Of the verbs that use `data.train`."""
-
 DATA_RULES = (
     Rule(
         "data.train",

@@ -89,7 +89,7 @@ class ModelConfig:
         None,
         "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
         of=AdapterConfig,
-        verbs="train precompute evaluate doctor",
+        verbs=VERBS_WITH_DATA,  # compare and pairs with quantized weights too
     )
     quantization: Quantization | None = key(
         None,
@@ -153,7 +153,9 @@ class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
     kind: ParallelismKind = key(
-        ParallelismKind.zero3, "ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1."
+        ParallelismKind.zero3,
+        "ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1.",
+        verbs="train precompute evaluate compare pairs",
     )
     offload_parameters: Offload = key(Offload.none, "Memory of the policy's weights: `none` or `cpu`.")
     offload_optimizer: Offload = key(

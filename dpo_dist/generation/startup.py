@@ -19,6 +19,7 @@ from dpo_dist.config.pairs_schema import (
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import user_function
+from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import local_model_folder
@@ -53,6 +54,7 @@ def check_pairs(config: RunConfig) -> None:
         ConfigError: keys of `pairs` contradict each other, or a folder cannot be written.
         DataError: a local source is missing.
     """
+    check_needs(config, "pairs")
     _check_rounds(config.pairs)
     _check_keys(config)
     _check_used(

@@ -2,14 +2,16 @@
 
 import copy
 import importlib
+import shlex
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist import api
+from dpo_dist import api, compare, doctor, pairs, precompute, train
 from dpo_dist.config.data_schema import Ranked, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
@@ -35,6 +37,31 @@ from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, wit
 )
 def test_public_names_keep_their_place(module: str, name: str) -> None:
     assert callable(vars(importlib.import_module(module))[name])
+
+
+def test_a_command_of_another_verb_than_train_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    first = next(line for line in page.splitlines() if "-m dpo_dist.compare" in line)
+    config = api.load_run_config(shlex.split(first)[3:])
+    assert config.compare.models == ["base=./base", "output/a", "beta05=output/b"]
+    assert [source.path for source in config.data.eval] == ["held_out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "key"),
+    [
+        (train, "data.train=[a.jsonl]", "model.path"),
+        (train, "model.path=m", "data.train"),
+        (precompute, "model.path=m", "data.train"),
+        (doctor, "model.path=m", "data.train"),
+        (pairs, "model.path=m", "data.train"),
+        (compare, "model.path=m", "compare.models"),
+    ],
+)
+def test_a_verb_names_the_key_that_it_lacks(verb: ModuleType, given: str, key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        verb.main(api.load_run_config([given]))
+    assert raised.value.where == key
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("pairs.samples=3",), "pairs.samples has no effect on a comparison"),
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
         (("pairs.endpoint.criterion=short",), "options of an endpoint have no effect"),
         (("pairs.function=json:nothing",), "nothing"),

@@ -212,7 +212,7 @@ def test_help_and_version(verb: Verb) -> None:
     assert verb("--version") == (0, f"dpo_dist {dpo_dist.__version__}\n", "")
     ended = verb("--help")
     assert ended.code == 0
-    for text in ("-m dpo_dist.tiny_verb", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
+    for text in ("-m dpo_dist.train", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err

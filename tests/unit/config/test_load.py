@@ -186,7 +186,7 @@ def test_a_misused_override_gets_a_remedy(override: str, remedy: str) -> None:
 
 def test_a_missing_model_lists_the_presets() -> None:
     with pytest.raises(ConfigError, match=r"model\.path is not set") as caught:
-        load_run_config([])
+        resolve(compose([]), verb="train")
     assert "qwen2_5_7b" in caught.value.remedy
 
 
@@ -290,7 +290,7 @@ def test_an_option_that_the_mode_does_not_use_is_an_error() -> None:
 
 def test_a_verb_can_work_without_a_model() -> None:
     composed = compose(["data.train=[a.jsonl]"])
-    assert resolve(composed, needs_model=False).model.path == NO_MODEL
+    assert resolve(composed, verb="doctor").model.path == NO_MODEL
     with pytest.raises(ConfigError, match=r"model\.path"):
-        resolve(composed)
-    assert resolve(compose(RUN), needs_model=False).model.path == "m"
+        resolve(composed, verb="train")
+    assert resolve(compose(RUN), verb="doctor").model.path == "m"

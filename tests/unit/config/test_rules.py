@@ -35,7 +35,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"loss.router.z_coefficient": 0.1, "model.compile": True},
         "loss.router.aux_coefficient, loss.router.z_coefficient, model.compile",
     ),
-    ({"data.train": []}, "data.train"),
     ({"optim.warmup_steps": 10, "optim.warmup_ratio": 0.03}, "optim.warmup_steps, optim.warmup_ratio"),
     ({"optim.warmup_steps": 11, "trainer.max_steps": 10}, "optim.warmup_steps, trainer.max_steps"),
     (

@@ -456,7 +456,7 @@ def test_a_process_that_the_launcher_ended_does_not_hide_the_reason(code) -> Non
 def test_the_exit_code_of_a_verb_survives_its_launcher_and_sigterm(code) -> None:
     """The verb ends by its own code after SIGTERM, in a child of a launcher that ends with 1."""
     work = f"import os; from dpo_dist.config.command_line import run_verb; os.kill({os.getpid()}, 15); " + (
-        f"run_verb(lambda _: {int(code)}, needs_model=False)"
+        f"run_verb(lambda _: {int(code)}, verb='pairs')"
     )
     ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     command = [sys.executable, "-c", ignoring + LAUNCHER, "-c", ignoring + work, "data.train=[x]"]

@@ -1,0 +1,87 @@
+"""The verbs: the keys that each one needs, and those of a command line that it reads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hydra.core.override_parser.types import Override
+
+from dpo_dist.config.check import Rule, check
+from dpo_dist.config.keys import all_keys, run_keys
+from dpo_dist.config.overrides import COMMAND_LINE, given_keys
+from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.errors import ConfigError
+
+TRAIN = "train"
+NEEDS_MODEL = Rule(
+    "model.path",
+    lambda c: c.model.path == NO_MODEL,
+    "model.path is not set",
+    "set model.path=... or choose a preset: model=NAME",
+    "a folder or hub name of a model",
+)
+_NEEDS_DATA = Rule(
+    "data.train",
+    lambda c: not c.data.train,
+    "no training data is given",
+    "set data.train=[pairs.jsonl], or choose a preset with data=...",
+    "at least one source",
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: what it needs, and whether it takes the whole command line of a training run."""
+
+    needs: tuple[Rule, ...]
+    of_a_run: bool
+
+
+VERBS = {
+    TRAIN: Verb((NEEDS_MODEL, _NEEDS_DATA), of_a_run=True),
+    "precompute": Verb((NEEDS_MODEL, _NEEDS_DATA), of_a_run=True),
+    "evaluate": Verb((NEEDS_MODEL,), of_a_run=True),
+    "export": Verb((NEEDS_MODEL,), of_a_run=True),
+    "doctor": Verb((_NEEDS_DATA,), of_a_run=True),
+    "pairs": Verb((_NEEDS_DATA,), of_a_run=False),  # with rounds it is
+    "compare": Verb((), of_a_run=False),
+}
+
+
+def check_needs(config: RunConfig, verb: str) -> None:
+    """Check that a configuration that no command line gave has what a verb needs."""
+    check(config, VERBS[verb].needs)
+
+
+def keys_of(verb: str, *, trains: bool = False) -> list[str]:
+    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
+    verbs = {verb, *([TRAIN] if trains or VERBS[verb].of_a_run else [])}
+    return [name for name in run_keys() if verbs & set(_readers(name))]
+
+
+def _readers(name: str) -> list[str]:
+    """Return the verbs that read a key, or any key of a section."""
+    rows = [row for full, row in all_keys().items() if f"{full}.".startswith(f"{name}.")]
+    return [verb for verb in VERBS if any(verb in row.verbs for row in rows)]
+
+
+def check_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> None:
+    """Check that a verb reads every key of its command line.
+
+    Raises:
+        ConfigError: it does not read one; experiments may have such keys, as they serve several verbs.
+    """
+    own = keys_of(verb, trains=trains)
+    for override in overrides:
+        for given in sorted(given_keys([override])):
+            key = given.partition("[")[0]
+            if key in own or key not in run_keys():  # `experiment` is no key
+                continue
+            same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
+            expected, readers = " or ".join(same), _readers(key)
+            remedy = f"did you mean {expected}?" if same else "remove it:"
+            raise ConfigError(
+                f"{verb} does not read {key}",
+                where=f"{COMMAND_LINE}: {override.input_line}",
+                expected=expected,
+                remedy=f"{remedy} {' and '.join(readers)} read{'s' * (len(readers) == 1)} {key}",
+            )
