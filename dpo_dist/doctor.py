@@ -27,7 +27,6 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the configuration or the data cannot be read.
     """
-<<<<<<< HEAD
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
             "the doctor is one process",
@@ -35,11 +34,7 @@ def main(config: RunConfig) -> int:
             got=f"{processes} processes",
             remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
         )
-=======
-    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
-        return ExitCode.completed
     check_needs(config, "doctor")
->>>>>>> keys
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)

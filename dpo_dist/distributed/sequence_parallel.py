@@ -81,9 +81,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: SequenceGroup) -> Tensor:
         ctx.rank = ranks.rank
-        gathered = part.new_empty(ranks.ranks, *part.shape)
-        dist.all_gather_into_tensor(gathered, part, group=ranks.group)
-        return gathered
+        gathered = part.new_empty(ranks.ranks * part.numel())
+        dist.all_gather_into_tensor(gathered, part.flatten(), group=ranks.group)
+        return gathered.view(ranks.ranks, *part.shape)
 
     @staticmethod
     @once_differentiable

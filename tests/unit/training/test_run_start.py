@@ -208,14 +208,23 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
         [] if keep_last == 0 else ["latest", "step-000004"]
     )
     finish(config, state, None, ALONE, screen)
+
+
+def test_deleted_files_of_a_completed_run_are_written_again(folder: RunFolder) -> None:
+    recorder, screen = recorder_in(folder), Screen()
+    recorder.record({"step": 4, "loss": 0.5})
+    finish(config_in(folder), state_of(RunOutcome.exported), recorder, ALONE, screen)
+    state = read_state(folder)
+    assert state is not None
     files = [folder.summary, folder.log_history, folder.metrics_table]
     before = {file: file.read_text() for file in files}
     for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
         for file in lost:
             file.unlink()
-        finish(config, state, None, ALONE, screen)
+        finish(config_in(folder), state, None, ALONE, screen)
         assert folder.report.is_file()
         assert {file: file.read_text() for file in files} == before
+        assert f"written again: {', '.join(file.name for file in lost)}" in screen.lines
 
 
 @pytest.mark.parametrize(
