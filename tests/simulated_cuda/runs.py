@@ -1,0 +1,138 @@
+"""Build the simulated device, give it to processes, and run verbs on it.
+
+The processes of a verb are forked from a warm parent of their own, which has the device, too.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.support import launch, warm
+from tests.support.launch import Finished
+
+SOURCE = Path(__file__).with_name("device.cpp")
+_FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DUSE_DISTRIBUTED")
+_PRELOADED = ["dpo_dist.training.run", "transformers.models.qwen2.modeling_qwen2", "tests.support.preloaded"]
+_parent = forkserver.ForkServer()
+Prepare = Callable[[], None]
+
+
+def lacking() -> str | None:
+    """What this machine lacks for the device; None if it can have it."""
+    if "+cpu" not in importlib.metadata.version("torch"):
+        return "needs a CPU build of torch"
+    return None if shutil.which("g++") else "needs g++"
+
+
+@cache
+def build() -> Path:
+    """The library of the device: compiled once for each source and version of torch, whoever asks first."""
+    version = importlib.metadata.version("torch")
+    digest = hashlib.sha256(repr((SOURCE.read_bytes(), version, _FLAGS)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_dist" / "simulated_cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{digest}.so"
+    found = importlib.util.find_spec("torch")
+    assert found is not None
+    assert found.origin is not None
+    torch = Path(found.origin).parent
+    headers = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
+    linked = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", "-ltorch"]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            built = library.with_suffix(".new")
+            subprocess.run(["g++", *_FLAGS, str(SOURCE), "-o", str(built), *headers, *linked], check=True)
+            built.replace(library)
+    return library
+
+
+def asked(*, devices: int = 1, memory_bytes: int = 80 * 2**30, report: Path | None = None) -> dict[str, str]:
+    """The variables by which a process asks for the device, whoever starts it.
+
+    Args:
+        devices: that the process sees.
+        memory_bytes: of its own device.
+        report: folder to which each process that used a device writes what it counted.
+    """
+    paths = [str(SOURCE.with_name("start")), str(launch.ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = {"": build(), "_DEVICES": devices, "_BYTES": memory_bytes, "_REPORT": report or ""}
+    named = {f"SIMULATED_CUDA{name}": str(value) for name, value in variables.items()}
+    return {**named, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def environment(**wanted: Any) -> dict[str, str]:
+    """The whole environment of a process with the device; arguments as of `asked`."""
+    variables = {**launch.environment(), **asked(**wanted)}
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+    }
+
+
+@contextlib.contextmanager
+def _parent_with_device() -> Iterator[None]:
+    """Fork processes from it."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        _parent.set_forkserver_preload(_PRELOADED)
+        _parent.ensure_running()
+    with mock.patch.object(forkserver, "connect_to_new_process", _parent.connect_to_new_process):
+        yield
+
+
+def start_simulated(
+    verb: str,
+    overrides: list[str],
+    screen: Path,
+    processes: int = 1,
+    prepare: Prepare | None = None,
+    **wanted: Any,
+) -> list[Any]:
+    """Start a verb on processes with a device each, which write to the file `screen`.
+
+    Other arguments as of `asked`; `prepare` is called in each process before the verb.
+    """
+    screen.touch()
+    variables = environment(devices=processes, **wanted)
+    with _parent_with_device():
+        return warm.start_module(
+            warm.context, f"dpo_dist.{verb}", overrides, variables, processes, launch.ROOT, screen, prepare
+        )
+
+
+def run_simulated(verb: str, overrides: list[str], *, seconds: float = 240, **started: Any) -> Finished:
+    """Run a verb to its end, as `launch.run_verb` does; other arguments as of `start_simulated`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        screen = Path(temporary) / "screen"
+        code = warm.wait(start_simulated(verb, overrides, screen, **started), seconds)
+        return Finished(code, screen.read_text(encoding="utf-8"))
+
+
+def signal_simulated(
+    overrides: list[str], number: int, when: Callable[[], bool], seconds: float = 240
+) -> Finished:
+    """Train on one device, send a signal as soon as `when()` is true, and wait for the end."""
+    with tempfile.TemporaryDirectory() as temporary:
+        screen = Path(temporary) / "screen"
+        [process] = start_simulated("train", overrides, screen)
+        deadline = time.monotonic() + seconds
+        while not when():
+            assert process.is_alive(), screen.read_text()
+            assert time.monotonic() < deadline, screen.read_text()
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        return Finished(warm.wait([process], seconds), screen.read_text(encoding="utf-8"))

@@ -1,0 +1,161 @@
+"""What a run computes on CUDA is what it computes on the CPU, in every way of computing it."""
+
+import re
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tests.simulated_cuda import device
+from tests.simulated_cuda.runs import run_simulated, signal_simulated
+from tests.support.cpu_adam import CPUAdamInPyTorch
+from tests.support.invented import write_pairs
+from tests.support.launch import Finished, history, row_name, run_state, train
+from tests.support.tiny_model import write_model
+
+PEAK = "memory/peak_allocated_bytes"
+SAMPLED = [
+    *("trainer.eval_every=1", "samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"),
+    "trainer.max_steps=2",
+]
+BASES = {
+    "full": SAMPLED,
+    "lora": [*SAMPLED, "model.adapter={r: 4}", "optim.lr=5e-3"],
+    "bf16": [*SAMPLED, "model.dtype=bf16"],
+    "long": ["trainer.max_steps=6", "trainer.save_every=1"],
+}
+"""The runs on the CPU, each the expectation of several on CUDA."""
+ACTIVATIONS = "model.gradient_checkpointing=2 model.activation_offload=true"
+WAYS = {
+    "full": (
+        (1, "kind=zero3 offload_parameters=cpu offload_optimizer=cpu", "model.gradient_checkpointing=full"),
+        (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
+        (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
+    ),
+    "lora": (
+        (2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),
+        (1, "kind=ddp", "reference.mode=live"),
+    ),
+}
+"""By base: processes, keys of `parallelism`, other keys."""
+CASES = [
+    pytest.param(base, *way, id=f"{base} on {' '.join(map(str, way))}") for base in WAYS for way in WAYS[base]
+]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("simulated")
+    write_model(folder / "policy", seed=1)
+    write_pairs(folder / "train.jsonl", 12, seed=3)
+    write_pairs(folder / "eval.jsonl", 3, seed=4)
+    return folder
+
+
+def command(assets: Path, run: Path, *extra: str) -> list[str]:
+    return [
+        f"model.path={assets}/policy",
+        "model.dtype=fp32",
+        f"data.train=[{assets}/train.jsonl]",
+        f"data.eval=[{assets}/eval.jsonl]",
+        f"data.cache={assets}/encoded",
+        f"reference.store={run}_store",
+        f"run.dir={run}",
+        "optim.lr=1e-3",
+        "optim.eps=1e-4",  # smooth where a gradient is only rounding
+        "trainer.global_batch_pairs=5",
+        "trainer.micro_batch_tokens=256",
+        "tracking.wandb=off",
+        *extra,
+    ]
+
+
+def on_cpu(assets: Path, base: str) -> Path:
+    """The run folder of a base on the CPU; trained once."""
+    run = assets / f"{base}_on_cpu"
+    if not run.exists():
+        train(command(assets, run, *BASES[base]))
+    return run
+
+
+def assert_on_cuda(finished: Finished, code: int = 0) -> None:
+    assert finished.code == code, finished.output
+    assert re.search(r"^.*world: .*\bcuda\b", finished.output, re.MULTILINE), finished.output
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """The metrics of a run on CUDA, without the memory that only a device has."""
+    found = history(run)
+    assert all(row[PEAK] > 0 for row in found if "loss" in row)
+    return [{key: value for key, value in row.items() if key != PEAK} for row in found]
+
+
+def assert_as_on_cpu(run: Path, wanted: Path) -> None:
+    """In float32, where a reward is a tenth of the difference of two sums of some hundreds."""
+    for got, expected in zip(rows(run), history(wanted), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5, abs=5e-6), row_name(expected)
+
+
+def samples(run: Path) -> list[str]:
+    return [file.read_text() for file in sorted((run / "samples").iterdir())]
+
+
+def stand_in_for_cpu_adam() -> None:
+    """DeepSpeed's CPU Adam is compiled with CUDA's compiler where there is CUDA."""
+    mock.patch.object(CPUAdamBuilder, "load", return_value=CPUAdamInPyTorch()).start()
+
+
+@pytest.mark.parametrize(("base", "processes", "parallelism", "others"), CASES)
+def test_every_way_of_computing_is_that_of_the_cpu(
+    base: str, processes: int, parallelism: str, others: str, assets: Path, tmp_path: Path
+) -> None:
+    wanted, run = on_cpu(assets, base), tmp_path / "run"
+    keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
+    overrides = command(assets, run, *BASES[base], *keys)
+    assert_on_cuda(run_simulated("train", overrides, processes=processes, prepare=stand_in_for_cpu_adam))
+    assert_as_on_cpu(run, wanted)
+    assert samples(run) == samples(wanted)
+
+
+def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
+    """With the variable-length attention of GPUs, which the CPU does not have."""
+    run = tmp_path / "run"
+    ended = run_simulated("train", command(assets, run, *BASES["bf16"]))
+    assert_on_cuda(ended)
+    exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
+    for key in ("loss", "eval_loss", "logps/chosen", "logps/rejected", "grad_norm"):
+        on_cuda, on_host = (
+            max(abs(row[key] - true[key]) for row, true in zip(found, exact, strict=True) if key in true)
+            for found in (rows(run), rounded)
+        )
+        assert 0 < on_cuda <= 3 * on_host, (key, on_cuda, on_host)
+
+
+def test_sigterm_saves_and_the_run_goes_on_with_other_parallelism(assets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = command(assets, run, *BASES["long"])
+    stopped = signal_simulated(overrides, signal.SIGTERM, (run / "checkpoints" / "step-000001").is_dir)
+    assert_on_cuda(stopped, 75)
+    assert 0 < run_state(run)["step"] < 6
+    assert_on_cuda(run_simulated("train", [*overrides, "parallelism.kind=ddp"]))
+    assert_as_on_cpu(run, on_cpu(assets, "long"))
+
+
+def full_after_the_first_step() -> None:
+    """After the first optimizer step the device has no room for another forward."""
+    register_optimizer_step_post_hook(lambda *_: device.set_limit(torch.cuda.memory_allocated() + 2**16))
+
+
+def test_memory_that_ends_in_the_second_step_is_an_error_with_a_remedy(assets: Path, tmp_path: Path) -> None:
+    ended = run_simulated(
+        "train", command(assets, tmp_path / "run", *BASES["long"]), prepare=full_after_the_first_step
+    )
+    assert_on_cuda(ended, 2)
+    assert "GPU memory is exhausted" in ended.output
+    assert ("step 1/6" in ended.output, "step 2/6" in ended.output) == (True, False), ended.output
+    assert re.search(r"to do: .*trainer.micro_batch_tokens", ended.output), ended.output
+    assert "Traceback" not in ended.output
