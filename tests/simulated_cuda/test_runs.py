@@ -14,7 +14,7 @@ from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_simulated, signal_simulated
 from tests.support.cpu_adam import CPUAdamInPyTorch
 from tests.support.invented import write_pairs
-from tests.support.launch import Finished, assert_same_history, history, run_state, train
+from tests.support.launch import Finished, history, row_name, run_state, train
 from tests.support.tiny_model import write_model
 
 PEAK = "memory/peak_allocated_bytes"
@@ -24,25 +24,20 @@ SAMPLED = [
 ]
 BASES = {
     "full": SAMPLED,
-    "lora": [*SAMPLED, "model.adapter={r: 4}", "optim.lr=1e-2"],
+    "lora": [*SAMPLED, "model.adapter={r: 4}", "optim.lr=5e-3"],
     "bf16": [*SAMPLED, "model.dtype=bf16"],
     "long": ["trainer.max_steps=6", "trainer.save_every=1"],
 }
-"""What the ways differ from on the CPU: with an evaluation and samples after each step, or longer."""
+"""The runs on the CPU, each the expectation of several on CUDA."""
+ACTIVATIONS = "model.gradient_checkpointing=2 model.activation_offload=true"
 WAYS = {
     "full": (
         (1, "kind=zero3 offload_parameters=cpu offload_optimizer=cpu", "model.gradient_checkpointing=full"),
-        (2, "kind=zero3", "reference.mode=live reference.offload=cpu"),
-        (
-            1,
-            "kind=zero2 offload_optimizer=cpu",
-            "reference.mode=live model.gradient_checkpointing=2 model.activation_offload=true",
-        ),
-        (1, "kind=ddp", ""),
-        (2, "kind=zero2 sequence_parallel=2", ""),
+        (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
+        (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
     ),
     "lora": (
-        (2, "kind=zero3 sequence_parallel=2", "reference.mode=adapter model.gradient_checkpointing=full"),
+        (2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),
         (1, "kind=ddp", "reference.mode=live"),
     ),
 }
@@ -99,6 +94,12 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != PEAK} for row in found]
 
 
+def assert_as_on_cpu(run: Path, wanted: Path) -> None:
+    """In float32, where a reward is a tenth of the difference of two sums of some hundreds."""
+    for got, expected in zip(rows(run), history(wanted), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5, abs=5e-6), row_name(expected)
+
+
 def samples(run: Path) -> list[str]:
     return [file.read_text() for file in sorted((run / "samples").iterdir())]
 
@@ -116,7 +117,7 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
     overrides = command(assets, run, *BASES[base], *keys)
     assert_on_cuda(run_simulated("train", overrides, processes=processes, prepare=stand_in_for_cpu_adam))
-    assert_same_history(rows(run), history(wanted), relative=1e-5)
+    assert_as_on_cpu(run, wanted)
     assert samples(run) == samples(wanted)
 
 
@@ -134,14 +135,14 @@ def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
         assert 0 < on_cuda <= 3 * on_host, (key, on_cuda, on_host)
 
 
-def test_sigterm_saves_and_the_same_command_resumes(assets: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_run_goes_on_with_other_parallelism(assets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = command(assets, run, *BASES["long"])
     stopped = signal_simulated(overrides, signal.SIGTERM, (run / "checkpoints" / "step-000001").is_dir)
     assert_on_cuda(stopped, 75)
     assert 0 < run_state(run)["step"] < 6
-    assert_on_cuda(run_simulated("train", overrides))
-    assert_same_history(rows(run), history(on_cpu(assets, "long")), relative=1e-5)
+    assert_on_cuda(run_simulated("train", [*overrides, "parallelism.kind=ddp"]))
+    assert_as_on_cpu(run, on_cpu(assets, "long"))
 
 
 def full_after_the_first_step() -> None:
