@@ -411,12 +411,27 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
 }
 
 // Products with an output type of their own exist on CUDA only.
-Tensor mm_of_dtype(const Tensor& left, const Tensor& right, at::ScalarType dtype) {
+void check_product(const Tensor& left, const Tensor& right, at::ScalarType dtype) {
   TORCH_CHECK(left.is_cuda() && right.is_cuda(), mixed, "aten::mm)");
   TORCH_CHECK(dtype == left.scalar_type() || (dtype == at::kFloat && at::isReducedFloatingType(left.scalar_type())),
               "out_dtype must be that of the input, or float32 for 16-bit inputs");
+}
+
+Tensor mm_of_dtype(const Tensor& left, const Tensor& right, at::ScalarType dtype) {
+  check_product(left, right, dtype);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return copied_to_device(at::mm(on_host(left).to(dtype), on_host(right).to(dtype)));
+}
+
+Tensor& addmm_of_dtype(const Tensor& added, const Tensor& left, const Tensor& right, at::ScalarType dtype,
+                       const at::Scalar& beta, const at::Scalar& alpha, Tensor& out) {
+  check_product(left, right, dtype);
+  TORCH_CHECK(added.is_cuda() && out.is_cuda(), mixed, "aten::addmm)");
+  TORCH_CHECK(added.scalar_type() == dtype && out.scalar_type() == dtype, "the sum must have out_dtype");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Tensor alias = on_host(out);
+  at::addmm_out(alias, on_host(added), on_host(left).to(dtype), on_host(right).to(dtype), beta, alpha);
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>()); }
@@ -426,6 +441,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty_strided", empty_strided);
   m.impl("copy_", copy_);
   m.impl("mm.dtype", mm_of_dtype);
+  m.impl("addmm.dtype_out", addmm_of_dtype);
   m.impl("record_stream", [](Tensor&, at::Stream) {});  // memory is freed when no work is queued
 }
 
