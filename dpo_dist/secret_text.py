@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -30,18 +31,26 @@ def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> 
     """Return plain values with `***` for secrets in texts.
 
     Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
-    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens are none.
+    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens and paths
+    of files and folders (`SSH_KEY=/data/key`) are none.
     """
     secrets = {
         written
         for name, text in environment.items()
         if _SECRET_VARIABLE.search(name.upper())
         and not (name.upper().endswith("TOKENS") and text.isdecimal())
+        and not _is_path(text)
         for given in (text, text.strip())  # programs strip the line end of a value from a file
         if len(given.strip()) >= _SECRET_LENGTH
         for written in (given, quote(given, safe=""), json.dumps(given)[1:-1], shlex.quote(given).strip("'"))
     }
     return _hidden(value, sorted(secrets, key=len, reverse=True))
+
+
+@cache
+def _is_path(text: str) -> bool:
+    """Return whether a text is the path of a file or folder that exists; a bare name may be a password."""
+    return "/" in text and os.path.exists(os.path.expanduser(text.strip()))  # noqa: PTH110, PTH111 (no error)
 
 
 def _hidden(value: Any, secrets: Iterable[str]) -> Any:

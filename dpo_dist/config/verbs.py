@@ -83,5 +83,5 @@ def check_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> Non
                 f"{verb} does not read {key}",
                 where=f"{COMMAND_LINE}: {override.input_line}",
                 expected=expected,
-                remedy=f"{remedy} {' and '.join(readers)} read{'s' * (len(readers) == 1)} {key}",
+                remedy=f"{remedy} {', '.join(readers)} read{'s' * (len(readers) == 1)} {key}",
             )

@@ -92,7 +92,7 @@ def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(pl
 
 def test_an_experiment_may_have_keys_of_other_verbs(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    keys = "optim: {lr: 0.1}\nevaluation: {data: [a.jsonl]}\npairs: {samples: 9}\nexport: {merge: true}\n"
+    keys = "optim: {lr: 0.1}\nevaluation: {data: [a.jsonl]}\npairs: {samples: 9}\nexport: {output: x}\n"
     (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{keys}")
     question = ["--config-dir", ".", "+experiment=mine", "--cfg", "job", "-p", "pairs.samples"]
     for verb, given in (("compare", []), ("train", ["model.path=m", "data.train=[a.jsonl]"])):

@@ -82,7 +82,8 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     screens = []
 
     def verb(name: str, *overrides: str) -> int:
-        code, screen = run_warm(name, [*run, *overrides], variables, 1, folder, 300)
+        own = run if name not in ("compare", "pairs") else [part for part in run if part.startswith("model.")]
+        code, screen = run_warm(name, [*own, *overrides], variables, 1, folder, 300)
         screens.append(screen)
         return code
 
@@ -97,6 +98,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         f"run.dir={folder}/compared",
     ]
     judged = [
+        f"data.train=[{assets}/train.jsonl]",
         "pairs.method=samples",
         "pairs.max_new_tokens=4",
         "pairs.endpoint.model=judge",
@@ -111,7 +113,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             verb("train", evaluated, "tracking.wandb=offline", noted),
             verb("evaluate", evaluated),
             verb("export", noted, evaluated, f"export.output={folder}/exported"),
-            verb("compare", noted, evaluated, *compared),
+            verb("compare", evaluated, *compared),
             verb("train", noted, f"[{SECRETS['MY_SECRET']}"),
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),

@@ -1,8 +1,12 @@
 """Imports go down only, without cycles; every third-party engine has one room (law L6); sizes have limits."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -230,3 +234,18 @@ def test_lines_are_counted() -> None:
     assert too_long(f"def f():\n{body}") == []
     assert too_long(f"def f():\n{body}    y = 2\n") == ["f"]
     assert too_long("x = 1\n" * (FILE_LINES + 1)) == ["the file"]
+
+
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[^\w-]", entry)[0].lower() for group in groups for entry in group}
+    known = packages_distributions()
+    for module in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "dpo_dist"}:
+                found = {distribution.lower().replace("_", "-") for distribution in known.get(name, [])}
+                assert not found or found & declared, f"{module} imports {name}"

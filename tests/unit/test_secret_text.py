@@ -83,6 +83,18 @@ def test_a_configuration_is_written_without_secrets(secret: str) -> None:
     assert from_yaml(text).tracking.notes == "of ***"
 
 
+def test_a_path_that_a_variable_names_too_is_read_back(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "models" / "qwen"
+    model.mkdir(parents=True)
+    monkeypatch.setenv("SSH_KEY", str(model))
+    given = [f"model.path={model}", f"data.train=[{model}/pairs.jsonl]", f"tracking.notes={secret}"]
+    config = load_run_config(given)
+    read = from_yaml(to_yaml(config))
+    assert (read.model.path, read.data, read.tracking.notes) == (str(model), config.data, "***")
+
+
 def test_rounds_write_no_secret_and_need_none(secret: str, tmp_path: Path) -> None:
     from dpo_dist.generation.rounds.checks import check_rounds, check_settings
     from dpo_dist.generation.rounds.commands import command_of

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
@@ -15,7 +16,8 @@ from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.other_trackers import start_of
 from dpo_dist.report.trackers.system_metrics import system_metrics
 from dpo_dist.report.trackers.wandb_environment import wanted_mode
-from dpo_dist.report.trackers.wandb_session import kill_service, upload_command
+from dpo_dist.report.trackers.wandb_media import staged_in
+from dpo_dist.report.trackers.wandb_session import kill_services, services, upload_command
 from dpo_dist.report.trackers.wandb_tracker import open_tracker
 
 _FIRST_WAIT_SECONDS = 10.0
@@ -29,6 +31,7 @@ class Trackers:
 
     open: tuple[InBackground, ...] = ()
     finish_seconds: float = _FINISH_SECONDS
+    until_closed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation; does not wait."""
@@ -49,6 +52,7 @@ class Trackers:
         """Close all; waits at most `finish_seconds` for each."""
         for tracker in self.open:
             tracker.finish(outcome, summary, self.finish_seconds)
+        self.until_closed.close()
 
     @contextlib.contextmanager
     def ended_by_errors(self) -> Iterator[None]:
@@ -60,6 +64,7 @@ class Trackers:
             for tracker in self.open:
                 tracker.hurry()
                 tracker.finish(outcome, {}, _ERROR_SECONDS)
+            self.until_closed.close()
             raise
 
 
@@ -92,7 +97,7 @@ def open_trackers(
         environment: content of `environment.json`.
         say: called, also from other threads, with what a user should know.
     """
-    trackers = []
+    trackers, until_closed = [], contextlib.ExitStack()
     if config.tracking.wandb is not WandbMode.off:
         remedy = f"; later: {upload_command(folder)}"
 
@@ -101,7 +106,9 @@ def open_trackers(
                 config, folder, request_stop, rows=list(rows), environment=environment, say=say
             )
 
-        trackers.append(InBackground("wandb", start, say, remedy, kill_service, _FIRST_WAIT_SECONDS))
+        until_closed.enter_context(staged_in(folder))
+        abandon = partial(kill_services, services())
+        trackers.append(InBackground("wandb", start, say, remedy, abandon, _FIRST_WAIT_SECONDS))
     for kind in config.tracking.also:
         trackers.append(InBackground(kind.value, start_of(kind, config, folder, list(rows)), say))
-    return Trackers(tuple(trackers))
+    return Trackers(tuple(trackers), until_closed=until_closed)

@@ -12,7 +12,7 @@ BEST = {
     "eval/rewards/accuracies": "max",
     "eval/rewards/margins": "max",
 }
-"""Metrics whose best value is in the run's summary beside the last one."""
+"""Metrics whose best value is in the run's summary as `best/NAME`, beside the last one as `NAME`."""
 
 MARGINS = "eval/margins_histogram"
 """Histogram of the margins of an evaluation's pairs."""
@@ -62,8 +62,8 @@ def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
 def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return the summary's values of the metrics of all `rows`: wandb knows those of the last start only.
 
-    Each is the last one; of a metric of `BEST` it is that and the best finite one, as wandb writes them. The
-    axes are absent: wandb can be ahead of `rows`, and their values are its own.
+    Each is the last one, a number as in TRL's runs; of a metric of `BEST` there is also the best finite one.
+    The axes are absent: wandb can be ahead of `rows`, and their values are its own.
     """
     named = [wandb_names(row) for row in rows]
     found: dict[str, Any] = {name: value for values in named for name, value in values.items()}
@@ -72,5 +72,5 @@ def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     for name, best in BEST.items():
         finite = [values[name] for values in named if math.isfinite(values.get(name, math.nan))]
         if finite:
-            found[name] = {best: min(finite) if best == "min" else max(finite), "last": found[name]}
+            found[f"best/{name}"] = min(finite) if best == "min" else max(finite)
     return found

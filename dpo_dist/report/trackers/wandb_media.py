@@ -54,11 +54,6 @@ class RunMedia:
     margins: dict[int, Histogram] = field(default_factory=dict)
     is_wanted: bool = True
 
-    @property
-    def staging(self) -> Path:
-        """The folder of the files of tables and artifacts until wandb has sent them."""
-        return self.folder.wandb_id.parent / "staging"
-
     def of_row(self, index: int, row: Mapping[str, float]) -> dict[str, Any]:
         """Return the histogram and the table of a row, as far as it has them."""
         margins = self.margins.pop(index, None)
@@ -78,8 +73,7 @@ class RunMedia:
         for kind, paths in self._files(summary).items():
             if self.is_wanted and paths:
                 try:
-                    with staged_in(self.staging):
-                        run.log_artifact(self._artifact(run, kind, paths))
+                    run.log_artifact(self._artifact(run, kind, paths))
                 except ConnectionError:
                     raise
                 except Exception as error:
@@ -114,16 +108,19 @@ class RunMedia:
 
 
 @contextlib.contextmanager
-def staged_in(folder: Path) -> Iterator[None]:
-    """Let wandb write the files of tables to a folder of the run; by default it writes them to the home."""
+def staged_in(folder: RunFolder) -> Iterator[None]:
+    """Let wandb write the files of tables into the run directory; by default it writes them into the home.
+
+    wandb reads the folder from a variable only. The main thread sets it, for as long as trackers are open.
+    """
     if _STAGING in os.environ:
         yield
         return
-    os.environ[_STAGING] = str(folder.absolute())
+    os.environ[_STAGING] = str((folder.wandb_id.parent / "staging").absolute())
     try:
         yield
     finally:
-        del os.environ[_STAGING]
+        os.environ.pop(_STAGING, None)
 
 
 def _samples_table(path: Path, most: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode, RunOutcome, first_line
 from dpo_dist.report.trackers.tracked_values import (
-    BEST,
     EVALUATED_AT,
     STEP_AXIS,
     RowOrder,
@@ -119,47 +118,34 @@ def start_run(
     client = set_up(mode)
     run_id = _run_id(folder)
     last = _last_written(folder.wandb_id.parent, run_id) if mode == "offline" else None
-    with _hidden_secrets_of_command_line():
-        run: wandb.Run = client.init(
-            **without_secrets(run_settings(config, title(config, folder.path))),
-            id=run_id,
-            resume="allow",
-            dir=folder.path,
-            mode=mode,
-            config=without_secrets({**dataclasses.asdict(config), "environment": dict(environment or {})}),
-            allow_val_change=True,
-            settings=client.Settings(
-                silent=True,
-                reinit="create_new",  # a run that the caller has open stays the caller's
-                console="off",
-                save_code=False,
-                disable_git=True,
-                finish_timeout_raises=True,
-                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
-                **settings,
-            ),
-        )
+    run: wandb.Run = client.init(
+        **without_secrets(run_settings(config, title(config, folder.path))),
+        id=run_id,
+        resume="allow",
+        dir=folder.path,
+        mode=mode,
+        config=without_secrets({**dataclasses.asdict(config), "environment": dict(environment or {})}),
+        allow_val_change=True,
+        settings=client.Settings(
+            silent=True,
+            reinit="create_new",  # a run that the caller has open stays the caller's
+            console="off",
+            save_code=False,
+            disable_git=True,
+            finish_timeout_raises=True,
+            x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
+            x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+            **settings,
+        ),
+    )
     run.define_metric(STEP_AXIS)
     for names in ("train/*", "eval/*"):
         run.define_metric(names, step_metric=STEP_AXIS)
-    for name, best in BEST.items():
-        run.define_metric(name, step_metric=STEP_AXIS, summary=f"{best},last")
     _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
     growth = FileGrowth(Path(run.sync_dir))
     if last is not None:
         return Session(run, order_of_sent(last), last["_step"] + 1, growth)
     return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0, growth)
-
-
-@contextlib.contextmanager
-def _hidden_secrets_of_command_line() -> Iterator[None]:
-    """Hide secrets in `sys.argv`, which wandb sends with the run and has no setting for, in the block."""
-    typed = sys.argv
-    sys.argv = without_secrets(typed)
-    try:
-        yield
-    finally:
-        sys.argv = typed
 
 
 def _known(run: "wandb.Run") -> dict[str, Any]:
@@ -259,9 +245,18 @@ def tear_down(*, is_dead: bool = False) -> bool:
     return False
 
 
-def kill_service() -> None:
-    """Kill wandb's service, so that a call that waits for it returns; its file has all rows."""
-    for child in psutil.Process().children():
+def services() -> set[psutil.Process]:
+    """Return the services of wandb that this process has started."""
+    with contextlib.suppress(psutil.Error):
+        return {child for child in psutil.Process().children() if child.name().startswith("wandb-core")}
+    return set()
+
+
+def kill_services(others: Collection[psutil.Process]) -> None:
+    """Kill wandb's service, so that a call that waits for it returns; its file has all rows.
+
+    `others` live on: they were there before the run, and have runs of the caller.
+    """
+    for service in services().difference(others):
         with contextlib.suppress(psutil.Error):
-            if child.name().startswith("wandb-core"):
-                child.kill()
+            service.kill()

@@ -16,7 +16,7 @@ from dpo_dist.errors import first_line
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.tracked_values import order_of
 from dpo_dist.report.trackers.wandb_environment import notes_of, wanted_mode, warn_of_unused
-from dpo_dist.report.trackers.wandb_media import RunMedia, staged_in
+from dpo_dist.report.trackers.wandb_media import RunMedia
 from dpo_dist.report.trackers.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ class Tracker:
             self._warn_of(session.growth.fault(is_closed=True))
 
     def _send(self, session: Session) -> None:
-        with staged_in(self._media.staging):
-            session.send(self._rows, self._media.of_row)
+        session.send(self._rows, self._media.of_row)
 
     def _act(self, action: Callable[[Session], None]) -> None:
         if self._session is None:
