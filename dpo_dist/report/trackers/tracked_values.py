@@ -62,7 +62,8 @@ def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
 def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return the summary's values of the metrics of all `rows`: wandb knows those of the last start only.
 
-    Each is the last one, a number as in TRL's runs; of a metric of `BEST` there is also the best finite one.
+    Each is the last one, a number as in TRL's runs; of a metric of `BEST` there is also the best finite one
+    after a step.
     The axes are absent: wandb can be ahead of `rows`, and their values are its own.
     """
     named = [wandb_names(row) for row in rows]
@@ -70,7 +71,8 @@ def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     for axis in (STEP_AXIS, EVALUATED_AT):
         found.pop(axis, None)
     for name, best in BEST.items():
-        finite = [values[name] for values in named if math.isfinite(values.get(name, math.nan))]
+        after_steps = (values[name] for values in named if name in values and values[STEP_AXIS] > 0)
+        finite = [value for value in after_steps if math.isfinite(value)]
         if finite:
             found[f"best/{name}"] = min(finite) if best == "min" else max(finite)
     return found
