@@ -63,7 +63,7 @@ def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
             "step": _first_bad_step(facts, row),
             "loss": number(last(before.steps, "loss")),
             "grad_norm": number(last(before.steps, "grad_norm")),
-            "rate": number(row.get("learning_rate", last(before.steps, "learning_rate"))),
+            "rate": number(last([row, *before.steps], "learning_rate")),
         }
     return None
 
@@ -294,5 +294,5 @@ def sentence_of_success(facts: RunFacts) -> str:
     margin = number(last(facts.last_rows, MARGIN))
     learnt = f"{facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
     if not facts.evaluations:
-        found += " (nothing was evaluated: data.eval)"
+        found += " (nothing was evaluated after a step: data.eval)"
     return f"{found}: {learnt}"

@@ -95,7 +95,7 @@ RULES: dict[str, RunRule] = {
         "chance; the last two in at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "a lower optim.lr, by ten times; a larger optim.warmup_ratio",
-        explains=("far_from_reference",),
+        explains=("far_from_reference", "displacement"),
     ),
     "labels_swapped": RunRule(
         "labels look swapped",
@@ -161,8 +161,9 @@ RULES: dict[str, RunRule] = {
         "`standard_errors` of `eval_loss` / sqrt(pairs), while the training loss fell; the training accuracy "
         "of the last quarter of the steps minus the last evaluation accuracy, by more than chance",
         "{symptom}",
-        "the checkpoint of the lowest evaluation loss; fewer steps; a lower optim.lr; a larger loss.beta, "
-        "or loss.label_smoothing; other evaluation data if they are of another kind",
+        "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
+        "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
+        "kind",
     ),
     "over_optimised": RunRule(
         "over-optimised",
@@ -228,8 +229,8 @@ RULES: dict[str, RunRule] = {
         "the first row, of at least `rows` rows, unless `rewards/margins` divided by beta reached `margin` "
         "nats",
         "{symptom}",
-        "check that the labels are not random; a higher optim.lr; more steps; more evaluation pairs if "
-        "there are few",
+        "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
+        "random, and evaluate more pairs if there are few",
     ),
     "noisy_source": RunRule(
         "a source of noise",

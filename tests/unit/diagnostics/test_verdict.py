@@ -853,7 +853,9 @@ def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> 
 def test_without_evaluations_the_sentence_says_so() -> None:
     training = [row for row in rows() if "loss" in row]
     sentence = verdict(training, summary()).sentence
-    assert sentence.startswith("no fault found (nothing was evaluated: data.eval): training accuracy 0.72")
+    assert sentence.startswith(
+        "no fault found (nothing was evaluated after a step: data.eval): training accuracy 0.72"
+    )
 
 
 def test_the_page_has_every_rule() -> None:
