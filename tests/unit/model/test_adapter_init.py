@@ -17,6 +17,7 @@ from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter, load_adap
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.precision import DTYPES
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
@@ -37,7 +38,7 @@ def started(base: Path, init: str, initial: Path | None = None, dtype: Dtype = D
     return model
 
 
-@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("init", [*INITS, "gaussian"])
 def test_the_start_and_the_base_are_exactly_the_model(init: str, dtype: Dtype, base: Path) -> None:
     plain = load_packed(base, ModelConfig(str(base), dtype=dtype), 64, torch.device("cpu"))
