@@ -1,4 +1,4 @@
-"""Options of layers change no result on a GPU, and a step does not wait for the device."""
+"""Options of layers change no result on a GPU."""
 
 import importlib.util
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_liger_is_exact_for_every_listed_architecture(model_type: str) -> None:
 
 
 def test_checkpointing_uses_less_memory(folder: Path) -> None:
-    long = pack_unkeyed(random_pairs([(400, 300, 300)] * 8)).to(CUDA)
+    long = pack_unkeyed(random_pairs([(150, 100, 100)] * 4)).to(CUDA)
     model = load_packed(folder, ModelConfig(), 1024, CUDA).to(CUDA).train()
     model(long).sum().backward()
     peaks = {}
@@ -133,17 +133,6 @@ def test_checkpointing_uses_less_memory(folder: Path) -> None:
         peaks[choice] = torch.cuda.max_memory_allocated() - before
         model.zero_grad(set_to_none=False)  # gradients stay allocated, so that only activations differ
     assert peaks["full"] < peaks["none"]
-
-
-def test_forward_and_backward_do_not_wait_for_the_device(folder: Path, batch: PackedBatch) -> None:
-    model = load_packed(folder, ModelConfig(), 512, CUDA).to(CUDA).train()
-    model(batch).sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(batch).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_measured_peak_is_higher_in_bf16() -> None:

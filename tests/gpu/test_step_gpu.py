@@ -1,4 +1,7 @@
-"""A step is queued without waiting for the device, and timed afterwards."""
+"""No kernel makes the host wait in a step, which is timed afterwards.
+
+What waits in whole runs, `tests/simulated_cuda/test_waits.py` shows; only a GPU knows all kernels that do.
+"""
 
 from pathlib import Path
 from typing import Any

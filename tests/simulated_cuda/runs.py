@@ -95,30 +95,35 @@ def _parent_with_device() -> Iterator[None]:
 
 
 def start_simulated(
-    verb: str,
-    overrides: list[str],
+    module: str,
+    arguments: list[str],
     screen: Path,
     processes: int = 1,
     prepare: Prepare | None = None,
     **wanted: Any,
 ) -> list[Any]:
-    """Start a verb on processes with a device each, which write to the file `screen`.
+    """Start a module on processes with a device each, which write to the file `screen`.
 
-    Other arguments as of `asked`; `prepare` is called in each process before the verb.
+    Other arguments as of `asked`; `prepare` is called in each process before the module.
     """
     screen.touch()
     variables = environment(devices=processes, **wanted)
     with _parent_with_device():
         return warm.start_module(
-            warm.context, f"dpo_dist.{verb}", overrides, variables, processes, launch.ROOT, screen, prepare
+            warm.context, module, arguments, variables, processes, launch.ROOT, screen, prepare
         )
 
 
 def run_simulated(verb: str, overrides: list[str], *, seconds: float = 240, **started: Any) -> Finished:
     """Run a verb to its end, as `launch.run_verb` does; other arguments as of `start_simulated`."""
+    return run_module(f"dpo_dist.{verb}", overrides, seconds=seconds, **started)
+
+
+def run_module(module: str, arguments: list[str], *, seconds: float = 240, **started: Any) -> Finished:
+    """Run a module to its end; other arguments as of `start_simulated`."""
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
-        code = warm.wait(start_simulated(verb, overrides, screen, **started), seconds)
+        code = warm.wait(start_simulated(module, arguments, screen, **started), seconds)
         return Finished(code, screen.read_text(encoding="utf-8"))
 
 
@@ -128,7 +133,7 @@ def signal_simulated(
     """Train on one device, send a signal as soon as `when()` is true, and wait for the end."""
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
-        [process] = start_simulated("train", overrides, screen)
+        [process] = start_simulated("dpo_dist.train", overrides, screen)
         deadline = time.monotonic() + seconds
         while not when():
             assert process.is_alive(), screen.read_text()

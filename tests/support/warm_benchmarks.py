@@ -35,12 +35,12 @@ def _fork_runs(modules: list[str]) -> None:
 
     for module in modules:
         importlib.import_module(module)
-    stand_in = SimpleNamespace(run=_run, PIPE=PIPE, STDOUT=STDOUT)
+    stand_in = SimpleNamespace(run=run_fork, PIPE=PIPE, STDOUT=STDOUT)
     mock.patch.object(runs, "subprocess", stand_in).start()
 
 
-def _run(command: list[str], env: dict[str, str], **_options: Any) -> CompletedProcess[str]:
-    """Return the end of a command line of Python, or of Accelerate's launcher."""
+def run_fork(command: list[str], env: dict[str, str], **_options: Any) -> CompletedProcess[str]:
+    """Run a command line of Python, or of Accelerate's launcher, in forks; its whole screen as its output."""
     assert command[0] == sys.executable
     size, variables, module, arguments = _parsed(command[1:])
     with tempfile.TemporaryDirectory() as temporary:
