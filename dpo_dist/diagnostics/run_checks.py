@@ -14,6 +14,7 @@ from dpo_dist.diagnostics.run_facts import (
     MARGIN,
     Row,
     RunFacts,
+    evaluation_rows,
     first,
     last,
     number,
@@ -221,8 +222,8 @@ def _does_not_generalise(facts: RunFacts, limits: Limits) -> Fields | None:
 def _rise_of_evaluation_loss(facts: RunFacts, limits: Limits) -> Iterator[str]:
     losses = values(facts.evaluations, "loss")
     start = known_start(facts)
-    if start is not None:
-        losses.insert(0, (0.0, start))
+    before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
+    losses = [*(values(before_steps, "loss") if start is None else [(0.0, start)]), *losses]
     after = fmean(recent) if (recent := _recent_losses(facts)) else None
     if len(losses) < 2 or after is None:
         return

@@ -296,6 +296,7 @@ def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), "evaluation loss rose"),
         (spoilt(0.66, 2000.0), "training accuracy 1.00 is far above"),
         (spoilt(0.9, 30.0, **{"rewards/accuracies": 0.7}), None),  # by chance
+        (spoilt(0.66, 8.0, **{"rewards/accuracies": 0.8}), None),  # by chance
         (spoilt(0.72, 2000.0, **{"rewards/accuracies": 0.7}), None),  # by little
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6, "loss": 1.4}), None),  # not over-fitting
     ],
@@ -330,6 +331,16 @@ def test_an_evaluation_loss_is_compared_with_what_a_policy_that_is_the_reference
     assert "does_not_generalise" not in [
         one.rule for one in verdict(spoilt(9 * start, 1e6, **fell), weighted).findings
     ]
+
+
+@pytest.mark.parametrize("kind", ["sft", "simpo", "orpo", "custom"])
+def test_an_evaluation_loss_without_a_known_start_is_compared_with_that_of_step_0(kind: str) -> None:
+    settings = summary(settings=SETTINGS | {"loss.kind": kind})
+    for end, is_found in ((2.0, False), (3.0, True)):
+        history = spoilt(end, 2000.0, **{"rewards/accuracies": 0.62})
+        start = {"step": 0.0, "eval_loss": 2.0, "eval_rewards/accuracies": 0.6, "eval_pairs": 2000.0}
+        found = [one.rule for one in verdict([start, *history], settings).findings]
+        assert ("does_not_generalise" in found) is is_found
 
 
 @pytest.mark.parametrize("evaluation", [0.5, 0.95])
