@@ -157,7 +157,8 @@ class MetricSums:
         added = torch.zeros_like(self.values)
         for name, value in values.items():
             place = self.names.index(name)
-            added[place], added[place + len(self.names)] = value.detach(), count
+            added[place] = value.detach()
+            added[place + len(self.names)].fill_(count)  # an assigned number would be copied from the host
         return MetricSums(self.names, self.values + added)
 
     def __add__(self, other: "MetricSums") -> "MetricSums":

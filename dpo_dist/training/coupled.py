@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.packing import copied_to
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
@@ -151,4 +153,4 @@ def _differentiable(logps: PairLogps) -> list[Tensor]:
 
 def _on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:
     """Return `numbers` as int64 [n] on `device`, without waiting for it."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    return copied_to(device, np.asarray(numbers, dtype=np.int64))

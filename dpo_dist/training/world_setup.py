@@ -68,5 +68,7 @@ def peak_flops(config: RunConfig, world: World) -> PeakFlops:
     datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
     world.barrier()
     peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()  # without those matrices
     sheets = [sheet for _, sheet in peaks if sheet is not None]
     return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)

@@ -9,6 +9,7 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -315,7 +316,8 @@ bool waits_for_mask(const std::string& name, at::ArrayRef<IValue> arguments) {
 
 void report_wait(const std::string& name, at::ArrayRef<IValue> arguments) {
   const bool counts = name == "aten::repeat_interleave" && arguments.back().isNone();  // no output_size
-  if (waiting.count(name) > 0 || counts || waits_for_mask(name, arguments)) host_waits(name);
+  const bool loops = name == "aten::_grouped_mm" && arguments[0].toTensor().scalar_type() != at::kBFloat16;
+  if (waiting.count(name) > 0 || counts || loops || waits_for_mask(name, arguments)) host_waits(name);
 }
 
 // Squares of 8192 only measure the device's peak. Their random numbers and products would take a CPU a minute, and
@@ -434,12 +436,21 @@ Tensor& addmm_of_dtype(const Tensor& added, const Tensor& left, const Tensor& ri
   return out;
 }
 
+// Of integers it exists on CUDA only.
+Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  if (least.equal(most.toDouble())) host_waits("aten::histc");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return copied_to_device(at::histc(on_host(self).to(at::kFloat), bins, least, most).to(self.scalar_type()));
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("copy_", copy_);
+  m.impl("histc", histc);
+  m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());  // not that of any device
   m.impl("mm.dtype", mm_of_dtype);
   m.impl("addmm.dtype_out", addmm_of_dtype);
   m.impl("record_stream", [](Tensor&, at::Stream) {});  // memory is freed when no work is queued

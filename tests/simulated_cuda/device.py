@@ -15,6 +15,7 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -33,11 +34,12 @@ class Wait(NamedTuple):
     phase: str
     kind: str
     line: str
-    """The last of the project, as dpo_dist/training/step.py:115; else the node of autograd."""
+    """The last of the project, as `dpo_dist/training/step.py:115 reduce_step`; else the node of autograd."""
     caller: str
-    """The last outside torch: that of the project, or of a library that it called."""
+    """The last outside torch and DeepSpeed's layer over it: of the project, or of a library it called."""
 
 
+_IS_BELOW = re.compile("/torch/|/deepspeed/accelerator/|^<")
 _waits: Counter[Wait] = Counter()
 _now: dict[str, Any] = {"phase": "", "user": None, "sync_mode": 0, "kernels": None}
 _library: Any = SimpleNamespace()  # the functions of device.cpp
@@ -93,8 +95,9 @@ def _note_wait(kind: bytes) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not line:
         path = frame.f_code.co_filename
-        if path != __file__ and "/torch/" not in path and not path.startswith("<"):
-            short = f"{path.rpartition('/site-packages/')[2].removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        if path != __file__ and not _IS_BELOW.search(path):
+            file = path.rpartition("/site-packages/")[2].removeprefix(f"{ROOT}/")
+            short = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
             caller = caller or short
             line = short if short.startswith("dpo_dist/") else ""
         frame = frame.f_back

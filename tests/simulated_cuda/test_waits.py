@@ -1,0 +1,144 @@
+"""In a step the host waits for the device once, where it reads the metrics, and where DeepSpeed waits.
+
+A wait elsewhere drains the device's queue: the device then idles until the host has queued work again.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dpo_dist.training.step_timer import StepClock
+from tests.dist.test_moe import write_moe
+from tests.simulated_cuda import device
+from tests.simulated_cuda.runs import run_simulated
+from tests.support import tiny
+from tests.support.invented import write_pairs
+from tests.support.launch import history
+from tests.support.tiny_model import write_model
+
+STEPS, COUNTED = 4, 2  # of a run; the last of them, as DeepSpeed's first steps record the order of gathers
+AFTER = "after the last step"
+ADAPTER = "model.adapter={r:4} reference.mode=adapter"
+ROUTERS = "loss.router.aux_coefficient=0.1 loss.router.z_coefficient=0.01"
+WAYS = {
+    "zero3, a cached reference": (1, "dense", "model.gradient_checkpointing=full"),
+    "ddp, a live reference, experts": (1, "experts", f"parallelism.kind=ddp reference.mode=live {ROUTERS}"),
+    "zero2, an adapter, a coupled loss": (1, "dense", f"parallelism.kind=zero2 loss.kind=aot {ADAPTER}"),
+    "two ranks share sequences, experts": (2, "experts", f"parallelism.sequence_parallel=2 {ROUTERS}"),
+}
+"""Processes, model and other keys."""
+
+Place = tuple[str, str, str]  # phase; kind; file and function
+PLANNED: dict[Place, int] = {
+    ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
+    # For an event before that copy, which the device has passed.
+    ("stop", "event", "dpo_dist/training/step_timer.py _durations"): COUNTED,
+}
+ITEM, PAGEABLE = "aten::_local_scalar_dense", "copy to device, pageable"
+PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"
+NORM: Place = ("optimizer", ITEM, "deepspeed/runtime/utils.py is_invalid_grad_norm")
+MASK: Place = ("optimizer", PAGEABLE, "deepspeed/runtime/utils.py mask_nan_or_inf_with_val_inplace")
+ZERO3: tuple[Place, ...] = (
+    ("backward", "stream", "deepspeed/runtime/zero/stage3.py independent_gradient_partition_epilogue"),
+    ("optimizer", PAGEABLE, "deepspeed/runtime/zero/stage3.py get_grad_norm_direct"),
+    NORM,
+)
+ZERO2 = "deepspeed/runtime/zero/stage_1_and_2.py"
+OF_DEEPSPEED: dict[str, tuple[Place, ...]] = {
+    # A rank alone does not gather weights: it copies them, and waits for that in each layer.
+    "zero3, a cached reference": (
+        *ZERO3,
+        ("forward", "stream", f"{PARTITIONS} wait"),
+        ("optimizer", "stream", f"{PARTITIONS} wait"),
+    ),
+    "ddp, a live reference, experts": (
+        ("reference", "stream", f"{PARTITIONS} wait"),
+        ("optimizer", ITEM, "deepspeed/runtime/utils.py clip_tensors_by_global_norm"),
+        MASK,
+        NORM,
+    ),
+    "zero2, an adapter, a coupled loss": (
+        ("backward", "device", f"{ZERO2} independent_gradient_partition_epilogue"),
+        ("optimizer", ITEM, f"{ZERO2} has_overflow"),
+        MASK,
+        NORM,
+    ),
+    "two ranks share sequences, experts": (
+        *ZERO3,
+        ("optimizer", "device", f"{PARTITIONS} _allgather_params_coalesced"),
+    ),
+}
+"""Its optimizer step reads the gradient's norm, and the end of its backward waits for its own streams."""
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("waits")
+    write_model(folder / "dense", seed=1)
+    write_moe(folder / "experts", "qwen3_moe")
+    tiny.qwen().save_pretrained(folder / "experts")
+    write_pairs(folder / "train.jsonl", 12, seed=3)
+    return folder
+
+
+def count_by_phase() -> None:
+    """Tell the device the phase of each step, and let it forget the waits before those that are counted."""
+    begin, enter, stop = StepClock.__init__, StepClock.enter, StepClock.stop
+    begun = 0
+
+    def begin_step(self: StepClock, *given: Any) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == STEPS - COUNTED + 1:
+            device.reset_waits()
+        begin(self, *given)
+
+    def enter_phase(self: StepClock, phase: Any) -> None:
+        device.enter_phase(phase)
+        enter(self, phase)
+
+    def stop_step(self: StepClock) -> Any:
+        device.enter_phase("stop")
+        seconds = stop(self)
+        device.enter_phase("between steps" if begun < STEPS else AFTER)
+        return seconds
+
+    mock.patch.multiple(StepClock, __init__=begin_step, enter=enter_phase, stop=stop_step).start()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_path: Path) -> None:
+    processes, model, others = WAYS[way]
+    reports, run = tmp_path / "reports", tmp_path / "run"
+    reports.mkdir()
+    overrides = [
+        f"model.path={assets}/{model}",
+        "model.dtype=bf16",
+        f"data.train=[{assets}/train.jsonl]",
+        f"data.cache={assets}/encoded",
+        f"reference.store={run}_store",
+        f"run.dir={run}",
+        "trainer.global_batch_pairs=4",
+        "trainer.micro_batch_tokens=256",
+        f"trainer.max_steps={STEPS}",
+        "tracking.wandb=off",
+        *others.split(),
+    ]
+    ended = run_simulated("train", overrides, processes=processes, prepare=count_by_phase, report=reports)
+    assert ended.code == 0, ended.output
+    wanted = PLANNED | dict.fromkeys(OF_DEEPSPEED[way], mock.ANY)
+    files = [*reports.iterdir()]
+    assert len(files) == processes
+    for file in files:
+        waits = [wait for wait in json.loads(file.read_text())["waits"] if wait[0] != AFTER]
+        found: Counter[Place] = Counter()
+        for phase, kind, line, caller, count in waits:
+            found[phase, kind, re.sub(r":\d+ ", " ", caller or line)] += count
+        assert found == wanted, "\n".join(" | ".join(map(str, wait)) for wait in waits)
+    most = max(row["memory/peak_allocated_bytes"] for row in history(run))
+    assert 0 < most < 2**24, "without the matrices that measure the device"
