@@ -158,8 +158,8 @@ RULES: dict[str, RunRule] = {
         {"rise": 0.05, "difference": 0.1, "standard_errors": 3, "steps": FEWEST_STEPS},
         "of a run of at least `steps` steps: the last `eval_loss` above its lowest, also above that of a "
         "policy that is the reference (ln 2 for sigmoid) or of step 0, relative to the first, and by more "
-        "than `standard_errors` of `eval_loss` / sqrt(pairs), while the training loss fell; the training accuracy "
-        "of the last quarter of the steps minus the last evaluation accuracy, by more than chance",
+        "than `standard_errors` of `eval_loss` / sqrt(pairs), while the training loss fell; the training "
+        "accuracy of the last quarter of the steps minus the last evaluation accuracy, by more than chance",
         "{symptom}",
         "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
         "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
