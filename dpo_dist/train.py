@@ -52,7 +52,7 @@ def check(config: RunConfig, *, trains: bool = True) -> int:
         with warnings_off():
             from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
 
-            print_text("check", rehearse(config), config.console)
+            print_text("check", rehearse(config, trains=trains), config.console)
     return ExitCode.completed
 
 

@@ -31,7 +31,7 @@ from dpo_dist.training.kept_files import KeptFiles
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.run_start import write_on_main
-from dpo_dist.training.run_state import Identity, RunState, write_state
+from dpo_dist.training.run_state import Identity, RunState, read_state, write_state
 
 
 def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: KeptFiles | None = None) -> int:
@@ -189,7 +189,9 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
     def work() -> None:
         assert loop.recorder is not None
         _close_report(loop.recorder, summary, state.outcome, folder, loop.console)
-        write_state(folder, state)
+        # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
+        former = read_state(folder) if state.outcome is RunOutcome.diverged else None
+        write_state(folder, state if former is None else replace(state, step=former.step))
 
     write_on_main(work, folder, loop.world, loop.console.heartbeat("writing the report"))
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.acceptance import check_fits_loss
@@ -32,35 +32,43 @@ from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.training.evaluate_model import with_stored_reference
 from dpo_dist.training.evaluated import Evaluated, Kind
+from dpo_dist.training.run_start import check_folder_unused, check_fresh_start, find_finished
+from dpo_dist.training.same_run import check_configuration
 
 _FIRST_RECORDS = 64
 _MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
 
 
-def rehearse(config: RunConfig) -> str:
+def rehearse(config: RunConfig, *, trains: bool = True) -> str:
     """Load what a run loads before weights, and encode the first records of each source.
 
     Weights are neither read nor, for a model on the hub, downloaded.
+
+    Args:
+        config: of the run.
+        trains: whether the run trains, so that it starts from what is in its directory.
 
     Returns:
         The findings, as lines for the screen.
 
     Raises:
+        CheckpointError: the run cannot start or continue in its directory.
         ConfigError: the model, its tokenizer or a package cannot be used.
         DataError: a source cannot be read, or its first records cannot be trained on.
     """
-    folder, tokenizer, model_type = _described_model(config)
     run = RunFolder.of(config)
-    has_checkpoints = bool(checkpoint_folders(run.checkpoints))
+    found = f" ({_expected_start(config, run)})" if trains else ""
+    folder, tokenizer, model_type = _described_model(config)
     lines = [
-        ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
+        ("run.dir", f"{run}{found}"),
         ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
         ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
         *_needs_gpu(config),
     ]
     lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
-    return _passed(lines) + "  python -m dpo_dist.doctor with the same arguments examines all records\n"
+    doctor = "python -m dpo_dist.doctor with the same arguments without --check examines all records"
+    return f"{_passed(lines)}  {doctor}\n"
 
 
 def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
@@ -86,6 +94,20 @@ def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
     return _passed(
         [*lines, *((key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config))]
     )
+
+
+def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    if config.run.resume is Resume.never:
+        check_folder_unused(folder)
+    elif finished := find_finished(config, folder):
+        check_configuration(finished.identity, config, folder)
+        return "complete: nothing is left to train"
+    elif any(folder.checkpoints.glob("step-*")):  # also one that the next start commits
+        return "has checkpoints: the run resumes"
+    else:
+        check_fresh_start(config, folder)
+    return "new"
 
 
 def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, str]:

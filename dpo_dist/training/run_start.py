@@ -133,34 +133,37 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
             every checkpoint is damaged.
     """
     if config.run.resume is Resume.never:
-        world.on_main(partial(_check_folder_unused, folder))
+        world.on_main(partial(check_folder_unused, folder))
         return Start()
-    state, has_model, has_weights = world.on_main(partial(_read_result, folder))
-    is_finished = state is not None and state.outcome in (RunOutcome.exported, RunOutcome.completed)
-    has_other_length = state is not None and former_length(state.identity, config, folder) is not None
-    if is_finished and has_weights and not has_other_length:
-        return Start(finished=state)
+    world.on_main(partial(recover_folder, folder.model))
+    if finished := world.on_main(partial(find_finished, config, folder)):
+        return Start(finished=finished)
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
-        _check_fresh_start(config.run.resume, folder, is_finished, has_model, has_other_length)
-        world.on_main(partial(check_no_progress, state, folder))
+        world.on_main(partial(check_fresh_start, config, folder))
         return Start()
     world.on_main(partial(check_configuration, checkpoint.state, config, folder))
     world.on_main(partial(check_longer, checkpoint.state, config, folder))
     return Start(checkpoint)
 
 
-def _read_result(folder: RunFolder) -> tuple[RunState | None, bool, bool]:
-    """Return the recorded state, whether there is a folder of the model, and whether it has weights."""
-    recover_folder(folder.model)
-    return read_state(folder), folder.model.is_dir(), any(folder.model.glob("*.safetensors"))
+def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
+    """Return the state of a run that is complete at the length of `config` and has its model, else None."""
+    state = read_state(folder)
+    if state is None or not _is_finished(state) or former_length(state.identity, config, folder) is not None:
+        return None
+    return state if any(folder.model.glob("*.safetensors")) else None
 
 
-def _check_fresh_start(
-    resume: Resume, folder: RunFolder, is_finished: bool, has_model: bool, has_other_length: bool
-) -> None:
-    """Refuse a fresh start where a checkpoint is required, or where it would replace a result."""
-    model = f"{folder.model.name}/"
+def _is_finished(state: RunState) -> bool:
+    return state.outcome in (RunOutcome.exported, RunOutcome.completed)
+
+
+def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse a start without a checkpoint where one is required, or where it would replace a result."""
+    state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
+    is_finished = state is not None and _is_finished(state)
+    has_other_length = state is not None and former_length(state.identity, config, folder) is not None
     if has_other_length and (is_finished or has_model):
         raise CheckpointError(
             "this run has another length and no checkpoint from which it could continue to this one",
@@ -180,15 +183,17 @@ def _check_fresh_start(
             where=str(folder.model),
             remedy=f"move {model} away to train again, or set another run.dir",
         )
-    if resume is Resume.must:
+    if config.run.resume is Resume.must:
         raise CheckpointError(
             "there is no checkpoint to resume from",
             where=str(folder.checkpoints),
             remedy="set run.resume=auto to start a new run",
         )
+    check_no_progress(state, folder)
 
 
-def _check_folder_unused(folder: RunFolder) -> None:
+def check_folder_unused(folder: RunFolder) -> None:
+    """Refuse a directory with results, for `run.resume=never`."""
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if used:
         raise CheckpointError(

@@ -37,7 +37,7 @@ class RunState:
 
     Attributes:
         outcome: of the run so far.
-        step: the number of steps done; with `started`, at the last checkpoint.
+        step: the number of steps done; with `started` and `diverged`, at the last checkpoint.
         identity: digests of all inputs that decide the result.
         summary: content of summary.json with `exported`, else None.
         stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
@@ -87,8 +87,6 @@ def check_no_progress(state: RunState | None, folder: RunFolder) -> None:
     """
     if state is None or state.step == 0:
         return
-    if state.outcome is RunOutcome.diverged and not folder.checkpoints.exists():
-        return  # it may have diverged before its first checkpoint
     raise CheckpointError(
         f"this run has done {state.step:,} steps, and its checkpoints are missing",
         where=str(folder.checkpoints),

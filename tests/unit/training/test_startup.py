@@ -10,15 +10,18 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_dist import evaluate, precompute, train
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.model import optional_packages
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import load_inputs
+from dpo_dist.training.length import as_text
 from dpo_dist.training.preflight import rehearse
 from dpo_dist.training.run_start import locked
+from dpo_dist.training.run_state import RunState, write_state
 from dpo_dist.training.startup import check_start, without_traces
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -255,11 +258,69 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
         check_start(config)
         text = rehearse(config)
     assert "check passed" in text
+    assert " (new)\n" in text
+    assert "without --check examines all" in text
     assert "12 of the first 12 records kept" in text
     assert "data.eval[0]:  " in text
     assert "5 of the first 5 records kept" in text
     assert "cached, store" in text
     assert not list(tmp_path.iterdir())
+
+
+def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
+    """Leave the files of a run that did steps: its state, and those of `left`, relative to its directory."""
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    write_state(folder, RunState(outcome, 8, {"run_digest": run_digest(config), "length": as_text(config)}))
+    for name in left:
+        (folder.path / name).parent.mkdir(parents=True)
+        (folder.path / name).touch()
+
+
+LEFT_MODEL, LEFT_CHECKPOINT = "model/model.safetensors", "checkpoints/step-000008/state.json"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left", "overrides", "text"),
+    [
+        (RunOutcome.preempted, (), [], "its checkpoints are missing"),
+        (RunOutcome.completed, (), [], "its model and its checkpoints were removed"),
+        (RunOutcome.completed, (LEFT_MODEL,), ["trainer.epochs=2"], "no checkpoint from which it could"),
+        (RunOutcome.completed, (LEFT_MODEL,), ["loss.beta=0.3"], "belongs to another configuration"),
+        (RunOutcome.completed, (LEFT_MODEL,), ["run.resume=never"], "has results of a run"),
+        (None, (), ["run.resume=must"], "no checkpoint to resume from"),
+    ],
+)
+def test_a_check_refuses_the_run_directories_that_a_start_refuses(
+    outcome: RunOutcome | None,
+    left: tuple[str, ...],
+    overrides: list[str],
+    text: str,
+    assets: Path,
+    tmp_path: Path,
+) -> None:
+    place = f"run.dir={tmp_path}/run"
+    if outcome is not None:
+        leave_run(run_of(assets, tmp_path, place), outcome, left)
+    config = run_of(assets, tmp_path, place, *overrides)
+    with pytest.raises(CheckpointError, match=text):
+        rehearse(config)
+    assert text not in rehearse(config, trains=False), "a verb that does not train"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left", "text"),
+    [
+        (RunOutcome.completed, (LEFT_MODEL,), "/run (complete: "),
+        (RunOutcome.preempted, (LEFT_CHECKPOINT,), "/run (has checkpoints: the run resumes)"),
+    ],
+)
+def test_a_check_says_what_a_run_directory_has(
+    outcome: RunOutcome, left: tuple[str, ...], text: str, assets: Path, tmp_path: Path
+) -> None:
+    config = run_of(assets, tmp_path, f"run.dir={tmp_path}/run")
+    leave_run(config, outcome, left)
+    assert text in rehearse(config)
 
 
 def write_records(file: Path, *records: dict[str, object]) -> Path:
