@@ -90,10 +90,12 @@ def _configuration() -> str:
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; an experiment, which may serve "
         "several verbs, may have it.\n`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
-        "take the command line of `train`.\n",
+        "take the command line of `train`;\n"
+        "`export run.dir=...` refuses other values than those of its run.\n",
     ]
-    # Entries of data.eval have the keys of those of data.train.
-    keys = [key for key in all_keys().values() if not key.name.startswith("data.eval[]")]
+    # Entries of data.eval have the keys of those of data.train; a weight has no effect on evaluation data.
+    left_out = ("data.eval[]", "evaluation.data[].weight")
+    keys = [key for key in all_keys().values() if not key.name.startswith(left_out)]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():
         rows = [key for key in keys if key.name.startswith(f"{section}.")]

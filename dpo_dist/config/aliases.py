@@ -161,6 +161,8 @@ REMEDIES = MODEL_REMEDIES | by_name(
             "judge judge_model reward_model reward_model_path"
         ),
         "set samples.prompts=16": "generate_during_eval predict_with_generate",
+        "evaluation.model of evaluate takes the folder of one, <run.dir>/checkpoints/step-000100; "
+        "export.checkpoint of export its name": "checkpoint checkpoints",
         "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
         "log files are in run.dir": "logging_dir",
         "set optim.kind=adamw or adamw_8bit; the other options of AdamW are in optim": "optim_type optimizer",

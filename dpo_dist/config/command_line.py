@@ -27,7 +27,7 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import ZERO_STAGES, RunConfig
-from dpo_dist.config.verbs import TRAIN
+from dpo_dist.config.verbs import TRAIN, keys_of
 from dpo_dist.errors import (
     ConfigError,
     DpoDistError,
@@ -169,7 +169,7 @@ def _run(
     about: str,
 ) -> int:
     arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments, verb, about)) is not None:
+    if (text := _answer(arguments, verb, about, has_check=check is not None)) is not None:
         if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -213,20 +213,21 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _answer(arguments: Arguments, verb: str, about: str) -> str | None:
+def _answer(arguments: Arguments, verb: str, about: str, *, has_check: bool) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
     key = arguments.options.get("--help")
-    folders = group_folders(arguments.own_folder)
+    folders, own = group_folders(arguments.own_folder), keys_of(verb, trains=verb == "pairs")
     if key:
-        return explain(key, folders)
+        return explain(key, folders, own)
     options = {
         f"{name}{f', {option.short}' if option.short else ''} {option.value}": option.meaning
         for name, option in OPTIONS.items()
+        if has_check or name != "--check"
     }
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
-    return None if key is None else usage(command, about, options, folders)
+    return None if key is None else usage(command, about, options, folders, own)
 
 
 def _show(composed: DictConfig, arguments: Arguments, verb: str) -> int:

@@ -1,7 +1,7 @@
 """Text of `--help` and `--help KEY`: sections, presets and keys, as the schema and `conf/` declare them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from dpo_dist.config.keys import Key, all_keys, section_meanings
@@ -9,7 +9,9 @@ from dpo_dist.config.loss_kinds import KINDS, LossKind, kinds_using
 from dpo_dist.config.messages import is_within, preset_names, unknown_key, unknown_name
 
 
-def usage(command: str, about: str, options: Mapping[str, str], folders: Sequence[Path]) -> str:
+def usage(
+    command: str, about: str, options: Mapping[str, str], folders: Sequence[Path], own: Collection[str]
+) -> str:
     """Return the text of `--help`.
 
     Args:
@@ -17,31 +19,37 @@ def usage(command: str, about: str, options: Mapping[str, str], folders: Sequenc
         about: text about the verb, with an example.
         options: each option with its meaning.
         folders: the folders of configuration groups.
+        own: keys and sections that the verb reads.
     """
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
+    groups = [group for group in groups if chosen.get(group, group) in own]
     presets = {group: ", ".join(preset_names(group, folders)) for group in groups}
     return "\n".join(
         [
             f"usage: {command} [KEY=VALUE ...] [GROUP=PRESET ...] [+experiment=NAME] [OPTION ...]",
             *([f"\n{about.strip()}"] if about else []),
             "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
-            *_columns({name: text for name, text in section_meanings().items() if "." not in name}),
+            *_columns(
+                {name: text for name, text in section_meanings().items() if name in own and "." not in name}
+            ),
             "\npresets (GROUP=PRESET, +experiment=NAME):",
             *(f"  {group}: {names}" for group, names in presets.items() if names),
             "\noptions:",
             *_columns(options),
-            "\nexit codes: 0 completed, 1 bug, lost process or findings of the doctor, 2 configuration or",
-            "data error, 3 diverged, 75 stopped with a checkpoint (the same command resumes)\n",
+            "\nexit codes: 0 completed, 1 bug or findings of the doctor, 2 configuration or data error,",
+            "3 diverged; the same command resumes after 69 lost process, 75 stopped with a checkpoint\n",
         ]
     )
 
 
-def explain(key: str, folders: Sequence[Path]) -> str:
+def explain(key: str, folders: Sequence[Path], own: Collection[str] = ()) -> str:
     """Return the text of `--help KEY` for a key, a section or a group of presets.
 
     Args:
         key: `loss.beta`, `loss`, `data.train.weight` (also `data.train[0].weight`), `experiment`.
         folders: the folders of configuration groups.
+        own: keys that are suggested first.
 
     Raises:
         ConfigError: there is no such key.
@@ -53,7 +61,7 @@ def explain(key: str, folders: Sequence[Path]) -> str:
     if name not in keys and not below and not presets:
         mapping, _, last_part = name.rpartition(".")
         kind = keys[mapping].of if mapping in keys else None
-        raise unknown_key(name) if kind is None else unknown_name(last_part, mapping, kind)
+        raise unknown_key(name, own=own) if kind is None else unknown_name(last_part, mapping, kind)
     lines = (
         _facts(keys[name])
         if name in keys

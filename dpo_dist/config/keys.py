@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from dpo_dist.config.fields import Bounds, declaration
+from dpo_dist.config.fields import EVERY_VERB, Bounds, declaration
 from dpo_dist.config.schema import RunConfig
 
 
@@ -118,6 +118,30 @@ def key_types(kind: type) -> dict[str, Any]:
 def run_keys() -> dict[str, Any]:
     """Return every key and section that a command line can set, with its declared type."""
     return key_types(RunConfig) | {name: row.type for name, row in all_keys().items() if "[]" not in name}
+
+
+def readers(name: str) -> list[str]:
+    """Return the verbs that read a key, or any key of a section."""
+    rows = [row for full, row in all_keys().items() if f"{full}.".startswith(f"{name}.")]
+    return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
+
+
+def read_by(name: str) -> str:
+    """Return in words which verbs read a key or section: `train, evaluate read loss.beta`."""
+    verbs = readers(name)
+    return f"{', '.join(verbs)} read{'s' * (len(verbs) == 1)} {name}"
+
+
+_PATHS = {
+    "evaluate": {"model": "evaluation.model", "data": "evaluation.data"},
+    "compare": {"model": "compare.models", "data": "data.eval"},
+}
+
+
+def path_key(group: str, verb: str) -> str | None:
+    """Return the key by which a verb takes the path of what a group of presets names, if there is one."""
+    usual = {"model": "model.path", "data": "data.train", "reference": "reference.path"}
+    return _PATHS.get(verb, usual).get(group)
 
 
 def describe_type(hint: Any) -> str:

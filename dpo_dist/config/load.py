@@ -83,7 +83,10 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, verb: str 
     find_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
-    check_overrides(parsed, folders, keys_of(verb or TRAIN))
+    trains = not given_keys(parsed).isdisjoint({"pairs.rounds", "experiment"})  # `resolve` knows for sure
+    if verb:
+        check_read(parsed, verb, trains=trains)
+    check_overrides(parsed, folders, keys_of(verb or TRAIN, trains=trains), verb or "")
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with _hydra():
@@ -184,15 +187,13 @@ def resolve(
         config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
     except OmegaConfBaseException as error:
         raise composition_error(error, parsed, folders) from error
-    data = replace(
-        config.data,
-        train=_entries("data.train", config.data.train, SourceConfig),
-        eval=_entries("data.eval", config.data.eval, SourceConfig),
-    )
+    train = _entries("data.train", config.data.train, SourceConfig)
+    held_out = _entries("data.eval", config.data.eval, SourceConfig)
+    data = replace(config.data, train=train, eval=held_out)
     model = replace(config.model, adapter=_adapter(config.model.adapter))
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
-    pairs = _entries("evaluation.data", config.evaluation.data, SourceConfig)
-    evaluation = replace(config.evaluation, data=pairs)
+    pairs = config.evaluation.data
+    evaluation = replace(config.evaluation, data=_entries("evaluation.data", pairs, SourceConfig))
     config = replace(config, data=data, model=model, loss=loss, evaluation=evaluation)
     config = resolve_reference(config, given_keys(parsed))
     if verb:

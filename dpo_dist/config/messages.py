@@ -21,7 +21,7 @@ from yaml import MarkedYAMLError
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES, VALUE_ALIASES, alias_of
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.keys import all_keys, choices, describe_type, key_types, run_keys
+from dpo_dist.config.keys import all_keys, choices, describe_type, key_types, path_key, read_by, run_keys
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.spelling import likely, nearest
@@ -44,7 +44,9 @@ def assignment(key: str, value: str, hint: Any) -> str:
     return shlex.quote(f"{key}={value}")
 
 
-def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[str] = ()) -> ConfigError:
+def unknown_key(
+    key: str, value: str = "", *, where: str = "", own: Collection[str] = (), is_strict: bool = False
+) -> ConfigError:
     """Return the error for a key that does not exist, with the likely key if there is one.
 
     Args:
@@ -52,6 +54,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[s
         value: the text after `=`; empty if unknown.
         where: the file or override with the key.
         own: keys that are suggested before all others.
+        is_strict: whether all other keys are refused, so that none of them is suggested.
     """
     if key.startswith("hydra."):
         return ConfigError(
@@ -61,7 +64,13 @@ def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[s
         )
     known, expected = run_keys(), ""
     same, words = alias_of(key, KEY_ALIASES), alias_of(key, REMEDIES)
-    if same is not None:
+    of_verb = [name for name in own if name.partition(".")[2] == key]
+    if same is not None and len(of_verb) == 1:
+        same = of_verb[0]  # `output` of export is no other name of run.dir
+    found = [same] if same else [] if words else likely(key, own) or likely(key, known)
+    if is_strict and found and set(own).isdisjoint(found):
+        remedy = f"remove it: {read_by(found[0])}"
+    elif same is not None:
         type_words = _accepted(same, known[same])
         expected = f"{same}, {type_words}" if type_words else same
         remedy = f"write {assignment(same, value, known[same])}"
@@ -71,11 +80,11 @@ def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[s
         kind = VALUE_ALIASES.get(value, value)
         is_kind = "loss=NAME" in words and kind in [*LossKind, "sigmoid_sft"]
         remedy = f"write loss={kind}" if is_kind else words
-    elif found := likely(key, own) or likely(key, known):
+    elif found:
         expected = " or ".join(found)
         remedy = f"did you mean {expected}?"
     else:
-        remedy = _keys_beside(key, known)
+        remedy = _keys_beside(key, own if is_strict else known)
     return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
 
 
@@ -123,8 +132,8 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
-def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
-    """Return the error for a preset that does not exist."""
+def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str = "") -> ConfigError:
+    """Return the error for a preset that does not exist, with the key of `verb` for a path."""
     known = preset_names(group, folders)
     if not known:
         return ConfigError(
@@ -135,7 +144,7 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     plus = "+" if group == "experiment" else ""
     found = likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known)
     remedies = [f"did you mean {plus}{group}={found[0]}?"] if found else []
-    key = {"model": "model.path", "data": "data.train", "reference": "reference.path"}.get(group)
+    key = path_key(group, verb)
     if key is not None and not found:
         line = assignment(key, choice, run_keys()[key])
         remedies.append(f"a {'file or dataset' if group == 'data' else 'model'} is named by {line}")

@@ -160,7 +160,7 @@ def given_keys(overrides: Iterable[Override]) -> frozenset[str]:
 
 
 def check_overrides(
-    overrides: Sequence[Override], folders: Sequence[Path], own: Collection[str] = ()
+    overrides: Sequence[Override], folders: Sequence[Path], own: Collection[str] = (), verb: str = ""
 ) -> None:
     """Check the form of each override: an existing key or group, one value, a list where the type is one.
 
@@ -168,6 +168,7 @@ def check_overrides(
         overrides: of the command line.
         folders: the folders of configuration groups.
         own: keys that are suggested first.
+        verb: it reads no keys but `own`; empty if any may be suggested.
 
     Raises:
         ConfigError: for the first wrong one.
@@ -186,9 +187,9 @@ def check_overrides(
         if override.is_sweep_override() and (is_group or _type_of(override) is not None):
             raise _wrong(override, f"{override.key_or_group} has several values", _one_value(override))
         if is_group:
-            _check_choice(override, folders)
+            _check_choice(override, folders, verb)
         else:
-            _check_key(override, own)
+            _check_key(override, own, is_strict=bool(verb))
     _check_warmup({override.key_or_group: override.value() for override in overrides})
 
 
@@ -210,7 +211,7 @@ def _wrong(override: Override, message: str, remedy: str, expected: str = "") ->
     )
 
 
-def _check_choice(override: Override, folders: Sequence[Path]) -> None:
+def _check_choice(override: Override, folders: Sequence[Path], verb: str) -> None:
     """Check the choice of a preset, or of several experiments; a mapping is a section's content."""
     group, value, line = override.key_or_group, override.value(), str(override.input_line)
     known = preset_names(group, folders)
@@ -229,19 +230,19 @@ def _check_choice(override: Override, folders: Sequence[Path]) -> None:
         raise _wrong(override, f"{group} is chosen by name", remedy)
     for name in _names(value):
         if name not in known:
-            raise unknown_preset(group, name, folders)
+            raise unknown_preset(group, name, folders, verb)
 
 
 def _type_of(override: Override) -> Any:
     return run_keys().get(override.key_or_group.partition("[")[0])
 
 
-def _check_key(override: Override, own: Collection[str]) -> None:
+def _check_key(override: Override, own: Collection[str], *, is_strict: bool) -> None:
     """Check that a key exists, is neither added nor removed, and has a value of the right form."""
     key, line, hint = override.key_or_group, str(override.input_line), _type_of(override)
     text, value = line.partition("=")[2], override.value()
     if hint is None:
-        raise unknown_key(key, text, where=f"{COMMAND_LINE}: {line}", own=own)
+        raise unknown_key(key, text, where=f"{COMMAND_LINE}: {line}", own=own, is_strict=is_strict)
     if override.is_add() and not key.startswith("model.adapter."):
         raise _wrong(override, f"{key} exists already", f"write {line.lstrip('+')}")
     if override.is_delete():

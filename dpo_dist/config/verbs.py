@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hydra.core.override_parser.types import Override
 
 from dpo_dist.config.check import Rule, check
-from dpo_dist.config.keys import all_keys, run_keys
+from dpo_dist.config.keys import read_by, readers, run_keys
 from dpo_dist.config.overrides import COMMAND_LINE, given_keys
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.errors import ConfigError
@@ -55,13 +55,7 @@ def check_needs(config: RunConfig, verb: str) -> None:
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:
     """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
     verbs = {verb, *([TRAIN] if trains or VERBS[verb].of_a_run else [])}
-    return [name for name in run_keys() if verbs & set(_readers(name))]
-
-
-def _readers(name: str) -> list[str]:
-    """Return the verbs that read a key, or any key of a section."""
-    rows = [row for full, row in all_keys().items() if f"{full}.".startswith(f"{name}.")]
-    return [verb for verb in VERBS if any(verb in row.verbs for row in rows)]
+    return [name for name in run_keys() if verbs & set(readers(name))]
 
 
 def check_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> None:
@@ -74,14 +68,16 @@ def check_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> Non
     for override in overrides:
         for given in sorted(given_keys([override])):
             key = given.partition("[")[0]
+            if key == "reference" and isinstance(override.value(), str):  # a preset, which is about the mode
+                key = "reference.mode"
             if key in own or key not in run_keys():  # `experiment` is no key
                 continue
             same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
-            expected, readers = " or ".join(same), _readers(key)
+            expected = " or ".join(same)
             remedy = f"did you mean {expected}?" if same else "remove it:"
             raise ConfigError(
                 f"{verb} does not read {key}",
                 where=f"{COMMAND_LINE}: {override.input_line}",
                 expected=expected,
-                remedy=f"{remedy} {', '.join(readers)} read{'s' * (len(readers) == 1)} {key}",
+                remedy=f"{remedy} {read_by(key)}",
             )

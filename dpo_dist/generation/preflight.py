@@ -44,11 +44,12 @@ def rehearse_pairs(config: RunConfig) -> str:
         ConfigError: a model, its tokenizer, the judge or a folder cannot be used.
         DataError: a source cannot be read, or none of its first records can be used.
     """
-    pairs, file = config.pairs, output_file(config)
+    pairs, folder = config.pairs, RunFolder.of(config)
+    file = folder.round(1).pairs_file if pairs.rounds else output_file(config)
     if pairs.rounds:
         check_rounds(config)
     check_writable(file.parent, "pairs.output" if pairs.output else "run.dir")
-    check_writable(RunFolder.of(config).path, "run.dir")
+    check_writable(folder.path, "run.dir")
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}
     match pairs.method:

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from dpo_dist.config.checkpoint_folders import BEST, best_checkpoints
 from dpo_dist.errors import ConfigError
 from dpo_dist.hub_cache import is_absent_offline
 from dpo_dist.model.safe_weights import PICKLED, check_adapter, check_safetensors
@@ -84,7 +85,7 @@ def local_model_folder(
                 where=key,
                 got=path,
                 expected="the folder that contains config.json and the weights",
-                remedy=f"name its folder: {folder.parent}",
+                remedy=_in_place_of(folder),
             )
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise _missing(folder, key, path)
@@ -92,6 +93,15 @@ def local_model_folder(
     _check_no_revision(path, revision, key)
     _check_files(folder, key, needs_weights)
     return folder
+
+
+def _in_place_of(file: Path) -> str:
+    """Return what to name in place of a file."""
+    names = best_checkpoints(file.parent) if file.name == BEST else []
+    if not names:
+        return f"name its folder: {file.parent}"
+    exported = f"python -m dpo_dist.export run.dir={file.parent.parent} export.checkpoint=best"
+    return f"evaluate and compare read {file.parent / names[0]}; {exported} writes a model folder"
 
 
 def _check_no_revision(path: str, revision: str | None, key: str) -> None:

@@ -290,6 +290,7 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
     ended = verb("--check", *RUN)
     assert ended.code == 2
     assert "this verb has no --check" in ended.err
+    assert "--check" not in verb("--help").out.partition("options:")[2]
 
 
 @pytest.mark.parametrize("module", ["train", "precompute"])

@@ -1,5 +1,6 @@
 """`--help KEY` explains every key, section and group of presets."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dpo_dist.config.help import explain, usage
 from dpo_dist.config.keys import all_keys, section_meanings
 from dpo_dist.config.load import group_folders
 from dpo_dist.config.loss_kinds import KINDS
+from dpo_dist.config.verbs import keys_of
 from dpo_dist.errors import ConfigError
 
 
@@ -79,11 +81,19 @@ def test_the_verbs_are_the_programs_with_a_configuration() -> None:
 
 def test_the_help_of_a_verb_begins_with_the_verb() -> None:
     text = usage(
-        "python -m dpo_dist.compare", compare.__doc__ or "", {"--help": "this text"}, group_folders()
+        "python -m dpo_dist.compare",
+        compare.__doc__ or "",
+        {"--help": "this text"},
+        group_folders(),
+        keys_of("compare"),
     )
     assert text.startswith("usage: python -m dpo_dist.compare ")
     assert "\nCompare models: `python -m dpo_dist.compare 'compare.models=[" in text
     assert "+experiment=qwen7b" not in text, "an example of another verb"
+    listed = set(re.findall(r"^  (\w+):? ", text, re.MULTILINE))
+    assert {"compare", "data", "parallelism", "experiment"} <= listed
+    assert not listed & {"optim", "trainer", "samples", "tracking", "doctor", "export", "loss"}
+    assert "69 lost process" in text
 
 
 def test_every_kind_of_loss_has_a_line() -> None:
@@ -106,10 +116,11 @@ def test_presets_are_listed() -> None:
         ("data.train.wieght", "did you mean weight?"),
         ("data.train[0].max_samples", "did you mean limit?"),
         ("model.adapter.rank", "did you mean r?"),
+        ("seed", "did you mean trainer.seed?"),
         ("nothing", "the sections are run, model, "),
     ],
 )
 def test_an_unknown_key_gets_the_suggestions_of_an_override(key: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        explain(key, group_folders())
+        explain(key, group_folders(), keys_of("train"))
     assert remedy in raised.value.remedy

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import key_types, run_keys
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import compose, load_run_config, resolve
 from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
@@ -249,6 +249,32 @@ def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> Non
     assert text in error.block()
     assert error.remedy
     assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
+
+
+@pytest.mark.parametrize(
+    ("verb", "typed", "text"),
+    [
+        ("evaluate", "data=hard.jsonl", "named by 'evaluation.data=[hard.jsonl]'"),
+        ("evaluate", "model=output/a/model", "named by evaluation.model=output/a/model"),
+        ("compare", "model=output/a", "named by 'compare.models=[output/a]'"),
+        ("compare", "data=hard.jsonl", "named by 'data.eval=[hard.jsonl]'"),
+        ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
+        ("evaluate", "evaluation.checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
+        ("evaluate", "export.chekpoint=best", "remove it: export reads export.checkpoint"),
+        ("compare", "learning_rate=1", "remove it: train reads optim.lr"),
+        ("pairs", "learning_rate=1", "remove it: train reads optim.lr"),
+        ("pairs", "pairs.rounds=2 learning_rate=1", "write optim.lr=1"),
+        ("export", "output=foo", "write export.output=foo"),
+        ("train", "output=foo", "write run.dir=foo"),
+        ("compare", "reference=none", "compare does not read reference.mode"),
+        ("compare", "samples=4", "compare does not read samples"),
+        ("pairs", "samples=4", "did you mean pairs.samples? train reads samples"),
+    ],
+)
+def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        resolve(compose([*RUN, *shlex.split(typed)], verb=verb), verb=verb)
+    assert text in found.value.block()
 
 
 @pytest.mark.parametrize("typed", sorted({typed for typed, text in MISTYPED if " write " in f" {text}"}))

@@ -36,6 +36,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     write_model(folder / "model")
     write_pairs(folder / "train.jsonl", 12, seed=1)
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "checkpoints" / "best").write_text("step-000100\n")
     (folder / "runs" / "first").mkdir(parents=True)
     (folder / "runs" / "first" / "run_state.json").write_text("{}")
     return folder
@@ -57,6 +59,7 @@ def refused(config: RunConfig) -> DpoDistError:
     [
         ("model.path={assets}/modle", "did you mean {assets}/model?"),
         ("model.path={assets}/train.jsonl", "the model is a file"),
+        ("model.path={assets}/run/checkpoints/best", "run.dir={assets}/run export.checkpoint=best writes"),
         ("model.path={assets}", "no config.json"),
         ("model.path={assets}", "did you mean {assets}/model?"),
         ("model.revision=main", "a revision has no effect on a local folder"),
