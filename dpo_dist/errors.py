@@ -5,6 +5,7 @@ its `exit_code`; any other exception is a bug of the program and keeps its trace
 """
 
 import errno
+import os
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import ClassVar
@@ -186,11 +187,8 @@ def disk_error(error: BaseException) -> ConfigError | None:
 
 def dead_link(path: Path) -> str:
     """Return what a link to a missing file or folder is; "" for another path."""
-    return (
-        f"a link to {path.readlink()}, which does not exist"
-        if path.is_symlink() and not path.exists()
-        else ""
-    )
+    is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)
+    return f"a link to {path.readlink()}, which does not exist" if is_dead else ""
 
 
 def first_line(error: BaseException) -> str:
