@@ -365,6 +365,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   TORCH_CHECK(!takes_host || aliased.empty() || indexing.count(schema.name()) > 0, mixed, schema.name(), ")");
+  // Indices of an assignment are copied to the device; those of a selection reach its kernel as copies.
+  if (takes_host && schema.name() == "aten::_index_put_impl_") host_waits("copy to device, pageable");
 
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   op.redispatchBoxed(c10::DispatchKeySet(DispatchKey::CPU), stack);

@@ -36,6 +36,8 @@ pinned.to("cuda", non_blocking=True)                            # the only one t
 pinned.to("cuda")
 torch.ones(4).to("cuda", non_blocking=True)
 on_device.tolist()
+device.enter_phase("indices")
+on_device[torch.arange(2)] = 1.0
 device.enter_phase("values")
 on_device.sum().item()
 on_device[on_device > 1]
@@ -76,6 +78,7 @@ def test_it_refuses_and_counts_what_cuda_does(tmp_path: Path) -> None:
         ["copies", "copy to device", 1],
         ["copies", "copy to device, pageable", 1],
         ["copies", "copy to host, pageable", 1],
+        ["indices", "copy to device, pageable", 1],
         ["values", "aten::_local_scalar_dense", 2],
         ["values", "aten::nonzero", 1],
         ["values", "device", 1],
@@ -83,4 +86,4 @@ def test_it_refuses_and_counts_what_cuda_does(tmp_path: Path) -> None:
     ]
     [report] = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert 0 < report["peak_bytes"] < 2**20
-    assert sum(count for *_, count in report["waits"]) == 8
+    assert sum(count for *_, count in report["waits"]) == 9
