@@ -135,7 +135,11 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
     files = [*reports.iterdir()]
     assert len(files) == processes
     for file in files:
-        waits = [wait for wait in json.loads(file.read_text())["waits"] if wait[0] != AFTER]
+        reported = json.loads(file.read_text())["waits"]
+        waits = [wait for wait in reported if wait[0] != AFTER]
+        after = {(kind, re.sub(r":\d+ ", " ", line)) for phase, kind, line, *_ in reported if phase == AFTER}
+        assert ("device", "dpo_dist/distributed/device_memory.py wait_for_device") in after, after
+        assert not [kind for kind, line in after if "slice_files.py" in line], "a file is copied by one wait"
         found: Counter[Place] = Counter()
         for phase, kind, line, caller, count in waits:
             found[phase, kind, re.sub(r":\d+ ", " ", caller or line)] += count
