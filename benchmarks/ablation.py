@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import Counts, ExampleSizes, example_sizes
 from dpo_dist.data import collate, dataset
-from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
-from dpo_dist.data.packing import PackedBatch, Sequences, pack
-from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.logp_head import LogpHead
+from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
 Forward = Callable[[PackedCausalLM, PackedBatch, Sequence[Statistic]], Tensor]

@@ -22,8 +22,7 @@ from benchmarks.options import Benchmark, Json
 from benchmarks.tables import markdown
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.mask_rules import mask_rule
-from dpo_dist.model.segment_attention import Layout, Scores
+from dpo_dist.model.sdpa import Layout, Scores, mask_rule
 
 HEADS, KEY_HEADS, DIM = 4, 2, 64
 

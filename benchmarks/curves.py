@@ -173,7 +173,7 @@ class Bench:
         file = self._work / "environment.json"
 
         def describe() -> None:
-            from dpo_dist.report.environment import describe_environment
+            from dpo_dist.insight.metrics.log import describe_environment
 
             file.write_text(json.dumps(describe_environment(1)))
 

@@ -32,7 +32,7 @@ from benchmarks.tables import (
     variant_points,
 )
 
-# The look of the package's own curves (dpo_dist/report/charts/plots.py).
+# The look of the package's own curves (dpo_dist/insight/pages/charts.py).
 _BLUE = "#2f6db3"
 _ORANGE = "#e07b00"
 _GREEN = "#1a936f"

@@ -26,8 +26,8 @@ from benchmarks.setting import (
     write_synthetic,
 )
 from benchmarks.tables import markdown
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 
 CHATML = (

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.options import Json
-from dpo_dist.config.data_schema import DataConfig, DataFormat, SourceConfig
-from dpo_dist.data.encode_chunk import encode_chunk
-from dpo_dist.data.encoded_source import SourceWriter
+from dpo_dist.config.data import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import parse_record
-from dpo_dist.data.prompt_split import prompt_hash
+from dpo_dist.data.prompts import prompt_hash
 from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.render import render_record
 from dpo_dist.data.sources import raw_records
-from dpo_dist.data.tokenization.rendering import render_record
-from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
+from dpo_dist.data.store import SourceWriter
+from dpo_dist.data.tokenizer import tokenizer_facts
 
 _MAX_RECORDS = 5000
 

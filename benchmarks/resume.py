@@ -24,14 +24,12 @@ import torch
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import SHAPES, save_random_model
 from benchmarks.tables import markdown
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine, policy_config
 from dpo_dist.model.load import load_packed
 
 _STATES = ("exp_avg", "exp_avg_sq")

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from benchmarks.options import Benchmark, Json
 from benchmarks.tables import markdown
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, ParallelismConfig
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import policy_config
 
 _PARTS = (WEIGHT, "exp_avg", "exp_avg_sq")
 _WIDTH = 1024

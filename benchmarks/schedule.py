@@ -34,20 +34,19 @@ from transformers import AutoModelForCausalLM
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import REAL_DATA, SHAPES, Shape, model_config, shared_data, train_tokenizer
 from benchmarks.tables import markdown
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.batching.pack import Ids, PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
+from dpo_dist.batching.sampler import Span, make_sampler
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import AttentionBackend, Dtype, TrainerConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
-from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.model import flops
-from dpo_dist.model.attention import PACKED
-from dpo_dist.model.attention_backend import choose_backend
+from dpo_dist.model.attention import PACKED, choose_backend
 from dpo_dist.model.flops import compute_costs, count_flops
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES
+from dpo_dist.model.packed import PackedCausalLM
 
 # Prompt, each of two responses, pairs: from all prompt to all responses, from short to long.
 COST_SHAPES = [

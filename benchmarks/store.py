@@ -27,11 +27,11 @@ from torch._C._distributed_c10d import HashStore
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import SHAPES, save_random_model
 from benchmarks.tables import markdown
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.fill import FillReport, StoreFiller, missing_responses

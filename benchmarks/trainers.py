@@ -89,7 +89,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
-    from dpo_dist.report.terminal.console import open_console
+    from dpo_dist.insight.console import open_console
 
     folder = Path(run.folder)
     ablation = ABLATIONS[run.variant]
@@ -101,10 +101,11 @@ def _train(run: Run, run_dir: Path) -> Measured:
     measured, filling, loading = Measured(), Meter(), Meter()
     with open_console(RunFolder(run_dir)) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
+        from dpo_dist.foundation.process import StopRequest
         from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import StoreFiller
-        from dpo_dist.signals import StopRequest
-        from dpo_dist.training import finish, loop, reference_setup
+        from dpo_dist.training import finish, loop
+        from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 

@@ -14,31 +14,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import Arrangement, consecutive_batches
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.data.arrangement import Arrangement, consecutive_batches
 from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedExample, response_key
-from dpo_dist.data.encode_chunk import encode_record
+from dpo_dist.data.encode import EncodedExample, encode_record, response_key
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.data.records import BadRecord
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.metrics.log import read_rows
 from dpo_dist.model import load
-from dpo_dist.model.borrowed import packed_for_a_while
-from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import settle
+from dpo_dist.model.exactness import CheckedModel, packed_for_a_while, settle
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.maintenance.info import fingerprint_folders
+from dpo_dist.reference.maintenance import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.report.metrics_log import read_rows
 
 __all__ = [
     "BatchFacts",

@@ -6,12 +6,12 @@ a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and 
 parts. docs/compare.md explains the files.
 """
 
-from dpo_dist.comparison.startup import check_comparison
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode
-from dpo_dist.report.terminal.console import open_console, print_text, warnings_off
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.insight.compare.start import check_comparison
+from dpo_dist.insight.console import open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -22,9 +22,9 @@ def main(config: RunConfig) -> int:
     """
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder, config.console) as console:
-        from dpo_dist.comparison.compare_models import compare_models  # noqa: PLC0415  (slow, prints)
-        from dpo_dist.report.comparison.page import write_comparison_page  # noqa: PLC0415
-        from dpo_dist.report.terminal.comparison_table import comparison_table  # noqa: PLC0415
+        from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
+        from dpo_dist.insight.pages.compare_page import write_comparison_page  # noqa: PLC0415
+        from dpo_dist.insight.tables import comparison_table  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:
@@ -42,7 +42,7 @@ def check(config: RunConfig) -> int:
     """
     models = check_comparison(config)
     with warnings_off():
-        from dpo_dist.comparison.preflight import rehearse_comparison  # noqa: PLC0415  (slow)
+        from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_comparison(config, models), config.console)
     return ExitCode.completed

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.console_schema import ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
-from dpo_dist.data.tokenization.chat_template import check_template_file
-from dpo_dist.diagnostics.judge import check_thresholds
-from dpo_dist.errors import ConfigError, ExitCode
+from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.insight.doctor.rules import check_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
@@ -39,7 +38,7 @@ def main(config: RunConfig) -> int:
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
     if config.doctor.benchmarks:
-        from dpo_dist.diagnostics.measures.benchmarks import check_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.insight.doctor.words import check_benchmarks  # noqa: PLC0415  (slow)
 
         check_benchmarks([Path(file).expanduser() for file in config.doctor.benchmarks])
     check_template_file(config.data.chat_template)
@@ -50,14 +49,14 @@ def main(config: RunConfig) -> int:
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.
-    from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
-    from dpo_dist.report.doctor.page import (  # noqa: PLC0415
+    from dpo_dist.insight.console import console_on  # noqa: PLC0415
+    from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
+    from dpo_dist.insight.pages.doctor import (  # noqa: PLC0415
         check_writable,
         write_doctor_page,
         write_doctor_report,
     )
-    from dpo_dist.report.doctor.terminal import print_diagnosis  # noqa: PLC0415
-    from dpo_dist.report.terminal.console import console_on  # noqa: PLC0415
+    from dpo_dist.insight.pages.doctor_terminal import print_diagnosis  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder)

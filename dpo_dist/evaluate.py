@@ -7,10 +7,15 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode
-from dpo_dist.report.terminal.console import print_text, warnings_off
-from dpo_dist.training.evaluated import find_evaluated
-from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.startup import (
+    check_start,
+    find_evaluated,
+    started,
+    with_evaluated_pairs,
+    without_traces,
+)
 
 _MADE = ("data.cache", "reference.store", "reference.nvme_path")
 
@@ -24,7 +29,7 @@ def main(config: RunConfig) -> int:
     config = with_evaluated_pairs(config)
     models = find_evaluated(config)
     with started(config) as console:
-        from dpo_dist.training.evaluate_model import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
+        from dpo_dist.training.evaluate import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)
 

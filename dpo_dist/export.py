@@ -10,7 +10,7 @@ import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode
+from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.training.exported import find_output, find_sources
 
 
@@ -27,7 +27,7 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
-    from dpo_dist.report.terminal.console import console_on, warnings_off  # noqa: PLC0415
+    from dpo_dist.insight.console import console_on, warnings_off  # noqa: PLC0415
 
     console = console_on(sys.stderr, config.console)
     with warnings_off():

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.model.folder import has_tokenizer, model_folder, weight_files
-from dpo_dist.model.weights_on_disk import check_weights
-from dpo_dist.safe_stream import open_closed_streams, print_line
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.streams import open_closed_streams, print_line
+from dpo_dist.model.folder import check_weights, has_tokenizer, model_folder, weight_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,10 +11,10 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode
-from dpo_dist.generation.rounds.run_rounds import run_rounds
-from dpo_dist.generation.startup import check_pairs, needs_this_process
-from dpo_dist.report.terminal.console import console_on, open_console, print_text, warnings_off
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.generation.pairs.rounds import run_rounds
+from dpo_dist.generation.pairs.start import check_pairs, needs_this_process
+from dpo_dist.insight.console import console_on, open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -29,7 +29,7 @@ def main(config: RunConfig) -> int:
     try:
         if needs_this_process(config):
             with open_console(RunFolder.of(config), config.console) as console:
-                from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
+                from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
                 make_pairs(config, console)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -51,7 +51,7 @@ def check(config: RunConfig) -> int:
     """
     check_pairs(config)
     with warnings_off():
-        from dpo_dist.generation.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
+        from dpo_dist.generation.pairs.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
     return ExitCode.completed

@@ -3,7 +3,7 @@
 Takes the configuration of the training run; only missing log-probs are computed.
 """
 
-from dpo_dist.signals import StopRequest, end_at_signals
+from dpo_dist.foundation.process import StopRequest, end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
@@ -12,7 +12,7 @@ from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.verbs import check_needs
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.startup import started
 
 
@@ -26,7 +26,7 @@ def main(config: RunConfig) -> int:
     _check_mode(config)
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), started(config) as console:
-        from dpo_dist.training.precompute_reference import precompute  # noqa: PLC0415  (slow)
+        from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)
 
         return precompute(config, console, stop)
 

@@ -8,12 +8,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.number_text import counted, size
-from dpo_dist.reference.maintenance.garbage import find_garbage, remove
-from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
-from dpo_dist.reference.maintenance.verify import repair, verify_store
-from dpo_dist.safe_stream import open_closed_streams, print_line, print_result
+from dpo_dist.foundation.errors import DpoDistError, ExitCode, ReferenceModelError
+from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
+from dpo_dist.foundation.text import counted, size
+from dpo_dist.reference.maintenance import (
+    FingerprintInfo,
+    find_garbage,
+    remove,
+    repair,
+    take_inventory,
+    verify_store,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,10 @@
 """Train: `accelerate launch -m dpo_dist.train +experiment=qwen7b`.
 
 The same command again resumes the run; `--check` checks that it can start; `--help KEY` explains a key. Exit
-codes: `dpo_dist.errors.ExitCode`.
+codes: `dpo_dist.foundation.errors.ExitCode`.
 """
 
-from dpo_dist.signals import StopRequest, end_at_signals
+from dpo_dist.foundation.process import StopRequest, end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
@@ -12,10 +12,9 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import check_needs
-from dpo_dist.errors import ExitCode
-from dpo_dist.report.terminal.console import print_text, warnings_off
-from dpo_dist.training.same_run import check_newest_checkpoint
-from dpo_dist.training.startup import check_start, started, without_traces
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.startup import check_newest_checkpoint, check_start, started, without_traces
 
 
 def main(config: RunConfig) -> int:

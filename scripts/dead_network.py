@@ -24,10 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.report.trackers.run_trackers import Trackers, open_trackers
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.names import Histogram
+from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
 from tests.support.wandb_server import Fault, WandbServer
 
 MATRIX, METRICS = 600, 60

@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.errors import ExitCode
-from dpo_dist.report.trackers.tracked_values import SAMPLES, STEP_AXIS
-from dpo_dist.report.trackers.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.insight.metrics.names import SAMPLES, STEP_AXIS
+from dpo_dist.insight.metrics.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

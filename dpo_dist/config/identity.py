@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.fields import declaration
-from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_function import find_function
+from dpo_dist.config.user_code import find_function
 
 # In the settings of every run; other keys only if they differ from their default.
 _ALWAYS = frozenset(

@@ -19,22 +19,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.check import check
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.foreign_code import read_config, written_values
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import describe_type
-from dpo_dist.config.loss_kinds import LossTermConfig
-from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
-from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides, with_quoted_names
-from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.keys import check, describe_type
+from dpo_dist.config.losses import LossTermConfig
+from dpo_dist.config.overrides import (
+    check_overrides,
+    composition_error,
+    content_error,
+    given_keys,
+    is_within,
+    missing_value,
+    parse_overrides,
+    with_quoted_names,
+)
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.config.user_function import find_function
+from dpo_dist.config.rules_model import resolve_reference
+from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
+from dpo_dist.config.user_code import find_function, read_config, written_values
 from dpo_dist.config.verbs import NEEDS_MODEL, TRAIN, VERBS, check_read, keys_of
-from dpo_dist.errors import ConfigError
-from dpo_dist.secret_text import without_secrets
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import without_secrets
 
 _Typed = TypeVar("_Typed")
 HYDRA_VERSION = "1.3"

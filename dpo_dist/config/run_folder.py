@@ -1,10 +1,54 @@
 """`RunFolder`: every path of a run directory, in one place."""
 
+import re
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
-from dpo_dist.config.checkpoint_folders import checkpoint_name
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import read_small
+
+STATE = "state.json"
+"""The file of a checkpoint with the state of the training loop."""
+BEST = "best"
+"""The file beside the checkpoints with the names of the best ones by `trainer.keep_best`, the best first."""
+_NAME = re.compile(r"step-(\d{1,18})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint after a step: at least six digits."""
+    return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step in the name of a checkpoint's folder; None for another name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has the name and the state of a committed checkpoint."""
+    return step_of(folder.name) is not None and (folder / STATE).is_file()
+
+
+def best_checkpoints(root: Path) -> list[str]:
+    """Return the names of the best checkpoints below `root`, the best first."""
+    try:
+        names = read_small(root / BEST).decode().split()
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if step_of(name) is not None]
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Return the folders with the name of a checkpoint, the newest first, damaged or not.
+
+    The order is that of the numbers: from step 1,000,000 on, names have more digits.
+    """
+    folders = [folder for folder in root.glob("step-*") if step_of(folder.name) is not None]
+    return sorted(filter(Path.is_dir, folders), key=lambda folder: step_of(folder.name) or 0, reverse=True)
+
 
 LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
@@ -292,3 +336,49 @@ class RunFolder:
     def policy(self) -> Path:
         """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
         return self.path / "policy"
+
+
+_MOST_SUGGESTED = 3
+
+
+def existing_run(path: Path) -> RunFolder:
+    """Return the run directory at `path`, whose run may still be training.
+
+    Raises:
+        ConfigError: `path` is none.
+    """
+    folder = RunFolder(path)
+    if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
+        return folder
+    above = path if path.is_dir() else path.parent
+    runs = sorted(file.parent for file in above.glob("*/config.yaml"))
+    runs = sorted(runs, key=lambda run: -SequenceMatcher(None, run.name, path.name).ratio())[:_MOST_SUGGESTED]
+    found = "a file" if path.is_file() else "a folder without a run's files"
+    raise ConfigError(
+        "this is no run directory",
+        where=str(path),
+        got=found if path.exists() else "no such folder",
+        expected="a folder with config.yaml, which a run writes before its first step",
+        remedy=f"name one run, such as {' or '.join(map(str, runs))}"
+        if runs
+        else "name the run.dir of a run",
+    )
+
+
+def without_model(run: RunFolder, key: str, remedy: str) -> ConfigError:
+    """Return the error of a run directory without a trained model.
+
+    Args:
+        run: the run.
+        key: that names it.
+        remedy: another one than to name its newest checkpoint.
+    """
+    checkpoints = checkpoint_folders(run.checkpoints)
+    named = f"its checkpoint {checkpoints[0]}" if checkpoints else "another model"
+    return ConfigError(
+        "this run directory has no model",
+        where=key,
+        got=str(run.path),
+        expected=f"{run.model}, which a run writes when it completes",
+        remedy=f"{remedy}, or name {named}",
+    )

@@ -6,26 +6,255 @@ declared `free` does not define the run's result (hardware, placement, how often
 not part of the digest that names the run directory.
 """
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.compare_schema import CompareConfig
-from dpo_dist.config.console_schema import ConsoleConfig
-from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.config.doctor_schema import DoctorConfig
-from dpo_dist.config.evaluation_schema import EvaluationConfig
-from dpo_dist.config.export_schema import ExportConfig
-from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, key, section
-from dpo_dist.config.folder_schema import FolderConfig
-from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.pairs_schema import PairsConfig
-from dpo_dist.config.samples_schema import SamplesConfig
-from dpo_dist.config.tracking_schema import TrackingConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, declaration, key, section
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.verb_options import CompareConfig, DoctorConfig, ExportConfig, PairsConfig
+
+Resume = StrEnum("Resume", ["auto", "never", "must"])
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """The run directory, and whether to resume the run in it."""
+
+    dir: str | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.", filled=True)
+    name: str = key("run", "Name of the run, for its directory and for reports.")
+    root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
+    resume: Resume = key(
+        Resume.auto,
+        "`auto`: resume if there is a checkpoint; `must`: error without one; "
+        "`never`: error if the directory has results.",
+        verbs="train",
+    )
+
+
+ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])
+
+
+@dataclass(frozen=True)
+class ConsoleConfig:
+    """Messages and progress on the screen."""
+
+    style: ConsoleStyle = key(
+        ConsoleStyle.auto,
+        "`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: JSON "
+        "objects, one a line, on standard output.",
+    )
+    seconds: float = key(
+        30.0, "Seconds between two lines about progress, in the log and in plain output.", above=0
+    )
+
+
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
+OtherTracker = StrEnum("OtherTracker", ["tensorboard", "mlflow"])
+DEFAULT_PROJECT = "dpo_dist"
+"""Project of runs without `tracking.project`."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases; the report of the run."""
+
+    wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
+    project: str | None = key(None, "Project of the run; null: WANDB_PROJECT, else `dpo_dist`.")
+    entity: str | None = key(None, "User or team; null: WANDB_ENTITY, else the API key's own.")
+    group: str | None = key(None, "Group of the run; null: WANDB_RUN_GROUP.")
+    tags: list[str] = key([], "Tags of the run; empty: WANDB_TAGS.")
+    notes: str | None = key(None, "A sentence about the run, shown on its page; null: WANDB_NOTES.")
+    price_per_gpu_hour: float | None = key(
+        None,
+        "Price of one GPU for an hour, in any currency, for the cost in `report.html`; null: no cost.",
+        at_least=0,
+    )
+    samples: int = key(
+        8,
+        "Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent.",
+        at_least=0,
+        at_most=1000,
+    )
+    also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`, `mlflow`.")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Responses of the policy to held-out prompts at evaluations."""
+
+    prompts: int = key(
+        0, "Prompts of the evaluation data that the policy responds to at evaluations; 0: none.", at_least=0
+    )
+    every: int = key(
+        1, "Evaluations between samples; the last evaluation of a run always has them.", at_least=1
+    )
+    max_new_tokens: int = key(256, "Most tokens of a response.", at_least=1)
+    temperature: float = key(0.7, "Temperature of sampling; 0: the likeliest token each time.", at_least=0)
+    batch_tokens: int = key(
+        16384,
+        "Most tokens of a batch of one process: its rows times the longest prompt with its response.",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
+
+    model: Any = key(
+        None,
+        "Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this "
+        "configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`.",
+        accepts="a path, or a list of paths",
+    )
+    data: list[Any] = key(
+        [],
+        "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run.",
+        of=SourceConfig,
+    )
+    resamples: int = key(
+        1000,
+        "Resamples of the prompts for 95 % confidence intervals, also of training's last evaluation; "
+        "0: no intervals.",
+        at_least=0,
+        verbs="train evaluate",
+    )
+
+    @property
+    def models(self) -> list[str | None]:
+        """The models to evaluate, one after the other."""
+        return list(self.model) if isinstance(self.model, list) else [self.model]
+
+
+LearningRateSchedule = StrEnum(
+    "LearningRateSchedule", ["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
+)
+OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule, a pure function of the step."""
+
+    kind: OptimizerKind = key(
+        OptimizerKind.adamw,
+        "`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the "
+        "`quantization` extra). Master weights are float32 with both.",
+        added=True,
+    )
+    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
+    schedule: LearningRateSchedule = key(
+        LearningRateSchedule.cosine,
+        "Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that "
+        "refuses a run without warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of warm-up, "
+        "without them as sqrt(10,000 / (10,000 + step)), as in transformers.",
+    )
+    warmup_ratio: float = key(
+        0.1,
+        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
+        at_least=0,
+        at_most=1,
+    )
+    warmup_steps: int | None = key(
+        None,
+        "Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio.",
+        at_least=0,
+        added=True,
+    )
+    min_lr_ratio: float = key(
+        0.0,
+        "Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last.",
+        at_least=0,
+        below=1,
+        added=True,
+    )
+    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
+    betas: list[float] = key([0.9, 0.999], "Decay rates of both moments.", at_least=0, below=1)
+    eps: float = key(1e-8, "Added to the root of the second moment.", above=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", above=0)
+
+
+AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
+_INITS = r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora"
+_OR_OWN = ", or that of the adapter that is continued."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank matrices, trained in place of the model's own weights.
+
+    Keys whose null has a meaning are null only in an adapter that is continued.
+    """
+
+    r: int | None = key(None, f"Rank; null: 16{_OR_OWN}", null_means=16, at_least=1)
+    alpha: float | None = key(
+        None,
+        f"Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32{_OR_OWN}",
+        null_means=32.0,
+        above=0,
+    )
+    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
+    target_modules: Any = key(
+        None,
+        f"`all-linear` (all but the output layer), or a list of names; null: `all-linear`{_OR_OWN}",
+        accepts="all-linear, a list in brackets: [q_proj,v_proj], or null",
+        null_means="all-linear",
+    )
+    variant: AdapterVariant | None = key(
+        None,
+        f"`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`{_OR_OWN}",
+        null_means=AdapterVariant.lora,
+    )
+    path: str | None = key(
+        None,
+        "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
+        "policy starts as the two, which are the reference too, and continues to train it.",
+        added=True,
+        filled=True,
+    )
+    revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
+    on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
+    init: str | None = key(
+        None,
+        "Initial matrices: `default` (a random A, B = 0), `gaussian` (the same, normal), "
+        "`pissa` or `pissa_niter_4` (arXiv 2404.02948; the latter approximate and fast), `olora` (arXiv "
+        f"2406.01775); null: `default`{_OR_OWN}",
+        added=True,
+        accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora, or null",
+        pattern=_INITS,
+        null_means="default",
+    )
+    modules_to_save: list[str] | None = key(
+        None,
+        "Modules trained in full beside the matrices, by the last parts of their names: "
+        "`[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: "
+        f"none{_OR_OWN}",
+        added=True,
+        null_means=[],
+    )
+
+    def __post_init__(self) -> None:
+        if self.continues:
+            return
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, copy(declaration(field).null_means))
+
+    @property
+    def continues(self) -> bool:
+        """Return whether the adapter of `path` is trained, not a new one."""
+        return self.path is not None and not self.on_top
+
+
+def splits_base(init: str | None) -> bool:
+    """Return whether an initialization takes a part of the weights, which stays part of the function."""
+    return init is not None and init.startswith(("pissa", "olora"))
+
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Override
 
-from dpo_dist.config.check import Rule, check
-from dpo_dist.config.keys import read_by, readers, run_keys
+from dpo_dist.config.keys import Rule, check, read_by, readers, run_keys
 from dpo_dist.config.overrides import COMMAND_LINE, given_keys
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 TRAIN = "train"
 NEEDS_MODEL = Rule(

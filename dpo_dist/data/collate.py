@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, Sequences, dummy_batch, pack
+from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
+from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
-from dpo_dist.data.packing import RESPONSES_OF_DUMMY, PackedBatch, Sequences, dummy_batch, pack
-from dpo_dist.data.sampler import Indices
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 
 
 @dataclass(frozen=True)

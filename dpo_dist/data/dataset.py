@@ -4,25 +4,41 @@ Nothing of the size of the dataset is in memory.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.concatenated import Column, concatenate
+from dpo_dist.batching.pack import Mask, Sequences, packed_tokens
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
+from dpo_dist.batching.sampler import Indices, Span
+from dpo_dist.config.data import DataConfig
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.encoded_manifest import Manifest, read_manifest
-from dpo_dist.data.encoded_source import EncodedSource, SourceView, find_damage, view
-from dpo_dist.data.former_encodings import data_fingerprint
-from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
-from dpo_dist.data.offsets import check_ids
-from dpo_dist.data.packing import Mask, Sequences, packed_tokens
 from dpo_dist.data.records import Origin
-from dpo_dist.data.sampler import Indices, Span
-from dpo_dist.errors import DataError
+from dpo_dist.data.store import (
+    MEMO_FOLDER,
+    Column,
+    EncodedSource,
+    Manifest,
+    SourceView,
+    check_ids,
+    concatenate,
+    data_fingerprint,
+    find_damage,
+    read_manifest,
+    view,
+)
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import recall, remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Keys = npt.NDArray[np.uint64]
 
@@ -297,3 +313,174 @@ def _column(views: Sequence[SourceView], name: str, sizes: Sequence[Any] | None 
     parts = [mapped.arrays[name] for mapped in views]
     shifts = None if sizes is None else [sum(sizes[:number], 0) for number in range(len(parts))]
     return concatenate(parts, shifts)
+
+
+def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
+    """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
+
+    Args:
+        count: `count_duplicates`, `count_shared` or `count_shared_prompts`.
+        cache: `data.cache`.
+    """
+    identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
+    known = recall(cache / MEMO_FOLDER, identity)
+    if known is None:
+        known = str(count(*datasets))
+        remember(cache / MEMO_FOLDER, identity, known)
+    return int(known)
+
+
+def count_duplicates(dataset: PreferenceDataset) -> int:
+    """Return the number of examples with the same token ids as an earlier one."""
+    return len(dataset) - len(np.unique(_example_digests(dataset)))
+
+
+def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` with the same token ids as one of `other`."""
+    return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
+
+
+def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` whose prompt is that of an example of `other`."""
+    return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
+
+
+def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
+    """Combine the keys of each example's responses in their order; uint64 [examples]."""
+    counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
+    starts = np.cumsum(counts) - counts
+    ranks = np.arange(counts.sum()) - np.repeat(starts, counts)
+    keys = np.asarray(dataset.keys[:])
+    # An odd factor loses no bit, and the same responses in another order get another digest.
+    mixed = (keys[:, 0] ^ (keys[:, 1] << np.uint64(1))) * (2 * ranks + 1).astype(np.uint64)
+    digests: npt.NDArray[np.uint64] = np.add.reduceat(mixed, starts)
+    return digests
+
+
+_AT_ONCE = 64  # a store may have thousands of shards, and a call to the file system of a cluster takes time
+
+_State = tuple[int, int, int, int]
+
+
+class MappedFiles:
+    """Files as they are now. One that is deleted or replaced later stays readable where it is mapped.
+
+    One that is changed in place is not: its new values are read, and beyond its new end the process is killed
+    (SIGBUS). A new time alone is no change: programs of clusters touch files so that they do not count as
+    unused, and some file systems round times later.
+
+    Args:
+        paths: the files.
+        is_intact: reads a file whole and returns whether it has its content.
+    """
+
+    def __init__(self, paths: Iterable[Path], is_intact: Callable[[Path], bool]):
+        self._is_intact = is_intact
+        states = ((path, _state(path)) for path in paths)
+        self._states = {path: state for path, state in states if state is not None}
+        self._turns = itertools.cycle(self._states)
+
+    def check(self) -> None:
+        """Check the next 64 files: call it often.
+
+        Raises:
+            DataError: a file was changed in place.
+        """
+        for path in itertools.islice(self._turns, min(_AT_ONCE, len(self._states))):
+            before, now = self._states[path], _state(path)
+            if now is None or now[:2] != before[:2] or now == before:
+                continue
+            if now[2] != before[2] or not self._is_intact(path):
+                raise DataError(
+                    "a file was changed while the run reads it",
+                    where=str(path),
+                    got=f"{now[2]:,} bytes, written at {_time(now)}",
+                    expected=f"{before[2]:,} bytes, written at {_time(before)}",
+                    remedy="find the program that writes there; the same command checks all files again, "
+                    "makes damaged ones again and continues from the last checkpoint",
+                )
+            self._states[path] = now
+
+
+def _state(path: Path) -> _State | None:
+    """Return device, inode, size and time of the last change of a file; None if it cannot be found."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _time(state: _State) -> str:
+    return datetime.fromtimestamp(state[3] / 1e9).astimezone().isoformat(timespec="seconds")
+
+
+def check_ids_in_vocabulary(
+    dataset: PreferenceDataset, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> None:
+    """Check that the model has an embedding of every token id in the data.
+
+    Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
+
+    Raises:
+        ConfigError: an id in the data is `vocab_size` or above.
+    """
+    largest = dataset.largest_id
+    if largest >= vocab_size:
+        raise ConfigError(
+            "the data contain a token without an embedding in the model",
+            where="model.path",
+            got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
+            expected=f"ids below the model's vocab_size of {vocab_size}",
+            remedy="use the tokenizer that belongs to the model, or write a model with embeddings of all its "
+            "tokens: python -m dpo_dist.extend MODEL FOLDER --tokenizer TOKENIZER",
+        )
+
+
+def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
+    """Check all examples of a dataset with `check_fits_loss`."""
+    every = np.arange(len(dataset), dtype=np.int64)
+    check_fits_loss(
+        loss,
+        dataset.response_counts(every),
+        lambda: dataset.score_gaps(every),
+        lambda index: str(dataset.origin(index)),
+    )
+
+
+def check_fits_loss(
+    loss: LossConfig,
+    response_counts: npt.NDArray[np.int64],
+    score_gaps: Callable[[], npt.NDArray[np.floating]],
+    origin: Callable[[int], str],
+) -> None:
+    """Check that every example has the responses and scores that the loss compares.
+
+    Args:
+        loss: the configured loss.
+        response_counts: [examples], the number of responses of each.
+        score_gaps: returns [examples], score of the best response minus that of the worst, or nan.
+        origin: returns the file and line of an example.
+
+    Raises:
+        DataError: an example has too few or too many responses, or no score gap above 0 where the loss takes
+            its logarithm.
+    """
+
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
+        if misfits.any():
+            raise DataError(
+                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
+                where="; ".join(origin(int(index)) for index in np.flatnonzero(misfits)[:5]),
+                got=got,
+                remedy=remedy,
+            )
+
+    if not loss.is_one_sided:
+        check(response_counts < 2, "1 response", "set loss=sft, or use data with two responses")
+    if not loss.accepts_rankings:
+        remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
+        check(response_counts > 2, "a ranking of more than two responses", remedy)
+    if loss.needs_scores:
+        got = "no scores, or a chosen response that is not scored above the rejected one"
+        check(~(score_gaps() > 0), got, "remove these records, or set another loss.kind")

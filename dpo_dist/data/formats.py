@@ -5,38 +5,42 @@ row of `FORMATS`. Text, messages and HH dialogues in these fields are then read 
 fields beside them by context.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.fields.comparisons import COMPARISONS, as_pair
-from dpo_dist.data.fields.context import CONVERSATIONS, has_prompt, with_context
-from dpo_dist.data.fields.conversations import (
+from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.data.columns import resolved
+from dpo_dist.data.context import CONVERSATIONS, check_content, has_prompt, with_context
+from dpo_dist.data.counts import DataCounts, Outcome, check_counts
+from dpo_dist.data.folders import check_cached_offline
+from dpo_dist.data.messages import (
     Reader,
     read_hh,
     read_implicit,
     read_messages,
     read_text,
     reader_of,
+    with_turns,
 )
-from dpo_dist.data.fields.dataset_info import resolved
-from dpo_dist.data.fields.pair_fields import (
+from dpo_dist.data.pair_fields import (
+    COMPARISONS,
     MESSAGE_SIDES,
     PAIR,
     QUESTION_PAIRS,
     SIDES,
     UNPAIRED,
+    as_pair,
     completion_content,
     has_completion,
     has_only_sides,
     has_pair,
+    has_ranking,
     is_labelled,
     pair_content,
+    ranked_content,
 )
-from dpo_dist.data.fields.rankings import has_ranking, ranked_content
-from dpo_dist.data.fields.record_checks import check_content
-from dpo_dist.data.fields.sharegpt import with_turns
-from dpo_dist.data.files.byte_stream import Meter
+from dpo_dist.data.read import Meter
 from dpo_dist.data.records import (
     BadRecord,
     Fields,
@@ -44,10 +48,11 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     RawContent,
     UnusableRecordError,
+    bad_record_error,
     shown_key,
 )
-from dpo_dist.data.sources import raw_records
-from dpo_dist.errors import ConfigError
+from dpo_dist.data.sources import local_files, raw_records
+from dpo_dist.foundation.errors import ConfigError
 
 _MAX_SHOWN_KEYS = 12
 _TYPE_NAMES = {str: "text", list: "list", dict: "object", type(None): "null"}
@@ -232,3 +237,55 @@ FORMATS: dict[DataFormat, Format] = {
         completion_content, (("prompt", "completion"), ("messages",)), matches=has_completion
     ),
 }
+
+
+_CHECKED_RECORDS = 64
+_MANY_RECORDS = 16_384
+_OF_ALL_RECORDS = frozenset({"unknown_format", "unpaired"})
+"""Reasons that the other records of a source share, if the first ones have them."""
+_OF_MANY_RECORDS = _OF_ALL_RECORDS | {"unparsable", "missing_field"}
+"""Reasons that they share if many have them: sorted data can begin with records without a response."""
+
+
+def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
+    """Check that one of the first records has a known format; for a Hub dataset, that offline it is cached.
+
+    Raises:
+        DataError: none of them can be used, or one cannot and `data.on_bad_record` is `error`.
+    """
+    source = resolved(source)
+    if local_files(source) is None:
+        check_cached_offline(source)
+        return
+    bad: list[BadRecord] = []
+    reasons: set[str] = set()
+    is_whole = True
+    for index, record in enumerate(read_records(source)):
+        if index >= _most(reasons):
+            is_whole = False
+            break
+        if not isinstance(record, BadRecord):
+            if config.on_bad_record is OnBadRecord.drop:
+                return
+            continue
+        if config.on_bad_record is OnBadRecord.error:
+            raise bad_record_error(record)
+        bad.append(record)
+        reasons.add(record.reason)
+    if bad and (is_whole or reasons <= _OF_MANY_RECORDS):
+        _raise(bad, source, config, is_whole)
+
+
+def _most(reasons: Collection[str]) -> int:
+    """Return the number of records to read if the bad ones so far have these reasons."""
+    is_of_many = _OF_MANY_RECORDS.issuperset(reasons) and not _OF_ALL_RECORDS.issuperset(reasons)
+    return _MANY_RECORDS if is_of_many else _CHECKED_RECORDS
+
+
+def _raise(bad: list[BadRecord], source: SourceConfig, config: DataConfig, is_whole: bool) -> None:
+    counts = DataCounts.of(
+        {Outcome(dropped=reason): number for reason, number in Counter(one.reason for one in bad).items()},
+        [f"{one.origin} {one.reason}" for one in bad],
+        {one.reason: one.detail for one in reversed(bad) if one.detail},
+    )
+    check_counts(counts, source.path, config, of_first=not is_whole)

@@ -1,13 +1,29 @@
-"""Read the prompts of a source: of records in any format, or of records that have no response."""
+"""The prompts of records: read alone, or split into training and evaluation data by their hash."""
 
+import hashlib
+import re
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.fields.dataset_info import resolved
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.data import DataConfig, DataFormat, SourceConfig
+from dpo_dist.data.columns import resolved
+from dpo_dist.data.counts import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.data.formats import parse_record
-from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord
+from dpo_dist.data.records import (
+    BadRecord,
+    Dialogue,
+    Fields,
+    Message,
+    Messages,
+    Origin,
+    PreferenceRecord,
+    Prompt,
+)
 from dpo_dist.data.sources import raw_records
 
 # Faults of the responses of a record; its prompt may be usable.
@@ -64,3 +80,107 @@ def _completed(record: Fields) -> dict[str, Any]:
     if record.get("prompt") is None and isinstance(turns, list):
         return {**record, _CONVERSATION: [*turns, {"role": "assistant", "content": _PLACEHOLDER}]}
     return {**record, "completion": _PLACEHOLDER}
+
+
+PromptHashes = npt.NDArray[np.uint64]
+_HASH_BYTES = 8
+# Characters without width that change no word: joiners, marks of direction, soft hyphens, byte-order marks.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+
+
+def prompt_hash(prompt: Prompt) -> int:
+    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen.
+
+    White space is a single space, characters are composed (Unicode's NFC), and those without width are
+    omitted. A text is the same prompt as a user turn of this text, a dialogue the same as its messages, also
+    if a text spells it. A system turn without text does not count.
+    """
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for message in _messages(prompt):
+        if message.role == "system" and not message.content.strip():
+            continue
+        for text in (message.role, message.content):
+            content = " ".join(_visible(text).split()).encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _visible(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+
+
+def _messages(prompt: Prompt) -> Messages:
+    if not isinstance(prompt, str):
+        return prompt.messages() if isinstance(prompt, Dialogue) else prompt
+    text = "\n\n" + prompt.strip()
+    if text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:"):
+        return Dialogue(text).messages()
+    return (Message("user", prompt),)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The records of sources that belong to the training data, or to the evaluation data.
+
+    Attributes:
+        is_eval: whether these are the evaluation data of a split of the training sources.
+        share: `data.eval_share`.
+        seed: `data.eval_seed`.
+        held_out: uint64 [prompts], ascending: `prompt_hash` of prompts that are not in the training data.
+    """
+
+    is_eval: bool = False
+    share: float = 0.0
+    seed: int = 0
+    held_out: PromptHashes | None = None
+
+    @property
+    def has_bad_records(self) -> bool:
+        """Whether records that cannot be read belong to this part: those without a prompt are in training."""
+        return not self.is_eval
+
+    @property
+    def others(self) -> str:
+        """The name under which records of the other part are counted."""
+        return LEFT_IN_TRAIN if self.is_eval else HELD_OUT
+
+    @property
+    def identity(self) -> list[str]:
+        """A text for each property that selects records; empty if all records belong to this part."""
+        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r} {self.seed}"] if self.share else []
+        held_out = [] if self.held_out is None else [hashlib.blake2b(self.held_out.tobytes()).hexdigest()]
+        return split + held_out
+
+    def has(self, prompt: int) -> bool:
+        """Return whether records with this `prompt_hash` belong to this part."""
+        if self.held_out is not None:
+            index = int(np.searchsorted(self.held_out, np.uint64(prompt)))
+            if index < len(self.held_out) and int(self.held_out[index]) == prompt:
+                return False
+        return not self.share or self._is_drawn(prompt) == self.is_eval
+
+    def _is_drawn(self, prompt: int) -> bool:
+        seeded = prompt.to_bytes(_HASH_BYTES, "little") + self.seed.to_bytes(_HASH_BYTES, "little")
+        drawn = hashlib.blake2b(seeded, digest_size=_HASH_BYTES).digest()
+        return int.from_bytes(drawn, "little") < self.share * 2.0 ** (8 * _HASH_BYTES)
+
+
+ALL_RECORDS = Part()
+
+
+def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
+    """Return the part of the training sources that is trained.
+
+    Args:
+        config: `eval_share`, `eval_seed` and `drop_eval_prompts` are used.
+        eval_prompts: uint64 [examples], prompt hashes of the encoded evaluation data, if there are any.
+    """
+    held_out = None
+    if config.drop_eval_prompts and eval_prompts is not None:
+        held_out = np.unique(eval_prompts)
+    return Part(share=config.eval_share, seed=config.eval_seed, held_out=held_out)
+
+
+def eval_part(config: DataConfig) -> Part:
+    """Return the part of the evaluation sources that is evaluated: all of `data.eval`, else the split's."""
+    return Part(is_eval=config.eval_share > 0, share=config.eval_share, seed=config.eval_seed)

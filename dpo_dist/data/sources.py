@@ -3,17 +3,15 @@
 import difflib
 import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data import folders
+from dpo_dist.data.columns import check_columns, check_first_columns, resolved, with_columns
 from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
-from dpo_dist.data.fields.columns import check_columns, check_first_columns, with_columns
-from dpo_dist.data.fields.dataset_info import resolved
-from dpo_dist.data.fields.pair_fields import is_labelled
-from dpo_dist.data.files import hub
-from dpo_dist.data.files.byte_stream import Meter
-from dpo_dist.data.files.folders import (
+from dpo_dist.data.folders import (
     check_no_split,
     globbed_files,
     is_glob,
@@ -22,10 +20,11 @@ from dpo_dist.data.files.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, table_records
+from dpo_dist.data.pair_fields import is_labelled
+from dpo_dist.data.read import KINDS, Meter, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
-from dpo_dist.digests import remembered_digest, text_digest
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import remembered_digest, text_digest
 
 _FIRST_RECORDS = 20
 
@@ -43,7 +42,7 @@ def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[Ra
 def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
-        return table_records(hub.hub_records(source), source.path)
+        return table_records(folders.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
         return table_records(saved_records(local, source.split), source.path)
@@ -131,7 +130,7 @@ def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     A Hub dataset has its commit as `revision`; see `hub.pinned`.
     """
     source = resolved(source)
-    return source if local_files(source) is not None else hub.pinned(source, cache)
+    return source if local_files(source) is not None else folders.pinned(source, cache)
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:
@@ -253,3 +252,63 @@ def _missing(file: Path) -> DataError:
         where=str(file),
         remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
     )
+
+
+_SUFFIXES = (*KINDS, ".gz", ".zst")
+# Names of files and folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "val", "validation"})
+
+
+def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return a label for each source: its own `label`, or the shortest name that no other has.
+
+    Derived names are unique in the list: the name of file, folder, dataset or entry, then with subset, folder
+    and split, then with the folders above; equal sources are numbered. Sources with the same own `label`
+    share it.
+    """
+    names = {_location(source): list(_candidates(source)) for source in sources if source.label is None}
+    own = {source.label for source in sources if source.label is not None}
+    labels: list[str] = []
+    for source in sources:
+        if source.label is not None:
+            labels.append(source.label)
+            continue
+        here = names[_location(source)]
+        others = set(itertools.chain(*(each for each in names.values() if each is not here)))
+        name = next((name for name in here if name not in others | own), here[-1])
+        labels.append(_unused(name, {*own, *labels, *(others - {name})}))
+    return labels
+
+
+def _location(source: SourceConfig) -> tuple[str | None, ...]:
+    return source.path, source.name, source.data_dir, source.split, source.revision
+
+
+def _unused(label: str, taken: set[str]) -> str:
+    numbered = (f"{label}-{number}" for number in itertools.count(2))
+    return label if label not in taken else next(each for each in numbered if each not in taken)
+
+
+def _candidates(source: SourceConfig) -> Iterator[str]:
+    """Yield names of a source, short ones first; at least one."""
+    if source.name is not None and resolved(source) is not source:
+        yield _safe(source.name)
+    *folders, last = [*filter(None, map(_safe, _without_suffixes(source.path).parts))] or ["source"]
+    qualifiers = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
+    if last not in _USUAL_NAMES or not folders:
+        for count in range(len(qualifiers) + 1):
+            yield "-".join([last, *qualifiers[:count]])
+    for start in range(len(folders) - 1, -1, -1):
+        yield "-".join([*folders[start:], last, *qualifiers])
+
+
+def _without_suffixes(path: str) -> PurePath:
+    found = PurePath(path)
+    while found.suffix in _SUFFIXES:
+        found = found.with_suffix("")
+    return found
+
+
+def _safe(text: str) -> str:
+    """Return `text` without characters that separate parts of a metric's name or of a path."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 _BLOCK = 256
 _CHUNK = 2**14 * _BLOCK

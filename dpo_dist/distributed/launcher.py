@@ -19,8 +19,8 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
-from dpo_dist.signals import stop_signals
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
+from dpo_dist.foundation.process import stop_signals
 
 
 def launch(arguments: Sequence[str]) -> int:

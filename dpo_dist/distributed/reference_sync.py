@@ -13,12 +13,11 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from dpo_dist.config.loss_kinds import SyncReferenceConfig
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.distributed.slice_files import SavedSlices
-from dpo_dist.distributed.slices import ModelSlices, Slice, frozen_slices
+from dpo_dist.config.losses import SyncReferenceConfig
+from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, frozen_slices
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.foundation.errors import ConfigError
 
 _CHUNK_ELEMENTS = 2**24
 _SHARDS = "reference"

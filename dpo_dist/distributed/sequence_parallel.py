@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_dist.distributed.world import World
-from dpo_dist.launch_environment import check_groups
+from dpo_dist.foundation.process import check_groups
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:

@@ -1,11 +1,9 @@
-"""Slices of weights and optimizer states: what one rank has of a model that ZeRO shards (arXiv:1910.02054).
+"""Slices of weights and optimizer states, their copies and files: read on any number of ranks."""
 
-Every kind of parallelism flattens each weight and gives each rank a range of its elements, possibly none. A
-checkpoint consists of these ranges, so that any number of ranks with any kind of parallelism can read it.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -14,9 +12,15 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_dist.distributed.eight_bit import create_states, from_float32, is_eight_bit, to_float32
+from dpo_dist.distributed.manifest import read_manifest
+from dpo_dist.distributed.memory import available_memory
+from dpo_dist.distributed.world import World
+from dpo_dist.foundation.errors import CheckpointError, first_line
 
 WEIGHT = "weight"
 """The part of a slice that is the weight itself, for a trained one its float32 master weight."""
@@ -260,3 +264,280 @@ def _ranges_of_mapping(weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, 
 
 def _whole_shape(weight: Any) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+_ALIGNED_BYTES = 64
+
+
+class HostCopy:
+    """Memory of this rank for copies of its slices: allocated once, pinned if `device` is a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
+
+    def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
+        """Return whether every host has memory for the copies of all its ranks; collective."""
+        missing = max(0, _copy_bytes(models) - self._buffer.nbytes)
+        ranks = world.gather((world.host, missing, available_memory() if missing else 0))
+        needed: dict[str, int] = {}
+        for host, of_rank, _ in ranks:
+            needed[host] = needed.get(host, 0) + of_rank
+        return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
+
+    def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
+        """Return the same slices in host memory, valid until the next call."""
+        self._reserve(_copy_bytes(models))
+        places = self._places(models)
+        copied = [
+            replace(model, slices=[replace(own, parts=_copied(own, places)) for own in model.slices])
+            for model in models
+        ]
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return copied
+
+    def _places(self, models: Sequence[ModelSlices]) -> Iterator[Tensor]:
+        """Yield the place in the buffer of every tensor of the slices, in their order."""
+        start = 0
+        for tensor in _tensors(models):
+            yield self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+            start += _aligned(tensor.nbytes)
+
+    def _reserve(self, count: int) -> None:
+        """Allocate `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
+        if count <= self._buffer.nbytes:
+            return
+        self.close()
+        self._buffer = torch.empty(count, dtype=torch.uint8)
+        if self.is_cuda:
+            self._is_pinned = not int(_cuda().cudaHostRegister(self._buffer.data_ptr(), count, 0))
+            if not self._is_pinned:  # copies are slower
+                _forget_error()
+
+    def close(self) -> None:
+        """Release the memory, as soon as nothing reads the copies any more.
+
+        Another run of this process may get the same addresses, which must not count as pinned then.
+        """
+        if self._is_pinned:
+            _cuda().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
+
+
+def _copied(own: Slice, places: Iterator[Tensor]) -> dict[str, Tensor]:
+    return {part: next(places).copy_(tensor, non_blocking=True) for part, tensor in own.parts.items()}
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error() -> None:
+    """Clear the error of a call of CUDA, which the next kernel would otherwise raise."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+def _tensors(models: Sequence[ModelSlices]) -> Iterator[Tensor]:
+    for model in models:
+        for own in model.slices:
+            yield from own.parts.values()
+
+
+def _copy_bytes(models: Sequence[ModelSlices]) -> int:
+    return sum(_aligned(tensor.nbytes) for tensor in _tensors(models))
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNED_BYTES) * _ALIGNED_BYTES
+
+
+_FILE_BYTES = 2**30
+"""Size at which a rank begins another file: so much host memory is used at a time."""
+_MOST = 2**48
+"""More than any number of elements or updates."""
+
+
+def write_slices(
+    model: ModelSlices, checkpoint: Path, rank: int, is_wanted: Callable[[], bool] = lambda: True
+) -> list[Path]:
+    """Write this rank's slices of a model and return their files.
+
+    Args:
+        model: with tensors that nothing changes meanwhile.
+        checkpoint: the folder of the checkpoint.
+        rank: of this process.
+        is_wanted: asked before every file; False ends the writing.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder = checkpoint / model.folder
+    folder.mkdir(exist_ok=True)
+    files: list[Path] = []
+    devices = {tensor.device for own in model.slices for tensor in own.parts.values() if tensor.is_cuda}
+    with contextlib.closing(HostCopy(devices.pop() if devices else torch.device("cpu"))) as staging:
+        for batch in _batches(model.slices):
+            if not is_wanted():
+                break
+            files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
+            # One wait for the tensors of a file, not one for each of them.
+            on_host = staging.of([replace(model, slices=batch)])[0].slices if staging.is_cuda else batch
+            tensors = {f"{part}/{own.name}": tensor for own in on_host for part, tensor in own.parts.items()}
+            ranges = {own.name: [own.start, *own.shape] for own in batch}
+            try:
+                save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+    return files
+
+
+def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+    batch: list[Slice] = []
+    size = 0
+    for own in slices:
+        batch.append(own)
+        size += sum(tensor.nbytes for tensor in own.parts.values())
+        if size >= _FILE_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A range of one weight's elements, and its file."""
+
+    start: int
+    end: int
+    file: str
+
+
+@dataclass(frozen=True)
+class SavedSlices:
+    """The slices of one model in a checkpoint.
+
+    Attributes:
+        folder: the checkpoint.
+        shapes: of the whole weights, by name.
+        parts: names of the weight and of the optimizer states.
+        step: number of updates of the optimizer.
+    """
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    parts: Sequence[str]
+    step: int
+    _ranges: dict[str, list[_Range]]
+
+    @classmethod
+    def find(cls, folder: Path, name: str) -> "SavedSlices":
+        """Return the slices below `folder / name`, from the headers of their files.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the ranges of a weight are not the whole weight.
+        """
+        found = cls(folder, {}, [], 0, {})
+        with _reading_errors(folder):
+            files = [
+                file for file in sorted(read_manifest(folder)) if Path(file).match(f"{name}/*.safetensors")
+            ]
+            if not files:
+                raise ValueError(f"it has no {name}/*.safetensors: another version of the program wrote it")
+            parts: dict[str, None] = {}
+            steps = [found._add(file, parts) for file in files]
+            found._check_complete()
+        return cls(folder, found.shapes, list(parts), max(steps), found._ranges)
+
+    def _add(self, file: str, parts: dict[str, None]) -> int:
+        """Add the ranges of a file and return its number of updates."""
+        with safe_open(self.folder / file, "pt") as opened:
+            header = opened.metadata() or {}
+            for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
+                part, _, name = key.partition("/")
+                parts[part] = None
+                if part == WEIGHT:
+                    length = opened.get_slice(key).get_shape()[0]
+                    start, *shape = json.loads(header["ranges"])[name]
+                    if min(start, *shape, 0) < 0 or max(start, *shape, 0) > _MOST:
+                        raise ValueError(f"{name} has a forged range")
+                    self.shapes[name] = tuple(shape)
+                    self._ranges.setdefault(name, []).append(_Range(start, start + length, file))
+        if not 0 <= (step := int(header["step"])) <= _MOST:
+            raise ValueError("it has a forged number of updates")
+        return step
+
+    def _check_complete(self) -> None:
+        for name, ranges in self._ranges.items():
+            ranges.sort(key=lambda range_: range_.start)
+            end = 0
+            for range_ in ranges:
+                if range_.start != end:
+                    raise ValueError(f"elements of {name} are missing, or are there twice")
+                end = range_.end
+            if end != torch.Size(self.shapes[name]).numel():
+                raise ValueError(f"elements of {name} are missing")
+
+    def load_into(self, slices: Iterable[Slice]) -> None:
+        """Fill the parts of `slices`, of which no other rank needs to have the same ranges.
+
+        Raises:
+            CheckpointError: a file cannot be read, or has no such weight.
+        """
+        with _reading_errors(self.folder), contextlib.ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for own in slices:
+                if self.shapes.get(own.name) != own.shape:
+                    raise ValueError(f"{own.name} is missing or has another shape")
+                for part, tensor in own.parts.items():
+                    self._fill(tensor, f"{part}/{own.name}", own, opened, stack)
+
+    def _fill(
+        self, target: Tensor, key: str, own: Slice, opened: dict[str, Any], stack: contextlib.ExitStack
+    ) -> None:
+        end = own.start + target.numel()
+        for range_ in self._ranges[own.name]:
+            first, last = max(own.start, range_.start), min(end, range_.end)
+            if first < last:
+                if range_.file not in opened:
+                    opened[range_.file] = stack.enter_context(safe_open(self.folder / range_.file, "pt"))
+                saved = opened[range_.file].get_slice(key)[first - range_.start : last - range_.start]
+                target[first - own.start : last - own.start].copy_(saved)
+
+    def whole(self, name: str, part: str = WEIGHT) -> Tensor:
+        """Return a whole weight or optimizer state in host memory, float32 for a trained weight.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        with _reading_errors(self.folder):
+            pieces = []
+            for range_ in self._ranges[name]:
+                with safe_open(self.folder / range_.file, "pt") as opened:
+                    pieces.append(opened.get_tensor(f"{part}/{name}"))
+            return torch.cat(pieces).view(self.shapes[name])
+
+
+@contextlib.contextmanager
+def _reading_errors(folder: Path) -> Iterator[None]:
+    """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
+    try:
+        yield
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(
+            "the weights of the checkpoint cannot be read",
+            where=str(folder),
+            got=first_line(error),
+            remedy="restore its files, or name another checkpoint",
+        ) from error

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.distributed.activity import Activity
+from dpo_dist.distributed.activity import Activity, Peer
 from dpo_dist.distributed.failures import (
     FAREWELL_SECONDS,
     NOBODY,
@@ -21,13 +21,20 @@ from dpo_dist.distributed.failures import (
     report_error,
     user_error,
 )
-from dpo_dist.distributed.monitor import Reports
-from dpo_dist.distributed.peers import Peer
-from dpo_dist.distributed.waits import Waits
-from dpo_dist.distributed.watched import Watched
-from dpo_dist.errors import DpoDistError, StoppedError, first_line
-from dpo_dist.model.sequence_parallel import TokenExchange
-from dpo_dist.signals import answered_at_once, ended_with_launcher, last_words, raise_terminated
+from dpo_dist.distributed.monitor import Reports, Waits, Watched
+from dpo_dist.foundation.errors import DpoDistError, StoppedError, first_line
+from dpo_dist.foundation.process import (
+    BY_STEPS,
+    BY_TRACKER,
+    StopRequest,
+    answered_at_once,
+    ended_with_launcher,
+    last_words,
+    note_stop,
+    raise_terminated,
+    stopped_by,
+)
+from dpo_dist.model.ulysses import TokenExchange
 
 T = TypeVar("T")
 
@@ -298,3 +305,54 @@ def _handle_sigterm(handler: Any) -> None:
     """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+class GivenWay(Exception):  # noqa: N818  (no error)
+    """Work was ended because the run must stop."""
+
+
+class Stops:
+    """Every rank's request to stop, on which all ranks agree; methods are collective.
+
+    Args:
+        request: of this rank.
+        world: of the run.
+
+    Attributes:
+        agreed: the reasons of all ranks, once they were gathered.
+    """
+
+    def __init__(self, request: StopRequest, world: World):
+        self.request, self.world = request, world
+        self.agreed = ""
+
+    def must_stop(self) -> bool:
+        """Return whether a rank was asked to stop at once."""
+        return self.world.agree(self.request.is_urgent)
+
+    def give_way(self) -> None:
+        """End the work if a rank was asked to stop at once.
+
+        Raises:
+            GivenWay: on all ranks.
+        """
+        if self.must_stop():
+            raise GivenWay
+
+    def check(self, when: str = "before the first step") -> None:
+        """End the run if a rank was asked to stop at once; waits for ranks that are slower.
+
+        Raises:
+            StoppedError: on all ranks.
+        """
+        self.world.barrier()
+        if self.must_stop():
+            raise stopped_by(self.reasons(), when)
+
+    def reasons(self) -> str:
+        """Return the reasons of all ranks; those of a person are noted for a batch script."""
+        reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
+        self.agreed = ", ".join(reasons)
+        if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
+            note_stop(self.agreed)
+        return self.agreed

@@ -1,5 +1,6 @@
 """The files of the adapter that a policy starts from; imports no torch, so that errors appear at once."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,100 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant, splits_base
-from dpo_dist.config.schema import ModelConfig, Quantization
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_checks import check_matrices, check_values, unreadable, unsupported
-from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig, Quantization, splits_base
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json, weight_files
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_NUMBERS = ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")
+_DEFAULT = 8
+
+
+def check_values(found: Mapping[str, Any], folder: Path) -> None:
+    """Check the types of the values that decide about the matrices of an adapter, and modules in full.
+
+    Args:
+        found: content of adapter_config.json.
+        folder: of the adapter.
+
+    Raises:
+        ConfigError: one has another type, or is no finite number.
+    """
+    ranks, alphas = (_with_pattern(found, *names) for names in _NUMBERS)
+    saved = found.get("modules_to_save")
+    faults = {
+        "r, rank_pattern": not all(_is_rank(rank) for rank in ranks),
+        "lora_alpha, alpha_pattern": not all(_is_finite(alpha) for alpha in alphas),
+        "modules_to_save": saved is not None
+        and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)),
+    }
+    for names in (names for names, is_wrong in faults.items() if is_wrong):
+        raise unsupported(folder, ", ".join(f"{name}: {found.get(name)}"[:200] for name in names.split(", ")))
+
+
+def _with_pattern(found: Mapping[str, Any], name: str, pattern: str) -> list[Any]:
+    """Return a value of all layers and those of some; None in place of a pattern of another type."""
+    of_some = found.get(pattern) or {}
+    return [found.get(name, _DEFAULT), *(of_some.values() if isinstance(of_some, dict) else [None])]
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float is
+        return False
+
+
+def check_matrices(dimensions: Mapping[str, int], prefix: str, folder: Path) -> None:
+    """Check that each A in the weights of an adapter has its B, that both are matrices, and their names.
+
+    Args:
+        dimensions: number of dimensions by name in the file.
+        prefix: of every name.
+        folder: of the adapter.
+
+    Raises:
+        ConfigError: one has not, is none, or has another name.
+    """
+    matrices = {name: number for name, number in dimensions.items() if name.endswith((_A, _B))}
+    wrong = [name for name in dimensions if not name.startswith(prefix)]
+    wrong += [name for name, number in matrices.items() if number != 2 or _partner(name) not in matrices]
+    if wrong:
+        raise unsupported(folder, f"{_first(wrong)}, which is no matrix of a pair A and B")
+
+
+def _partner(name: str) -> str:
+    return name.removesuffix(_A) + _B if name.endswith(_A) else name.removesuffix(_B) + _A
+
+
+def _first(names: Collection[str]) -> str:
+    return f"{min(names)} ({len(names)} in all)"
+
+
+def unreadable(file: Path, error: Exception) -> ConfigError:
+    """Return the error of an adapter whose weights `file` is missing, incomplete or no safetensors file."""
+    return ConfigError(
+        "the weights of the adapter cannot be read",
+        where="model.adapter.path",
+        got=f"{file}: {first_line(error)}",
+        remedy="save or download the adapter again",
+    )
+
+
+def unsupported(folder: Path, got: str) -> ConfigError:
+    """Return the error of an adapter from which no training starts."""
+    return ConfigError(
+        "training cannot start from this kind of adapter",
+        where="model.adapter.path",
+        got=f"{folder}: {got}",
+        expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
+        remedy="merge it into its base by peft's merge_and_unload, and set model.path to the result",
+    )
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -285,3 +375,69 @@ def _contradiction(names: Sequence[str], given: str, read: str) -> ConfigError:
         expected=read,
         remedy=f"set {' '.join(f'{key}=null' for key in keys)}, or model.adapter.on_top=true for a new one",
     )
+
+
+def base_notes(config: ModelConfig, start: Path | None) -> list[str]:
+    """Return a warning if the adapter to start from names another base than `model.path`.
+
+    Args:
+        config: of the model.
+        start: from `adapter_files.start_folder`.
+    """
+    if start is None or not (named := other_base(start, config)):
+        return []
+    return [
+        f"warning: the adapter of model.adapter.path was trained on {named}, model.path is {config.path}; on "
+        "other weights than its own an adapter is noise"
+    ]
+
+
+def other_base(adapter: Path, config: ModelConfig) -> str:
+    """Return the base that an adapter folder names, if it is another than `model.path`; else "".
+
+    Only the last parts of both names are compared: folders are copied, and files have no other trace.
+    """
+    named, local = _named_base(adapter), Path(config.path).expanduser()
+    own = local.resolve().name if local.is_dir() else local.name
+    return "" if not named.strip() or Path(named).name.lower() == own.lower() else named
+
+
+def check_sizes(base: Path, start: Path) -> None:
+    """Check that the matrices of an adapter have the sizes of its base's weights; reads no weights.
+
+    Weights of another name in the files of the base are compared when the model is loaded.
+
+    Args:
+        base: a local model folder.
+        start: from `adapter_files.start_folder`.
+
+    Raises:
+        ConfigError: they have other sizes.
+    """
+    with safe_open(start / ADAPTER_WEIGHTS, "np") as content:
+        names = list(content.keys())
+        shapes = {name.removeprefix(PEFT_PREFIX): content.get_slice(name).get_shape() for name in names}
+    for file in (file for file in weight_files(base) if file.suffix == ".safetensors"):
+        with safe_open(file, "np") as content:
+            for name in content.keys():  # noqa: SIM118  (the file is not iterable)
+                layer = name.removesuffix(".weight")
+                down, up = shapes.get(f"{layer}.lora_A.weight"), shapes.get(f"{layer}.lora_B.weight")
+                own = content.get_slice(name).get_shape() if down and up else []
+                if down and up and sorted(own) != sorted((up[0], down[1])):
+                    raise _other_sizes(base, start, f"{name} of {own}", [up[0], down[1]])
+
+
+def _other_sizes(base: Path, start: Path, own: str, wanted: list[int]) -> ConfigError:
+    named = _named_base(start)
+    return ConfigError(
+        "the adapter belongs to a model of other sizes",
+        where="model.path, model.adapter.path",
+        got=f"{own} in {base}",
+        expected=f"{wanted}, as in {start}",
+        remedy=f"set model.path to the base of the adapter{f', {named}' if named else ''}",
+    )
+
+
+def _named_base(start: Path) -> str:
+    named = read_model_json(start / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""

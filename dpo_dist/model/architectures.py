@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.errors import ConfigError
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json
 
 

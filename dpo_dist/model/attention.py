@@ -1,24 +1,189 @@
-"""Attention over packed pairs: each response attends to its prompt and itself, without padding.
+"""Attention over packed pairs by the kernel of the run, which is checked on the device before training."""
 
-For a pair with the layout ``[P, R1, R2, ...]``, the queries ``{[P, R1], [R2], ...}`` attend to the keys
-``{[P, R1], [P, R2], ...}`` with a causal mask aligned to the bottom right. The result is that of one causal
-sequence per response, at the cost of one prompt. Models of transformers call it by `AttentionInterface`, and
-`AttentionMaskInterface` gives them a rule in the place of a mask (model/mask_rules.py).
-"""
-
+import functools
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 
-from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.mask_rules import MaskRule, mask_rule, not_causal
-from dpo_dist.model.query_temperature import corrected_query
-from dpo_dist.model.segment_attention import Layout, Scores, SegmentAttention
-from dpo_dist.model.varlen_attention import VarlenAttention
+from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.optional_packages import check_flash_attn, has_flash_attn
+from dpo_dist.model.sdpa import Layout, MaskRule, Scores, SegmentAttention, mask_rule, not_causal
+
+
+def corrected_query(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Return the queries [tokens, heads, dim] with the temperature of their positions instead of indices."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+    indices = torch.arange(len(query), device=query.device)
+    ratios = _factors(module, positions) / _factors(module, indices)  # 1, exactly, below floor_scale
+    return (query * ratios[:, None, None]).to(query.dtype)
+
+
+def _factors(module: Any, positions: Tensor) -> Tensor:
+    scale: float = module.attn_scale
+    return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * scale + 1
+
+
+log = logging.getLogger(__name__)
+
+# The kernels are compiled for heads of these sizes.
+LARGEST_HEAD = 256
+_HEAD_MULTIPLE = 8
+
+
+@dataclass
+class VarlenAttention:
+    """One kernel call for all segments, with separate cumulative lengths of queries and keys (CUDA)."""
+
+    layout: Layout
+    backend: AttentionBackend
+    device: torch.device
+
+    @cached_property
+    def _segments(self) -> list[tuple[int, int]]:
+        """Return (query tokens, key tokens) of each segment with queries."""
+        segments = []
+        for prompt, first, *rest in self.layout:
+            segments.append((prompt + first, prompt + first))
+            segments += [(tokens, prompt + tokens) for tokens in rest if tokens]
+        return segments
+
+    @cached_property
+    def _key_indices(self) -> Tensor:
+        """Return the index of each segment's keys in the packed sequence; prompts repeat."""
+        indices: list[npt.NDArray[np.int64]] = []
+        start = 0
+        for prompt, first, *rest in self.layout:
+            indices.append(np.arange(start, start + prompt + first))
+            end = start + prompt + first
+            for tokens in rest:
+                if tokens:
+                    indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
+                end += tokens
+            start = end
+        return copied_to(self.device, np.concatenate(indices))
+
+    @cached_property
+    def _cumulative(self) -> tuple[Tensor, Tensor]:
+        queries, keys = zip(*self._segments, strict=True)
+        return self._offsets(queries), self._offsets(keys)
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        return max(query for query, _ in self._segments), max(key for _, key in self._segments)
+
+    def _offsets(self, lengths: tuple[int, ...]) -> Tensor:
+        return copied_to(self.device, np.cumsum((0, *lengths), dtype=np.int32))
+
+    @cached_property
+    def _by_segment(self) -> SegmentAttention:
+        return SegmentAttention(self.layout, self.device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """See `attention.PackedAttention`."""
+        (cu_query, cu_key), (max_query, max_key) = self._cumulative, self._longest
+        is_windowed = scores.rule is not None and not scores.rule.is_causal(max_key)
+        lacking = _lacking(self.backend, query, value, scores, is_windowed)
+        if lacking is not None:
+            _log_sdpa(self.backend, lacking)
+            return self._by_segment(query, key, value, scores)
+        earlier = -1
+        if is_windowed:
+            assert scores.window is not None
+            earlier = scores.window - 1
+        key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
+        attended: Tensor
+        if self.backend is AttentionBackend.flash_attention_2:
+            from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  (optional extra)
+
+            attended = flash_attn_varlen_func(
+                query,
+                key,
+                value,
+                cu_query,
+                cu_key,
+                max_query,
+                max_key,
+                softmax_scale=scores.scale,
+                causal=True,
+                window_size=(earlier, -1 if earlier < 0 else 0),
+                softcap=scores.softcap or 0.0,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+            )
+        else:
+            attended = _varlen(
+                query, key, value, (cu_query, cu_key), (max_query, max_key), scores.scale, earlier
+            )
+        return attended
+
+
+def _lacking(
+    backend: AttentionBackend, query: Tensor, value: Tensor, scores: Scores, is_windowed: bool
+) -> str | None:
+    """Return what a layer needs and the kernel does not compute; None if it computes all."""
+    sizes = {query.shape[-1], value.shape[-1]}
+    if scores.sinks is not None:
+        return "attention sinks"
+    if scores.softcap is not None and backend is AttentionBackend.varlen:
+        return "capped scores"
+    if is_windowed and (scores.rule is None or scores.window is None or scores.rule.reach != scores.window):
+        return "masks other than sliding windows"
+    if len(sizes) > 1 or max(sizes) > LARGEST_HEAD or max(sizes) % _HEAD_MULTIPLE:
+        return f"heads of {' and '.join(str(size) for size in sorted(sizes))} dimensions"
+    return None
+
+
+@functools.cache
+def _log_sdpa(backend: AttentionBackend, lacking: str) -> None:
+    log.info("attention: %s has no %s, so layers with them run on sdpa", backend, lacking)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cumulative: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+    earlier: int,
+) -> Tensor:
+    """Return causal `torch.nn.attention.varlen`, whose keywords differ between versions of torch."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        raise ConfigError(
+            "the variable-length attention of this torch version has no scale or no window",
+            where="model.attention",
+            got=f"varlen with torch {torch.__version__}",
+            expected="torch 2.11 or newer",
+            remedy="update torch, or set model.attention=sdpa",
+        )
+    options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    attended = varlen_attn(query, key, value, *cumulative, *longest, **options)
+    assert isinstance(attended, Tensor)
+    return attended
+
 
 PACKED = "dpo_dist_packed"
 
@@ -106,3 +271,209 @@ def _check_supported(module: torch.nn.Module, rule: Any, options: dict[str, Any]
 # The layout differs in every batch, and torch.compile would compile code for each.
 AttentionInterface.register(PACKED, torch.compiler.disable(_interface))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(PACKED, mask_rule)
+
+
+# The variable-length kernels need Ampere's instructions, as bf16 does.
+_FIRST_CAPABILITY = (8, 0)
+
+# Several segments, a response of one token, another of three.
+_TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
+_TRIAL_WINDOW = 6
+# Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
+# of 128 in 8 groups); with a different mask they differ by about the largest value itself.
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of a model's attention.
+
+    Attributes:
+        query: number of query heads.
+        key: number of key heads.
+        dim: of a head of queries and keys.
+        own_value_dim: of a head of values; None: `dim`.
+    """
+
+    query: int
+    key: int
+    dim: int
+    own_value_dim: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Return the dimension of a head of values."""
+        return self.dim if self.own_value_dim is None else self.own_value_dim
+
+
+def heads_of_layers(text: Any) -> list[Heads]:
+    """Return the attention shape of each layer of a text model, one for all if they are equal.
+
+    Empty for a model without attention.
+    """
+    layers = layer_configs(text)
+    return [heads_of(layer) for layer in layers if getattr(layer, "num_attention_heads", None)]
+
+
+def heads_of(model_config: Any) -> Heads:
+    """Return the attention shape of the transformers configuration of a layer.
+
+    Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
+    head, whose `head_dim` in the configuration is only the part with positions.
+    """
+    heads: int = model_config.num_attention_heads
+    if getattr(model_config, "kv_lora_rank", None):
+        dim = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
+        return Heads(heads, heads, dim, model_config.v_head_dim)
+    dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
+
+
+def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
+    """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`.
+
+    Raises:
+        ConfigError: the backend cannot run on this device.
+    """
+    on_cuda = device.type == "cuda"
+    if wanted is AttentionBackend.auto:
+        # The variable-length kernels have 16-bit inputs.
+        if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
+            return AttentionBackend.sdpa
+        return AttentionBackend.flash_attention_2 if has_flash_attn() else AttentionBackend.varlen
+    if wanted is AttentionBackend.sdpa:
+        return wanted
+    if not on_cuda or _capability(device) < _FIRST_CAPABILITY:
+        raise ConfigError(
+            f"attention backend {wanted} runs on CUDA only, on Ampere GPUs and newer",
+            where="model.attention",
+            got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
+            expected="auto or sdpa",
+            remedy="set model.attention=auto",
+        )
+    if wanted is AttentionBackend.flash_attention_2:
+        check_flash_attn()
+    return wanted
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def scores_of(model_config: Any) -> list[Scores]:
+    """Return the kinds of scores that a kernel must compute for layers of a transformers configuration.
+
+    Windows are shorter than those of the model, so that a small layout shows them.
+    """
+    text = model_config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    kinds = [Scores(softcap=softcap)]
+    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
+        kinds.append(Scores(window=_TRIAL_WINDOW, softcap=softcap))
+    return kinds
+
+
+def check_kernels(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
+    """Check this backend with the heads and scores of each layer by `check_kernel`, if it is used.
+
+    Args:
+        backend: from `choose_backend`.
+        device: of the run.
+        text: the transformers configuration of a text model.
+        dtype: of the model's activations.
+
+    Raises:
+        ConfigError: the results differ by more than rounding, or the kernel fails.
+    """
+    if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
+        return
+    for heads in dict.fromkeys(heads_of_layers(text)):
+        check_kernel(backend, device, heads, dtype, scores_of(text))
+
+
+def check_kernel(
+    backend: AttentionBackend,
+    device: torch.device,
+    heads: Heads,
+    dtype: torch.dtype,
+    kinds: Sequence[Scores] = (Scores(),),
+) -> None:
+    """Check this backend against SDPA in float32 on a small layout, forward and backward.
+
+    A kernel with another alignment of the causal mask, or another meaning of lengths, would give wrong
+    log-probs to policy and reference alike, which no later check could detect.
+
+    Args:
+        backend: from `choose_backend`.
+        device: of the run.
+        heads: of a layer.
+        dtype: of the model's activations.
+        kinds: from `scores_of`.
+
+    Raises:
+        ConfigError: the results differ by more than rounding, or the kernel fails.
+    """
+    for scores in kinds:
+        _check_scores(backend, device, heads, dtype, scores)
+
+
+def _check_scores(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+) -> None:
+    if scores.window is not None:
+        function = sliding_window_causal_mask_function(scores.window)
+        scores = replace(scores, rule=mask_rule(function, scores.window, device=device))
+    described = _describe(heads, dtype, scores)
+    rounded = _random_heads(device, heads, dtype)
+    wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded], scores)
+    try:
+        got = _attend(backend, device, rounded, scores)
+    except ConfigError:
+        raise
+    except Exception as error:  # a kernel can raise anything
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(
+            "this attention kernel fails on this device",
+            where="model.attention",
+            got=f"{backend} with {described}: {type(error).__name__}: {reason}",
+            remedy="set model.attention=sdpa, or another of its values",
+        ) from error
+    for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not difference < _TOLERANCE:
+            tensor = "output" if name == "output" else f"gradient of the {name}"
+            raise ConfigError(
+                "this attention kernel gives wrong results on this device",
+                where="model.attention",
+                got=f"{backend} with {described}: its {tensor} differs from sdpa's by {difference:.2g}",
+                remedy="set model.attention=sdpa, or another of its values",
+            )
+
+
+def _describe(heads: Heads, dtype: torch.dtype, scores: Scores) -> str:
+    kind = str(dtype).removeprefix("torch.")
+    window = "" if scores.window is None else ", a sliding window"
+    softcap = "" if scores.softcap is None else ", capped scores"
+    dims = str(heads.dim) if heads.own_value_dim is None else f"{heads.dim} and {heads.value_dim}"
+    return f"{heads.query} query and {heads.key} key heads of {dims} in {kind}{window}{softcap}"
+
+
+def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
+    """Return query, key and value of the trial layout, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, _TRIAL))
+    shapes = [(heads.query, heads.dim), (heads.key, heads.dim)]
+    shapes += [(heads.key, heads.value_dim), (heads.query, heads.value_dim)]
+    return [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _attend(
+    backend: AttentionBackend, device: torch.device, tensors: list[Tensor], scores: Scores
+) -> tuple[Tensor, ...]:
+    """Return the attention output of `_random_heads`, and gradients of query, key and value, in float32."""
+    *heads, output_gradient = tensors
+    with torch.enable_grad():
+        query, key, value = (tensor.requires_grad_() for tensor in heads)
+        output = packed_attention(_TRIAL, backend, device)(query, key, value, scores)
+        gradients = torch.autograd.grad(output, (query, key, value), output_gradient)
+    return tuple(tensor.detach().float() for tensor in (output, *gradients))

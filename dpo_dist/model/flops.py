@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.reach import Reach
-from dpo_dist.data.rope_limits import RopeLimits
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import target_layers
-from dpo_dist.model.attention_backend import heads_of_layers
-from dpo_dist.model.layer_options import layer_configs, layer_values
+from dpo_dist.batching.plan import ComputeCosts, Reach, RopeLimits
+from dpo_dist.config.schema import AdapterConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.adapter_weights import find_modules
+from dpo_dist.model.attention import heads_of_layers
+from dpo_dist.model.layers import layer_configs, layer_values, other_weights
+from dpo_dist.model.lora import target_layers
 from dpo_dist.model.rotary import rope_limits
-from dpo_dist.model.saved_modules import find_modules
 from dpo_dist.model.supported import check_causal_class
-from dpo_dist.model.text_part import other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6

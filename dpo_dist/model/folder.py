@@ -1,15 +1,168 @@
-"""Find the local folder of a model and its files; imports no torch, so that errors appear at once."""
+"""Find the local folder of a model and check its files; imports no torch, so that errors appear at once."""
 
 import difflib
 import json
 import re
+import shlex
+import struct
+from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_dist.config.checkpoint_folders import BEST, best_checkpoints
-from dpo_dist.errors import ConfigError
-from dpo_dist.hub_cache import is_absent_offline
-from dpo_dist.model.safe_weights import PICKLED, check_adapter, check_safetensors
-from dpo_dist.small_files import read_small
+from dpo_dist.config.run_folder import BEST, best_checkpoints
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import is_absent_offline, read_small
+from dpo_dist.foundation.text import size
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+"""Patterns of files that torch.save and pickle write."""
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_CLASS = re.compile(r"[A-Za-z0-9]{1,80}For[A-Za-z]{1,40}")
+
+
+def check_safetensors(folder: Path, files: Iterable[Path], key: str) -> None:
+    """Check that the weights of a model are in safetensors inside its folder, or are not there.
+
+    Args:
+        folder: of the model.
+        files: that transformers would load: weights, with the index before its shards.
+        key: the configuration key to name in an error.
+
+    Raises:
+        ConfigError: they are pickles, or an index names a file outside the folder.
+    """
+    files = list(files)
+    weights = [file for file in files if file.suffix != ".json"]
+    for file in weights:
+        _check_inside(file, folder, key)
+    pickled = [file for file in weights if file.suffix != ".safetensors"]
+    if not files:
+        pickled = _pickled_weights(folder)
+    if pickled:
+        raise _refused(folder, pickled, key, _conversion(folder))
+
+
+def check_adapter(folder: Path, key: str) -> None:
+    """Check that the weights of an adapter, if it has any, are in safetensors.
+
+    Raises:
+        ConfigError: they are a pickle.
+    """
+    if not (folder / _ADAPTER_WEIGHTS).is_file() and (pickled := _pickled_weights(folder)):
+        command = (
+            "from peft import load_peft_weights as read; from safetensors.torch import save_file; "
+            f"save_file(read({str(folder)!r}, device='cpu'), {str(folder / _ADAPTER_WEIGHTS)!r})"
+        )
+        raise _refused(folder, pickled, key, f"python -c {shlex.quote(command)}")
+
+
+def _pickled_weights(folder: Path) -> list[Path]:
+    """Return pickles that can be weights: not the states of a trainer beside them."""
+    found = sorted(file for pattern in PICKLED for file in folder.glob(pattern))
+    return [file for file in found if "model" in file.name or file.name.startswith("consolidated")]
+
+
+def _check_inside(file: Path, folder: Path, key: str) -> None:
+    """Check that an index names a file of its folder; the cache of the Hub has links to other folders."""
+    relative = file.relative_to(folder) if file.is_relative_to(folder) else None
+    if relative is None or ".." in relative.parts:
+        raise ConfigError(
+            "the model's index names a file outside its folder",
+            where=key,
+            got=f"{folder}: {file}",
+            expected="files beside the index",
+            remedy="download or save the model again",
+        )
+
+
+def _refused(folder: Path, pickled: list[Path], key: str, command: str) -> ConfigError:
+    names = ", ".join(str(file.relative_to(folder)) for file in pickled[:3])
+    more = f" ({len(pickled)} in all)" if len(pickled) > 3 else ""
+    return ConfigError(
+        "the weights are pickled: reading such a file can run code that is in it",
+        where=key,
+        got=f"{folder}: {names}{more}",
+        expected="weights in safetensors",
+        remedy=f"convert them once, where you trust them: {command}",
+    )
+
+
+def _conversion(folder: Path) -> str:
+    """Return the command that writes a copy of a model in safetensors beside its folder."""
+    try:
+        named = json.loads((folder / "config.json").read_bytes())["architectures"][0]
+        kind = named if _CLASS.fullmatch(named) else "AutoModelForCausalLM"
+    except (OSError, ValueError, LookupError, TypeError):
+        kind = "AutoModelForCausalLM"
+    target = f"{folder.name}-safetensors"
+    command = (
+        f"import transformers as t; source, target = {str(folder)!r}, {target!r}; "
+        f"t.{kind}.from_pretrained(source, dtype='auto').save_pretrained(target); "
+        "t.AutoTokenizer.from_pretrained(source).save_pretrained(target)"
+    )
+    return f"python -c {shlex.quote(command)}"
+
+
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 100_000_000
+"""Longest header that safetensors itself reads."""
+_GIT_LFS = b"version https://git-lfs"
+
+
+def check_weights(files: Iterable[Path], key: str) -> None:
+    """Check that weight files exist, and that safetensors files have the size that their header states.
+
+    Reads the headers only.
+
+    Args:
+        files: from `weight_files`.
+        key: the configuration key to name in an error.
+
+    Raises:
+        ConfigError: a file is missing, incomplete or no safetensors file.
+    """
+    files = list(files)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(
+            "shards of the model's weights are missing",
+            where=key,
+            got=f"{missing[0].parent} without {', '.join(file.name for file in missing[:3])} "
+            f"({len(missing)} in all)",
+            expected="every file that the index of the weights names",
+            remedy="download or copy the missing files",
+        )
+    for file in files:
+        if file.suffix == ".safetensors" and (fault := _fault(file)):
+            raise ConfigError(
+                "a weight file of the model cannot be read",
+                where=key,
+                got=f"{file}: {fault}",
+                expected="a whole safetensors file",
+                remedy="download or copy the file again",
+            )
+
+
+def _fault(file: Path) -> str:
+    """Return why a file is no whole safetensors file; empty if it is one."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(max(_LENGTH_BYTES, len(_GIT_LFS)))
+            if start == _GIT_LFS:
+                return "a pointer of git-lfs in place of the weights (git lfs pull downloads them)"
+            length = struct.unpack("<Q", start[:_LENGTH_BYTES])[0] if len(start) >= _LENGTH_BYTES else 0
+            if not 0 < length <= _MOST_HEADER_BYTES:
+                return "no safetensors file"
+            opened.seek(_LENGTH_BYTES)
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = _LENGTH_BYTES + length + max(ends, default=0)
+    except OSError as error:
+        return str(error.strerror)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return "a header that cannot be read"
+    found = file.stat().st_size
+    return "" if found == expected else f"{size(found)} ({found:,} bytes) of {size(expected)} ({expected:,})"
+
 
 CONFIG_FILE = "config.json"
 _ADAPTER_FILE = "adapter_config.json"

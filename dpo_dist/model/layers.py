@@ -1,18 +1,78 @@
-"""Options of decoder layers: activation checkpointing, torch.compile, Liger's kernels."""
+"""Layers of a model: options by layer, experts, the text part, checkpointing, torch.compile, Liger."""
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.optional_packages import check_liger_kernel
-from dpo_dist.model.text_part import text_part
+
+
+def layer_configs(text: Any) -> Sequence[Any]:
+    """Return the configuration of each layer of a text model, one for all if they are equal.
+
+    Of a configuration whose layers differ (Gemma 4, or `per_layer_config` in config.json), transformers
+    refuses to read an option that they do not share.
+
+    Args:
+        text: a transformers configuration without parts for images or sounds.
+    """
+    layers: Sequence[Any] = text.per_layer_config if text.is_heterogeneous else [text]
+    return layers
+
+
+def layer_values(text: Any, option: str) -> list[Any]:
+    """Return the different values of an option in the layers of a text model, None where there is none.
+
+    Args:
+        text: a transformers configuration without parts for images or sounds.
+        option: its name.
+    """
+    values: list[Any] = []
+    for layer in layer_configs(text):
+        value = getattr(layer, option, None)
+        if value not in values:
+            values.append(value)
+    return values
+
+
+# The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
+_INDEXER = "indexer"
+
+
+def text_part(causal_lm: Any) -> Any:
+    """Return the decoder of text of a transformers model; the model itself if it reads nothing else."""
+    config = causal_lm.config
+    return causal_lm if config.get_text_config() is config else causal_lm.get_decoder()
+
+
+def other_weights(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the weights that text does not depend on, as of a vision tower: they have no gradient."""
+    text = text_part(causal_lm)
+    if text is causal_lm:
+        return set()
+    used = {*text.parameters(), *causal_lm.get_output_embeddings().parameters()}
+    return set(causal_lm.parameters()) - used
+
+
+def indexers(causal_lm: Any) -> list[nn.Module]:
+    """Return the modules that choose keys of sparse attention: the choice has no gradient."""
+    return [module for name, module in causal_lm.named_modules() if name.rpartition(".")[2] == _INDEXER]
+
+
+def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
+    """Return the weights that have no gradient from text: those of other inputs and of indexers."""
+    return other_weights(causal_lm) | {w for module in indexers(causal_lm) for w in module.parameters()}
 
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
@@ -117,3 +177,84 @@ def use_liger(causal_lm: nn.Module) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
 
     _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def expert_blocks(causal_lm: nn.Module) -> list[nn.Module]:
+    """Return the modules inside of layers that have a list of equal parts, such as one module per expert.
+
+    Which parts compute depends on the tokens, so ranks may use different ones. Experts whose weights are
+    stacked in one tensor, as in transformers' own models, are one part and not in a list. A module found
+    here that always uses all its parts is no error: ZeRO-3 gathers its weights at once.
+    """
+    layers = set(decoder_layers(causal_lm))
+    stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    inside = {module for stack in stacks for layer in stack for module in layer.modules()}
+    return [
+        module
+        for module in causal_lm.modules()
+        if module in inside and module not in layers and any(map(_is_list_of_equals, module.children()))
+    ]
+
+
+def compressors(causal_lm: nn.Module) -> list[nn.Module]:
+    """Return the modules that make one key of several tokens, as in DeepSeek-V4.
+
+    A sequence of fewer tokens has no such key, and uses only some of their weights.
+    """
+    found = [name for name, module in causal_lm.named_modules() if hasattr(module, "compress_rate")]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return [causal_lm.get_submodule(name) for name in outer]
+
+
+def _is_list_of_equals(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    is_one_kind = len({type(part) for part in module}) == 1
+    return is_one_kind and any(True for _ in module.parameters())
+
+
+def join_gradients(block: nn.Module) -> None:
+    """Make the gradients of all weights of `block` ready at once, those of parts without tokens as zeros.
+
+    ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
+    other parts, they would add up those of different weights.
+    """
+    block.forward = partial(_joined, _Block(block, block.forward))
+
+
+class _Block(nn.Module):
+    """A block as the only child of a module that computes as the block does."""
+
+    def __init__(self, block: nn.Module, compute: Callable[..., Any]):
+        super().__init__()
+        self.block, self._compute = block, compute
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compute(*args, **kwargs)
+
+
+def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
+    trained = {name: weight for name, weight in block.named_parameters() if weight.requires_grad}
+    if not trained or not torch.is_grad_enabled():
+        return block(*args, **kwargs)
+    aliases = _Aliases.apply(*trained.values())  # type: ignore[no-untyped-call]
+    output = functional_call(block, dict(zip(trained, aliases, strict=True)), args, kwargs)
+    # If no trained weight is used, all of them get zeros; hooks of backward wait for the gradients of inputs.
+    touched = [aliases[0], *(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)]
+    touch = torch.stack([0.0 * tensor.flatten()[0].float() for tensor in touched]).sum()
+    if isinstance(output, tuple):  # with what the router computed
+        return (output[0] + touch.to(output[0].dtype), *output[1:])
+    return output + touch.to(output.dtype)
+
+
+class _Aliases(torch.autograd.Function):
+    """Aliases of weights: backward has the gradients of all of them, zeros for unused ones."""
+
+    @staticmethod
+    def forward(_ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        return slopes

@@ -1,39 +1,232 @@
 """Load a model folder as a packed model, and its tokenizer."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.loading_report import LoadStateDictInfo
 
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.model.activation_offload import PinnedMemory, offload_inputs
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
-from dpo_dist.model.attention_backend import check_kernels, choose_backend
-from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files
-from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.attention import check_kernels, choose_backend
+from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import checkpoint_layers, use_liger
+from dpo_dist.model.memory import PinnedMemory, offload_inputs, tile_mlps
 from dpo_dist.model.numerics import check_precision
-from dpo_dist.model.option_checks import check_device, check_shared_tokens
-from dpo_dist.model.quantize import keep_trainable, quantized_loading
-from dpo_dist.model.sequence_parallel import TokenExchange
+from dpo_dist.model.optional_packages import check_bitsandbytes
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.supported import (
     check_causal_class,
+    check_device,
+    check_shared_tokens,
     check_supported,
     check_text,
     freeze_as_defined,
     keep_evaluating,
     switch_off_noise,
 )
-from dpo_dist.model.tiled_mlp import tile_mlps
-from dpo_dist.model.unread_weights import check_all_weights_read, unread_when_sharded
+from dpo_dist.model.ulysses import TokenExchange
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+
+
+def own_code_error(folder: Path, key: str, file: str = CONFIG_FILE) -> ConfigError | None:
+    """Return the error of a folder that transformers cannot load without the code that `file` names.
+
+    Args:
+        folder: of the model.
+        key: the configuration key of the folder.
+        file: the JSON file that transformers was reading.
+    """
+    try:
+        named = read_model_json(folder / file).get("auto_map")
+    except ConfigError:
+        return None
+    if not named:
+        return None
+    return ConfigError(
+        "the model folder names Python code, which is not run",
+        where=key,
+        got=f"{folder / file}: auto_map {_first(named)}",
+        expected="classes of transformers",
+        remedy="name a model that transformers knows itself, or read the code first and then set "
+        "model.trust_remote_code=true",
+    )
+
+
+def check_no_kernels(folder: Path, key: str) -> None:
+    """Check that config.json names no kernel of the Hub, which transformers would download and run.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for name, value in _values(read_model_json(folder / CONFIG_FILE)):
+        if name in _IMPLEMENTATIONS and any("/" in str(part) for part in _parts(value)):
+            raise ConfigError(
+                "the model's config.json names code on the Hub, which is not run",
+                where=key,
+                got=f"{folder / CONFIG_FILE}: {name} {_first(value)}",
+                expected="an implementation of transformers",
+                remedy=f"remove {name} from config.json: model.attention selects the kernel",
+            )
+
+
+def _values(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield str(name), inner
+            yield from _values(inner)
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _first(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        name, code = next(iter(value.items()))
+        return f"{name}: {code}"
+    return str(value)
+
 
 log = logging.getLogger(__name__)
+
+
+def unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
+    """Return the names of tensors in the weight files that were not loaded; reads only names.
+
+    Under ZeRO-3 transformers does not report them.
+
+    Args:
+        causal_lm: the loaded model; its weights may be sharded.
+        folder: of the model.
+    """
+    loaded = causal_lm.state_dict()
+    mapping = getattr(causal_lm, "_weight_conversions", None) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = causal_lm.base_model_prefix
+    unread = set()
+    for file in weight_files(folder):
+        for name in _tensor_names(file):
+            renamed, _ = rename_source_key(
+                name, renamings, converters, base_model_prefix=prefix, meta_state_dict=loaded
+            )
+            if renamed not in loaded and f"{prefix}.{renamed}" not in loaded:
+                unread.add(name)
+    info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
+    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture ignores
+    found: set[str] = info.unexpected_keys
+    return found
+
+
+def _tensor_names(file: Path) -> list[str]:
+    if file.suffix == ".json":  # an index
+        return []
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
+
+
+def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:
+    """Check that the architecture reads all tensors that the files contain for its modules.
+
+    Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
+    only logged: log-probs do not depend on them. Layers beyond those that config.json counts are an error.
+
+    Args:
+        causal_lm: the loaded model.
+        unread: names of tensors in the files that were not loaded.
+        folder: of the model, for the error.
+        key: the configuration key to name in the error.
+
+    Raises:
+        ConfigError: a module of the model has further tensors in the files: the model is another function.
+    """
+    if not unread:
+        return
+    modules = dict(causal_lm.named_modules())
+    # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).
+    predicting = getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    foreign: list[str] = []
+    own: list[str] = []
+    for name in unread:
+        parts = name.split(".")
+        depth = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
+        owner = ".".join(parts[:depth])
+        is_foreign = owner in ("", causal_lm.base_model_prefix)
+        if isinstance(modules[owner], torch.nn.ModuleList) and parts[depth].isdecimal():
+            is_foreign = int(parts[depth]) < len(modules[owner]) + predicting
+        (foreign if is_foreign else own).append(name)
+    if own:
+        raise ConfigError(
+            f"the weight files have tensors that {type(causal_lm).__name__} does not read",
+            where=key,
+            got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
+            expected="weights and config.json of one architecture",
+            remedy="check model_type and the options in config.json, such as num_hidden_layers",
+        )
+    log.warning(
+        "%s: not used by %s: %s (%d tensors in all)",
+        folder,
+        type(causal_lm).__name__,
+        ", ".join(foreign[:5]),
+        len(foreign),
+    )
+
+
+def quantized_loading(
+    quantization: Quantization | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` that quantize linear layers, except the output layer.
+
+    Args:
+        quantization: None returns no arguments.
+        dtype: of products with the quantized weights.
+        device: of the loaded weights.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return {}
+    check_bitsandbytes(quantization, "model.quantization")
+    nf4 = quantization is Quantization.nf4
+    config = BitsAndBytesConfig(
+        load_in_8bit=not nf4,
+        load_in_4bit=nf4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_trainable(causal_lm: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for CPUs at the first scoring.
+
+    Repacked weights pass no gradients, and scoring alternates with training.
+    """
+    module: Any
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
 
 # Names in files that transformers (5.23) mistakes under ZeRO-3, as patterns, and names that it maps right:
 # the final norm of DeepSeek-V4, as transformers saves it, would be that of compressed keys.

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.description import copy_description
 from dpo_dist.model.folder import weight_files
-from dpo_dist.model.shards import Shards, tensors_of
+from dpo_dist.model.save import Shards, copy_description, tensors_of
 
 
 def write_merged(

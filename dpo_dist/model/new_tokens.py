@@ -16,14 +16,19 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.description import copy_description
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import collect_abandoned, staged_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.merge import names_in_model
-from dpo_dist.model.save import copy_tokenizer, save_tokenizer, writing_errors
-from dpo_dist.model.shards import Shards, tensors_of
+from dpo_dist.model.save import (
+    Shards,
+    copy_description,
+    copy_tokenizer,
+    save_tokenizer,
+    tensors_of,
+    writing_errors,
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 NUMERICS_FIELDS = {
     "dtype": False,

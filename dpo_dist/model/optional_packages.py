@@ -3,8 +3,8 @@
 import importlib.metadata
 import importlib.util
 
-from dpo_dist.config.tracking_schema import OtherTracker
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import OtherTracker
+from dpo_dist.foundation.errors import ConfigError
 
 
 def check_bitsandbytes(value: str, key: str, instead: str = "null") -> None:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.data.packing import PackedBatch, copied_to
-from dpo_dist.data.regroup import regroup
-from dpo_dist.data.rope_limits import RopeLimits
+from dpo_dist.batching.pack import PackedBatch, copied_to, regroup
+from dpo_dist.batching.plan import RopeLimits
 
 _ORIGINAL = "original_inv_freq"
 

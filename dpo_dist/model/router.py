@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dpo_dist.config.router_schema import OF_MODEL, RouterConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.objective.router_losses import AUX_LOSS, RouterLoss, routing_sums, selections
+from dpo_dist.config.losses import OF_MODEL, RouterConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 
 _FUNCTION = "load_balancing_loss_func"
 

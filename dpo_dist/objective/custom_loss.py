@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.user_function import find_function, user_function
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.user_code import find_function, user_function
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 

@@ -8,16 +8,60 @@ gradients, for log-ratios between -1e4 and 1e4.
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.loss_kinds import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.user_function import user_function
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.user_code import user_function
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.running_stats import RunningMeans
+
+_Margin = TypeVar("_Margin", float, Tensor)
+
+
+@dataclass(frozen=True)
+class RunningMeans:
+    """Means over the earlier steps of a run, equal on all ranks.
+
+    Attributes:
+        margin: moving average over steps of the mean of `b h` (M0 of `beta_dpo`); None before the first step.
+        reward: mean over all pairs so far of the mean reward of their two responses (d of `bco_pair`).
+        pairs: number of pairs in `reward`.
+    """
+
+    margin: float | None = None
+    reward: float = 0.0
+    pairs: int = 0
+
+    def batch_beta(self, config: LossConfig, mean_margin: _Margin) -> _Margin:
+        """Return `b' = b (1 + a (mean M - M0))` of a batch; `b` in the first step.
+
+        Source: arXiv 2407.08639, equation 9.
+        """
+        start = mean_margin if self.margin is None else self.margin
+        return config.beta * (1 + config.beta_alpha * (mean_margin - start))
+
+    def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
+        """Return the means that include one more step.
+
+        Args:
+            config: the loss.
+            mean_margin: mean of `b h` over the step's pairs.
+            mean_reward: mean of `b D` over both responses of these pairs.
+            pairs: number of these pairs.
+        """
+        kept = config.beta_momentum
+        before = mean_margin if self.margin is None else self.margin
+        total = self.pairs + pairs
+        return RunningMeans(
+            margin=kept * before + (1 - kept) * mean_margin,
+            reward=self.reward + (mean_reward - self.reward) * pairs / total,
+            pairs=total,
+        )
+
 
 _LARGEST_EXPONENT = 80.0  # exp(89) overflows float32
 _LARGEST_ROOT = 1e19  # the square of 1e20 overflows float32

@@ -7,26 +7,142 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch, with_nvme
-from dpo_dist.distributed.device_memory import return_memory
-from dpo_dist.distributed.engine import FrozenEngine
-from dpo_dist.distributed.nvme import own_folder
-from dpo_dist.distributed.settling import settle_engine
-from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
+from dpo_dist.distributed.kernels import own_folder
+from dpo_dist.distributed.memory import return_memory
+from dpo_dist.distributed.monitor import is_of_communication
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off, load_adapter
-from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.distributed.zero import (
+    FrozenEngine,
+    frozen_config,
+    sharded_loading,
+    whole_loading,
+    with_layer_prefetch,
+    with_nvme,
+)
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
+from dpo_dist.model.folder import has_tokenizer
+from dpo_dist.model.load import load_config, load_packed, load_tokenizer
+from dpo_dist.model.lora import adapter_off, load_adapter
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.digest import ModelFiles
+
+
+class Engine(Protocol):
+    """A model that scores micro-batches."""
+
+    @property
+    def model(self) -> PackedCausalLM:
+        """Return the model."""
+        ...
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective."""
+        ...
+
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return log-probs of every target, float32 [targets]."""
+        ...
+
+
+def settle_engine(
+    engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
+) -> None:
+    """Arrange the model of `engine` by `model.exactness.settle`; its mode does not change. Collective.
+
+    Args:
+        engine: of the model.
+        max_length: the longest prompt plus response, in tokens.
+        world: of the ranks.
+        key: the configuration key to name in an error.
+        trains: whether the model is trained; then its log-probs in training mode and, of several
+            ranks, the weights that sequences use are checked, too.
+
+    Raises:
+        ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
+            sequences use other weights.
+        RuntimeError: a forward waited too long for another rank, or that rank has ended.
+    """
+    are_forwards_collective = engine.is_synchronised or world.sequence is not None
+
+    def agree(fault: str, seconds: float | None = None) -> str:
+        if are_forwards_collective and is_of_communication(fault):
+            raise RuntimeError(fault)  # no fault of the model: the world names the rank
+        try:
+            return world.first_fault(fault, seconds if are_forwards_collective else None)
+        except TimeoutError:
+            raise ConfigError(
+                "the model's forward fails on one rank, and the others wait for it",
+                where=key,
+                got=f"{world.peers[world.rank]}: {fault}",
+                expected="the same on all ranks",
+                remedy="see the traceback in this rank's log; compare devices, drivers and packages of the "
+                "hosts, and remove what depends on the rank from the model's own code",
+            ) from None
+
+    world.barrier()  # a rank that begins late would be one that does not fail
+    was_training = engine.model.training
+    engine.model.eval()
+    checked = CheckedModel(engine.model, engine.token_logps, world.device, max_length, key, agree)
+    settle(checked)
+    if trains:
+        check_training(checked)
+        if world.size > 1:
+            check_use(checked)
+    engine.model.train(was_training)
+
+
+def check_same_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
+) -> None:
+    """Check that a model has the policy's token ids, for the same tokens.
+
+    Without a tokenizer in its folder only the number of ids is compared.
+
+    Args:
+        folder: of the model.
+        tokenizer: the policy's.
+        config: the policy's.
+        key: that names the model.
+
+    Raises:
+        ConfigError: the model has fewer token ids, or other tokens for them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids_needed = max(vocabulary.values()) + 1
+    ids = load_config(folder, config).get_text_config().vocab_size
+    if ids < ids_needed:
+        raise ConfigError(
+            f"the model of {key} has fewer token ids than the tokenizer of model.path",
+            where=key,
+            got=f"{folder} with {ids} token ids",
+            expected=f"at least {ids_needed}",
+            remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
+    if not has_tokenizer(folder):
+        return
+    own_vocabulary = load_tokenizer(folder, config).get_vocab()
+    differing = [token for token, number in vocabulary.items() if own_vocabulary.get(token) != number]
+    if differing:
+        raise ConfigError(
+            f"the tokenizer of {key} has other ids for the same tokens",
+            where=key,
+            got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
+            f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
+            expected="the tokenizer of model.path, which encoded the pairs",
+            remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
+
 
 log = logging.getLogger(__name__)
 

@@ -3,28 +3,29 @@
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.atomic import collect_abandoned
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import Keys, PreferenceDataset
-from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Indices
-from dpo_dist.distributed.stops import Stops
-from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceModelError
-from dpo_dist.prefetch import prefetch
-from dpo_dist.progress_file import note_progress
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.errors import ReferenceModelError
+from dpo_dist.foundation.files import collect_abandoned
+from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
+from dpo_dist.model.numerics import TOLERABLE_FIELDS
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.maintenance import fingerprint_folders
 from dpo_dist.reference.scoring import Round, Scorer, Work, plan_round, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.signals import stopped_by
 
 Progress = Callable[[int, int], None]
 
@@ -295,3 +296,127 @@ def check_complete(store: LogpStore, dataset: PreferenceDataset, indices: Indice
             )
 
     world.together(check)
+
+
+Profile = dict[str, str]
+OWN_NUMERICS = "own"
+
+Visited = Sequence[tuple[PreferenceDataset, Indices]]
+"""Datasets, each with the indices of the pairs that a run uses."""
+
+
+def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
+    """Return the one numerics profile under which all ranks store log-probs; collective.
+
+    Args:
+        profile: of this rank.
+        is_tolerant: whether ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values,
+            because a reader of an entry does not know which rank computed it.
+
+    Raises:
+        ReferenceModelError: ranks differ in a field that they may not differ in.
+    """
+    profiles = world.gather(profile)
+    names = sorted({name for each in profiles for name in each})
+    found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
+    differing = {name for name, values in found.items() if len(values) > 1}
+    if differing and not (is_tolerant and differing <= TOLERABLE_FIELDS):
+        raise ReferenceModelError(
+            "the processes of this run compute log-probs with different numerics",
+            where=f"ranks of {world.size}",
+            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in sorted(differing)),
+            expected="one numerics profile on all ranks: stored log-probs are addressed by it",
+            remedy="run on nodes of one kind with one installation"
+            + ("; or set reference.numerics=tolerant" if differing <= TOLERABLE_FIELDS else ""),
+        )
+    return {name: " or ".join(values) for name, values in found.items()}
+
+
+def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
+    """Return the values of one field, each with its ranks: "AVX2 on rank 1 (host b), ..."."""
+    ranks: dict[str, list[int]] = {}
+    for rank, profile in enumerate(profiles):
+        ranks.setdefault(profile.get(name, "-"), []).append(rank)
+    hosts = {peer.rank: peer.host for peer in world.peers}
+    return ", ".join(
+        f"{value} on rank {', '.join(map(str, of_value))} "
+        f"({', '.join(sorted({hosts.get(rank, '-') for rank in of_value}))})"
+        for value, of_value in ranks.items()
+    )
+
+
+def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
+    """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
+    if not root.is_dir():
+        return []
+    found = [read_fingerprint(folder) for folder in fingerprint_folders(root)]
+    compatible = [
+        other
+        for other in found
+        if other is not None
+        and other.reference == own.reference
+        and other != own
+        and TOLERABLE_FIELDS.issuperset(_differing_fields(own, other))
+    ]
+    return sorted(compatible, key=lambda other: (len(_differing_fields(own, other)), other.name))
+
+
+def difference(own: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
+    """Return the numerics of `other` that differ from `own`: "attention sdpa, torch 2.12"."""
+    return ", ".join(f"{name} {other.profile.get(name, '-')}" for name in _differing_fields(own, other))
+
+
+def _differing_fields(own: ReferenceFingerprint, other: ReferenceFingerprint) -> list[str]:
+    names = sorted(own.profile.keys() | other.profile.keys())
+    return [name for name in names if own.profile.get(name) != other.profile.get(name)]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Log-probs that a strict run computes although compatible ones are stored: number and numerics."""
+
+    entries: int
+    differences: list[str]
+
+
+def count_unused(
+    root: Path, own: ReferenceFingerprint, compatible: Sequence[ReferenceFingerprint], visited: Visited
+) -> Unused:
+    """Count the compatible entries that a strict run of `visited` does not use."""
+    if not compatible:
+        return Unused(0, [])
+    store, others = LogpStore.open(root, own), LogpStore.read_only(root, compatible)
+    sources = np.concatenate(
+        [others.sources(data.keys[missing_responses(store, data, indices)[0]]) for data, indices in visited]
+    )
+    numbers = np.unique(sources[sources >= 0]).tolist()
+    return Unused(int((sources >= 0).sum()), [difference(own, compatible[number]) for number in numbers])
+
+
+@dataclass(frozen=True)
+class Reused:
+    """Entries that a run uses, by their numerics.
+
+    Attributes:
+        entries: number of distinct responses, by difference of their numerics; `OWN_NUMERICS` for none.
+        audited: index of a dataset in `visited`, and its pairs with compatible entries; None if none has.
+    """
+
+    entries: dict[str, int]
+    audited: tuple[int, Indices] | None
+
+
+def count_reused(store: LogpStore, visited: Visited) -> Reused:
+    """Count the entries of `visited`, all of them in `store`, by their numerics."""
+    counts = np.zeros(len(store.fingerprints), dtype=np.int64)
+    audited = None
+    for number, (dataset, indices) in enumerate(visited):
+        keys = dataset.keys[dataset.response_indices(indices)]
+        sources = store.sources(keys)
+        counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
+        of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
+        if audited is None and len(of_compatible):
+            audited = number, of_compatible
+    own, *compatible = store.fingerprints
+    names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
+    return Reused({name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited)

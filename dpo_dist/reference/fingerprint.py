@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.small_files import read_small
+from dpo_dist.foundation.files import read_small
 
 # Raised when the code that computes log-probs changes their digits, which
 # tests/unit/reference/test_scoring_digits.py detects.

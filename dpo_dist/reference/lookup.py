@@ -15,7 +15,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.folder import description_folder
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.maintenance.info import fingerprint_folders
+from dpo_dist.reference.maintenance import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 
 _EXAMPLES_AT_ONCE = 1 << 12

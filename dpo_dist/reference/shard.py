@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from dpo_dist.atomic import staged_file
+from dpo_dist.foundation.files import staged_file
 
 log = logging.getLogger(__name__)
 

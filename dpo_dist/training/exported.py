@@ -4,18 +4,23 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.check import as_written
-from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint, step_of
-from dpo_dist.config.existing_run import existing_run
-from dpo_dist.config.export_schema import ExportedWeights
-from dpo_dist.config.foreign_code import read_config
 from dpo_dist.config.identity import plain
+from dpo_dist.config.keys import as_written
 from dpo_dist.config.load import changed_keys, from_yaml
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import (
+    RunFolder,
+    best_checkpoints,
+    checkpoint_folders,
+    existing_run,
+    is_checkpoint,
+    step_of,
+)
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.config.user_code import read_config
+from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.text import first_few
 from dpo_dist.model.folder import CONFIG_FILE, is_adapter
-from dpo_dist.number_text import first_few
 
 _KEY = "export.checkpoint"
 

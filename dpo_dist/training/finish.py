@@ -1,6 +1,7 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,29 +10,67 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.tokenization.chat_template import with_chosen_template
-from dpo_dist.diagnostics.verdict import verdict
+from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import drop_checkpoints
-from dpo_dist.distributed.device_memory import peak_memory_bytes
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
-from dpo_dist.json_values import plain
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.foundation.files import plain
+from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.card import model_card
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
+from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.recorder import Recorder, spared
+from dpo_dist.insight.tables import closing_table
+from dpo_dist.insight.verdict.verdict import verdict
 from dpo_dist.model.save import write_model_folder
-from dpo_dist.report.environment import package_versions
-from dpo_dist.report.metrics_log import MetricsLog, final_and_best, read_latest_rows
-from dpo_dist.report.recorder import Recorder, spared
-from dpo_dist.report.terminal.closing_table import closing_table
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.run_trackers import Trackers
-from dpo_dist.training.card import data_findings, run_card
-from dpo_dist.training.kept_files import KeptFiles
+from dpo_dist.training.checkpoints import KeptFiles
 from dpo_dist.training.loop import Loop
-from dpo_dist.training.position import Position
-from dpo_dist.training.run_start import write_on_main
-from dpo_dist.training.run_state import Identity, RunState, read_state, write_state
+from dpo_dist.training.start import write_on_main
+from dpo_dist.training.state import Identity, Position, RunState, read_state, write_state
+
+
+def run_card(
+    config: RunConfig,
+    rows: Sequence[Mapping[str, float]],
+    summary: dict[str, Any],
+    console: Console,
+    *,
+    is_evaluated: bool,
+    versions: Mapping[str, str],
+) -> str:
+    """Return the content of a model card, with a verdict.
+
+    Args:
+        config: of the run.
+        rows: of log_history.json, up to the step of the model.
+        summary: content of summary.json, with `exit`, without `verdict`.
+        console: for a warning.
+        is_evaluated: whether the last evaluation of training is one of this model.
+        versions: of packages, by name.
+    """
+    folder = RunFolder.of(config)
+    judged = verdict(rows, summary, data_findings(folder, console))
+    results = folder.evaluation_of(LAST_EVALUATION).results
+    evaluation = None
+    if is_evaluated and results.is_file():  # an earlier version did not write it
+        evaluation = json.loads(results.read_text(encoding="utf-8"))
+    return model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)
+
+
+def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
+    """Return the doctor's findings about the data of this run; none if it was not asked."""
+    try:
+        found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        console.say(f"warning: the verdict ignores {folder.doctor_report}, which cannot be read: {error}")
+        return []
+    return found
 
 
 def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: KeptFiles | None = None) -> int:

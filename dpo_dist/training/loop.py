@@ -1,48 +1,175 @@
 """The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks."""
 
 import contextlib
+import difflib
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.rules import PREFIX, direction_of
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
+from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encoded_source import is_intact
-from dpo_dist.data.mapped_files import MappedFiles
-from dpo_dist.data.sampler import Indices
+from dpo_dist.data.dataset import MappedFiles, PreferenceDataset
+from dpo_dist.data.store import is_intact
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.manifest import has_all_files
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.stops import GivenWay, Stops
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import GivenWay, Stops, World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.process import prefetch
+from dpo_dist.insight.console import Console, TrainingStatus
+from dpo_dist.insight.metrics.log import MetricsLog, Row
+from dpo_dist.insight.metrics.names import Histogram
+from dpo_dist.insight.recorder import Recorder, spared
+from dpo_dist.insight.verdict.checks import spike_of_last
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.prefetch import prefetch
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.reference.shard import has_its_entries
-from dpo_dist.report.recorder import Recorder, spared
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.training.bad_steps import StepGuard, count, is_bad, is_overflow
-from dpo_dist.training.batch_loss import Objective, ReadyStep
-from dpo_dist.training.best_checkpoints import best_after
-from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.evaluation_files import write_evaluation
-from dpo_dist.training.learning_rate import learning_rate
-from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
-from dpo_dist.training.loss_spikes import name_spike
-from dpo_dist.training.position import Position
-from dpo_dist.training.progress import Progress
-from dpo_dist.training.run_start import write_on_main
+from dpo_dist.training.evaluate import write_evaluation
+from dpo_dist.training.guards import StepGuard, count, describe_pairs, is_bad, is_overflow
+from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.loss import Objective, ReadyStep
 from dpo_dist.training.samples import Samples
-from dpo_dist.training.step import Evaluation, evaluate, reduce_step, train_step
-from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.work_clock import WorkClock
+from dpo_dist.training.schedule import learning_rate
+from dpo_dist.training.start import write_on_main
+from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, StepMeasures, WorkClock, throughput
+from dpo_dist.training.step import Evaluation, StepClock, evaluate, reduce_step, train_step
+
+
+class Progress:
+    """Shows the steps of one start of a run.
+
+    Args:
+        console: to show them on.
+        steps: of the whole run.
+        peaks: floating-point operations per second of all devices.
+        device: of this process, for its memory.
+    """
+
+    def __init__(self, console: Console, steps: int, peaks: PeakFlops, device: torch.device):
+        self._console = console
+        self._steps = steps
+        self._peaks = peaks
+        self._device = device
+        self._window = LogWindow()
+        self._first: tuple[int, float] | None = None
+
+    def add(self, step: int, measures: StepMeasures, *, must_stop: bool) -> None:
+        """Add a step that is done; the first and the last one of a start are always shown."""
+        is_first, is_last = self._first is None, must_stop or step == self._steps
+        if self._first is None:
+            # Without the first step, which compiles kernels and allocates memory.
+            self._first = step, time.monotonic()
+        self._window.add(measures)
+        if is_first or is_last or self._console.is_due():
+            row = self._window.row(self._peaks)
+            row["memory/peak_bytes"] = peak_memory_bytes(self._device)
+            status = TrainingStatus(step, self._steps, row, self._seconds_left(step, *self._first))
+            self._console.training(status, always=is_first or is_last)
+            self._window = LogWindow()
+
+    def _seconds_left(self, step: int, first: int, since: float) -> float | None:
+        """Estimate the remaining time from that of the steps so far, with evaluations and checkpoints."""
+        if step == first:
+            return None
+        return (time.monotonic() - since) / (step - first) * (self._steps - step)
+
+
+def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str], None]) -> None:
+    """Add `loss_spikes`, the number of spikes so far, to a row of steps; write the pairs of a spike and warn.
+
+    Args:
+        row: to be recorded next.
+        metrics: the rows before.
+        inputs: of the run.
+        say: called with the warning.
+    """
+    last: Row = next((before for before in reversed(metrics.rows) if "loss" in before), {})
+    row["loss_spikes"] = last.get("loss_spikes", 0)
+    spike = spike_of_last(metrics.rows, row)
+    if spike is None:
+        return
+    row["loss_spikes"] += 1
+    named = {  # the row is a mean over the steps since the last one
+        step + 1: describe_pairs(inputs.train_set, inputs.sampler.indices(step))
+        for step in range(int(last["step"]), spike.step)
+    }
+    content = {"step": spike.step, "loss": spike.loss, "usual_loss": spike.usual, "pairs_by_step": named}
+    file = metrics.folder.loss_spike(spike.step)
+    write_text(file, json.dumps(content, indent=1) + "\n")
+    say(
+        f"warning: the loss jumped to {spike.loss:.4g} at step {spike.step}, from {spike.usual:.4g} before; "
+        f"its pairs: {file}"
+    )
+
+
+def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
+    """Check that every evaluation has the metric `trainer.keep_best`.
+
+    Args:
+        config: of the run.
+        labels: of the sources of the evaluation data; none if there is only one.
+
+    Raises:
+        ConfigError: no evaluation has it.
+    """
+    metric, loss = config.trainer.keep_best, config.loss
+    if metric is None:
+        return
+    names = MetricPlan(loss, labels, is_evaluation=True).names
+    names += () if loss.is_one_sided else MARGIN_PERCENTILES
+    found = [PREFIX + name for name in names]
+    if metric not in found:
+        near = difflib.get_close_matches(metric, found, n=3) or found[:3]
+        raise ConfigError(
+            "the evaluations of this run do not have this metric",
+            where="trainer.keep_best",
+            got=metric,
+            expected=f"a metric of docs/metrics.md, such as {', '.join(near)}",
+            remedy="set trainer.keep_best to one of them; of one source: eval_rewards/accuracies/LABEL",
+        )
+
+
+def best_after(
+    trainer: TrainerConfig, best: Sequence[BestCheckpoint], step: int, row: Mapping[str, float]
+) -> list[BestCheckpoint]:
+    """Return the best checkpoints after an evaluation, the best first; of equal ones, the earlier is better.
+
+    Args:
+        trainer: with `keep_best`; without, there are none.
+        best: those before, of this metric or of another one, which do not count.
+        step: of the evaluation; the start of a run has no checkpoint.
+        row: its metrics row; a value that is missing or not finite is never among the best.
+    """
+    metric = trainer.keep_best
+    if metric is None:
+        return []
+    kept = [one for one in best if one.metric == metric and one.step != step]
+    if step > 0 and math.isfinite(row.get(metric, math.nan)):
+        kept.append(BestCheckpoint(metric, step, row[metric]))
+    sign = -1 if direction_of(trainer) is Direction.highest else 1
+    return sorted(kept, key=lambda one: (sign * one.value, one.step))[: trainer.keep_best_count]
+
+
+def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
+    """Return those whose checkpoints below `root` are complete, checked by size only.
+
+    After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
+    """
+    return [one for one in best if has_all_files(root / checkpoint_name(one.step))]
+
 
 _STEPS_AHEAD = 2
 

@@ -9,31 +9,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.folder_schema import Resume
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, RunConfig
-from dpo_dist.data.acceptance import check_fits_loss
-from dpo_dist.data.build_dataset import check_template_keys
-from dpo_dist.data.count_words import in_one_line, read_in_words
-from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.encode_chunk import encode_chunk
+from dpo_dist.config.schema import Offload, Resume, RunConfig
+from dpo_dist.data.build import check_template_keys
+from dpo_dist.data.counts import DataCounts, check_counts, in_one_line, read_in_words
+from dpo_dist.data.dataset import check_fits_loss
+from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
+from dpo_dist.foundation.text import counted
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.flops import without_weights
 from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
-from dpo_dist.model.option_checks import check_modules, check_shared_tokens
 from dpo_dist.model.router import router_loss
-from dpo_dist.model.supported import check_supported
-from dpo_dist.number_text import counted
+from dpo_dist.model.supported import check_modules, check_shared_tokens, check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
-from dpo_dist.reference.vocabulary import check_same_vocabulary
-from dpo_dist.training.evaluate_model import with_stored_reference
-from dpo_dist.training.evaluated import Evaluated, Kind
-from dpo_dist.training.run_start import check_folder_unused, check_fresh_start, find_finished
-from dpo_dist.training.same_run import check_configuration
+from dpo_dist.reference.engine import check_same_vocabulary
+from dpo_dist.training.evaluate import with_stored_reference
+from dpo_dist.training.start import check_folder_unused, check_fresh_start, find_finished
+from dpo_dist.training.startup import Evaluated, Kind, check_configuration
 
 _FIRST_RECORDS = 64
 _MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
@@ -133,7 +129,7 @@ def _passed(lines: Iterable[tuple[str, str]]) -> str:
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
     if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.nvme import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+        from dpo_dist.distributed.kernels import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
         check_async_io()
     found = [reference.mode.value]

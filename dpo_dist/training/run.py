@@ -3,58 +3,136 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.loss_kinds import Weighting
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
-from dpo_dist.distributed.engine import PolicyEngine
+import numpy as np
+
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.losses import Weighting
+from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
+from dpo_dist.config.schema import AdapterConfig, ReferenceMode, RunConfig, splits_base
+from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.manifest import check_sealed, seal
 from dpo_dist.distributed.slices import Sharded
-from dpo_dist.distributed.stops import Stops
-from dpo_dist.distributed.world import World
-from dpo_dist.errors import ExitCode, RunOutcome
-from dpo_dist.reference.providers import LiveReference
-from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
-from dpo_dist.signals import BY_TRACKER, StopRequest
-from dpo_dist.training.arrange import arranged
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.best_checkpoints import check_keep_best, still_there
-from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
-from dpo_dist.training.data_setup import Inputs, load_inputs
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import ExitCode, RunOutcome
+from dpo_dist.foundation.process import BY_TRACKER, StopRequest
+from dpo_dist.foundation.text import percent
+from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.trackers import open_trackers, sampled_system
+from dpo_dist.insight.recorder import Recorder
+from dpo_dist.model.adapter_files import initial_values
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import TRAINED, add_adapter, write_initial
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import settle_engine
+from dpo_dist.reference.scoring import LiveReference, ReferenceProvider
+from dpo_dist.training.checkpoints import KeptFiles, keep_files, look_for_room, open_saver
 from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.header import say_header, say_steps
-from dpo_dist.training.kept_files import KeptFiles, keep_files
-from dpo_dist.training.length import describe_change
-from dpo_dist.training.load_policy import load_policy
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.position import Position
-from dpo_dist.training.reference_check import check_drift, describe_drift
-from dpo_dist.training.reference_setup import (
+from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
+from dpo_dist.training.loop import Loop, check_keep_best, still_there
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.reference import (
     Reference,
     adapter_reference,
+    check_drift,
+    describe_drift,
     open_reference_sync,
     over_starts,
     prepare_reference,
 )
-from dpo_dist.training.run_start import (
+from dpo_dist.training.samples import prepare_samples
+from dpo_dist.training.schedule import describe_change
+from dpo_dist.training.start import (
     Start,
     describe_run,
     find_start,
     locked,
     mark_started,
+    open_world,
+    peak_flops,
     recorded_stop,
+    say_header,
+    say_steps,
     write_description,
+    write_on_main,
 )
-from dpo_dist.training.run_state import Identity, RunState, check_identity, identify
-from dpo_dist.training.same_run import check_configuration
-from dpo_dist.training.samples_setup import prepare_samples
-from dpo_dist.training.work_clock import WorkClock
-from dpo_dist.training.world_setup import open_world, peak_flops
+from dpo_dist.training.startup import check_configuration
+from dpo_dist.training.state import Identity, Position, RunState, WorkClock, check_identity, identify
+
+
+def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
+    """Return the policy at its start, with its adapter if it has one; collective."""
+    folder = inputs.policy_files.folder
+    model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
+    if config.model.adapter is not None:
+        _add_adapter(model, config, inputs, world)
+    policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
+    settle_engine(policy, config.data.max_length, world, trains=True)
+    return policy
+
+
+def _add_adapter(model: PackedCausalLM, config: RunConfig, inputs: ModelInputs, world: World) -> None:
+    """Add the adapter; only the first start computes the values that it takes from the weights. Collective.
+
+    Another device or library could compute other ones.
+    """
+    run, seed, start = RunFolder.of(config), config.trainer.seed, inputs.policy_files.adapter
+    adapter, resumes = config.model.adapter, world.on_main(lambda: bool(checkpoint_folders(run.checkpoints)))
+    initial = world.on_main(lambda: _initial(adapter, run.initial_adapter)) if resumes else None
+    add_adapter(model, config.model, seed, start, initial)
+    if splits_base(adapter.init) and not resumes:
+        folder = run.initial_adapter
+        write_on_main(lambda: write_initial(model.causal_lm, TRAINED, folder, seal), run, world)
+
+
+def _initial(adapter: AdapterConfig, folder: Path) -> Path | None:
+    check_sealed(folder)
+    return initial_values(adapter, folder)
+
+
+_SAMPLED_EXAMPLES = 10_000
+
+
+def arranged(
+    inputs: Inputs, arrangement: Arrangement, reference: ReferenceProvider, console: Console
+) -> Inputs:
+    """Return the inputs for a policy of this arrangement; print the cost of a model that shares no prompts.
+
+    A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
+    """
+    pads = False
+    if isinstance(reference, LiveReference):
+        pads = reference.engine.model.arrangement is Arrangement.padded
+    inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
+    if arrangement is not Arrangement.packed:
+        console.say(_describe_unpacked(inputs))
+    elif pads:
+        console.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
+    return inputs
+
+
+def _describe_unpacked(inputs: Inputs) -> str:
+    dataset, visited = inputs.visited[0]
+    sample = np.unique(visited[:_SAMPLED_EXAMPLES])
+    responses, counts = dataset.response_indices(sample), dataset.response_counts(sample)
+    packed, own = (
+        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=arrangement)).tokens.sum()
+        for arrangement in (Arrangement.packed, inputs.arrangement)
+    )
+    how = {
+        Arrangement.padded: "one response per row, padded to the longest of the micro-batch",
+        Arrangement.single: "one response per forward",
+    }[inputs.arrangement]
+    return (
+        f"unpacked: responses of this model cannot share a prompt in one forward: {how}, "
+        f"{percent(own / packed - 1)} more tokens than packed, padding not counted"
+    )
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest) -> int:

@@ -2,36 +2,148 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config.loss_kinds import LossKind
-from dpo_dist.config.optim_schema import OptimizerKind
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.config.user_function import find_function
-from dpo_dist.data.first_records import check_first_formats
-from dpo_dist.data.sources import check_source
-from dpo_dist.data.tokenization.chat_template import check_template_file
-from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError, dead_link
-from dpo_dist.launch_environment import check_groups
-from dpo_dist.model.adapter_base import check_sizes
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.config.identity import plain, run_digest
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.losses import LossKind
+from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders, is_checkpoint, without_model
+from dpo_dist.config.schema import OptimizerKind, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.formats import check_first_formats
+from dpo_dist.data.sources import check_has_evaluation_data, check_source
+from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError, dead_link
+from dpo_dist.foundation.files import read_small, text_digest
+from dpo_dist.foundation.process import check_groups
+from dpo_dist.insight.console import Console, open_console
+from dpo_dist.model.adapter_files import check_sizes, start_folder, tokenizer_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
+    check_adapter,
     check_cached_offline,
     check_tokenizer_files,
+    check_weights,
+    is_adapter,
     local_model_folder,
     weight_files,
 )
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
-from dpo_dist.model.weights_on_disk import check_weights
-from dpo_dist.report.terminal.console import Console, open_console
+from dpo_dist.training.schedule import check_longer, former_length
+
+if TYPE_CHECKING:
+    from dpo_dist.training.inputs import EvaluationInputs
+
+
+def check_newest_checkpoint(config: RunConfig) -> None:
+    """Check that the newest checkpoint in the run directory is of `config`, before processes join.
+
+    A checkpoint that cannot be read is not checked here.
+
+    Raises:
+        CheckpointError: it is of another configuration.
+    """
+    folder = RunFolder.of(config)
+    if config.run.resume is Resume.never:
+        return
+    try:
+        newest, *_ = checkpoint_folders(folder.checkpoints)
+        state = json.loads(read_small(newest / STATE))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(state, dict) and isinstance(state.get("run_digest"), str):
+        check_configuration(state, config, folder)
+        check_longer(state, config, folder)
+
+
+def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
+    """Check that the run directory belongs to `config`, or to a run that differs in its length only.
+
+    Args:
+        recorded: the state of a checkpoint, or the identity in the state file.
+        config: of this start.
+        folder: the run directory.
+
+    Raises:
+        CheckpointError: it belongs to another configuration; the error names the keys that differ.
+    """
+    digest, former = run_digest(config), recorded.get("run_digest")
+    if former == digest or former_length(recorded, config, folder) is not None:
+        return
+    changed = changed_keys(folder.config, config)
+    function = config.loss.function
+    source = "" if function is None else f", which depends on the source of {function}"
+    raise CheckpointError(
+        "the run directory belongs to another configuration",
+        where=str(folder.config if changed else folder),
+        got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}{source}",
+        expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items()) or f"digest {former}",
+        remedy="remove run.dir, which gives every configuration its own run directory, or set another one",
+    )
+
+
+KEY = "evaluation.model"
+Kind = StrEnum("Kind", ["model", "adapter", "checkpoint", "hub"])
+"""`hub`: a model or an adapter, which only its files show."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model to evaluate: its folder, or its name on the hub."""
+
+    path: str
+    kind: Kind
+
+    def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
+        """Return a name for the results: another model, base, precision, reference or loss, other pairs or
+        labels have another name.
+
+        Example: `step-000100-1a2b3c4d`.
+        """
+        folder = Path(self.path)
+        place = str(folder.resolve()) if folder.is_dir() else self.path
+        reference = inputs.reference_files.digest if inputs.reference_files is not None else None
+        data, model = inputs.eval_set, config.model
+        precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
+        own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
+        facts = [*own, data.fingerprint, list(data.source_labels)]
+        stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
+        return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
+
+
+def find_evaluated(config: RunConfig) -> list[Evaluated]:
+    """Return the models that `config` evaluates; needs no other process and no torch.
+
+    Raises:
+        ConfigError: there are no pairs, or a folder has no model.
+    """
+    check_has_evaluation_data(config.data, "evaluate models on")
+    return [_find(model, RunFolder.of(config)) for model in config.evaluation.models]
+
+
+def _find(named: str | None, run: RunFolder) -> Evaluated:
+    folder = run.model if named is None else Path(named).expanduser()
+    if named is None and not folder.is_dir():
+        pairs = "its name depends on data.eval: name other pairs by evaluation.data"
+        raise without_model(run, KEY, f"set run.dir to a complete run ({pairs})")
+    path = str(folder) if folder.is_dir() else str(named)
+    if is_checkpoint(folder):
+        return Evaluated(path, Kind.checkpoint)
+    if is_adapter(folder):
+        check_adapter(folder, KEY)
+        return Evaluated(path, Kind.adapter)
+    is_local = local_model_folder(path, None, KEY) is not None
+    return Evaluated(path, Kind.model if is_local else Kind.hub)
+
 
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0

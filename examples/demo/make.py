@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from dpo_dist.atomic import staged_folder
-from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.files import staged_folder
 from examples.demo.grammar import NAMES, QUESTIONS, Question, bad_answer, good_answer
 
 TRAIN_PAIRS = 3000

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_dist.errors import ConfigError, DpoDistError
-from dpo_dist.number_text import percent
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.text import percent
 from examples.demo.grammar import follows_rule
 
 PROMPTS = 200

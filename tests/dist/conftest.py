@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from tests.dist.scenario import PAIRS, Assets
 from tests.support import tiny
 from tests.support.invented import write_pairs

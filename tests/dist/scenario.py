@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.config.data import DataConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded_source import EncodedSource
-from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference

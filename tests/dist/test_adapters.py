@@ -14,23 +14,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    ParallelismKind,
+)
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.providers import AdapterReference
-from dpo_dist.training.batch_loss import Objective
+from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.reference.scoring import AdapterReference
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps

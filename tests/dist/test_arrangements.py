@@ -10,19 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.providers import LiveReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.reference.engine import load_reference, settle_engine
+from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets, files_of
 from tests.dist.test_engine import LOSS
 from tests.dist.test_families import STEPS, plain_steps, row_logps, write_families

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
-from dpo_dist.distributed.engine import SHARDS
-from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.slices import SavedSlices
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import SHARDS
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
 from tests.support.cpu_adam import with_cpu_adam

@@ -16,29 +16,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind, Quantization
+from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Dtype,
+    Offload,
+    OptimConfig,
+    ParallelismConfig,
+    ParallelismKind,
+    Quantization,
+)
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
-from dpo_dist.distributed.engine import SHARDS, PolicyEngine
+from dpo_dist.distributed.checkpoint_files import Checkpoint, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.manifest import MANIFEST, read_manifest
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slice_files import SavedSlices
-from dpo_dist.distributed.slices import Sharded
+from dpo_dist.distributed.slices import SavedSlices, Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import CheckpointError
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import SHARDS, PolicyEngine
+from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.providers import LiveReference, NoReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.position import Position
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.reference.scoring import LiveReference, NoReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.state import Position
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets, files_of
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.packing import COSTS
@@ -333,7 +338,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
     trainer.save(root, 1)
     if world.rank == dying:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.slice_files.save_file", kill).start()
+        mock.patch("dpo_dist.distributed.slices.save_file", kill).start()
     trainer.save(root, 2)
 
 

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.optim_schema import OptimizerKind
-from dpo_dist.config.schema import Dtype, ParallelismKind
-from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
-from dpo_dist.distributed.engine import SHARDS
-from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.config.schema import AdapterConfig, Dtype, OptimizerKind, ParallelismKind
+from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.slices import SavedSlices
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import SHARDS
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
 from tests.support.precision import NEEDS_FP16

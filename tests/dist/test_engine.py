@@ -15,24 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.loss_scale import LossScale
-from dpo_dist.distributed.weight_loading import sharded_loading
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import LossScale, PolicyEngine, frozen_config, sharded_loading
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.precision import NEEDS_FP16

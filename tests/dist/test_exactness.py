@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import Sequences
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.scoring import StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.loss import Objective
 from tests.dist.scenario import FINGERPRINT, PAIRS, Assets, fill
 from tests.support.packing import COSTS
 from tests.support.padded import BETA, assert_same_gradients, gradients_of, padded_logps, plain_loss

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.schema import (
+    AdapterConfig,
     AttentionBackend,
     Dtype,
     ModelConfig,
@@ -26,21 +26,17 @@ from dpo_dist.config.schema import (
     ParallelismKind,
 )
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.distributed.loss_scale import LossScale
 from dpo_dist.distributed.world import World
-from dpo_dist.model.activation_offload import offload_inputs
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import FrozenEngine, LossScale, PolicyEngine, frozen_config
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.experts import expert_blocks
-from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import checkpoint_layers, compile_layers
-from dpo_dist.model.sequence_parallel import TokenExchange
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.model.layers import checkpoint_layers, compile_layers, expert_blocks
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.memory import offload_inputs
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.ulysses import TokenExchange
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny

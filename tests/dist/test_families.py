@@ -15,20 +15,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import ModelConfig, ParallelismKind
-from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.packing import Sequences
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.reference.engine import settle_engine
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, RowsAtHand
 from tests.support import tiny

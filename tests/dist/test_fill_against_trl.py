@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.reference.store import LogpStore

@@ -9,21 +9,18 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.generation.sampling.generate import Request, Sampling
-from dpo_dist.generation.sampling.together import generate_together
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.generation.sampling.generate import Request, Sampling, generate_together
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.providers import AdapterReference, NoReference, ReferenceProvider
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.reference.scoring import AdapterReference, NoReference, ReferenceProvider
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks

@@ -10,22 +10,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
-from dpo_dist.generation.sampling.together import generate_together
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.batch_loss import Objective
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.reference.scoring import NoReference
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS

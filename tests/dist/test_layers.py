@@ -12,18 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.reference.scoring import NoReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, pack_unkeyed, random_pairs

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DataError
-from dpo_dist.progress_file import EXIT_CODES, exit_codes
-from dpo_dist.signals import StopRequest
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.process import EXIT_CODES, StopRequest, exit_codes
 from tests.support.ranks import Outcome, start_ranks
 
 libc = ctypes.CDLL(None)

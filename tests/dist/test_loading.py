@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from tests.support.ranks import run_ranks
 from tests.unit.model.test_architectures import tiny_config

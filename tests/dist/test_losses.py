@@ -11,24 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded_source import EncodedSource
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
-from dpo_dist.objective.pair_values import PairValues
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.providers import LiveReference, NoReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.reference.scoring import LiveReference, NoReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets, files_of
 from tests.support import tiny
 from tests.support.masks import add_masks

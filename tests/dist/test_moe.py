@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.nvme import check_async_io, own_folder
+from dpo_dist.distributed.kernels import check_async_io, own_folder
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps

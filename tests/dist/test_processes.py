@@ -14,11 +14,11 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.data_schema import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data import encode_workers as encode_workers_module
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.encode_workers import CHUNK_RECORDS
-from dpo_dist.errors import DataError, PeerLostError
+from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data import encode as encode_workers_module
+from dpo_dist.data.build import prepare_dataset
+from dpo_dist.data.encode import CHUNK_RECORDS
+from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
@@ -156,7 +156,7 @@ ENDLESS = """
 import signal
 import sys
 from pathlib import Path
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.data import build_dataset as build_dataset_module
 from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
@@ -200,6 +200,6 @@ def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) 
 
 def test_a_process_that_encodes_imports_no_torch() -> None:
     """Importing torch would take seconds and hundreds of megabytes in each process."""
-    code = "import sys, dpo_dist.data.encode_workers; sys.exit('torch' in sys.modules)"
+    code = "import sys, dpo_dist.data.encode; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind, Quantization
-from dpo_dist.model.quantize import keep_trainable, quantized_loading
+from dpo_dist.model.load import keep_trainable, quantized_loading
 from tests.dist.scenario import Assets
 from tests.dist.test_adapters import DORA, LORA, scored_plainly, steps
 from tests.support.ranks import run_ranks

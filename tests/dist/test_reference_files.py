@@ -13,13 +13,13 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.distributed.world import Peer, World
+from dpo_dist.foundation.process import StopRequest
+from dpo_dist.insight.console import Console
 from dpo_dist.reference import engine
 from dpo_dist.reference.digest import digest_on_every_node
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.signals import StopRequest
-from dpo_dist.training import reference_setup
+from dpo_dist.training import reference
 from dpo_dist.training import run as run_module
-from dpo_dist.training.data_setup import load_inputs
+from dpo_dist.training.inputs import load_inputs
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -59,9 +59,9 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
     return load_other
 
 
-def reference_of(overrides: list[str], world: World) -> reference_setup.Reference:
+def reference_of(overrides: list[str], world: World) -> reference.Reference:
     config, console = load_run_config(overrides), Console(None)
-    return reference_setup.prepare_reference(config, load_inputs(config, world, console), world, console)
+    return reference.prepare_reference(config, load_inputs(config, world, console), world, console)
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
@@ -106,12 +106,12 @@ def on_two_nodes(world: World) -> World:
 
 def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> Any:
     """Build the reference twice on nodes with different CPU instructions; return hits and computed."""
-    numerics = reference_setup.numerics_of
+    numerics = reference.numerics_of
 
     def of_this_node(*arguments: Any) -> dict[str, str]:
         return {**numerics(*arguments), "cpu": f"AVX{world.rank}"}
 
-    with patch.object(reference_setup, "numerics_of", of_this_node):
+    with patch.object(reference, "numerics_of", of_this_node):
         report = reference_of(overrides, on_two_nodes(world)).report
         again = reference_of(overrides, on_two_nodes(world)).report
     return [report["computed"], again["hits"], "peak_memory_bytes" in report, "peak_memory_bytes" in again]

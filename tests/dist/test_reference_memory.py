@@ -13,12 +13,12 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.insight.console import Console
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.training.data_setup import load_inputs
-from dpo_dist.training.reference_setup import prepare_reference
+from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.reference import prepare_reference
 from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS

@@ -12,23 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import LossConfig, SyncReferenceConfig
+from dpo_dist.config.losses import LossConfig, SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.providers import LiveReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks

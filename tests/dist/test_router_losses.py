@@ -11,21 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.router_schema import RouterConfig
+from dpo_dist.config.losses import LossConfig, LossKind, RouterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.router_losses import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import reduce_step, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, reduce_step, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import RowsAtHand
 from tests.dist.test_moe import write_moe

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from torch import nn
 
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.arrangement import Arrangement
 from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.settling import settle_engine
 from dpo_dist.distributed.world import World
-from dpo_dist.model import exactness, trial
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model import exactness
+from dpo_dist.model import exactness as trial
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import settle_engine
 from tests.support.ranks import OPTIM, Outcome, start_ranks
 from tests.support.tiny_model import write_model
 

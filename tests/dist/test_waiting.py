@@ -16,10 +16,11 @@ import torch
 from torch.distributed import distributed_c10d
 
 from dpo_dist.config.schema import ParallelismKind
-from dpo_dist.distributed import failures, rendezvous_store
+from dpo_dist.distributed import failures
+from dpo_dist.distributed import failures as rendezvous_store
 from dpo_dist.distributed import world as world_module
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets, files_of

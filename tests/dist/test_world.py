@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import CheckpointError, DataError, DpoDistError
+from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from tests.support.ranks import run_ranks, start_ranks
 
 SIZE = 3

@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, summary, train

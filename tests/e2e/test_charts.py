@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.report.charts.script import AXIS_SWITCH, SCRIPT, STYLE
-from dpo_dist.report.charts.svg_chart import Line, chart
-from dpo_dist.report.html_page import html_page
-from dpo_dist.report.run_page.difference import write_difference
+from dpo_dist.insight.pages.difference import write_difference
+from dpo_dist.insight.pages.render import html_page
+from dpo_dist.insight.pages.svg import AXIS_SWITCH, SCRIPT, STYLE, Line, chart
 from tests.support.browser import Watched, chromium
 from tests.unit.report.run_page.made_run import made_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from examples.demo.grammar import follows_rule
 from examples.demo.make import make_demo, make_records
 from examples.demo.report import read_prompts, report, reward_accuracy, sample_answers

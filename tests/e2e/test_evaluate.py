@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES
 from tests.e2e.conftest import Overrides
 from tests.support.invented import write_pairs
 from tests.support.launch import history, run_state, run_verb, train

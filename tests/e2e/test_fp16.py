@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dpo_dist.report.trackers.tracked_values import wandb_names
-from dpo_dist.report.trackers.wandb_dashboard import SECTIONS
+from dpo_dist.insight.metrics.names import wandb_names
+from dpo_dist.insight.metrics.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_state, run_verb, summary
 from tests.support.precision import NEEDS_FP16

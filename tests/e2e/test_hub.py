@@ -13,18 +13,18 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.files.hub import pinned
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.data.folders import pinned
 from tests.support.hub_server import HubServer
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
 import json, sys
 from pathlib import Path
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 results = []
 config = DataConfig(cache=sys.argv[1])
 for verb, options in json.loads(sys.argv[2]):
@@ -36,7 +36,7 @@ for verb, options in json.loads(sys.argv[2]):
             results.append(pinned(source, Path(config.cache)).revision)
         else:
             from dpo_dist.data.dataset import open_dataset
-            from dpo_dist.data.build_dataset import prepare_dataset
+            from dpo_dist.data.build import prepare_dataset
             from tests.support import tiny
             results.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
     except DataError as error:

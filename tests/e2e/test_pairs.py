@@ -12,7 +12,7 @@ import pytest
 
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.generation.lock import locked
+from dpo_dist.foundation.files import locked
 from tests.support.launch import ROOT, Finished, command, environment, run_verb
 from tests.support.records import user
 from tests.support.tiny_model import write_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.progress_file import exit_codes
+from dpo_dist.foundation.process import exit_codes
 from tests.e2e.conftest import Overrides, small_run
 from tests.support.invented import write_pairs
 from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
@@ -121,7 +121,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}")
     places = [
-        ("dpo_dist.data.build_dataset", "share_read", "before the first step"),
+        ("dpo_dist.data.build", "share_read", "before the first step"),
         ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.training.samples", "generate_together", "stopping after step 4"),

@@ -38,7 +38,7 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     from dpo_dist import precompute
     from dpo_dist import train as verb
     from dpo_dist.config.load import load_run_config
-    from dpo_dist.errors import DataError
+    from dpo_dist.foundation.errors import DataError
 
     def tensor_bytes() -> int:
         gc.collect()

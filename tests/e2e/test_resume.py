@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.distributed.checkpoint_manifest import describe_files, read_manifest, write_manifest
+from dpo_dist.distributed.manifest import describe_files, read_manifest, write_manifest
 from tests.e2e.conftest import Overrides, small_run
 from tests.support.launch import history, run_state, run_verb, summary, train
 from tests.support.signalled import kill_one_rank

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.generation.rounds.run_rounds import run_rounds
+from dpo_dist.generation.pairs.rounds import run_rounds
 from tests.support.invented import write_pairs
 from tests.support.launch import ROOT, environment, run_verb
 from tests.support.tiny_model import write_model

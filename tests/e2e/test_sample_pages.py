@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.comparison.page import write_comparison_page
-from dpo_dist.report.html_page import html_page
-from dpo_dist.report.run_page.samples import SAMPLES_STYLE, samples_section
+from dpo_dist.insight.pages.compare_page import write_comparison_page
+from dpo_dist.insight.pages.render import html_page
+from dpo_dist.insight.pages.samples import SAMPLES_STYLE, samples_section
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, betas, row, write_comparison
 from tests.support.sample_files import sample, write_samples

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.api import SourceConfig, load_tokenizer, read_pairs
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 from tests.e2e.conftest import Overrides
 from tests.support.launch import Finished, run_verb, summary
 from tests.support.shared_data import shared_data_dir

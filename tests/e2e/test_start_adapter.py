@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.packing import Sequences
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
 from tests.support.packing import plain_logps

@@ -9,11 +9,9 @@ from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, PreTrain
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.attention_backend import Heads, check_kernel, heads_of, scores_of
+from dpo_dist.model.attention import Heads, check_kernel, heads_of, packed_attention, scores_of
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.mask_rules import mask_rule
-from dpo_dist.model.segment_attention import Layout, Scores
+from dpo_dist.model.sdpa import Layout, Scores, mask_rule
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

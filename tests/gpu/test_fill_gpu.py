@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint

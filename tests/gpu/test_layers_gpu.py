@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import checkpoint_layers, use_liger

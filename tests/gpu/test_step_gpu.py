@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.reference.scoring import NoReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

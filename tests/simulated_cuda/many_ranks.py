@@ -23,11 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.distributed.joined import start_world, stop_world
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.join import start_world, stop_world
+from dpo_dist.distributed.zero import PolicyEngine, policy_config
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, random_pairs
 

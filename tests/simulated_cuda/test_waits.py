@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.step import StepClock
 from tests.dist.test_moe import write_moe
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_simulated
@@ -37,7 +37,7 @@ Place = tuple[str, str, str]  # phase; kind; file and function
 PLANNED: dict[Place, int] = {
     ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
     # For an event before that copy, which the device has passed.
-    ("stop", "event", "dpo_dist/training/step_timer.py _durations"): COUNTED,
+    ("stop", "event", "dpo_dist/training/step.py _durations"): COUNTED,
 }
 ITEM, PAGEABLE = "aten::_local_scalar_dense", "copy to device, pageable"
 PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"
@@ -138,7 +138,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
         reported = json.loads(file.read_text())["waits"]
         waits = [wait for wait in reported if wait[0] != AFTER]
         after = {(kind, re.sub(r":\d+ ", " ", line)) for phase, kind, line, *_ in reported if phase == AFTER}
-        assert ("device", "dpo_dist/distributed/device_memory.py wait_for_device") in after, after
+        assert ("device", "dpo_dist/distributed/memory.py wait_for_device") in after, after
         assert not [kind for kind, line in after if "slice_files.py" in line], "a file is copied by one wait"
         found: Counter[Place] = Counter()
         for phase, kind, line, caller, count in waits:

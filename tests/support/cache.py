@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded_source import MEMO_FOLDER, EncodedSource
+from dpo_dist.data.store import MEMO_FOLDER, EncodedSource
 from tests.support import tiny
 
 

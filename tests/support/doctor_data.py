@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.diagnostics.examine import examine
-from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.insight.doctor.examine import examine
+from dpo_dist.insight.doctor.findings import DoctorReport, Finding, Level
 
 Pair = dict[str, Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.model.supported import switch_off_noise
 
 PACKED, PADDED, SINGLE = Arrangement

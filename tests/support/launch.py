@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.progress_file import EXIT_CODES
-from dpo_dist.report.metrics_log import PHASES
+from dpo_dist.foundation.process import EXIT_CODES
+from dpo_dist.insight.metrics.log import PHASES
 from tests.support.warm import launcher_variables, run_warm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.data import encode_chunk as encode_chunk_module
+from dpo_dist.batching.pack import Mask, Sequences
+from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.encode import EncodedExample, TokenIds
-from dpo_dist.data.packing import Mask, Sequences
 
 _UNMASKED_SHARE = 0.3
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.slice_files import SavedSlices
-from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
+from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.slices import WEIGHT, ModelSlices, SavedSlices, Slice
 from tests.support.alone import ALONE
 
 WEIGHTS = Path("engine/rank-00000-00000.safetensors")

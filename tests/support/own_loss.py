@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import relu
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.objective.logps import PairLogps
 
 OWN = "tests.support.own_loss:hinge"

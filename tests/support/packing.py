@@ -8,10 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.batching.pack import Ids, PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 
 VOCABULARY = 97
 # Of a usual model.

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.packing import Sequences
 from dpo_dist.data.records import PreferenceRecord
 from tests.support import tiny
 from tests.support.packing import random_pairs

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dpo_dist.distributed import checkpoint_writing
+from dpo_dist.distributed import checkpoint
 
 
 @contextlib.contextmanager
 def slow_disk() -> Iterator[threading.Event]:
     """Nothing is written before the event is set, which the end of the block does too."""
-    moves, write = threading.Event(), checkpoint_writing.write_slices
+    moves, write = threading.Event(), checkpoint.write_slices
 
     def wait_and_write(*arguments: Any) -> list[Path]:
         assert moves.wait(60)
         return write(*arguments)
 
-    with mock.patch.object(checkpoint_writing, "write_slices", wait_and_write):
+    with mock.patch.object(checkpoint, "write_slices", wait_and_write):
         try:
             yield moves
         finally:

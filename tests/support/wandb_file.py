@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.trackers.wandb_file import read_records, read_rows
+from dpo_dist.insight.metrics.wandb_file import read_records, read_rows
 
 
 def history_rows(run_dir: Path) -> list[dict[str, Any]]:

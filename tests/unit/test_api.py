@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist import api, compare, doctor, pairs, precompute, train
-from dpo_dist.config.data_schema import Ranked, Truncation
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.data import Ranked, Truncation
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.packing import Sequences
-from dpo_dist.errors import ConfigError, ReferenceModelError
+from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
 from tests.support.packing import plain_logps
 from tests.support.records import TEXT, jsonl

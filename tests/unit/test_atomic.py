@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from dpo_dist.atomic import (
+from dpo_dist.foundation.files import (
     collect_abandoned,
     is_temporary,
     recover_folder,
@@ -119,7 +119,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_one(
     """Without exchange of names, the next write restores the folder first."""
     path = tmp_path / "fol[d]er"
     if not can_exchange:
-        monkeypatch.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+        monkeypatch.setattr("dpo_dist.foundation.files._exchange", lambda *_: False)
     with staged_folder(path) as temporary:
         (temporary / "file").write_text("first")
     replace_and_die(path)
@@ -134,7 +134,7 @@ def test_recovery_does_not_replace_an_existing_folder(
 ) -> None:
     path = tmp_path / "folder"
     with monkeypatch.context() as patched:
-        patched.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+        patched.setattr("dpo_dist.foundation.files._exchange", lambda *_: False)
         with staged_folder(path) as temporary:
             (temporary / "file").write_text("first")
         replace_and_die(path)
@@ -239,7 +239,7 @@ def test_files_of_a_hidden_process_are_kept(tmp_path: Path, monkeypatch: pytest.
     for one in (new, old):
         one.write_bytes(b"")
     os.utime(old, (0, 0))
-    monkeypatch.setattr("dpo_dist.atomic._started", lambda _process: -1)
+    monkeypatch.setattr("dpo_dist.foundation.files._started", lambda _process: -1)
     monkeypatch.setattr(os, "kill", deny)
     assert collect_abandoned(tmp_path) == [old]
 

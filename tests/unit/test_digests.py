@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.digests import content_digest, remember_digest, remembered_digest
+from dpo_dist.foundation.files import content_digest, remember_digest, remembered_digest
 
 
 @pytest.mark.parametrize("offset", [0, 1_000_000, 3_999_999])

@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks.tables import table
 from dpo_dist.config.keys import key_types
-from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.insight.metrics.log import PHASES
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
-from dpo_dist.objective.router_losses import ROUTER_METRICS
-from dpo_dist.report.metrics_log import PHASES
+from dpo_dist.objective.router import ROUTER_METRICS
 from scripts.write_key_docs import pages
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist import errors
-from dpo_dist.errors import (
+from dpo_dist.foundation import errors
+from dpo_dist.foundation.errors import (
     ConfigError,
     DataError,
     DivergedError,

@@ -120,7 +120,7 @@ def test_every_folder_is_a_layer() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("objective/losses.py", "from dpo_dist.data.packing import pack"),
+        ("objective/losses.py", "from dpo_dist.batching.pack import pack"),
         ("errors.py", "import dpo_dist.config.schema"),
         ("config/load.py", "from dpo_dist import train"),
         ("config/load.py", "def f():\n    import torch"),
@@ -141,7 +141,7 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("train.py", "from omegaconf import DictConfig\nfrom dpo_dist.training.loop import train"),
-        ("distributed/engine.py", "import deepspeed\nfrom dpo_dist.errors import ConfigError"),
+        ("distributed/engine.py", "import deepspeed\nfrom dpo_dist.foundation.errors import ConfigError"),
         ("report/trackers/wandb_tracker.py", "import wandb"),
     ],
 )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_dist.number_text import counted, duration, first_few, money, number, percent, size
+from dpo_dist.foundation.text import counted, duration, first_few, money, number, percent, size
 
 
 def test_a_list_names_three_and_counts_the_rest() -> None:

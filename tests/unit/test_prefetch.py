@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dpo_dist.prefetch import prefetch
+from dpo_dist.foundation.process import prefetch
 
 
 def until(condition: object, seconds: float = 10.0) -> None:

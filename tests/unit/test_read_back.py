@@ -18,33 +18,33 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from dpo_dist.config.checkpoint_folders import BEST, best_checkpoints
-from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.data import DataConfig
+from dpo_dist.config.run_folder import BEST, RunFolder, best_checkpoints
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.encoded_manifest import ARRAYS, read_manifest
-from dpo_dist.data.encoded_source import EncodedSource, find_damage, view
-from dpo_dist.data.files.inside import check_card
-from dpo_dist.digests import content_digest, recall, text_digest
-from dpo_dist.distributed import checkpoint_manifest
-from dpo_dist.distributed.checkpoint_loading import read_state
-from dpo_dist.distributed.checkpoint_manifest import find_faults, has_all_files, write_manifest
-from dpo_dist.distributed.random_states import load_random_states, random_states, random_states_name
-from dpo_dist.distributed.slice_files import SavedSlices
-from dpo_dist.distributed.stack_file import StackFile
-from dpo_dist.errors import CheckpointError, DataError, DpoDistError
-from dpo_dist.model.folder import read_model_json
-from dpo_dist.model.weights_on_disk import check_weights
+from dpo_dist.data.folders import check_card
+from dpo_dist.data.store import ARRAYS, EncodedSource, find_damage, read_manifest, view
+from dpo_dist.distributed import manifest as checkpoint_manifest
+from dpo_dist.distributed.checkpoint_files import (
+    load_random_states,
+    random_states,
+    random_states_name,
+    read_state,
+)
+from dpo_dist.distributed.failures import StackFile
+from dpo_dist.distributed.manifest import find_faults, has_all_files, write_manifest
+from dpo_dist.distributed.slices import SavedSlices
+from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
+from dpo_dist.foundation.files import content_digest, read_small, recall, text_digest
+from dpo_dist.insight.console import open_console
+from dpo_dist.insight.metrics.log import MetricsLog, read_latest_rows
+from dpo_dist.insight.pages.facts import read_facts
+from dpo_dist.insight.pages.render import json_rows
+from dpo_dist.model.folder import check_weights, read_model_json
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
 from dpo_dist.reference.shard import open_shard, shard_name
-from dpo_dist.report.json_rows import json_rows
-from dpo_dist.report.metrics_log import MetricsLog, read_latest_rows
-from dpo_dist.report.run_page.facts import read_facts
-from dpo_dist.report.terminal.console import open_console
-from dpo_dist.small_files import read_small
-from dpo_dist.training import run_state
-from dpo_dist.training.position import Position
-from dpo_dist.training.run_start import _lock
+from dpo_dist.training import state as run_state
+from dpo_dist.training.start import _lock
+from dpo_dist.training.state import Position
 from tests.support.poison import pickled
 
 KEYS = ("world_size", "step", "outcome", "files", "digest", "content", "python", "numpy", "torch")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.safe_stream import print_line
+from dpo_dist.foundation.streams import print_line
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import os, sys
-from dpo_dist.errors import ConfigError
-from dpo_dist.safe_stream import open_closed_streams, print_line, print_result
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
 open_closed_streams()
 file = open("file", "w")
 assert file.fileno() > 2
@@ -50,7 +50,7 @@ def test_an_output_that_is_closed_is_no_error(call: str, redirection: str, tmp_p
 
 def test_standard_output_can_be_reserved_for_objects(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from dpo_dist.safe_stream import *; reserve_output(); reserve_output(); "
+        "import os, sys; from dpo_dist.foundation.streams import *; reserve_output(); reserve_output(); "
         "print('chatter'); os.system('echo of a child'); print('{}', file=output_of_objects()); "
         "os.write(output_descriptor(), b'[]')"
     )

@@ -9,10 +9,10 @@ import pytest
 
 from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.errors import ConfigError
-from dpo_dist.report.terminal.console import open_console
-from dpo_dist.safe_stream import print_line, print_result
-from dpo_dist.secret_text import without_secrets
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.insight.console import open_console
 
 ENVIRONMENT = {"OPENAI_API_KEY": "of-my-endpoint", "HF_TOKEN": "short", "HOME": "/home/somebody"}
 
@@ -96,8 +96,8 @@ def test_a_path_that_a_variable_names_too_is_read_back(
 
 
 def test_rounds_write_no_secret_and_need_none(secret: str, tmp_path: Path) -> None:
-    from dpo_dist.generation.rounds.checks import check_rounds, check_settings
-    from dpo_dist.generation.rounds.commands import command_of
+    from dpo_dist.generation.pairs.round_settings import check_rounds, check_settings
+    from dpo_dist.generation.pairs.rounds import command_of
 
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import signals
-from dpo_dist.errors import ExitCode, StoppedError
-from dpo_dist.progress_file import EXIT_CODES
-from dpo_dist.signals import StopRequest
+from dpo_dist.foundation import process
+from dpo_dist.foundation.errors import ExitCode, StoppedError
+from dpo_dist.foundation.process import EXIT_CODES, StopRequest
 
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
@@ -67,8 +66,8 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A launcher passes on the signal that the process has got from the terminal."""
-    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.2)
-    monkeypatch.setattr(signals, "_LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.2)
+    monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.1)
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     stop = StopRequest()
     with stop.listening(), stop.deferred():
@@ -77,8 +76,8 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
         assert stop.reason == "SIGINT"
 
     def wait_for_the_second() -> None:
-        signals.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
-        signals.last_words.append(lambda _: time.sleep(60))
+        process.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
+        process.last_words.append(lambda _: time.sleep(60))
         stop = StopRequest()
         # A pool waits for its threads when it is left.
         with stop.listening(), stop.deferred(), ThreadPoolExecutor() as pool:
@@ -96,7 +95,7 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
 
 def test_an_echo_that_is_answered_late_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread has entered a long call of C between the signal and its echo."""
-    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.5)
+    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.5)
 
     def block(echo_seconds: float) -> None:
         stop = StopRequest()
@@ -123,7 +122,7 @@ def test_before_the_start_a_signal_ends_with_one_line(
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
 
     def start() -> None:
-        signals.end_at_signals()
+        process.end_at_signals()
         send(signal.SIGUSR1)
 
     assert in_child(start) == ExitCode.preempted
@@ -139,7 +138,7 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked(
     is_resumable: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As in a collective call: no handler of Python's runs meanwhile. Other signals come before."""
-    monkeypatch.setattr(signals, "_MAIN_THREAD_SECONDS", 0.1)
+    monkeypatch.setattr(process, "_MAIN_THREAD_SECONDS", 0.1)
 
     def send_both() -> None:
         for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -148,10 +147,10 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked(
 
     def block() -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, signals.raise_terminated)
+        signal.signal(signal.SIGTERM, process.raise_terminated)
         with (
             StopRequest().listening() if is_resumable else contextlib.nullcontext(),
-            signals.answered_at_once(),
+            process.answered_at_once(),
         ):
             _thread.start_new_thread(send_both, ())
             # The other threads take the signals, so that nothing wakes this one.

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.reference import maintenance
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.maintenance import garbage, info, verify
-from dpo_dist.reference.maintenance.garbage import find_garbage, remove
-from dpo_dist.reference.maintenance.info import fingerprint_folders
+from dpo_dist.reference.maintenance import find_garbage, fingerprint_folders, remove
 from dpo_dist.reference.shard import list_shards
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.store import main
@@ -276,16 +275,16 @@ def test_gc_tolerates_concurrent_changes(
     assert [shard.exists() for shard in shards] == [False, True]
 
     gone = [tmp_path / "gone.tmp-123456789abc", shards[1].parent / "gone.tmp-123456789abc"]
-    monkeypatch.setattr(garbage, "find_leftovers", lambda _root: gone)
+    monkeypatch.setattr(maintenance, "find_leftovers", lambda _root: gone)
     assert find_garbage(tmp_path, [], [], None).leftovers == []
     folders = [*fingerprint_folders(tmp_path), tmp_path / FIRST.name]
-    for module in (info, verify):
+    for module in (maintenance, maintenance):
         monkeypatch.setattr(module, "fingerprint_folders", lambda _root: folders)
         monkeypatch.setattr(
             module, "list_shards", lambda folder: [*list_shards(folder), f"{'0' * 32}.safetensors"]
         )
-    assert [each.name for each in info.take_inventory(tmp_path)] == [SECOND.name]
-    assert verify.verify_store(tmp_path).damage == []
+    assert [each.name for each in maintenance.take_inventory(tmp_path)] == [SECOND.name]
+    assert maintenance.verify_store(tmp_path).damage == []
 
 
 def test_a_running_job_continues_after_its_fingerprint_was_dropped(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.atomic import is_temporary
+from dpo_dist.foundation.files import is_temporary
 from tests.support.launch import environment
 from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
 

@@ -9,7 +9,7 @@ from benchmarks.ablation import ABLATIONS, Work, removed
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data import collate, dataset
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.packing import COSTS, VOCABULARY, plain_logps, random_pairs
 
 SHAPES = [(7, 5, 3), (4, 1, 6), (12, 2, 2), (3, 8, 9), (9, 4, 1)]

@@ -5,11 +5,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from dpo_dist.comparison.judging import LOSS, TIE, WIN, compare_texts, compares, credit, describe, score_texts
-from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, Verdicts
+from dpo_dist.config.verb_options import EndpointConfig, PairsConfig, Verdicts
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.generation.judging.endpoint_judge import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judging.judge import Judgement, Question
+from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
+from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.insight.compare.judging import (
+    LOSS,
+    TIE,
+    WIN,
+    compare_texts,
+    compares,
+    credit,
+    describe,
+    score_texts,
+)
 from tests.support.judge_server import judge_server
 
 RECORDS = [PreferenceRecord(f"prompt {number}", (), Origin("file", number)) for number in range(3)]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.comparison.preflight import rehearse_comparison
-from dpo_dist.comparison.startup import check_comparison
 from dpo_dist.config.load import load_run_config
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.insight.compare.models import rehearse_comparison
+from dpo_dist.insight.compare.start import check_comparison
 from tests.support import tiny
 from tests.support.records import jsonl, user
 from tests.support.tiny_model import write_model

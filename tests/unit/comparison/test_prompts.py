@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.comparison.prompts import held_out_facts, shown_prompt, write_held_out
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message
-from dpo_dist.errors import DataError
-from dpo_dist.generation.prompts import open_prompts
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.generation.pairs.prompts import open_prompts
+from dpo_dist.insight.compare.responses import held_out_facts, shown_prompt, write_held_out
 from tests.support.records import assistant, jsonl, user
 
 RECORDS = [

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.comparison.responses import Speaker, response_logps
-from dpo_dist.comparison.startup import compared_models
 from dpo_dist.config.load import compose, resolve
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.generation.prompts import PromptList
-from dpo_dist.generation.sampling.responder import find_model
+from dpo_dist.generation.pairs.prompts import PromptList
+from dpo_dist.generation.sampling.respond import find_model
+from dpo_dist.insight.compare.responses import Speaker, response_logps
+from dpo_dist.insight.compare.start import compared_models
 from dpo_dist.model.load import load_packed
 from tests.support.tiny_model import write_model
 

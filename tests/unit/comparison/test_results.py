@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.comparison.judging import all_credits
-from dpo_dist.comparison.results import Tally, comparison
-from dpo_dist.evaluation.results import Resampling
-from dpo_dist.report.terminal.comparison_table import comparison_table
+from dpo_dist.insight.compare.judging import all_credits
+from dpo_dist.insight.compare.results import Tally, comparison
+from dpo_dist.insight.evaluation import Resampling
+from dpo_dist.insight.tables import comparison_table
 
 Row = dict[str, Any]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.comparison.compare_models import announce_replaced
-from dpo_dist.comparison.startup import Kind, check_comparison, compared_models
+from dpo_dist.config.command_line import divide
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.options import divide
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.insight.compare.models import announce_replaced
+from dpo_dist.insight.compare.start import Kind, check_comparison, compared_models
 from tests.support.records import TEXT, jsonl
 
 

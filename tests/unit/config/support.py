@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from dpo_dist.config.load import resolve
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 
 def configured(values: dict[str, Any]) -> RunConfig:

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.check import as_written
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.keys import all_keys
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.keys import all_keys, as_written
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.schema import AdapterConfig
+from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import configured
 
 OUT_OF_RANGE = {

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_dist.config.checkpoint_folders import (
+from dpo_dist.config.run_folder import (
     STATE,
     checkpoint_folders,
     checkpoint_name,

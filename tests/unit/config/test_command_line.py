@@ -15,7 +15,7 @@ import dpo_dist
 from dpo_dist.config import command_line
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_dist.config.foreign_code import open_doors, written_values
-from dpo_dist.config.former_run import with_former_run
+from dpo_dist.config.command_line import Arguments, with_former_run
 from dpo_dist.config.load import compose, from_yaml, load_run_config, resolve, to_yaml
-from dpo_dist.config.options import Arguments
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.user_code import open_doors, written_values
+from dpo_dist.foundation.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 CANARY = "canary-of-the-environment"

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.former_run import with_former_run
+from dpo_dist.config.command_line import divide, with_former_run
 from dpo_dist.config.load import compose, load_run_config, resolve, to_yaml
-from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 

@@ -7,13 +7,13 @@ import pytest
 
 import dpo_dist
 from dpo_dist import compare
+from dpo_dist.config.command_line import explain, usage
 from dpo_dist.config.fields import EVERY_VERB
-from dpo_dist.config.help import explain, usage
 from dpo_dist.config.keys import all_keys, section_meanings
 from dpo_dist.config.load import group_folders
-from dpo_dist.config.loss_kinds import KINDS
+from dpo_dist.config.losses import KINDS
 from dpo_dist.config.verbs import keys_of
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 
 def facts(key: str) -> dict[str, str]:

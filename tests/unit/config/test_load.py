@@ -8,13 +8,13 @@ from pathlib import Path
 import hydra
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.load import compose, config_dir, from_yaml, load_run_config, resolve, to_yaml
-from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import NO_MODEL, Dtype, Offload, ReferenceMode, RunConfig, TrainerConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from tests.support.own_loss import OWN
 
 ROOT = Path(__file__).parents[3]

@@ -2,11 +2,10 @@
 
 import pytest
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
 from dpo_dist.config.identity import differing_keys, run_digest
 from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
-from dpo_dist.config.schema import Quantization, ReferenceMode, RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Quantization, ReferenceMode, RunConfig
+from dpo_dist.foundation.errors import ConfigError
 
 BASIC = ["model.path=m", "data.train=[p.jsonl]"]
 ADAPTER = "model.adapter={r: 8, alpha: 32}"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.command_line import divide
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.keys import key_types, run_keys
 from dpo_dist.config.load import compose, load_run_config, resolve
-from dpo_dist.config.options import divide
+from dpo_dist.config.names import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 SECTIONS = "|".join(name for name in run_keys() if "." not in name)

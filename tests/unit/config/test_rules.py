@@ -6,9 +6,9 @@ import pytest
 
 from dpo_dist.config import load
 from dpo_dist.config.keys import all_keys, choices
-from dpo_dist.config.loss_kinds import KINDS, LossKind
+from dpo_dist.config.losses import KINDS, LossKind
 from dpo_dist.config.rules import RULES
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from tests.support.own_loss import function_of
 from tests.unit.config.support import check_refused, configured
 from tests.unit.config.test_rules_reference import NO_REFERENCE, REFUSED_REFERENCES

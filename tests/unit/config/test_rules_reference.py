@@ -7,9 +7,9 @@ import pytest
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_kinds import SyncReferenceConfig
+from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import Quantization
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from tests.unit.config.support import check_refused, configured
 

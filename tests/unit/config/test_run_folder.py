@@ -3,9 +3,8 @@
 import ast
 from pathlib import Path
 
-from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import FolderConfig, RunConfig
 
 PACKAGE = Path(__file__).parents[3] / "dpo_dist"
 FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))

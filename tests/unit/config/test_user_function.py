@@ -7,8 +7,8 @@ import pytest
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.user_function import find_function, user_function
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.user_code import find_function, user_function
+from dpo_dist.foundation.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]", "loss=custom"]
 SOURCE = "def mine(policy, reference, config):\n    return config.beta * 1\n"

@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.data.acceptance import check_fits_loss, check_ids_in_vocabulary
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.data.build import prepare_dataset
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.invented import write_pairs
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_dist.data.arrangement import Arrangement, computed_tokens, consecutive_batches
+from dpo_dist.batching.plan import Arrangement, computed_tokens, consecutive_batches
 
 PACKED, PADDED, SINGLE = Arrangement
 LAYOUT = [(3, 2, 4), (1, 5), (2, 1, 1)]

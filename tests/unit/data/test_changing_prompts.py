@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Response
-from dpo_dist.generation.prompts import encode_prompt
+from dpo_dist.generation.pairs.prompts import encode_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
 from tests.support.pairs import WIDE, encode, reason_against, texts

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.tokenization.chat_template import with_chosen_template
-from dpo_dist.data.tokenization.template_arguments import argument_names
-from dpo_dist.errors import ConfigError
+from dpo_dist.data.template import argument_names, with_chosen_template
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import CHAT, encode, flags, record, texts

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.data.sources import check_source
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, jsonl, user
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from tests.support.records import assistant, jsonl, read_good, reason_against, user

@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from dpo_dist.data.count_words import in_words
-from dpo_dist.data.counts import NO_CHANGES
+from dpo_dist.data.counts import NO_CHANGES, in_words
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 

@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.batching.sampler import Span, make_sampler
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.count_words import describe_counts, describe_short_run
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
-from dpo_dist.data.sampler import Span, make_sampler
-from dpo_dist.errors import DataError
+from dpo_dist.data.build import prepare_dataset
+from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.dataset import (
+    PreferenceDataset,
+    count_duplicates,
+    count_shared,
+    open_dataset,
+    remembered_count,
+)
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.data.files import csv_records, read_file
+from dpo_dist.data import read as csv_records
+from dpo_dist.data import read as read_file
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support.records import outcomes
 
 HEADER = "prompt,chosen,rejected\n"

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import OnBadRecord
-from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.batching.pack import Ids, packed_tokens
+from dpo_dist.batching.sampler import Span
+from dpo_dist.config.data import OnBadRecord
+from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.packing import Ids, packed_tokens
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.data.sampler import Span
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.packing import COSTS

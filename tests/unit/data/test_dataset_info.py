@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.fields.dataset_info import resolved
+from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.data.sources import check_source, source_identity
-from dpo_dist.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from tests.support.records import TEXT, assistant, jsonl, user
 
 PAIR = {"columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad"}, "ranking": True}

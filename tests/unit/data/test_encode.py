@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages
-from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
-from dpo_dist.errors import ConfigError
+from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.shared_data import shared_data_dir

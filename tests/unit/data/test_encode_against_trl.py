@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, Origin, PreferenceRecord

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.data_schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.fields.rankings import training_examples
+from dpo_dist.data.pair_fields import training_examples
 from dpo_dist.data.records import Origin, PreferenceRecord
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl

@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data_schema import DataConfig, Truncation
+from dpo_dist.batching.pack import packed_tokens
+from dpo_dist.config.data import DataConfig, Truncation
 from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.packing import packed_tokens
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
-from dpo_dist.errors import ConfigError
+from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.pairs import CHAT, encode, flags, reason_against, record
 

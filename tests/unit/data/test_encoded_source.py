@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_dist import digests as digests_module
-from dpo_dist.atomic import temporary_name
-from dpo_dist.config.data_schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
-from dpo_dist.data import build_dataset as build_dataset_module
-from dpo_dist.data import encode_chunk as encode_chunk_module
-from dpo_dist.data.concatenated import ConcatenatedArray
+from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.data import build as build_dataset_module
+from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded_source import SourceWriter, array_files, is_intact
-from dpo_dist.data.files.byte_stream import Meter
+from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.digests import text_digest
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.data.store import ConcatenatedArray, SourceWriter, array_files, is_intact
+from dpo_dist.foundation import files as digests_module
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import temporary_name, text_digest
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import jsonl

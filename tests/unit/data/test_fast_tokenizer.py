@@ -10,12 +10,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
+from dpo_dist.config.data import DataConfig
+from dpo_dist.data.encode import EncodedChunk, encode_chunk
+from dpo_dist.data.escape import EscapedEncoder, has_local_tokens, last_words, token_ids
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.tokenization.escaped_encoder import EscapedEncoder
-from dpo_dist.data.tokenization.fast_tokenizer import has_local_tokens, last_words, token_ids
-from dpo_dist.data.tokenization.tokenizer import TokenizerFacts
+from dpo_dist.data.tokenizer import TokenizerFacts
 from tests.support import tiny
 from tests.support.shared_data import shared_data_dir
 
@@ -98,7 +97,7 @@ def test_the_ids_of_real_data_do_not_change(
 
     fast = encoded()
     monkeypatch.setattr(EscapedEncoder, "_has_local_tokens", False)
-    monkeypatch.setattr("dpo_dist.data.tokenization.fast_tokenizer._backend", lambda _: None)
+    monkeypatch.setattr("dpo_dist.data.escape._backend", lambda _: None)
     slow = encoded()
     assert fast.ids.tolist() == slow.ids.tolist()
     assert fast.piece_tokens.tolist() == slow.piece_tokens.tolist()

@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import check_source
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 
 

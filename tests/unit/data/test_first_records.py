@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.data.first_records import check_first_formats
-from dpo_dist.errors import DataError
+from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data.formats import check_first_formats
+from dpo_dist.foundation.errors import DataError
 
 GOOD = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
 NO_SIDE = json.dumps({"prompt": "a", "chosen": "b", "rejected": None}) + "\n"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
 from tests.support.records import TEXT, assistant, outcomes, read_good, read_one, reason_against, user

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.fields.columns import FIELDS
-from dpo_dist.data.fields.sharegpt import TAGS
+from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.messages import TAGS
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from tests.support.pages import ROOT
 from tests.support.records import jsonl

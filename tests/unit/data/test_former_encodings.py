@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encoded_manifest import read_manifest
-from dpo_dist.data.former_encodings import was_fingerprint_of
-from dpo_dist.digests import text_digest
-from dpo_dist.errors import CheckpointError
-from dpo_dist.training.run_state import check_identity
+from dpo_dist.data.store import read_manifest, was_fingerprint_of
+from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.training.state import check_identity
 from tests.support.cache import opened
 from tests.support.masks import add_masks
 from tests.support.records import jsonl

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.data.files import byte_stream, read_file
+from dpo_dist.data import read as byte_stream
+from dpo_dist.data import read as read_file
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support.records import TEXT, outcomes
 
 LINE = json.dumps(TEXT).encode()
@@ -29,7 +30,7 @@ import resource, sys
 import pyarrow.parquet
 from collections import Counter
 from dpo_dist.data.formats import read_records
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 warm = list(read_records(sys.argv[1]))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, DataFormat, TextTemplate, Truncation
-from dpo_dist.data.encode_chunk import encode_chunk
+from dpo_dist.config.data import DataConfig, DataFormat, TextTemplate, Truncation
+from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.records import BadRecord, Origin
 from tests.support import tiny

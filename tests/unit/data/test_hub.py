@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import no_progress, prepare_dataset
-from dpo_dist.data.files import hub
-from dpo_dist.errors import DataError
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data import folders
+from dpo_dist.data.build import no_progress, prepare_dataset
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 
@@ -53,21 +53,21 @@ def unreachable(cause: Exception) -> Exception:
 def test_a_request_without_an_answer_is_repeated(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     lost = unreachable(ConnectionError())
     answer(monkeypatch, lost, lost, Resolved())
-    assert hub.pinned(SOURCE, None).revision == COMMIT
+    assert folders.pinned(SOURCE, None).revision == COMMIT
     assert waits == [1.0, 4.0]
     answer(monkeypatch, lost, lost, lost)
     with pytest.raises(DataError, match="neither a local file nor a dataset"):
-        hub.pinned(SOURCE, None)
+        folders.pinned(SOURCE, None)
 
 
 def test_a_known_commit_and_an_offline_mode_need_no_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
     answer(monkeypatch, Resolved(), unreachable(ConnectionError()), unreachable(OfflineModeIsEnabled()))
-    assert hub.pinned(SOURCE, tmp_path).revision == COMMIT
-    assert hub.pinned(SOURCE, tmp_path).revision == COMMIT
+    assert folders.pinned(SOURCE, tmp_path).revision == COMMIT
+    assert folders.pinned(SOURCE, tmp_path).revision == COMMIT
     with pytest.raises(DataError):
-        hub.pinned(SourceConfig(path="org/other"), tmp_path)
+        folders.pinned(SourceConfig(path="org/other"), tmp_path)
     assert not waits
 
 
@@ -76,7 +76,7 @@ def test_unpaired_responses_are_refused_before_another_source_is_encoded(
 ) -> None:
     answer(monkeypatch, *[Resolved()] * 3)
     records: list[dict[str, Any]] = [{"prompt": "q", "completion": "a", "label": True}] * 30
-    monkeypatch.setattr(hub, "hub_records", lambda _source: iter(records))
+    monkeypatch.setattr(folders, "hub_records", lambda _source: iter(records))
     config = DataConfig(cache=str(tmp_path / "cache"), max_bad_share=1.0)
     sources = [SourceConfig(jsonl(tmp_path, TEXT)), SOURCE]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import datasets
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.files import hub
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.data import folders
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import check_source
-from dpo_dist.errors import DataError, DpoDistError
+from dpo_dist.foundation.errors import DataError, DpoDistError
 from tests.support.records import TEXT
 
 SHARD = "data-00000-of-00001.arrow"
@@ -41,7 +41,7 @@ def test_a_dataset_card_names_files_of_its_dataset(
     text = f"configs:\n- config_name: default\n  data_files: {names}\n"
     (folder / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
     with pytest.raises(DataError, match=OUTSIDE) as raised:
-        list(hub.hub_records(SourceConfig(path="org/set")))
+        list(folders.hub_records(SourceConfig(path="org/set")))
     assert card in raised.value.where
 
 
@@ -51,7 +51,7 @@ def test_a_dataset_with_a_script_runs_nothing(outside: Path, monkeypatch: pytest
     (folder / "snapshot.py").write_text(f"from pathlib import Path\nPath({str(outside / 'trace')!r}).touch()")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(folder))
     with pytest.raises(DataError):
-        list(hub.hub_records(SourceConfig(path="org/set")))
+        list(folders.hub_records(SourceConfig(path="org/set")))
     assert not (outside / "trace").exists()
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.data.files import json_array
-from dpo_dist.data.files.json_array import split_array
-from dpo_dist.data.files.json_values import parse_json
+from dpo_dist.data import read
+from dpo_dist.data.messages import parse_json
+from dpo_dist.data.read import split_array
 
 
 def split(text: str | bytes, max_bytes: int = 1000) -> list[Any]:
@@ -31,7 +31,7 @@ def random_value(generator: random.Random, depth: int) -> Any:
 def test_the_elements_are_those_of_the_parsed_array(
     block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(read, "_BLOCK_BYTES", block_bytes)
     generator = random.Random(block_bytes)
     for _ in range(100):
         values = [random_value(generator, 3) for _ in range(generator.randrange(5))]
@@ -49,7 +49,7 @@ def test_an_element_that_is_no_json_does_not_affect_the_others() -> None:
 
 @pytest.mark.parametrize("block_bytes", [5, 10_000])
 def test_an_element_above_the_limit_is_not_kept(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(read, "_BLOCK_BYTES", block_bytes)
     long = json.dumps({"a": "x" * 50, "b": [1, 2, 3] * 20})
     assert split(f'[{{"a": 1}}, {long}, {{"a": 2}}, {long}]', 40) == [b'{"a": 1}', None, b'{"a": 2}', None]
 
@@ -63,7 +63,7 @@ def test_an_array_that_does_not_end_once_is_an_error(text: str) -> None:
 
 
 def test_brackets_without_end_are_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "_MAX_DEPTH", 1000)
-    assert len(list(json_array.split_array(io.BytesIO(b"[" * 900 + b"]" * 900 + b"]"), 2**20))) == 1
+    monkeypatch.setattr(read, "_MAX_DEPTH", 1000)
+    assert len(list(read.split_array(io.BytesIO(b"[" * 900 + b"]" * 900 + b"]"), 2**20))) == 1
     with pytest.raises(ValueError, match="nested more than 1,000"):
-        list(json_array.split_array(io.BytesIO(b"[" * 3000), 2**20))
+        list(read.split_array(io.BytesIO(b"[" * 3000), 2**20))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord
-from dpo_dist.data.tokenization.loss_mask import token_mask
-from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
+from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.turns import token_mask
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import encode, record

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.data.mapped_files import MappedFiles
-from dpo_dist.errors import DataError
+from dpo_dist.data.dataset import MappedFiles
+from dpo_dist.foundation.errors import DataError
 
 
 @pytest.fixture

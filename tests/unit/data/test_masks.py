@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from dpo_dist.config.data_schema import Ranked, SourceConfig
-from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.batching.pack import Sequences, pack
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.config.data import Ranked, SourceConfig
+from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.encode_chunk import EncodedRecord
-from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.packing import Sequences, pack
+from dpo_dist.data.encode import EncodedExample, EncodedRecord
 from tests.support import tiny
 from tests.support.cache import opened
 from tests.support.masks import add_masks, masked, random_mask

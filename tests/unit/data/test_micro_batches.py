@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
-from dpo_dist.data.packing import packed_tokens
-from dpo_dist.data.reach import Reach
+from dpo_dist.batching.pack import packed_tokens
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, Reach, example_sizes, plan_micro_batches
 from tests.support.packing import pair_shapes
 
 Plan = list[list[list[int]]]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from dpo_dist.data.packing import Sequences, dummy_batch, pack, packed_tokens
+from dpo_dist.batching.pack import Sequences, dummy_batch, pack, packed_tokens
 from tests.support.packing import pack_unkeyed, pair_shapes, random_pairs
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, Ranked, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.duplicates import count_shared_prompts
-from dpo_dist.data.prompt_split import Part, eval_part, prompt_hash, train_part
+from dpo_dist.config.data import DataConfig, Ranked, SourceConfig
+from dpo_dist.data.build import prepare_dataset
+from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
+from dpo_dist.data.prompts import Part, eval_part, prompt_hash, train_part
 from dpo_dist.data.records import Dialogue, Message
-from dpo_dist.errors import DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import assistant, user
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, Dialogue, Message
 from tests.support.records import assistant, jsonl, user

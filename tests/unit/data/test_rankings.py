@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataFormat
+from dpo_dist.config.data import DataFormat
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord
 from tests.support.records import assistant, outcomes, read_good, reason_against, user

@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
-from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.tokenization.chat_template import pin_clock
+from dpo_dist.data.template import pin_clock
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
 
 CALL_ID = "call12345"

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.packing import Sequences, dummy_batch
-from dpo_dist.data.regroup import Regrouped, regroup
+from dpo_dist.batching.pack import Regrouped, Sequences, dummy_batch, regroup
 from tests.support.packing import pack_unkeyed, pair_shapes, random_pairs
 
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.arrangement import Arrangement
+from dpo_dist.batching.pack import rows_of
+from dpo_dist.batching.plan import Arrangement, ComputeCosts, example_sizes, plan_micro_batches
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.micro_batches import ComputeCosts, example_sizes, plan_micro_batches
-from dpo_dist.data.rows import rows_of
 from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
 
 SINGLE, PADDED = ComputeCosts(0.001, 0.1, Arrangement.single), ComputeCosts(0.001, 0.1, Arrangement.padded)

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.packing import Sequences, dummy_batch, pack
-from dpo_dist.data.rows import rows_of
+from dpo_dist.batching.pack import Sequences, dummy_batch, pack, rows_of
 from tests.support.packing import pair_shapes, random_pairs
 
 PAD = 1  # no token of `random_pairs`

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_dist.batching.sampler import BatchSampler, Span, make_sampler
 from dpo_dist.config.schema import TrainerConfig
-from dpo_dist.data.sampler import BatchSampler, Span, make_sampler
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 
 def sampler(pairs: int | list[Span], batch: int, **trainer: float) -> BatchSampler:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.source_labels import source_labels
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.data.sources import source_labels
 
 
 @pytest.mark.parametrize(

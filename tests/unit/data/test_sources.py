@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.files import read_file
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.data import read
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import source_identity
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.records import TEXT, jsonl, outcomes
 
 
@@ -211,8 +211,8 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
 def test_a_line_above_the_limit_is_bad_and_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_file, "_MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(read_file, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(read, "_MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(read, "BLOCK_BYTES", 100)
     file = tmp_path / "a.jsonl"
     for tail in (b"\n" + lines("two"), b""):
         write(file, lines("one") + b'{"prompt": "' + b"x" * 5000 + tail)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.data.tokenization import template_limits
-from dpo_dist.data.tokenization.template_arguments import argument_names
-from dpo_dist.data.tokenization.template_limits import limited
-from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
-from dpo_dist.errors import ConfigError
+from dpo_dist.data import template
+from dpo_dist.data.template import argument_names, limited
+from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
@@ -45,9 +44,9 @@ DOUBLING = (
 def test_a_template_without_end_is_named(
     attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.25)
-    monkeypatch.setattr(template_limits, "MEMORY", 1 << 27)
-    monkeypatch.setattr(template_limits, "CHARACTERS", 1 << 22)
+    monkeypatch.setattr(template, "SECONDS", 0.25)
+    monkeypatch.setattr(template, "MEMORY", 1 << 27)
+    monkeypatch.setattr(template, "CHARACTERS", 1 << 22)
     tokenizer = tiny.qwen()
     tokenizer.save_pretrained(tmp_path)
     tokenizer = type(tokenizer).from_pretrained(tmp_path)
@@ -61,7 +60,7 @@ def test_a_template_without_end_is_named(
 
 
 def test_a_process_that_has_grown_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "_known", (time.monotonic() + 60, 1 << 20))
+    monkeypatch.setattr(template, "_known", (time.monotonic() + 60, 1 << 20))
     assert limited(lambda: "x" * 1000, "a.jinja") == "x" * 1000
     text = limited(lambda: "x" * (1 << 25), "a.jinja")
     assert len(text) == 1 << 25

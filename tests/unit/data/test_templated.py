@@ -9,14 +9,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.records import Message
-from dpo_dist.data.tokenization.chat_template import pin_clock
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.data.store import EncodedSource
+from dpo_dist.data.template import pin_clock
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, record, texts
 from tests.support.records import jsonl

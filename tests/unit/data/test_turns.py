@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.rules_data import OTHER_ROLE_NAMES
-from dpo_dist.data.fields import message_fields
+from dpo_dist.config.rules import OTHER_ROLE_NAMES
+from dpo_dist.data import messages
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from tests.support.records import TEXT, assistant, jsonl, read_good, read_one, reason_against, user
@@ -405,4 +405,4 @@ def test_texts_alone_are_split_where_they_part(tmp_path: Path) -> None:
 
 
 def test_roles_with_another_name_are_refused_as_trained_roles() -> None:
-    assert {*message_fields._ROLES, *message_fields._CALLING} == OTHER_ROLE_NAMES
+    assert {*messages._ROLES, *messages._CALLING} == OTHER_ROLE_NAMES

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.prompt_split import eval_part, prompt_hash
-from dpo_dist.data.source_labels import source_labels
-from dpo_dist.diagnostics.examine import examine
-from dpo_dist.diagnostics.findings import Level
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.prompts import eval_part, prompt_hash
+from dpo_dist.data.sources import source_labels
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.doctor.examine import examine
+from dpo_dist.insight.doctor.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.diagnostics.findings import Level
-from dpo_dist.diagnostics.label_leaks import interval
+from dpo_dist.insight.doctor.findings import Level
+from dpo_dist.insight.doctor.label_leaks import interval
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
 

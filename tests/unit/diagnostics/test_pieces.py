@@ -6,17 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.diagnostics.duplicates import near_groups
-from dpo_dist.diagnostics.findings import PERCENTILES
-from dpo_dist.diagnostics.judge import Judge
-from dpo_dist.diagnostics.margins import ReferencePairs, bag_distance, margin_findings
-from dpo_dist.diagnostics.measures.benchmarks import read_benchmarks
-from dpo_dist.diagnostics.measures.lengths import LengthSketch
-from dpo_dist.diagnostics.measures.ratings import ratings_contradict
-from dpo_dist.diagnostics.measures.sample import Reservoir
-from dpo_dist.diagnostics.measures.words import signature
-from dpo_dist.errors import DataError
+from dpo_dist.config.data import DataConfig
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.insight.doctor.duplicates import near_groups
+from dpo_dist.insight.doctor.findings import PERCENTILES
+from dpo_dist.insight.doctor.margins import ReferencePairs, bag_distance, margin_findings
+from dpo_dist.insight.doctor.rules import Judge
+from dpo_dist.insight.doctor.sources import LengthSketch, Reservoir
+from dpo_dist.insight.doctor.words import ratings_contradict, read_benchmarks, signature
 from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, examined, lines, of_rule
 from tests.support.records import assistant, user

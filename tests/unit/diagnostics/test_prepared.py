@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.build_dataset import Progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.prompt_split import Part, eval_part, train_part
-from dpo_dist.diagnostics.prepared import Prepared, prepare
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.data.prompts import Part, eval_part, train_part
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.insight.doctor.prepare import Prepared, prepare
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import TEXT, jsonl

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.diagnostics.examine import examine
-from dpo_dist.diagnostics.findings import DoctorReport
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.insight.doctor.examine import examine
+from dpo_dist.insight.doctor.findings import DoctorReport
 from tests.support.doctor_data import lines, of_rule
 from tests.support.shared_data import shared_data_dir
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from dpo_dist.diagnostics.findings import Level
-from dpo_dist.diagnostics.judge import Judge, most_serious_first
-from dpo_dist.diagnostics.rules import RULES
+from dpo_dist.insight.doctor.findings import Level
+from dpo_dist.insight.doctor.rules import RULES, Judge, most_serious_first
 
 PAGE = Path(__file__).parents[3] / "docs" / "doctor.md"
 

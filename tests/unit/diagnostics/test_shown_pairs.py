@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
-from dpo_dist.diagnostics import shown_pairs
-from dpo_dist.diagnostics.findings import Finding, Level
-from dpo_dist.diagnostics.shown_pairs import Kind, Part, ShownPair, show_pairs
+from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
+from dpo_dist.insight.doctor import shown_pairs
+from dpo_dist.insight.doctor.findings import Finding, Level
+from dpo_dist.insight.doctor.shown_pairs import Kind, Part, ShownPair, show_pairs
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import assistant, jsonl, user

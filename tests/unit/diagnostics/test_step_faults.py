@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_dist.diagnostics.run_step_faults import SPIKE, is_collapsed, spike_of_last, spikes
+from dpo_dist.insight.verdict.checks import SPIKE, is_collapsed, spike_of_last, spikes
 
 Rows = list[dict[str, float]]
 

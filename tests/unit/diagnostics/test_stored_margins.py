@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.diagnostics.margins import NEARLY_EQUAL
-from dpo_dist.diagnostics.stored_margins import _distance
+from dpo_dist.insight.doctor.margins import NEARLY_EQUAL, _distance
 from tests.support import tiny
 from tests.support.doctor_data import write
 from tests.support.records import assistant, user

@@ -10,9 +10,9 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import NO_MODEL
-from dpo_dist.diagnostics import diagnosis
 from dpo_dist.doctor import main
-from dpo_dist.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.insight.doctor import examine
 from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, write
 from tests.support.sft_adapter import write_sft_adapter
@@ -50,9 +50,9 @@ def test_data_that_change_meanwhile_are_an_error(tmp_path: Path, monkeypatch: py
             file.write("{}\n")
         return []
 
-    monkeypatch.setattr(diagnosis, "show_pairs", show_and_append)
+    monkeypatch.setattr(examine, "show_pairs", show_and_append)
     with pytest.raises(DataError, match="changed while"):
-        diagnosis.diagnose(config, silent)
+        examine.diagnose(config, silent)
 
 
 def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts_from(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
     answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     data = write(tmp_path / "a.jsonl", [{"prompt": message, **answers}] * 3)
     keys = [f"model.path={model}", f"data.train=[{data}]", f"data.cache={tmp_path}/encoded"]
-    found = diagnosis.diagnose(load_run_config([*keys, f"model.adapter={{path: {sft}}}"]), silent)
+    found = examine.diagnose(load_run_config([*keys, f"model.adapter={{path: {sft}}}"]), silent)
     assert found.model == sft
     with pytest.raises(ConfigError, match="no chat template"):
-        diagnosis.diagnose(load_run_config(keys), silent)
+        examine.diagnose(load_run_config(keys), silent)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

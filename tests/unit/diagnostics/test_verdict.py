@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind
-from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.diagnostics.verdict import MOST_FINDINGS, sample_alarms, verdict
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.insight.verdict.rules import RULES
+from dpo_dist.insight.verdict.verdict import MOST_FINDINGS, sample_alarms, verdict
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 
 from dpo_dist.distributed.activity import Activity, Doing
-from dpo_dist.prefetch import prefetch
+from dpo_dist.foundation.process import prefetch
 
 
 def sampled(work: Callable[[], object], activity: Activity) -> Doing:
@@ -36,7 +36,7 @@ def test_the_place_is_the_innermost_line_of_the_package() -> None:
     activity.steps_done = lambda: 7
     doing = sampled(work, activity)
     assert doing.work == "evaluation after step 7"
-    assert doing.place.startswith("dpo_dist/prefetch.py:")
+    assert doing.place.startswith("dpo_dist/foundation/process.py:")
     assert not doing.call, "it waits for its own thread, not for a rank"
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.checkpoint_folders import best_checkpoints
+from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed.checkpoint import drop_checkpoints
-from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
-from dpo_dist.errors import CheckpointError
+from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.manifest import MANIFEST, read_manifest
+from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
 

@@ -17,18 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.atomic import is_temporary
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.export_schema import ExportConfig, ExportedWeights
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.distributed import checkpoint_export
-from dpo_dist.distributed.checkpoint_export import Exported, export_checkpoint, export_models
-from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
-from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
+from dpo_dist.distributed import export as checkpoint_export
+from dpo_dist.distributed.export import Exported, export_checkpoint, export_models
+from dpo_dist.distributed.manifest import describe_files, write_manifest
+from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, write_slices
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.lora import add_adapter
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.precision import DTYPES
@@ -171,7 +169,7 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> Tensor:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_dist.distributed.checkpoint_export._mapped", full)
+    monkeypatch.setattr("dpo_dist.distributed.export._mapped", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

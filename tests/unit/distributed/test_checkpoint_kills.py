@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist import atomic
-from dpo_dist.config.checkpoint_folders import best_checkpoints
+from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed.checkpoint import complete_unfinished, drop_checkpoints, remove_unfinished
+from dpo_dist.foundation import files
 from tests.support.one_weight import Run
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -84,7 +84,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
         step = run.start()
         ends.append(step)
         left = names(root)
-        assert not [name for name in left if atomic.is_temporary(Path(name))]
+        assert not [name for name in left if files.is_temporary(Path(name))]
         assert f"step-{step:06d}" in left
         run.save(step + 1)
         kept = [f"step-{each:06d}" for each in range(step + 2 - keep_last, step + 2)]
@@ -136,7 +136,7 @@ def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(
 ) -> None:
     """As where a stopped run saves its step again; without an exchange of names as on NFS and Lustre."""
     if not exchanges:
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     before = prepared(tmp_path / "before", 1, 1)
     for number in range(1, 1000):
         root = Path(shutil.copytree(before, tmp_path / str(number)))

@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
-from dpo_dist.distributed.random_states import random_states, random_states_name
+from dpo_dist.distributed.checkpoint_files import (
+    Checkpoint,
+    load_checkpoint,
+    random_states,
+    random_states_name,
+)
 from dpo_dist.distributed.sequence_parallel import SequenceGroup
 from dpo_dist.distributed.world import World
 

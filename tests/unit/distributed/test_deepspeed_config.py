@@ -4,7 +4,7 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dpo_dist.config.schema import Dtype, Offload
-from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch
+from dpo_dist.distributed.zero import frozen_config, with_layer_prefetch
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.data.packing import PackedBatch, Sequences, pack
-from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory, return_memory
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.errors import DeviceMemoryError
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory, return_memory
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.foundation.errors import DeviceMemoryError
 from dpo_dist.objective.token_logps import Statistic
 
 FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"

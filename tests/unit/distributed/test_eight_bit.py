@@ -11,7 +11,7 @@ from dpo_dist.distributed.eight_bit import (
     is_eight_bit,
     to_float32,
 )
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 
 optim = pytest.importorskip("bitsandbytes.optim")
 

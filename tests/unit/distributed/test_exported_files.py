@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.export_schema import ExportConfig
-from dpo_dist.config.schema import Dtype
-from dpo_dist.distributed.checkpoint_export import export_checkpoint
+from dpo_dist.config.schema import AdapterConfig, Dtype
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.save import write_model_folder
-from dpo_dist.training.kept_files import keep_files
+from dpo_dist.training.checkpoints import keep_files
 from tests.support import tiny
 from tests.support.multimodal import write_multimodal
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, run_of, weights_of

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_dist.distributed import heartbeats, rendezvous_store
-from dpo_dist.distributed.activity import Activity, Doing
-from dpo_dist.distributed.heartbeats import Heartbeats
-from dpo_dist.distributed.peers import Neighbours, Peer
-from dpo_dist.distributed.rendezvous_store import RendezvousStore
+from dpo_dist.distributed import failures, monitor
+from dpo_dist.distributed.activity import Activity, Doing, Neighbours, Peer
+from dpo_dist.distributed.failures import RendezvousStore
+from dpo_dist.distributed.monitor import Heartbeats
 
 WAITING = Doing("step 12", "training/step.py:88 (reduce_step)", "all_reduce", 400)
 READING = Doing("step 12", "data/collate.py:33 (collate)", "", 398)
@@ -30,8 +29,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     """
     store = dist.PrefixStore("run", dist.HashStore())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(rendezvous_store, "_connect", lambda: store)
-    monkeypatch.setattr(heartbeats, "ANSWER_SECONDS", 60)
+    monkeypatch.setattr(failures, "_connect", lambda: store)
+    monkeypatch.setattr(monitor, "ANSWER_SECONDS", 60)
 
     def make(*doings: Doing) -> Heartbeats:
         peers = [

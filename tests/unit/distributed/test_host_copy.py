@@ -9,10 +9,9 @@ import psutil
 import pytest
 import torch
 
-from dpo_dist.distributed import host_copy
-from dpo_dist.distributed.host_copy import HostCopy
-from dpo_dist.distributed.host_memory import available_memory
-from dpo_dist.distributed.slices import ModelSlices, Slice
+from dpo_dist.distributed import slices as host_copy
+from dpo_dist.distributed.memory import available_memory
+from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.world import World
 from tests.support.alone import ALONE
 

@@ -13,13 +13,13 @@ from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException, OpBuilder
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.distributed import kernel_builds
-from dpo_dist.distributed.joined import joined
-from dpo_dist.distributed.kernel_builds import load_kernel, wait_for_build
-from dpo_dist.errors import ConfigError
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.training import world_setup
-from dpo_dist.training.world_setup import open_world
+from dpo_dist.distributed import kernels
+from dpo_dist.distributed.join import joined
+from dpo_dist.distributed.kernels import load_kernel, wait_for_build
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.console import Console
+from dpo_dist.training import start
+from dpo_dist.training.start import open_world
 
 HOUR = 3600
 
@@ -27,7 +27,7 @@ HOUR = 3600
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(kernel_builds, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "_POLL_SECONDS", 0.01)
     path = tmp_path / "cpu_adam" / "lock"
     path.parent.mkdir()
     return path
@@ -135,7 +135,7 @@ def test_without_an_optimizer_no_kernel_for_it_is_loaded(
         given.append(deepspeed_config["zero_optimization"])
         yield
 
-    monkeypatch.setattr(world_setup, "joined", joined_with)
+    monkeypatch.setattr(start, "joined", joined_with)
     overrides = ["model.path=m", "data.train=[a]", "parallelism.offload_optimizer=cpu", f"run.dir={tmp_path}"]
     config = load_run_config(overrides)
     for trains in (False, True):

@@ -20,7 +20,7 @@ from tests.support.warm import ENVIRONMENT, context, start_parent
 
 WORKER = """
 import os, signal, sys, time
-from dpo_dist.signals import end_at_signals
+from dpo_dist.foundation.process import end_at_signals
 def stop(number, frame):
     time.sleep(0.3)  # saves
     open(f"saved-{os.environ['RANK']}", "w").close()

@@ -1,6 +1,6 @@
 """The loss scale of fp16 falls after every overflow and doubles after 1,000 updates without one."""
 
-from dpo_dist.distributed.loss_scale import START, LossScale
+from dpo_dist.distributed.zero import START, LossScale
 
 
 def test_an_overflow_halves_it_and_a_thousand_updates_double_it() -> None:

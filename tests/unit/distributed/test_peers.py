@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.distributed.peers import Neighbours, Peer
+from dpo_dist.distributed.activity import Neighbours, Peer
 
 NO_PROCESS = 2**22 + 1
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.distributed.settling import Engine, settle_engine
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import Engine, settle_engine
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.distributed import slice_files
-from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
-from dpo_dist.distributed.random_states import load_random_states
-from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.errors import CheckpointError
+from dpo_dist.distributed import slices
+from dpo_dist.distributed.checkpoint_files import load_random_states
+from dpo_dist.distributed.manifest import describe_files, write_manifest
+from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, write_slices
+from dpo_dist.foundation.errors import CheckpointError
 
 WHOLE = {
     "embedding": torch.arange(35, dtype=torch.float32).view(7, 5),
@@ -45,7 +44,7 @@ def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
 def test_any_ranks_read_what_any_ranks_wrote(
     file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slice_files, "_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(slices, "_FILE_BYTES", file_bytes)
     folder = written(tmp_path, 3, {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]})
     saved = SavedSlices.find(folder, "engine")
     assert saved.step == 3
@@ -102,7 +101,7 @@ def pickled(folder: Path) -> None:
 def strange_header(folder: Path) -> None:
     file = folder / "engine" / "rank-00001-00000.safetensors"
     tensor: dict[str, Tensor] = {"weight/norm": torch.zeros(3)}
-    slice_files.save_file(tensor, file, {"ranges": '{"norm": ["0", []]}', "step": "3"})
+    slices.save_file(tensor, file, {"ranges": '{"norm": ["0", []]}', "step": "3"})
     write_manifest(folder, describe_files((folder / "engine").iterdir(), folder))
 
 

@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.peers import Peer
-from dpo_dist.distributed.stops import GivenWay, Stops
-from dpo_dist.distributed.world import World
-from dpo_dist.errors import StoppedError
-from dpo_dist.progress_file import PROGRESS
-from dpo_dist.signals import BY_STEPS, BY_TRACKER, StopRequest
+from dpo_dist.distributed.activity import Peer
+from dpo_dist.distributed.world import GivenWay, Stops, World
+from dpo_dist.foundation.errors import StoppedError
+from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest
 
 
 class Alone(World):

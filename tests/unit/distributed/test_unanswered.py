@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dpo_dist.distributed import unanswered
-from dpo_dist.distributed.activity import Doing
-from dpo_dist.distributed.unanswered import UnansweredSignals
-from dpo_dist.errors import ExitCode
+from dpo_dist.distributed import activity
+from dpo_dist.distributed.activity import Doing, UnansweredSignals
+from dpo_dist.foundation.errors import ExitCode
 
 WAITING = Doing("step 3", "training/step.py:88 (reduce_step)", "all_reduce", 1000)
 GONE_ON = Doing("step 4", "training/step.py:88 (reduce_step)", "all_reduce", 0.0)
@@ -33,7 +32,7 @@ def send() -> None:
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     now = time.monotonic() + seconds
-    monkeypatch.setattr(unanswered.time, "monotonic", lambda: now)
+    monkeypatch.setattr(activity.time, "monotonic", lambda: now)
 
 
 def code(signals: UnansweredSignals, doing: Doing, *, is_peer_silent: bool = False) -> int | None:

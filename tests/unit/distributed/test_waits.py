@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.activity import Activity
-from dpo_dist.distributed.peers import Peer
-from dpo_dist.distributed.waits import Waits
+from dpo_dist.distributed.activity import Activity, Peer
+from dpo_dist.distributed.monitor import Waits
 from dpo_dist.distributed.world import World
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import Dtype, ParallelismConfig
-from dpo_dist.distributed import joined as joined_module
-from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.joined import joined, start_world
-from dpo_dist.distributed.peers import Peer
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.distributed import join as joined_module
+from dpo_dist.distributed.activity import Peer
+from dpo_dist.distributed.join import joined, start_world
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError, PeerLostError
+from dpo_dist.distributed.zero import policy_config
+from dpo_dist.foundation.errors import ConfigError, PeerLostError
 
 _PR_GET_PDEATHSIG = 2
 

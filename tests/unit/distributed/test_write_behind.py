@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_dist.distributed import checkpoint, checkpoint_writing, host_copy
-from dpo_dist.distributed.checkpoint_loading import latest_checkpoint
-from dpo_dist.errors import CheckpointError
+from dpo_dist.distributed import checkpoint, slices
+from dpo_dist.distributed import checkpoint as checkpoint_writing
+from dpo_dist.distributed.checkpoint_files import latest_checkpoint
+from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
 from tests.support.slow_disk import slow_disk
@@ -90,7 +91,7 @@ def test_a_second_save_waits_for_the_first(run: Run) -> None:
 def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     run.saver._say = said.append
-    monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
+    monkeypatch.setattr(slices, "available_memory", lambda: 0)
     for step in (1, 2):
         begin(run, step)
         run.weights.weight.fill_(7)
@@ -102,7 +103,7 @@ def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("when", ["the key", "the last one"])
 def test_nothing_is_copied_without_need(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_copy.HostCopy, "of", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(slices.HostCopy, "of", lambda *_: pytest.fail("copied"))
     run = Run(tmp_path, behind=when != "the key")
     run.start()
     run.weights.weight.fill_(1)

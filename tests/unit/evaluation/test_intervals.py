@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_dist.evaluation.intervals import bootstrap_intervals
+from dpo_dist.insight.evaluation import bootstrap_intervals
 
 
 def each(count: int) -> np.ndarray:

@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.evaluation.calibration import calibration
-from dpo_dist.evaluation.results import Resampling, results
-from dpo_dist.evaluation.scores import write_scores
-from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.objective.pair_values import PairValues
-from dpo_dist.report.charts.evaluation_plot import draw_evaluation
-from dpo_dist.report.terminal.evaluation_table import evaluation_table
+from dpo_dist.insight.evaluation import Resampling, calibration, results, write_scores
+from dpo_dist.insight.pages.charts import draw_evaluation
+from dpo_dist.insight.tables import evaluation_table
+from dpo_dist.objective.metrics import MetricPlan, PairValues
 from tests.support import tiny
 from tests.support.records import jsonl
 

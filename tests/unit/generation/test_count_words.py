@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dpo_dist.generation.count_words import describe_counts, describe_totals
+from dpo_dist.generation.pairs.files import describe_counts, describe_totals
 
 PAGE = Path(__file__).parents[3] / "docs" / "pairs.md"
 

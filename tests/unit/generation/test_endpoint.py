@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.pairs_schema import EndpointConfig, Verdicts
+from dpo_dist.config.verb_options import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.judging.endpoint import Endpoint
-from dpo_dist.generation.judging.endpoint_judge import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judging.judge import Judgement, Question
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.judges.endpoint import Endpoint, EndpointJudge, describe_endpoint
+from dpo_dist.generation.judges.judge import Judgement, Question
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 
 RECORD = PreferenceRecord((Message("user", "say something long"),), (), Origin("a.jsonl", 1))

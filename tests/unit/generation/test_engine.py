@@ -13,17 +13,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.pairs_schema import Engine
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_function import find_function
+from dpo_dist.config.user_code import find_function
+from dpo_dist.config.verb_options import Engine
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.judging.function_judge import FunctionJudge, describe_function
-from dpo_dist.generation.judging.judge import Judgement, Question
-from dpo_dist.generation.judging.score import score
-from dpo_dist.generation.sampling.engine import chosen_engine, lora_options, open_generator
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.judges.judge import FunctionJudge, Judgement, Question, describe_function
+from dpo_dist.generation.judges.score import score
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
-from dpo_dist.generation.sampling.responder import find_model, open_responder
+from dpo_dist.generation.sampling.respond import (
+    chosen_engine,
+    find_model,
+    lora_options,
+    open_generator,
+    open_responder,
+)
 from tests.support.tiny_model import write_model
 
 REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)

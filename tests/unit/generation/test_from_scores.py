@@ -10,8 +10,8 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.generation.from_scores import pairs_from_scores
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.generation.pairs.run import pairs_from_scores
 from tests.support.records import assistant, jsonl, user
 
 SCORED = {

@@ -13,12 +13,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.labelling.items import draw_items
-from dpo_dist.generation.labelling.log import opened_log
-from dpo_dist.generation.labelling.server import LabelServer
-from dpo_dist.generation.labelling.session import Session
-from dpo_dist.generation.labelling.state import Labelling, Plan
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.label_server import LabelServer, Session
+from dpo_dist.generation.pairs.labelling import Labelling, Plan, draw_items, opened_log
 
 
 @dataclass
@@ -206,7 +203,7 @@ def test_a_full_disk_stores_nothing_and_the_page_does_not_go_on(served, monkeypa
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_dist.generation.labelling.log.os.fsync", full)
+    monkeypatch.setattr("dpo_dist.generation.pairs.labelling.os.fsync", full)
     status, _, _ = served.ask(
         "judge", {"annotator": "Ada", "slot": item["slot"], "choice": "left", "seconds": 1}
     )

@@ -9,13 +9,30 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
-from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, compared, outcome
-from dpo_dist.generation.labelling.events import Judgement, Slot, Undo, Verdict, as_line, from_line
-from dpo_dist.generation.labelling.items import draw_items, shown_prompt, shown_response
-from dpo_dist.generation.labelling.log import opened_log
-from dpo_dist.generation.labelling.people import label_pairs
-from dpo_dist.generation.labelling.state import REPEAT_GAP, Labelling, Plan
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.generation.pairs.labelling import (
+    REPEAT_GAP,
+    Judgement,
+    Labelling,
+    Plan,
+    Slot,
+    Undo,
+    Verdict,
+    as_line,
+    draw_items,
+    from_line,
+    opened_log,
+    shown_prompt,
+    shown_response,
+)
+from dpo_dist.generation.pairs.people import (
+    Undecided,
+    agreement,
+    agreement_table,
+    compared,
+    label_pairs,
+    outcome,
+)
 
 ITEMS = [f"item{number}" for number in range(30)]
 ALONE = Plan(overlap=0.0, repeats=0.0)
@@ -394,7 +411,7 @@ def test_the_last_words_count_comparisons(tmp_path, monkeypatch) -> None:
             *("model.path=unused", "pairs.limit=2"),
         ]
     )
-    monkeypatch.setattr("dpo_dist.generation.labelling.people._serve", lambda *_: None)
+    monkeypatch.setattr("dpo_dist.generation.pairs.people._serve", lambda *_: None)
     said: list[str] = []
     label_pairs(config, said.append, print)
     assert said[-1] == "no pair is decided yet: 2 comparisons not judged"

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.pairs_schema import PairSelection
-from dpo_dist.generation.pairing import Selection, select_pairs
+from dpo_dist.config.verb_options import PairSelection
+from dpo_dist.generation.pairs.run import Selection, select_pairs
 
 
 def select(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.sampling.parts import Parts, work_on
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.sampling.stages import Parts, work_on
 
 Rows = list[dict[str, Any]]
 

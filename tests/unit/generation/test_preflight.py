@@ -7,8 +7,8 @@ import pytest
 from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.generation.preflight import rehearse_pairs
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.generation.pairs.preflight import rehearse_pairs
 from tests.support.judge_server import judge_server
 from tests.support.records import jsonl, user
 from tests.support.tiny_model import write_model

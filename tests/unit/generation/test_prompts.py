@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.generation.prompts import open_prompts, write_prompts
+from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
 from tests.support.records import jsonl
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_dist.generation.refusals import is_refusal
+from dpo_dist.generation.text_facts import is_refusal
 
 REFUSALS = """
 I'm sorry, but I can't help with that.

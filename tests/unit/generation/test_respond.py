@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.pair_records import pair_fields, write_pairs
-from dpo_dist.generation.results import as_response
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.files import pair_fields, write_pairs
+from dpo_dist.generation.pairs.run import as_response
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
-from dpo_dist.generation.sampling.respond import Numbers, respond, usable_prompt
-from dpo_dist.generation.sampling.responder import Responder
+from dpo_dist.generation.sampling.respond import Numbers, Responder, respond, usable_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE

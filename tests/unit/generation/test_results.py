@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.pairs_schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.generation.prompts import open_prompts, write_prompts
-from dpo_dist.generation.results import Results, pairs_of, samples_of, usable
-from dpo_dist.generation.sampling.parts import Parts
-from dpo_dist.generation.sampling.responder import ModelSource
+from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
+from dpo_dist.generation.pairs.run import Results, pairs_of, samples_of, usable
+from dpo_dist.generation.sampling.respond import ModelSource
+from dpo_dist.generation.sampling.stages import Parts
 from tests.support.records import jsonl, user
 
 DROP, KEEP = DropOrKeep.drop, DropOrKeep.keep

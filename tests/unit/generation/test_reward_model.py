@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.judging.judge import Question
-from dpo_dist.generation.judging.reward_model import RewardModel, describe_reward_model
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.judges.judge import Question
+from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 

@@ -16,13 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
-from dpo_dist.generation.rounds import commands
-from dpo_dist.generation.rounds.commands import run_command
-from dpo_dist.generation.rounds.merge import merge_adapter
-from dpo_dist.generation.rounds.results import is_exhausted, read_result, samples_of
-from dpo_dist.generation.rounds.run_rounds import run_rounds
-from dpo_dist.generation.startup import check_pairs
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, ExitCode
+from dpo_dist.generation.pairs import rounds
+from dpo_dist.generation.pairs.rounds import (
+    is_exhausted,
+    merge_adapter,
+    read_result,
+    run_command,
+    run_rounds,
+    samples_of,
+)
+from dpo_dist.generation.pairs.start import check_pairs
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -192,7 +196,7 @@ def with_adapter(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[dict[
         assert str(adapter).endswith("train/model")
         folder.mkdir()
 
-    monkeypatch.setattr("dpo_dist.generation.rounds.run_rounds.merge_adapter", merge)
+    monkeypatch.setattr("dpo_dist.generation.pairs.rounds.merge_adapter", merge)
     code, said = do(*ADAPTER, *overrides)
     assert code == ExitCode.completed
     assert said[-1] == "the last policy: run/rounds/2/policy"
@@ -224,7 +228,7 @@ def test_an_adapter_whose_merge_was_killed_is_merged_later(monkeypatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpo_dist.generation.rounds.run_rounds.merge_adapter", killed)
+    monkeypatch.setattr("dpo_dist.generation.pairs.rounds.merge_adapter", killed)
     assert do(*ADAPTER)[0] == ExitCode.interrupted
     with_adapter(monkeypatch)
     assert order() == [*WHOLE[:2], *WHOLE[1:]]
@@ -373,7 +377,7 @@ def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:
     """kill -9 of the rounds ends the training too: the next start finds no other process there."""
     work = "import signal, pathlib; pathlib.Path('up').touch(); signal.pause()"
     outer = (
-        "import sys; from pathlib import Path; from dpo_dist.generation.rounds.commands import run_command; "
+        "import sys; from pathlib import Path; from dpo_dist.generation.pairs.rounds import run_command; "
         f"run_command([sys.executable, '-c', {LAUNCHER!r}, '-c', {work!r}], Path('codes'))"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE)
@@ -416,7 +420,7 @@ def test_signals_are_passed_on(number, error) -> None:
 )
 def test_a_signal_at_the_start_is_passed_on(number, error, monkeypatch) -> None:
     """The command has sent its signal before its process number is known here."""
-    start = commands._started
+    start = rounds._started
 
     def slow_start(*arguments):
         process = start(*arguments)
@@ -424,7 +428,7 @@ def test_a_signal_at_the_start_is_passed_on(number, error, monkeypatch) -> None:
             assert process.poll() is None
         return process
 
-    monkeypatch.setattr(commands, "_started", slow_start)
+    monkeypatch.setattr(rounds, "_started", slow_start)
     work = (
         f"import os, pathlib, time; os.kill(os.getppid(), {int(number)}); pathlib.Path('sent').touch(); "
         "time.sleep(60); pathlib.Path('by itself').touch()"

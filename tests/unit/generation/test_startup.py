@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.startup import check_pairs
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.start import check_pairs
 
 
 def check(*overrides: str) -> None:

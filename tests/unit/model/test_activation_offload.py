@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.activation_offload import Elsewhere, check_offload, offload_inputs
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.memory import Elsewhere, check_offload, offload_inputs
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
 

@@ -13,15 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_base import base_notes, check_sizes
-from dpo_dist.model.adapter_files import check_start, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.adapter_files import (
+    base_notes,
+    check_sizes,
+    check_start,
+    start_folder,
+    tokenizer_folder,
+    trained_adapter,
+)
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import local_model_folder
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.digest import digest_model
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model

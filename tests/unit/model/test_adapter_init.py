@@ -8,14 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapter_init import write_initial
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights, stack, write_adapter
-from dpo_dist.model.adapters import TRAINED, adapter_off, add_adapter, load_adapter
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import TRAINED, adapter_off, add_adapter, load_adapter, write_initial
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.precision import DTYPES
 from tests.support.sft_adapter import write_sft_adapter

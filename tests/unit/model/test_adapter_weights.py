@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights, stack
 from dpo_dist.model.merge import write_merged
 from tests.support.tiny_model import write_model

@@ -6,15 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.distributed.optimizer import _parameter_groups
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter, load_adapter
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    AttentionBackend,
+    Dtype,
+    ModelConfig,
+    Quantization,
+)
+from dpo_dist.distributed.zero import _parameter_groups
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.logp_head import LogpHead
+from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
+from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.sft_adapter import write_sft_adapter

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.plan import RopeLimits
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
-from dpo_dist.data.packing import Sequences
-from dpo_dist.data.rope_limits import RopeLimits
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import rope_limits
 from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED

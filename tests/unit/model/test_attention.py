@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.segment_attention import Layout, Scores
+from dpo_dist.model.sdpa import Layout, Scores
 from tests.support.kernels import (
     flash_attn_varlen_func,
     masked_attention,

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention_backend import Heads, check_kernel, choose_backend, heads_of, scores_of
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.attention import Heads, check_kernel, choose_backend, heads_of, scores_of
 from tests.support.kernels import (
     put_kernels,
     top_left_flash,

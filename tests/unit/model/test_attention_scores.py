@@ -18,11 +18,11 @@ from transformers.masking_utils import (
 )
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.errors import ConfigError
-from dpo_dist.model import capped_attention, segment_attention, varlen_attention
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model import attention as varlen_attention
+from dpo_dist.model import sdpa
 from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.mask_rules import MaskRule, mask_rule
-from dpo_dist.model.segment_attention import Layout, Scores
+from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
 from tests.support.kernels import masked_attention, put_kernels
 from tests.unit.model.test_context_memory import Live
 
@@ -46,9 +46,9 @@ layouts: st.SearchStrategy[Layout] = st.lists(
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the sizes of these sequences, and kernels that need no CUDA."""
     put_kernels(monkeypatch)
-    monkeypatch.setattr(segment_attention, "_SMALLEST_BLOCK", 3)
-    monkeypatch.setattr(segment_attention, "_FULL_BLOCK", 3)
-    monkeypatch.setattr(capped_attention, "_CPU_SCORE_BYTES", 4 * HEADS * 12 * 5)
+    monkeypatch.setattr(sdpa, "_SMALLEST_BLOCK", 3)
+    monkeypatch.setattr(sdpa, "_FULL_BLOCK", 3)
+    monkeypatch.setattr(sdpa, "_CPU_SCORE_BYTES", 4 * HEADS * 12 * 5)
     varlen_attention._log_sdpa.cache_clear()
 
 
@@ -192,14 +192,14 @@ def test_kernels_are_called_with_the_window(layout: Layout, backend: AttentionBa
 def by_segment(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
     """Return a list to which each layer's scores are added that do not run in a kernel."""
     called: list[Scores] = []
-    original = segment_attention.SegmentAttention.__call__
+    original = sdpa.SegmentAttention.__call__
 
     @functools.wraps(original)
-    def counted(self: segment_attention.SegmentAttention, *arguments: Tensor | Scores) -> Tensor:
+    def counted(self: sdpa.SegmentAttention, *arguments: Tensor | Scores) -> Tensor:
         called.append(arguments[-1])  # type: ignore[arg-type]
         return original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(segment_attention.SegmentAttention, "__call__", counted)
+    monkeypatch.setattr(sdpa.SegmentAttention, "__call__", counted)
     return called
 
 
@@ -288,14 +288,14 @@ def test_masks_begin_where_cuda_kernels_accept_them(
     whose rows begin at no multiple of 16 elements."""
     monkeypatch.undo()
     starts = []
-    original = segment_attention.scaled_dot_product_attention
+    original = sdpa.scaled_dot_product_attention
 
     def noted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
         if attn_mask is not None and attn_mask.stride(0) % 16 == 0:
             starts.append(attn_mask.data_ptr() % 16)
         return original(query, key, value, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(segment_attention, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noted)
     rule = None if size is None else window(size)[0]
     sinks = torch.zeros(HEADS, dtype=torch.bfloat16) if has_sinks else None
     for layout in layouts_of_every_remainder():
@@ -308,13 +308,13 @@ def test_masks_begin_where_cuda_kernels_accept_them(
 def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     products = []
-    original = segment_attention.scaled_dot_product_attention
+    original = sdpa.scaled_dot_product_attention
 
     def counted(query: Tensor, key: Tensor, *others: Tensor, **options: Tensor) -> Tensor:
         products.append(query.shape[2] * key.shape[2])
         return original(query, key, *others, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(segment_attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", counted)
     layout: Layout = ((6000, 2000, 2100),)
     heads = [torch.randn(sum(layout[0]), 1, 8) for _ in range(3)]
     rule, _ = window(512)

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.model.activation_offload import Elsewhere, offload_inputs
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.context_memory import (
     ModelShape,
@@ -21,9 +20,9 @@ from dpo_dist.model.context_memory import (
     micro_batch_flops,
 )
 from dpo_dist.model.flops import count_flops
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.tiled_mlp import tile_mlps
+from dpo_dist.model.memory import Elsewhere, offload_inputs, tile_mlps
+from dpo_dist.model.packed import PackedCausalLM
 from scripts.write_long_context import MODELS, PAGE, cell, page
 from tests.support.packing import pack_unkeyed, random_pairs
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.model.description import read_description, restore_description
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.save import write_weights
+from dpo_dist.model.save import read_description, restore_description, write_weights
 from tests.support.families import tiny_family
 from tests.support.multimodal import write_multimodal
 from tests.support.own_code import ship_code

@@ -13,20 +13,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.data.packing import PackedBatch
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.adapter_weights import inject_adapter
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import check_positions, check_training, settle
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.exactness import CheckedModel, check_positions, check_training, settle, trial_sequences
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.mask_rules import mask_rule
-from dpo_dist.model.saved_modules import inject_adapter
-from dpo_dist.model.segment_attention import Scores, SegmentAttention
-from dpo_dist.model.sequence_parallel import TokenExchange
-from dpo_dist.model.trial import trial_sequences
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.sdpa import Scores, SegmentAttention, mask_rule
+from dpo_dist.model.ulysses import TokenExchange
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs

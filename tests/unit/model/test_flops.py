@@ -7,14 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import ModelConfig
-from dpo_dist.data.reach import Reach
-from dpo_dist.errors import ConfigError
+from dpo_dist.batching.plan import Reach
+from dpo_dist.config.schema import AdapterConfig, ModelConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import flops as counting
-from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
+from dpo_dist.model.lora import add_adapter
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
 

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import hub_commit, model_folder, weight_files
 
 CONTENT = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_config, load_tokenizer
 from tests.support.tiny_model import write_model
 

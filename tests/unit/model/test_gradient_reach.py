@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import check_use
-from dpo_dist.model.experts import compressors, join_gradients
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.exactness import CheckedModel, check_use
+from dpo_dist.model.layers import compressors, join_gradients
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import FAMILIES, PADDED, tiny_family
 from tests.support.packing import VOCABULARY
 

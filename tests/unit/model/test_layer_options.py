@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
-from dpo_dist.data.reach import Reach
-from dpo_dist.model.attention_backend import Heads, heads_of_layers, scores_of
+from dpo_dist.batching.plan import Reach
+from dpo_dist.model.attention import Heads, heads_of_layers, scores_of
+from dpo_dist.model.exactness import trial_sequences
 from dpo_dist.model.flops import count_flops
-from dpo_dist.model.layer_options import layer_values
-from dpo_dist.model.trial import trial_sequences
+from dpo_dist.model.layers import layer_values
 from tests.support.families import tiny_family
 
 SIZES: dict[str, Any] = {

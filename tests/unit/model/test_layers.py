@@ -6,12 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, trained_config

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MusicgenConfig
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer, placement
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support import tiny
 from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import add_adapter, load_adapter
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter, load_adapter
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")

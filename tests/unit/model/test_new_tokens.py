@@ -13,12 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import api
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.extend import main
 from dpo_dist.model.adapter_files import check_start, tokenizer_folder
-from dpo_dist.model.adapters import load_adapter
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import load_adapter
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention_backend import Heads, check_kernel
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.attention import Heads, check_kernel
 from dpo_dist.model.numerics import (
     NUMERICS_FIELDS,
     TOLERABLE_FIELDS,

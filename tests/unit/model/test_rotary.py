@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.data.micro_batches import example_sizes
-from dpo_dist.data.packing import Sequences
-from dpo_dist.data.rope_limits import RopeLimits
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.plan import Arrangement, RopeLimits, example_sizes
 from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.rotary import RotaryByLength, rope_limits

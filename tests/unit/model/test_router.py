@@ -8,11 +8,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
-from dpo_dist.config.router_schema import RouterConfig
-from dpo_dist.data.packing import Sequences
-from dpo_dist.errors import ConfigError
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.losses import RouterConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.router import router_loss, router_notes, routers_of
-from dpo_dist.objective.router_losses import AUX_LOSS, RouterLoss, routing_sums, selections
+from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import packed, tiny_causal_lm, tiny_config
 

@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.generation.sampling.responder import find_model
-from dpo_dist.model.folder import local_model_folder, model_folder
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.sampling.respond import find_model
+from dpo_dist.model.folder import check_adapter, local_model_folder, model_folder
 from dpo_dist.model.load import load_config, load_weights
-from dpo_dist.model.safe_weights import check_adapter
 from tests.support.poison import pickled
 from tests.support.tiny_model import write_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.errors import CheckpointError
+from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.save import write_tokenizer, writing_errors
 from tests.support import tiny
 

@@ -11,17 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.distributed.optimizer import _parameter_groups
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
+from dpo_dist.distributed.zero import _parameter_groups
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import check_start, trained_adapter
-from dpo_dist.model.adapter_init import write_initial
 from dpo_dist.model.adapter_weights import AdapterWeights
-from dpo_dist.model.adapters import TRAINED, adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.flops import count_flops
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.lora import TRAINED, adapted_layers, adapter_off, add_adapter, load_adapter, write_initial
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.save import write_model_folder
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import packed_attention
-from dpo_dist.model.attention_backend import Heads
-from dpo_dist.model.segment_attention import Layout, Scores
-from dpo_dist.model.sequence_parallel import ExchangedAttention, TokenShare, check_heads
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.attention import Heads, packed_attention
+from dpo_dist.model.sdpa import Layout, Scores
+from dpo_dist.model.ulysses import ExchangedAttention, TokenShare, check_heads
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, tiny_causal_lm, tiny_config
 from tests.unit.model.test_windowed_models import OTHERS, WINDOWED, model_of, packed

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.model.description import copy_description
-from dpo_dist.model.shards import Shards, tensors_of
+from dpo_dist.model.save import Shards, copy_description, tensors_of
 from tests.support.tiny_model import write_model
 
 LIMIT = 30_000
@@ -19,7 +18,7 @@ LIMIT = 30_000
 def test_files_stay_within_the_limit_and_the_index_names_every_weight(
     dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.model.shards._SHARD_BYTES", LIMIT)
+    monkeypatch.setattr("dpo_dist.model.save._SHARD_BYTES", LIMIT)
     base, folder = write_model(tmp_path / "base"), tmp_path / "out"
     described = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}))

@@ -9,19 +9,16 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.arrangement import Arrangement
-from dpo_dist.distributed.optimizer import _parameter_groups
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import target_layers
-from dpo_dist.model.checked import CheckedModel
-from dpo_dist.model.exactness import settle
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, ModelConfig
+from dpo_dist.distributed.zero import _parameter_groups
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.flops import count_flops
-from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import decoder_layers
+from dpo_dist.model.layers import decoder_layers, other_weights, without_gradient
 from dpo_dist.model.load import load_config, load_packed
-from dpo_dist.model.text_part import other_weights, without_gradient
+from dpo_dist.model.lora import target_layers
+from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import SINGLE, tiny_family
 from tests.support.multimodal import write_multimodal
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs

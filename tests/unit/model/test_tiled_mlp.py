@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.tiled_mlp import tile_mlps
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.memory import tile_mlps
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, trained_config

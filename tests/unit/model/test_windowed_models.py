@@ -9,15 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.data.packing import Sequences
-from dpo_dist.errors import ConfigError
-from dpo_dist.model import capped_attention, segment_attention
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model import sdpa
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.logit_changes import logit_change
-from dpo_dist.model.logp_head import LogpHead
+from dpo_dist.model.packed import LogpHead, PackedCausalLM, logit_change
 from dpo_dist.objective.token_logps import LogitChange
 from tests.support.families import LOW_RANK, ROUTED
 from tests.support.kernels import put_kernels
@@ -71,9 +69,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_attention, "_SMALLEST_BLOCK", 3)
-    monkeypatch.setattr(segment_attention, "_FULL_BLOCK", 3)
-    monkeypatch.setattr(capped_attention, "_CPU_SCORE_BYTES", 4 * 4 * 16 * 5)
+    monkeypatch.setattr(sdpa, "_SMALLEST_BLOCK", 3)
+    monkeypatch.setattr(sdpa, "_FULL_BLOCK", 3)
+    monkeypatch.setattr(sdpa, "_CPU_SCORE_BYTES", 4 * 4 * 16 * 5)
 
 
 def model_of(model_type: str, own: dict[str, Any], window: int | None = None) -> Any:

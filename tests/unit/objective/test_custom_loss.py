@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.user_function import find_function
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.batching.pack import Sequences
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.packing import Sequences
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective import token_logps as logps_module
 from dpo_dist.objective.logps import sum_by_response

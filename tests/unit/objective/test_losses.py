@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.config.loss_kinds import (
+from dpo_dist.config.losses import (
     KINDS,
     BcoDelta,
     Divergence,
@@ -20,8 +20,7 @@ from dpo_dist.config.loss_kinds import (
     kinds_using,
 )
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, implicit_rewards, preference_loss
 from tests.support.own_loss import OWN, function_of
 
 WITH_REFERENCE = sorted(kind for kind in LossKind if KINDS[kind].needs_reference)

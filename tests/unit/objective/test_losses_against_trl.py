@@ -12,10 +12,9 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, Weighting
+from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, Weighting
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, wpo_weights
-from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 
 PAIRS, PROMPT_TOKENS, LONGEST = 6, 3, 9
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (

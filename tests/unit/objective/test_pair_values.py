@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.pair_values import MARGIN_PERCENTILES, PairValues, pair_values
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, PairValues, pair_values
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from dpo_dist.config.router_schema import RouterConfig
-from dpo_dist.objective.router_losses import (
+from dpo_dist.config.losses import RouterConfig
+from dpo_dist.objective.router import (
     AUX_LOSS,
     BUSIEST,
     Z_LOSS,

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import Sequences
 from dpo_dist.distributed.world import Peer, World
-from dpo_dist.errors import ReferenceModelError
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.compatible import (
+from dpo_dist.reference.fill import (
     Profile,
     agree_on_numerics,
     count_reused,

@@ -11,18 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import PackedBatch, Sequences
-from dpo_dist.distributed.stops import Stops
-from dpo_dist.distributed.world import World
-from dpo_dist.errors import DataError, ReferenceModelError, StoppedError
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.index import Index
-from dpo_dist.reference.store import LogpStore
-from dpo_dist.signals import StopRequest
+from dpo_dist.reference.store import Index, LogpStore
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import digests as digest_module
-from dpo_dist.data.build_dataset import tokenizer_digest
-from dpo_dist.errors import ConfigError, ReferenceModelError
+from dpo_dist.data.build import tokenizer_digest
+from dpo_dist.foundation import files as digest_module
+from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
 from dpo_dist.reference.digest import digest_model, model_label
 from dpo_dist.reference.fingerprint import ReferenceFingerprint

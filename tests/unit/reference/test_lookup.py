@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig, RunConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fingerprint import ReferenceFingerprint

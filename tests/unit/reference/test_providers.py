@@ -20,16 +20,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.world import World
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.numerics import numerics_of
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.scoring import StoredReference
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.precision import COMPUTED

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.data.packing import Sequences, pack
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import token_logps
 from dpo_dist.reference.fingerprint import LOGP_PATH_VERSION
 

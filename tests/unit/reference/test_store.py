@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dpo_dist.data.mapped_files import MappedFiles
-from dpo_dist.errors import ReferenceModelError
+from dpo_dist.data.dataset import MappedFiles
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.shard import Keys, Values, has_its_entries
 from dpo_dist.reference.store import LogpStore

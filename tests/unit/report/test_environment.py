@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist.report.environment import describe_environment
+from dpo_dist.insight.metrics.log import describe_environment
 
 VERB = str(Path(dpo_dist.__file__).parent / "train.py")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.safe_stream import printable
+from dpo_dist.foundation.streams import printable
+from dpo_dist.insight.pages.render import inert_html, joined_origins
 
 
 @pytest.mark.parametrize(

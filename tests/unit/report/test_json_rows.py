@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.report import json_rows as module
-from dpo_dist.report.json_rows import json_rows, text_of
+from dpo_dist.insight.pages import render as module
+from dpo_dist.insight.pages.render import json_rows, text_of
 
 
 def rows(tmp_path: Path, content: bytes, most_bytes: int | None = None) -> list[dict[str, object] | None]:

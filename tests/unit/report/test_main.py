@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.__main__ import main
+from dpo_dist.report import main
 from tests.unit.report.run_page.made_run import made_run
 
 

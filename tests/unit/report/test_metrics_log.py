@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
+from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
 
 
 def row_of(step: int) -> dict[str, float]:

@@ -7,8 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.report.markdown import code, inert, table
-from dpo_dist.report.model_card import hub_name, model_card
+from dpo_dist.insight.metrics.card import code, hub_name, inert, model_card, table
 
 COUNTS = {"read": 1200, "kept": 1190, "pairs": 1190, "dropped": {"too_long": 4, "empty_response": 6}}
 VERSIONS = {"dpo-dist": "0.1.0", "torch": "2.13.0"}

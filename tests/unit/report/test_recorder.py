@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report import recorder as recorder_module
-from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.trackers.run_trackers import Trackers
+from dpo_dist.insight import recorder as recorder_module
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.recorder import Recorder
 
 
 @dataclass(frozen=True)

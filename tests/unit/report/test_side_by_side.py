@@ -2,7 +2,7 @@
 
 import re
 
-from dpo_dist.report.side_by_side import Response, end_notes, side_by_side
+from dpo_dist.insight.pages.side_by_side import Response, end_notes, side_by_side
 
 
 def test_words_that_differ_from_one_response_are_marked() -> None:

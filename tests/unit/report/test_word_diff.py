@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from dpo_dist.report.word_diff import _common_words, difference
+from dpo_dist.insight.pages.side_by_side import _common_words, difference
 
 
 def marked(text: str, other: str) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.data.arrangement import Arrangement, computed_tokens
+from dpo_dist.batching.plan import Arrangement, computed_tokens
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.model.flops import StepFlops
-from dpo_dist.reference.providers import LiveReference, NoReference, ReferenceProvider
-from dpo_dist.training.arrange import arranged
-from dpo_dist.training.data_setup import Inputs
+from dpo_dist.reference.scoring import LiveReference, NoReference, ReferenceProvider
+from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.run import arranged
 from tests.support.packing import dataset_of, random_pairs
 
 BUDGET = 200

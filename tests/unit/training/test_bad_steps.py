@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.loss_scale import LossScale
-from dpo_dist.training.bad_steps import StepGuard, count, is_overflow
-from dpo_dist.training.position import Position
+from dpo_dist.distributed.zero import LossScale
+from dpo_dist.training.guards import StepGuard, count, is_overflow
+from dpo_dist.training.state import Position
 from dpo_dist.training.step import StepTotals
 
 INFINITE = StepTotals(sums={}, counts={}, means={"loss": 0.7}, votes=[], grad_norm=float("inf"))

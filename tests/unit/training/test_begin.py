@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.checkpoint_loading import Checkpoint
-from dpo_dist.errors import ConfigError
-from dpo_dist.report.terminal.console import Console
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.distributed.checkpoint_files import Checkpoint
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.console import Console
 from dpo_dist.training import run
-from dpo_dist.training.run_start import Start
+from dpo_dist.training.start import Start
 from tests.support.alone import ALONE
 
 CHECKS = [

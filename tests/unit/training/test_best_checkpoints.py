@@ -8,9 +8,9 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.training.best_checkpoints import best_after, check_keep_best, still_there
-from dpo_dist.training.position import BestCheckpoint, Position
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.training.loop import best_after, check_keep_best, still_there
+from dpo_dist.training.state import BestCheckpoint, Position
 from tests.support.one_weight import Run
 
 ACCURACY = "eval_rewards/accuracies"

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from dpo_dist.config.schema import Dtype, FolderConfig, ModelConfig, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint_manifest import write_manifest
+from dpo_dist.distributed.manifest import write_manifest
 from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.errors import ConfigError
-from dpo_dist.training.disk_room import Sizes, check_disk_room
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.training.checkpoints import Sizes, check_disk_room
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run
 

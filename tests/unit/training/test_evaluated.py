@@ -9,10 +9,10 @@ import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.training import load_evaluated as loading
-from dpo_dist.training.evaluated import Evaluated, Kind, find_evaluated
-from dpo_dist.training.load_evaluated import check_origin, foreign_base, load_evaluated
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.training import evaluate as loading
+from dpo_dist.training.evaluate import check_origin, foreign_base, load_evaluated
+from dpo_dist.training.startup import Evaluated, Kind, find_evaluated
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 

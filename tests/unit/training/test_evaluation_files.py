@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.training.evaluation_files import make_newest
+from dpo_dist.training.evaluate import make_newest
 
 
 def test_two_evaluations_at_once_do_not_mix_their_files(

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.adapter_schema import AdapterConfig
-from dpo_dist.config.export_schema import ExportConfig
-from dpo_dist.config.folder_schema import FolderConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.distributed import checkpoint_export
-from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.distributed import export as checkpoint_export
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.insight.console import Console
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.save import write_tokenizer
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.export import export_model
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model

@@ -13,17 +13,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.adapter_schema import AdapterConfig, AdapterVariant
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.export_schema import ExportConfig
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
-from dpo_dist.distributed.checkpoint_export import Exported, export_models
-from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.model.adapters import add_adapter
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    AttentionBackend,
+    Dtype,
+    ModelConfig,
+    RunConfig,
+)
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.distributed.export import Exported, export_models
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.insight.console import Console
 from dpo_dist.model.load import load_packed
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.training.export import export_model
-from dpo_dist.training.export_check import check_exported, read_pairs
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.training.export import check_exported, export_model, read_pairs
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK, ROUTED, tiny_family
 from tests.support.invented import write_pairs

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.optim_schema import OptimConfig
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import OptimConfig, RunConfig
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.exported import find_checkpoint, find_output, find_sources
 
 

@@ -15,9 +15,9 @@ from transformers.optimization import (
     get_polynomial_decay_schedule_with_warmup,
 )
 
-from dpo_dist.config.optim_schema import LearningRateSchedule, OptimConfig
-from dpo_dist.errors import ConfigError
-from dpo_dist.training.learning_rate import check_warmup, learning_rate
+from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.training.schedule import check_warmup, learning_rate
 
 
 def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float, floor: float = 0.0) -> list[float]:

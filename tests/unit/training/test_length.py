@@ -10,11 +10,11 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError, RunOutcome
-from dpo_dist.training.length import as_text, describe_change
-from dpo_dist.training.run_start import Start, find_start
-from dpo_dist.training.run_state import RunState, write_state
-from dpo_dist.training.same_run import check_newest_checkpoint
+from dpo_dist.foundation.errors import CheckpointError, RunOutcome
+from dpo_dist.training.schedule import as_text, describe_change
+from dpo_dist.training.start import Start, find_start
+from dpo_dist.training.startup import check_newest_checkpoint
+from dpo_dist.training.state import RunState, write_state
 from tests.support.alone import ALONE
 
 

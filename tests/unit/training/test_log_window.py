@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.training.log_window import LogWindow, StepMeasures
+from dpo_dist.training.state import LogWindow, StepMeasures
 
 PEAKS = PeakFlops(measured=100.0, datasheet=200.0)
 

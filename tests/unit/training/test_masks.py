@@ -13,27 +13,25 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from dpo_dist import api
-from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.batching.pack import PackedBatch, Sequences
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.data.collate import RankBatch, collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.world import World
-from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, StoredReference
+from dpo_dist.reference.scoring import AdapterReference, LiveReference, NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.reference_check import check_drift
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.reference import check_drift
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceModelError
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.scoring import StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.reference_check import check_drift
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.reference import check_drift
 from tests.support import tiny
 from tests.support.own_loss import function_of
 from tests.support.packing import COSTS

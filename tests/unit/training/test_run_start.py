@@ -11,30 +11,29 @@ from typing import Any, TextIO
 
 import pytest
 
-from dpo_dist.atomic import temporary_name, write_text
-from dpo_dist.config.folder_schema import FolderConfig, Resume
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig, TrainerConfig
-from dpo_dist.diagnostics.run_checks import NOTHING_TO_JUDGE
+from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
-from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.run_trackers import Trackers
-from dpo_dist.training import run_start
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
+from dpo_dist.foundation.files import temporary_name, write_text
+from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.recorder import Recorder
+from dpo_dist.insight.verdict.checks import NOTHING_TO_JUDGE
+from dpo_dist.training import start as run_start
 from dpo_dist.training.finish import finish
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started, write_on_main
-from dpo_dist.training.run_state import (
+from dpo_dist.training.start import describe_run, find_start, locked, mark_started, write_on_main
+from dpo_dist.training.startup import check_configuration
+from dpo_dist.training.state import (
     RunState,
     check_identity,
     read_state,
     write_state,
 )
-from dpo_dist.training.same_run import check_configuration
 from tests.support.alone import ALONE
 from tests.support.own_loss import OWN
 

@@ -8,23 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.folder_schema import FolderConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.samples_schema import SamplesConfig
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, SamplesConfig
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
-from dpo_dist.generation.sampling.generate import Request, Sampling
-from dpo_dist.generation.sampling.responder import find_stop_ids
-from dpo_dist.generation.sampling.together import Generator
-from dpo_dist.report.terminal.console import Console
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.generation.sampling.generate import Generates, Request, Sampling
+from dpo_dist.generation.sampling.respond import find_stop_ids
+from dpo_dist.insight.console import Console
 from dpo_dist.training import samples
-from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples, lines
-from dpo_dist.training.samples_setup import choose_prompts, prepare_samples
+from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.samples import (
+    Row,
+    SamplePrompt,
+    SamplePrompts,
+    Samples,
+    choose_prompts,
+    lines,
+    prepare_samples,
+)
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl
@@ -135,7 +139,7 @@ class Answering(SamplePrompts):
     """Prompts to which the policy responds "of the policy"."""
 
     def responses(
-        self, model: Generator, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
+        self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
     ) -> list[Row] | None:
         return [{"text": "of the policy", "tokens": 3, "finished": True}]
 

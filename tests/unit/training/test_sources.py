@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
+from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, MetricSums
-from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.objective.token_logps import Statistic
-from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.log_window import LogWindow, StepMeasures
+from dpo_dist.reference.scoring import NoReference
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.state import LogWindow, StepMeasures
 from dpo_dist.training.step import evaluate
 from tests.support.cache import opened
 from tests.support.packing import COSTS

@@ -14,15 +14,15 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
+from dpo_dist.insight.console import Console
 from dpo_dist.model import optional_packages
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.training.data_setup import load_inputs
-from dpo_dist.training.length import as_text
+from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.preflight import rehearse
-from dpo_dist.training.run_start import locked
-from dpo_dist.training.run_state import RunState, write_state
+from dpo_dist.training.schedule import as_text
+from dpo_dist.training.start import locked
 from dpo_dist.training.startup import check_start, without_traces
+from dpo_dist.training.state import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -417,8 +417,8 @@ MISFITS = [
 
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a world without DeepSpeed load inputs, as far as the digests of the model's files."""
-    monkeypatch.setattr("dpo_dist.training.data_setup.digest_on_every_node", None)
-    monkeypatch.setattr("dpo_dist.training.data_setup.whole_loading", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
+    monkeypatch.setattr("dpo_dist.training.inputs.whole_loading", lambda _: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)

@@ -13,26 +13,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceModelError
-from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import NoReference, StoredReference
+from dpo_dist.reference.scoring import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.step import evaluate, train_step
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support import tiny
 from tests.support.own_loss import function_of
 from tests.support.packing import COSTS

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from dpo_dist.report.metrics_log import PHASES
-from dpo_dist.training.step_timer import StepClock
+from dpo_dist.insight.metrics.log import PHASES
+from dpo_dist.training.step import StepClock
 
 CPU = torch.device("cpu")
 

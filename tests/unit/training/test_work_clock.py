@@ -6,10 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
-from dpo_dist.training import work_clock
-from dpo_dist.training.position import Position
-from dpo_dist.training.reference_setup import over_starts
-from dpo_dist.training.work_clock import WorkClock, WorkTime
+from dpo_dist.training import state
+from dpo_dist.training.reference import over_starts
+from dpo_dist.training.state import Position, WorkClock, WorkTime
 
 OLD_STATE = {"step": 7, "pairs_seen": 70, "train_seconds": 30.0, "running": {}, "window": {}, "world_size": 4}
 
@@ -26,7 +25,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
-    monkeypatch.setattr(work_clock, "time", time)
+    monkeypatch.setattr(state, "time", time)
     return time
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dpo_dist.report.charts.curves import MOST_LABELS, PANELS, Curves, Panel, charts
+from dpo_dist.insight.pages.charts import MOST_LABELS, PANELS, Curves, Panel, charts
 
 LOSS = PANELS[0]
 

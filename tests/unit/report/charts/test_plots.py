@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dpo_dist.report.charts import plots
-from dpo_dist.report.charts.script import LIGHT_COLORS
+from dpo_dist.insight.pages import charts
+from dpo_dist.insight.pages.svg import LIGHT_COLORS
 
 
 def training_row(step: int) -> dict[str, float]:
@@ -53,7 +53,7 @@ def evaluation_row(step: int) -> dict[str, float]:
 @pytest.mark.filterwarnings("error")
 def test_any_rows_give_one_image(tmp_path: Path, rows: list[dict[str, float]]) -> None:
     path = tmp_path / "training_curves.png"
-    plots.draw_curves(rows, path, r"a $run\_{$ <b>")
+    charts.draw_curves(rows, path, r"a $run\_{$ <b>")
     assert imread(path).shape[1:] == (1600, 4)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -65,7 +65,7 @@ def colored(path: Path) -> set[str]:
 
 def test_evaluations_are_drawn_in_the_colour_of_their_metric(tmp_path: Path) -> None:
     rows = [{"step": 1, "eval_loss": 1.0, "eval_rewards/chosen": 1.0, "eval_rewards/rejected": 2.0}]
-    plots.draw_curves(rows, tmp_path / "curves.png", "x")
+    charts.draw_curves(rows, tmp_path / "curves.png", "x")
     found = colored(tmp_path / "curves.png")
     assert set(LIGHT_COLORS[:2]) <= found
     assert not set(LIGHT_COLORS[2:5]) & found
@@ -73,7 +73,7 @@ def test_evaluations_are_drawn_in_the_colour_of_their_metric(tmp_path: Path) -> 
 
 def test_a_value_that_is_not_finite_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     notes = []
-    monkeypatch.setattr(plots.Axes, "annotate", lambda axes, text, *given, **named: notes.append(text))
+    monkeypatch.setattr(charts.Axes, "annotate", lambda axes, text, *given, **named: notes.append(text))
     rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}, {"step": 3, "eval_loss": 1.0}]
-    plots.draw_curves(rows, tmp_path / "curves.png", "x")
+    charts.draw_curves(rows, tmp_path / "curves.png", "x")
     assert notes == ["1 missing or not finite"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_dist.report.charts.smoothing import evenly, kept_points, smoothed
+from dpo_dist.insight.pages.svg import evenly, kept_points, smoothed
 
 
 def test_two_passes_of_a_mean_over_six_percent() -> None:

@@ -8,10 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from dpo_dist.report.charts.axes import number, tick_texts, value_axis
-from dpo_dist.report.charts.smoothing import kept_points, smoothed
-from dpo_dist.report.charts.svg_chart import Line, chart
-from dpo_dist.report.html_page import html_page
+from dpo_dist.insight.pages.render import html_page
+from dpo_dist.insight.pages.svg import Line, chart, kept_points, number, smoothed, tick_texts, value_axis
 
 HOSTILE = "</figure><script>alert(1)</script>\"'"
 

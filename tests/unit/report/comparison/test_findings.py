@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.errors import DataError
-from dpo_dist.report.comparison.findings import headline, warnings
-from dpo_dist.report.comparison.results import Results, read_results
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.insight.pages.compare import Results, headline, read_results, warnings
 from tests.support.comparison_files import betas, differing, model, results, win
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.report.comparison.page import MOST_BYTES, write_comparison_page
-from dpo_dist.report.comparison.pareto import Box, place_labels
-from dpo_dist.report.comparison.prompts import prompts_section
-from dpo_dist.report.comparison.results import read_results
+from dpo_dist.insight.pages.compare import read_results
+from dpo_dist.insight.pages.compare_page import (
+    MOST_BYTES,
+    Box,
+    place_labels,
+    prompts_section,
+    write_comparison_page,
+)
 from tests.support.comparison_files import (
     answer,
     betas,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
-from dpo_dist.config.folder_schema import FolderConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.diagnostics.diagnosis import Diagnosis
-from dpo_dist.diagnostics.findings import (
+from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.doctor.examine import Diagnosis
+from dpo_dist.insight.doctor.findings import (
     Across,
     Distribution,
     DoctorReport,
@@ -27,10 +27,9 @@ from dpo_dist.diagnostics.findings import (
     SideReport,
     SourceReport,
 )
-from dpo_dist.diagnostics.shown_pairs import Kind, Part, Segment, ShownPair
-from dpo_dist.diagnostics.stored_margins import StoreUse
-from dpo_dist.errors import ConfigError
-from dpo_dist.report.doctor.page import check_writable, write_doctor_page, write_doctor_report
+from dpo_dist.insight.doctor.margins import StoreUse
+from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
+from dpo_dist.insight.pages.doctor import check_writable, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 
 HOSTILE = (

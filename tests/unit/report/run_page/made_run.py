@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.report.metrics_log import MetricsLog, final_and_best
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
 
 # Seconds of each phase in a step of one second.
 SHARES = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.run_page.page import write_page
+from dpo_dist.insight.pages.run import write_page
 from tests.support.browser import Watched, chromium
 from tests.unit.report.run_page.made_run import HOSTILE, evaluation, made_run
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.report.run_page.difference import names_of, write_difference
+from dpo_dist.insight.pages.difference import names_of, write_difference
 from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
 
 

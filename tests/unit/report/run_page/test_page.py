@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.report.metrics_log import MetricsLog, final_and_best
-from dpo_dist.report.run_page.page import write_page
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
+from dpo_dist.insight.pages.run import write_page
 from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row, summary
 
 

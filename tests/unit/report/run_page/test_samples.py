@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.run_page.sample_choice import choose, judged
-from dpo_dist.report.run_page.samples import samples_section
+from dpo_dist.insight.pages.samples import choose, judged, samples_section
 from tests.support.sample_files import GOOD, sample, write_samples
 
 FRENCH = "La capitale de la France est Paris, une ville sur la Seine avec environ deux millions d'habitants."

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.terminal.closing_table import closing_table
+from dpo_dist.insight.tables import closing_table
 
 FOLDER = RunFolder(Path("out/run"))
 ROWS = [

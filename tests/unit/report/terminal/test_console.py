@@ -14,10 +14,8 @@ from unittest import mock
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.errors import DataError
-from dpo_dist.report.terminal.console import Console, open_console
-from dpo_dist.report.terminal.progress import TrainingStatus
-from dpo_dist.report.terminal.screens import LineScreen
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.insight.console import Console, LineScreen, TrainingStatus, open_console
 
 
 @contextlib.contextmanager

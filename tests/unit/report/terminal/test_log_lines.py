@@ -3,7 +3,7 @@
 import io
 import logging
 
-from dpo_dist.report.terminal.console import _logging_to
+from dpo_dist.insight.console import _logging_to
 
 ATTACKS = (
     "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\x1b]8;;http://x\x07\u202e\x9b.jsonl"

@@ -14,12 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
-from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.terminal.progress import TrainingStatus, Work, fitting
-from dpo_dist.report.terminal.screens import JsonScreen, LineScreen, LiveScreen, Screen, Terminal, open_screen
-from dpo_dist.report.terminal.text_table import wrapped
-from dpo_dist.safe_stream import SafeStream
+from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
+from dpo_dist.foundation.streams import SafeStream
+from dpo_dist.insight.console import (
+    Console,
+    JsonScreen,
+    LineScreen,
+    LiveScreen,
+    Screen,
+    Terminal,
+    TrainingStatus,
+    Work,
+    fitting,
+    open_screen,
+)
+from dpo_dist.insight.tables import wrapped
 
 VALUES = {
     "loss": 0.51234,

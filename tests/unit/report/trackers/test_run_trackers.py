@@ -11,14 +11,11 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.config.tracking_schema import OtherTracker, TrackingConfig, WandbMode
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.metrics.names import Histogram, wandb_names
+from dpo_dist.insight.metrics.trackers import InBackground, Trackers, open_trackers
 from dpo_dist.model import optional_packages
-from dpo_dist.report.trackers.background import InBackground
-from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.report.trackers.run_trackers import Trackers, open_trackers
-from dpo_dist.report.trackers.tracked_values import wandb_names
 
 
 class Stuck:

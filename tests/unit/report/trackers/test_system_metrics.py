@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
 from dpo_dist.distributed.world import World
-from dpo_dist.report.trackers.run_trackers import Trackers, open_trackers, sampled_system
-from dpo_dist.report.trackers.system_metrics import system_metrics
-from dpo_dist.report.trackers.wandb_file import read_records
+from dpo_dist.insight.metrics.system import system_metrics
+from dpo_dist.insight.metrics.trackers import Trackers, open_trackers, sampled_system
+from dpo_dist.insight.metrics.wandb_file import read_records
 from tests.support.wandb_file import history_rows
 
 CONFIG = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))

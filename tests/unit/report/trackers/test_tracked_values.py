@@ -1,6 +1,6 @@
 """Names and order of values that leave for W&B."""
 
-from dpo_dist.report.trackers.tracked_values import last_and_best, order_of, order_of_sent, wandb_names
+from dpo_dist.insight.metrics.names import last_and_best, order_of, order_of_sent, wandb_names
 
 
 def test_an_evaluation_comes_after_the_row_of_its_step() -> None:

@@ -9,14 +9,13 @@ import torch
 import wandb
 
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.router_schema import RouterConfig
+from dpo_dist.config.losses import LossConfig, RouterConfig
 from dpo_dist.generation import text_facts
+from dpo_dist.insight.metrics.log import COLUMNS
+from dpo_dist.insight.metrics.names import BEST, MARGINS, SAMPLES, wandb_names
+from dpo_dist.insight.metrics.system import _gpu, _label
+from dpo_dist.insight.metrics.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.report.metrics_log import COLUMNS
-from dpo_dist.report.trackers.system_metrics import _gpu, _label
-from dpo_dist.report.trackers.tracked_values import BEST, MARGINS, SAMPLES, wandb_names
-from dpo_dist.report.trackers.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 from scripts import wandb_dashboard
 from tests.support.wandb_server import WandbServer
 

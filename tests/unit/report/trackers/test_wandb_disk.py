@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.trackers.wandb_disk import FileGrowth
-from dpo_dist.report.trackers.wandb_tracker import open_tracker
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.wandb import open_tracker
+from dpo_dist.insight.metrics.wandb_file import FileGrowth
 from tests.support.wandb_file import history_rows
 
 

@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.trackers.wandb_environment import wanted_mode, warn_of_unused
-from dpo_dist.report.trackers.wandb_file import read_records
-from dpo_dist.report.trackers.wandb_tracker import open_tracker
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.wandb import open_tracker, wanted_mode, warn_of_unused
+from dpo_dist.insight.metrics.wandb_file import read_records
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
 

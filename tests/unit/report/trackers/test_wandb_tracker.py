@@ -17,15 +17,13 @@ import pytest
 import wandb
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.json_values import plain
-from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.report.trackers.run_trackers import open_trackers
-from dpo_dist.report.trackers.tracked_values import wandb_names
-from dpo_dist.report.trackers.wandb_file import read_records, read_rows
-from dpo_dist.report.trackers.wandb_tracker import Tracker, open_tracker
+from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.foundation.files import plain
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.names import Histogram, wandb_names
+from dpo_dist.insight.metrics.trackers import open_trackers
+from dpo_dist.insight.metrics.wandb import Tracker, open_tracker
+from dpo_dist.insight.metrics.wandb_file import read_records, read_rows
 from tests.support.wandb_file import history_rows, media_rows
 from tests.support.wandb_server import WandbServer
 
@@ -307,11 +305,11 @@ from pathlib import Path
 import psutil
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.trackers.run_trackers import open_trackers
-from dpo_dist.report.trackers.wandb_file import read_rows
+from dpo_dist.config.schema import TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.recorder import Recorder
+from dpo_dist.insight.metrics.trackers import open_trackers
+from dpo_dist.insight.metrics.wandb_file import read_rows
 
 folder = RunFolder(Path(sys.argv[1]))
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
@@ -417,8 +415,8 @@ import sys
 from pathlib import Path
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.trackers.wandb_tracker import open_tracker
+from dpo_dist.config.schema import TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.wandb import open_tracker
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
 tracker = open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None)
 tracker.log({{"step": 1}})

@@ -1,0 +1,333 @@
+"""Packed layout of a micro-batch: no padding, each prompt stored once.
+
+A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
+position ids of every response start at the prompt's length, and in attention (model/attention.py) a response
+sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
+loss does not count is an input, but no target.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+RESPONSES_OF_DUMMY = 2
+"""Responses of a `dummy_batch`."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One prompt and the responses to score after it (token ids).
+
+    `masks`: bool [response tokens] for each response, whether a token is a target; empty: all are.
+    """
+
+    prompt_ids: Ids
+    responses: tuple[Ids, ...]
+    masks: tuple[Mask, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        input_ids: int64 [tokens].
+        position_ids: int64 [tokens].
+        layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
+        predictors: int64 [targets], index in `input_ids` of the token that predicts each target. The last
+            token of the prompt predicts the first token of every response.
+        target_places: int64 [2, targets], response and predictor of each target. Stays on the host, so
+            that targets are regrouped and shared among ranks without a wait for the device.
+        targets: int64 [targets], the completion tokens to score, response after response.
+        response_tokens: int64 [responses], number of targets of each response.
+        keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
+        weights: float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2).
+        ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
+            and those between them, padded with -1; None if every pair has two responses.
+        score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
+        token_weights: float32 [targets], factors of the log-probs, if the loss has such weights.
+        reference_logps: float32 [targets], reference log-probs, if they need no forward pass.
+        labels: of the sources that metrics are divided by; empty: metrics are not divided.
+        sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
+        mask: bool [completion tokens], whether each is a target; None: all are. Stays on the host.
+        forwards: the most responses that a rank has in this micro-batch: a model that computes each response
+            in a forward of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: tuple[tuple[int, ...], ...]
+    predictors: Tensor
+    target_places: npt.NDArray[np.int64]
+    targets: Tensor
+    response_tokens: Tensor
+    keys: npt.NDArray[np.uint64]
+    weights: Tensor
+    ranking: Tensor | None = None
+    score_gaps: Tensor | None = None
+    token_weights: Tensor | None = None
+    reference_logps: Tensor | None = None
+    labels: tuple[str, ...] = ()
+    sources: Tensor | None = None
+    mask: Mask | None = None
+    forwards: int = 0
+
+    @property
+    def pair_tokens(self) -> list[tuple[int, ...]]:
+        """Number of targets of the responses of each example, of a batch on the host."""
+        tokens = iter(self.response_tokens.tolist())
+        return [tuple(itertools.islice(tokens, len(pieces) - 1)) for pieces in self.layout]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens computed for examples; 0 for a dummy."""
+        return len(self.input_ids) if len(self.keys) else 0
+
+    @property
+    def rows(self) -> Tensor:
+        """Return float32 [tokens]: the number of rows of the plain batch, one response each, with a token.
+
+        That is the number of responses for a token of a prompt, 1 for one of a response, 0 for a dummy.
+        """
+        lengths = [length for pieces in self.layout for length in pieces]
+        counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
+        counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
+        return copied_to(self.input_ids.device, counted)
+
+    def with_one_target(self) -> "PackedBatch":
+        """Return the batch with its first target only, to be computed, not to be paired."""
+        ends = self.response_tokens.cumsum(0).clamp(max=1)
+        return replace(
+            self,
+            predictors=self.predictors[:1],
+            target_places=self.target_places[:, :1],
+            targets=self.targets[:1],
+            response_tokens=ends.diff(prepend=ends.new_zeros(1)),
+        )
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Copy the tensors to `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "PackedBatch":
+        """Copy the tensors to page-locked memory, from which a copy to a CUDA device is asynchronous."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
+
+def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
+    """Return a copy on `device`, transferred asynchronously from pinned memory."""
+    source = torch.from_numpy(array)
+    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source
+
+
+def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
+    """Return the length of a prompt with its responses in a packed batch."""
+    return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
+
+
+def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
+    """Pack `sequences` into one micro-batch; `keys` are the content keys of their whole responses."""
+    inputs: list[Ids] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    predictors: list[npt.NDArray[np.int64]] = []
+    layout: list[tuple[int, ...]] = []
+    start = 0
+    for pair in sequences:
+        prompt_tokens = len(pair.prompt_ids)
+        lengths = [prompt_tokens]
+        inputs.append(pair.prompt_ids)
+        positions.append(np.arange(prompt_tokens))
+        boundary, start = start + prompt_tokens - 1, start + prompt_tokens
+        for response in pair.responses:
+            tokens = len(response) - 1
+            inputs.append(response[:-1])
+            positions.append(np.arange(prompt_tokens, prompt_tokens + tokens))
+            predictors.append(np.concatenate(([boundary], np.arange(start, start + tokens))))
+            lengths.append(tokens)
+            start += tokens
+        layout.append(tuple(lengths))
+    responses = [response for pair in sequences for response in pair.responses]
+    mask = _mask(sequences)
+    is_target = slice(None) if mask is None else mask
+    numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
+    target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
+    return PackedBatch(
+        input_ids=_int64(np.concatenate(inputs)),
+        position_ids=_int64(np.concatenate(positions)),
+        layout=tuple(layout),
+        predictors=_int64(target_places[1]),
+        target_places=target_places,
+        targets=_int64(np.concatenate(responses)[is_target]),
+        response_tokens=_int64(_target_counts(responses, mask)),
+        keys=keys,
+        weights=torch.ones(len(sequences)),
+        ranking=_ranking([len(pair.responses) for pair in sequences]),
+        mask=mask,
+    )
+
+
+def dummy_batch() -> PackedBatch:
+    """Return the smallest batch whose backward gives all weights a gradient, with weight 0.
+
+    Weights that carry a state to the next token (RWKV) have none in rows of one input.
+    """
+    one = np.zeros(1, dtype=np.int32)
+    batch = pack([Sequences(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))
+    return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
+
+
+def _mask(sequences: Sequence[Sequences]) -> Mask | None:
+    """Return `PackedBatch.mask`."""
+    if not any(pair.masks for pair in sequences):
+        return None
+    masks = [pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences]
+    return np.concatenate(list(itertools.chain(*masks)))
+
+
+def _target_counts(responses: Sequence[Ids], mask: Mask | None) -> npt.NDArray[np.int64]:
+    lengths = np.array([len(response) for response in responses])
+    if mask is None:
+        return lengths
+    return np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+
+
+def _ranking(counts: Sequence[int]) -> Tensor | None:
+    """Return `PackedBatch.ranking` of examples with these numbers of responses."""
+    if set(counts) == {2}:
+        return None
+    ranking = np.full((len(counts), max(2, *counts)), -1)
+    start = 0
+    for pair, count in enumerate(counts):
+        ranking[pair, 0] = start
+        if count > 1:
+            ranking[pair, 1] = start + count - 1
+            ranking[pair, 2:count] = np.arange(start + 1, start + count - 1)
+        start += count
+    return _int64(ranking)
+
+
+def _int64(array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """The tokens of a packed batch in another layout, which scores the same targets in the same order.
+
+    Attributes:
+        layout: as `PackedBatch.layout`, one entry per group of each example.
+        groups: group of each entry of `layout`, ascending.
+        tokens: int64 [tokens of the layout], index of each token in the batch's `input_ids`; prompts repeat.
+        predictors: int64 [targets], index in `tokens` of the token that predicts each target of the batch. On
+            the host.
+    """
+
+    layout: tuple[tuple[int, ...], ...]
+    groups: tuple[int, ...]
+    tokens: Tensor
+    predictors: npt.NDArray[np.int64]
+
+
+def regroup(batch: PackedBatch, groups: Sequence[int]) -> Regrouped:
+    """Return `batch` with each example divided by the groups of its responses.
+
+    Responses of an example that are in one group share a prompt. The entries of the new layout are in order
+    of their groups, so that the tokens of a group are contiguous. With a group of its own for every response
+    (`range(len(groups))`), entry `i` is the prompt with response `i` alone.
+
+    Args:
+        batch: on any device; the result is on the same device, without a synchronization.
+        groups: group of each response, in the order of the batch's layout.
+    """
+    entries: dict[tuple[int, int], list[int]] = {}
+    examples: list[int] = []  # of each response
+    starts: list[int] = []  # of each response, in `input_ids`
+    start = 0
+    for example, (prompt, *responses) in enumerate(batch.layout):
+        prompt_start, start = start, start + prompt
+        for tokens in responses:
+            entries.setdefault((groups[len(starts)], prompt_start), []).append(len(starts))
+            examples.append(example)
+            starts.append(start)
+            start += tokens
+    lengths = [tokens for _, *responses in batch.layout for tokens in responses]
+    layout, indices = [], []
+    shifts = np.zeros((2, len(starts)), dtype=np.int64)  # of the prompt's tokens and the response's own
+    end = 0
+    for (_, prompt_start), members in sorted(entries.items()):
+        prompt = batch.layout[examples[members[0]]][0]
+        layout.append((prompt, *(lengths[member] for member in members)))
+        indices.append(np.arange(prompt_start, prompt_start + prompt))
+        shifts[0, members] = end - prompt_start
+        end += prompt
+        for member in members:
+            indices.append(np.arange(starts[member], starts[member] + lengths[member]))
+            shifts[1, member] = end - starts[member]
+            end += lengths[member]
+    response, predictors = batch.target_places
+    is_own = predictors >= np.array(starts)[response]  # else it is a token of the prompt
+    return Regrouped(
+        layout=tuple(layout),
+        groups=tuple(group for group, _ in sorted(entries)),
+        tokens=copied_to(batch.input_ids.device, np.concatenate(indices)),
+        predictors=predictors + np.where(is_own, shifts[1, response], shifts[0, response]),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The responses of a micro-batch, each in a row behind a prompt of its own.
+
+    Attributes:
+        input_ids: int64 [rows, longest], padded at the end.
+        lengths: tokens of each row without padding.
+        is_token: bool [rows, longest], whether it is not padding.
+        predictors: int64 [targets], index in the flat `input_ids` of the token that predicts each target.
+    """
+
+    input_ids: Tensor
+    lengths: tuple[int, ...]
+    is_token: Tensor
+    predictors: Tensor
+
+
+def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
+    """Return `batch` as rows, in the order of its responses; on any device, without a synchronization.
+
+    Args:
+        batch: with any layout.
+        pad_id: token id of the padding.
+    """
+    alone = regroup(batch, range(sum(len(pieces) - 1 for pieces in batch.layout)))
+    lengths = np.array([sum(pieces) for pieces in alone.layout])
+    longest = int(lengths.max())
+    # From a token's index in the rows one after the other to that in the padded rows.
+    shifts = np.arange(len(lengths)) * longest - (np.cumsum(lengths) - lengths)
+    places = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+    device = batch.input_ids.device
+    input_ids = torch.full((len(lengths) * longest,), pad_id, dtype=torch.int64, device=device)
+    is_token = torch.zeros_like(input_ids, dtype=torch.bool)
+    on_device = copied_to(device, places)
+    input_ids[on_device] = batch.input_ids[alone.tokens]
+    is_token[on_device] = True
+    return Rows(
+        input_ids=input_ids.view(len(lengths), longest),
+        lengths=tuple(lengths.tolist()),
+        is_token=is_token.view(len(lengths), longest),
+        predictors=copied_to(device, alone.predictors + shifts[batch.target_places[0]]),
+    )

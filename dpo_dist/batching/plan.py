@@ -1,0 +1,411 @@
+"""Assign the examples of a global batch to ranks and micro-batches, by their compute costs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Arrangement(StrEnum):
+    """Arrangement of the responses of a micro-batch in a forward, from the cheapest to the costliest.
+
+    `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
+    `single`: one forward per response.
+    """
+
+    packed = "packed"
+    padded = "padded"
+    single = "single"
+
+
+def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
+    """Return the tokens that the forwards of a micro-batch compute, with their padding.
+
+    Args:
+        layout: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
+        arrangement: of the responses.
+    """
+    if arrangement is Arrangement.packed:
+        return sum(map(sum, layout))
+    rows = [prompt + tokens for prompt, *responses in layout for tokens in responses]
+    return len(rows) * max(rows) if arrangement is Arrangement.padded else sum(rows)
+
+
+def size_in_words(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> str:
+    """Return the tokens and pairs of a micro-batch as text; arguments as of `computed_tokens`."""
+    longest = max(map(sum, layout))
+    padding = " with padding" if arrangement is Arrangement.padded else ""
+    tokens = computed_tokens(layout, arrangement)
+    return f"{tokens} tokens{padding} in {len(layout)} pairs, the longest of {longest}"
+
+
+def consecutive_batches(
+    layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
+) -> list[range]:
+    """Return micro-batches of consecutive examples, indices in `layout`.
+
+    Args:
+        layout: as in `computed_tokens`.
+        budget: most computed tokens of a micro-batch; a longer example is a micro-batch of its own.
+        arrangement: of the responses.
+    """
+    batches: list[range] = []
+    for stop in range(1, len(layout) + 1):
+        start = batches[-1].start if batches else 0
+        fits = bool(batches) and computed_tokens(layout[start:stop], arrangement) <= budget
+        if fits:
+            batches[-1] = range(start, stop)
+        else:
+            batches.append(range(stop - 1, stop))
+    return batches
+
+
+Counts = npt.NDArray[np.int64]
+CountT = TypeVar("CountT", int, Counts)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A limit of the keys that queries see in some layers.
+
+    Attributes:
+        tokens: of a sliding window, or of a chunk.
+        share: of all layers.
+        in_chunks: whether sequences are cut in chunks; else a query sees so many keys, itself included.
+    """
+
+    tokens: int
+    share: float
+    in_chunks: bool = False
+
+    def pairs(self, tokens: Counts) -> Counts:
+        """Return the number of query-key pairs of sequences of these numbers of tokens, in one layer."""
+        if self.in_chunks:
+            whole, rest = np.divmod(tokens, self.tokens)
+            return whole * causal_pairs(self.tokens) + causal_pairs(rest)
+        before = np.minimum(tokens, self.tokens)
+        return causal_pairs(before) + (tokens - before) * self.tokens
+
+
+def causal_pairs(tokens: CountT) -> CountT:
+    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
+    return tokens * (tokens + 1) // 2
+
+
+@dataclass(frozen=True)
+class RopeLimits:
+    """Lengths above which a model's rotary frequencies change, in tokens.
+
+    Attributes:
+        longrope: of layers with two sets of frequencies.
+        dynamic: of layers with frequencies of their own for each length; None: there are none.
+    """
+
+    longrope: tuple[int, ...]
+    dynamic: int | None
+
+    def representatives(self, lengths: Counts) -> Counts:
+        """Return for each length one for all that have its frequencies; 0: those of short sequences."""
+        found = np.zeros_like(lengths)
+        for limit in sorted(self.longrope):
+            found[lengths > limit] = limit + 1
+        return found if self.dynamic is None else np.where(lengths > self.dynamic, lengths, found)
+
+    def prompt_copies(self, lengths: Counts, responses: Counts) -> Counts:
+        """Return how often a packed forward computes the prompt of each example, int64 [examples].
+
+        Args:
+            lengths: int64 [responses], tokens of each response with its prompt, those of the first example
+                first.
+            responses: int64 [examples], number of responses of each example.
+        """
+        examples = np.repeat(np.arange(len(responses)), responses)
+        groups = np.unique(np.stack((examples, self.representatives(lengths))), axis=1)
+        return np.bincount(groups[0], minlength=len(responses))
+
+
+Costs = npt.NDArray[np.float64]
+Bins = npt.NDArray[np.int64]
+
+_GROUPS = 128  # of examples that are assigned at a time: as tight as one by one, in milliseconds
+_CAPACITY_TRIALS = 3
+_ROW_TRIALS = 12
+
+
+@dataclass(frozen=True)
+class ComputeCosts:
+    """Compute time of a model, in units of the time that its layers' matrices take for one token.
+
+    Attributes:
+        key: time of one query-key pair, in all layers.
+        target: time of one target in the output layer.
+        arrangement: of the responses in a forward, which decides how many tokens it computes.
+        reaches: limits in some layers; other layers see all earlier tokens.
+        rope: limits at which a packed prompt is computed again; None: rotary frequencies are fixed.
+        pads: whether a live reference computes the examples in padded rows, whatever the arrangement is.
+    """
+
+    key: float
+    target: float
+    arrangement: Arrangement = Arrangement.packed
+    reaches: tuple[Reach, ...] = ()
+    rope: RopeLimits | None = None
+    pads: bool = False
+
+
+@dataclass(frozen=True)
+class ExampleSizes:
+    """Sizes of examples in micro-batches, [examples] each.
+
+    Attributes:
+        tokens: int64, tokens that a forward computes, without padding; they decide the memory.
+        rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
+        targets: int64, completion tokens to score.
+        attended: int64, query-key pairs of attention in the mean layer.
+        costs: float64, compute time in units of `ComputeCosts`.
+        rows: int64, responses in padded rows; None: nothing is padded.
+        longest: int64, tokens of the longest of these rows; None: nothing is padded.
+    """
+
+    tokens: Counts
+    rows_tokens: Counts
+    targets: Counts
+    attended: Counts
+    costs: Costs
+    rows: Counts | None = None
+    longest: Counts | None = None
+
+    def at(self, indices: Counts) -> "ExampleSizes":
+        """Return the sizes of the examples at `indices`."""
+        return ExampleSizes(
+            self.tokens[indices],
+            self.rows_tokens[indices],
+            self.targets[indices],
+            self.attended[indices],
+            self.costs[indices],
+            None if self.rows is None else self.rows[indices],
+            None if self.longest is None else self.longest[indices],
+        )
+
+
+def example_sizes(
+    prompt_tokens: Counts,
+    response_tokens: Counts,
+    responses: Counts,
+    costs: ComputeCosts,
+    response_targets: Counts | None = None,
+) -> ExampleSizes:
+    """Return the sizes of many examples.
+
+    Args:
+        prompt_tokens: int64 [examples].
+        response_tokens: int64 [responses], those of the first example, of the second, ...
+        responses: int64 [examples], number of responses of each example, at least one.
+        costs: of the model that computes them.
+        response_targets: int64 [responses], tokens of each response to score; None: all.
+    """
+    firsts = np.cumsum(responses) - responses
+    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
+    # How often a prompt is computed.
+    copies = np.where(costs.arrangement is Arrangement.packed, 1, responses)
+    if costs.rope is not None and costs.arrangement is Arrangement.packed:
+        copies = costs.rope.prompt_copies(prompts + response_tokens, responses)
+    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
+
+    def attended_with(pairs: Callable[[Counts], Counts]) -> Counts:
+        in_responses = pairs(prompts + stored) - pairs(prompts)
+        return copies * pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
+
+    attended = attended_with(causal_pairs)
+    if costs.reaches:
+        shorter = sum(reach.share * (attended - attended_with(reach.pairs)) for reach in costs.reaches)
+        attended = attended - np.rint(shorter).astype(np.int64)
+    targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
+    # Attention of a token to itself is included in the cost of a token.
+    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
+    rows_tokens = tokens + (responses - copies) * prompt_tokens
+    sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
+    if costs.arrangement is not Arrangement.padded and not costs.pads:
+        return sizes
+    return replace(sizes, rows=responses, longest=np.maximum.reduceat(prompts + stored, firsts))
+
+
+def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
+    """Assign the examples of a global batch to micro-batches and ranks.
+
+    As few micro-batches as possible; the ranks get work of equal cost in each micro-batch and in the whole
+    step, so that they wait little for each other. An example above the budget is alone in its micro-batch.
+
+    Args:
+        sizes: of each example.
+        world_size: number of ranks.
+        token_budget: tokens that fit in one micro-batch, with their padding.
+
+    Returns:
+        ``plan[micro_batch][rank]``: indices in `sizes`; empty if the rank computes a dummy. Every rank has
+        the same number of micro-batches (law L2).
+    """
+    if not len(sizes.tokens):
+        return []
+    if sizes.rows is not None and sizes.longest is not None:
+        of_rows, number = _fill_rows(sizes.rows, sizes.longest, world_size, token_budget)
+        return _assign_to_ranks(of_rows, sizes.costs, world_size, number)
+    tokens = np.minimum(sizes.tokens, token_budget)
+    micro_batches = math.ceil(tokens.sum() / (world_size * token_budget))
+    while True:
+        bins = _fill_evenly(tokens, sizes.costs, world_size, micro_batches, token_budget)
+        if bins is None:
+            bins = _fill_tightly(tokens, world_size * micro_batches, token_budget)
+        if bins is not None:
+            return _assign_to_ranks(bins, sizes.costs, world_size, micro_batches)
+        micro_batches += 1
+
+
+def _fill_evenly(
+    tokens: Counts, costs: Costs, world_size: int, micro_batches: int, budget: int
+) -> Bins | None:
+    """Assign each example, costliest first, to the bin of least cost that has space (LPT); None if none has.
+
+    Bins of a micro-batch with a smaller target cost than the first start with the difference as load. All
+    bins that would get an example before any of them gets a second one are filled in one iteration.
+    """
+    target_costs = _target_costs(costs, world_size, micro_batches)
+    loads = np.repeat(target_costs[0] - target_costs, world_size)
+    free = np.full(world_size * micro_batches, budget)
+    costliest_first = np.argsort(-costs, kind="stable")
+    costs, tokens = costs[costliest_first], tokens[costliest_first]
+    bins = np.empty(len(costs), dtype=np.int64)
+    done = 0
+    while done < len(costs):
+        open_bins = np.flatnonzero(free >= tokens[done])
+        if not len(open_bins):
+            return None
+        lowest_first = open_bins[np.argsort(loads[open_bins], kind="stable")][: len(costs) - done]
+        batch = slice(done, done + len(lowest_first))
+        fits = (loads[lowest_first] - loads[lowest_first[0]] <= costs[batch]) & (
+            free[lowest_first] >= tokens[batch]
+        )
+        count = len(fits) if fits.all() else int(fits.argmin())
+        batch, lowest_first = slice(done, done + count), lowest_first[:count]
+        loads[lowest_first] += costs[batch]
+        free[lowest_first] -= tokens[batch]
+        bins[costliest_first[batch]] = lowest_first
+        done += count
+    return bins
+
+
+def _target_costs(costs: Costs, world_size: int, micro_batches: int) -> Costs:
+    """Return the cost per rank to aim at in each micro-batch, descending.
+
+    If one example costs more than an even share, the other ranks of its micro-batch get as much.
+    """
+    costliest = np.zeros(micro_batches)
+    descending = np.sort(costs)[::-1][::world_size][:micro_batches]
+    costliest[: len(descending)] = descending
+    targets = np.empty(micro_batches)
+    left = costs.sum() / world_size
+    for micro_batch in range(micro_batches):
+        targets[micro_batch] = max(left / (micro_batches - micro_batch), min(costliest[micro_batch], left))
+        left -= targets[micro_batch]
+    return targets
+
+
+def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
+    """Best fit into bins as small as a few trials find possible (Coffman, Garey, Johnson 1978)."""
+    longest_first = np.argsort(-tokens, kind="stable")
+    descending = tokens[longest_first]
+    fitted = _fit(descending, number, budget)
+    if fitted is None:
+        return None
+    too_small, capacity = int(tokens.sum()) // number, budget
+    for _ in range(_CAPACITY_TRIALS):
+        middle = (too_small + capacity) // 2
+        tighter = _fit(descending, number, middle)
+        if tighter is None:
+            too_small = middle
+        else:
+            fitted, capacity = tighter, middle
+    bins = np.empty_like(fitted)
+    bins[longest_first] = fitted
+    return bins
+
+
+def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
+    """Assign examples of similar lengths to a bin, of which all rows are padded to its longest.
+
+    Returns:
+        The bin of each example, and the number of micro-batches: as few as possible. The bins are as small as
+        a few trials find possible, so that the ranks compute about as much.
+    """
+    bins = _cut_rows(rows, longest, budget)
+    micro_batches = -(-int(bins.max() + 1) // world_size)
+    too_small = 0
+    for _ in range(_ROW_TRIALS):
+        middle = (too_small + budget) // 2
+        tighter = _cut_rows(rows, longest, middle)
+        if tighter.max() >= world_size * micro_batches:
+            too_small = middle
+        else:
+            bins, budget = tighter, middle
+    return bins, micro_batches
+
+
+def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
+    """Cut the examples, longest first, into bins of at most `capacity` padded tokens, or of one example."""
+    longest_first = np.argsort(-longest, kind="stable")
+    before = np.concatenate(([0], np.cumsum(rows[longest_first])))
+    bins = np.empty(len(rows), dtype=np.int64)
+    start = number = 0
+    while start < len(rows):
+        most = capacity // int(longest[longest_first[start]])
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + most, side="right")) - 1)
+        bins[longest_first[start:stop]] = number
+        start, number = stop, number + 1
+    return bins
+
+
+def _fit(tokens: Counts, number: int, capacity: int) -> Bins | None:
+    """Assign each example, longest first, to the fullest bin with enough space; None if no bin has it.
+
+    A group of examples is assigned at a time, to as many bins.
+    """
+    free, numbers = np.full(number, capacity), np.arange(number)
+    bins = np.empty(len(tokens), dtype=np.int64)
+    done, group = 0, math.ceil(len(tokens) / _GROUPS)
+    while done < len(tokens):
+        ascending = tokens[done : done + group][::-1]
+        # The first bin with space for each, or the next that no shorter example of the group has taken.
+        offsets = np.arange(len(ascending))
+        taken = np.maximum.accumulate(np.searchsorted(free, ascending) - offsets) + offsets
+        if taken[-1] >= number:
+            if len(ascending) == 1:
+                return None
+            group = math.ceil(len(ascending) / 2)
+            continue
+        bins[done : done + len(ascending)] = numbers[taken][::-1]
+        done += len(ascending)
+        free[taken] -= ascending
+        fullest_first = np.argsort(free, kind="stable")
+        free, numbers = free[fullest_first], numbers[fullest_first]
+    return bins
+
+
+def _assign_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
+    """Put bins of similar cost into one micro-batch; the rank with the least work gets the costliest."""
+    number = world_size * micro_batches
+    loads = np.bincount(bins, costs, number)
+    slots = np.empty(number, dtype=np.int64)
+    done = np.zeros(world_size)
+    for micro_batch, costliest in enumerate(np.argsort(-loads, kind="stable").reshape(-1, world_size)):
+        idle_first = np.argsort(done, kind="stable")
+        done[idle_first] += loads[costliest]
+        slots[costliest] = micro_batch * world_size + idle_first
+    slot_of_example = slots[bins]
+    examples = np.argsort(slot_of_example, kind="stable")
+    ends = np.cumsum(np.bincount(slot_of_example, minlength=number))
+    contents = [part.tolist() for part in np.split(examples, ends[:-1])]
+    return [contents[start : start + world_size] for start in range(0, number, world_size)]

@@ -1,0 +1,113 @@
+"""Sampler: the batch of optimizer step s as a pure function of seed, dataset and batch size (law L1)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.foundation.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The examples ``start <= index < stop`` of one source, drawn `weight` times an epoch."""
+
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """Order of training: shuffled epochs one after the other, cut into consecutive global batches.
+
+    World size, token budget and accumulation are not inputs, so they cannot change the order. A batch may
+    span the end of an epoch; the last batch of a run may be smaller.
+    """
+
+    spans: tuple[Span, ...]
+    global_batch_pairs: int
+    seed: int
+    total_pairs: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the run."""
+        return math.ceil(self.total_pairs / self.global_batch_pairs)
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Number of examples drawn in one epoch, by the weights of the sources."""
+        return sum(_drawn(span) for span in self.spans)
+
+    def indices(self, step: int) -> Indices:
+        """Return the dataset indices of the global batch of `step` (0-based), int64 [pairs]."""
+        start = step * self.global_batch_pairs
+        stop = min(start + self.global_batch_pairs, self.total_pairs)
+        return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
+
+    def visited_indices(self) -> Indices:
+        """Return the index of every example that the run visits, ascending, each once."""
+        visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
+        for part in self._parts(0, self.total_pairs):
+            visited[part] = True
+        return np.flatnonzero(visited)
+
+    def epoch(self, step: int) -> float:
+        """Return the epochs completed after `step` (0-based)."""
+        return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch
+
+    def _parts(self, start: int, stop: int) -> Iterator[Indices]:
+        """Yield the indices at positions ``start <= position < stop`` of the run's order, by epoch."""
+        per_epoch = self.pairs_per_epoch
+        while start < stop:
+            epoch, offset = divmod(start, per_epoch)
+            count = min(per_epoch - offset, stop - start)
+            yield _epoch_order(self.spans, self.seed, epoch)[offset : offset + count]
+            start += count
+
+
+def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
+    """Return the sampler of a run over `spans`: `config.max_steps` steps if set, else `config.epochs` epochs.
+
+    A span is empty if all records of its source are held out for evaluation.
+
+    Raises:
+        ConfigError: the weight of a source is too small to draw one of its examples.
+    """
+    for number, span in enumerate(spans):
+        if span.start < span.stop and not _drawn(span):
+            raise ConfigError(
+                "no pair of a source would be drawn",
+                where=f"data.train[{number}].weight",
+                got=f"{span.weight:g} of {span.stop - span.start} pairs an epoch",
+                expected="at least one pair an epoch",
+                remedy="raise the weight, or remove the source",
+            )
+    per_epoch = sum(_drawn(span) for span in spans)
+    total = round(config.epochs * per_epoch)
+    if config.max_steps is not None:
+        total = config.max_steps * config.global_batch_pairs
+    return BatchSampler(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
+
+
+def _drawn(span: Span) -> int:
+    return round(span.weight * (span.stop - span.start))
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(spans: tuple[Span, ...], seed: int, epoch: int) -> Indices:
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    parts = []
+    for span in spans:
+        indices = np.arange(span.start, span.stop, dtype=np.int64)
+        whole, rest = divmod(_drawn(span), len(indices)) if len(indices) else (0, 0)
+        parts.append(np.tile(indices, whole))
+        parts.append(generator.choice(indices, size=rest, replace=False) if rest else indices[:0])
+    return generator.permutation(np.concatenate(parts))

@@ -1,0 +1,320 @@
+"""The keys of `loss.router`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from dpo_dist.config.fields import key, section
+
+OF_MODEL = "model"
+"""The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
+
+    aux_coefficient: int | float | str | None = key(
+        None,
+        "Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; "
+        "null: without it.",
+        added=True,
+        accepts="model, a number above 0, or null",
+    )
+    z_coefficient: float | None = key(
+        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", above=0, added=True
+    )
+
+    @property
+    def is_set(self) -> bool:
+        """Return whether a loss of the routers is added."""
+        return self != RouterConfig()
+
+
+LossKind = StrEnum(
+    "LossKind",
+    "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce custom",
+)
+"""Names of `loss.kind`."""
+Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+"""f-divergence from the reference model (arXiv 2309.16240)."""
+BcoDelta = StrEnum("BcoDelta", ["zero", "running_mean"])
+"""Reward shift of `bco_pair`."""
+Weighting = StrEnum("Weighting", ["none", "wpo"])
+"""Weight of each pair's loss."""
+
+
+@dataclass(frozen=True)
+class KindFacts:
+    """Facts of one kind of loss.
+
+    Attributes:
+        formula: the loss of a pair, in the notation of docs/losses.md.
+        source: paper, with its arXiv number.
+        options: the fields of `LossConfig` that the formula depends on.
+        needs_reference: the reference's log-probs occur in it.
+        fewest_responses: that a record must have.
+        accepts_rankings: a record may have more than two responses.
+        needs_scores: the chosen response must have a higher score than the rejected one.
+        is_coupled: the loss of a pair depends on the other pairs of its global batch.
+        length_averaged: rewards without a reference are means over tokens.
+        smoothing: the default of `label_smoothing`.
+        smoothing_above_0: the formula is undefined for a `label_smoothing` of 0.
+    """
+
+    formula: str
+    source: str
+    options: frozenset[str]
+    needs_reference: bool = True
+    fewest_responses: int = 2
+    accepts_rankings: bool = False
+    needs_scores: bool = False
+    is_coupled: bool = False
+    length_averaged: bool = False
+    smoothing: float = 0.0
+    smoothing_above_0: bool = False
+
+
+def _uses(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_PAIR = _uses("beta", "ld_alpha", "weighting", "reference_free")
+_MARGIN = _PAIR | _uses("divergence")
+
+KINDS: dict[LossKind, KindFacts] = {
+    LossKind.sigmoid: KindFacts(
+        "-(1-e) ls(b h) - e ls(-b h)",
+        "DPO, arXiv 2305.18290; with label smoothing: conservative DPO (Mitchell)",
+        _MARGIN | _uses("label_smoothing"),
+    ),
+    LossKind.robust: KindFacts(
+        "(-(1-e) ls(b h) + e ls(-b h)) / (1 - 2e)",
+        "robust DPO, arXiv 2403.00409",
+        _MARGIN | _uses("label_smoothing"),
+    ),
+    LossKind.hinge: KindFacts("max(0, 1 - b h)", "SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657", _MARGIN),
+    LossKind.ipo: KindFacts(
+        "(Sw/nw - Sl/nl - 1/(2b))^2; with `loss.length_average=false` (h - 1/(2b))^2",
+        "IPO, arXiv 2310.12036",
+        _MARGIN | _uses("length_average"),
+    ),
+    LossKind.sigmoid_norm: KindFacts("-ls(b (Sw/nw - Sl/nl))", "Tulu 3, arXiv 2411.15124", _MARGIN),
+    LossKind.exo_pair: KindFacts(
+        "s(b h) (ls(b h) - log(1-e)) + s(-b h) (ls(-b h) - log e), 0 < e < 0.5, null: 1e-3",
+        "EXO, arXiv 2402.00856",
+        _MARGIN | _uses("label_smoothing"),
+        smoothing=1e-3,
+        smoothing_above_0=True,
+    ),
+    LossKind.nca_pair: KindFacts("-ls(b Dw) - ls(-b Dw) / 2 - ls(-b Dl) / 2", "NCA, arXiv 2402.05369", _PAIR),
+    LossKind.bco_pair: KindFacts(
+        "-ls(b Dw - d) - ls(-(b Dl - d)); d = 0, with `loss.bco_delta=running_mean` the mean reward so far",
+        "BCO, arXiv 2404.04656",
+        _PAIR | _uses("bco_delta"),
+    ),
+    LossKind.sppo_hard: KindFacts("(Dw - 1/(2b))^2 + (Dl + 1/(2b))^2", "SPPO, arXiv 2405.00675", _PAIR),
+    LossKind.apo_zero: KindFacts("1 - s(b Dw) + s(b Dl)", "APO, arXiv 2408.06266", _PAIR),
+    LossKind.apo_down: KindFacts("s(b Dw) + 1 - s(b (Dw - Dl))", "APO, arXiv 2408.06266", _PAIR),
+    LossKind.discopop: KindFacts(
+        "-(1-m) ls(b h) + m exp(-b h), m = s(b h / t), t = `loss.discopop_tau`",
+        "DiscoPOP, arXiv 2406.08414",
+        _MARGIN | _uses("discopop_tau"),
+    ),
+    LossKind.dpop: KindFacts(
+        "-ls(b (h - l max(0, -Dw))), l = `loss.dpop_lambda`",
+        "DPO-positive, arXiv 2402.13228",
+        _MARGIN | _uses("dpop_lambda"),
+    ),
+    LossKind.odpo: KindFacts(
+        "-ls(b h - a log(score_w - score_l)), a = `loss.offset_alpha`; needs scored pairs",
+        "DPO with an offset, arXiv 2402.10571",
+        _MARGIN | _uses("offset_alpha"),
+        needs_scores=True,
+    ),
+    LossKind.simpo: KindFacts(
+        "-ls(b (pw/nw - pl/nl) - g), g = `loss.simpo_gamma`",
+        "SimPO, arXiv 2405.14734",
+        _uses("beta", "ld_alpha", "weighting", "simpo_gamma"),
+        needs_reference=False,
+        length_averaged=True,
+    ),
+    LossKind.orpo: KindFacts(
+        "-pw/nw - c ls(log odds(w) - log odds(l)), odds = P/(1-P), log P = p/n, c = `loss.orpo_lambda`",
+        "ORPO, arXiv 2403.07691",
+        _uses("ld_alpha", "weighting", "orpo_lambda"),
+        needs_reference=False,
+        length_averaged=True,
+    ),
+    LossKind.cpo: KindFacts(
+        "-ls(b (pw - pl)) - c pw/nw, c = `loss.cpo_nll_weight`",
+        "CPO, arXiv 2401.08417",
+        _uses("beta", "ld_alpha", "weighting", "cpo_nll_weight"),
+        needs_reference=False,
+    ),
+    LossKind.sft: KindFacts(
+        "-pw / (mean nw of the global batch): a token mean over that batch",
+        "supervised fine-tuning",
+        _uses(),
+        needs_reference=False,
+        fewest_responses=1,
+        accepts_rankings=True,
+        length_averaged=True,
+    ),
+    LossKind.aot: KindFacts(
+        "pw - pl and rw - rl each sorted over the global batch, D their difference: "
+        "-(1-e) ls(b D) - e ls(-b D)",
+        "AOT, arXiv 2406.05882",
+        _uses("beta", "ld_alpha", "reference_free", "label_smoothing"),
+        is_coupled=True,
+    ),
+    LossKind.aot_unpaired: KindFacts(
+        "the same with D = sorted Dw - sorted Dl",
+        "AOT, arXiv 2406.05882",
+        _uses("beta", "ld_alpha", "reference_free", "label_smoothing"),
+        is_coupled=True,
+    ),
+    LossKind.beta_dpo: KindFacts(
+        "`sigmoid` with b' = b (1 + a (M - M0)), M the mean of b h over the global batch, "
+        "M0 a moving average of M, a = `loss.beta_alpha`",
+        "beta-DPO, arXiv 2407.08639",
+        _MARGIN | _uses("label_smoothing", "beta_alpha", "beta_momentum"),
+        is_coupled=True,
+    ),
+    LossKind.plackett_luce: KindFacts(
+        "ranked y1 > ... > yK: -sum over k of (b Dk - logsumexp over j >= k of b Dj)",
+        "DPO paper, appendix A.3, arXiv 2305.18290",
+        _uses("beta", "ld_alpha", "reference_free"),
+        accepts_rankings=True,
+    ),
+    LossKind.custom: KindFacts(
+        "returned by your own `function`",
+        "[your own](python.md#a-loss-of-your-own)",
+        _PAIR | _uses("function", "label_smoothing"),
+    ),
+}
+
+
+def kinds_using(option: str) -> list[LossKind]:
+    """Return the kinds whose formula depends on the field `option` of `LossConfig`."""
+    return [kind for kind, facts in KINDS.items() if option in facts.options]
+
+
+@dataclass(frozen=True)
+class LossTermConfig:
+    """One summand of `loss.terms`."""
+
+    kind: LossKind = key(MISSING, "Kind of the summand.")
+    weight: float = key(1.0, "Its weight in the sum.", other_than=0)
+
+
+@dataclass(frozen=True)
+class SyncReferenceConfig:
+    """TR-DPO: a live reference model that follows the policy (arXiv 2404.09656)."""
+
+    every: int | None = key(
+        None, "Steps between updates of the live reference; null: no updates.", at_least=1
+    )
+    mixup: float = key(0.6, "Share of the policy's weights in the updated reference.", above=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss, its options and its sums."""
+
+    kind: LossKind = key(
+        LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute evaluate doctor"
+    )
+    beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
+    label_smoothing: float | None = key(
+        None,
+        "Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3.",
+        at_least=0,
+        below=0.5,  # from a half on the loss would prefer the rejected response
+    )
+    divergence: Divergence = key(Divergence.reverse_kl, "f-divergence that turns log-ratios into scores.")
+    alpha_coefficient: float = key(0.5, "Order of `divergence=alpha`.", at_least=-10, at_most=10)
+    length_average: bool = key(True, "`ipo`: divide log-ratios by the response's tokens.")
+    bco_delta: BcoDelta = key(BcoDelta.zero, "`bco_pair`: reward shift.")
+    discopop_tau: float = key(
+        0.05,
+        "`discopop`: temperature of the blend of its two losses.",
+        above=0,
+        at_most=1,  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
+    )
+    dpop_lambda: float = key(
+        50.0, "`dpop`: weight of the penalty on a chosen response below the reference.", at_least=0
+    )
+    offset_alpha: float = key(1.0, "`odpo`: weight of the score gap's logarithm.", at_least=0)
+    simpo_gamma: float = key(0.5, "`simpo`: target margin.", at_least=0)
+    orpo_lambda: float = key(0.1, "`orpo`: weight of the odds-ratio term.", at_least=0)
+    cpo_nll_weight: float = key(
+        1.0, "`cpo`: weight of the chosen response's mean negative log-prob.", at_least=0
+    )
+    beta_alpha: float = key(0.6, "`beta_dpo`: how much beta follows the batch's margin.", at_least=0)
+    beta_momentum: float = key(
+        0.9, "`beta_dpo`: momentum of the moving average of margins.", at_least=0, below=1
+    )
+    ld_alpha: float | None = key(
+        None,
+        "Weight of tokens past the length of the pair's shortest response (arXiv 2409.06411); null: 1.",
+        at_least=0,
+        at_most=1,
+    )
+    weighting: Weighting = key(
+        Weighting.none, "Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."
+    )
+    reference_free: bool = key(
+        False, "Take the reference's log-probs as 0.", verbs="train precompute evaluate"
+    )
+    terms: list[Any] = key(
+        [],
+        "Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`.",
+        of=LossTermConfig,
+        verbs="train precompute evaluate doctor",
+    )
+    sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
+    router: RouterConfig = section(RouterConfig, added=True, verbs="train")
+    function: str | None = key(None, "`custom`: the loss function, as `module:function`.", added=True)
+
+    @property
+    def kinds(self) -> tuple[LossKind, ...]:
+        """The kinds of `terms`, or `kind`."""
+        return tuple(term.kind for term in self.terms) or (self.kind,)
+
+    @property
+    def facts(self) -> list[KindFacts]:
+        """The facts of `kinds`, in their order."""
+        return [KINDS[kind] for kind in self.kinds]
+
+    def uses(self, option: str) -> bool:
+        """Return whether the loss depends on the field `option`."""
+        return any(option in facts.options for facts in self.facts)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Return whether the loss of a pair depends on the other pairs of its global batch."""
+        return any(facts.is_coupled for facts in self.facts)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the loss depends on a reference's log-probs."""
+        return not self.reference_free and any(facts.needs_reference for facts in self.facts)
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Return whether only the chosen responses occur in the loss."""
+        return all(facts.fewest_responses == 1 for facts in self.facts)
+
+    @property
+    def accepts_rankings(self) -> bool:
+        """Return whether a record may have more than two responses."""
+        return all(facts.accepts_rankings for facts in self.facts)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Return whether the chosen response of every pair must be scored above the rejected one."""
+        return any(facts.needs_scores for facts in self.facts)

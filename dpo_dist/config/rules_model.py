@@ -1,0 +1,401 @@
+"""Rules about the policy's adapter and the reference model, and what `reference.mode=auto` is."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from dpo_dist.config.keys import Rule
+from dpo_dist.config.losses import SyncReferenceConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Numerics,
+    Offload,
+    ParallelismKind,
+    Quantization,
+    ReferenceConfig,
+    ReferenceMode,
+    RunConfig,
+    splits_base,
+)
+from dpo_dist.config.verb_options import ExportConfig
+
+_LOADED = (ReferenceMode.cached, ReferenceMode.live)
+_STORED = (ReferenceMode.cached,)
+MODES_USING = {
+    "path": _LOADED,
+    "revision": _LOADED,
+    "quantization": _LOADED,
+    "numerics": _STORED,
+    "offload": _LOADED,
+    "nvme_path": _LOADED,
+    "micro_batch_tokens": _STORED,
+    "rows_per_shard": _STORED,
+    "audit_pairs": (*_LOADED, ReferenceMode.adapter),
+}
+"""Options of `reference` and the modes in which they have an effect.
+
+`store` is not among them: like `data.cache` it names a folder, which scripts and saved configurations set for
+runs of every mode.
+"""
+
+# They define the reference model; the other options only say how it is loaded and scored.
+_DEFINING = ("path", "revision", "quantization", "numerics")
+
+
+def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
+    """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
+
+    An experiment may set how its reference model is loaded, and the command line may choose a loss or a mode
+    that loads none. Options that the command line sets are kept, so that a rule refuses them.
+
+    Args:
+        config: with every section typed.
+        given: the keys that the command line sets.
+    """
+    reference = config.reference
+    mode_given = not {"reference", "reference.mode"}.isdisjoint(given)
+    follows = reference.mode is ReferenceMode.auto or (not mode_given and _is_overruled(config, given))
+    mode = _needed_mode(config) if follows else reference.mode
+    unused = []
+    if follows or mode_given:
+        unused += [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
+    if follows and mode is ReferenceMode.none and _is_given("loss", given):
+        unused += _DEFINING
+    defaults = ReferenceConfig()
+    reset = {option: getattr(defaults, option) for option in unused if f"reference.{option}" not in given}
+    return replace(config, reference=replace(reference, mode=mode, **reset))
+
+
+def _is_overruled(config: RunConfig, given: Collection[str]) -> bool:
+    """Return whether the command line chooses a loss or a model that contradicts the experiment's mode."""
+    mode = config.reference.mode
+    if _is_given("loss", given):
+        return (mode is ReferenceMode.none) is config.loss.needs_reference
+    return mode is ReferenceMode.adapter and config.model.adapter is None and _is_given("model", given)
+
+
+def _is_given(section: str, given: Collection[str]) -> bool:
+    return any(key.partition(".")[0] == section for key in given)
+
+
+def _needed_mode(config: RunConfig) -> ReferenceMode:
+    if not config.loss.needs_reference:
+        return ReferenceMode.none
+    reference, model = config.reference, config.model
+    base_is_reference = reference.path is None and reference.quantization is None
+    if model.adapter is not None and base_is_reference:
+        return ReferenceMode.adapter
+    return ReferenceMode.cached
+
+
+# config.yaml of earlier versions names the default of every key.
+_UNSET_INITS = (None, "default")
+
+
+def _names_layers(targets: object) -> bool:
+    if isinstance(targets, list):
+        return bool(targets) and all(isinstance(name, str) and name for name in targets)
+    return targets in ("all-linear", None)
+
+
+def _names_each_once(modules: list[str]) -> bool:
+    return all(modules) and len(set(modules)) == len(modules)
+
+
+def _of_adapter(
+    keys: str, broken: Callable[[AdapterConfig], bool], why: str, remedy: str, expected: str = ""
+) -> Rule:
+    """Return a rule between the keys of an adapter."""
+
+    def is_broken(config: RunConfig) -> bool:
+        return config.model.adapter is not None and broken(config.model.adapter)
+
+    return Rule(" ".join(f"model.adapter.{key}" for key in keys.split()), is_broken, why, remedy, expected)
+
+
+EXPORT_RULES = (
+    Rule(
+        "export.merge model.adapter",
+        lambda c: c.export.merge and c.model.adapter is None,
+        "the run trains all weights, so there is no adapter to merge",
+        "remove export.merge",
+    ),
+    Rule(
+        "export.average export.checkpoint",
+        lambda c: bool(c.export.average) and c.export.checkpoint != ExportConfig.checkpoint,
+        "export.average names what is exported, so export.checkpoint has no effect",
+        "add the checkpoint to export.average, or remove one of them",
+    ),
+    Rule(
+        "export.average",
+        lambda c: len(c.export.average) == 1 or len(set(c.export.average)) < len(c.export.average),
+        "an average has two members or more, each once",
+        "set export.checkpoint for a single one; export.average_weights gives members different weights",
+        "[step-000100,step-000200]",
+    ),
+    Rule(
+        "export.average_weights export.average",
+        lambda c: bool(c.export.average_weights) and len(c.export.average_weights) != len(c.export.average),
+        "export.average_weights has another number of entries than export.average",
+        "give each member of export.average one weight, or remove export.average_weights",
+    ),
+)
+
+ADAPTER_RULES = (
+    _of_adapter(
+        "dropout",
+        lambda adapter: adapter.dropout != 0,
+        "policy and reference must compute the same function, so an adapter has no dropout",
+        "remove it; a smaller r, fewer target_modules or a larger loss.beta regularize too",
+        "0",
+    ),
+    _of_adapter(
+        "target_modules",
+        lambda adapter: not _names_layers(adapter.target_modules),
+        "model.adapter.target_modules names no layers",
+        "write target_modules: all-linear, or names in brackets",
+        "all-linear, or a list such as [q_proj,v_proj]",
+    ),
+    _of_adapter(
+        "modules_to_save target_modules",
+        lambda adapter: (
+            isinstance(adapter.target_modules, list)
+            and bool(set(adapter.modules_to_save or ()) & set(adapter.target_modules))
+        ),
+        "a module that is trained in full needs no low-rank matrices",
+        "remove it from one of both",
+    ),
+    _of_adapter(
+        "modules_to_save",
+        lambda adapter: not _names_each_once(adapter.modules_to_save or []),
+        "model.adapter.modules_to_save names each module once",
+        "write names in brackets, or remove the key",
+        "a list such as [embed_tokens,lm_head]",
+    ),
+    _of_adapter(
+        "revision path",
+        lambda adapter: adapter.revision is not None and adapter.path is None,
+        "model.adapter.revision has no effect without model.adapter.path",
+        "set model.adapter.path too, or remove model.adapter.revision",
+    ),
+    _of_adapter(
+        "on_top path",
+        lambda adapter: adapter.on_top and adapter.path is None,
+        "model.adapter.on_top has no effect without model.adapter.path",
+        "set model.adapter.path too, or remove model.adapter.on_top",
+    ),
+    _of_adapter(
+        "on_top variant",
+        lambda adapter: adapter.on_top and adapter.variant is AdapterVariant.dora,
+        "DoRA scales the weights that it changes, and would scale those of the adapter below it too",
+        "set model.adapter.variant=lora, or merge the first adapter into its base",
+        "variant lora or rslora",
+    ),
+    _of_adapter(
+        "init path",
+        lambda adapter: adapter.init not in _UNSET_INITS and adapter.continues,
+        "an adapter that is continued has its values already",
+        "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
+    ),
+    _of_adapter(
+        "init variant",
+        lambda adapter: splits_base(adapter.init) and adapter.variant is AdapterVariant.dora,
+        "DoRA scales the weights of which this initialization takes a part",
+        "set model.adapter.variant=lora or model.adapter.init=default",
+    ),
+    Rule(
+        "model.adapter.init model.quantization",
+        lambda c: (
+            c.model.quantization is not None
+            and c.model.adapter is not None
+            and splits_base(c.model.adapter.init)
+        ),
+        "quantized weights have no singular vectors or QR factors",
+        "set model.adapter.init=default, or model.quantization=null",
+    ),
+    Rule(
+        "model.adapter pairs.rounds",
+        lambda c: c.model.adapter is not None and c.model.adapter.path is not None and bool(c.pairs.rounds),
+        "each round merges its adapter into the model, so that the next one has no adapter to continue",
+        "merge the adapter of model.adapter.path into its base, and set model.path to the result",
+    ),
+    Rule(
+        "model.quantization model.adapter",
+        lambda c: c.model.quantization is not None and c.model.adapter is None,
+        "quantized weights cannot be trained themselves",
+        "set model.adapter={{r: 64, alpha: 128}}, or model.quantization=null",
+    ),
+    Rule(
+        "model.quantization parallelism.kind",
+        lambda c: c.model.quantization is not None and c.parallelism.kind is not ParallelismKind.ddp,
+        "ZeRO would separate quantized weights from the scales of their blocks",
+        "choose parallelism=ddp, or model.quantization=null to shard the base",
+        "parallelism.kind=ddp: every process has the whole quantized base",
+    ),
+    Rule(
+        "model.adapter.variant model.quantization",
+        lambda c: (
+            c.model.quantization is Quantization.int8 and c.model.adapter.variant is AdapterVariant.dora
+        ),
+        "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
+        "set model.quantization=nf4, or another model.adapter.variant",
+    ),
+)
+
+
+def _unused_in_mode(option: str) -> Rule:
+    modes = MODES_USING[option]
+    return Rule(
+        f"reference.{option} reference.mode",
+        lambda c: (
+            getattr(c.reference, option) != getattr(ReferenceConfig, option) and c.reference.mode not in modes
+        ),
+        f"reference.{option} has no effect with reference.mode={{reference.mode}}",
+        f"remove reference.{option}",
+        f"reference.mode={' or '.join(modes)}",
+    )
+
+
+_MODE = (
+    Rule(
+        "reference.mode loss",
+        lambda c: c.reference.mode is ReferenceMode.none and c.loss.needs_reference,
+        "this loss needs a reference model",
+        "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
+        "auto, cached or live, or adapter with model.adapter",
+    ),
+    Rule(
+        "reference.mode loss loss.reference_free",
+        lambda c: c.reference.mode is not ReferenceMode.none and not c.loss.needs_reference,
+        "this loss does not use a reference model",
+        "choose reference=none, or remove reference.mode: auto follows the loss",
+        "auto or none",
+    ),
+    Rule(
+        "reference.mode model.adapter",
+        lambda c: c.reference.mode is ReferenceMode.adapter and c.model.adapter is None,
+        "reference.mode=adapter switches off the policy's adapter, and the policy has none",
+        "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
+    ),
+    Rule(
+        "reference.path reference.mode",
+        lambda c: c.reference.mode is ReferenceMode.adapter and c.reference.path is not None,
+        "with its adapter off, the policy is its base model, so reference.path has no effect",
+        "remove reference.path, or choose reference=cached",
+    ),
+    Rule(
+        "reference.offload reference.mode",
+        lambda c: c.reference.mode is ReferenceMode.adapter and c.reference.offload is not Offload.none,
+        "the reference model is the policy itself and cannot be offloaded alone",
+        "remove reference.offload, or set parallelism.offload_parameters",
+    ),
+    *(_unused_in_mode(option) for option in MODES_USING),
+    Rule(
+        "reference.revision reference.path",
+        lambda c: c.reference.revision is not None and c.reference.path is None,
+        "reference.revision has no effect without reference.path",
+        "set reference.path too, or model.revision for both",
+    ),
+    Rule(
+        "reference.numerics reference.audit_pairs",
+        lambda c: c.reference.numerics is Numerics.tolerant and not c.reference.audit_pairs,
+        "log-probs of other numerics are reused only if their drift is measured",
+        "remove reference.audit_pairs, or set reference.numerics=strict",
+    ),
+)
+
+_PLACEMENT = (
+    Rule(
+        "reference.offload reference.nvme_path",
+        lambda c: c.reference.offload is Offload.nvme and c.reference.nvme_path is None,
+        "offload to NVMe needs a folder on the device",
+        "set reference.nvme_path to a folder on a local disk of every node",
+    ),
+    Rule(
+        "reference.offload reference.nvme_path",
+        lambda c: c.reference.offload is not Offload.nvme and c.reference.nvme_path is not None,
+        "reference.nvme_path has no effect without offload to nvme",
+        "remove reference.nvme_path, or set reference.offload=nvme",
+    ),
+    Rule(
+        "model.compile reference.offload",
+        lambda c: c.model.compile and c.reference.offload is Offload.nvme,
+        "a compiled layer needs all its weights at once, more than are read from NVMe at a time",
+        "set model.compile=false or reference.offload=cpu",
+    ),
+    Rule(
+        "reference.quantization model.quantization",
+        lambda c: (
+            c.model.quantization is not None
+            and c.reference.mode in (ReferenceMode.cached, ReferenceMode.live)
+            and c.reference.path is None
+            and c.reference.quantization is not c.model.quantization
+        ),
+        "the reference model would not have the quantization that the policy starts from",
+        "choose reference=adapter, or set reference.quantization={model.quantization}",
+        "the same, or reference.mode=adapter: the policy's own base, with its adapter off",
+    ),
+    Rule(
+        "reference.quantization reference.offload",
+        lambda c: c.reference.quantization is not None and c.reference.offload is not Offload.none,
+        "a quantized reference model is whole on every device and cannot be offloaded",
+        "remove one of them",
+        "reference.offload=none",
+    ),
+    Rule(
+        "model.compile reference.quantization",
+        lambda c: c.model.compile and c.reference.quantization is not None,
+        "torch.compile is not known to be exact with quantized weights",
+        "set model.compile=false, or remove reference.quantization",
+    ),
+)
+
+
+def _sync(key: str, broken: Callable[[RunConfig], bool], why: str, remedy: str, expected: str = "") -> Rule:
+    return Rule(
+        f"loss.sync_reference.every {key}",
+        lambda c: c.loss.sync_reference.every is not None and broken(c),
+        why,
+        f"{remedy}, or remove loss.sync_reference",
+        expected,
+    )
+
+
+_SYNC = (
+    Rule(
+        "loss.sync_reference.mixup loss.sync_reference.every",
+        lambda c: (
+            c.loss.sync_reference.every is None and c.loss.sync_reference.mixup != SyncReferenceConfig.mixup
+        ),
+        "loss.sync_reference.mixup has no effect without loss.sync_reference.every",
+        "set loss.sync_reference.every, or remove mixup",
+    ),
+    _sync(
+        "reference.mode",
+        lambda c: c.reference.mode is not ReferenceMode.live,
+        "only a live reference model can follow the policy",
+        "choose reference=live",
+        "reference.mode=live, with a loss that needs a reference model",
+    ),
+    _sync(
+        "model.adapter",
+        lambda c: c.model.adapter is not None,
+        "an adapter's base does not change, so the reference model has nothing to follow",
+        "train all weights",
+    ),
+    _sync(
+        "reference.quantization",
+        lambda c: c.reference.quantization is not None,
+        "quantized weights cannot be moved towards the policy's",
+        "remove reference.quantization",
+    ),
+    _sync(
+        "reference.offload",
+        lambda c: c.reference.offload is Offload.nvme,
+        "the reference model follows the policy in memory, not on NVMe",
+        "set reference.offload=cpu",
+        "reference.offload none or cpu",
+    ),
+)
+
+REFERENCE_RULES = (*_MODE, *_PLACEMENT, *_SYNC)

@@ -1,0 +1,277 @@
+"""Encode sources to disk, or find them there by content; for one process of a run."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.data import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_in_order
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.prompts import ALL_RECORDS, Part
+from dpo_dist.data.read import Meter, file_kind
+from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
+from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity, source_labels
+from dpo_dist.data.store import (
+    MEMO_FOLDER,
+    EncodedSource,
+    SourceWriter,
+    find_encoded,
+    folder_name,
+    remember_written,
+)
+from dpo_dist.data.template import argument_names, check_arguments, chosen_template, has_clock
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import (
+    collect_abandoned,
+    content_digest,
+    file_identity,
+    staged_folder,
+    text_digest,
+)
+
+log = logging.getLogger(__name__)
+
+# Increased when the token ids or the files of the same records change.
+_ENCODING_VERSION = 12
+_CHUNK_CHARACTERS = 2**22
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken*",
+    "*.py",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of newly
+encoded records, and the share of the source that was read; None if its size is unknown."""
+
+
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int, float | None], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _records, _share: None)
+
+
+def prepare_dataset(
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str,
+    progress: Progress = no_progress,
+    part: Part = ALL_RECORDS,
+    *,
+    needs_pairs: bool = True,
+) -> tuple[EncodedSource, ...]:
+    """Encode each source into its own folder below `config.cache`, unless it is encoded already.
+
+    A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
+    another weight or a lower limit. Damaged folders are encoded again.
+
+    Args:
+        sources: to encode.
+        config: configuration of the data.
+        tokenizer: of the policy.
+        digest: its `tokenizer_digest`.
+        progress: called for each source that is not encoded yet.
+        part: the records to encode.
+        needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
+
+    Returns:
+        The sources in their order, for `open_dataset`.
+
+    Raises:
+        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
+            `data.on_bad_record` is `error`.
+        PeerLostError: a process that encodes has died.
+    """
+    check_template_keys(config, tokenizer)
+    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+    cache = Path(config.cache)
+    collect_abandoned(cache)
+    found = [pinned(source, cache) for source in sources]
+    for source in found:
+        if local_files(source) is None and _find(source, config, digest, part).folder is None:
+            check_first_records(source, needs_pairs=needs_pairs)
+    encoded = []
+    for source, label in zip(found, source_labels(sources), strict=True):
+        folder = _encoded(source, config, tokenizer, digest, progress, part)
+        encoded.append(EncodedSource(source.path, folder, source.limit, label))
+    return tuple(encoded)
+
+
+def _encoded(
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str,
+    progress: Progress,
+    part: Part,
+) -> Path:
+    cache = Path(config.cache)
+    state = source_state(source)
+    identity, fingerprint, found = _find(source, config, digest, part)
+    if found is not None:
+        return found
+    folder = cache / folder_name(fingerprint, source.limit)
+    if folder.exists():
+        log.warning("%s is damaged and is encoded again", folder)
+    meter = Meter()
+    is_complete = partial(_is_complete, cache, fingerprint, source.limit)
+    with (
+        staged_folder(folder, is_complete) as temporary,
+        closing(SourceWriter(temporary, source.path)) as writer,
+        progress(source.path) as count,
+    ):
+        with closing(encode_in_order(_chunks(source, meter), config, tokenizer, part)) as chunks:
+            for chunk in chunks:
+                writer.add(chunk)
+                count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
+        # The fingerprint belongs to the records read only if nothing has changed meanwhile.
+        if source_state(source) != state or source_identity(source) != identity:
+            raise changed_data(source)
+        writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
+    remember_written(folder)
+    return folder
+
+
+class _Found(NamedTuple):
+    """Identity and fingerprint of a source, and its folder if it is encoded."""
+
+    identity: str
+    fingerprint: str
+    folder: Path | None
+
+
+def _find(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> _Found:
+    """Look for a `pinned` source below `config.cache`."""
+    cache = Path(config.cache)
+    identity = source_identity(source, cache / MEMO_FOLDER)
+    fingerprint = _fingerprint(source, identity, config, digest, part)
+    return _Found(identity, fingerprint, find_encoded(cache, fingerprint, source.limit))
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the files of a model folder that decide how text becomes token ids.
+
+    Args:
+        folder: of a model, or of an adapter with a tokenizer, which has no config.json.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+    """
+    files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "a file of the model cannot be read",
+            where=str(config_file),
+            got=str(error),
+            remedy="download or save the model again",
+        ) from error
+    # transformers chooses the tokenizer's class by these.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
+
+
+def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chosen template exists, and that a date and arguments for it have an effect.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
+    template = chosen_template(tokenizer, config.chat_template) or ""
+    if config.template_date != DataConfig.template_date and not has_clock(template):
+        raise ConfigError(
+            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
+            where="data.template_date",
+            got=config.template_date,
+            expected=f"{DataConfig.template_date} (the default)",
+            remedy="remove data.template_date",
+        )
+    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
+    known = argument_names(template) | argument_names(with_tools)
+    check_arguments(config.template_arguments or (), known)
+
+
+def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
+    return find_encoded(cache, fingerprint, limit) == folder
+
+
+def source_state(source: SourceConfig) -> list[str]:
+    """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
+    files = local_files(source) or []
+    # Includes the link itself if the path is a symbolic link.
+    return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
+
+
+def changed_data(source: SourceConfig) -> DataError:
+    """Return the error that a source changed while it was read."""
+    return DataError(
+        "the data changed while they were read",
+        where=source.path,
+        remedy="start again when no other program writes to the files",
+    )
+
+
+def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
+    """Yield consecutive records: fewer of long ones, as several chunks are in memory at a time."""
+    chunk: list[PreferenceRecord | BadRecord] = []
+    characters = 0
+    for record in read_records(source, meter):
+        chunk.append(record)
+        characters += 0 if isinstance(record, BadRecord) else text_characters(record)
+        if len(chunk) == CHUNK_RECORDS or characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
+    """Return the share of a source that is encoded; reading is a few chunks ahead."""
+    if limit is None or meter.share is None:
+        return meter.share if limit is None else min(1.0, records / limit)
+    return max(meter.share, min(1.0, records / limit))
+
+
+def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str, part: Part) -> str:
+    content = {
+        "encoding": _ENCODING_VERSION,
+        "tokenizer": digest,
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "truncation": config.truncation,
+        "text_as_messages": config.text_as_messages,
+        "template_applied": config.template is TextTemplate.applied,
+        "template_date": config.template_date,
+        "template_arguments": config.template_arguments,
+        "trained_roles": sorted(set(config.trained_roles)),
+        "untrained": sorted(set(config.untrained)),
+        "ranked": config.ranked,
+        "on_bad_record": config.on_bad_record,
+        "content": identity,
+        "kinds": [file_kind(file) for file in local_files(source) or []],
+        "format": source.format,
+        "split": source.split,
+        "columns": source.columns,
+        "tags": source.tags,
+        "part": part.identity,
+    }
+    return text_digest(json.dumps(content, sort_keys=True))

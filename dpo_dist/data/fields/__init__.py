@@ -1,1 +1,0 @@
-"""Fields of records: prompt, responses, context; other names for them."""

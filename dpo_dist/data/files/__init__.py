@@ -1,1 +1,0 @@
-"""Records as they are in files and Hub datasets."""

@@ -1,0 +1,464 @@
+"""Chat templates: inspected, and limited in time and memory."""
+
+import contextlib
+import faulthandler
+import json
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from copy import copy
+from datetime import date
+from functools import cache, lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
+
+from dpo_dist.foundation.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+SECONDS = 20.0
+"""CPU time of one text; real templates take less than a millisecond."""
+TIMES_SECONDS = 3
+"""So many times `SECONDS` one operation may take, in which Python cannot be interrupted."""
+MEMORY = 1 << 30
+"""Bytes of address space beyond that of the process."""
+CHARACTERS = 1 << 26
+"""Length of one text."""
+_SIZES = Path("/proc/self/statm")
+_SECONDS_KNOWN = 0.5
+_known = (-_SECONDS_KNOWN, 0)
+
+
+class _OutOfTimeError(BaseException):
+    """A template has used its time; no handler inside the template takes it for its own error."""
+
+
+def limited(render: Callable[[], str], template: str) -> str:
+    """Return the output of `render`, a call of a chat template.
+
+    Time is limited in the main thread only, where every verb renders.
+
+    Args:
+        render: without effects, as it may be called twice.
+        template: its place, for an error.
+
+    Raises:
+        ConfigError: it takes too much memory or time, or its output is too long.
+    """
+    try:
+        text = _guarded(render, template)
+    except MemoryError:
+        forget_size()  # another thread may have taken the memory
+        try:
+            text = _guarded(render, template)
+        except MemoryError:
+            raise _too_much(template, f"more than {MEMORY >> 30} GiB of memory for one text") from None
+    if len(text) > CHARACTERS:
+        raise _too_much(template, f"a text of {len(text):,} characters")
+    return text
+
+
+def place_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
+    """Return the place of a template for an error: a file of the tokenizer, or `data.chat_template`.
+
+    Args:
+        tokenizer: of the policy.
+        template: that is used.
+    """
+    own, folder = tokenizer.chat_template, Path(str(tokenizer.name_or_path))
+    templates = own.values() if isinstance(own, dict) else [own]
+    if not any(isinstance(text, str) and template.endswith(text) for text in templates):
+        return "data.chat_template"
+    file = folder / "chat_template.jinja"
+    return str(file if file.is_file() or not folder.is_dir() else folder / "tokenizer_config.json")
+
+
+def forget_size() -> None:
+    """Measure the size of this process again before the next text."""
+    global _known  # noqa: PLW0603  (one process has one size)
+    _known = (-_SECONDS_KNOWN, 0)
+
+
+def _guarded(render: Callable[[], str], template: str) -> str:
+    try:
+        with _memory_limit(), _time_limit():
+            return render()
+    except _OutOfTimeError:
+        raise _too_much(template, f"more than {SECONDS:.0f} seconds for one text") from None
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    size = _size()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = size + MEMORY
+    if size == 0 or 0 <= soft <= most:  # unknown, or the limit of the user is lower
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _size() -> int:
+    """Return the bytes of address space of this process, measured from time to time; 0 if unknown."""
+    global _known  # noqa: PLW0603
+    now = time.monotonic()
+    if now - _known[0] >= _SECONDS_KNOWN:
+        try:
+            _known = (now, int(_SIZES.read_text().split()[0]) * resource.getpagesize())
+        except (OSError, ValueError):
+            _known = (now, 0)
+    return _known[1]
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGVTALRM, _out_of_time)
+    is_ended = _can_be_ended()
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        if is_ended:
+            signal.setitimer(signal.ITIMER_PROF, TIMES_SECONDS * SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if is_ended:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGVTALRM, former)
+
+
+@cache
+def _can_be_ended() -> bool:
+    """Make SIGPROF print the stack and end this process; return False if a profiler uses it.
+
+    A comparison of two nested lists (`a == b`) is one operation, which can take longer than any run.
+    """
+    if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
+        return False
+    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no standard error
+        faulthandler.register(signal.SIGPROF, sys.__stderr__, chain=True)  # type: ignore[arg-type]
+    return True
+
+
+def _out_of_time(_number: int, _frame: FrameType | None) -> None:
+    raise _OutOfTimeError
+
+
+def _too_much(template: str, got: str) -> ConfigError:
+    return ConfigError(
+        "the chat template takes too much time or memory",
+        where=template,
+        got=got,
+        expected="a template that writes a conversation",
+        remedy="read the template; set data.chat_template to a file with another one",
+    )
+
+
+# Tags of transformers, which Jinja itself does not know.
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
+
+
+@lru_cache(maxsize=8)
+def argument_names(template: str) -> frozenset[str]:
+    """Return the names of the arguments that a template may get besides messages and tools.
+
+    Names that the template sets before it reads them are no arguments.
+
+    Raises:
+        ConfigError: the template cannot be parsed.
+    """
+    source = _GENERATION.sub("", template)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
+    try:
+        tree = environment.parse(source)
+    except (TemplateError, RecursionError) as fault:
+        raise ConfigError(
+            "the chat template is not valid Jinja",
+            where="data.chat_template (null: the tokenizer's own)",
+            got=first_line(fault),
+            remedy="correct the template, or name another one: data.chat_template=FILE",
+        ) from fault
+    return frozenset(_read_unset(tree, set()) & find_undeclared_variables(tree)) - _OWN_VARIABLES
+
+
+def _read_unset(node: nodes.Node, known: set[str]) -> set[str]:
+    """Return the names that a part of a template reads unset; those that it sets are added to `known`."""
+    match node:
+        case nodes.Name(ctx="load"):
+            return {node.name} - known
+        case nodes.Name():
+            known.add(node.name)
+            return set()
+        case nodes.If():
+            read = _read_in_order((node.test, *(other.test for other in node.elif_)), known)
+            branches = [(part, set(known)) for part in (node.body, *(e.body for e in node.elif_), node.else_)]
+            read |= set().union(*(_read_in_order(part, inside) for part, inside in branches))
+            known.update(*(inside for _, inside in branches))
+            return read
+        case nodes.Assign():
+            return _read_in_order((node.node, node.target), known)
+        case nodes.For():
+            target, values, *body = node.iter_child_nodes()
+            return _read_in_order((values, target, *body), set(known))
+        case nodes.Macro() | nodes.CallBlock() | nodes.With():
+            return _read_in_order(node.iter_child_nodes(), set(known))
+    return _read_in_order(node.iter_child_nodes(), known)
+
+
+def _read_in_order(parts: Iterable[nodes.Node], known: set[str]) -> set[str]:
+    return set().union(*(_read_unset(part, known) for part in parts))
+
+
+def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
+    """Check that a template names each of the arguments of the run.
+
+    Raises:
+        ConfigError: it does not name one.
+    """
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ConfigError(
+            "the chat template has no such argument",
+            where="data.template_arguments",
+            got=", ".join(unknown),
+            expected=", ".join(sorted(known)) or "no arguments: the template names none",
+            remedy="correct or remove these arguments, or choose another template by data.chat_template",
+        )
+
+
+# Tokens around turns of common model families: a text may come from another tokenizer's template.
+FOREIGN_MARKS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<start_of_turn>",
+    "[INST]",
+)
+FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
+_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
+_ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
+_CLOCK = "strftime_now"
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
+# Replaces "%%" until all directives are formatted.
+_PERCENT = "\ufdd0"
+
+
+def has_clock(template: str) -> bool:
+    """Return whether the output of a template depends on the current date."""
+    return _CLOCK in template
+
+
+@lru_cache(maxsize=4)
+def pin_clock(template: str, day: str) -> str:
+    """Return the template with its clock fixed at midnight of `day` (ISO 8601).
+
+    A macro with the clock's name shadows the function that transformers passes to templates.
+    """
+    if not has_clock(template):
+        return template
+    moment = date.fromisoformat(day)
+    written = {"%%": _PERCENT}
+    written |= {f"%-{letter}": moment.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dHIjmMS"}
+    written |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    written[_PERCENT] = "%"
+    filters = "".join(f" | replace({json.dumps(d)}, {json.dumps(text)})" for d, text in written.items())
+    # transformers removes the newline after a block, so the output of the template does not change.
+    return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}\n{template}"
+
+
+def chosen_template(
+    tokenizer: "PreTrainedTokenizerBase", choice: str | None, *, with_tools: bool = False
+) -> str | None:
+    """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
+
+    Args:
+        tokenizer: of the policy.
+        choice: a file, the name of one of the tokenizer's templates, or None: its only or default one.
+        with_tools: whether records have tools, for which a tokenizer may have an own template.
+
+    Raises:
+        ConfigError: there is no such file and no such template.
+    """
+    own = tokenizer.chat_template
+    if choice is None:
+        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if own else None
+    if isinstance(own, dict) and choice in own:
+        return str(own[choice])
+    file = Path(choice).expanduser()
+    try:
+        state = file.stat()
+    except OSError:
+        raise _no_such_template(choice, sorted(own) if isinstance(own, dict) else []) from None
+    return _read_template(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(
+            "the chat template cannot be read",
+            where="data.chat_template",
+            got=f"{file}: {fault}",
+            remedy="name a readable file in UTF-8",
+        ) from fault
+
+
+def check_template_file(choice: str | None) -> None:
+    """Check that a chosen template that can only be a file exists; needs no tokenizer. Raises ConfigError."""
+    if choice and (choice.endswith(".jinja") or "/" in choice) and not Path(choice).expanduser().exists():
+        raise _no_such_template(choice, [])
+
+
+def _no_such_template(choice: str, names: list[str]) -> ConfigError:
+    templates = f"one of the tokenizer's templates ({', '.join(names)})" if names else ""
+    return ConfigError(
+        "the chat template does not exist",
+        where="data.chat_template",
+        got=choice,
+        expected=" or ".join(filter(None, ["a file with a Jinja template", templates])),
+        remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
+    )
+
+
+def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "PreTrainedTokenizerBase":
+    """Return a copy of a tokenizer with the template of `data.chat_template`, to be saved with a model."""
+    changed, own = copy(tokenizer), tokenizer.chat_template
+    chosen = chosen_template(tokenizer, choice)
+    changed.chat_template = {**own, "default": chosen} if isinstance(own, dict) else chosen
+    return changed
+
+
+def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:
+    """Return the added tokens that a template writes around turns, special or not.
+
+    Without BOS, EOS and the tags of thoughts; empty if the template cannot render a conversation.
+    """
+    if chat_template is None:
+        return set()
+    turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
+    try:
+        rendered = limited(
+            lambda: str(
+                tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in turns],
+                    chat_template=chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            ),
+            place_of(tokenizer, chat_template),
+        )
+    except ConfigError:
+        raise
+    except Exception:  # what its expressions raise, too; every record is rendered again
+        return set()
+    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
+    others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
+    return set(filter(_has_delimiters, found - others))
+
+
+def written_tokens(added: Iterable[str], chat_template: str | None) -> set[str]:
+    """Return the added tokens that a template names, such as tags of tool calls, and the tags of thoughts."""
+    template = chat_template or ""
+    return {
+        token for token in added if token in THOUGHT_TAGS or (token in template and _has_delimiters(token))
+    }
+
+
+def _has_delimiters(token: str) -> bool:
+    return not token.isspace() and not token.isalnum()
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of `tokens`, preferring the longest."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
+
+
+def has_foreign_marks(text: str) -> bool:
+    """Return whether a text has turns of a common chat template."""
+    return any(mark in text for mark in FOREIGN_MARKS)
+
+
+def opens_thought(prompt: str) -> bool:
+    """Return whether a rendered prompt ends with an opened thought."""
+    return prompt.rstrip().endswith(_OPEN)
+
+
+def has_ended_thought(prompt: str) -> bool:
+    """Return whether a rendered prompt ends with the end of a thought."""
+    return prompt.rstrip().endswith(_CLOSE)
+
+
+def ends_thought(response: str) -> bool:
+    """Return whether a response has the end of a thought."""
+    return _CLOSE in response
+
+
+def ends_opened_thought(response: str) -> bool:
+    """Return whether a response ends the thought opened in its prompt, without opening it again."""
+    return ends_thought(response) and not response.lstrip().startswith(_OPEN)
+
+
+def without_open_thought(prompt: str) -> str:
+    """Return the prompt without the thought opened at its end."""
+    return prompt.rstrip().removesuffix(_OPEN)
+
+
+def without_ended_thought(prompt: str) -> str:
+    """Return the prompt without the empty thought at its end."""
+    return _ENDED.sub("", prompt)
+
+
+def end_of_empty_thought(response: str) -> str:
+    """Return the end of an opened empty thought at the start of a response, with the spaces around it."""
+    found = _EMPTY_END.match(response)
+    return found.group() if found else ""
+
+
+def has_thought_of(rendered: str, content: str) -> bool:
+    """Return whether a rendered response has the thought of a content, and no other one."""
+    thought = split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
+    return rendered.count(_CLOSE) == 1 and thought in rendered
+
+
+def split_thought(response: str) -> tuple[str, str]:
+    """Return the response up to the end of its thought, and the rest."""
+    end = response.rindex(_CLOSE) + len(_CLOSE)
+    return response[:end], response[end:]
+
+
+def before_open_thought(text: str) -> str:
+    """Return a text up to a thought that is opened and not closed in it, else the text."""
+    before, opened, thought = text.rpartition(_OPEN)
+    return before if opened and _CLOSE not in thought else text
+
+
+def within_thought(response: str, prompt: str) -> str:
+    """Return the response without the opening of a thought that its prompt has already opened."""
+    after_tag = prompt[prompt.rindex(_OPEN) + len(_OPEN) :]
+    start = response.lstrip()
+    if not start.startswith(_OPEN):
+        return response
+    return start.removeprefix(_OPEN).removeprefix(after_tag)

@@ -1,1 +1,0 @@
-"""The doctor's checks of preference data; no terminal, no HTML, no Hydra."""

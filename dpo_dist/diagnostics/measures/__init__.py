@@ -1,1 +1,0 @@
-"""Measurements of records, made in worker processes."""

@@ -1,0 +1,199 @@
+"""Join the processes of a run at its start, and leave them at its end."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
+
+from dpo_dist.distributed.activity import Peer
+from dpo_dist.distributed.kernels import load_kernel
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.world import World
+from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
+from dpo_dist.foundation.process import answered_at_once
+from dpo_dist.foundation.text import counted
+
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any free port, chosen when it is opened
+}
+"""Environment of a world of one process, which no launcher has set."""
+
+# Of the store of the rendezvous, and of gloo.
+_CUT = r"connection was likely closed|closed by peer|reset by peer|broken pipe|connectFullMesh failed"
+
+
+@contextlib.contextmanager
+def joined(
+    deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports | None = None
+) -> Iterator[World]:
+    """Yield the processes that the launcher started, and watch them until the end of the block.
+
+    Args:
+        deepspeed_config: from `policy_config`: loading weights depends on it.
+        timeout_seconds: timeout of a collective call.
+        reports: outputs, used also if the main thread is blocked.
+
+    Raises:
+        ConfigError: a kernel that the optimizer needs cannot be compiled.
+        PeerLostError: not all processes joined in time, or one ended meanwhile.
+    """
+    reports = reports or Reports()
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        key = "parallelism.offload_optimizer"
+        load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
+    hook = sys.excepthook
+    with answered_at_once():
+        world = start_world(deepspeed_config, timeout_seconds)
+    try:
+        with world.watch(reports):
+            yield world
+    except BaseException:
+        if world.size == 1:  # with others, leaving could wait for a rank that has not failed
+            stop_world()
+            sys.excepthook = hook
+        raise
+    stop_world()
+    sys.excepthook = hook  # torch's adds "[rank0]: " to each line
+
+
+@contextlib.contextmanager
+def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
+    """Raise failures of communication as errors for the user: a rank has not come, or has ended."""
+    try:
+        yield
+    except RuntimeError as failure:
+        has_waited = re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE)
+        if not has_waited and not re.search(_CUT, str(failure), re.IGNORECASE):
+            raise
+        all_ = f"{os.environ.get('WORLD_SIZE')} processes of the run"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        see = "the messages of all processes (the screen of each node, logs/rank-N.log)"
+        raise PeerLostError(
+            f"not all {all_} have joined" if has_waited else f"one of the {all_} ended before all had joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at {address}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy=f"see {see}, and whether every node reaches this address; then run the same command again",
+        ) from failure
+
+
+def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
+    """Join the processes that the launcher started; without a launcher, return a world of one process.
+
+    Args:
+        deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
+        timeout_seconds: timeout of a collective call.
+
+    Raises:
+        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
+        PeerLostError: not all processes joined in time, or one ended meanwhile.
+    """
+    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate launch --cpu starts processes without DeepSpeed",
+            where="accelerate launch",
+            got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
+            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
+        )
+    _check_devices(os.environ)
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
+    # Accelerate prefers this variable to its argument; accumulation varies by step here.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    # DeepSpeed would compile its own all-reduce for CPUs at first use; gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Also for the groups that DeepSpeed and torch create without a timeout.
+    timeout = timedelta(seconds=timeout_seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():  # a state without a group is of another library in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    with _missing_ranks_named(timeout_seconds):
+        accelerator = Accelerator(
+            mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        rank, size = accelerator.process_index, accelerator.num_processes
+        peers: list[Any] = [None] * size
+        dist.all_gather_object(peers, Peer.here(rank), group=control)
+    return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _check_devices(environ: Mapping[str, str]) -> None:
+    """Check that the GPUs that were asked for are there, before the processes join.
+
+    Raises:
+        ConfigError: there are none, or fewer than processes on this host.
+    """
+    if _is_on("ACCELERATE_USE_CPU"):
+        return
+    visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        if visible in ("", "-1", "NoDevFiles"):
+            return
+        raise ConfigError(
+            "GPUs are asked for, and PyTorch finds none",
+            where="environment",
+            got=f"CUDA_VISIBLE_DEVICES={visible}",
+            expected="a GPU with its driver, and a PyTorch for it",
+            remedy="see whether nvidia-smi lists it; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
+        )
+    if processes > gpus:
+        raise ConfigError(
+            "there are more processes than GPUs on this host",
+            where="accelerate launch",
+            got=f"{processes} processes, {counted(gpus, 'GPU')}",
+            expected="one process for each GPU",
+            remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def stop_world() -> None:
+    """Leave the process group and undo global changes: this process may start another run."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
+        for name in _ALONE:
+            os.environ.pop(name, None)
+    restore_linear()
+
+
+def restore_linear() -> None:
+    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
+
+    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
+    """
+    torch.nn.functional.linear = getattr(
+        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
+    )

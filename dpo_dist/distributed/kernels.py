@@ -1,0 +1,158 @@
+"""Kernels that DeepSpeed compiles at first use, and its asynchronous I/O on NVMe disks."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils.cpp_extension import _get_build_directory
+
+from dpo_dist.distributed.world import World
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.text import duration
+
+_LONGEST_BUILD_SECONDS = 900.0
+_POLL_SECONDS = 0.5
+_LOADED_WITH = {"async_io": ("pin_memory",)}
+"""Kernels that DeepSpeed loads with another one."""
+
+
+def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
+    """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
+
+    Args:
+        builder: of the kernel.
+        where: the key that needs it, for the error.
+        remedy: a value of this key that needs no kernel.
+        say: prints a line.
+
+    Raises:
+        ConfigError: it cannot be compiled, or `wait_for_build`.
+    """
+    for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
+        wait_for_build(name, say)
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
+        raise ConfigError(
+            f"DeepSpeed's kernel {builder.name} cannot be compiled",
+            where=where,
+            got=first_line(error),
+            expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
+            remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
+        ) from error
+
+
+def wait_for_build(kernel: str, say: Callable[[str], None], longest: float = _LONGEST_BUILD_SECONDS) -> None:
+    """Wait while another process compiles `kernel` in the folder of torch's extensions.
+
+    The lock is an empty file, so its owner is only known on this host, by the file that it keeps open. On a
+    shared file system another host may build: the lock is never removed here.
+
+    Args:
+        kernel: name of DeepSpeed's operator, as `cpu_adam`.
+        say: prints a line.
+        longest: seconds that a build takes at most.
+
+    Raises:
+        ConfigError: the lock is older than any build, and no process of this host has it open.
+    """
+    lock, is_said = Path(_get_build_directory(kernel, False)) / "lock", False
+    unowned_looks = 0
+    while (age := _age(lock)) is not None:
+        is_building = _is_open(lock)
+        unowned_looks = 0 if is_building else unowned_looks + 1
+        if unowned_looks > 1 and age > longest:  # a build closes its lock before it removes it
+            raise ConfigError(
+                f"a build of DeepSpeed's kernel {kernel} was killed and has left its lock",
+                where=str(lock),
+                got=f"a lock of {duration(age)} ago that no process of this host has open",
+                expected="no lock, or one of a build that is running",
+                remedy="delete this file, unless another host compiles into this folder now; then run the "
+                "same command again",
+            )
+        if not is_said and (is_building or age <= longest):
+            doubt = "" if is_building else "; if that build was killed, delete this file"
+            say(f"waiting for another process that compiles {kernel}: {lock}{doubt}")
+            is_said = True
+        time.sleep(_POLL_SECONDS)
+
+
+def _age(lock: Path) -> float | None:
+    """Return the seconds since a lock was made; None without a lock."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(lock: Path) -> bool:
+    """Return whether a process of this host has the file open, as far as this user may see."""
+    path = str(lock.resolve())
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == path for file in process.open_files()):
+                return True
+        except (psutil.Error, OSError):
+            continue
+    return False
+
+
+_PREFIX = "dpo_dist"
+
+
+def check_async_io() -> None:
+    """Check that DeepSpeed can build its asynchronous file access.
+
+    Raises:
+        ConfigError: libaio or a compiler is not installed.
+    """
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
+            where="reference.offload",
+            got="nvme",
+            expected="libaio with its headers, and a C++ compiler",
+            remedy="install libaio-dev (or libaio-devel), or set reference.offload=cpu",
+        )
+
+
+def load_async_io(say: Callable[[str], None]) -> None:
+    """Load DeepSpeed's asynchronous file access; `say` prints a line.
+
+    Raises:
+        ConfigError: it cannot be compiled.
+    """
+    check_async_io()
+    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
+
+
+def own_folder(nvme_path: str, world: World) -> Path:
+    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
+
+    DeepSpeed deletes everything in its folder, so processes must not share one.
+
+    Raises:
+        ConfigError: the folder cannot be created.
+    """
+    peer, root = world.peers[world.rank], Path(nvme_path)
+    for folder in root.glob(f"{_PREFIX}-{peer.host}-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+    own = root / f"{_PREFIX}-{peer.host}-{peer.pid}"
+    try:
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            "the folder for weights on NVMe cannot be created",
+            where="reference.nvme_path",
+            got=f"{own}: {error.strerror}",
+            remedy="set reference.nvme_path to a folder that is writable on every node",
+        ) from error
+    return own

@@ -1,0 +1,153 @@
+"""Memory of the device and of the host: room, peaks, errors."""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.foundation.errors import DeviceMemoryError
+
+_KEPT_FREE = 0.1
+"""Share of the memory that is not given away."""
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Return bytes, without a margin of a tenth of the memory.
+
+    Args:
+        root: of the cgroup file systems, version 1 or 2.
+        own: the file with the cgroups of this process.
+    """
+    memory = psutil.virtual_memory()
+    free = [memory.available - _KEPT_FREE * memory.total]
+    for limit, used in _limits(root, own):
+        free.append(limit - used - _KEPT_FREE * limit)
+    return max(0, int(min(free)))
+
+
+def _limits(root: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and use, in bytes, of every cgroup that this process is in; the file cache is no use."""
+    names = {
+        "": (root, "memory.max", "memory.current", "inactive_file"),
+        "memory": (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controller, path = line.split(":", 2)
+        if controller not in names:
+            continue
+        folder, limit, use, cache = names[controller]
+        inner = folder / path.lstrip("/")
+        # In a container, the path may be that outside of it, which does not exist inside.
+        for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(folder))):
+            try:
+                most = int((group / limit).read_text())
+                statistics = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                yield most, int((group / use).read_text()) - int(statistics[cache])
+            except (OSError, ValueError, KeyError):  # "max": without a limit
+                continue
+
+
+_LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
+REFERENCE_REMEDY = "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+"""The settings to change if the reference model runs out of memory."""
+
+
+def wait_for_device() -> None:
+    """Wait until the device has done its work: what one of its streams still uses must not be released."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def return_memory() -> None:
+    """Release memory without references: the device's, and pinned memory of the host."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
+            torch.accelerator.empty_host_cache()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this process: allocated GPU memory on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # noqa: PLC0415  (POSIX only)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Restart the measurement of `peak_memory_bytes`, where the operating system supports it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux only
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(work: str, remedy: str) -> Iterator[None]:
+    """Raise a `DeviceMemoryError` that names `work` if GPU memory runs out inside the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, work, remedy) from error
+
+
+def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "") -> DeviceMemoryError:
+    """Return PyTorch's error as an error for the user."""
+    return DeviceMemoryError(
+        "GPU memory is exhausted",
+        where=work,
+        got=(str(error).splitlines() or [""])[0][:300],
+        remedy=remedy or f"lower trainer.micro_batch_tokens; {_LESS_MEMORY}",
+    )
+
+
+def policy_remedy(layout: Sequence[Sequence[int]] = (), arrangement: Arrangement = Arrangement.packed) -> str:
+    """Return the settings to change if the policy runs out of memory.
+
+    Args:
+        layout: of the micro-batch, as `PackedBatch.layout`; empty: in the optimizer step.
+        arrangement: of its responses.
+    """
+    if not layout:
+        return "use more GPUs, or set parallelism=zero3_offload"
+    if len(layout) == 1:
+        can_share = arrangement is Arrangement.packed
+        shorter = "raise parallelism.sequence_parallel or lower" if can_share else "lower"
+        return f"{shorter} data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
+    return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
+
+
+def empty_module(module: nn.Module) -> None:
+    """Release the storage of weights, their shards and gradients, and of buffers."""
+    for weight in module.parameters():
+        empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
+    empty(list(module.buffers()))
+
+
+def empty(value: Any) -> None:
+    """Release the storage of every tensor in nested lists, tuples and dictionaries.
+
+    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
+    """
+    if isinstance(value, Tensor):
+        value.data = value.new_empty(0)
+    elif isinstance(value, dict):
+        empty(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            empty(item)

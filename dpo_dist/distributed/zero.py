@@ -1,0 +1,603 @@
+"""DeepSpeed ZeRO engines: the policy, and a sharded model that is only scored."""
+
+import contextlib
+import copy
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+)
+
+from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.plan import size_in_words
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Dtype,
+    Offload,
+    OptimConfig,
+    OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
+)
+from dpo_dist.distributed.eight_bit import check_lengths
+from dpo_dist.distributed.join import restore_linear
+from dpo_dist.distributed.memory import (
+    REFERENCE_REMEDY,
+    empty,
+    empty_module,
+    explain_out_of_memory,
+    policy_remedy,
+    return_memory,
+    wait_for_device,
+)
+from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices
+from dpo_dist.distributed.world import World
+from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
+from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
+from dpo_dist.model.optional_packages import check_bitsandbytes
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.objective.token_logps import Statistic
+
+START = 2.0**16
+_LOWEST = 1.0
+_STEPS_TO_DOUBLE = 1000
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """A power of two, by which the loss of a step is multiplied.
+
+    Attributes:
+        value: the factor.
+        applied: updates since it last changed.
+    """
+
+    value: float = START
+    applied: int = 0
+
+    def after(self, *, is_applied: bool) -> "LossScale":
+        """Return the scale of the next step: half after an overflow, double after 1,000 updates without."""
+        if not is_applied:
+            return LossScale(max(_LOWEST, self.value / 2))
+        if self.applied + 1 == _STEPS_TO_DOUBLE:
+            return LossScale(self.value * 2)
+        return LossScale(self.value, self.applied + 1)
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether a smaller scale may help against an overflow."""
+        return self.value > _LOWEST
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Averages of the flat float32 tensors that an optimizer updates, each on the device of its tensor.
+
+    Attributes:
+        of_masters: average by tensor, float32.
+        decay: share of the average that an update keeps.
+    """
+
+    of_masters: dict[Tensor, Tensor]
+    decay: float
+
+    @classmethod
+    def of(cls, masters: Iterable[Tensor], decay: float) -> "Averages":
+        """Return averages that begin with the values of this moment."""
+        return cls({master: master.detach().clone() for master in masters}, decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move each average towards its weights: decay * average + (1 - decay) * weight; not collective."""
+        for master, average in self.of_masters.items():
+            average.lerp_(master, 1 - self.decay)
+
+
+STATES_OF_ADAM = 2
+"""Tensors of a weight's size that the optimizer keeps beside its master weight."""
+
+
+def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
+    if optim.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    check_bitsandbytes(optim.kind, "optim.kind", instead=OptimizerKind.adamw)
+    from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
+
+    adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
+    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    return eight_bit
+
+
+def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups with weight decay for matrices, and without for biases and norms.
+
+    Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
+    Under ZeRO-3 only `ds_shape` has the number of dimensions.
+    """
+    unmoved = without_gradient(model.causal_lm)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        is_decayed = dimensions > 1 and parameter not in unmoved
+        (matrices if is_decayed else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def gather_at_once(model: PackedCausalLM) -> None:
+    """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
+
+    Compiled layers and tiled MLPs, so that no hook is in compiled code or a tile. Modules that may compute
+    with some of their parts only: a rank that skips a part would not gather it, and the others would wait.
+    """
+    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm), *model.tiled]:
+        set_z3_leaf_module(module, True)
+    if model.compiled:
+        set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
+
+
+def reduce_at_once(model: PackedCausalLM, stage: int) -> None:
+    """Make the gradients of modules that may compute with some of their parts ready at once.
+
+    ZeRO-3 (`stage`) does so for its leaves, but not where a leaf has no output at all, as a compressor may.
+    """
+    blocks = expert_blocks(model.causal_lm) if stage < 3 else []
+    for block in [*blocks, *compressors(model.causal_lm)]:
+        join_gradients(block)
+
+
+_Kind = tuple[bool, frozenset[str], bool, int]
+
+
+def record_gather_orders(engine: Any, offload: Any) -> None:
+    """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
+
+    DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
+    weights in that order. It keeps one record per model. A forward in another order discards the record, and
+    recording again takes two forwards without prefetch and several collective comparisons. A policy has
+    forwards of different orders: with gradients, without them, without its adapter, and in generation.
+
+    A forward of one kind can add weights to those that a module gathers in every kind: a layer reads the
+    weights of its active adapter, and DeepSpeed registers them as the layer's own. Orders recorded before
+    are wrong then.
+
+    Args:
+        engine: of a `PackedCausalLM`, that shards its weights.
+        offload: DeepSpeed's part of the engine that gathers weights.
+    """
+    unused = offload.param_coordinator
+    coordinators: dict[_Kind, Any] = {}
+    # Found once: a large model with an adapter has tens of thousands of modules.
+    added = [
+        module._external_params for module in engine.module.modules() if hasattr(module, "_external_params")
+    ]
+    layers = adapted_layers(engine.module)
+
+    def select(generates: bool) -> None:
+        kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
+        if kind not in coordinators:
+            # The copy shares the list of weights in flight, and starts a new record.
+            coordinators[kind] = copy.copy(unused)
+            coordinators[kind]._clear_trace_structures()
+        offload.param_coordinator = coordinators[kind]
+
+    def before_packed_forward(*_: Any) -> None:
+        select(generates=False)
+
+    def before_generating_forward(*_: Any) -> None:
+        if not engine.module.is_generating:  # a model of own logits is called as a whole
+            return
+        select(generates=True)
+        # DeepSpeed's hook at the start of a forward is at the packed model, which does not generate.
+        offload.param_coordinator.reset_step()
+
+    # Before DeepSpeed's own hooks, which read the record.
+    engine.module.register_forward_pre_hook(before_packed_forward, prepend=True)
+    engine.module.causal_lm.register_forward_pre_hook(before_generating_forward, prepend=True)
+
+
+def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
+    """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
+    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
+
+
+@contextlib.contextmanager
+def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Make transformers shard weights by this configuration inside the block, not by the policy's."""
+    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        del inner
+        set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
+
+
+# Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
+_SQUARES_PER_LAYER = 16
+# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
+# experts are a list of modules; `distributed.leaves` finds these. Stacked experts, as transformers has them
+# now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
+_NO_LEAVES: dict[str, list[str]] = {"classes": []}
+
+
+def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of the policy, without `policy_communication`."""
+    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
+    if parallelism.kind is ParallelismKind.zero3:
+        zero["leaf_module"] = _NO_LEAVES
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if parallelism.offload_parameters is not Offload.none:
+            zero["offload_param"] = _offload(parallelism.offload_parameters)
+    if parallelism.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
+    return {
+        **_shared_config(zero, dtype),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def policy_communication(stage: int, hidden_size: int) -> dict[str, Any]:
+    """Return the bucket sizes of the policy's ZeRO configuration, in elements, for a model of this width.
+
+    Stage 3 has the values of DeepSpeed's documentation and of transformers' `auto`: gradients are reduced,
+    and weights prefetched, in buckets of about one square matrix; vectors are not sharded; 1e9 weights may
+    be live, which is DeepSpeed's default. The other stages reduce about one decoder layer at a time, 2e8
+    elements for a 7B model, where DeepSpeed would allocate 5e8 for a model of any size.
+    """
+    square = hidden_size**2
+    if stage < 3:
+        layer = _SQUARES_PER_LAYER * square
+        return {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
+def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
+    zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
+    if offload is not Offload.none:
+        zero["offload_param"] = _offload(offload)
+    return _shared_config(zero, dtype)
+
+
+def with_nvme(frozen: dict[str, Any], folder: Path, largest_shard: int) -> dict[str, Any]:
+    """Return `frozen_config` with its weights in `folder`, read when they are needed.
+
+    DeepSpeed reads shards into a few buffers in host memory, and fails where a shard is larger than a buffer.
+
+    Args:
+        frozen: from `frozen_config`, with offload.
+        folder: used by this process alone.
+        largest_shard: elements of the largest weight that one process has.
+    """
+    offload = frozen["zero_optimization"]["offload_param"]
+    return _with_zero(
+        frozen, {"offload_param": {**offload, "nvme_path": str(folder), "buffer_size": largest_shard}}
+    )
+
+
+def with_layer_prefetch(frozen: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Return `frozen_config` with prefetch of a whole decoder layer, for a model of this width.
+
+    The memory that training needs for gradients, optimizer states and activations is free while a model is
+    scored, so a layer is gathered while the one before it computes. DeepSpeed prefetches nothing while more
+    than `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
+    Vectors are not sharded: each would be a gather of its own.
+    """
+    layer = _SQUARES_PER_LAYER * hidden_size**2
+    return _with_zero(
+        frozen,
+        {
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": max(10**9, 3 * layer),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        },
+    )
+
+
+def _with_zero(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "zero_optimization": {**config["zero_optimization"], **options}}
+
+
+def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype is Dtype.bf16},
+        "fp16": {"enabled": dtype is Dtype.fp16, "loss_scale": START},  # `LossScale` changes it
+        "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
+    }
+
+
+def _offload(target: Offload) -> dict[str, Any]:
+    return {"device": target.value, "pin_memory": torch.cuda.is_available()}
+
+
+SHARDS = "engine"
+"""The folder of the policy's slices in a checkpoint."""
+
+
+class FrozenEngine:
+    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
+
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
+        self.model, self._folder = model, folder
+        model.requires_grad_(False)
+        gather_at_once(model)
+        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
+        size = size_in_words(batch.layout, self.model.arrangement)
+        with explain_out_of_memory(f"scoring {size}", REFERENCE_REMEDY):
+            logps: Tensor = self._engine(batch, tuple(statistics))
+        return logps
+
+    @property
+    def causal_lm(self) -> Any:
+        """Return the transformers model of the engine; its tensors are sharded."""
+        return self._engine.module.causal_lm
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return dist.get_world_size() > 1 and bool(self._engine.zero_optimization_partition_weights())
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer)
+        with _generating(self._engine.module, of_base=of_base) as causal_lm:
+            yield causal_lm
+
+    def free(self) -> None:
+        """Release the memory of the model; it cannot be used afterwards."""
+        wait_for_device()
+        self._engine.destroy()
+        for weight in self._engine.module.parameters():
+            if weight.nvme_swapper is not None:
+                weight.nvme_swapper.buffers = None
+        empty_module(self._engine.module)
+        del self._engine
+        if not is_deepspeed_zero3_enabled():  # the policy is not sharded
+            restore_linear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return_memory()
+
+
+class PolicyEngine:
+    """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
+
+    Args:
+        model: with the weights at the start.
+        optim: the optimizer.
+        world: of this start.
+        ema_decay: of the moving average of the weights; None: there is none.
+
+    Attributes:
+        loss_scale: of the next step in fp16; None with another `model.dtype`.
+        has_overflowed: the last step was not applied, and a smaller loss scale may help.
+    """
+
+    def __init__(
+        self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
+    ):
+        self.model, self._world = model, world
+        zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero.update(policy_communication(zero["stage"], model.hidden_size))
+        gather_at_once(model)
+        reduce_at_once(model, zero["stage"])
+        world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
+        self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
+        self._backwards, self._current = 0, ("", "")
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+        self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
+        self.has_overflowed = False
+        self._averages = Averages({}, 0.0)
+        check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
+        if ema_decay is not None:
+            self._averages = Averages.of(self._slices().masters(), ema_decay)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
+        with self._named_in_errors(batch):
+            logps: Tensor = self._engine(batch, tuple(statistics))
+        return logps
+
+    def routed_token_logps(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return `token_logps` and `objective.router_losses.routing_sums` of a mixture of experts."""
+        with self._named_in_errors(batch):
+            logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
+        return logps, sums
+
+    @torch.no_grad()
+    def base_token_logps(self, batch: PackedBatch) -> Tensor:
+        """Return `token_logps` of the base model, without the adapter."""
+        with adapter_off(self._engine.module):
+            return self.token_logps(batch)
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return self._world.size > 1 and bool(self._engine.zero_optimization_partition_weights())
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates.
+
+        Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
+        same number of forwards in the block.
+
+        Args:
+            of_base: generate without the adapter.
+        """
+        was_training = self._engine.training
+        self.train(False)
+        try:
+            with _generating(self._engine.module, of_base=of_base) as causal_lm:
+                yield causal_lm
+        finally:
+            self.train(was_training)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients of this rank's sum of losses; `is_last` ends the accumulation of the step.
+
+        DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size to get the sum.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        with explain_out_of_memory(*self._current):
+            self._engine.backward(loss * self._world.size)
+        self._backwards = 0 if is_last else self._backwards + 1
+
+    def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
+        """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
+        work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
+        arranged = (batch.layout, self.model.arrangement)
+        self._current = f"{work}: {size_in_words(*arranged)}", policy_remedy(*arranged)
+        return explain_out_of_memory(*self._current)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.
+
+        If the norm is not finite, which it is on all ranks or on none, no weight has changed.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with explain_out_of_memory("the optimizer's step", policy_remedy()):
+            self._engine.step()
+        is_applied = self._engine.was_step_applied()
+        self.has_overflowed = not is_applied and self.loss_scale is not None and self.loss_scale.can_fall
+        if self.loss_scale is not None:
+            self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
+        if not is_applied:
+            _drop_gradients(self._engine.optimizer)
+            return torch.as_tensor(math.inf, device=self._world.device)
+        self._averages.update()
+        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
+
+    def set_loss_scale(self, scale: LossScale | None) -> None:
+        """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
+        self.loss_scale = scale
+        if scale is not None:
+            self._engine.optimizer.loss_scale = scale.value
+
+    def shards(self) -> ModelSlices:
+        """Return this rank's slices of master weights and optimizer states; not collective."""
+        slices = self._slices()
+        states = STATES_OF_ADAM + bool(self._averages.of_masters)
+        return ModelSlices(SHARDS, list(slices), slices.step, states)
+
+    def load_shards(self, folder: Path) -> None:
+        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not of this model.
+        """
+        saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
+        slices = self._slices()
+        slices.create_states(saved.parts, saved.step)
+        self._world.together(lambda: saved.load_into(slices))
+        slices.write_to_model()
+
+    def _slices(self) -> OptimizerSlices:
+        names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
+        return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks.
+
+        Without an adapter, buffers and weights that the architecture does not train are among them.
+        """
+        is_adapted = bool(adapted_layers(self.causal_lm))
+        if self._engine.zero_optimization_partition_weights():
+            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
+        else:
+            weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
+        if not self._world.is_main:
+            return None
+        whole = {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        added = dict(self.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
+        return {name: tensor for name, tensor in whole.items() if name not in added}
+
+    @property
+    def causal_lm(self) -> Any:
+        """Return the transformers model of the engine; its tensors may be sharded."""
+        return self._engine.module.causal_lm
+
+    def free(self) -> None:
+        """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
+        wait_for_device()
+        optimizer = self._engine.optimizer
+        self._engine.destroy()
+        empty(list(self._averages.of_masters.values()))
+        empty(vars(optimizer))
+        empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        empty_module(self._engine.module)
+        del self._engine
+        return_memory()
+
+
+@contextlib.contextmanager
+def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
+    with (
+        adapter_off(model) if of_base else contextlib.nullcontext(),
+        explain_out_of_memory("generating samples", "lower samples.batch_tokens or samples.max_new_tokens"),
+        model.unpacked() as causal_lm,
+        torch.no_grad(),
+    ):
+        yield causal_lm
+
+
+def _drop_gradients(optimizer: Any) -> None:
+    """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+
+def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy each tensor out of DeepSpeed's flat buffers; tied weights stay one tensor."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in weights.values():
+        if (tensor.data_ptr(), tensor.shape) not in copies:
+            copies[tensor.data_ptr(), tensor.shape] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}

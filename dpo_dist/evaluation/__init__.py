@@ -1,1 +1,0 @@
-"""Evaluation of a model on pairs: intervals, calibration, files of results."""

@@ -1,0 +1,192 @@
+"""Errors of the user as one block (message, where, got, expected, what to do); exit codes."""
+
+import errno
+import os
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """Exit code of a verb. Without an error or a stop by the user, SIGTERM gives 143 as in any program."""
+
+    completed = 0
+    failed = 1
+    """A bug of the program."""
+    findings = 1
+    """Of `doctor`: a finding above its threshold. The same number as `failed`, as linters use it."""
+    invalid = 2
+    """The configuration, the data, a file or a device cannot be used."""
+    diverged = 3
+    lost = 69
+    """Another process died or does not answer: the same command resumes (EX_UNAVAILABLE of sysexits.h)."""
+    preempted = 75
+    """Stopped by a signal or limit, after saving: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+    interrupted = 130
+    """Stopped by SIGINT (Ctrl-C), as shells number it."""
+
+
+class RunOutcome(StrEnum):
+    """State of a run, in run_state.json; `exit` in summary.json is one of the last three.
+
+    `started`: it trains, or was killed. `exported`: all steps are done and the model is written, the report
+    is not. `completed`: the report too. `preempted`: stopped in order, with a checkpoint. `diverged`: loss or
+    gradient was not finite.
+    """
+
+    started = "started"
+    exported = "exported"
+    completed = "completed"
+    preempted = "preempted"
+    diverged = "diverged"
+
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PATH_ERRORS = (
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+
+
+class DpoDistError(Exception):
+    """An error that the user can fix.
+
+    Args:
+        message: the error in one sentence.
+        where: the key, ``file:line`` or pair that caused it.
+        got: the offending value.
+        expected: the values that are accepted.
+        remedy: what to do next.
+    """
+
+    exit_code: int = ExitCode.invalid
+    title: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.got = got
+        self.expected = expected
+        self.remedy = remedy
+        self.reporting_rank: int | None = None
+        """The rank that prints the error; None before the processes have joined."""
+        self.is_printed = False
+        """Whether it is on the screen already, above results that follow from it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle every field, so that one rank's error can be raised on all."""
+        return _rebuild, (type(self), self.message, self.where, self.got, self.expected, self.remedy)
+
+    def block(self) -> str:
+        """Return the error as the lines that are printed, without empty parts."""
+        parts = {"where": self.where, "got": self.got, "expected": self.expected, "to do": self.remedy}
+        lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
+        return "\n".join([f"{self.title}: {self.message}", *lines])
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Return the error for programs."""
+        return {
+            "title": self.title,
+            "message": self.message,
+            "where": self.where,
+            "got": self.got,
+            "expected": self.expected,
+            "to_do": self.remedy,
+            "exit_code": int(self.exit_code),
+        }
+
+    def __str__(self) -> str:
+        return self.block()
+
+
+def _rebuild(
+    kind: type[DpoDistError], message: str, where: str, got: str, expected: str, remedy: str
+) -> DpoDistError:
+    return kind(message, where=where, got=got, expected=expected, remedy=remedy)
+
+
+class ConfigError(DpoDistError):
+    """The configuration cannot be run."""
+
+    title = "configuration error"
+
+
+class DataError(DpoDistError):
+    """The preference data cannot be used."""
+
+    title = "data error"
+
+
+class ReferenceModelError(DpoDistError):
+    """Reference log-probs cannot be trusted or computed."""
+
+    title = "reference error"
+
+
+class CheckpointError(DpoDistError):
+    """A checkpoint or result cannot be written, read or trusted."""
+
+    title = "checkpoint error"
+
+
+class DivergedError(DpoDistError):
+    """Loss or gradient is not finite."""
+
+    exit_code: int = ExitCode.diverged
+    title = "diverged"
+
+
+class StoppedError(DpoDistError):
+    """The run was asked to stop where it has no steps to save."""
+
+    exit_code: int = ExitCode.preempted
+    title = "stopped"
+
+
+class DeviceMemoryError(DpoDistError):
+    """A GPU is out of memory."""
+
+    title = "out of memory"
+
+
+class PeerLostError(DpoDistError):
+    """Another process of the run died or failed."""
+
+    exit_code: int = ExitCode.lost
+    title = "process lost"
+
+
+def disk_error(error: BaseException) -> ConfigError | None:
+    """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno not in _DISK_IS_FULL and (error.errno not in _PATH_ERRORS or error.filename is None):
+        return None
+    return ConfigError(
+        "a file cannot be written or read",
+        where=str(error.filename or "run.dir, data.cache or reference.store"),
+        got=dead_link(Path(str(error.filename or ""))) or str(error.strerror),
+        remedy="make room, or correct the path or its permissions; then run the same command again: it "
+        "continues from what is complete",
+    )
+
+
+def dead_link(path: Path) -> str:
+    """Return what a link to a missing file or folder is; "" for another path."""
+    is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)
+    return f"a link to {path.readlink()}, which does not exist" if is_dead else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text, at most 200 characters of it."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

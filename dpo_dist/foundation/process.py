@@ -1,0 +1,523 @@
+"""A process of a run: its launcher's variables, signals, progress files, background threads."""
+
+import _thread
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+from dpo_dist.foundation.errors import ConfigError, ExitCode, StoppedError
+from dpo_dist.foundation.text import counted
+
+PROGRESS = "DPO_DIST_PROGRESS"
+"""Environment variable: a file to which rank 0 adds a line whenever it has saved something."""
+EXIT_CODES = "DPO_DIST_EXIT_CODES"
+"""Environment variable: path, to which each process adds its rank, of a file with its exit code.
+
+For launchers that replace exit codes by their own.
+"""
+
+
+def note_progress(saved: str) -> None:
+    """Add a line to the file of what is saved, if there is one; a file that cannot be written is ignored."""
+    if PROGRESS in os.environ and _rank() == "0":
+        with contextlib.suppress(OSError), Path(os.environ[PROGRESS]).open("a") as file:
+            file.write(f"{saved}\n")
+
+
+def note_stop(reason: str) -> None:
+    """Add that a person or the configuration has stopped the run: it is not to be started again by itself."""
+    note_progress(f"stopped by {reason}")
+
+
+def note_exit_code(exit_code: int) -> None:
+    """Write the exit code of this process to its file, if a path is given; none if another one is lost."""
+    if EXIT_CODES in os.environ and exit_code != ExitCode.lost:
+        with contextlib.suppress(OSError):
+            Path(f"{os.environ[EXIT_CODES]}.{_rank()}").write_text(f"{int(exit_code)}\n")
+
+
+def exit_codes(path: Path) -> list[int]:
+    """Return the exit codes that the processes have written for a path; each file is removed."""
+    found = []
+    for file in path.parent.glob(f"{path.name}.*"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(file.read_text()))
+        file.unlink(missing_ok=True)
+    return found
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+_SIZES = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
+_LAST_PORT = 65535
+_LAUNCH = "start with accelerate launch or torchrun, which set them, or unset all of them for one process"
+_WITHOUT_EFFECT = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "choose parallelism=zero3, zero2 or ddp; remove "
+    "deepspeed_config_file from the launcher's configuration",
+    "ACCELERATE_USE_FSDP": "choose parallelism=zero3; launch with a file of launch/accelerate",
+    "ACCELERATE_DYNAMO_BACKEND": "set model.compile=true, and remove dynamo_config from the "
+    "launcher's configuration",
+}
+"""Variables of accelerate that would be ignored, and what to set in their place."""
+_OFF = ("", "0", "false", "no", "none")
+
+
+def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
+    """Check that the variables of a launcher describe one process of a world, and that none is ignored.
+
+    Args:
+        environ: the environment.
+        repeated: variables of accelerate that may repeat a setting of the run, each with this setting, such
+            as "parallelism.kind=zero3", and with the value of the variable that says the same.
+
+    Raises:
+        ConfigError: they do not, or rank 0 cannot use its port.
+    """
+    _check_accelerate(environ, repeated)
+    numbers = {name: _number(name, environ) for name in (*_SIZES, *_SIZES.values()) if name in environ}
+    size = numbers.get("WORLD_SIZE", 1)
+    if "RANK" not in numbers and size > 1:
+        raise _error("WORLD_SIZE is set without RANK", f"WORLD_SIZE={size}")
+    if "RANK" in numbers and "WORLD_SIZE" not in numbers:
+        raise _error("RANK is set without WORLD_SIZE", f"RANK={numbers['RANK']}")
+    for rank, world in _SIZES.items():
+        if rank in numbers and world in numbers and numbers[rank] >= numbers[world]:
+            error = _error(
+                f"{rank} is not below {world}",
+                f"{rank}={numbers[rank]}, {world}={numbers[world]}",
+                f"{rank} from 0 to {world} - 1",
+            )
+            error.reporting_rank = this_rank()  # rank 0 does not have it
+            raise error
+    if size > 1:
+        _check_address(environ)
+
+
+def check_groups(processes: int, ranks: int) -> None:
+    """Check that processes can be divided into groups of `ranks` that share the tokens of a micro-batch.
+
+    Raises:
+        ConfigError: their number is no multiple of `ranks`.
+    """
+    if processes % ranks:
+        key = "parallelism.sequence_parallel"
+        raise ConfigError(
+            "the processes cannot be divided into groups of this size",
+            where=key,
+            got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+            expected=f"a divisor of {processes}",
+            remedy=f"set {key} to one, or start a multiple of {ranks} processes",
+        )
+
+
+def _number(name: str, environ: Mapping[str, str]) -> int:
+    text, least = environ[name], int(name in _SIZES.values())
+    if not text.isdecimal() or int(text) < least:
+        raise _error(
+            f"{name} is not the number of a process", f"{name}={text}", f"a whole number from {least}"
+        )
+    return int(text)
+
+
+def _check_address(environ: Mapping[str, str]) -> None:
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if missing:
+        raise _error(f"{' and '.join(missing)} must be set for several processes", "no value")
+    port = environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) <= _LAST_PORT:
+        raise _error("MASTER_PORT is not a port", f"MASTER_PORT={port}", f"a number from 1 to {_LAST_PORT}")
+    # torchrun and accelerate open the port in the launcher.
+    if environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _check_free(int(port))
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return
+            raise ConfigError(
+                "the port of rank 0 cannot be opened",
+                where="environment: MASTER_PORT",
+                got=f"{port}: {error.strerror}",
+                expected="a port that no other program uses, the same on every rank",
+                remedy="set another MASTER_PORT, or let the launcher choose one: --main_process_port 0",
+            ) from None
+
+
+def _check_accelerate(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
+    for name, remedy in _WITHOUT_EFFECT.items():
+        if environ.get(name, "").lower() not in _OFF:
+            raise _ignored(f"{name}={environ[name]}", remedy)
+    for name, (setting, value) in repeated.items():
+        given = environ.get(name, "").lower()
+        if given not in (*_OFF, "auto") and not _is_same(given, value):
+            key = setting.partition("=")[0]
+            raise _ignored(
+                f"{name}={given} with {setting}",
+                f"set {key}, and remove this option from the launcher's file",
+            )
+
+
+def _is_same(given: str, value: str) -> bool:
+    """Return whether two values are equal as texts or as numbers."""
+    try:
+        return given == value or float(given) == float(value)
+    except ValueError:
+        return False
+
+
+def _ignored(got: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        "an option of the launcher would have no effect",
+        where="environment: accelerate launch",
+        got=got,
+        expected="a launcher that only starts processes, as with the files of launch/accelerate",
+        remedy=remedy,
+    )
+
+
+def _error(message: str, got: str, expected: str = "") -> ConfigError:
+    return ConfigError(message, where="environment", got=got, expected=expected, remedy=_LAUNCH)
+
+
+def this_rank() -> int:
+    """Return RANK; 0 if it is not set or not a number."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
+
+
+BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# Ctrl-C reaches the processes from the terminal and again from their launcher.
+_REPEATED_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.3
+_LISTENING_SECONDS = 0.1
+_MAIN_THREAD_SECONDS = 1.0
+_LONGEST_TIMER_SECONDS = 1e9  # 31 years; the system takes no number above its own clock
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+_PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask to stop: not the end of the terminal, if `nohup` ignores it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
+
+
+last_words: list[Callable[[int], object]] = []
+"""Called with the exit code, in threads, when a second signal ends this process."""
+
+
+class Arrivals:
+    """The signals of this process with the times of their arrival, read by a thread of its own.
+
+    Python runs the handler of a signal in the main thread, and later than that if this thread is in a long
+    call of C. The number of the signal is written to a file descriptor at once. For the main thread.
+
+    Args:
+        answer: called in the thread with the number of each.
+
+    Attributes:
+        heard: number and time of each, since the creation of this object.
+    """
+
+    def __init__(self, answer: Callable[[int], None] | None = None) -> None:
+        self._answer = answer
+        self.heard: list[tuple[int, float]] = []
+        reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._former = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening; a former listener gets the signals alone."""
+        signal.set_wakeup_fd(self._former)
+        self._writing.close()
+
+    def _listen(self, reading: socket.socket) -> None:
+        with reading:
+            while numbers := reading.recv(64):
+                now = time.monotonic()
+                self.heard += [(number, now) for number in numbers]
+                if self._former >= 0:
+                    with contextlib.suppress(OSError):
+                        os.write(self._former, numbers)
+                if self._answer is not None:
+                    for number in numbers:
+                        self._answer(number)
+
+
+class StopRequest:
+    """Vote on whether to save a checkpoint and stop before the schedule ends.
+
+    Args:
+        stop_after_steps: steps of this start after which to stop; None: no limit.
+        max_seconds: seconds from now after which to stop; None: no limit.
+    """
+
+    def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
+        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self._is_deferred, self._is_urgent = False, False
+        self._first_signal, self._late = math.inf, 0
+        self._arrivals: Arrivals | None = None
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """Stop as soon as the progress can be saved; thread-safe."""
+        self.reason, self._is_urgent = self.reason or reason, True
+
+    def vote(self) -> bool:
+        """Return whether this rank wants to stop after the step just done."""
+        self._steps_left -= 1
+        if self._steps_left <= 0:
+            self.reason = self.reason or BY_STEPS
+        return self.is_urgent or bool(self.reason)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Return whether this rank wants to stop before an evaluation is complete."""
+        if time.monotonic() > self._deadline:
+            self.ask(BY_SECONDS)
+        return self._is_urgent
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Answer the signals that ask to stop, and the end of `max_seconds`, inside the block.
+
+        The first signal asks to stop within `deferred`, and raises elsewhere. A later one, unless it is an
+        echo of the first, ends the process at once with 128 + its number. Outside of the main thread, where
+        Python answers no signals, nothing is changed. If the launcher of this process dies, that counts as
+        SIGTERM.
+
+        Raises:
+            StoppedError: at the first signal, outside of `deferred`.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {
+            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
+        }
+        self._arrivals = Arrivals()
+        if self._deadline < math.inf:
+            seconds = max(1e-3, self._deadline - time.monotonic())
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_TIMER_SECONDS))
+        try:
+            with ended_with_launcher():
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._arrivals.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Take signals inside the block as requests, which the block votes on."""
+        before, self._is_deferred = self._is_deferred, True
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now, is_limit = time.monotonic(), number == signal.SIGALRM
+        if now > self._first_signal + _REPEATED_SECONDS and not is_limit and self._is_second():
+            _end_now(128 + number)
+        if self._first_signal < math.inf or (is_limit and self.reason):
+            return
+        if not is_limit:
+            self._first_signal = now
+        name = BY_SECONDS if is_limit else signal.Signals(number).name
+        self.ask(name)
+        if not self._is_deferred:
+            raise stopped_by(name)
+
+    def _is_second(self) -> bool:
+        """Return whether a signal has arrived that is no echo; a long call may have delayed the answer."""
+        assert self._arrivals is not None
+        time.sleep(_LISTENING_SECONDS)
+        times = [at for number, at in self._arrivals.heard if number in _SIGNALS]
+        self._late += 1
+        return self._late > 1 or not times or times[-1] > self._first_signal + _REPEATED_SECONDS
+
+
+def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:
+    """Return the error of a stop outside of the training steps."""
+    return StoppedError(f"by {reason} {when}", remedy="run the same command again to continue")
+
+
+def end_at_signals() -> None:
+    """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
+    for number in stop_signals():
+        signal.signal(number, _end_before_start)
+    _follow_launcher()
+
+
+@contextlib.contextmanager
+def answered_at_once() -> Iterator[None]:
+    """End the process at a signal inside the block even if the main thread is blocked outside of Python.
+
+    For blocks with nothing to save. A signal that has no handler of Python's is not affected.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_over = threading.Event()
+    is_resumable = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, raise_terminated)
+
+    def answer(number: int) -> None:
+        if number not in _SIGNALS or is_over.wait(_MAIN_THREAD_SECONDS):
+            return
+        if is_resumable:
+            _end_before_start(number, None)
+        _print_on_rank_0(f"ended by {signal.Signals(number).name}")
+        _end_now(128 + number)
+
+    arrivals = Arrivals(answer)
+    try:
+        yield
+    finally:
+        is_over.set()
+        arrivals.close()
+
+
+def _end_before_start(number: int, _frame: FrameType | None) -> None:
+    _print_on_rank_0(str(stopped_by(signal.Signals(number).name, "before the start")))
+    _end_now(ExitCode.preempted)
+
+
+def _print_on_rank_0(text: str) -> None:
+    """Print a line without Python's streams, which the main thread may be using."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+def _end_now(exit_code: int) -> NoReturn:
+    """End the process; threads, pools and other processes are not waited for.
+
+    Without the locks of `threading.Thread.start`: the signal may have interrupted it.
+    """
+    for words in last_words:
+        _thread.start_new_thread(words, (exit_code,))
+    if last_words:
+        time.sleep(_LAST_WORDS_SECONDS)
+    note_exit_code(exit_code)
+    os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def ended_with_launcher() -> Iterator[None]:
+    """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
+    is_launched = _follow_launcher()
+    try:
+        yield
+    finally:
+        if is_launched:
+            _ask_for_parent_death_signal(0)
+
+
+def _follow_launcher() -> bool:
+    """Get SIGTERM when the launcher of this process dies; return whether there is one."""
+    is_launched = any(name in os.environ for name in _OF_LAUNCHERS)
+    if is_launched:
+        _ask_for_parent_death_signal(signal.SIGTERM)
+    return is_launched
+
+
+def _ask_for_parent_death_signal(number: int) -> None:
+    """Have Linux send this process a signal when its parent dies (0: none); other systems cannot."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+class Terminated(SystemExit):
+    """SIGTERM to a program that has nothing to save."""
+
+
+def raise_terminated(number: int, _frame: FrameType | None) -> None:
+    """Handle SIGTERM by raising `Terminated` in the main thread."""
+    raise Terminated(128 + number)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _End:
+    """End of the items, with the exception that caused it, if any."""
+
+    error: BaseException | None
+
+
+@contextlib.contextmanager
+def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
+    """Yield an iterator over `items` that one background thread computes ahead.
+
+    Leaving the context ends the thread as soon as it has finished the current item; later items are never
+    computed.
+
+    Args:
+        items: iterated in the thread only, and not before the context is entered.
+        depth: maximum number of items computed and not yet taken; at least one.
+
+    Yields:
+        The items in order. An exception of `items` is raised at the position of the item that failed.
+    """
+    assert depth >= 1
+    free = threading.Semaphore(depth)
+    stopped = threading.Event()
+    queue: SimpleQueue[T | _End] = SimpleQueue()
+    worker = threading.Thread(target=_fill, args=(items, free, stopped, queue), name="prefetch", daemon=True)
+    worker.start()
+    taken = _take(free, queue)
+    try:
+        yield taken
+    finally:
+        stopped.set()
+        free.release()
+        worker.join()
+        taken.close()
+
+
+def _fill(
+    items: Iterable[T], free: threading.Semaphore, stopped: threading.Event, queue: "SimpleQueue[T | _End]"
+) -> None:
+    error = None
+    try:
+        source = iter(items)
+        while free.acquire() and not stopped.is_set():
+            queue.put(next(source))
+    except StopIteration:
+        pass
+    except BaseException as raised:
+        error = raised
+    queue.put(_End(error))
+
+
+def _take(free: threading.Semaphore, queue: "SimpleQueue[T | _End]") -> Generator[T, None, None]:
+    while not isinstance(item := queue.get(), _End):
+        free.release()
+        yield item
+    if item.error is not None:
+        raise item.error

@@ -1,0 +1,177 @@
+"""Standard streams that are closed, full or without a reader do not end a run; text without control codes.
+
+What is written to them has no secrets.
+"""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import without_secrets
+
+_reserved: TextIO | None = None
+
+
+class SafeStream:
+    """Writes to `stream` until that fails once; then it writes nothing.
+
+    Characters that the stream's encoding lacks are written as escapes.
+
+    Attributes:
+        is_open: whether no write has failed yet.
+        encoding: of the stream.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.is_open = True
+        self.encoding = _encoding(stream)
+
+    @classmethod
+    def of_descriptor(cls, descriptor: int) -> "SafeStream":
+        """Return a stream on a copy of a file descriptor."""
+        # A line at a time: lines of several processes do not mix.
+        return cls(os.fdopen(os.dup(descriptor), "w", buffering=1))
+
+    def write(self, text: str) -> int:
+        """Write `text` without secrets if the stream takes it."""
+        if self.is_open:
+            try:
+                self._stream.write(_encodable(without_secrets(text), self.encoding))
+            except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
+                self.is_open = False
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream if that is possible."""
+        if self.is_open:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.is_open = False
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
+        return self.is_open and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the file descriptor.
+
+        Raises:
+            OSError: it has none.
+        """
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Close the stream; text that cannot be written is lost."""
+        self.is_open = False
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.close()
+
+
+def printable(text: str) -> str:
+    """Return `text` as one line for a terminal, with escapes in place of control and invisible characters."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else _escaped(each) for each in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with escapes in place of control characters, except line ends."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def print_line(text: str, to: TextIO | None = None) -> None:
+    """Print a line to a standard stream (default: output), with escapes in place of control characters.
+
+    A stream that takes nothing is no error.
+    """
+    to = to or sys.stdout
+    stream = SafeStream(to)
+    stream.write(printable_lines(text) + "\n")
+    stream.flush()
+    if not stream.is_open:
+        _discard(to)
+
+
+def print_result(text: str) -> None:
+    """Print a text without secrets, the only result of a command, to standard output.
+
+    A reader that has gone away (`| head`) is no error.
+
+    Raises:
+        ConfigError: the text cannot be written.
+    """
+    try:
+        sys.stdout.write(_encodable(without_secrets(text), _encoding(sys.stdout)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as error:
+        _discard(sys.stdout)
+        raise ConfigError(
+            "the output cannot be written",
+            where="standard output",
+            got=error.strerror or str(error),
+            remedy="free disk space, or redirect the output to another file",
+        ) from None
+
+
+def open_closed_streams() -> None:
+    """Open the null device in place of standard streams that are closed (`>&-`).
+
+    Otherwise the next file that is opened gets the descriptor of standard output, and messages are written
+    into it. Called before any other file is opened.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
+            os.set_inheritable(descriptor, True)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def reserve_output() -> None:
+    """Keep standard output for the JSON objects of this process: whatever else is printed is an error output.
+
+    Libraries, functions of the user and child processes print to standard output, too.
+    """
+    global _reserved  # noqa: PLW0603 (as standard output itself, one for the process)
+    with contextlib.suppress(OSError, ValueError):  # replaced by a stream without a descriptor
+        if _reserved is None and sys.stdout.fileno() == 1:
+            _reserved = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+            os.dup2(2, 1)
+
+
+def output_of_objects() -> TextIO:
+    """Return the stream for JSON objects."""
+    return _reserved or sys.stdout
+
+
+def output_descriptor() -> int:
+    """Return the file descriptor of `output_of_objects`."""
+    return 1 if _reserved is None else _reserved.fileno()
+
+
+def _encoding(stream: TextIO) -> str:
+    return getattr(stream, "encoding", None) or "utf-8"
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard the rest of a stream's buffer: Python would write it at its end, fail and exit with 120."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

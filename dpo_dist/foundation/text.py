@@ -1,0 +1,156 @@
+"""Texts for people: numbers as they read them, and secrets replaced by `***`."""
+
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+from urllib.parse import quote
+
+_KIBI = 1024
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_FEW_SECONDS = 10
+_FEW_WORDS = 3
+_SMALL_AMOUNT = 0.1
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return "1 pair", "0 pairs", "2,000 pairs".
+
+    Args:
+        count: 0 or more.
+        noun: in the singular.
+        plural: of a noun that takes more than an s: "entries".
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def first_few(words: Sequence[str], noun: str = "") -> str:
+    """Return the first three words and the number of the rest: "a, b, c and 2 more".
+
+    Args:
+        words: any number of them.
+        noun: in place of "more", in the singular.
+    """
+    named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
+    if left <= 0:
+        return named
+    return f"{named} and {counted(left, noun) if noun else f'{left:,} more'}"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return 0.25, 1,234, 2e-6 or 1.2e7; an integer, or one from 1,000 to 1,000,000, with all of its digits.
+
+    The script of the charts writes numbers with four digits in the same way.
+
+    Args:
+        value: any number.
+        digits: significant ones.
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    size = abs(value)
+    if isinstance(value, int) or 1000 <= size < 1e6:
+        return f"{value:,.0f}"
+    if size >= 1e6 or 0 < size < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{float(f'{value:.{digits}g}'):.6g}"
+
+
+def percent(share: float) -> str:
+    """Return a share as 41 %, near 0 and 1 with more digits: 0.34 %, 99.6 %; 0 % and 100 % are exact."""
+    if 0 < share < 0.1:
+        return f"{100 * share:.2g} %" if share >= 1e-4 else "under 0.01 %"
+    if 0.99 < share < 1:
+        return f"{math.floor(1000 * share) / 10:g} %"
+    return f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return "0.4 s", "42 s", "5 min 03 s", "3 h 05 min" or "2 d 04 h"."""
+    whole = max(0, round(seconds))
+    if 0 < seconds < _FEW_SECONDS:
+        return f"{seconds:.2g} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def money(amount: float) -> str:
+    """Return an amount with two decimals, a small one with two digits."""
+    return f"{amount:.2g}" if 0 < amount < _SMALL_AMOUNT else f"{amount:,.2f}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as 64 B, 0.5 KiB or 12.3 GiB."""
+    unit = 0
+    while abs(count) >= _KIBI / 10 and unit < len(_UNITS) - 1:
+        count, unit = count / _KIBI, unit + 1
+    return f"{count:,.1f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
+
+
+HIDDEN = "***"
+_SECRET_VARIABLE = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PASS|_PAT)S?(_?\d+)?$"
+)
+_SECRET_LENGTH = 8
+_SECRET_TEXTS = (
+    re.compile(r"(?<=://)[^/\s]+(?=@)"),  # user:password of an address
+    re.compile(
+        r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
+    ),
+    # At least as long as those that are issued: `hf_` and `sk-` also begin names of files and models.
+    re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{30,}|gh[opsru]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+        r"|xox[abp]-[\w-]{12,}|AKIA[A-Z0-9]{16}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,})"
+    ),
+)
+
+
+def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
+    """Return plain values with `***` for secrets in texts.
+
+    Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
+    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens and paths
+    of files and folders (`SSH_KEY=/data/key`) are none.
+    """
+    secrets = {
+        written
+        for name, text in environment.items()
+        if _SECRET_VARIABLE.search(name.upper())
+        and not (name.upper().endswith("TOKENS") and text.isdecimal())
+        and not _is_path(text)
+        for given in (text, text.strip())  # programs strip the line end of a value from a file
+        if len(given.strip()) >= _SECRET_LENGTH
+        for written in (given, quote(given, safe=""), json.dumps(given)[1:-1], shlex.quote(given).strip("'"))
+    }
+    return _hidden(value, sorted(secrets, key=len, reverse=True))
+
+
+@cache
+def _is_path(text: str) -> bool:
+    """Return whether a text is the path of a file or folder that exists; a bare name may be a password."""
+    return "/" in text and os.path.exists(os.path.expanduser(text.strip()))  # noqa: PTH110, PTH111 (no error)
+
+
+def _hidden(value: Any, secrets: Iterable[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _hidden(inner, secrets) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(inner, secrets) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = str(value)
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    address, query, token = _SECRET_TEXTS
+    text = address.sub(HIDDEN, text)
+    return token.sub(HIDDEN, query.sub(rf"\g<1>{HIDDEN}", text))

@@ -1,0 +1,214 @@
+"""A reward model as judge: a sequence classification model with one output, by its own chat template."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.data.build import tokenizer_digest
+from dpo_dist.data.records import (
+    Dialogue,
+    Message,
+    Messages,
+    PreferenceRecord,
+    Prompt,
+    UnusableRecordError,
+)
+from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.model.folder import description_folder, model_folder
+from dpo_dist.model.load import TORCH_DTYPES, check_all_weights_read, load_config, load_tokenizer
+from dpo_dist.reference.digest import digest_model
+
+KEY = "pairs.reward_model"
+
+
+class RewardModel:
+    """Scores each response by the model's output for the whole conversation.
+
+    Args:
+        name: folder or hub name.
+        config: precision and remote code; the other options are of the policy.
+        device: of the forward.
+        batch_tokens: most tokens of a batch.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or is no reward model.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
+        folder = model_folder(name, None, KEY)
+        self._tokenizer = load_tokenizer(folder, config, KEY)
+        self._model = _load(folder, config, device)
+        self._budget = batch_tokens
+        self._padding = self._model.config.get_text_config().pad_token_id
+        self._longest = getattr(self._model.config, "max_position_embeddings", None)
+
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        """Return the model's scores; None for a conversation too long for it, or rejected by its template.
+
+        Raises:
+            ConfigError: a score is not finite.
+        """
+        encoded = [
+            self._encoded(question.record, response)
+            for question in questions
+            for response in question.responses
+        ]
+        readable = [ids for ids in encoded if ids is not None]
+        scored = iter(self._scores(readable))
+        scores = iter([None if ids is None else next(scored) for ids in encoded])
+        judgements = []
+        for question in questions:
+            own = [next(scores) for _ in question.responses]
+            if not all(score is None or math.isfinite(score) for score in own):
+                raise ConfigError(
+                    "the reward model computes a score that is not finite",
+                    where=f"{KEY} at the prompt of {question.record.origin}",
+                    got="NaN or infinity",
+                    remedy="check its weights, or set model.dtype=fp32; finished parts are kept",
+                )
+            judgements.append(Judgement(own, Counter({"not_scored": own.count(None)})))
+        return judgements
+
+    def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
+        """Return the conversation by the model's template; without one, prompt and response as two texts.
+
+        None: the template rejects the conversation.
+        """
+        facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
+        prompt, chat = record.prompt, facts.chat
+        if chat is None:
+            text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
+            ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
+            return ids
+        tools = {"tools": list(record.tools)} if record.tools else {}
+        turns = tuple(chat.turn(turn) for turn in (*_messages(prompt), Message("assistant", response)))
+        try:
+            whole = chat.render(turns, chat.data({**record.template_arguments, **tools}))
+        except UnusableRecordError:
+            return None
+        return facts.with_prefix(facts.encoder.encode([whole])[0])[0]
+
+    @torch.inference_mode()
+    def _scores(self, encoded: Sequence[list[int]]) -> list[float | None]:
+        scores: list[float | None] = [None] * len(encoded)
+        for indices in self._batches(encoded):
+            rows = [encoded[index] for index in indices]
+            filler = self._filler(rows)
+            ids = torch.full((len(rows), max(map(len, rows))), filler)
+            mask = torch.zeros_like(ids)
+            for row, tokens in enumerate(rows):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                mask[row, : len(tokens)] = 1
+            device = self._model.device
+            logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            for index, score in zip(indices, logits.float()[:, 0].tolist(), strict=True):
+                scores[index] = score
+        return scores
+
+    def _batches(self, encoded: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Yield indices of conversations of similar length that the model can read."""
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+        order = [index for index in order if self._longest is None or len(encoded[index]) <= self._longest]
+        while order:
+            rows = max(1, self._budget // max(1, len(encoded[order[0]])))
+            yield order[:rows]
+            del order[:rows]
+
+    def _filler(self, rows: Sequence[list[int]]) -> int:
+        """Return the padding token: transformers reads the score at the last token that differs from it.
+
+        A model without one reads the last token: the padding is a token that the batch does not have.
+        """
+        if self._padding is not None:
+            return int(self._padding)
+        used = set().union(*rows)
+        filler = next(token for token in itertools.count() if token not in used)
+        self._model.config.get_text_config().pad_token_id = filler
+        return filler
+
+
+def check_reward_model(name: str, config: ModelConfig) -> str:
+    """Check a reward model without its weights; return its folder and architecture.
+
+    Raises:
+        ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
+    """
+    folder = description_folder(name, None, KEY)
+    model_config = load_config(folder, config, KEY)
+    if model_config.num_labels != 1:
+        raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
+    load_tokenizer(folder, config, KEY)
+    return f"{folder}, {model_config.model_type}"
+
+
+def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[str, Any]:
+    """Return name, digest of the files and precision of a reward model, for provenance.
+
+    Args:
+        name: folder or hub name.
+        config: precision and remote code.
+        store: folder with remembered digests of model files.
+
+    Raises:
+        ConfigError: the model does not exist, or is no reward model: known before a response is generated.
+    """
+    check_reward_model(name, config)
+    folder = model_folder(name, None, KEY)
+    files = digest_model(folder, store, remote_code=config.trust_remote_code)
+    digest = text_digest(f"{files.digest} {tokenizer_digest(folder)}")
+    return {"kind": "reward_model", "name": name, "digest": digest, "dtype": str(config.dtype)}
+
+
+def _messages(prompt: Prompt) -> Messages:
+    if isinstance(prompt, Dialogue):
+        return prompt.messages()
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _text(messages: Messages) -> str:
+    return "\n\n".join(turn.content for turn in messages)
+
+
+def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=TORCH_DTYPES[config.dtype],
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except Exception as error:  # an architecture's constructor can raise anything
+        raise ConfigError(
+            "the reward model cannot be loaded",
+            where=KEY,
+            got=f"{folder}: {first_line(error)}",
+            expected="a model of AutoModelForSequenceClassification",
+            remedy=f"check the folder, or set {KEY} to another model",
+        ) from error
+    outputs, missing = model.config.num_labels, sorted(report["missing_keys"])
+    if outputs != 1 or missing:
+        fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
+        raise _no_reward_model(f"{folder} {fault}")
+    check_all_weights_read(model, sorted(report["unexpected_keys"]), folder, KEY)
+    return model.to(device).eval()
+
+
+def _no_reward_model(got: str) -> ConfigError:
+    return ConfigError(
+        "the model is no reward model",
+        where=KEY,
+        got=got,
+        expected="a sequence classification model with one output",
+        remedy="name a reward model, or set pairs.function for another kind of score",
+    )

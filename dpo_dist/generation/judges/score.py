@@ -1,0 +1,66 @@
+"""Score the usable responses of a part of the prompts by the configured judge."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
+from dpo_dist.generation.judges.judge import FunctionJudge, Judge, Question, describe_function
+from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
+
+
+def describe_judge(config: RunConfig) -> dict[str, Any]:
+    """Return everything that the judge's scores depend on, without secrets.
+
+    Raises:
+        ConfigError: the judge does not exist.
+    """
+    pairs = config.pairs
+    if pairs.reward_model is not None:
+        return describe_reward_model(pairs.reward_model, config.model, Path(config.reference.store))
+    if pairs.function is not None:
+        return describe_function(pairs.function)
+    return describe_endpoint(pairs.endpoint)
+
+
+def open_judge(config: RunConfig, device: torch.device, processes: int) -> Judge:
+    """Return the judge, ready to score.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    pairs = config.pairs
+    if pairs.reward_model is not None:
+        return RewardModel(pairs.reward_model, config.model, device, pairs.batch_tokens)
+    return FunctionJudge(pairs.function) if pairs.function else EndpointJudge(pairs.endpoint, processes)
+
+
+def score(
+    records: Sequence[PreferenceRecord], samples: Sequence[list[dict[str, Any]]], judge: Judge
+) -> list[dict[str, Any]]:
+    """Return a row for each prompt: `{"scores": {number: score or null}, "counts": {...}}`.
+
+    Args:
+        records: prompts.
+        samples: usable samples of each.
+        judge: is asked about every prompt with a sample, also a single one, so that a mean score is of all.
+
+    Raises:
+        DpoDistError: the judge cannot be used.
+    """
+    asked = [index for index, own in enumerate(samples) if own]
+    judgements = judge.judge(
+        [Question(records[index], tuple(sample["content"] for sample in samples[index])) for index in asked]
+    )
+    rows: list[dict[str, Any]] = [{"scores": {}, "counts": {}} for _ in records]
+    for index, judgement in zip(asked, judgements, strict=True):
+        numbers = [str(sample["number"]) for sample in samples[index]]
+        rows[index] = {
+            "scores": dict(zip(numbers, judgement.scores, strict=True)),
+            "counts": {name: number for name, number in judgement.counts.items() if number},
+        }
+    return rows

@@ -1,1 +1,0 @@
-"""Scores of responses: reward model, function, endpoint."""

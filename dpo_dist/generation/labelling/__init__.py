@@ -1,1 +1,0 @@
-"""Comparisons by people on a local web page."""

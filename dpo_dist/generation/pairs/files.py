@@ -1,0 +1,378 @@
+"""Files of pairs: records with provenance, their summary, counts in words."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from rich.console import Console
+from rich.table import Table
+
+import dpo_dist
+from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.keys import as_written
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
+from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import collect_abandoned, staged_file, write_text
+from dpo_dist.foundation.text import counted
+
+_WIDTH = 79
+
+
+def table_text(table: Table) -> str:
+    """Return a table as lines of at most 79 columns, without colours."""
+    screen = io.StringIO()
+    Console(file=screen, width=_WIDTH, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in screen.getvalue().strip("\n").splitlines())
+
+
+_TOTALS = {
+    "prompts": ("prompt", "prompts"),
+    "samples": ("response", "responses"),
+    "comparisons_decided": ("comparison decided", "comparisons decided"),
+    "comparisons_tied": ("comparison tied", "comparisons tied"),
+    "comparisons_without_majority": ("comparison without majority", "comparisons without majority"),
+    "comparisons_skipped": ("comparison skipped", "comparisons skipped"),
+    "comparisons_not_judged": ("comparison not judged", "comparisons not judged"),
+}
+"""Singular and plural."""
+_WORDS = {
+    "samples_unfinished": "responses not used: they did not end within pairs.max_new_tokens",
+    "samples_empty": "responses not used: they are empty",
+    "samples_identical": "responses not used: equal to another one to the same prompt",
+    "samples_encoded_differently": "responses not used: training encodes them as other tokens",
+    "samples_without_score": "responses not used: without a usable score",
+    "encoded_differently": "responses that training encodes as other tokens than were generated",
+    "prompts_all_tied": "prompts without a pair: all scores are equal",
+    "prompts_below_margin": "prompts without a pair: no two scores differ by more than pairs.margin",
+    "prompts_too_few_responses": "prompts without a pair: too few usable responses",
+    "tied_pairs": "two responses to a prompt with equal scores",
+    "without_scores": "records without scores",
+    "order_changed": "pairs whose order in the record was not that of their scores",
+    "requests": "requests to the judge",
+    "refused": "requests that the judge refused",
+    "unreadable": "replies of the judge without a readable verdict",
+    "position_disagreements": "verdicts that changed with the order of the responses: ties",
+}
+_NOT_ASKED = "prompts_dropped_"
+
+
+def describe_totals(counts: Mapping[str, int]) -> str:
+    """Return prompts, responses and comparisons: "18 prompts, 54 responses"; empty without any."""
+    return ", ".join(counted(counts[name], *nouns) for name, nouns in _TOTALS.items() if counts.get(name))
+
+
+def describe_counts(counts: Mapping[str, int]) -> list[str]:
+    """Return lines for the screen: the totals, then each other count with its name and meaning."""
+    totals = describe_totals(counts)
+    named = sorted(name for name, number in counts.items() if number and name not in _TOTALS)
+    return [
+        *([totals] if totals else []),
+        *(f"  {counts[name]:,} {name}: {_meaning(name)}" for name in named),
+    ]
+
+
+def _meaning(name: str) -> str:
+    if name.startswith(_NOT_ASKED):
+        return f"prompts that are not asked: {in_words(name.removeprefix(_NOT_ASKED))}"
+    return _WORDS.get(name) or in_words(name)
+
+
+def good_records(
+    records: Iterator[PreferenceRecord | BadRecord],
+    source: SourceConfig,
+    data: DataConfig,
+    say: Callable[[str], None],
+    enough: Callable[[], bool] = lambda: False,
+    *,
+    of_first: bool = False,
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of a source; then print the counts of kept and dropped ones.
+
+    Args:
+        records: of the source.
+        source: its path is printed.
+        data: with the allowed share of dropped records, of those that were read.
+        say: prints a line.
+        enough: asked before each record; True ends the reading.
+        of_first: whether they are the first records of more.
+
+    Raises:
+        DataError: more records were dropped than `data.max_bad_share` allows.
+    """
+    outcomes: Counter[Outcome] = Counter()
+    bad: list[BadRecord] = []
+    while not enough() and (record := next(records, None)) is not None:
+        if isinstance(record, PreferenceRecord):
+            outcomes[Outcome(pairs=1)] += 1
+            yield record
+        else:
+            outcomes[Outcome(dropped=record.reason)] += 1
+            bad += [record] if len(bad) < SHOWN_EXAMPLES else []
+    examples = [f"{record.origin} {record.reason}" for record in bad]
+    details = {record.reason: record.detail for record in reversed(bad) if record.detail}
+    counts = DataCounts.of(outcomes, examples, details)
+    check_counts(counts, source.path, data, of_first=of_first)
+    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
+    for line in describe_dropped(counts.dropped):
+        say(line)
+
+
+_ROWS_PER_GROUP = 1024
+_TEXT = pyarrow.string()
+_MESSAGE_TYPES = {
+    **dict.fromkeys(("role", "content", "reasoning_content", "thinking"), _TEXT),
+    **dict.fromkeys(("tool_calls", "tool_call_id", "name"), _TEXT),
+    "loss_weight": pyarrow.int8(),
+}
+_MESSAGES = pyarrow.list_(pyarrow.struct(_MESSAGE_TYPES))
+_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+_IN_JSON = ("tools", "chat_template_kwargs", "provenance")
+"""Columns whose values have other fields in each record: a table would fill them up with nulls."""
+
+
+def pair_fields(
+    record: PreferenceRecord,
+    responses: tuple[Response, Response],
+    scores: tuple[float, float] | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the fields of one preference record.
+
+    Messages if the prompt is a conversation, else texts: the trainer renders both as it renders the record
+    from which the prompt was read.
+
+    Args:
+        record: the prompt with its tools and template arguments; its own responses are not used.
+        responses: chosen and rejected.
+        scores: of both, or None.
+        provenance: the origin of the record.
+    """
+    prompt, *sides = as_fields(record.prompt, responses)
+    fields: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    fields |= dict(zip(("chosen", "rejected"), sides, strict=True))
+    fields |= context_fields(record)
+    if scores is not None:
+        fields |= dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
+    return fields | {"provenance": dict(provenance)}
+
+
+def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
+    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
+    if isinstance(prompt, Dialogue):
+        return [None, *(f"{prompt.text}{response}" for response in responses)]
+    if isinstance(prompt, str):
+        return [prompt, *map(str, responses)]
+    return [_messages(prompt), *(_messages(_as_messages(response)) for response in responses)]
+
+
+def context_fields(record: PreferenceRecord) -> dict[str, Any]:
+    """Return tools and template arguments of a record, if it has any."""
+    fields: dict[str, Any] = {}
+    if record.tools:
+        fields["tools"] = [dict(tool) for tool in record.tools]
+    if record.template_arguments:
+        fields["chat_template_kwargs"] = dict(record.template_arguments)
+    return fields
+
+
+def _as_messages(response: Response) -> Messages:
+    return (Message("assistant", response),) if isinstance(response, str) else response
+
+
+def _messages(messages: Messages) -> list[dict[str, Any]]:
+    return [
+        {"role": turn.role, "content": turn.content, **turn.fields}
+        | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
+        for turn in messages
+    ]
+
+
+def write_pairs(
+    file: Path,
+    records: Iterable[Mapping[str, Any]],
+    before_commit: Callable[[int], None] = lambda _number: None,
+) -> int:
+    """Write records to a .jsonl or .parquet file, whole or not at all; return their number.
+
+    Args:
+        file: the path.
+        records: in their order.
+        before_commit: called with their number before the file appears.
+
+    Raises:
+        DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
+    """
+    with staged_file(file) as temporary:
+        write = _write_parquet if file.suffix == ".parquet" else write_lines
+        number = write(temporary, records)
+        if not number:
+            raise DataError(
+                "no pair can be made",
+                where=str(file),
+                got="no two usable responses of a prompt with different scores",
+                remedy="see the counts: scores can be missing, equal or within pairs.margin; responses not "
+                "finished within pairs.max_new_tokens; pairs.method=samples makes and scores responses",
+            )
+        before_commit(number)
+    return number
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line; line ends in texts are escaped, also those that only Unicode knows."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
+
+
+def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object per line; return their number."""
+    number = 0
+    with file.open("w", encoding="utf-8") as stream:
+        for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
+            stream.write(json_line(record))
+    return number
+
+
+def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    number, writer = 0, None
+    try:
+        for rows in _groups(records):
+            writer = writer or pyarrow.parquet.ParquetWriter(file, _schema(rows[0]))
+            writer.write_table(pyarrow.Table.from_pylist([_flat(row) for row in rows], schema=writer.schema))
+            number += len(rows)
+    except (pyarrow.ArrowException, TypeError) as fault:
+        raise DataError(
+            "these records do not fit into one table",
+            where="pairs.output",
+            got=str(fault).splitlines()[0][:200],
+            remedy="name a file that ends with .jsonl",
+        ) from fault
+    finally:
+        if writer is not None:
+            writer.close()
+    return number
+
+
+def _schema(row: Mapping[str, Any]) -> pyarrow.Schema:
+    """Return all columns that a record may have: pyarrow drops a field that the schema does not have."""
+    content = _TEXT if isinstance(row["chosen"], str) else _MESSAGES
+    return pyarrow.schema(
+        {
+            **dict.fromkeys(("prompt", "chosen", "rejected"), content),
+            **dict.fromkeys(_IN_JSON, _TEXT),
+            **dict.fromkeys(("score_chosen", "score_rejected"), pyarrow.float64()),
+        }
+    )
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with JSON texts in place of values that fit into no common column."""
+    flat = {
+        name: [_flat_message(turn) for turn in value] if isinstance(value, list) else value
+        for name, value in row.items()
+        if name not in _IN_JSON
+    }
+    return flat | {name: _as_json(row[name]) for name in _IN_JSON if name in row}
+
+
+def _flat_message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    assert not turn.keys() - _MESSAGE_TYPES.keys(), turn.keys()
+    return {**turn, "tool_calls": _as_json(turn["tool_calls"]) if "tool_calls" in turn else None}
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _groups(records: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        rows.append(dict(record))
+        if len(rows) == _ROWS_PER_GROUP:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def summary_file(file: Path) -> Path:
+    """Return the path of the summary of a file of pairs."""
+    return file.with_name(f"{file.name}.summary.json")  # pairs.jsonl and pairs.parquet may both exist
+
+
+def check_output(file: Path, settings: Mapping[str, Any]) -> None:
+    """Check that an existing file of pairs was made with the same settings; it is then written again.
+
+    Raises:
+        ConfigError: it was made with other settings, or not by this program.
+    """
+    if not file.exists():
+        return
+    try:
+        before = json.loads(summary_file(file).read_text(encoding="utf-8"))["settings"]
+        old = {str(name): value for name, value in before.items()}
+    except (OSError, ValueError, LookupError, AttributeError):
+        old = {}
+    now = json.loads(json.dumps(settings))
+    changed = [
+        f"{name}: {as_written(old.get(name))} before, {as_written(now.get(name))} now"
+        for name in sorted({*old, *now})
+        if old.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            "the file of pairs exists and was made with other settings",
+            where=str(file),
+            got="; ".join(changed) if old else "a file without a summary of its settings",
+            remedy="set pairs.output to another file (finished responses and scores are used again), or "
+            "remove this one",
+        )
+
+
+def write_samples(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write every prompt with all its responses, whole or not at all."""
+    collect_abandoned(file.parent)  # of starts that were killed while they wrote samples or pairs
+    with staged_file(file) as temporary:
+        write_lines(temporary, rows)
+
+
+def write_results(
+    file: Path,
+    records: Iterable[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    counts: Counter[str],
+    say: Callable[[str], None],
+) -> None:
+    """Write pairs and their summary, and print the counts.
+
+    Args:
+        file: of the pairs.
+        records: counted in `counts` while they are read.
+        settings: of `check_output`.
+        counts: by name.
+        say: prints a line.
+
+    Raises:
+        DataError: as `write_pairs`.
+    """
+
+    def summarise(number: int) -> None:
+        found = {name: times for name, times in sorted(counts.items()) if times}
+        content = {
+            "pairs": number,
+            "counts": found,
+            "settings": dict(settings),
+            "version": dpo_dist.__version__,
+        }
+        write_text(summary_file(file), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    try:
+        number = write_pairs(file, records, summarise)
+    finally:
+        for line in describe_counts(counts):
+            say(line)
+    say(f"{counted(number, 'pair')}: {file}")

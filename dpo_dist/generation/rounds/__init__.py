@@ -1,1 +1,0 @@
-"""Rounds of sampling, scoring and training."""

@@ -1,0 +1,200 @@
+"""Stages of work with whole models on every process: finished part by part, resumable."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
+from dpo_dist.distributed.join import joined
+from dpo_dist.distributed.memory import explain_out_of_memory
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.zero import policy_config
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import collect_abandoned, staged_file, text_digest, write_text
+from dpo_dist.generation.sampling.respond import KEY, ModelSource, find_model
+
+_FAILED = "failed-"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The folder of the parts of one stage: generation by a model, or scoring by a judge.
+
+    Attributes:
+        folder: named by the digest of `settings`; shared by all processes.
+        count: number of parts of the whole stage.
+        settings: everything that the content of the parts depends on.
+    """
+
+    folder: Path
+    count: int
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
+        """Return the parts of a stage below `root`; other settings have another folder."""
+        return cls(root / f"{stage}-{settings_digest(settings)[:16]}", count, settings)
+
+    def file(self, index: int) -> Path:
+        """Return the file of a part, which exists if the part is finished."""
+        return self.folder / f"{index:06d}.jsonl"
+
+    def open(self) -> list[int]:
+        """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        collect_abandoned(self.folder)
+        for flag in self.folder.glob(f"{_FAILED}*"):
+            flag.unlink(missing_ok=True)
+        write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
+        return [index for index in range(self.count) if not self.file(index).is_file()]
+
+    def finished(self) -> int:
+        """Return the number of finished parts."""
+        return sum(1 for _ in self.folder.glob("*[0-9].jsonl"))
+
+    def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a finished part."""
+        with staged_file(self.file(index)) as temporary:
+            lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def read(self, index: int) -> list[dict[str, Any]]:
+        """Return the rows of a finished part.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        try:
+            return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as fault:
+            raise ConfigError(
+                "a finished part cannot be read",
+                where=str(self.file(index)),
+                got=(str(fault).splitlines() or [""])[0],
+                remedy="delete this file and run the same command again",
+            ) from fault
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Return 32 hex digits over settings."""
+    return text_digest(json.dumps(settings, sort_keys=True))
+
+
+def work_on(
+    parts: Parts,
+    unfinished: list[int],
+    world: World,
+    work: Callable[[int], list[dict[str, Any]]],
+    while_waiting: WhileWaiting,
+) -> None:
+    """Finish all parts; the processes share them. If one process fails, all end with its error. Collective.
+
+    Args:
+        parts: the stage.
+        unfinished: from `Parts.open`, the same on all ranks.
+        world: the processes.
+        work: returns the rows of a part.
+        while_waiting: called with the seconds so far.
+
+    Raises:
+        DpoDistError: that of the lowest rank that failed.
+    """
+    flag = parts.folder / world.on_main(lambda: f"{_FAILED}{uuid.uuid4().hex}")
+
+    def my_parts() -> None:
+        try:
+            for index in unfinished[world.rank :: world.size]:
+                if flag.exists():
+                    return
+                parts.write(index, work(index))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                flag.touch()
+            raise
+
+    try:
+        world.together(my_parts, while_waiting)
+    finally:
+        if world.is_main:
+            flag.unlink(missing_ok=True)
+
+
+class Screen(Protocol):
+    """The part of `report.terminal.console.Console` that is used here; it prints on rank 0."""
+
+    def say(self, text: str) -> None:
+        """Print one line and log it."""
+
+    def show(self, text: str) -> None:
+        """Print one line without logging it."""
+
+    def alarm(self, text: str) -> None:
+        """Print and log an error."""
+
+    def heartbeat(self, work: str) -> Callable[[float], None]:
+        """Return a function that prints the seconds spent on `work`, once a minute."""
+
+    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Yield a function that takes the number of units done and their total."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The processes that finish stages together. Methods are collective.
+
+    Attributes:
+        world: the processes.
+        screen: of rank 0.
+        remedy: the keys to lower if memory runs out.
+    """
+
+    world: World
+    screen: Screen
+    remedy: str
+
+    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> None:
+        """Finish all parts of a stage, with a progress bar."""
+
+        def guarded(index: int) -> list[dict[str, Any]]:
+            with explain_out_of_memory(title, self.remedy):
+                return work(index)
+
+        unfinished = self.world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
+        with self.screen.progress(title, "part") as show:
+
+            def beat(_seconds: float) -> None:
+                if self.world.is_main and unfinished:
+                    show(parts.finished(), parts.count)
+
+            work_on(parts, unfinished, self.world, guarded, beat)
+            beat(0)
+
+    def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
+        """Return the files of a model on every rank; rank 0 downloads first."""
+        searching = self.screen.heartbeat(f"reading the files of {name} to identify it")
+        self.world.on_main(lambda: find_model(name, config, key), searching)
+        return self.world.together(lambda: find_model(name, config, key), searching)
+
+
+@contextmanager
+def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[Stages]:
+    """Join the processes, each of which loads whole models."""
+    whole = replace(
+        config.parallelism,
+        kind=ParallelismKind.ddp,
+        offload_parameters=Offload.none,
+        offload_optimizer=Offload.none,
+    )
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(screen.alarm, screen.say, stacks)
+    with joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+        yield Stages(world, screen, remedy)

@@ -1,0 +1,282 @@
+"""Responses of a model, and log-probs of responses under it; its weights are loaded once."""
+
+import heapq
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import consecutive_batches
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.columns import resolved
+from dpo_dist.data.formats import parse_record
+from dpo_dist.data.prompts import eval_part, parse_prompt, prompt_hash
+from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response
+from dpo_dist.data.sources import pinned, raw_records, source_labels
+from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.text import counted
+from dpo_dist.generation.pairs.files import good_records
+from dpo_dist.generation.pairs.prompts import (
+    PromptList,
+    as_asked,
+    prompt_key,
+    prompt_line,
+    rendering,
+    write_named_by_content,
+)
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.generation.sampling.respond import ModelSource, Numbers, Responder, open_responder, respond
+from dpo_dist.generation.sampling.stages import Parts, Stages
+from dpo_dist.insight.compare.start import KEY, Compared
+from dpo_dist.model.exactness import CheckedModel, settle
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import load_adapter
+from dpo_dist.model.packed import PackedCausalLM
+
+
+def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
+    """Write `compare.prompts` different prompts of the evaluation data to a file named by its content.
+
+    They are chosen by a hash of `compare.seed` and the prompt, and written in the order of the data.
+
+    Raises:
+        DataError: a source cannot be read, or has no usable prompt.
+    """
+    wanted = config.compare.prompts
+    chosen: list[tuple[int, int, str]] = []  # the smallest hashes, negated: a heap pops its smallest entry
+    seen: set[bytes] = set()
+    for index, (record, label) in enumerate(_held_out(config, say)):
+        key = prompt_key(record)
+        if bytes.fromhex(key) in seen:
+            continue
+        seen.add(bytes.fromhex(key))
+        rank = -int(text_digest(f"{config.compare.seed} {key}"), 16)
+        if len(chosen) < wanted or rank > chosen[0][0]:
+            heapq.heappush(chosen, (rank, index, _line(record, label)))
+            if len(chosen) > wanted:
+                heapq.heappop(chosen)
+    if not chosen:
+        raise DataError(
+            "the evaluation data have no usable prompt",
+            where="data.eval",
+            got=", ".join(source.path for source in config.data.eval_sources),
+            remedy="check the counts above, or raise data.eval_share",
+        )
+    fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
+    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
+    lines = (line + "\n" for _, _, line in sorted(chosen, key=lambda entry: entry[1]))
+    return write_named_by_content(folder, lines)
+
+
+def held_out_facts(line: bytes) -> tuple[str | None, str]:
+    """Return the chosen response and the label of the source in a line of the file."""
+    fields = json.loads(line)
+    return fields["chosen"], fields["source"]
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as one text: of a single user turn its content, of others their roles too."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Dialogue):
+        return prompt.text
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
+def _line(record: PreferenceRecord, label: str) -> str:
+    chosen = _text(record.responses[0]) if record.responses else None
+    return json.dumps(prompt_line(record) | {"chosen": chosen, "source": label})
+
+
+def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[PreferenceRecord, str]]:
+    """Yield the held-out records, with their responses if they have any, and the labels of their sources."""
+    sources, part = config.data.eval_sources, eval_part(config.data)
+    for source, label in zip(sources, source_labels(sources), strict=True):
+        for record in good_records(prompt_records(pinned(source, None)), source, config.data, say):
+            if part.has(prompt_hash(record.prompt)):
+                yield as_asked(record, config.data), label
+
+
+def prompt_records(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
+    """Yield the records of a source, without responses if they have none."""
+    source = resolved(source)
+    for fields, origin in raw_records(source):
+        record = fields if isinstance(fields, BadRecord) else parse_record(fields, source.format, origin)
+        if isinstance(record, BadRecord) and not isinstance(fields, BadRecord):
+            record = parse_prompt(fields, source.format, origin)
+        yield record
+
+
+def _text(response: Response) -> str:
+    """Return a response as text; of several turns, the last one's content."""
+    return response if isinstance(response, str) else response[-1].content
+
+
+Row = dict[str, Any]
+
+
+class Speaker:
+    """A model of the comparison; its weights are loaded when a process has its first part to do.
+
+    Args:
+        compared: its name and place.
+        source: its files.
+        config: of the comparison.
+        stages: the processes.
+        folder: of the finished parts.
+        prompts: of all models.
+    """
+
+    def __init__(
+        self,
+        compared: Compared,
+        source: ModelSource,
+        config: RunConfig,
+        stages: Stages,
+        folder: Path,
+        prompts: PromptList,
+    ):
+        self.compared, self.source = compared, source
+        self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
+        settings = config.compare
+        self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+
+    @cached_property
+    def responder(self) -> Responder:
+        """Its tokenizer and stop tokens."""
+        return open_responder(self.source, self._config, KEY)
+
+    @cached_property
+    def _packed(self) -> PackedCausalLM:
+        model_config = replace(
+            self._config.model,
+            gradient_checkpointing="none",
+            activation_offload=False,
+            mlp_tile_tokens=None,
+            adapter=None,
+            compile=False,
+            liger=False,
+        )
+        longest = self._config.data.max_length + self._sampling.max_new_tokens
+        if self.responder.longest is not None:
+            longest = min(longest, self.responder.longest)
+        world = self._stages.world
+        with whole_loading(world):
+            packed = load_packed(self.source.folder, model_config, longest, world.device)
+            if self.source.adapter is not None:
+                load_adapter(packed, self.source.adapter, KEY)
+        packed.eval()
+        settle(CheckedModel(packed, packed, world.device, longest, KEY))
+        return packed
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Return a sample for each request, in their order."""
+        with self._packed.unpacked() as causal_lm:
+            budget = self._config.compare.batch_tokens
+            return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
+
+    def responses(self) -> Parts:
+        """Return the finished responses of this model; collective.
+
+        Each row is of `respond`, with token ids. Models share the random numbers of a prompt.
+        """
+        prompts, model = self._prompts, self._config.model
+        settings = {
+            "prompts": prompts.digest,
+            "part_prompts": prompts.part_prompts,
+            **rendering(self._config.data),
+            "model": self.source.digest,
+            **asdict(self._sampling),
+            "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],
+        }
+        parts = Parts.of(self._folder, "responses", settings, prompts.parts)
+
+        def part(index: int) -> list[Row]:
+            records = prompts.part(index)
+            return respond(records, self.responder, self, self._sampling, Numbers(0, 1), keeps_ids=True)
+
+        self._stages.finish(f"responses of {self.compared.name}", parts, part)
+        return parts
+
+    def logps(self, responses: Parts, of: str) -> Parts:
+        """Return the finished log-probs of the model `of`'s responses under this model; collective.
+
+        Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
+        """
+        model = self._config.model
+        settings = {
+            "responses": responses.folder.name,
+            "model": self.source.digest,
+            "attention": str(model.attention),
+        }
+        parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
+
+        def part(index: int) -> list[Row]:
+            rows = responses.read(index)
+            found = response_logps(
+                self._packed, rows, self._config.compare.batch_tokens, self._stages.world.device
+            )
+            return [{"logp": logp} for logp in found]
+
+        name = self.compared.name
+        title = f"log-probs of {name}" if of == name else f"log-probs of {of}'s responses under {name}"
+        self._stages.finish(title, parts, part)
+        return parts
+
+    def has_tokens_of(self, other: "Speaker") -> bool:
+        """Return whether every token of the other model is the same token of this one."""
+        own, tokens = self.responder.tokenizer.get_vocab(), other.responder.tokenizer.get_vocab()
+        return all(own.get(token) == number for token, number in tokens.items())
+
+    def free(self) -> None:
+        """Forget the weights."""
+        vars(self).pop("_packed", None)
+
+
+@torch.inference_mode()
+def response_logps(
+    packed: PackedCausalLM, rows: Sequence[Row], budget: int, device: torch.device
+) -> list[float | None]:
+    """Return the sum of the log-probs of each row's response, in nats; None without a response.
+
+    Args:
+        packed: the model that scores.
+        rows: of `respond`, with token ids; one sample each, or none.
+        budget: most tokens of a batch, with padding; a longer sequence is a batch of its own.
+        device: of the forward.
+    """
+    sequences = {
+        index: Sequences(_ids(row["prompt_ids"]), (_ids(row["samples"][0]["ids"]),))
+        for index, row in enumerate(rows)
+        if row["samples"]
+    }
+    # A response without tokens has probability 1.
+    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
+    scored = [at for at in sequences if at not in sums]
+    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
+    for part in consecutive_batches(layout, budget, packed.arrangement):
+        batch = scored[part.start : part.stop]
+        packed_batch = _packed([sequences[at] for at in batch])
+        logps = packed(packed_batch.to(device)).double().cpu()
+        of_each = logps.split(packed_batch.response_tokens.tolist())
+        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
+    return [sums.get(index) for index in range(len(rows))]
+
+
+def _packed(sequences: Sequence[Sequences]) -> PackedBatch:
+    return pack(sequences, np.zeros((len(sequences), 2), dtype=np.uint64))
+
+
+def _ids(numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(numbers, dtype=np.int32)

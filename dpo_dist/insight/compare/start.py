@@ -1,0 +1,131 @@
+"""Checks of `compare` before torch is imported and processes join: models, data, judge."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.run_folder import RunFolder, is_checkpoint, step_of, without_model
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.sources import check_has_evaluation_data, check_source
+from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.start import check_judge
+from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
+
+KEY = "compare.models"
+Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
+_NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+# Names of folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model of the comparison.
+
+    Attributes:
+        name: unique; as given, or from the path.
+        path: as given.
+        location: folder or hub name of the model itself: of a run directory, its trained model.
+        kind: of the location.
+    """
+
+    name: str
+    path: str
+    location: str
+    kind: Kind
+
+
+def check_comparison(config: RunConfig) -> list[Compared]:
+    """Check everything that needs no torch, network or other processes; return the models.
+
+    Raises:
+        ConfigError: there are no two models or no held-out prompts, a model is missing or has another's name,
+            there are several judges, or a key has no effect.
+        DataError: a local source is missing.
+    """
+    models = compared_models(config.compare.models)
+    check_has_evaluation_data(config.data, "compare models on", "with responses or without")
+    for source in config.data.eval_sources:
+        check_source(source, needs_pairs=False)
+    check_template_file(config.data.chat_template)
+    _check_revision(config, models)
+    check_judge(config.pairs, is_needed=False)
+    return models
+
+
+def compared_models(written: list[str]) -> list[Compared]:
+    """Return the models of `compare.models`.
+
+    Raises:
+        ConfigError: there are fewer than two, one does not exist, or two have the same name.
+    """
+    if len(written) < 2:
+        raise ConfigError(
+            "a comparison needs two models",
+            where=KEY,
+            got=as_written(written),
+            expected="the base and at least one other model",
+            remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
+        )
+    models = [_compared(entry.strip()) for entry in written]
+    names = [model.name for model in models]
+    twice = next((model for model in models if names.count(model.name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            "two models have the same name",
+            where=KEY,
+            got=f"{twice.name}: {', '.join(model.path for model in models if model.name == twice.name)}",
+            remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
+        )
+    return models
+
+
+def _compared(entry: str) -> Compared:
+    named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
+    name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
+    if not path:
+        raise ConfigError(
+            "a model has no path", where=KEY, got=repr(entry), remedy="write the entry as PATH or NAME=PATH"
+        )
+    location, kind = _located(path)
+    return Compared(name or _short_name(path), path, location, kind)
+
+
+def _located(path: str) -> tuple[str, Kind]:
+    folder = Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.config.is_file() and not (folder / "config.json").is_file():
+        if not run.model.is_dir():
+            raise without_model(run, KEY, "let the run complete")
+        folder = run.model
+    elif is_checkpoint(folder):
+        return str(folder), Kind.checkpoint
+    location = str(folder) if folder.is_dir() else path
+    if is_adapter(folder):
+        check_adapter(folder, KEY)
+        return location, Kind.adapter
+    local_model_folder(location, None, KEY)
+    return location, Kind.model
+
+
+def _short_name(path: str) -> str:
+    """Return the last folder of a path, with the run of a checkpoint before it."""
+    parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
+    if not Path(path).expanduser().exists():  # a hub name
+        return path.rpartition("/")[2]
+    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
+
+
+def _check_revision(config: RunConfig, models: list[Compared]) -> None:
+    revision = config.model.revision
+    if revision is not None and config.model.path not in [model.location for model in models]:
+        raise ConfigError(
+            "model.revision has no effect on a comparison without model.path",
+            where="model.revision",
+            got=revision,
+            expected="the hub name that model.path has too, among the models",
+            remedy="set model.revision=null; a revision of another model: download it and name its folder",
+        )

@@ -1,0 +1,377 @@
+"""A causal language model that scores packed batches, whatever arrangement its forward needs."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_dist.batching.pack import PackedBatch, Rows, rows_of
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
+from dpo_dist.model.layers import compile_layers
+from dpo_dist.model.rotary import RotaryByLength
+from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.objective.router import routing_sums
+from dpo_dist.objective.token_logps import (
+    UNCHANGED,
+    LogitChange,
+    Statistic,
+    float32_logits,
+    logps_of_logits,
+    token_logps,
+)
+
+# Options of transformers' configurations. A division of the output layer's input counts as one of its logits.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Architectures that multiply by an option by which others divide.
+_MULTIPLYING = {"hyperclovax"}
+
+
+def logit_change(model_config: Any) -> LogitChange:
+    """Return the change that a model makes to its logits before softmax.
+
+    Args:
+        model_config: a transformers configuration of a text model.
+    """
+    divides = model_config.model_type not in _MULTIPLYING
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= _option(model_config, name) or 1.0
+    for name in _DIVISORS:
+        value = _option(model_config, name) or 1.0
+        scale = scale / value if divides else scale * value
+    caps = [cap for name in _CAPS if (cap := _option(model_config, name))]
+    return LogitChange(scale, min(caps, default=None))
+
+
+def _option(model_config: Any, name: str) -> float | None:
+    value = getattr(model_config, name, None)
+    return float(value) if isinstance(value, int | float) else None
+
+
+class LogpHead(nn.Linear):
+    """Output layer that returns the log-probs of targets and never the logits of all positions.
+
+    All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
+
+    Attributes:
+        is_precise: whether logits are float32; they have the dtype of the model otherwise.
+    """
+
+    is_precise = False
+    change: LogitChange
+
+    @classmethod
+    def of(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
+        """Return a head that shares the parameters of `linear`, sharded or not.
+
+        Args:
+            linear: the output layer.
+            change: what the model does to the layer's logits.
+        """
+        has_bias = linear.bias is not None
+        head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+        head.weight = linear.weight
+        if has_bias:
+            head.bias = linear.bias
+        head.change = change
+        return head
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (nn.Linear's name)
+        targets: Tensor | None = None,
+        statistics: Sequence[Statistic] = (),
+    ) -> Tensor:
+        """Return `objective.token_logps.token_logps` of `targets`; without targets the unchanged logits."""
+        if targets is not None:
+            return token_logps(input, self.weight, self.bias, targets, statistics, self.change)
+        if self.is_precise:
+            return float32_logits(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class PackedCausalLM(nn.Module):
+    """Causal language model whose forward maps a packed batch to per-token log-probs.
+
+    Args:
+        causal_lm: a transformers model; loaded with the packed attention interface if it is packed.
+        backend: the attention kernel of the packed arrangement.
+        compiled: whether torch.compile compiles the decoder layers.
+        sequence: the ranks that share the tokens of each packed batch; None: this rank computes all.
+        arrangement: of the responses in the forward; may be changed by `arrange`.
+
+    Attributes:
+        own_logits: whether log-probs are computed from the logits of the model's own forward; else by the
+            chunked head from the last hidden states.
+        is_generating: whether the model is `unpacked`.
+        tiled: MLPs that compute in tiles of tokens.
+    """
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        backend: AttentionBackend,
+        compiled: bool = False,
+        sequence: TokenExchange | None = None,
+        arrangement: Arrangement = Arrangement.packed,
+    ):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.backend = backend
+        self.compiled = compiled
+        self.sequence = sequence
+        self._rotary = RotaryByLength.of(causal_lm)
+        self.tiled: list[nn.Module] = []
+        self.arrangement = arrangement
+        self.is_generating = False
+        head = causal_lm.get_output_embeddings()
+        # A layer with a forward of its own is another function than its weight says.
+        if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+            change = logit_change(causal_lm.config.get_text_config())
+            causal_lm.set_output_embeddings(LogpHead.of(head, change))
+        self.own_logits = not self.has_chunked_head
+        attention = causal_lm.config._attn_implementation
+        plain = "sdpa" if causal_lm._supports_sdpa else "eager"
+        self._own_attention = plain if attention == PACKED else attention
+        if compiled:
+            compile_layers(causal_lm)
+
+    @property
+    def body(self) -> Any:
+        """Return the model without its output layer, or the whole model if it has no such part."""
+        base = self.causal_lm.base_model  # Llama 4 gives its body no prefix
+        return getattr(self.causal_lm, "model", base) if base is self.causal_lm else base
+
+    @property
+    def hidden_size(self) -> int:
+        """Return the width of the hidden states, of a model in parts (BLT) that of its last part."""
+        config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
+        return int(getattr(config, "hidden_size", None) or head.in_features)
+
+    @property
+    def has_chunked_head(self) -> bool:
+        """Whether the output layer is one matrix behind a body of its own."""
+        has_body = self.body is not self.causal_lm
+        return has_body and bool(self._heads())
+
+    def _heads(self) -> list[LogpHead]:
+        """Return the output layer and its copies in adapters."""
+        output = self.causal_lm.get_output_embeddings()
+        return [] if output is None else [head for head in output.modules() if isinstance(head, LogpHead)]
+
+    def can_pack(self, *, own_logits: bool) -> bool:
+        """Return whether the model calls attention by transformers' interface and accepts positions."""
+        wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
+        accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
+        return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
+
+    def mixes_lengths(self, longest: int) -> bool:
+        """Return whether responses of up to `longest` tokens need forwards of their own: see `rotary`."""
+        return self._rotary is not None and self._rotary.mixes(longest)
+
+    def start_as(self, recorded: Arrangement) -> None:
+        """Arrange the model as its architecture is recorded, as far as it can be packed."""
+        if recorded is not Arrangement.packed or self.can_pack(own_logits=self.own_logits):
+            self.arrange(recorded, own_logits=self.own_logits)
+
+    def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
+        """Compute log-probs in another way from now on.
+
+        Args:
+            arrangement: `packed` only if the model `can_pack`.
+            own_logits: False only if `has_chunked_head`.
+        """
+        if arrangement is not self.arrangement:
+            self._attend_by(PACKED if arrangement is Arrangement.packed else self._own_attention)
+        self.arrangement, self.own_logits = arrangement, own_logits
+        for head in self._heads():
+            head.is_precise = own_logits
+
+    def forward(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
+
+        Args:
+            batch: on the device of the model.
+            statistics: of each target, beside its log-prob.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
+        """
+        if self._rotary is not None and self.arrangement is Arrangement.packed:
+            batch = self._rotary.arrange(batch)
+        if self.arrangement is Arrangement.packed and self.sequence is not None:
+            return self._shared(batch, self.sequence, statistics, with_routing)
+        found, weights = self._in_rows(batch, with_routing)
+        logps = self._logps(found.predicting, batch.targets, statistics)
+        return logps if weights is None else (logps, self._routing(found, weights))
+
+    def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor | None]:
+        """Return outputs of the predictors; with routing float32 [tokens], how often each token counts."""
+        if self.arrangement is Arrangement.packed:
+            attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+            packed = self._packed(batch.input_ids, batch.position_ids, attention, with_routing)
+            return packed.at(batch.predictors), batch.rows if with_routing else None
+        rows = rows_of(batch, self._pad_id)
+        is_example = float(len(batch.keys) > 0)
+        if self.arrangement is Arrangement.padded:
+            of_rows = self._row_outputs(rows.input_ids, rows.lengths, with_routing).at(rows.predictors)
+            return of_rows, rows.is_token.flatten() * is_example if with_routing else None
+        of_each = self._one_by_one(rows, batch.forwards, with_routing)
+        weights = of_each.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
+        return of_each, weights if with_routing else None
+
+    def _shared(
+        self,
+        batch: PackedBatch,
+        sequence: TokenExchange,
+        statistics: Sequence[Statistic],
+        with_routing: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `forward` of a packed batch; each rank of `sequence` computes a part of its tokens."""
+        attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+        tokens = len(batch.input_ids)
+        share = TokenShare.of(sequence, tokens, batch.target_places[1], batch.input_ids.device)
+        if self._rotary is not None:
+            self._rotary.share(share.tokens)
+        found = self._packed(
+            batch.input_ids[share.tokens],
+            batch.position_ids[share.tokens],
+            ExchangedAttention(attention, sequence, tokens),
+            with_routing,
+        )
+        predicting = found.at(share.predictors).predicting
+        logps = share.gather(self._logps(predicting, batch.targets[share.targets], statistics))
+        return (logps, share.sum(self._routing(found, share.own(batch.rows)))) if with_routing else logps
+
+    def _packed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: PackedAttention,
+        with_routing: bool = False,
+    ) -> "_Outputs":
+        """Return the outputs of one packed sequence."""
+        return self._call(
+            with_routing,
+            input_ids=input_ids[None],
+            # Of ones: without it transformers would look for packed sequences itself, by their positions.
+            attention_mask=torch.ones_like(input_ids[None]),
+            position_ids=position_ids[None],
+            packed=attention,
+            packed_positions=position_ids,
+        )
+
+    def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
+        """Return the outputs of the predictors, of a forward per row.
+
+        A rank with fewer rows than `forwards` computes two tokens again, as in `dummy_batch`, so that ranks
+        gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no number.
+        """
+        longest, outputs, routers = rows.input_ids.shape[1], [], []
+        for row, length in enumerate(rows.lengths):
+            found = self._row_outputs(rows.input_ids[row : row + 1, :length], [length], with_routing)
+            outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
+            routers.append(found.router_logits)
+        predicting = torch.cat(outputs).index_select(0, rows.predictors)
+        for _ in range(forwards - len(rows.lengths)):
+            unused = self._row_outputs(rows.input_ids[:1, :2], [min(2, longest)]).predicting
+            predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
+        return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
+
+    def _row_outputs(
+        self, input_ids: Tensor, lengths: Sequence[int], with_routing: bool = False
+    ) -> "_Outputs":
+        """Return the outputs of rows with these numbers of tokens, [rows, longest]."""
+        if self._rotary is not None:
+            self._rotary.arrange_rows(lengths)
+        return self._call(with_routing, input_ids=input_ids)
+
+    def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
+        """Return the outputs of all tokens in one row after the other; the only call of the model."""
+        model = self.causal_lm if self.own_logits else self.body
+        if with_routing:
+            inputs["output_router_logits"] = True
+        if _accepted(model, {"use_cache"}):
+            inputs["use_cache"] = False
+        outputs = model(**inputs)
+        found = outputs.logits if self.own_logits else outputs.last_hidden_state
+        return _Outputs(found.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
+
+    def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
+        """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
+        if self.own_logits:
+            return logps_of_logits(predicting, targets, statistics)
+        head = self.causal_lm.get_output_embeddings()
+        logps: Tensor = head(predicting, targets=targets, statistics=statistics)
+        return logps
+
+    def _routing(self, outputs: "_Outputs", weights: Tensor) -> Tensor:
+        """Return `routing_sums` of tokens that count `weights` times, float [tokens]."""
+        return routing_sums(outputs.router_logits, weights, self.causal_lm.num_experts_per_tok)
+
+    @property
+    def _pad_id(self) -> int:
+        pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
+        return pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
+
+    def _attend_by(self, implementation: str) -> None:
+        if self.causal_lm._can_set_attn_implementation():
+            self.causal_lm.set_attn_implementation(implementation)
+
+    def restore_rotary(self) -> None:
+        """Give the transformers model its own rotary embeddings back; then this model is of no use."""
+        if self._rotary is not None:
+            self._rotary.restore()
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
+        defaults = self.causal_lm.generation_config
+        if self._rotary is not None:
+            self._rotary.release()
+        self._attend_by(self._own_attention)
+        for head in self._heads():
+            head.is_precise = False
+        self.is_generating = True
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield self.causal_lm
+        finally:
+            self.is_generating = False
+            if self.arrangement is Arrangement.packed:
+                self._attend_by(PACKED)
+            for head in self._heads():
+                head.is_precise = self.own_logits
+            self.causal_lm.generation_config = defaults
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs of the model.
+
+    Attributes:
+        predicting: [tokens or targets, width], hidden states or logits.
+        router_logits: of each layer's router, [tokens, experts]; empty if they were not asked for.
+    """
+
+    predicting: Tensor
+    router_logits: tuple[Tensor, ...]
+
+    def at(self, predictors: Tensor) -> "_Outputs":
+        """Return only the hidden states or logits at `predictors`, int64 [targets]."""
+        return _Outputs(self.predicting.index_select(0, predictors), self.router_logits)
+
+
+def _accepted(model: nn.Module, names: set[str]) -> set[str]:
+    """Return those of `names` that the forward of `model` has as a keyword."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return names if takes_any else names & parameters.keys()

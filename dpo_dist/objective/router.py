@@ -1,0 +1,109 @@
+"""Losses of the routers of a mixture of experts, over the global batch.
+
+The load-balancing loss is E * sum over the experts e of f_e * P_e: f_e is the mean number of times that e is
+selected for a token, P_e its mean probability, both over the tokens of all layers (Switch Transformer, arXiv
+2101.03961, equations 4 to 6, as `load_balancing_loss_func` of transformers joins the layers). It is a product
+of means, so a mean over micro-batches would be another loss. f_e has no gradient: with the f_e of the global
+batch the loss is linear in the probabilities, and each micro-batch adds its part.
+
+The z-loss is the mean of logsumexp(router logits)^2 over the tokens of all layers (ST-MoE, arXiv 2202.08906,
+equation 5).
+
+Tokens are those of the plain batch with one response per row: a prompt token counts once for each response.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_dist.config.losses import RouterConfig
+
+AUX_LOSS, Z_LOSS, BUSIEST = "router/aux_loss", "router/z_loss", "router/busiest_expert"
+ROUTER_METRICS = (AUX_LOSS, Z_LOSS, BUSIEST)
+"""Metrics of training steps with losses of routers."""
+
+
+def router_metrics(config: RouterConfig) -> tuple[str, ...]:
+    """Return the names of the metrics of a step with these losses."""
+    balanced = () if config.aux_coefficient is None else (AUX_LOSS, BUSIEST)
+    return (*balanced, *(() if config.z_coefficient is None else (Z_LOSS,)))
+
+
+def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
+    """Return sums over the tokens of a micro-batch, at least float32 [layers, 2 * experts + 1].
+
+    Columns: how often each expert is selected, without a gradient; the sum of its probabilities; the sum of
+    squared logsumexps.
+
+    Args:
+        logits: of each layer's router, [tokens, experts].
+        rows: [tokens], the number of rows of the plain batch that have the token; 0 for a dummy.
+        top_k: experts of a token.
+    """
+    return torch.stack([_layer_sums(of_layer, rows, top_k) for of_layer in logits])
+
+
+def _layer_sums(logits: Tensor, rows: Tensor, top_k: int) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows = rows.to(logits.dtype)
+    probabilities = torch.softmax(logits, dim=-1)
+    selected = probabilities.detach().topk(top_k, dim=-1).indices
+    counts = logits.new_zeros(logits.shape[-1]).index_add(
+        0, selected.flatten(), rows.repeat_interleave(top_k)
+    )
+    squares = rows @ torch.logsumexp(logits, dim=-1).square()
+    return torch.cat((counts, rows @ probabilities, squares[None]))
+
+
+def selections(sums: Tensor) -> Tensor:
+    """Return how often each expert is selected, [layers, experts], of `routing_sums`."""
+    return sums[:, : sums.shape[1] // 2].detach()
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The losses of the routers of a run.
+
+    Attributes:
+        aux: coefficient of the load-balancing loss; None: without it.
+        z: coefficient of the z-loss; None: without it.
+    """
+
+    aux: float | None
+    z: float | None
+
+    def parts(self, sums: Tensor, selected: Tensor | None, rows_tokens: int) -> dict[str, Tensor]:
+        """Return a micro-batch's part of each loss of the global batch, by the name of its metric.
+
+        Args:
+            sums: `routing_sums` of the micro-batch.
+            selected: `selections` of the global batch; None: without the load-balancing loss.
+            rows_tokens: tokens of the global batch, a prompt counted once for each response.
+        """
+        layers, experts = len(sums), sums.shape[1] // 2
+        tokens = layers * rows_tokens
+        parts = {}
+        if selected is not None:
+            probabilities = sums[:, experts : 2 * experts].sum(dim=0)
+            shares = selected.to(sums.dtype).sum(dim=0) / tokens
+            parts[AUX_LOSS] = experts * (shares @ probabilities) / tokens
+        if self.z is not None:
+            parts[Z_LOSS] = sums[:, -1].sum() / tokens
+        return parts
+
+    def weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return the sum of `parts` by their coefficients, a scalar."""
+        coefficients = {AUX_LOSS: self.aux, Z_LOSS: self.z}
+        return torch.stack([part * (coefficients[name] or 0.0) for name, part in parts.items()]).sum()
+
+
+def busiest_share(selected: Tensor, rows_tokens: int) -> Tensor:
+    """Return the largest share of the tokens of a layer that one expert computes.
+
+    Args:
+        selected: `selections` of the global batch.
+        rows_tokens: tokens of the global batch, a prompt counted once for each response.
+    """
+    return selected.max() / rows_tokens

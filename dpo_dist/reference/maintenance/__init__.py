@@ -1,1 +1,0 @@
-"""Maintenance of a store: statistics, verification and repair, garbage collection. Imports no torch."""

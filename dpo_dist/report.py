@@ -1,0 +1,81 @@
+"""Write the report page of a run again, or a page about the difference of two runs, from their files."""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.streams import open_closed_streams, print_line
+from dpo_dist.insight.metrics.log import read_latest_rows
+from dpo_dist.insight.pages.charts import draw_curves
+from dpo_dist.insight.pages.difference import write_difference
+from dpo_dist.insight.pages.run import write_page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    open_closed_streams()
+    given = _parser().parse_args(arguments)
+    try:
+        run = existing_run(given.run)
+        if given.other is None:
+            path = write_page(run, given.price, given.output)
+            if given.output is None and not run.summary.exists():
+                _draw(run)
+        else:
+            path = write_difference((run, existing_run(given.other)), given.price, given.output)
+    except DpoDistError as error:
+        fault = error
+    except OSError as error:
+        fault = ConfigError(
+            "the page cannot be written",
+            where=str(given.output or given.run),
+            got=str(error),
+            remedy="check permissions and free space, or write it elsewhere: --output page.html",
+        )
+    else:
+        print_line(f"report: {path}")
+        return ExitCode.completed
+    print_line(fault.block(), sys.stderr)
+    return fault.exit_code
+
+
+def _draw(run: RunFolder) -> None:
+    """Draw the training curves of a run that was killed, or is training; nothing without a metrics row."""
+    with contextlib.suppress(FileNotFoundError):
+        rows = read_latest_rows(run)
+        draw_curves(rows, run.curves, run.path.name)
+        print_line(f"curves: {run.curves}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
+    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
+    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
+    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    price = "price of a GPU for an hour, in place of tracking.price_per_gpu_hour"
+    parser.add_argument("--price", type=_price, metavar="NUMBER", help=price)
+    return parser
+
+
+def _run(text: str) -> Path:
+    return Path(text.removeprefix("run.dir=")).expanduser()
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Charts: line charts and bars as inline SVG, images of training and evaluation."""

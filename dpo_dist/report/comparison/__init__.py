@@ -1,1 +1,0 @@
-"""`comparison.html` from the results of a comparison."""

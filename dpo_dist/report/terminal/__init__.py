@@ -1,1 +1,0 @@
-"""The terminal: messages, progress, tables."""

@@ -1,0 +1,306 @@
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.batching.plan import Arrangement, ComputeCosts
+from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.losses import RouterConfig
+from dpo_dist.config.schema import AdapterConfig, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.data.build import prepare_dataset, tokenizer_digest
+from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.dataset import (
+    PreferenceDataset,
+    check_data_fits_loss,
+    check_ids_in_vocabulary,
+    count_duplicates,
+    count_shared,
+    count_shared_prompts,
+    open_dataset,
+    remembered_count,
+)
+from dpo_dist.data.prompts import Part, eval_part, train_part
+from dpo_dist.data.store import array_files
+from dpo_dist.data.tokenizer import end_notes
+from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.insight.console import Console, Count
+from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
+from dpo_dist.model.folder import model_folder
+from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.router import router_loss, router_notes
+from dpo_dist.model.supported import (
+    check_device,
+    check_modules,
+    check_shared_tokens,
+    check_supported,
+    training_notes,
+)
+from dpo_dist.objective.router import RouterLoss
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
+from dpo_dist.training.schedule import check_warmup
+
+_SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
+_Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The models of one run before their weights are loaded, the same on every rank.
+
+    Attributes:
+        policy_files: files of the policy's model, with their digest.
+        reference_files: files of the reference model; None if the loss uses no reference.
+        tokenizer: of the policy.
+        tokenizer_files: folder with its files.
+        adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
+        flops: floating-point operations of the model.
+        router: losses of the policy's routers, which training adds; None: none.
+        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
+        reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
+    """
+
+    policy_files: ModelFiles
+    reference_files: ModelFiles | None
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_files: Path
+    adapter: AdapterConfig | None
+    flops: StepFlops
+    router: RouterLoss | None
+    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
+    reference_pads: bool = field(default=False, kw_only=True)
+
+    @property
+    def costs(self) -> ComputeCosts:
+        """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
+        return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs(ModelInputs):
+    """The inputs of an evaluation."""
+
+    eval_set: PreferenceDataset
+
+    @property
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+        """The dataset with all its indices."""
+        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+
+
+@dataclass(frozen=True)
+class Inputs(ModelInputs):
+    """The inputs of one run.
+
+    Attributes:
+        train_set: the training dataset.
+        eval_set: the evaluation dataset, or None.
+        sampler: the indices of each training step.
+    """
+
+    train_set: PreferenceDataset
+    eval_set: PreferenceDataset | None
+    sampler: BatchSampler
+
+    @property
+    def named(self) -> dict[str, PreferenceDataset]:
+        """The datasets by name: `train`, and `eval` if there is one."""
+        return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The counts of each dataset: the section `data` of summary.json."""
+        return {name: dataset.counts for name, dataset in self.named.items()}
+
+    @property
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+        """Each dataset with its indices that the run visits; the training dataset is first."""
+        visited = [(self.train_set, self.sampler.visited_indices())]
+        if self.eval_set is not None:
+            visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
+        return visited
+
+    @property
+    def mapped_files(self) -> list[Path]:
+        """The files of all datasets, which every rank maps into memory."""
+        folders = {source.folder for dataset in self.named.values() for source in dataset.encoded}
+        return [file for folder in sorted(folders) for file in array_files(folder)]
+
+
+def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bool = False) -> Inputs:
+    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+
+    With `trains`, options of the policy's training are checked before any large file is read.
+
+    Raises:
+        ConfigError, DataError: they cannot be read, or do not fit the configuration.
+    """
+    models, encode = _load_models(config, world, console, config.loss.router, trains=trains)
+    eval_set = None
+    if config.data.eval_sources:
+        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    eval_prompts = None if eval_set is None else eval_set.prompts[:]
+    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    if eval_set is not None:
+        for count_name, count in _SHARED_WITH_TRAIN.items():
+            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
+    sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
+    check_warmup(config.optim, sampler.steps)
+    inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
+    for name, dataset in inputs.named.items():
+        for line in describe_counts(name, dataset.counts):
+            console.say(line)
+    for line in describe_short_run(sampler):
+        console.say(line)
+    return inputs
+
+
+def load_evaluation_inputs(config: RunConfig, world: World, console: Console) -> EvaluationInputs:
+    """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
+    models, encode = _load_models(config, world, console)
+    eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    for line in describe_counts("eval", eval_set.counts):
+        console.say(line)
+    return EvaluationInputs(**vars(models), eval_set=eval_set)
+
+
+def _load_models(
+    config: RunConfig,
+    world: World,
+    console: Console,
+    routers: RouterConfig | None = None,
+    *,
+    trains: bool = False,
+) -> tuple[ModelInputs, _Encode]:
+    """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
+    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
+    start = _shared_start_folder(config, world, console)
+    own_tokenizer = tokenizer_folder(folder, start)
+    tokenizer = load_tokenizer(own_tokenizer, config.model)
+    model_config = load_config(folder, config.model)
+    check_supported(model_config, config.data.max_length)
+    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
+    adapter = trained_adapter(config.model, start)
+    with whole_loading(world):  # a sharded model has no shapes to count
+        causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    flops = step_flops(causal_lm, adapter)
+    if trains:
+        world.together(lambda: check_device(config.model, model_config.model_type, world.device))
+        check_modules(causal_lm, config.model, adapter)
+    router = router_loss(routers, model_config)
+    notes = training_notes(model_config, config.data.max_length)
+    notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
+    for note in [*router_notes(routers, model_config), *notes]:
+        console.say(note)
+    vocabulary = model_config.get_text_config().vocab_size
+    files = _digest_models(folder, start, config, world, console)
+
+    def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
+        dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
+        world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
+        return dataset
+
+    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
+
+
+def _encode(
+    name: str,
+    sources: Sequence[SourceConfig],
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_files: Path,
+    config: RunConfig,
+    world: World,
+    console: Console,
+) -> PreferenceDataset:
+    """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
+
+    def progress(source: str) -> AbstractContextManager[Count]:
+        return console.counter(f"encoding the {name} data: {source}", "record")
+
+    encoded = world.on_main(
+        lambda: prepare_dataset(
+            sources, config.data, tokenizer, tokenizer_digest(tokenizer_files), progress, part
+        ),
+        console.heartbeat(f"preparing the {name} data"),
+    )
+    # A node that sees the files on another device verifies them again.
+    verifying = console.heartbeat(f"verifying the {name} data")
+    dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
+    return _with_count(dataset, "duplicates", count_duplicates, config, world, while_waiting=verifying)
+
+
+def _with_count(
+    dataset: PreferenceDataset,
+    name: str,
+    count: Callable[..., int],
+    config: RunConfig,
+    world: World,
+    *others: PreferenceDataset,
+    while_waiting: WhileWaiting | None = None,
+) -> PreferenceDataset:
+    """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
+    cache = Path(config.data.cache)
+    number = world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
+    return replace(dataset, counts=dataset.counts | {name: number})
+
+
+def _digest_models(
+    policy_folder: Path, start: Path | None, config: RunConfig, world: World, console: Console
+) -> tuple[ModelFiles, ModelFiles | None]:
+    """Digest the files of the policy's start and of the reference, if there is one; collective."""
+    is_scattered = config.parallelism.kind is ParallelismKind.zero3
+    digest = partial(
+        digest_on_every_node,
+        store=Path(config.reference.store),
+        remote_code=config.model.trust_remote_code,
+        world=world,
+        while_waiting=console.heartbeat("reading the model's files to identify them"),
+    )
+    policy_is_whole = config.model.quantization is not None or not is_scattered
+    policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
+    if config.reference.mode is ReferenceMode.none:
+        return policy_files, None
+    reference_is_whole = config.reference.quantization is not None
+    if config.reference.path is None and (policy_is_whole or not reference_is_whole):
+        return policy_files, policy_files
+    folder, adapter = policy_folder, start
+    if config.reference.path is not None:
+        revision = config.reference.revision
+        folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
+        adapter = None
+    return policy_files, digest(folder, loads_whole=reference_is_whole, adapter=adapter)
+
+
+def _shared_start_folder(config: RunConfig, world: World, console: Console) -> Path | None:
+    """Return `start_folder` on every rank; rank 0 downloads first."""
+    found = partial(start_folder, config.model)
+    downloading = console.heartbeat("looking for the adapter of model.adapter.path")
+    world.on_main(found, downloading)
+    return world.together(found, downloading)
+
+
+def shared_model_folder(
+    path: str,
+    revision: str | None,
+    key: str,
+    world: World,
+    console: Console,
+    *,
+    accepts_adapter: bool = False,
+) -> Path:
+    """Return `model_folder` on every rank; rank 0 downloads first, for all nodes that share its cache."""
+    downloading = console.heartbeat(f"downloading {path}")
+    found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    world.on_main(found, downloading)
+    return world.together(found, downloading)

@@ -1,0 +1,459 @@
+"""Step-0 check: re-score a sample and compare with the reference log-probs that training will use."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
+from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.text import counted, duration
+from dpo_dist.insight.console import Console
+from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.numerics import numerics_of
+from dpo_dist.objective.losses import BatchFacts
+from dpo_dist.reference.digest import ModelFiles, model_label
+from dpo_dist.reference.engine import (
+    ReferenceEngine,
+    check_same_vocabulary,
+    load_digested,
+    scored_model,
+    scoring_tokens,
+)
+from dpo_dist.reference.fill import (
+    OWN_NUMERICS,
+    FillReport,
+    Reused,
+    StoreFiller,
+    agree_on_numerics,
+    check_complete,
+    count_reused,
+    count_unused,
+    find_compatible,
+)
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.scoring import (
+    AdapterReference,
+    LiveReference,
+    NoReference,
+    ReferenceProvider,
+    Scorer,
+    StoredReference,
+)
+from dpo_dist.reference.store import LogpStore
+from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
+from dpo_dist.training.loss import Objective, ScoredPairs
+from dpo_dist.training.start import open_world, say_header
+
+# Mean absolute drift per token in nats.
+_TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
+_LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
+
+
+@dataclass(frozen=True)
+class _Drift:
+    """Difference between the fresh and the stored log-probs of one response, in nats.
+
+    Attributes:
+        index: of the example in its dataset.
+        response: number of the response in the example.
+        tokens: of the response.
+        mean: over tokens, absolute.
+        largest: of a token, absolute.
+        total: of the sum over tokens, absolute.
+    """
+
+    index: int
+    response: int
+    tokens: int
+    mean: float
+    largest: float
+    total: float
+
+
+@torch.no_grad()
+def check_drift(
+    score: Scorer,
+    objective: Objective,
+    dataset: PreferenceDataset,
+    visited: Indices,
+    costs: ComputeCosts,
+    config: RunConfig,
+    world: World,
+) -> dict[str, Any]:
+    """Re-score a seeded sample of the `visited` indices with the training path and compare; collective.
+
+    Args:
+        score: the reference model, or the policy before its first update if it starts as this model.
+        objective: the loss, and the reference log-probs to check.
+        visited: dataset indices to draw the sample from.
+
+    Returns:
+        The drift per token and per response, in nats, for the report.
+
+    Raises:
+        ReferenceModelError: log-probs differ by more than the precision explains, or the loss differs from
+            its value at zero margin.
+    """
+    generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
+    count = min(config.reference.audit_pairs, len(visited))
+    indices = np.sort(generator.choice(visited, size=count, replace=False))
+    budget = config.trainer.micro_batch_tokens
+    rank_batch = shard_batch(dataset, indices, world.replica, world.replicas, budget, costs)
+    drifts: list[_Drift] = []
+    losses = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with objective.prefetched(rank_batch, world.device) as batches:
+        for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
+            batch = host_batch.to(world.device)
+            stored = objective.reference.token_logps(batch)
+            assert stored is not None, "the step-0 check needs a reference"
+            fresh = score(batch)
+            reference = objective.pair_logps(stored, batch)
+            facts = BatchFacts(rank_batch.mean_chosen_tokens, batch.score_gaps)
+            for index, logps in enumerate((fresh, stored)):
+                pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
+                losses[index] += objective.measure(pairs)[0].double()
+            drifts += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_batch)
+    losses = world.sum_replicas(losses) / rank_batch.pairs
+    drifts = [drift for part in world.gather(drifts if world.leads else []) for drift in part]
+    _check_tolerance(drifts, dataset, config)
+    loss, loss_at_zero_margin = losses.tolist()
+    _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
+    return {
+        "responses": len(drifts),
+        "mean_token_drift": float(np.mean([drift.mean for drift in drifts])),
+        "largest_token_drift": max(drift.largest for drift in drifts),
+        "largest_response_drift": max(drift.total for drift in drifts),
+    }
+
+
+def describe_drift(drift: dict[str, Any]) -> str:
+    """Return the report of `check_drift` as the end of a sentence: "the log-probs are ..."."""
+    responses = counted(drift["responses"], "response")
+    if not drift["largest_token_drift"]:
+        return f"equal on a sample of {responses}"
+    return (
+        f"equal within rounding on a sample of {responses}: by {drift['largest_token_drift']:.2g} nats in a "
+        f"token, {drift['largest_response_drift']:.2g} in a response"
+    )
+
+
+def _drifts(
+    difference: Tensor, response_tokens: Tensor, dataset: PreferenceDataset, indices: tuple[int, ...]
+) -> list[_Drift]:
+    """Return the drift of every response of a micro-batch; none for a dummy.
+
+    Args:
+        difference: float32 [targets], fresh log-probs minus stored ones.
+        response_tokens: int64 [responses].
+        indices: of the micro-batch's examples in `dataset`.
+    """
+    if not indices:
+        return []
+    parts = torch.split(difference.cpu(), response_tokens.tolist())
+    counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
+    owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
+    return [
+        _Drift(
+            index=index,
+            response=response,
+            tokens=len(part),
+            mean=float(part.abs().mean()),
+            largest=float(part.abs().max()),
+            total=abs(float(part.sum())),
+        )
+        for (index, response), part in zip(owners, parts, strict=True)
+    ]
+
+
+def _tolerance(dtype: Dtype, tokens: int) -> float:
+    """Return the allowed mean drift of a response.
+
+    A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly does.
+    """
+    factor = max(1.0, 8 / math.sqrt(tokens)) if dtype is not Dtype.fp32 else 1.0
+    return _TOLERANCE[dtype] * factor
+
+
+def _check_tolerance(drifts: list[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
+    dtype = config.model.dtype
+    # Not "mean > tolerance", which accepts nan.
+    failed = [drift for drift in drifts if not drift.mean <= _tolerance(dtype, drift.tokens)]
+    if not failed:
+        return
+    listed = [f"{dataset.origin(d.index)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
+    raise ReferenceModelError(
+        f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
+        where="; ".join(listed),
+        got="the mean difference per token in parentheses, in nats",
+        expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
+        "16 bits",
+        remedy=(
+            "the store belongs to another model or is damaged: set another reference.store"
+            if config.reference.numerics is Numerics.strict
+            else "log-probs of other numerics differ too much: set reference.numerics=strict"
+        ),
+    )
+
+
+def _check_loss_at_start(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
+    tolerance = _LOSS_TOLERANCE[dtype] * max(1.0, abs(loss_at_zero_margin))
+    if not abs(loss - loss_at_zero_margin) <= tolerance:
+        raise ReferenceModelError(
+            "policy and reference are the same model, but the loss differs from its value at zero margin",
+            where="before the first step",
+            got=f"{loss:.6f}",
+            expected=f"{loss_at_zero_margin:.6f} within {tolerance:.2g}",
+            remedy="a bug: policy and reference are computed differently; report it with the logs of the run",
+        )
+
+
+Audited = tuple[PreferenceDataset, Indices]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a run.
+
+    Attributes:
+        provider: source of its log-probs.
+        is_policys_start: whether the policy starts as this model, in the same precision.
+        audited: a dataset and those of its indices from which the step-0 check takes its sample.
+        report: the section `reference` of summary.json.
+    """
+
+    provider: ReferenceProvider
+    is_policys_start: bool
+    audited: Audited
+    report: dict[str, Any]
+
+
+def prepare_reference(
+    config: RunConfig,
+    inputs: Inputs | EvaluationInputs,
+    world: World,
+    console: Console,
+    stops: Stops | None = None,
+) -> Reference:
+    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
+
+    Raises:
+        StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
+    """
+    mode = config.reference.mode
+    if mode is ReferenceMode.none:
+        return _reference(NoReference(), False, mode, inputs)
+    files = inputs.reference_files
+    assert files is not None, "every other mode has a reference model"
+    if config.reference.path:
+        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
+    same_precision = config.reference.quantization is config.model.quantization
+    is_start = same_precision and files.digest == inputs.policy_files.digest
+    if mode is ReferenceMode.live:
+        return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console, stops)
+    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
+
+
+def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
+    """Return the reference in mode `adapter`: the policy with its adapter switched off."""
+    return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+
+
+def open_reference_sync(
+    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
+) -> ReferenceSync | None:
+    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
+    sync = config.loss.sync_reference
+    if sync.every is None:
+        return None
+    assert isinstance(reference, LiveReference)
+    assert isinstance(reference.engine, FrozenEngine)
+    return ReferenceSync(reference.engine, policy, sync, world)
+
+
+def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of a resumed run: what all starts computed, and what the first one found.
+
+    A later start finds what the first one computed, and makes no step-0 check.
+
+    Args:
+        former: of the starts before; empty: not known.
+        report: of this start.
+    """
+    if not former:
+        return dict(report)
+    peaks = [part["peak_memory_bytes"] for part in (former, report) if "peak_memory_bytes" in part]
+    return {
+        **former,
+        **report,
+        "hits": former["hits"],
+        "computed": former["computed"] + report["computed"],
+        "seconds": round(former["seconds"] + report["seconds"], 3),
+        "damaged": sorted({*former["damaged"], *report["damaged"]}),
+        **({"drift": former["drift"]} if "drift" in former else {}),
+        **({"peak_memory_bytes": max(peaks)} if peaks else {}),
+    }
+
+
+def _reference(
+    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
+) -> Reference:
+    """Return a reference without stored log-probs."""
+    report = {"mode": mode.value, **FillReport().as_dict()}
+    return Reference(provider, is_start, inputs.visited[0], report)
+
+
+def _stored_reference(
+    config: RunConfig,
+    inputs: Inputs | EvaluationInputs,
+    files: ModelFiles,
+    is_start: bool,
+    world: World,
+    console: Console,
+    stops: Stops | None,
+) -> tuple[StoredReference, dict[str, Any], Audited]:
+    """Fill the store with all log-probs of the run; then free the reference engine. Collective.
+
+    A sample is re-scored while the engine is loaded. Log-probs of other numerics are always re-scored: by the
+    policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
+
+    Args:
+        files: of the reference model.
+        is_start: whether the policy starts as the reference.
+
+    Returns:
+        The provider, the report for summary.json, and the examples for the step-0 check.
+    """
+    fingerprint = _fingerprint(config, files, world)
+    compatible = _compatible(config, fingerprint, inputs, world, console)
+    empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
+    engines: list[ReferenceEngine] = []
+
+    def load_scorer() -> Scorer:
+        if not engines:
+            engines.append(load_digested(files, config, world))
+            filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
+        return engines[0].token_logps
+
+    costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
+    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard, stops)
+    report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
+    provider = StoredReference(filler.open_filled())
+    for dataset, indices in inputs.visited:
+        check_complete(provider.store, dataset, indices, world)
+    audited, must_score = inputs.visited[0], bool(engines)
+    if compatible:
+        reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
+        report["served"] = reused.entries
+        console.say(f"reference: {_describe_reused(reused)}")
+        if reused.audited is not None:
+            audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
+            must_score = must_score or not is_start
+    if config.reference.audit_pairs and must_score:
+        objective, score = Objective(config.loss, provider), load_scorer()
+        report["drift"] = check_drift(score, objective, *audited, filler.costs, config, world)
+        drift = describe_drift(report["drift"])
+        console.say(f"reference check passed: stored and newly computed log-probs are {drift}")
+    for engine in engines:
+        engine.free()
+    if engines:
+        report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
+        reset_peak_memory(world.device)
+    return provider, report, audited
+
+
+def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> ReferenceFingerprint:
+    """Return the fingerprint of the log-probs that this run computes; collective."""
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
+    own = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    return ReferenceFingerprint(files.digest, profile, label)
+
+
+def _compatible(
+    config: RunConfig,
+    own: ReferenceFingerprint,
+    inputs: Inputs | EvaluationInputs,
+    world: World,
+    console: Console,
+) -> list[ReferenceFingerprint]:
+    """Return the fingerprints of other numerics to use; a strict run only prints their number. Collective."""
+    root = Path(config.reference.store)
+    compatible = world.on_main(lambda: find_compatible(root, own))
+    if config.reference.numerics is Numerics.tolerant or not compatible:
+        return compatible
+    unused = world.on_main(lambda: count_unused(root, own, compatible, inputs.visited))
+    if unused.entries:
+        console.say(
+            f"reference: {unused.entries:,} of the log-probs to compute are stored under other numerics "
+            f"({'; '.join(unused.differences)}); reference.numerics=tolerant uses them"
+        )
+    return []
+
+
+def _fill(
+    config: RunConfig, inputs: Inputs | EvaluationInputs, filler: StoreFiller, console: Console
+) -> FillReport:
+    """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
+    filled = FillReport()
+    several = len(inputs.visited) > 1
+    for number, (dataset, indices) in enumerate(inputs.visited, 1):
+        of_all = f", dataset {number} of {len(inputs.visited)}" if several else ""
+        with console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
+            filled += filler.fill(dataset, indices, progress)
+    console.say(describe_fill(filled))
+    for name in sorted(filled.damaged):
+        console.say(f"warning: reference: damaged or foreign file ignored: {config.reference.store}/{name}")
+    return filled
+
+
+def describe_fill(filled: FillReport) -> str:
+    """Return the number of log-probs computed and reused in words."""
+    text = f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused"
+    return f"{text}, in {duration(filled.seconds)}" if filled.computed else text
+
+
+def _describe_reused(reused: Reused) -> str:
+    """Return the number of log-probs used of each numerics, in words."""
+    return ", ".join(
+        f"{counted(count, 'log-prob')} of this run's own numerics"
+        if numerics == OWN_NUMERICS
+        else f"{counted(count, 'log-prob')} computed with {numerics}"
+        for numerics, count in reused.entries.items()
+    )
+
+
+def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
+    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code.
+
+    Args:
+        config: of the run.
+        console: of this rank.
+        stop: is listening.
+
+    Raises:
+        StoppedError: a rank was asked to stop; what is scored is stored.
+    """
+    with open_world(config, console) as world:
+        say_header(config, world, console)
+        inputs = load_inputs(config, world, console)
+        with stop.deferred():
+            prepare_reference(config, inputs, world, console, Stops(stop, world))
+        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
+    return ExitCode.completed
