@@ -1,1 +1,1 @@
-"""."""
+"""Errors, texts, files, processes and streams: used by every room."""

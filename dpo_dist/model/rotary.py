@@ -3,7 +3,7 @@
 `dynamic` and `longrope` RoPE choose the frequencies of all tokens of a forward by its longest sequence, and
 `dynamic` also by the forwards before it. In a packed forward every response has the frequencies that a new
 model uses for the prompt with this response alone, its last token included. A prompt cannot be shared by
-responses with different frequencies: it is repeated (data/regroup.py). Other kinds of RoPE depend on the
+responses with different frequencies: it is repeated (batching/pack.py). Other kinds of RoPE depend on the
 position of a token only.
 """
 

@@ -39,7 +39,7 @@ CALLS = {
     "pd.read_pickle": "no pickle",
 }
 # The one door to code of the user, named on the command line, and Jinja's parser without rendering.
-ALLOWED = {("config/user_function.py", name) for name in ("exec", "compile", "importlib.import_module")}
+ALLOWED = {("config/user_code.py", name) for name in ("exec", "compile", "importlib.import_module")}
 LOADERS = {"AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"}
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Judges of responses: reward model, function, endpoint."""

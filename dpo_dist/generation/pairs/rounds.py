@@ -197,10 +197,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
-    from dpo_dist.model.adapter_weights import (
-        AdapterWeights,
-        shared_weights,
-    )
+    from dpo_dist.model.adapter_weights import AdapterWeights, shared_weights  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES, load_config  # noqa: PLC0415
     from dpo_dist.model.merge import names_in_model, write_merged  # noqa: PLC0415
     from dpo_dist.model.save import copy_tokenizer, writing_errors  # noqa: PLC0415

@@ -1,1 +1,1 @@
-"""."""
+"""The doctor: checks of preference data before GPUs are spent."""

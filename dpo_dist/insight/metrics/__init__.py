@@ -1,1 +1,1 @@
-"""."""
+"""Metrics of a run: their log, trackers, model card."""

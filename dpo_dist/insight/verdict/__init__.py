@@ -1,1 +1,1 @@
-"""."""
+"""The verdict about a run, by rules over its metrics."""
