@@ -1,13 +1,11 @@
-"""System metrics of every rank: CPU and memory of its process and node, load of its GPU.
-
-Each rank samples in a thread of its own. Rank 0 gets the samples of the others by small files in the run
-directory, not by a collective call, so that a slow rank or folder delays no step.
-"""
+"""The growth of wandb's file of a run: wandb reports no full disk, its file only stops to grow."""
 
 import contextlib
 import json
 import logging
+import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +17,66 @@ import torch
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import first_line
 
-_SECONDS = 15.0
+_SECONDS = 20.0
+_PROBE_BYTES = 2**16
+
+
+class FileGrowth:
+    """Whether wandb's file of a run grows after rows are sent.
+
+    Args:
+        folder: of the file.
+        seconds: in which a row that was sent has to be in the file.
+    """
+
+    def __init__(self, folder: Path, seconds: float = _SECONDS):
+        self._folder, self._seconds = folder, seconds
+        self._size = self._bytes()
+        self._sent_at: float | None = None
+        self._is_reported = False
+
+    def note_sent(self) -> None:
+        """Remember that something was sent now."""
+        if self._sent_at is None:
+            self._sent_at = time.monotonic()
+
+    def fault(self, *, is_closed: bool = False) -> str | None:
+        """Return that the file has stopped to grow, and why, if it has; only once.
+
+        Args:
+            is_closed: wandb has closed the file, so that all that was sent has to be in it.
+        """
+        waited = None if self._sent_at is None else time.monotonic() - self._sent_at
+        if self._is_reported or waited is None or (waited < self._seconds and not is_closed):
+            return None
+        before, self._size, self._sent_at = self._size, self._bytes(), None
+        is_grown = self._size > before
+        # A file that is closed may have grown before the disk was full.
+        why = _error_of_writing(self._folder) if is_closed or not is_grown else None
+        if is_grown and why is None:
+            return None
+        self._is_reported = True
+        return f"wandb does not write to {self._folder}: {why or 'its file does not grow'}"
+
+    def _bytes(self) -> int:
+        with contextlib.suppress(OSError):
+            return sum(file.stat().st_size for file in self._folder.glob("run-*.wandb"))
+        return 0
+
+
+def _error_of_writing(folder: Path) -> str | None:
+    """Return the error of writing a small file to a folder; None if there is none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+_SECONDS_OF_SYSTEM_METRICS = 15.0
 _RANKS_IN_SECONDS = 128
 _STOP_SECONDS = 1.0
 _MIB = 2**20
@@ -43,7 +100,11 @@ def system_metrics(
         seconds: between two samples. None: 15, and more from 128 ranks on; the first ones come earlier, so
             that a short run has some.
     """
-    period = max(_SECONDS, _SECONDS * world.size / _RANKS_IN_SECONDS) if seconds is None else seconds
+    period = (
+        max(_SECONDS_OF_SYSTEM_METRICS, _SECONDS_OF_SYSTEM_METRICS * world.size / _RANKS_IN_SECONDS)
+        if seconds is None
+        else seconds
+    )
     stop = threading.Event()
     sampler = _Sampler(folder, world, send)
     thread = threading.Thread(target=_sample, args=(sampler, stop, period), name="system", daemon=True)

@@ -34,7 +34,7 @@ from dpo_dist.insight.metrics.names import (
     order_of_sent,
     wandb_names,
 )
-from dpo_dist.insight.metrics.wandb_file import FileGrowth
+from dpo_dist.insight.metrics.system import FileGrowth
 from dpo_dist.insight.pages.render import json_rows
 
 if TYPE_CHECKING:

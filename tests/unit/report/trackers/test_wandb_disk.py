@@ -8,8 +8,8 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.insight.metrics.system import FileGrowth
 from dpo_dist.insight.metrics.wandb import open_tracker
-from dpo_dist.insight.metrics.wandb_file import FileGrowth
 from tests.support.wandb_file import history_rows
 
 
