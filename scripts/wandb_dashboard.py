@@ -104,10 +104,9 @@ def line_plot(panel: Panel) -> Any:
 
     return wr.LinePlot(
         title=panel.title,
-        x=panel.axis,
+        x=STEP_AXIS,
         y=list(panel.metrics),
         metric_regex=panel.pattern or None,
-        plot_type="stacked-area" if panel.is_stacked else "line",
     )
 
 

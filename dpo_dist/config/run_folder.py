@@ -196,19 +196,9 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
-    def system_metrics(self) -> Path:
-        """The folder of the newest system metrics of every rank; W&B gets them from there."""
-        return self.path / "wandb" / "system_metrics"
-
-    @property
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
-
-    @property
-    def mlflow_id(self) -> Path:
-        """The id of the MLflow run; a database of MLflow may be beside it."""
-        return self.path / "mlflow" / "run_id.txt"
 
     @property
     def samples(self) -> Path:

@@ -54,7 +54,7 @@ class ConsoleConfig:
 
 
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
-OtherTracker = StrEnum("OtherTracker", ["tensorboard", "mlflow"])
+OtherTracker = StrEnum("OtherTracker", ["tensorboard"])
 DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
@@ -80,7 +80,7 @@ class TrackingConfig:
         at_least=0,
         at_most=1000,
     )
-    also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`, `mlflow`.")
+    also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`.")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dpo_dist.foundation.process import BY_TRACKER, StopRequest
 from dpo_dist.foundation.text import percent
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import open_trackers, sampled_system
+from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.adapter_files import initial_values
 from dpo_dist.model.load import load_packed
@@ -256,10 +256,7 @@ def _run_tracked(loop: Loop, position: Position, identity: Identity, kept: KeptF
     """Train to the end of the run with its trackers, and return the exit code; collective."""
     loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
-    with (
-        contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
-        sampled_system(loop.config, loop.world, trackers),
-    ):
+    with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
         return run_to_its_end(loop, position, identity, kept)
 
 

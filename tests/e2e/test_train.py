@@ -27,7 +27,7 @@ from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import ROOT, assert_same_history, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
-from tests.support.wandb_file import history_rows, media_rows, system_names
+from tests.support.wandb_file import history_rows, media_rows
 
 
 def beginnings(text: str) -> set[str]:
@@ -79,7 +79,7 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
     written = json.loads((run / "dpo_metrics/log_history.json").read_text())
     assert tracked == [wandb_names(row) for row in written]
     media = {name for row in media_rows(run) for name in row}
-    logged = {name for row in tracked for name in row} | media | system_names(run)
+    logged = {name for row in tracked for name in row} | media
     panels = [panel for panels in SECTIONS.values() for panel in panels]
     always = [panel for panel in panels if panel.needs in ("", "reference", "evaluations")]
     assert [name for panel in always for name in panel.missing(logged)] == []

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.metrics.wandb_file import read_records, read_rows
+from dpo_dist.insight.metrics.wandb_file import read_rows
 
 
 def history_rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -18,14 +18,6 @@ def history_rows(run_dir: Path) -> list[dict[str, Any]]:
 def media_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The tables and histograms of the same rows."""
     return [{key: value for key, value in row.items() if isinstance(value, dict)} for row in _rows(run_dir)]
-
-
-def system_names(run_dir: Path) -> set[str]:
-    """The system metrics of all starts of a run, as W&B's page names them."""
-    files = (run_dir / "wandb").glob("*run-*/run-*.wandb")
-    records = [record for file in files for record in read_records(file)]
-    samples = [record.stats for record in records if record.WhichOneof("record_type") == "stats"]
-    return {f"system/{item.key}" for sample in samples for item in sample.item}
 
 
 def _rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,76 +1,32 @@
-"""TensorBoard and MLflow, by accelerate's trackers; only rank 0 opens them."""
+"""The trackers of a run: each gets every metrics row, in a thread of its own."""
 
 import contextlib
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.tracking import MLflowTracker, TensorBoardTracker
+from accelerate.tracking import TensorBoardTracker
 
-from dpo_dist.config.identity import settings, title
+from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, RunConfig, WandbMode
-from dpo_dist.distributed.world import World
-from dpo_dist.foundation import files
+from dpo_dist.config.schema import OtherTracker, RunConfig, WandbMode
 from dpo_dist.foundation.errors import RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.insight.metrics.names import (
-    Histogram,
-    RowOrder,
-    order_of,
-    order_of_sent,
-    wandb_names,
-)
-from dpo_dist.insight.metrics.system import system_metrics
-from dpo_dist.insight.metrics.wandb import (
-    kill_services,
-    open_tracker,
-    services,
-    staged_in,
-    upload_command,
-    wanted_mode,
-)
+from dpo_dist.insight.metrics.names import Histogram, RowOrder, order_of, wandb_names
+from dpo_dist.insight.metrics.wandb import kill_services, open_tracker, services, staged_in, upload_command
 
+_FIRST_WAIT_SECONDS = 10.0
+_FINISH_SECONDS = 30.0
+_ERROR_SECONDS = 4.0
+_LAST_SECONDS = 2.0
 
-def open_tensorboard(folder: Path, first_step: int) -> Any:
-    """Return a tracker that writes event files.
-
-    Args:
-        folder: of the event files of all starts of a run.
-        first_step: TensorBoard drops events of earlier starts from this step on.
-    """
-    tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
-    tracker.start()
-    return tracker
-
-
-def open_mlflow(project: str, name: str, run_id: str | None, folder: Path) -> Any:
-    """Return a tracker of a run of MLflow, at MLFLOW_TRACKING_URI or in a database in `folder`.
-
-    Its `tracker` is MLflow's run, with the last value of every metric that earlier starts logged.
-
-    Args:
-        project: the experiment.
-        name: of the run.
-        run_id: of the run that is continued; None: a new one.
-        folder: for the database.
-    """
-    import mlflow  # noqa: PLC0415 (an optional package)
-
-    if not mlflow.is_tracking_uri_set():
-        folder.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
-    tracker = MLflowTracker(project, run_id=run_id, run_name=name)
-    tracker.start()
-    return tracker
-
+Row = Mapping[str, float]
+Say = Callable[[str], None]
 
 _log = logging.getLogger(__name__)
 
@@ -78,11 +34,8 @@ _log = logging.getLogger(__name__)
 class RowTracker(Protocol):
     """A program that shows metrics rows. Calls come from one thread, except `hurry`."""
 
-    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+    def log(self, row: Row, margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation."""
-
-    def system(self, values: Mapping[str, float]) -> None:
-        """Send system metrics of ranks, by name and rank."""
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm."""
@@ -94,12 +47,45 @@ class RowTracker(Protocol):
         """Send nothing but rows and the summary from now on: the time of the end is short."""
 
 
+class TensorBoard:
+    """TensorBoard's event files, by accelerate's tracker; a resumed run replaces its later steps."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, rows: Sequence[Row]):
+        place = folder.tensorboard
+        self._received = order_of(rows[-1]) if rows and any(place.glob("events.*")) else RowOrder()
+        self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received.step) + 1)
+        self._tracker.start()
+        if not rows:
+            lines = [f"    {name}: {value}" for name, value in without_secrets(settings(config)).items()]
+            self._tracker.tracker.add_text("settings", "\n".join(lines))
+        for row in rows:
+            self.log(row)
+
+    def log(self, row: Row, margins: Histogram | None = None) -> None:
+        """Send a row under its names in W&B; a histogram is not sent."""
+        del margins
+        if order_of(row) > self._received:
+            self._tracker.log(wandb_names(row), step=int(row["step"]))
+            self._received = order_of(row)
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing: it has no alarms."""
+
+    def hurry(self) -> None:
+        """Nothing: there are only rows."""
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        """Close the files."""
+        del outcome, summary
+        self._tracker.finish()
+
+
 class InBackground:
     """A tracker that is opened and called in a thread of its own; no method but `finish` waits.
 
     Args:
         name: for messages.
-        start: opens the tracker; takes a function for what a user should know.
+        start: opens the tracker; takes a function for what a user should know. None: there is no tracker.
         say: called, also from the thread, with that, and with the reason if the tracker fails.
         remedy: advice if the tracker has to be ended.
         abandon: ends a call of the tracker that does not return.
@@ -109,8 +95,8 @@ class InBackground:
     def __init__(
         self,
         name: str,
-        start: Callable[[Callable[[str], None]], RowTracker],
-        say: Callable[[str], None],
+        start: Callable[[Say], RowTracker | None],
+        say: Say,
         remedy: str = "",
         abandon: Callable[[], None] = lambda: None,
         first_wait: float = 0.0,
@@ -124,13 +110,9 @@ class InBackground:
         self._thread.start()
         self._is_open.wait(first_wait)
 
-    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+    def log(self, row: Row, margins: Histogram | None = None) -> None:
         """Send one metrics row later, in order."""
         self._do(lambda tracker: tracker.log(row, margins))
-
-    def system(self, values: Mapping[str, float]) -> None:
-        """Send system metrics of ranks later, in order."""
-        self._do(lambda tracker: tracker.system(values))
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm later, in order."""
@@ -162,11 +144,11 @@ class InBackground:
         if self._thread.is_alive():
             self._actions.put(action)
 
-    def _work(self, start: Callable[[Callable[[str], None]], RowTracker]) -> None:
+    def _work(self, start: Callable[[Say], RowTracker | None]) -> None:
         try:
             self._tracker = start(self._say)
             self._is_open.set()
-            while (action := self._actions.get()) is not None:
+            while self._tracker is not None and (action := self._actions.get()) is not None:
                 action(self._tracker)
         except Exception as error:
             self._warn(f"{self._name} tracking stops, training continues: {first_line(error)}")
@@ -182,101 +164,6 @@ class InBackground:
         self._say(f"warning: {text}")
 
 
-_LAST_SECONDS = 2.0
-
-
-Row = Mapping[str, float]
-
-_NOT_IN_MLFLOW = re.compile(r"[^\w./ -]")
-
-
-class AccelerateTracker:
-    """A tracker of accelerate that gets the rows it does not have.
-
-    Args:
-        tracker: logs and finishes.
-        received: place of the last row that it has.
-        rows: of earlier starts.
-        named: returns the name of a metric in a form that the tracker accepts.
-    """
-
-    def __init__(
-        self, tracker: Any, received: RowOrder, rows: Sequence[Row], named: Callable[[str], str] = str
-    ):
-        self._tracker, self._received, self._named = tracker, received, named
-        for row in rows:
-            self.log(row)
-
-    def log(self, row: Row, margins: Histogram | None = None) -> None:
-        """Send a row under its names in W&B; a histogram is not sent."""
-        del margins
-        if order_of(row) > self._received:
-            values = {self._named(name): value for name, value in wandb_names(row).items()}
-            self._tracker.log(values, step=int(row["step"]))
-            self._received = order_of(row)
-
-    def system(self, values: Mapping[str, float]) -> None:
-        """Nothing: only W&B gets system metrics."""
-
-    def alert(self, title: str, text: str) -> None:
-        """Nothing: these trackers have no alarms."""
-
-    def hurry(self) -> None:
-        """Nothing: there are only rows."""
-
-    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
-        """Close the run."""
-        del outcome, summary
-        self._tracker.finish()
-
-
-def start_of(
-    kind: OtherTracker, config: RunConfig, folder: RunFolder, rows: Sequence[Row]
-) -> Callable[[Callable[[str], None]], AccelerateTracker]:
-    """Return a function that starts or resumes a tracker.
-
-    Args:
-        kind: of the tracker.
-        config: of the run.
-        folder: the run directory.
-        rows: metrics rows up to the checkpoint that training resumes from.
-    """
-    match kind:
-        case OtherTracker.tensorboard:
-            return lambda _say: _tensorboard(config, folder, rows)
-        case OtherTracker.mlflow:
-            return lambda _say: _mlflow(config, folder, rows)
-
-
-def _tensorboard(config: RunConfig, folder: RunFolder, rows: Sequence[Row]) -> AccelerateTracker:
-
-    last = order_of(rows[-1]) if rows and any(folder.tensorboard.glob("events.*")) else RowOrder()
-    tracker = open_tensorboard(folder.tensorboard, int(last.step) + 1)
-    if not rows:
-        lines = [f"    {name}: {value}" for name, value in without_secrets(settings(config)).items()]
-        tracker.tracker.add_text("settings", "\n".join(lines))
-    return AccelerateTracker(tracker, last, rows)
-
-
-def _mlflow(config: RunConfig, folder: RunFolder, rows: Sequence[Row]) -> AccelerateTracker:
-
-    path = folder.mlflow_id
-    run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
-    project = config.tracking.project or DEFAULT_PROJECT
-    name = without_secrets(title(config, folder.path))
-    tracker = open_mlflow(project, name, run_id, path.parent)
-    if run_id is None:
-        files.write_text(path, str(tracker.tracker.info.run_id))
-        tracker.store_init_configuration(without_secrets(settings(config)))
-    received = order_of_sent(tracker.tracker.data.metrics)
-    return AccelerateTracker(tracker, received, rows, lambda name: _NOT_IN_MLFLOW.sub("_", name))
-
-
-_FIRST_WAIT_SECONDS = 10.0
-_FINISH_SECONDS = 30.0
-_ERROR_SECONDS = 4.0
-
-
 @dataclass(frozen=True)
 class Trackers:
     """The trackers of a run; none if tracking is off."""
@@ -285,15 +172,10 @@ class Trackers:
     finish_seconds: float = _FINISH_SECONDS
     until_closed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+    def log(self, row: Row, margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation; does not wait."""
         for tracker in self.open:
             tracker.log(row, margins)
-
-    def system(self, values: Mapping[str, float]) -> None:
-        """Send system metrics of ranks, by name and rank; does not wait."""
-        for tracker in self.open:
-            tracker.system(values)
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm; does not wait."""
@@ -320,24 +202,14 @@ class Trackers:
             raise
 
 
-def sampled_system(
-    config: RunConfig, world: World, trackers: Trackers | None
-) -> contextlib.AbstractContextManager[None]:
-    """Return a block in which this rank samples its system metrics for W&B, if that is on; not collective."""
-    if wanted_mode(config) is WandbMode.off:
-        return contextlib.nullcontext()
-    send = None if trackers is None else trackers.system
-    return system_metrics(RunFolder.of(config).system_metrics, world, send)
-
-
 def open_trackers(
     config: RunConfig,
     folder: RunFolder,
     request_stop: Callable[[], None],
     *,
-    rows: Sequence[Mapping[str, float]],
+    rows: Sequence[Row],
     environment: Mapping[str, Any],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Trackers:
     """Start or resume the trackers of a run; never raises, and does not wait for a server that is slow.
 
@@ -349,18 +221,16 @@ def open_trackers(
         environment: content of `environment.json`.
         say: called, also from other threads, with what a user should know.
     """
-    trackers, until_closed = [], contextlib.ExitStack()
+    trackers, until_closed, known = [], contextlib.ExitStack(), list(rows)
     if config.tracking.wandb is not WandbMode.off:
         remedy = f"; later: {upload_command(folder)}"
 
-        def start(say: Callable[[str], None]) -> RowTracker:
-            return open_tracker(
-                config, folder, request_stop, rows=list(rows), environment=environment, say=say
-            )
+        def start(say: Say) -> RowTracker | None:
+            return open_tracker(config, folder, request_stop, rows=known, environment=environment, say=say)
 
         until_closed.enter_context(staged_in(folder))
         abandon = partial(kill_services, services())
         trackers.append(InBackground("wandb", start, say, remedy, abandon, _FIRST_WAIT_SECONDS))
-    for kind in config.tracking.also:
-        trackers.append(InBackground(kind.value, start_of(kind, config, folder, list(rows)), say))
+    if OtherTracker.tensorboard in config.tracking.also:
+        trackers.append(InBackground("tensorboard", lambda _say: TensorBoard(config, folder, known), say))
     return Trackers(tuple(trackers), until_closed=until_closed)

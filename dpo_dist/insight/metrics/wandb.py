@@ -9,7 +9,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from dpo_dist.config.identity import title
-from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
-from dpo_dist.config.schema import DEFAULT_PROJECT, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import DEFAULT_PROJECT, RunConfig, WandbMode
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.text import without_secrets
@@ -34,12 +34,12 @@ from dpo_dist.insight.metrics.names import (
     order_of_sent,
     wandb_names,
 )
-from dpo_dist.insight.metrics.system import FileGrowth
 from dpo_dist.insight.pages.render import json_rows
 
 if TYPE_CHECKING:
     import wandb
 
+Mode = Literal["online", "offline"]
 
 _MODES = {
     "online": WandbMode.online,
@@ -49,6 +49,21 @@ _MODES = {
     "disabled": WandbMode.off,
 }
 """Values of WANDB_MODE, the older two too."""
+_COLUMNS = (
+    "step",
+    "source",
+    "prompt",
+    "policy",
+    "reference",
+    "chosen",
+    "policy_tokens",
+    "policy_finished",
+)
+_MOST_CHARACTERS = 4000
+_SAMPLED = "eval_samples/"
+_STAGING = "WANDB_DATA_DIR"
+
+_log = logging.getLogger(__name__)
 
 
 def wanted_mode(config: RunConfig) -> WandbMode:
@@ -57,61 +72,21 @@ def wanted_mode(config: RunConfig) -> WandbMode:
     return _MODES.get(_value("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
 
 
-def run_settings(config: RunConfig, name: str) -> dict[str, Any]:
-    """Return arguments of `wandb.init`; wandb reads the variable of an argument that is None.
+def _value(variable: str) -> str:
+    return os.environ.get(variable, "").strip()
 
-    Args:
-        config: of the run.
-        name: of the run, unless WANDB_NAME is set.
-    """
+
+def _run_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """Return arguments of `wandb.init`; wandb reads the variable of an argument that is None."""
     tracking = config.tracking
     return {
         "project": tracking.project or _value("WANDB_PROJECT") or DEFAULT_PROJECT,
         "entity": tracking.entity,
         "group": tracking.group,
         "tags": tracking.tags or None,
-        "notes": notes_of(tracking),
+        "notes": tracking.notes or _value("WANDB_NOTES") or None,
         "name": _value("WANDB_NAME") or name,
     }
-
-
-def notes_of(tracking: TrackingConfig) -> str | None:
-    """Return the user's notes about the run."""
-    return tracking.notes or _value("WANDB_NOTES") or None
-
-
-def warn_of_unused(config: RunConfig, warn: Callable[[str], None]) -> None:
-    """Name the variables that this run does not use, with the reason."""
-    tracking = config.tracking
-    chosen: Mapping[str, tuple[str, str]] = {
-        "WANDB_PROJECT": ("tracking.project", tracking.project or ""),
-        "WANDB_ENTITY": ("tracking.entity", tracking.entity or ""),
-        "WANDB_RUN_GROUP": ("tracking.group", tracking.group or ""),
-        "WANDB_TAGS": ("tracking.tags", ",".join(tracking.tags)),
-        "WANDB_NOTES": ("tracking.notes", tracking.notes or ""),
-    }
-    for variable, (key, value) in chosen.items():
-        if value and _value(variable) not in ("", value):
-            warn(f"{variable} is not used: {key} is set")
-    mode = _value("WANDB_MODE")
-    if mode and mode not in _MODES:
-        warn(f"WANDB_MODE={mode} is not used: it is not online, offline or disabled")
-    elif mode and tracking.wandb not in (WandbMode.auto, _MODES[mode]):
-        warn(f"WANDB_MODE={mode} is not used: tracking.wandb is {tracking.wandb}")
-    if _value("WANDB_DIR"):
-        warn("WANDB_DIR is not used: the files of wandb are in the run directory")
-
-
-def _value(variable: str) -> str:
-    """Return a variable of the environment; an empty text if it is not set."""
-    return os.environ.get(variable, "").strip()
-
-
-Mode = Literal["online", "offline"]
-MediaOf = Callable[[int, Mapping[str, float]], Mapping[str, Any]]
-"""Tables and histograms of a row, from its index among the tracker's rows and the row."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -124,51 +99,12 @@ class Session:
         row_number: wandb's number of the next row, which continues over all starts of an offline run; None:
             wandb counts, from the server's number of rows (`run.step` of a resumed run is 0 before a row).
         looked_at: rows of the tracker that were sent or found to be there.
-        growth: of wandb's file.
-        takes_system: False once wandb has shown that it takes no system metrics.
     """
 
     run: "wandb.Run"
     received: RowOrder
     row_number: int | None
-    growth: FileGrowth
     looked_at: int = 0
-    takes_system: bool = True
-
-    def send(self, rows: Sequence[Mapping[str, float]], media: MediaOf) -> None:
-        """Send the rows that wandb does not have yet, with their media."""
-        for index, row in enumerate(rows[self.looked_at :], self.looked_at):
-            if order_of(row) > self.received:
-                self._log(wandb_names(row), media(index, row))
-                self.growth.note_sent()
-                if self.row_number is not None:
-                    self.row_number += 1
-                self.received = order_of(row)
-            self.looked_at = index + 1
-
-    def send_system(self, values: Mapping[str, float]) -> None:
-        """Send system metrics as wandb does its own, with the time of now; they are no rows."""
-        # No public function does so. Shared mode, wandb's way to system metrics of several nodes, numbers no
-        # rows, so that they come twice after a kill, and needs a server.
-        run: Any = self.run
-        try:
-            run._interface.publish_stats(dict(values))
-            self.growth.note_sent()
-        except AttributeError:
-            if self.takes_system:
-                _log.warning("this version of wandb takes no system metrics of ranks")
-            self.takes_system = False
-
-    def _log(self, values: Mapping[str, float], media: Mapping[str, Any]) -> None:
-        try:
-            self.run.log({**values, **media}, step=self.row_number, commit=True)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if not media:
-                raise
-            _log.warning("wandb does not take %s: %s", ", ".join(media), first_line(error))
-            self.run.log(dict(values), step=self.row_number, commit=True)
 
 
 def start_run(
@@ -178,20 +114,12 @@ def start_run(
     environment: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
 ) -> Session:
-    """Start or resume the wandb run of a run directory.
-
-    Args:
-        config: logged completely, without secrets.
-        folder: the run directory.
-        mode: online or offline.
-        environment: content of `environment.json`.
-        settings: further settings of wandb.
-    """
-    client = set_up(mode)
+    """Start or resume the wandb run of a run directory."""
+    client = _set_up(mode)
     run_id = _run_id(folder)
     last = _last_written(folder.wandb_id.parent, run_id) if mode == "offline" else None
     run: wandb.Run = client.init(
-        **without_secrets(run_settings(config, title(config, folder.path))),
+        **without_secrets(_run_settings(config, title(config, folder.path))),
         id=run_id,
         resume="allow",
         dir=folder.path,
@@ -213,11 +141,10 @@ def start_run(
     run.define_metric(STEP_AXIS)
     for names in ("train/*", "eval/*"):
         run.define_metric(names, step_metric=STEP_AXIS)
-    _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
-    growth = FileGrowth(Path(run.sync_dir))
+    _log.info("wandb run %s: %s", run.id, _address(run, mode, folder))
     if last is not None:
-        return Session(run, order_of_sent(last), last["_step"] + 1, growth)
-    return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0, growth)
+        return Session(run, order_of_sent(last), last["_step"] + 1)
+    return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0)
 
 
 def _known(run: "wandb.Run") -> dict[str, Any]:
@@ -227,17 +154,14 @@ def _known(run: "wandb.Run") -> dict[str, Any]:
 
 
 def _last_written(folder: Path, run_id: str) -> dict[str, Any] | None:
-    """Return the last row of earlier starts by its number: the clocks of two nodes may differ.
-
-    wandb itself does not read it when it resumes offline.
-    """
+    """Return the last row, by number, of earlier offline starts: wandb itself does not read it."""
     from dpo_dist.insight.metrics.wandb_file import drop_empty, read_rows  # noqa: PLC0415 (imports wandb)
 
     drop_empty(folder, run_id)
     return max(read_rows(folder, run_id), key=lambda row: row["_step"], default=None)
 
 
-def set_up(mode: Mode) -> Any:
+def _set_up(mode: Mode) -> Any:
     """Import wandb and return it, with its console output switched off."""
     import wandb  # noqa: PLC0415
 
@@ -252,57 +176,18 @@ def _run_id(folder: RunFolder) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def address(run: "wandb.Run", mode: Mode, folder: RunFolder) -> str:
+def _address(run: "wandb.Run", mode: Mode, folder: RunFolder) -> str:
     """Return the address of the run's page, or the command that uploads it later."""
     return str(run.url) if mode == "online" else f"offline; upload with: {upload_command(folder)}"
 
 
 def upload_command(folder: RunFolder) -> str:
     """Return the command that uploads all starts of a run."""
-    return _upload(folder.wandb_id.parent)
+    return f"wandb sync {shlex.quote(str(folder.wandb_id.parent))}"
 
 
-def _upload(path: Path | str) -> str:
-    return f"wandb sync {shlex.quote(str(path))}"
-
-
-def close(
-    run: "wandb.Run",
-    outcome: str,
-    summary: Mapping[str, Any],
-    rows: Sequence[Mapping[str, float]],
-    notes: str | None,
-    warn: Callable[[str], None],
-    log_files: Callable[[], None],
-) -> None:
-    """Write the summary, the verdict and the outcome, and wait for uploads.
-
-    Args:
-        run: the wandb run.
-        outcome: of the run.
-        summary: the content of summary.json.
-        rows: metrics rows of all starts.
-        notes: of the user; the verdict follows them on the run's page.
-        warn: called if not everything could be uploaded.
-        log_files: logs the artifacts.
-    """
-    run.summary.update({**last_and_best(rows), **without_secrets(summary)})
-    sentence = summary.get("verdict", {}).get("sentence")
-    if sentence is not None:
-        run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))
-    if outcome == RunOutcome.preempted:
-        run.mark_preempting()
-    log_files()
-    try:
-        run.finish(exit_code=ExitCode[outcome])
-    except TimeoutError:
-        warn(f"wandb has not uploaded everything; later: {_upload(run.sync_dir)}")
-
-
-def tear_down(*, is_dead: bool = False) -> bool:
+def _tear_down(*, is_dead: bool = False) -> None:
     """End wandb's service, so that it releases the run id and prints nothing when the program ends.
-
-    Returns whether it has ended, so that its files are complete.
 
     Args:
         is_dead: the service has ended already; else a service that also has a run of the caller is kept.
@@ -313,8 +198,6 @@ def tear_down(*, is_dead: bool = False) -> bool:
 
         if is_dead or wandb.run is None:
             wandb.teardown()
-            return True
-    return False
 
 
 def services() -> set[psutil.Process]:
@@ -332,91 +215,6 @@ def kill_services(others: Collection[psutil.Process]) -> None:
     for service in services().difference(others):
         with contextlib.suppress(psutil.Error):
             service.kill()
-
-
-_COLUMNS = (
-    "step",
-    "source",
-    "prompt",
-    "policy",
-    "reference",
-    "chosen",
-    "policy_tokens",
-    "policy_finished",
-)
-_MOST_CHARACTERS = 4000
-_SAMPLED = "eval_samples/"
-_LARGEST_FILE_BYTES = 5_000_000
-_STAGING = "WANDB_DATA_DIR"
-
-
-@dataclass
-class RunMedia:
-    """Tables, histograms and artifacts of a run.
-
-    Attributes:
-        folder: the run directory.
-        most_samples: rows of a table of samples; with 0 no texts of data or responses are sent.
-        margins: histogram of a row, by the row's index.
-        is_wanted: False: there is time for rows only.
-    """
-
-    folder: RunFolder
-    most_samples: int
-    margins: dict[int, Histogram] = field(default_factory=dict)
-    is_wanted: bool = True
-
-    def of_row(self, index: int, row: Mapping[str, float]) -> dict[str, Any]:
-        """Return the histogram and the table of a row, as far as it has them."""
-        margins = self.margins.pop(index, None)
-        if not self.is_wanted:
-            return {}
-        media: dict[str, Any] = {}
-        if margins is not None:
-            import wandb  # noqa: PLC0415
-
-            media[MARGINS] = wandb.Histogram(np_histogram=(margins.counts, margins.edges))
-        if self.most_samples and any(name.startswith(_SAMPLED) for name in row):
-            media |= _samples_table(self.folder.samples_file(int(row["step"])), self.most_samples)
-        return media
-
-    def log_artifacts(self, run: "wandb.Run", summary: Mapping[str, Any]) -> None:
-        """Log the run's files as artifacts, by reference: no file but a small report page is read or sent."""
-        for kind, paths in self._files(summary).items():
-            if self.is_wanted and paths:
-                try:
-                    run.log_artifact(self._artifact(run, kind, paths))
-                except ConnectionError:
-                    raise
-                except Exception as error:
-                    _log.warning("wandb does not take the artifact %s: %s", kind, first_line(error))
-
-    def _files(self, summary: Mapping[str, Any]) -> dict[str, list[Path]]:
-        """Return the existing files and folders by the type of their artifact."""
-        folder = self.folder
-        checkpoints = checkpoint_folders(folder.checkpoints)
-        entries = summary.get("reference", {}).get("entries")
-        files: dict[str, list[Path]] = {
-            "model": [folder.model],
-            "checkpoint": checkpoints[:1],
-            "reference-store": list(Path(entries).glob("*.json")) if entries else [],
-            "report": [folder.report, folder.doctor_report, folder.doctor_page, folder.evaluation.results],
-        }
-        return {kind: [path for path in paths if path.exists()] for kind, paths in files.items()}
-
-    def _artifact(self, run: "wandb.Run", kind: str, paths: list[Path]) -> "wandb.Artifact":
-        import wandb  # noqa: PLC0415
-
-        metadata = {"paths": [str(path.absolute()) for path in paths], "run directory": str(self.folder)}
-        artifact = wandb.Artifact(f"{run.id}-{kind}", type=kind, metadata=without_secrets(metadata))
-        for path in paths:
-            is_small = path == self.folder.report and path.stat().st_size <= _LARGEST_FILE_BYTES
-            if is_small and self.most_samples:
-                artifact.add_file(str(path))
-            else:
-                name = None if path.is_file() else path.name
-                artifact.add_reference(path.absolute().as_uri(), name=name, checksum=False)
-        return artifact
 
 
 @contextlib.contextmanager
@@ -445,10 +243,7 @@ def _samples_table(path: Path, most: int) -> dict[str, Any]:
     except (OSError, KeyError) as error:
         _log.warning("no table of samples: %s: %s", path, first_line(error))
         return {}
-    if not data:
-        _log.warning("no table of samples: %s has none", path)
-        return {}
-    return {SAMPLES: wandb.Table(columns=list(_COLUMNS), data=data, allow_mixed_types=True)}
+    return {SAMPLES: wandb.Table(columns=list(_COLUMNS), data=data, allow_mixed_types=True)} if data else {}
 
 
 def _cell(value: Any) -> Any:
@@ -458,97 +253,119 @@ def _cell(value: Any) -> Any:
     return without_secrets(cut if len(cut) == len(value) else f"{cut} ...")
 
 
-def _silent(_text: str) -> None:
-    """Print nothing."""
-
-
 class Tracker:
-    """One wandb run, or none.
+    """A wandb run that gets every row once, over all starts.
 
     Args:
-        start: starts or resumes the run; None: no tracking.
-        media: tables, histograms and artifacts of the run.
+        start: starts or resumes the run.
+        config: of the run.
+        folder: the run directory.
         rows: metrics rows of earlier starts; those that wandb does not have are sent.
-        notes: of the user, shown on the run's page before the verdict.
         say: called with what a user should know.
     """
 
     def __init__(
         self,
-        start: Callable[[], Session] | None,
-        media: RunMedia,
-        rows: Sequence[Mapping[str, float]] = (),
-        notes: str | None = None,
-        say: Callable[[str], None] = _silent,
+        start: Callable[[], Session],
+        config: RunConfig,
+        folder: RunFolder,
+        rows: Sequence[Mapping[str, float]],
+        say: Callable[[str], None],
     ):
-        self._session = start() if start else None
-        self._restart = start
-        self._say = say
-        self._media = media
-        self._notes = notes
+        self._session: Session | None = start()
+        self._restart: Callable[[], Session] | None = start
+        self._tracking, self._folder, self._say = config.tracking, folder, say
         self._rows = list(rows)
+        self._margins: dict[int, Histogram] = {}
+        self._is_hurried = False
         self._has_row = False  # wandb had the last row before it was logged here
-        known = rows[-1]["step"] if rows else 0
-        if self._session is not None and self._session.received.step > known:
+        if self._session.received.step > (rows[-1]["step"] if rows else 0):
             say(f"wandb has the rows up to step {self._session.received.step}; they are not sent again")
         self._act(self._send)
 
     @property
     def run(self) -> "wandb.Run | None":
-        """The wandb run; None if tracking is off, has failed or is finished."""
+        """The wandb run; None if tracking has failed or is finished."""
         return self._session.run if self._session else None
 
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
-        """Send one metrics row under the names of `wandb_names`, unless wandb has a row of this step.
-
-        Args:
-            row: the row.
-            margins: of the pairs of its evaluation.
-        """
+        """Send one metrics row under the names of `wandb_names`, unless wandb has a row of this step."""
         if self._session is not None:
             self._has_row = order_of(row) <= self._session.received
             if margins is not None:
-                self._media.margins[len(self._rows)] = margins
+                self._margins[len(self._rows)] = margins
             self._rows.append(row)
         self._act(self._send)
 
-    def system(self, values: Mapping[str, float]) -> None:
-        """Send system metrics of ranks into W&B's own, which have the time as their axis, not the step."""
-        self._act(lambda session: session.send_system(values))
-
     def hurry(self) -> None:
         """Send neither tables nor artifacts from now on."""
-        self._media.is_wanted = False
+        self._is_hurried = True
 
     def alert(self, title: str, text: str) -> None:
-        """Raise an alert of wandb, which it shows and can send to its user by mail.
-
-        None about a row that an earlier start sent: that start raised it.
-        """
+        """Raise an alert of wandb, but about a row that an earlier start sent: that start raised it."""
         if not self._has_row:
             self._act(lambda session: session.run.alert(title=title, text=text))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
-        """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.
+        """Close the run: verdict, summary, outcome. Data not uploaded in time stay in the run directory.
 
         Args:
             outcome: `completed`, `preempted`, `diverged` or `failed`.
             summary: as in `summary.json`.
         """
+        self._act(lambda session: self._close(session.run, outcome, summary))
+        if self._session is not None:
+            self._session = None
+            _tear_down()
 
-        def end(session: Session) -> None:
-            log_files = functools.partial(self._media.log_artifacts, session.run, summary)
-            warn = functools.partial(_warn, say=self._say)
-            session.growth.note_sent()
-            close(session.run, outcome, summary, self._rows, self._notes, warn, log_files)
+    def _close(self, run: "wandb.Run", outcome: str, summary: Mapping[str, Any]) -> None:
+        run.summary.update({**last_and_best(self._rows), **without_secrets(summary)})
+        sentence = summary.get("verdict", {}).get("sentence")
+        if sentence is not None:
+            notes = self._tracking.notes or _value("WANDB_NOTES")
+            run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))
+        if outcome == RunOutcome.preempted:
+            run.mark_preempting()
+        if self._folder.model.exists() and not self._is_hurried:
+            self._log_model(run)
+        try:
+            run.finish(exit_code=ExitCode[outcome])
+        except TimeoutError:
+            _warn(f"wandb has not uploaded everything; later: {upload_command(self._folder)}", self._say)
 
-        self._act(end)
-        session, self._session = self._session, None
-        if session is not None and tear_down():
-            self._warn_of(session.growth.fault(is_closed=True))
+    def _log_model(self, run: "wandb.Run") -> None:
+        """Log the model as an artifact by reference: no file is read or sent."""
+        import wandb  # noqa: PLC0415
+
+        model = self._folder.model.absolute()
+        artifact = wandb.Artifact(f"{run.id}-model", "model", metadata=without_secrets({"path": str(model)}))
+        artifact.add_reference(model.as_uri(), name=model.name, checksum=False)
+        run.log_artifact(artifact)
 
     def _send(self, session: Session) -> None:
-        session.send(self._rows, self._media.of_row)
+        """Send the rows that wandb does not have yet, with their media."""
+        for index, row in enumerate(self._rows[session.looked_at :], session.looked_at):
+            if order_of(row) > session.received:
+                values = {**wandb_names(row), **self._media(index, row)}
+                session.run.log(values, step=session.row_number, commit=True)
+                if session.row_number is not None:
+                    session.row_number += 1
+                session.received = order_of(row)
+            session.looked_at = index + 1
+
+    def _media(self, index: int, row: Mapping[str, float]) -> dict[str, Any]:
+        """Return the histogram and the table of a row, as far as it has them."""
+        margins = self._margins.pop(index, None)
+        if self._is_hurried:
+            return {}
+        media: dict[str, Any] = {}
+        if margins is not None:
+            import wandb  # noqa: PLC0415
+
+            media[MARGINS] = wandb.Histogram(np_histogram=(margins.counts, margins.edges))
+        if self._tracking.samples and any(name.startswith(_SAMPLED) for name in row):
+            media |= _samples_table(self._folder.samples_file(int(row["step"])), self._tracking.samples)
+        return media
 
     def _act(self, action: Callable[[Session], None]) -> None:
         if self._session is None:
@@ -556,11 +373,10 @@ class Tracker:
         try:
             try:
                 action(self._session)
-                self._warn_of(self._session.growth.fault())
             except ConnectionError:
                 # The signal of a preemption also kills wandb's service, which is a process of its own, while
                 # rows are still to be sent.
-                tear_down(is_dead=True)
+                _tear_down(is_dead=True)
                 if self._restart is None:
                     raise
                 self._session, self._restart = self._restart(), None
@@ -569,11 +385,7 @@ class Tracker:
         except Exception as error:
             _warn(f"wandb tracking stops, training continues: {first_line(error)}", self._say)
             self._session = None
-            tear_down()
-
-    def _warn_of(self, fault: str | None) -> None:
-        if fault is not None:
-            _warn(f"{fault}; training continues, {self._media.folder.log_history} has all rows", self._say)
+            _tear_down()
 
 
 def open_tracker(
@@ -583,11 +395,11 @@ def open_tracker(
     *,
     rows: Sequence[Mapping[str, float]] = (),
     environment: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = _silent,
+    say: Callable[[str], None] = lambda _text: None,
     init_seconds: float = 60.0,
     finish_seconds: float = 20.0,
-) -> Tracker:
-    """Start or resume the wandb run of a run directory; never raises, never prompts.
+) -> Tracker | None:
+    """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
 
     The wandb run's id is stored in the directory, so that a resumed job continues the same wandb run. With
     `tracking.wandb=auto` the environment variable WANDB_MODE is used if set; otherwise the run is online if
@@ -603,23 +415,19 @@ def open_tracker(
         init_seconds: timeout for the server at the start.
         finish_seconds: timeout for uploads at the end; a preempted job has little time.
     """
-    wanted = wanted_mode(config)
-    if config.tracking.wandb is not WandbMode.off:
-        warn_of_unused(config, functools.partial(_warn, say=say))
     settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
-    for mode in _modes_to_try(wanted, say):
+    for mode in _modes_to_try(wanted_mode(config), say):
         try:
             start = functools.partial(start_run, config, folder, mode, environment, settings)
-            media = RunMedia(folder, config.tracking.samples)
-            tracker = Tracker(start, media, rows, notes_of(config.tracking), say)
+            tracker = Tracker(start, config, folder, rows, say)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
-            tear_down()
+            _tear_down()
             continue
         if tracker.run is not None:
-            say(f"wandb: {address(tracker.run, mode, folder)}")
+            say(f"wandb: {_address(tracker.run, mode, folder)}")
         return tracker
-    return Tracker(None, RunMedia(folder, 0))
+    return None
 
 
 def _warn(text: str, say: Callable[[str], None]) -> None:
@@ -633,7 +441,7 @@ def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     if wanted is WandbMode.offline:
         return ["offline"]
     try:
-        has_key = set_up("online").login(prompt=False, verify=False)
+        has_key = _set_up("online").login(prompt=False, verify=False)
     except Exception as error:
         _warn(f"wandb cannot log in: {first_line(error)}", say)
         has_key = False

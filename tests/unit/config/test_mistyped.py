@@ -26,7 +26,7 @@ MISTYPED = [
     ("data=[hh_rlhf,ultrafeedback]", "data.train="),
     ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
     ("tracking.also=[tensorbord]", "did you mean tensorboard?"),
-    ("tracking.also=[wandb]", "one of tensorboard, mlflow"),
+    ("tracking.also=[wandb]", "one of tensorboard"),
     ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
     ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
     ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import wandb
 
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.losses import LossConfig, RouterConfig
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.generation import text_facts
 from dpo_dist.insight.metrics.log import COLUMNS
-from dpo_dist.insight.metrics.names import BEST, MARGINS, SAMPLES, wandb_names
-from dpo_dist.insight.metrics.system import _gpu, _label
+from dpo_dist.insight.metrics.names import BEST, MARGINS, SAMPLES, STEP_AXIS, wandb_names
 from dpo_dist.insight.metrics.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 from dpo_dist.objective.metrics import MetricPlan
 from scripts import wandb_dashboard
@@ -24,27 +22,15 @@ PERCENTILES = [f"rewards/margins/p{percent}" for percent in ("05", "25", "50", "
 
 
 def known_names() -> set[str]:
-    loss = LossConfig(router=RouterConfig(0.5, 0.01))
-    steps = [*COLUMNS, *MetricPlan(loss, ("a", "b")).names]
+    steps = [*COLUMNS, *MetricPlan(LossConfig(), ("a", "b")).names]
     evaluations = [*MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True).names, *PERCENTILES]
     row = dict.fromkeys([*steps, *(f"eval_{name}" for name in evaluations)], 0.0)
-    system = ("cpu", "proc.memory.rssMB", "proc.memory.availableMB")
-    gpu = ("gpu.0.gpu", "gpu.0.powerWatts", "gpu.process.0.memoryAllocatedBytes")
-    return {*wandb_names(row), MARGINS, *(f"system/{_label(name, 3)}" for name in (*system, *gpu))}
-
-
-def test_the_names_of_system_metrics_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {name for name in known_names() if name.startswith("system/gpu")}
-    for function in ("memory_reserved", "utilization", "power_draw"):
-        monkeypatch.setattr(torch.cuda, function, lambda device: 1000)
-    sampled = {f"system/{_label(name, 3)}" for name in _gpu(torch.device("cuda", 0))}
-    assert names <= sampled
+    return {*wandb_names(row), MARGINS}
 
 
 def test_metrics_of_panels_and_of_best_values_exist() -> None:
     names = known_names()
-    elsewhere = ("samples", "fp16")
-    missing = {name for panel in PANELS if panel.needs not in elsewhere for name in panel.missing(names)}
+    missing = {name for panel in PANELS if panel.needs != "samples" for name in panel.missing(names)}
     assert missing == set()
     assert set(BEST) | set(RESULTS) <= names
     assert set(COMPARED) <= set(all_keys())
@@ -102,7 +88,7 @@ def test_the_workspace_has_every_panel_on_the_axis_of_steps() -> None:
         if panel.view_type == "Run History Line Plot"
     ]
     assert [config.chart_title for config in configs] == [panel.title for panel in PANELS]
-    assert [config.x_axis for config in configs] == [panel.axis for panel in PANELS]
+    assert {config.x_axis for config in configs} == {STEP_AXIS}
     assert [config.metrics or [] for config in configs] == [list(panel.metrics) for panel in PANELS]
 
 

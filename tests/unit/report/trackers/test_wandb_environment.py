@@ -1,4 +1,4 @@
-"""Variables that W&B's users set are used where the configuration leaves a value unset, or named."""
+"""Variables that W&B's users set are used where the configuration leaves a value unset."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
-from dpo_dist.insight.metrics.wandb import open_tracker, wanted_mode, warn_of_unused
+from dpo_dist.insight.metrics.wandb import open_tracker, wanted_mode
 from dpo_dist.insight.metrics.wandb_file import read_records
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
@@ -28,6 +28,7 @@ def config_of(**tracking: Any) -> RunConfig:
 
 def runs_of(config: RunConfig, run_dir: Path) -> list[Any]:
     tracker = open_tracker(config, RunFolder(run_dir), lambda: None)
+    assert tracker is not None
     tracker.finish("completed", {"verdict": {"sentence": "learnt little"}})
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     return [record.run for record in read_records(file) if record.WhichOneof("record_type") == "run"]
@@ -42,44 +43,31 @@ def test_unset_values_are_those_of_the_environment(tmp_path: Path, monkeypatch: 
     assert last.notes == "their notes\n\nVerdict: learnt little"
 
 
-def test_the_configuration_wins_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**VARIABLES, "WANDB_MODE": "online", "WANDB_DIR": "/elsewhere"}.items():
         monkeypatch.setenv(name, value)
     own = {"project": "p", "entity": "e", "group": "g", "tags": ["t"], "notes": "n"}
-    config = config_of(**own)
-    said: list[str] = []
-    warn_of_unused(config, said.append)
-    assert [text.split(" ", 1)[0].partition("=")[0] for text in said] == [
-        *(name for name in VARIABLES if name != "WANDB_NAME"),
-        "WANDB_MODE",
-        "WANDB_DIR",
-    ]
-    run, *_ = runs_of(config, tmp_path)
+    run, *_ = runs_of(config_of(**own), tmp_path)
     assert (run.project, run.entity, run.run_group, list(run.tags), run.notes) == ("p", "e", "g", ["t"], "n")
     assert run.display_name == "their name"
 
 
 def test_without_either_the_project_is_dpo_dist(tmp_path: Path) -> None:
-    said: list[str] = []
-    warn_of_unused(config_of(), said.append)
-    assert said == []
     run, *_ = runs_of(config_of(), tmp_path)
     assert (run.project, list(run.tags), run.notes) == ("dpo_dist", [], "")
 
 
 @pytest.mark.parametrize(
-    ("value", "mode", "warned"),
+    ("value", "mode"),
     [
-        ("", "auto", 0),
-        ("online", "online", 0),
-        ("offline", "offline", 0),
-        ("dryrun", "offline", 0),
-        ("disabled", "off", 0),
-        ("shared", "auto", 1),
+        ("", "auto"),
+        ("online", "online"),
+        ("offline", "offline"),
+        ("dryrun", "offline"),
+        ("disabled", "off"),
+        ("shared", "auto"),
     ],
 )
-def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str, warned: int) -> None:
+def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
-    config, said = config_of(wandb=WandbMode.auto), list[str]()
-    warn_of_unused(config, said.append)
-    assert (wanted_mode(config), len(said)) == (mode, warned)
+    assert wanted_mode(config_of(wandb=WandbMode.auto)) == mode

@@ -39,7 +39,9 @@ def config_of(mode: WandbMode) -> RunConfig:
 
 def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
     run_dir.mkdir(exist_ok=True)
-    return open_tracker(config_of(mode), RunFolder(run_dir), lambda: None, **options)
+    tracker = open_tracker(config_of(mode), RunFolder(run_dir), lambda: None, **options)
+    assert tracker is not None
+    return tracker
 
 
 def records_of(run_dir: Path, kind: str) -> list[Any]:
@@ -110,11 +112,6 @@ def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
     folder = RunFolder(run_dir)
     files = {
         folder.model / "model.safetensors": "w" * 100,
-        folder.checkpoints / "step-999999" / "old.pt": "old",
-        folder.checkpoints / "step-1000000" / "rank" / "new.pt": "new",
-        folder.report: "<p>a page</p>",
-        folder.doctor_report: "{}",
-        run_dir / "store" / "space.json": "{}",
         folder.samples_file(2): "".join(json.dumps(row) + "\n" for row in samples),
     }
     for path, text in files.items():
@@ -129,12 +126,11 @@ def log_and_finish(folder: RunFolder, tracking: TrackingConfig) -> None:
     tracker.log({"step": 1, "loss": 0.7})
     margins = Histogram.of(np.array([0.0, 1.0, 1.0], dtype=np.float32))
     tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
-    summary = {"steps": 2, "reference": {"entries": str(folder.path / "store")}}
     verdict = {"sentence": "learnt little", "findings": [{"rule": "a", "text": "b"}]}
-    tracker.finish("completed", {**summary, "verdict": verdict})
+    tracker.finish("completed", {"steps": 2, "verdict": verdict})
 
 
-def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
+def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
@@ -167,12 +163,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
         for kind, artifact in artifacts.items()
     }
     del files["run_table"]
-    assert files == {
-        "model": {"model/model.safetensors": "/model/model.safetensors"},
-        "checkpoint": {"step-1000000/rank/new.pt": "/checkpoints/step-1000000/rank/new.pt"},
-        "reference-store": {"space.json": "/store/space.json"},
-        "report": {"report.html": "", "doctor.json": "/doctor/doctor.json"},
-    }
+    assert files == {"model": {"model/model.safetensors": "/model/model.safetensors"}}
     staged = [entry.local_path for artifact in artifacts.values() for entry in artifact.manifest.contents]
     assert all(Path(path).is_relative_to(tmp_path) for path in staged if path)
     assert [thread for name, thread in changed if name == b"WANDB_DATA_DIR"] == [threading.main_thread()]
@@ -402,6 +393,7 @@ def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
     tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
     config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
     tracker = open_tracker(config, RunFolder(tmp_path), lambda: None)
+    assert tracker is not None
     tracker.finish("completed", {})
     assert records_of(tmp_path, "environment") == []
     assert sys.argv == typed
@@ -475,7 +467,9 @@ def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str,
     monkeypatch.setenv("WANDB_BASE_URL", server_url)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     run_dir.mkdir(exist_ok=True)
-    return open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
+    tracker = open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
+    assert tracker is not None
+    return tracker
 
 
 def test_online_run_reaches_the_server_and_its_stop_button_the_run(
@@ -603,8 +597,5 @@ def test_a_run_directory_that_cannot_be_written_ends_only_tracking(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wandb").write_text("a file in the way")
-    tracker = open_in(tmp_path, WandbMode.offline)
-    assert tracker.run is None
-    tracker.log({"step": 1})
-    tracker.finish("completed", {})
+    assert open_tracker(config_of(WandbMode.offline), RunFolder(tmp_path), lambda: None) is None
     assert "cannot start offline" in caplog.text
