@@ -102,8 +102,8 @@ class Arguments:
         return Path(self.options["--config-dir"]) if "--config-dir" in self.options else None
 
 
-def divide(arguments: Sequence[str]) -> Arguments:
-    """Divide a command line into options and overrides, in any order.
+def divide(arguments: Sequence[str], own: Collection[str] = ()) -> Arguments:
+    """Divide a command line into options and overrides, in any order; errors suggest keys of `own`.
 
     Raises:
         ConfigError: an option does not exist, or lacks its value.
@@ -119,7 +119,7 @@ def divide(arguments: Sequence[str]) -> Arguments:
         name, equals, value = argument.partition("=")
         option = _LONG.get(name, name)
         if option not in OPTIONS:
-            raise _unknown_option(name, value if equals else "".join(rest[:1]))
+            raise _unknown_option(name, value if equals else "".join(rest[:1]), own)
         takes = OPTIONS[option].value
         if equals and not takes:
             raise ConfigError(
@@ -192,13 +192,17 @@ def _check_values(options: dict[str, str]) -> None:
         )
 
 
-def _unknown_option(name: str, value: str) -> ConfigError:
+def _unknown_option(name: str, value: str, own: Collection[str]) -> ConfigError:
     plain = name.lstrip("-").replace("-", "_")
     value = "" if value.startswith("-") else value
     if plain in run_keys():
         remedy = f"write {assignment(plain, value, run_keys()[plain])}"
-    elif alias_of(plain, KEY_ALIASES) or alias_of(plain, REMEDIES):
-        remedy = unknown_key(plain, value).remedy
+    elif (
+        alias_of(plain, KEY_ALIASES)
+        or alias_of(plain, REMEDIES)
+        or any(key.endswith(f".{plain}") for key in own)
+    ):
+        remedy = unknown_key(plain, value, own=own, is_strict=bool(own)).remedy
     elif name.startswith("--") and (found := likely(name, OPTIONS)):
         remedy = f"did you mean {found[0]}?"
     else:
@@ -500,8 +504,9 @@ def _run(
     errors: _Errors,
     about: str,
 ) -> int:
-    arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments, verb, about, has_check=check is not None)) is not None:
+    own = keys_of(verb, trains=verb == "pairs")  # with rounds it trains
+    arguments = divide(sys.argv[1:], own)
+    if (text := _answer(arguments, verb, about, own, has_check=check is not None)) is not None:
         if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -545,12 +550,14 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _answer(arguments: Arguments, verb: str, about: str, *, has_check: bool) -> str | None:
+def _answer(
+    arguments: Arguments, verb: str, about: str, own: Collection[str], *, has_check: bool
+) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
     key = arguments.options.get("--help")
-    folders, own = group_folders(arguments.own_folder), keys_of(verb, trains=verb == "pairs")
+    folders = group_folders(arguments.own_folder)
     if key:
         return explain(key, folders, own)
     options = {
