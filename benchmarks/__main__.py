@@ -11,17 +11,10 @@ from benchmarks.options import SHARED, Benchmark
 
 NAMES = {
     "vs_trl": "speed and memory beside TRL on the same pairs",
-    "curves": "speed and memory over prompt share, lengths, model size, budget; ablations",
-    "draw": "figures and tables of docs/performance.md from the results of curves",
-    "sweep": "seconds of a sweep over losses and betas, beside TRL",
     "memory": "memory of each reference mode",
     "mfu": "share of the device's peak that training uses",
     "encode": "records encoded per second, by number of processes",
-    "schedule": "balance of micro-batches and ranks; cost of planning",
     "store": "the reference store with many entries",
-    "save": "delay of training by a checkpoint, written at once and behind the steps",
-    "attention": "packed attention on a CPU, with windows, caps and sinks",
-    "resume": "cost of a resume in the world that saved the checkpoint, and in others",
 }
 
 

@@ -15,8 +15,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.encode_stages import measure_stages
-from benchmarks.options import Benchmark, Json
+from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.setting import (
     REAL_DATA,
     TOKENIZER_VOCABULARY,
@@ -25,7 +24,6 @@ from benchmarks.setting import (
     train_tokenizer,
     write_synthetic,
 )
-from benchmarks.tables import markdown
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
@@ -44,7 +42,6 @@ def run(options: Namespace) -> Json:
         if options.chat:
             tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
             tokenizer.chat_template = CHATML
-        stages = measure_stages(file, _config(Path(name), 1), tokenizer)
         speeds, contents = [], set()
         for processes in options.processes:
             cache = Path(name, f"cache-{processes}")
@@ -53,9 +50,8 @@ def run(options: Namespace) -> Json:
             contents.add(content)
     assert len(contents) == 1, "the written bytes depend on the number of processes"
     print(markdown([list(speeds[0]), *([f"{value:,.4g}" for value in speed.values()] for speed in speeds)]))
-    print(markdown([list(stages), [f"{microseconds:.0f} us" for microseconds in stages.values()]]))
     circumstances = {"file": file.name, "records": options.records, "chat": options.chat}
-    return {**circumstances, "figures": speeds, "stages_microseconds": stages}
+    return {**circumstances, "figures": speeds}
 
 
 def _config(cache: Path, processes: int) -> DataConfig:

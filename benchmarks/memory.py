@@ -15,10 +15,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import Benchmark, Json
+from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.runs import Run, in_fork, start
 from benchmarks.setting import SHAPES, Setting, prepare
-from benchmarks.tables import markdown
 
 LIVE = "reference.mode=live"
 COLD, WARM = "cached, the store filled first", "cached, all found in the store"

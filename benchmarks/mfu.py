@@ -14,10 +14,9 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from benchmarks.options import Benchmark, Json
+from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.runs import Result, Run, RunFailedError, in_fork, start
 from benchmarks.setting import SHAPES, Setting, default_data, prepare
-from benchmarks.tables import markdown
 
 OPTIONS = {
     "plain": [],

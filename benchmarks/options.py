@@ -1,7 +1,7 @@
 """Interface of a benchmark to the runner, and the options that several benchmarks share."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,3 +50,8 @@ class Benchmark:
     own: Callable[[ArgumentParser], None] = _no_options
     smoke: Mapping[str, Any] = field(default_factory=dict)
     fault: Callable[[Namespace], str] = _no_fault
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,13 +29,11 @@ class Run:
 
     Attributes:
         folder: a folder that `setting.prepare` wrote.
-        variant: `trl_default`, `trl_best_N` (N pairs a micro-batch), or a name of `ablation.ABLATIONS`.
+        variant: `dpo_dist`, `trl_default` or `trl_best_N` (N pairs a micro-batch).
         store: the reference store of dpo_dist.
         overrides: further keys of dpo_dist.
         saves: whether dpo_dist writes checkpoint and model.
         weighs_reference: whether the memory of dpo_dist's reference is measured.
-        points: kinds and betas of a sweep, which TRL trains in one process; `variant` is then `trl_default`
-            or `trl_kept` (reference log-probs computed before training, and kept beside the dataset).
     """
 
     folder: str
@@ -45,7 +42,6 @@ class Run:
     overrides: tuple[str, ...] = ()
     saves: bool = True
     weighs_reference: bool = False
-    points: tuple[tuple[str, float], ...] = ()
 
 
 def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
@@ -54,7 +50,7 @@ def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
     Raises:
         RunFailedError: a process ended with an error.
     """
-    ranks, _ = _start(run, processes, threads)
+    ranks = _start(run, processes, threads)
     for phase in ("training", "reference", "whole"):
         ranks[0][phase]["cpu_seconds"] = sum(rank[phase]["cpu_seconds"] for rank in ranks)
     ranks[0]["peak_bytes"] = max(rank["peak_bytes"] for rank in ranks)
@@ -62,17 +58,7 @@ def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
     return ranks[0]
 
 
-def start_sweep(run: Run) -> Result:
-    """Run TRL's sweep over `run.points`. Return its measurements, the seconds of the process among them.
-
-    Raises:
-        RunFailedError: the process ended with an error.
-    """
-    [result], seconds = _start(run, 1, None)
-    return {**result, "whole_seconds": seconds}
-
-
-def _start(run: Run, processes: int, threads: int | None) -> tuple[list[Result], float]:
+def _start(run: Run, processes: int, threads: int | None) -> list[Result]:
     launch = ["-m", "benchmarks.trainers"]
     if processes > 1:
         accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -80,24 +66,23 @@ def _start(run: Run, processes: int, threads: int | None) -> tuple[list[Result],
         launch = [*accelerate, *shape, *launch]
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(max(1, threads // processes))}
     with tempfile.TemporaryDirectory(dir=run.folder) as out:
-        seconds = python([*launch, out, json.dumps(dataclasses.asdict(run))], environment)
+        python([*launch, out, json.dumps(dataclasses.asdict(run))], environment)
         ranks: list[Result] = [json.loads(file.read_text()) for file in sorted(Path(out).glob("rank-*.json"))]
     if len(ranks) != processes:
         raise RunFailedError(f"{run.variant}: {len(ranks)} of {processes} processes wrote a result")
-    return ranks, seconds
+    return ranks
 
 
-def python(arguments: list[str], environment: dict[str, str] | None = None) -> float:
-    """Run Python in a process of its own. Return the seconds from its start to its end.
+def python(arguments: list[str], environment: dict[str, str]) -> None:
+    """Run Python in a process of its own.
 
     Raises:
         RunFailedError: it ended with an error.
     """
-    started = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     ended = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -105,7 +90,6 @@ def python(arguments: list[str], environment: dict[str, str] | None = None) -> f
     )
     if ended.returncode:
         raise RunFailedError(f"{' '.join(arguments)[:200]} failed:\n{ended.stdout[-4000:]}")
-    return time.monotonic() - started
 
 
 def in_fork(work: Callable[[], None]) -> None:

@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from benchmarks.options import Benchmark, Json
+from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.setting import SHAPES, save_random_model
-from benchmarks.tables import markdown
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig

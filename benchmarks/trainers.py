@@ -59,7 +59,6 @@ class Measured:
 
     Attributes:
         rows: metrics rows of the steps.
-        work: tokens and logits of the training of dpo_dist (`ablation.Work`).
         memory: bytes of the reference and peaks (`Run.weighs_reference`).
     """
 
@@ -68,32 +67,26 @@ class Measured:
     whole: Meter = field(default_factory=Meter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: Result = field(default_factory=dict)
-    work: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
 
 def main() -> None:
     out, run = Path(sys.argv[1]), Run(**json.loads(sys.argv[2]))
-    if run.points:
-        result = _sweep_with_trl(run)
-    else:
-        measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
-        meters = ("training", "reference", "whole")
-        result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
-        result["peak_bytes"] = peak()
+    measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
+    meters = ("training", "reference", "whole")
+    result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
+    result["peak_bytes"] = peak()
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
 def _train(run: Run, run_dir: Path) -> Measured:
     """Train with dpo_dist. Loading between scoring and training counts for neither."""
-    from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.insight.console import open_console
 
     folder = Path(run.folder)
-    ablation = ABLATIONS[run.variant]
-    chosen = [*ablation.overrides, *run.overrides]
+    chosen = list(run.overrides)
     if not any(override.startswith("parallelism") for override in chosen):
         # One process shards nothing, as TRL's does not.
         chosen.append(f"parallelism={'zero3' if int(os.environ.get('WORLD_SIZE', '1')) > 1 else 'ddp'}")
@@ -119,7 +112,6 @@ def _train(run: Run, run_dir: Path) -> Measured:
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_model"))
-        work = swaps.enter_context(removed(ablation))
         with measured.whole.running():
             run_module.train(config, console, StopRequest())
     if run.weighs_reference:
@@ -129,7 +121,6 @@ def _train(run: Run, run_dir: Path) -> Measured:
     measured.rows = json.loads((metrics / "log_history.json").read_text())
     measured.training.seconds = measured.summary["train_seconds"]
     measured.reference = filling.without(loading)
-    measured.work = vars(work)
     return measured
 
 
@@ -148,55 +139,13 @@ def _train_with_trl(run: Run, out: Path) -> Measured:
     return measured
 
 
-def _sweep_with_trl(run: Run) -> Result:
-    """Train all points in this process, so that TRL's packages are loaded once."""
-    from datasets import Dataset, load_from_disk
-
-    folder = Path(run.folder)
-    saved = folder / "trl_pairs"
-    if not saved.is_dir():
-        Dataset.from_dict(_columns(folder)).save_to_disk(saved)
-    dataset = load_from_disk(saved)
-    keeps = run.variant == "trl_kept"
-    measured, scored_pairs, losses = Measured(), 0, []
-
-    def counted(score: Callable[..., Any], *arguments: Any, **inputs: Any) -> Any:
-        """The batch has all chosen responses, then all rejected ones."""
-        nonlocal scored_pairs
-        scored_pairs += len((inputs or arguments[-1])["input_ids"]) // 2
-        with measured.reference.running():
-            return score(*arguments, **inputs)
-
-    for kind, beta in run.points:
-        point = {"beta": beta, "loss_type": [kind], "precompute_ref_log_probs": keeps}
-        config = _trl_config(Setting.read(folder), folder / "trl", None, **point)
-        trainer = _trl_trainer(folder, config, dataset, measured, counted)
-        trainer.train()
-        losses.append([row["loss"] for row in measured.rows])
-        measured.rows.clear()
-    inside = 0.0 if keeps else measured.reference.seconds
-    return {
-        "scored_pairs": scored_pairs,
-        "reference_seconds": measured.reference.seconds,
-        "training_seconds": measured.training.seconds - inside,
-        "losses": losses,
-    }
-
-
 def _columns(folder: Path) -> dict[str, Any]:
     pairs = json.loads((folder / ORDER).read_text())
     return {name: pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
-def _trl_trainer(
-    folder: Path, config: Any, dataset: Any, measured: Measured, counted: Callable[..., Any] | None = None
-) -> Any:
-    """Return TRL's trainer without a second tokenisation, its phases measured.
-
-    Args:
-        counted: called in place of each pass of the reference, with that pass and its arguments; without it,
-            scoring before training is measured as a whole.
-    """
+def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) -> Any:
+    """Return TRL's trainer without a second tokenisation, its phases measured."""
     from transformers import TrainerCallback
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -207,12 +156,8 @@ def _trl_trainer(
             return dataset
 
         def _precompute_ref_logps(self, *arguments: Any) -> Any:
-            with contextlib.nullcontext() if counted else measured.reference.running():
+            with measured.reference.running():
                 return super()._precompute_ref_logps(*arguments)
-
-        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-            score = super().compute_ref_log_probs
-            return counted(score, model, inputs) if counted else score(model, inputs)
 
     class Steps(TrainerCallback):
         """Measures from the first step to the last, without the preparations."""
@@ -225,13 +170,10 @@ def _trl_trainer(
             self.measured.__exit__(None, None, None)
             measured.rows += [row for row in state.log_history if "loss" in row]
 
-    trainer = Trainer(model=str(folder / "model"), args=config, train_dataset=dataset, callbacks=[Steps()])
-    if counted and trainer.ref_model is not None:
-        trainer.ref_model.forward = partial(counted, trainer.ref_model.forward)
-    return trainer
+    return Trainer(model=str(folder / "model"), args=config, train_dataset=dataset, callbacks=[Steps()])
 
 
-def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None, **changed: Any) -> Any:
+def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:
     """Return TRL's defaults with the settings of this run; at its best, with all that makes it faster.
 
     This version switches `padding_free` off whatever its value, and refuses Liger's fused loss.
@@ -263,7 +205,7 @@ def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None, **cha
         report_to="none",
         disable_tqdm=True,
         seed=setting.seed,
-        **{**options, **changed},
+        **options,
     )
 
 

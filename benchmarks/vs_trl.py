@@ -22,10 +22,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.options import Benchmark, Json
+from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.runs import Result, Run, in_fork, start
 from benchmarks.setting import ORDER, Setting, default_data, prepare
-from benchmarks.tables import markdown
 
 Rounds = list[dict[str, Result]]
 

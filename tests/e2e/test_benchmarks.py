@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.shared_data import shared_data_dir
 from tests.support.warm_benchmarks import run_benchmark
 
@@ -95,75 +93,3 @@ def test_encoding_writes_the_same_on_any_number_of_processes(tmp_path: Path) -> 
     assert measured["records"] == 200
     assert all(figure["tokens_per_second"] > figure["records_per_second"] for figure in measured["figures"])
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("real", [False, True])
-def test_plans_fill_micro_batches_evenly(tmp_path: Path, real: bool) -> None:
-    data = shared_data_dir() if real else tmp_path / "data"
-    if data is None:
-        pytest.skip("no slices of real data here")
-    measured = figures("schedule", DPO_DIST_SHARED=str(data.parent))
-    kinds = {plan["lengths"] for plan in measured["plans"]}
-    assert kinds == {"uniform", "long-tailed"} | ({"hh", "ultrafeedback"} if real else set())
-    # The balance of the plan; no figure of time.
-    for plan in measured["plans"]:
-        assert plan["fill"] == pytest.approx(plan["bound"], abs=0.02)
-        assert 1 <= plan["ranks"] <= plan["waiting"] + 1e-9 < 1.05
-        assert plan["least"] <= plan["waiting"] + 1e-9
-    assert measured["schedule"]["pairs"] == 100_000
-
-
-def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
-    """Ends with an error if the whole program, an ablation of it, or TRL computed another loss."""
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    measurements, page = docs / "performance.json", docs / "performance.md"
-    page.write_text((ROOT / "docs" / "performance.md").read_text())
-    encoded = tmp_path / "encoded"
-    speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
-    figures_of_encoding = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
-    encoded.write_text(json.dumps(figures_of_encoding))
-    files = ("--measurements", str(measurements), "--encode", str(encoded))
-    run_forked("curves", "--smoke", *files, with_trl=True)
-    parts = json.loads(measurements.read_text())
-    names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
-    assert list(parts) == names
-    whole, plain = parts["ablation"]["points"]
-    assert plain["rounds"][0]["work"]["tokens"] > whole["rounds"][0]["work"]["tokens"]
-    assert all(part["machine"] and part["packages"]["trl"] for part in parts.values())
-
-    figures = docs / "figures"
-    draw = ["--measurements", str(measurements), "--page", str(page), "--figures", str(figures)]
-    run("draw", *draw)
-    drawn = {file.stem: file.read_bytes() for file in figures.iterdir()}
-    first_page = page.read_text()
-    assert set(drawn) == set(names)
-    for name in names:
-        assert f"](figures/{name}.svg)\n\n| " in first_page
-    run("draw", *draw)
-    assert (drawn, first_page) == (
-        {file.stem: file.read_bytes() for file in figures.iterdir()},
-        page.read_text(),
-    )
-
-
-def test_a_sweep_scores_its_pairs_once() -> None:
-    """Ends with an error if the trainers computed another loss at any first step."""
-    measured = json.loads(run_forked("sweep", "--smoke", with_trl=True).splitlines()[-1])
-    scored = {name: of["scored_pairs"] for name, of in measured["results"].items()}
-    assert measured["points"] == 2
-    assert scored == {"dpo_dist": 8, "trl_default": 16, "trl_kept": 8}
-    assert measured["largest_loss_difference"] < 1e-4
-
-
-def test_costs_of_a_schedule_are_measured() -> None:
-    costs = figures("schedule", "--costs")["costs"]
-    assert costs["microseconds_per_token"] > 0
-    assert {"attention_slowness", "head_slowness", "largest_error"} <= costs.keys()
-
-
-def test_attention_measures_each_kind_of_scores() -> None:
-    measured = figures("attention")
-    assert measured["kinds"]["full"]["ratio"] == 1
-    assert len(measured["kinds"]) == 7
-    assert all(kind["forward"] > 0 and kind["backward"] > 0 for kind in measured["kinds"].values())

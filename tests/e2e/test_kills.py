@@ -1,7 +1,4 @@
-"""A run that is killed again and again, at seeded random places, ends as the uninterrupted one (law L4).
-
-`scripts/soak.py` does the same for longer.
-"""
+"""A run that is killed again and again, at seeded random places, ends as the uninterrupted one (law L4)."""
 
 from pathlib import Path
 

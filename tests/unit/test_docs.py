@@ -1,13 +1,11 @@
 """Names in the documentation exist, and lists in it are complete."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import table
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
@@ -157,11 +155,3 @@ def test_modules_named_in_prose_exist() -> None:
     for page in PAGES:
         named = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", page.read_text())
         assert [module for module in named if not (PACKAGE / module).exists()] == [], page.name
-
-
-def test_tables_of_performance_are_those_of_its_measurements() -> None:
-    """`python -m benchmarks draw` was run after the last `curves`."""
-    page = (ROOT / "docs" / "performance.md").read_text()
-    measurements = ROOT / "docs" / "performance.json"
-    parts = json.loads(measurements.read_text()) if measurements.is_file() else {}
-    assert [name for name, part in parts.items() if table(name, part) not in page] == []
