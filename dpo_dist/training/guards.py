@@ -94,10 +94,8 @@ class StepGuard:
         scored = []
         self.policy.train(False)
         with torch.no_grad():
-            for host_batch, positions in zip(ready.batches, rank_batch.positions, strict=True):
-                batch = host_batch.to(device)
-                reference = self.objective.reference.token_logps(batch)
-                pairs = self.objective.score(self.policy, batch, reference, facts)
+            scoring = self.objective.scored(self.policy, ready.batches, facts, device)
+            for (_, pairs), positions in zip(scoring, rank_batch.positions, strict=True):
                 scored.append(pairs)
                 if positions and not self.objective.loss.is_coupled:
                     losses = preference_loss(pairs.policy, pairs.reference, self.objective.loss, pairs.facts)

@@ -1,7 +1,7 @@
 """Loss and metrics of one micro-batch, given a loss configuration and a reference provider."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
+from dpo_dist.insight.metrics.log import Phase
 from dpo_dist.objective.logps import (
     PairLogps,
     desensitised_weights,
@@ -176,6 +177,33 @@ class Objective:
             routing=routing,
             is_evaluation=is_evaluation,
         )
+
+    def scored(
+        self,
+        model: ScoredModel | None,
+        batches: Iterable[PackedBatch],
+        facts: BatchFacts,
+        device: torch.device,
+        enter: Callable[[Phase], None] = lambda _phase: None,
+        *,
+        is_evaluation: bool = False,
+    ) -> Iterator[tuple[PackedBatch, ScoredPairs]]:
+        """Yield each micro-batch on its device, scored by the reference and then by `model`; collective.
+
+        Args:
+            model: None: the reference, without a forward of another model.
+            batches: of this rank, on the host.
+            facts: of the global batch.
+            enter: called with each phase of a step.
+            is_evaluation: also compute entropies.
+        """
+        for host_batch in batches:
+            enter("data")
+            batch = host_batch.to(device)
+            enter("reference")
+            reference = self.reference.token_logps(batch)
+            enter("forward")
+            yield batch, self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
 
     def forward(
         self,

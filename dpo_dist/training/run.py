@@ -145,7 +145,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
     """
     began = time.monotonic()
     folder = RunFolder.of(config)
-    with open_world(config, console, trains=True) as world, locked(folder, world, console):
+    with open_world(config, console, trains=True) as world, locked(folder, world):
         stops = Stops(stop, world)
         stops.check()  # a library may have caught an error that a signal raised while it was imported
         clock = WorkClock(world.size, began, world.activity.enter)

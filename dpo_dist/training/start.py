@@ -2,17 +2,14 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,15 +28,9 @@ from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import Stops, WhileWaiting, World
 from dpo_dist.distributed.zero import policy_config
+from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
-from dpo_dist.foundation.files import (
-    collect_abandoned,
-    is_temporary,
-    open_in_place,
-    recover_folder,
-    text_digest,
-    write_text,
-)
+from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
 from dpo_dist.foundation.text import counted, first_few, percent
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
@@ -76,73 +67,20 @@ class Start:
 
 
 @contextlib.contextmanager
-def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
+def locked(folder: RunFolder, world: World) -> Iterator[None]:
     """Lock the run directory against a second start until this one ends, in error or not. Collective.
 
     Raises:
-        CheckpointError: another process trains there, or the directory cannot be created.
+        ConfigError: another process trains there.
     """
-    files: list[IO[Any]] = []
-    warning = world.on_main(lambda: _lock(folder, files))
-    if warning:
-        console.say(warning)
-    try:
+    with contextlib.ExitStack() as lock:
+        owner, remedy = "is training in this run directory", "wait for it to end, or set another run.dir"
+        world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner, remedy)))
         for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
         world.on_main(partial(complete_unfinished, folder.checkpoints))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
-    finally:
-        for file in files:
-            file.close()
-
-
-def _lock(folder: RunFolder, files: list[IO[Any]]) -> str:
-    """Lock the run directory; return a warning if the lock is valid on this host only.
-
-    Args:
-        folder: the run directory.
-        files: receives the open files; the lock lasts until they are closed.
-    """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        files.append(open_in_place(folder.lock, "w"))
-    except OSError as error:
-        raise CheckpointError(
-            "the run directory cannot be written",
-            where=str(folder),
-            got=str(error),
-            remedy="correct its permissions, or set another run.dir",
-        ) from error
-    missing = _take_lock(files[0], folder)
-    if not missing:
-        return ""
-    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}{folder.lock.name}"
-    files.append(open_in_place(Path(tempfile.gettempdir()) / of_host, "w"))
-    _take_lock(files[1], folder)
-    return (
-        f"warning: the file system of {folder} does not support file locks ({missing}): "
-        "a second start of this run is refused on this host only, do not start it on another host"
-    )
-
-
-def _take_lock(file: IO[Any], folder: RunFolder) -> str:
-    """Lock an open file; return the reason if its file system has no locks, else "".
-
-    Raises:
-        CheckpointError: another process has the lock.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # EWOULDBLOCK, EAGAIN
-        raise CheckpointError(
-            "another process is training in this run directory",
-            where=str(folder),
-            remedy="wait for it to end, or set another run.dir",
-        ) from None
-    except OSError as error:  # ENOSYS, ENOLCK, ENOTSUP: Lustre and NFS without a lock service
-        return str(error.strerror)
-    return ""
 
 
 def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:

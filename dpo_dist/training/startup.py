@@ -1,12 +1,10 @@
 """Checks of a run before torch is imported and processes join: packages, files, folders."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -145,10 +143,6 @@ def _find(named: str | None, run: RunFolder) -> Evaluated:
     return Evaluated(path, Kind.model if is_local else Kind.hub)
 
 
-# Processes of one start begin within this time of each other.
-_START_SECONDS = 60.0
-
-
 def check_start(config: RunConfig, *, trains: bool = False) -> None:
     """Check everything that needs no torch, network or other processes, and create the folders of the run.
 
@@ -204,60 +198,31 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
 
 @contextlib.contextmanager
 def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
-    """Remove the folders of a start that ends with a user's error before its first step; on rank 0.
+    """Remove the folders that a start made, if it ends with a user's error before its first step; on rank 0.
 
     Args:
         config: of the run.
-        of_success: also remove them if it ends without an error (`--check`).
+        of_success: also remove it if the start ends without an error (`--check`).
     """
-    began, folder = time.time(), RunFolder.of(config)
-    # Written by another start, which may be running, or by a person: not by rank 0 of this one.
-    is_used = any(map(_exists, (folder.rank_log(0), folder.config, folder.environment, folder.state)))
-    missing = [
-        path
-        for needed in _needed_folders(config).values()
-        for path in (needed, *needed.parents)
-        if not _exists(path)
-    ]
+    folder, needed = RunFolder.of(config), _needed_folders(config).values()
+    made = {path for each in needed for path in (each, *each.parents) if not _exists(path)}
+
+    def remove() -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if folder.path in made and not folder.checkpoints.exists():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
     try:
         yield
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        _remove_traces(folder, is_used, missing, began)
+        remove()
         raise
     if of_success:
-        _remove_traces(folder, is_used, missing, began)
-
-
-def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began: float) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if not is_used and _exists(folder.path) and folder.path.is_dir() and _is_of_this_start(folder, began):
-        shutil.rmtree(folder.path, ignore_errors=True)
-    for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
-        with contextlib.suppress(OSError):
-            path.rmdir()
-
-
-def _is_of_this_start(folder: RunFolder, began: float) -> bool:
-    """Return whether this start has written every file in the folder, and no step has been done."""
-    before_first_step = {folder.logs, folder.lock, folder.config, folder.environment, folder.state}
-    before_first_step.add(folder.initial_adapter)
-    if not before_first_step.issuperset(folder.path.iterdir()) or _is_locked(folder):
-        return False
-    files = [file for file in folder.path.rglob("*") if file.is_file()]
-    return bool(files) and all(file.stat().st_ctime > began - _START_SECONDS for file in files)
-
-
-def _is_locked(folder: RunFolder) -> bool:
-    """Return whether another start has locked the folder; False where its file system has no locks."""
-    try:
-        with folder.lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        remove()
 
 
 def _needed_folders(config: RunConfig) -> dict[str, Path]:

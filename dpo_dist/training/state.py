@@ -68,15 +68,6 @@ class LogWindow:
     flops: float = 0.0
     seconds: float = 0.0
 
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "LogWindow":
-        """Return the window in a checkpoint's state; older ones have one count of pairs for all metrics."""
-        if "pair_count" not in state:
-            return cls(**state)
-        state = dict(state)
-        sums, count = state.pop("pair_sums"), state.pop("pair_count")
-        return cls(**state, sums=sums, counts=dict.fromkeys(sums, count))
-
     def add(self, step: StepMeasures) -> None:
         """Add one step."""
         _add(self.sums, step.sums)
@@ -129,20 +120,10 @@ class WorkTime:
     Attributes:
         seconds: by kind of work, of all starts. Every moment of a start counts as one kind.
         device_seconds: the same in all, times the processes of each start.
-        since_step: number of the first steps of which only `training` is known; an earlier version did them.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     device_seconds: float = 0.0
-    since_step: int = 0
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "WorkTime":
-        """Return the time in a checkpoint's state; older ones only have that of the training steps."""
-        if "work" in state:
-            return cls(**state["work"])
-        seconds = float(state["train_seconds"])
-        return cls({"training": seconds}, seconds * state.get("world_size", 1), int(state["step"]))
 
     def add(self, work: str, seconds: float, processes: int) -> None:
         """Add the time that all processes spent on a kind of work."""
@@ -154,7 +135,6 @@ class WorkTime:
         return {
             "seconds": {work: round(seconds, 3) for work, seconds in self.seconds.items()},
             "device_seconds": round(self.device_seconds, 3),
-            "since_step": self.since_step,
         }
 
 
@@ -203,8 +183,18 @@ class WorkClock:
         return self._spent
 
 
-_COUNTS = ("step", "pairs_seen", "steps", "bad_steps", "bad_in_a_row", "collapsed_in_a_row", "overflows")
-_MOST = 2**48
+_KEPT = (
+    "step",
+    "pairs_seen",
+    "train_seconds",
+    "reference_report",
+    "bad_steps",
+    "bad_in_a_row",
+    "collapsed_in_a_row",
+    "overflows",
+    "owes_evaluation",
+)
+"""Plain values of `Position` in a checkpoint's state."""
 
 
 @dataclass(frozen=True)
@@ -255,34 +245,23 @@ class Position:
             CheckpointError: it has no position.
         """
         try:
-            return cls._of(state)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            kept = {name: state[name] for name in _KEPT}
+            scale = state["loss_scale"]
+            return cls(
+                **kept,
+                running=RunningMeans(**state["running"]),
+                window=LogWindow(**state["window"]),
+                work=WorkTime(**state["work"]),
+                loss_scale=None if scale is None else LossScale(**scale),
+                best=[BestCheckpoint(**one) for one in state["best"]],
+            )
+        except (LookupError, TypeError) as error:
             raise CheckpointError(
                 "the state of the checkpoint cannot be read",
                 where=STATE,
                 got=first_line(error),
                 remedy="restore the checkpoint, or delete it to resume from the one before",
             ) from error
-
-    @classmethod
-    def _of(cls, state: Mapping[str, Any]) -> "Position":
-        _check_types(state)
-        return cls(
-            step=state["step"],
-            pairs_seen=state["pairs_seen"],
-            train_seconds=state["train_seconds"],
-            running=RunningMeans(**state["running"]),
-            window=LogWindow.of(state["window"]),
-            reference_report=state.get("reference_report", {}),  # older ones have none
-            work=WorkTime.of(state),
-            bad_steps=state.get("bad_steps", 0),
-            bad_in_a_row=state.get("bad_in_a_row", 0),
-            collapsed_in_a_row=state.get("collapsed_in_a_row", 0),
-            overflows=state.get("overflows", 0),
-            loss_scale=LossScale(**scale) if (scale := state.get("loss_scale")) else None,
-            best=[BestCheckpoint(**one) for one in state.get("best", [])],
-            owes_evaluation=state.get("owes_evaluation", False),
-        )
 
     @property
     def is_best(self) -> bool:
@@ -306,41 +285,6 @@ class Position:
             margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
             self.running = self.running.after(loss, margin, reward, pairs)
         return row
-
-
-def _check_types(state: Mapping[str, Any]) -> None:
-    """Check the types of a checkpoint's values, which another program may have written.
-
-    Raises:
-        ValueError, LookupError, TypeError, AttributeError: one has another type, or `step` or `pairs_seen` is
-            missing.
-    """
-    counts = {"step": state["step"], "pairs_seen": state["pairs_seen"]}
-    counts |= {name: state[name] for name in _COUNTS if state.get(name) is not None}
-    best, report = state.get("best", []), state.get("reference_report", {})
-    counts |= {f"best[{number}].step": one["step"] for number, one in enumerate(best)}
-    for name, value in counts.items():
-        if not isinstance(value, int) or not 0 <= value < _MOST:
-            raise ValueError(f"{name} is no count")
-    numbers = {name: state[name] for name in ("train_seconds", "running", "window")}
-    numbers["loss_scale"] = state.get("loss_scale")
-    numbers |= {"work": state.get("work", {}), "best": [one["value"] for one in best]}
-    if report:
-        numbers["reference_report"] = [report[name] for name in ("hits", "computed", "seconds")]
-    for name, value in numbers.items():
-        if not _is_of_numbers(value):
-            raise ValueError(f"{name} has a value that is no number")
-    texts = [*report.get("damaged", []), *(one["metric"] for one in best), state.get("length") or ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a name is no text")
-
-
-def _is_of_numbers(value: Any) -> bool:
-    """Return whether a value is a number or None, or consists of such."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return (
-        value is None or isinstance(value, int | float) if parts is None else all(map(_is_of_numbers, parts))
-    )
 
 
 Identity = dict[str, str | None]

@@ -115,13 +115,8 @@ def accumulate_coupled(
     rank_batch, scored = step.rank_batch, []
     policy.train(False)
     with torch.no_grad():
-        for host_batch in step.batches:
-            clock.enter("data")
-            batch = host_batch.to(world.device)
-            clock.enter("reference")
-            reference = objective.reference.token_logps(batch)
-            clock.enter("forward")
-            scored.append(objective.score(policy, batch, reference, facts))
+        for _, pairs in objective.scored(policy, step.batches, facts, world.device, clock.enter):
+            scored.append(pairs)
     pairs = gather_pairs(scored, rank_batch, world)
     leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
     loss, sums = objective.measure(pairs)
@@ -272,13 +267,8 @@ def _accumulate(
     clock.enter("forward")
     routers = router_terms(policy, objective.router, step, world)
     policy.train()
-    for number, host_batch in enumerate(step.batches, start=1):
-        clock.enter("data")
-        batch = host_batch.to(world.device)
-        clock.enter("reference")
-        reference = objective.reference.token_logps(batch)
-        clock.enter("forward")
-        pairs = objective.score(policy, batch, reference, facts)
+    scored = objective.scored(policy, step.batches, facts, world.device, clock.enter)
+    for number, (_, pairs) in enumerate(scored, start=1):
         loss, batch_sums = objective.measure(pairs)
         loss, sums = never_finite_if_not(loss, pairs.policy.chosen) / pairs_in_batch, sums + batch_sums
         if routers is not None and pairs.routing is not None:
@@ -349,12 +339,14 @@ def evaluate(
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums, scored = objective.no_sums(rank_batch, world.device, is_evaluation=True), []
     values: list[Tensor] = []
-    with objective.prefetched(rank_batch, world.device) as batches:
-        for host_batch in batches:
+
+    def enter(phase: Phase) -> None:
+        if phase == "data":
             give_way()
-            batch = host_batch.to(world.device)
-            reference = objective.reference.token_logps(batch)
-            pairs = objective.score(model, batch, reference, facts, is_evaluation=True)
+
+    with objective.prefetched(rank_batch, world.device) as batches:
+        scoring = objective.scored(model, batches, facts, world.device, enter, is_evaluation=True)
+        for _, pairs in scoring:
             values.append(pair_values(pairs.policy, pairs.reference, objective.loss))
             if objective.loss.is_coupled:
                 scored.append(pairs)

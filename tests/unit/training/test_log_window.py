@@ -55,14 +55,5 @@ def test_a_window_cut_by_a_checkpoint_gives_the_same_row() -> None:
         measures = step([0.1 * number, 0.7], grad_norm=0.3 * number, seconds=0.1)
         whole.add(measures)
         cut.add(measures)
-        cut = LogWindow.of(json.loads(json.dumps(asdict(cut))))
+        cut = LogWindow(**json.loads(json.dumps(asdict(cut))))
     assert cut.row(PEAKS) == whole.row(PEAKS)
-
-
-def test_a_window_of_an_older_checkpoint_has_its_one_count_for_every_metric() -> None:
-    window = LogWindow(steps=1, sums={"loss": 6.0}, counts={"loss": 3.0})
-    window.seconds, window.pairs = 1.0, 3
-    older = asdict(window)
-    del older["counts"]
-    older["pair_sums"], older["pair_count"] = older.pop("sums"), 3.0
-    assert LogWindow.of(older) == window

@@ -1,13 +1,11 @@
 """The start of a run: lock, resume point, recorded state; and the last files of a run that was killed."""
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 
@@ -248,45 +246,16 @@ def test_the_verdict_reads_the_findings_of_the_doctor(
 
 def check_second_start_refused(folder: RunFolder) -> None:
     with (
-        pytest.raises(CheckpointError, match="another process is training"),
-        locked(folder, ALONE, Screen()),
+        pytest.raises(ConfigError, match="another process is training"),
+        locked(folder, ALONE),
     ):
         pass
 
 
 def test_a_second_start_is_refused_until_the_first_ends(folder: RunFolder) -> None:
-    with locked(folder, ALONE, Screen()):
+    with locked(folder, ALONE):
         check_second_start_refused(folder)
-    with locked(folder, ALONE, Screen()):
-        pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_gives_a_warning_and_a_lock_on_the_host(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flock, folder, screen = fcntl.flock, RunFolder(tmp_path / "run"), Screen()
-
-    def lock(file: TextIO, operation: int) -> None:
-        if Path(file.name).parent == folder.path:
-            raise OSError(number, os.strerror(number))
-        flock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", lock)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with locked(folder, ALONE, screen):
-        assert os.strerror(number) in screen.lines[0]
-        check_second_start_refused(folder)
-    with locked(folder, ALONE, screen):
-        pass
-
-
-def test_a_run_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(CheckpointError, match="run directory cannot be written"),
-        locked(RunFolder(tmp_path / "file" / "run"), ALONE, Screen()),
-    ):
+    with locked(folder, ALONE):
         pass
 
 
@@ -317,6 +286,6 @@ def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     of_killed = [file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-")) for file in own]
     for file in (*own, *of_killed):
         file.touch()
-    with locked(folder, ALONE, Screen()):
+    with locked(folder, ALONE):
         assert [file.exists() for file in own] == [True] * 5, "this process still writes them"
         assert [file.exists() for file in of_killed] == [False] * 5

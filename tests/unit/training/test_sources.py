@@ -152,7 +152,7 @@ def test_a_row_has_the_sources_of_its_steps(data: PreferenceDataset) -> None:
         totals, counts = sums.named(sums.values.tolist())
         window.add(StepMeasures(totals, counts, {}, 0.1, len(indices), 10, 1.0, 1.0))
         rows.append(by_source(window.row(PeakFlops(1.0, None))))
-        window = LogWindow.of({**vars(window)})
+        window = LogWindow(**vars(window))
     assert [sorted(row) for row in rows] == [
         ["rewards/accuracies/shared", "rewards/margins/shared"],
         *[sorted(wanted(data, range(12)))] * 2,

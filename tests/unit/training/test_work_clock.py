@@ -58,12 +58,6 @@ def test_a_resumed_run_continues_the_time_of_the_starts_before(time: Time) -> No
     assert position.work == WorkTime({"starting": 11.0, "training": 95.0}, 800.0 + 2 * 6.0)
 
 
-def test_a_checkpoint_without_the_time_has_that_of_the_training_steps() -> None:
-    position = Position.of(OLD_STATE)
-    assert position.work == WorkTime({"training": 30.0}, 120.0, since_step=7)
-    assert position.reference_report == {}
-
-
 FIRST = {
     "mode": "cached",
     "hits": 10,
