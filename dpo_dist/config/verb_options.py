@@ -160,10 +160,6 @@ class PeopleConfig:
         at_least=0,
         at_most=1,
     )
-    repeats: float = key(
-        0.1, "Share of an annotator's comparisons that are shown twice to them.", at_least=0, at_most=1
-    )
-    blurred: bool = key(False, "Blur the texts until the annotator points at them.")
 
 
 @dataclass(frozen=True)
