@@ -1,6 +1,5 @@
 """Checks of `pairs` before torch is imported and processes join."""
 
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -213,25 +212,6 @@ def _check_models(config: RunConfig) -> None:
             local_model_folder(name, None, key)
 
 
-def _check_reward_model(name: str) -> None:
-    """Check that the judge is no model that responds; it is loaded after the last response only."""
-    folder = local_model_folder(name, None, "pairs.reward_model")
-    if folder is None:
-        return
-    try:
-        architectures = json.loads((folder / "config.json").read_bytes())["architectures"]
-    except (ValueError, TypeError, LookupError):
-        return  # loading says so
-    if any(str(architecture).endswith("ForCausalLM") for architecture in architectures or []):
-        raise ConfigError(
-            "the model is no reward model",
-            where="pairs.reward_model",
-            got=f"{name}: {', '.join(map(str, architectures))}",
-            expected="a sequence classification model with one output",
-            remedy="name a reward model, or set pairs.function for another kind of score",
-        )
-
-
 def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
     """Check that there is one judge, or at most one if none is needed.
 
@@ -254,8 +234,6 @@ def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
         )
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")
-    if pairs.reward_model is not None:
-        _check_reward_model(pairs.reward_model)
     if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():
         raise ConfigError(
             "options of an endpoint have no effect without one",
