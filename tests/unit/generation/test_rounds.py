@@ -279,7 +279,7 @@ def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
         ("pairs.launcher=python", "pairs.launcher"),
         ("pairs.reference=first", "pairs.reference"),
         ("pairs.prompt_part=1", "pairs.prompt_part"),
-        ("pairs.people.port=80", "pairs.method, pairs.people"),
+        ("pairs.people.port=80", "pairs.people"),
     ],
 )
 def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:
