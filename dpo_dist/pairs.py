@@ -5,7 +5,6 @@ after the finished parts. docs/pairs.md has a command for each method.
 """
 
 import os
-import signal
 import sys
 
 from dpo_dist.config.command_line import run_verb
@@ -24,22 +23,20 @@ def main(config: RunConfig) -> int:
         DpoDistError: they cannot be made.
     """
     check_pairs(config)
-    if config.pairs.rounds:
-        return run_rounds(config, console_on(sys.stderr, config.console).say)
     try:
+        if config.pairs.rounds:
+            return run_rounds(config, console_on(sys.stderr, config.console).say)
         if needs_this_process(config):
             with open_console(RunFolder.of(config), config.console) as console:
                 from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
                 make_pairs(config, console)
     except (KeyboardInterrupt, SystemExit) as stop:
-        is_sigint = isinstance(stop, KeyboardInterrupt)
-        word = "interrupted" if is_sigint else "terminated"
         if os.environ.get("RANK", "0") == "0":
-            console_on(sys.stderr, config.console).say(
-                f"{word}: the same command continues after the finished parts"
-            )
-        return ExitCode.interrupted if is_sigint else 128 + signal.SIGTERM
+            word = "interrupted" if isinstance(stop, KeyboardInterrupt) else "terminated"
+            words = f"{word}: the same command continues after the finished parts"
+            console_on(sys.stderr, config.console).say(words)
+        return ExitCode.interrupted if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     return ExitCode.completed
 
 

@@ -139,9 +139,9 @@ class EndpointConfig:
         "OPENAI_API_KEY", "Environment variable with the API key; without a value, none is sent.", filled=True
     )
     max_tokens: int = key(1024, "Most tokens of a verdict, with the judge's reasons.", at_least=1)
-    timeout_seconds: float = key(120.0, "Longest wait for a whole reply, in seconds.", above=0)
+    timeout_seconds: float = key(120.0, "Longest wait for a reply, in seconds.", above=0)
     retries: int = key(
-        6, "Repetitions of a request that failed, after 1, 2, 4, ... seconds, at most 60.", at_least=0
+        6, "Repetitions of a request that failed, after growing pauses or as the endpoint asks.", at_least=0
     )
     parallel_requests: int = key(8, "Requests at a time, of each process.", at_least=1)
     requests_per_minute: int | None = key(
@@ -160,10 +160,6 @@ class PeopleConfig:
         at_least=0,
         at_most=1,
     )
-    repeats: float = key(
-        0.1, "Share of an annotator's comparisons that are shown twice to them.", at_least=0, at_most=1
-    )
-    blurred: bool = key(False, "Blur the texts until the annotator points at them.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rounds by real commands: the judge's score rises round by round, also across a kill."""
+"""Rounds by real commands: the judge's score rises round by round, also across SIGTERM."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def warm(command: Sequence[str], _: Path) -> int:
     return ended.code
 
 
-def test_scores_rise_round_by_round_across_a_kill(overrides, tmp_path) -> None:
+def test_scores_rise_round_by_round_across_sigterm(overrides, tmp_path) -> None:
     parts = tmp_path / "run/rounds/1/pairs/parts"
     with subprocess.Popen(
         [sys.executable, "-m", "dpo_dist.pairs", *overrides],
@@ -50,9 +50,9 @@ def test_scores_rise_round_by_round_across_a_kill(overrides, tmp_path) -> None:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.kill()
-        # The pipe closes when the sampling has ended as well.
+        process.terminate()
         process.communicate(timeout=240)
+    assert process.returncode == 143
     written = done[0].stat().st_mtime_ns
     assert not (tmp_path / "run/rounds/1/round.json").exists()
 

@@ -1,30 +1,23 @@
-"""Client of an OpenAI-compatible endpoint: timeouts, repetitions with growing pauses, a rate limit.
+"""A judge behind an OpenAI-compatible endpoint, asked by the `openai` client.
 
-The API key comes from the environment and is sent in a header only. Neither the key nor the text of a reply
-is part of an error.
+The API key comes from the environment. Neither the key nor the text of a reply is part of an error.
 """
 
-import email.message
-import http.client
-import io
 import itertools
 import json
 import logging
 import os
 import re
-import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dpo_dist.config.verb_options import EndpointConfig, Verdicts
-from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.judges.judge import Judgement, Question
 from dpo_dist.generation.pairs.files import as_fields, context_fields
@@ -32,23 +25,14 @@ from dpo_dist.generation.pairs.files import as_fields, context_fields
 log = logging.getLogger(__name__)
 
 URL_KEY = "pairs.endpoint.url"
-_LONGEST_PAUSE_SECONDS = 60.0
-_MAX_REPLY_BYTES = 2**22
-_BUSY = (408, 409, 425, 429)
 _MISCONFIGURED = (401, 402, 403, 404, 405)
-# Options that OpenAI's reasoning models refuse, the name of each that they take, and the code of the refusal.
+_BUSY = (408, 409, 429)
+# Options that OpenAI's reasoning models refuse, and the name of each that they take.
 _REPLACED = {"max_tokens": "max_completion_tokens", "temperature": None}
-_UNSUPPORTED = ", unsupported_"
-_NAME = re.compile(r"[\w.-]{1,60}")
 
 
 class Reply(NamedTuple):
-    """The endpoint's reply to one request.
-
-    Attributes:
-        text: of the assistant; empty if the reply has none.
-        refusal: status and code with which the endpoint refused this request; empty if it did not.
-    """
+    """The assistant's text, empty if it has none; or status and code of a refusal of this request."""
 
     text: str = ""
     refusal: str = ""
@@ -60,212 +44,115 @@ class Endpoint:
     Args:
         config: with a url and a model.
         processes: number of processes that share the rate limit.
-        sleep: pauses for that many seconds.
 
     Raises:
-        ConfigError: the url or the key cannot be used.
+        ConfigError: the url cannot be used, or the client is not installed.
     """
 
-    def __init__(
-        self, config: EndpointConfig, processes: int = 1, sleep: Callable[[float], None] = time.sleep
-    ):
-        self._config, self._sleep = config, sleep
-        self._url = f"{_checked_url(config.url or '')}/chat/completions"
-        self._headers = {"Content-Type": "application/json", **_authorization(config.key_variable)}
+    def __init__(self, config: EndpointConfig, processes: int = 1):
+        try:
+            import openai  # noqa: PLC0415  (optional)
+        except ImportError:
+            raise ConfigError(
+                "an endpoint as judge needs the package openai", where=URL_KEY, remedy="pip install openai"
+            ) from None
+        self._openai, self._config = openai, config
+        url, key = config.url or "", os.environ.get(config.key_variable, "").strip()
+        self._client = openai.OpenAI(
+            base_url=_checked(url),
+            api_key=key or "none",
+            timeout=config.timeout_seconds,
+            max_retries=config.retries,
+        )
+        self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
         per_minute = config.requests_per_minute
         self._spacing = 0.0 if per_minute is None else 60.0 * processes / per_minute
-        self._options: dict[str, float] = {"temperature": 0, "max_tokens": config.max_tokens}
         self._next, self._lock = 0.0, threading.Lock()
-        self._opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
+        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": config.max_tokens}
 
-    def ask(self, messages: list[dict[str, str]]) -> Reply:
+    def ask(self, messages: list[Any]) -> Reply:
         """Return the reply to a conversation, at temperature 0 if the endpoint can.
 
         Raises:
             ConfigError: the endpoint does not exist, refuses the key, or fails at every repetition.
         """
         options = self._options
-        reply = self._ask(messages, options)
-        for name, other in _REPLACED.items():
-            if _UNSUPPORTED in reply.refusal and reply.refusal.endswith(f", {name}") and name in options:
-                kept = {known: value for known, value in self._options.items() if known != name}
-                self._options = kept | ({other: options[name]} if other else {})
-                log.warning("the endpoint of the judge refuses %s, so it gets %s", name, other or "none")
+        self._wait_for_turn()
+        try:
+            found: Any = self._client.chat.completions.create(
+                model=str(self._config.model),
+                messages=messages,
+                extra_headers=self._headers,
+                **options,
+            )
+        except self._openai.APIStatusError as error:
+            name = error.param
+            if name in _REPLACED and name in options and str(error.code).startswith("unsupported_"):
+                self._replace(name)
                 return self.ask(messages)
-        return reply
-
-    def _ask(self, messages: list[dict[str, str]], options: dict[str, float]) -> Reply:
-        body = {"model": self._config.model, "messages": messages, **options}
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers)  # noqa: S310
-        fault = ""
-        for attempt in range(self._config.retries + 1):
-            if attempt:
-                self._sleep(_pause(attempt, fault))
-            self._wait_for_turn()
-            try:
-                with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
-                    text = _text_of(response.read(_MAX_REPLY_BYTES))
-                if text is not None:
-                    return Reply(text)
-                fault = "a reply that is no chat completion"
-            except urllib.error.HTTPError as error:
-                with error:
-                    fault = self._fault_of(error)
-                if fault.startswith("refused"):
-                    return Reply(refusal=fault)
-            except (OSError, http.client.HTTPException) as error:
-                fault = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-        raise ConfigError(
-            "the endpoint of the judge does not reply",
-            where=URL_KEY,
-            got=f"{self._config.url}: {fault.partition('; ')[0]}, {self._config.retries + 1} times",
-            remedy="start it or check the address; the same command continues after the finished parts",
-        )
+            return Reply(refusal=self._refusal(error))
+        except (self._openai.APIError, ValueError) as error:
+            raise self._no_reply(type(error).__name__) from None
+        choices = getattr(found, "choices", None)
+        if choices is None:
+            raise self._no_reply("a reply that is no chat completion")
+        if not choices or choices[0].finish_reason == "length":  # the end of a reply has the verdict
+            return Reply()
+        return Reply(choices[0].message.content or "")
 
     def _wait_for_turn(self) -> None:
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
             self._next = turn + self._spacing
-        if turn > now:
-            self._sleep(turn - now)
+        time.sleep(turn - now)
 
-    def _fault_of(self, error: urllib.error.HTTPError) -> str:
-        """Return the fault of one request, which may be repeated unless it was refused."""
-        if error.code in _BUSY or error.code >= http.client.INTERNAL_SERVER_ERROR:
-            return f"status {error.code}; {_seconds_asked(error.headers)}"
-        if error.code in _MISCONFIGURED or error.code < http.client.BAD_REQUEST:
+    def _replace(self, name: str) -> None:
+        """Send an option that the endpoint refuses by its other name from now on, or not at all."""
+        with self._lock:
+            if name in self._options:
+                kept, other = dict(self._options), _REPLACED[name]
+                value = kept.pop(name)
+                self._options = kept | ({other: value} if other else {})
+                log.warning("the endpoint of the judge refuses %s, so it gets %s", name, other or "none")
+
+    def _refusal(self, error: Any) -> str:
+        """Return status, code and parameter of a refused request; its message may quote a text.
+
+        Raises:
+            ConfigError: the error is not about this request.
+        """
+        status = error.status_code
+        if status in _BUSY or status >= 500:
+            raise self._no_reply(f"status {status}") from None
+        if status in _MISCONFIGURED or status < 400:
             raise ConfigError(
                 "the endpoint of the judge cannot be used",
                 where=URL_KEY,
-                got=f"{self._url}: status {error.code} {error.reason}",
+                got=f"{self._config.url}: status {status}",
                 remedy=f"check the address, pairs.endpoint.model and the key in {self._config.key_variable}",
-            )
-        return f"refused with status {error.code}{_code_of(error)}"
+            ) from None
+        return ", ".join(str(part) for part in (f"status {status}", error.code, error.param) if part)
+
+    def _no_reply(self, fault: str) -> ConfigError:
+        return ConfigError(
+            "the endpoint of the judge does not reply",
+            where=URL_KEY,
+            got=f"{self._config.url}: {fault}, after {self._config.retries} repetitions",
+            remedy="start it or check the address; the same command continues after the finished parts",
+        )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it would send the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Refuse."""
-
-
-class _Until(io.RawIOBase):
-    """Reads from a socket until a deadline: a timeout of the socket alone starts again with every byte."""
-
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket):
-        self._raw, self._connection = raw, connection
-        self._deadline = time.monotonic() + (connection.gettimeout() or 0.0)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read into `buffer`; return the number of bytes.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-        """
-        seconds = self._deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("timed out")
-        self._connection.settimeout(seconds)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Close the socket's stream."""
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **keys: Any):
-        super().__init__(sock, *args, **keys)
-        self.fp = io.BufferedReader(_Until(self.fp.detach(), sock))
-
-
-class _Connection(http.client.HTTPConnection):
-    response_class = _Response
-
-
-class _SecureConnection(http.client.HTTPSConnection):
-    response_class = _Response
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_SecureConnection, req)
-
-
-def _checked_url(url: str) -> str:
+def _checked(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc or parts.query:
         raise ConfigError(
             "this is no address of an endpoint",
             where=URL_KEY,
-            got=f"{parts.scheme or 'no scheme'}, host {parts.hostname or '-'}",
             expected="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
             remedy="put the key into an environment variable, see pairs.endpoint.key_variable",
         )
-    return url.rstrip("/")
-
-
-def _authorization(variable: str) -> dict[str, str]:
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        return {}
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError(
-            "the API key has characters that cannot be sent",
-            where=f"environment variable {variable}",
-            expected="printable ASCII characters",
-            remedy="set it again",
-        )
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _text_of(body: bytes) -> str | None:
-    """Return the assistant's whole text in a chat completion; None for any other body.
-
-    Empty if it has none, or if it was cut: its end has the verdict.
-    """
-    try:
-        choices = list(json.loads(body)["choices"])
-        text = choices[0]["message"]["content"] if choices else ""
-        if choices and choices[0].get("finish_reason") == "length":
-            return ""
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return text if isinstance(text, str) else ""
-
-
-def _code_of(error: urllib.error.HTTPError) -> str:
-    """Return the code and the parameter that a refusal names; its message may quote a text."""
-    try:
-        content = json.loads(error.read(_MAX_REPLY_BYTES))["error"]
-        names = [str(content[name]) for name in ("code", "param") if content.get(name)]
-    except (ValueError, LookupError, TypeError, AttributeError, OSError):
-        return ""
-    return "".join(f", {name}" for name in names if _NAME.fullmatch(name))
-
-
-def _seconds_asked(headers: email.message.Message) -> str:
-    asked = headers.get("Retry-After", "")
-    return asked if asked.isdecimal() else "0"
-
-
-def _pause(attempt: int, fault: str) -> float:
-    """Return the seconds before a repetition: 1, 2, 4, ..., or as many as the endpoint asks for."""
-    asked = fault.partition("; ")[2]
-    growing = min(_LONGEST_PAUSE_SECONDS, 2.0 ** (attempt - 1))
-    return max(growing, min(float(asked), 10 * _LONGEST_PAUSE_SECONDS)) if asked.isdecimal() else growing
+    return url
 
 
 _LOWEST, _HIGHEST = 1, 10
@@ -382,8 +269,8 @@ def _grades(question: Question, criterion: str) -> list[list[dict[str, str]]]:
 def _messages(
     instruction: str, criterion: str, record: PreferenceRecord, responses: dict[str, str]
 ) -> list[dict[str, str]]:
-    prompt = as_fields(record.prompt, ())[0]
-    conversation = record.prompt.text if prompt is None else prompt  # type: ignore[union-attr]
+    prompt = record.prompt
+    conversation = prompt.text if isinstance(prompt, Dialogue) else as_fields(prompt, ())[0]
     content = {"conversation": conversation, **context_fields(record), **responses}
     return [
         {"role": "system", "content": instruction.format(criterion=criterion)},

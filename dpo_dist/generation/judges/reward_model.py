@@ -1,13 +1,13 @@
 """A reward model as judge: a sequence classification model with one output, by its own chat template."""
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
@@ -50,7 +50,7 @@ class RewardModel:
         self._model = _load(folder, config, device)
         self._budget = batch_tokens
         self._padding = self._model.config.get_text_config().pad_token_id
-        self._longest = getattr(self._model.config, "max_position_embeddings", None)
+        self._longest = getattr(self._model.config, "max_position_embeddings", None) or math.inf
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return the model's scores; None for a conversation too long for it, or rejected by its template.
@@ -58,14 +58,8 @@ class RewardModel:
         Raises:
             ConfigError: a score is not finite.
         """
-        encoded = [
-            self._encoded(question.record, response)
-            for question in questions
-            for response in question.responses
-        ]
-        readable = [ids for ids in encoded if ids is not None]
-        scored = iter(self._scores(readable))
-        scores = iter([None if ids is None else next(scored) for ids in encoded])
+        encoded = [self._encoded(each.record, response) for each in questions for response in each.responses]
+        scores = iter(self._scores(encoded))
         judgements = []
         for question in questions:
             own = [next(scores) for _ in question.responses]
@@ -87,54 +81,33 @@ class RewardModel:
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
         prompt, chat = record.prompt, facts.chat
         if chat is None:
-            text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
-            ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
+            turns = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
+            ids: list[int] = self._tokenizer(turns, response, split_special_tokens=True)["input_ids"]
             return ids
         tools = {"tools": list(record.tools)} if record.tools else {}
-        turns = tuple(chat.turn(turn) for turn in (*_messages(prompt), Message("assistant", response)))
+        whole = tuple(chat.turn(turn) for turn in (*_messages(prompt), Message("assistant", response)))
         try:
-            whole = chat.render(turns, chat.data({**record.template_arguments, **tools}))
+            rendered = chat.render(whole, chat.data({**record.template_arguments, **tools}))
         except UnusableRecordError:
             return None
-        return facts.with_prefix(facts.encoder.encode([whole])[0])[0]
+        return facts.with_prefix(facts.encoder.encode([rendered])[0])[0]
 
     @torch.inference_mode()
-    def _scores(self, encoded: Sequence[list[int]]) -> list[float | None]:
+    def _scores(self, encoded: Sequence[list[int] | None]) -> list[float | None]:
         scores: list[float | None] = [None] * len(encoded)
-        for indices in self._batches(encoded):
-            rows = [encoded[index] for index in indices]
-            filler = self._filler(rows)
-            ids = torch.full((len(rows), max(map(len, rows))), filler)
-            mask = torch.zeros_like(ids)
-            for row, tokens in enumerate(rows):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                mask[row, : len(tokens)] = 1
-            device = self._model.device
-            logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            for index, score in zip(indices, logits.float()[:, 0].tolist(), strict=True):
-                scores[index] = score
-        return scores
-
-    def _batches(self, encoded: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Yield indices of conversations of similar length that the model can read."""
-        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-        order = [index for index in order if self._longest is None or len(encoded[index]) <= self._longest]
+        rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= self._longest}
+        order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
-            rows = max(1, self._budget // max(1, len(encoded[order[0]])))
-            yield order[:rows]
-            del order[:rows]
-
-    def _filler(self, rows: Sequence[list[int]]) -> int:
-        """Return the padding token: transformers reads the score at the last token that differs from it.
-
-        A model without one reads the last token: the padding is a token that the batch does not have.
-        """
-        if self._padding is not None:
-            return int(self._padding)
-        used = set().union(*rows)
-        filler = next(token for token in itertools.count() if token not in used)
-        self._model.config.get_text_config().pad_token_id = filler
-        return filler
+            # The score is read at the last token that is no padding: without such a token, one row at a time.
+            size = 1 if self._padding is None else max(1, self._budget // len(rows[order[0]]))
+            batch, order = order[:size], order[size:]
+            padded = pad_sequence([rows[at] for at in batch], True, self._padding or 0)
+            mask = pad_sequence([torch.ones_like(rows[at]) for at in batch], True)
+            device = self._model.device
+            logits = self._model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+            for at, score in zip(batch, logits.float()[:, 0].tolist(), strict=True):
+                scores[at] = score
+        return scores
 
 
 def check_reward_model(name: str, config: ModelConfig) -> str:

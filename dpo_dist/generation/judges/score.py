@@ -9,8 +9,9 @@ import torch
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judges.judge import FunctionJudge, Judge, Question, describe_function
+from dpo_dist.generation.judges.judge import FunctionJudge, Judge, Judgement, Question, describe_function
 from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
+from dpo_dist.generation.sampling.respond import Answer
 
 
 def describe_judge(config: RunConfig) -> dict[str, Any]:
@@ -40,27 +41,25 @@ def open_judge(config: RunConfig, device: torch.device, processes: int) -> Judge
 
 
 def score(
-    records: Sequence[PreferenceRecord], samples: Sequence[list[dict[str, Any]]], judge: Judge
+    records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Answer]], judge: Judge
 ) -> list[dict[str, Any]]:
     """Return a row for each prompt: `{"scores": {number: score or null}, "counts": {...}}`.
 
-    Args:
-        records: prompts.
-        samples: usable samples of each.
-        judge: is asked about every prompt with a sample, also a single one, so that a mean score is of all.
+    The judge is asked about every prompt with an answer, also a single one, so that a mean score is of all.
 
     Raises:
         DpoDistError: the judge cannot be used.
     """
-    asked = [index for index, own in enumerate(samples) if own]
-    judgements = judge.judge(
-        [Question(records[index], tuple(sample["content"] for sample in samples[index])) for index in asked]
-    )
-    rows: list[dict[str, Any]] = [{"scores": {}, "counts": {}} for _ in records]
-    for index, judgement in zip(asked, judgements, strict=True):
-        numbers = [str(sample["number"]) for sample in samples[index]]
-        rows[index] = {
-            "scores": dict(zip(numbers, judgement.scores, strict=True)),
-            "counts": {name: number for name, number in judgement.counts.items() if number},
-        }
+    questions = [
+        Question(record, tuple(answer.content for answer in own))
+        for record, own in zip(records, answers, strict=True)
+        if own
+    ]
+    judgements = iter(judge.judge(questions))
+    rows: list[dict[str, Any]] = []
+    for own in answers:
+        judgement = next(judgements) if own else Judgement([])
+        numbers = [str(answer.number) for answer in own]
+        counts = {name: number for name, number in judgement.counts.items() if number}
+        rows.append({"scores": dict(zip(numbers, judgement.scores, strict=True)), "counts": counts})
     return rows

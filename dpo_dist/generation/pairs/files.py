@@ -1,16 +1,14 @@
 """Files of pairs: records with provenance, their summary, counts in words."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from rich.console import Console
-from rich.table import Table
 
 import dpo_dist
 from dpo_dist.config.data import DataConfig, SourceConfig
@@ -21,26 +19,15 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import collect_abandoned, staged_file, write_text
 from dpo_dist.foundation.text import counted
 
-_WIDTH = 79
-
-
-def table_text(table: Table) -> str:
-    """Return a table as lines of at most 79 columns, without colours."""
-    screen = io.StringIO()
-    Console(file=screen, width=_WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in screen.getvalue().strip("\n").splitlines())
-
-
 _TOTALS = {
-    "prompts": ("prompt", "prompts"),
-    "samples": ("response", "responses"),
-    "comparisons_decided": ("comparison decided", "comparisons decided"),
-    "comparisons_tied": ("comparison tied", "comparisons tied"),
-    "comparisons_without_majority": ("comparison without majority", "comparisons without majority"),
-    "comparisons_skipped": ("comparison skipped", "comparisons skipped"),
-    "comparisons_not_judged": ("comparison not judged", "comparisons not judged"),
+    "prompts": "prompt",
+    "samples": "response",
+    "comparisons_decided": "comparison decided",
+    "comparisons_tied": "comparison tied",
+    "comparisons_without_majority": "comparison without majority",
+    "comparisons_skipped": "comparison skipped",
+    "comparisons_not_judged": "comparison not judged",
 }
-"""Singular and plural."""
 _WORDS = {
     "samples_unfinished": "responses not used: they did not end within pairs.max_new_tokens",
     "samples_empty": "responses not used: they are empty",
@@ -64,23 +51,21 @@ _NOT_ASKED = "prompts_dropped_"
 
 def describe_totals(counts: Mapping[str, int]) -> str:
     """Return prompts, responses and comparisons: "18 prompts, 54 responses"; empty without any."""
-    return ", ".join(counted(counts[name], *nouns) for name, nouns in _TOTALS.items() if counts.get(name))
+    found = [(counts[name], *words.partition(" ")) for name, words in _TOTALS.items() if counts.get(name)]
+    return ", ".join(counted(number, noun) + space + rest for number, noun, space, rest in found)
 
 
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
     """Return lines for the screen: the totals, then each other count with its name and meaning."""
     totals = describe_totals(counts)
-    named = sorted(name for name, number in counts.items() if number and name not in _TOTALS)
-    return [
-        *([totals] if totals else []),
-        *(f"  {counts[name]:,} {name}: {_meaning(name)}" for name in named),
-    ]
-
-
-def _meaning(name: str) -> str:
-    if name.startswith(_NOT_ASKED):
-        return f"prompts that are not asked: {in_words(name.removeprefix(_NOT_ASKED))}"
-    return _WORDS.get(name) or in_words(name)
+    lines = [totals] if totals else []
+    for name, number in sorted(counts.items()):
+        if number and name not in _TOTALS:
+            reason = name.removeprefix(_NOT_ASKED)
+            meaning = f"prompts that are not asked: {in_words(reason)}"
+            meaning = meaning if reason != name else _WORDS.get(name) or in_words(name)
+            lines.append(f"  {number:,} {name}: {meaning}")
+    return lines
 
 
 def good_records(
@@ -92,15 +77,9 @@ def good_records(
     *,
     of_first: bool = False,
 ) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source; then print the counts of kept and dropped ones.
+    """Yield the usable records of a source until there are `enough`; then print the counts.
 
-    Args:
-        records: of the source.
-        source: its path is printed.
-        data: with the allowed share of dropped records, of those that were read.
-        say: prints a line.
-        enough: asked before each record; True ends the reading.
-        of_first: whether they are the first records of more.
+    `of_first`: they are the first records of more.
 
     Raises:
         DataError: more records were dropped than `data.max_bad_share` allows.
@@ -132,7 +111,7 @@ _MESSAGE_TYPES = {
 }
 _MESSAGES = pyarrow.list_(pyarrow.struct(_MESSAGE_TYPES))
 _ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-_IN_JSON = ("tools", "chat_template_kwargs", "provenance")
+_IN_JSON = ("tools", "chat_template_kwargs", "provenance", "tool_calls")
 """Columns whose values have other fields in each record: a table would fill them up with nulls."""
 
 
@@ -142,16 +121,9 @@ def pair_fields(
     scores: tuple[float, float] | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the fields of one preference record.
+    """Return the fields of a preference record: the prompt of `record`, and the chosen and rejected response.
 
-    Messages if the prompt is a conversation, else texts: the trainer renders both as it renders the record
-    from which the prompt was read.
-
-    Args:
-        record: the prompt with its tools and template arguments; its own responses are not used.
-        responses: chosen and rejected.
-        scores: of both, or None.
-        provenance: the origin of the record.
+    Messages if the prompt is a conversation, else texts: training renders both as it renders `record`.
     """
     prompt, *sides = as_fields(record.prompt, responses)
     fields: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
@@ -193,36 +165,6 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
     ]
 
 
-def write_pairs(
-    file: Path,
-    records: Iterable[Mapping[str, Any]],
-    before_commit: Callable[[int], None] = lambda _number: None,
-) -> int:
-    """Write records to a .jsonl or .parquet file, whole or not at all; return their number.
-
-    Args:
-        file: the path.
-        records: in their order.
-        before_commit: called with their number before the file appears.
-
-    Raises:
-        DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
-    """
-    with staged_file(file) as temporary:
-        write = _write_parquet if file.suffix == ".parquet" else write_lines
-        number = write(temporary, records)
-        if not number:
-            raise DataError(
-                "no pair can be made",
-                where=str(file),
-                got="no two usable responses of a prompt with different scores",
-                remedy="see the counts: scores can be missing, equal or within pairs.margin; responses not "
-                "finished within pairs.max_new_tokens; pairs.method=samples makes and scores responses",
-            )
-        before_commit(number)
-    return number
-
-
 def json_line(record: Mapping[str, Any]) -> str:
     """Return a record as a line; line ends in texts are escaped, also those that only Unicode knows."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
@@ -238,12 +180,12 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    number, writer = 0, None
+    number, writer, rows = 0, None, iter(records)
     try:
-        for rows in _groups(records):
-            writer = writer or pyarrow.parquet.ParquetWriter(file, _schema(rows[0]))
-            writer.write_table(pyarrow.Table.from_pylist([_flat(row) for row in rows], schema=writer.schema))
-            number += len(rows)
+        while group := [dict(row) for row in islice(rows, _ROWS_PER_GROUP)]:
+            writer = writer or pyarrow.parquet.ParquetWriter(file, _schema(group[0]))
+            writer.write_table(pyarrow.Table.from_pylist([_flat(row) for row in group], schema=writer.schema))
+            number += len(group)
     except (pyarrow.ArrowException, TypeError) as fault:
         raise DataError(
             "these records do not fit into one table",
@@ -263,40 +205,22 @@ def _schema(row: Mapping[str, Any]) -> pyarrow.Schema:
     return pyarrow.schema(
         {
             **dict.fromkeys(("prompt", "chosen", "rejected"), content),
-            **dict.fromkeys(_IN_JSON, _TEXT),
+            **dict.fromkeys(_IN_JSON[:3], _TEXT),
             **dict.fromkeys(("score_chosen", "score_rejected"), pyarrow.float64()),
         }
     )
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with JSON texts in place of values that fit into no common column."""
-    flat = {
-        name: [_flat_message(turn) for turn in value] if isinstance(value, list) else value
+    """Return a record or a message with JSON texts in place of values that fit into no common column."""
+    return {
+        name: [_flat(turn) for turn in value]
+        if isinstance(value, list) and name not in _IN_JSON
+        else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if name in _IN_JSON
+        else value
         for name, value in row.items()
-        if name not in _IN_JSON
     }
-    return flat | {name: _as_json(row[name]) for name in _IN_JSON if name in row}
-
-
-def _flat_message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    assert not turn.keys() - _MESSAGE_TYPES.keys(), turn.keys()
-    return {**turn, "tool_calls": _as_json(turn["tool_calls"]) if "tool_calls" in turn else None}
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _groups(records: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    for record in records:
-        rows.append(dict(record))
-        if len(rows) == _ROWS_PER_GROUP:
-            yield rows
-            rows = []
-    if rows:
-        yield rows
 
 
 def summary_file(file: Path) -> Path:
@@ -312,11 +236,8 @@ def check_output(file: Path, settings: Mapping[str, Any]) -> None:
     """
     if not file.exists():
         return
-    try:
-        before = json.loads(summary_file(file).read_text(encoding="utf-8"))["settings"]
-        old = {str(name): value for name, value in before.items()}
-    except (OSError, ValueError, LookupError, AttributeError):
-        old = {}
+    summary = summary_file(file)
+    old = json.loads(summary.read_text(encoding="utf-8"))["settings"] if summary.exists() else {}
     now = json.loads(json.dumps(settings))
     changed = [
         f"{name}: {as_written(old.get(name))} before, {as_written(now.get(name))} now"
@@ -347,7 +268,7 @@ def write_results(
     counts: Counter[str],
     say: Callable[[str], None],
 ) -> None:
-    """Write pairs and their summary, and print the counts.
+    """Write pairs to a .jsonl or .parquet file, whole or not at all, and their summary; print the counts.
 
     Args:
         file: of the pairs.
@@ -357,21 +278,24 @@ def write_results(
         say: prints a line.
 
     Raises:
-        DataError: as `write_pairs`.
+        DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
     """
-
-    def summarise(number: int) -> None:
-        found = {name: times for name, times in sorted(counts.items()) if times}
-        content = {
-            "pairs": number,
-            "counts": found,
-            "settings": dict(settings),
-            "version": dpo_dist.__version__,
-        }
-        write_text(summary_file(file), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
     try:
-        number = write_pairs(file, records, summarise)
+        with staged_file(file) as temporary:
+            write = _write_parquet if file.suffix == ".parquet" else write_lines
+            number = write(temporary, records)
+            if not number:
+                raise DataError(
+                    "no pair can be made",
+                    where=str(file),
+                    got="no two usable responses of a prompt with different scores",
+                    remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
+                    "unfinished within pairs.max_new_tokens; pairs.method=samples makes and scores responses",
+                )
+            found = {name: times for name, times in sorted(counts.items()) if times}
+            facts = {"settings": dict(settings), "version": dpo_dist.__version__}
+            content = json.dumps({"pairs": number, "counts": found, **facts}, indent=1, ensure_ascii=False)
+            write_text(summary_file(file), content + "\n")
     finally:
         for line in describe_counts(counts):
             say(line)

@@ -1,202 +1,346 @@
-"""Pairs labelled by people: serve the page until it is interrupted, then write pairs and agreement."""
+"""Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
 
+import hashlib
+import heapq
 import itertools
 import json
-import math
+import os
+import secrets
 import signal
 import socket
 import statistics
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import StrEnum
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from itertools import chain
-from types import FrameType
+from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
+import jinja2
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import PairsMethod
+from dpo_dist.config.verb_options import PairsConfig, PairsMethod
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
-from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import plain as finite
-from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import locked, write_text
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
+    as_fields,
     check_output,
     describe_totals,
     good_records,
     pair_fields,
-    table_text,
     write_results,
-)
-from dpo_dist.generation.pairs.label_server import HOST, LabelServer, Session
-from dpo_dist.generation.pairs.labelling import (
-    Item,
-    Judgement,
-    Labelling,
-    Plan,
-    Slot,
-    Verdict,
-    draw_items,
-    opened_log,
 )
 from dpo_dist.generation.pairs.start import output_file
 
-_LABELS = [Verdict.first, Verdict.second, Verdict.tie]
+HOST = "127.0.0.1"
+_MOST_ITEMS = 1000
+_LINE_EVERY = 25
+
+Say: TypeAlias = Callable[[str], None]
+TIE, SKIP = "tie", "skip"
+_SIDES = ("first", "second")
+"""Verdicts for a response, by its index."""
 
 
-Undecided = StrEnum("Undecided", ["tie", "disagreement", "skipped", "not_judged"])
-"""Reasons why judgements give no pair."""
+@dataclass(frozen=True)
+class Judgement:
+    """A line of the log: an annotator's verdict on an item; a later one on the same item replaces it.
 
-
-def outcome(judgements: Sequence[Judgement]) -> int | Undecided:
-    """Return the index of the better of an item's responses, or why there is none.
-
-    Every annotator has one vote, for the response that more of their judgements prefer; the majority decides.
+    Attributes:
+        item: key of the item.
+        annotator: their name.
+        verdict: `first` or `second`, the better response in the item's own order; `tie` or `skip`.
+        left: index of the response that was shown on the left: 0 or 1.
+        seconds: from the display to the verdict.
+        time: of the verdict, ISO 8601.
     """
-    sums: dict[str, int] = defaultdict(int)
-    for one in judgements:
-        sums[one.annotator] += (one.verdict is Verdict.first) - (one.verdict is Verdict.second)
-    votes = sum((total > 0) - (total < 0) for total in sums.values())
+
+    item: str
+    annotator: str
+    verdict: str
+    left: int
+    seconds: float
+    time: str
+
+
+def draw_items(
+    records: Iterable[PreferenceRecord], most: int, seed: int, counts: Counter[str]
+) -> dict[str, PreferenceRecord]:
+    """Return at most `most` records with two responses each, drawn by the seed and their contents.
+
+    The keys are digests of prompt and responses, whatever their order. `counts` gets `read`, and the records
+    that give no item by reason.
+    """
+
+    def different() -> Iterator[tuple[str, PreferenceRecord]]:
+        seen: set[str] = set()
+        for record in records:
+            counts["read"] += 1
+            if len(record.responses) < 2:
+                counts["one_response"] += 1
+                continue
+            key, pair = _item(record, seed)
+            if key in seen:
+                counts["duplicate"] += 1
+                continue
+            seen.add(key)
+            yield key, pair
+        counts["not_drawn"] = max(len(seen) - most, 0)
+
+    return dict(heapq.nsmallest(most, different(), key=lambda item: _fraction(seed, "draw", item[0])))
+
+
+def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
+    """Return two responses of a record, in an order that is unrelated to quality, and their key."""
+    prompt, *responses = (_digest(part) for part in as_fields(record.prompt, record.responses))
+    drawn = sorted(range(len(responses)), key=lambda index: _fraction(seed, prompt, responses[index]))[:2]
+    first, second = sorted(drawn, key=lambda index: responses[index])
+    pair = replace(record, responses=(record.responses[first], record.responses[second]), scores=None)
+    return _digest([prompt, responses[first], responses[second]]), pair
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _fraction(seed: int, *names: str) -> float:
+    """Return a number in [0, 1) that follows from the seed and the names."""
+    digest = hashlib.blake2b("\0".join([str(seed), *names]).encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 256**6
+
+
+class Labelling:
+    """The items of a session and the judgements so far, which are those of a log and appended to it.
+
+    Args:
+        items: by key.
+        log: an open file, as from `locked`.
+        config: with the seed of the order of items and of the sides, and the share that everyone judges.
+    """
+
+    def __init__(self, items: Mapping[str, PreferenceRecord], log: int, config: PairsConfig):
+        self.items, self._log, self._seed = items, log, config.seed
+        self.given: dict[tuple[str, str], Judgement] = {}
+        """The judgements in force, by annotator and item."""
+        overlap = config.people.overlap
+        self._shared = {key for key in items if _fraction(self._seed, "shared", key) < overlap}
+
+    def read(self, file: Path) -> int:
+        """Take the judgements of earlier starts, without a line that was cut off; count those of other items.
+
+        Raises:
+            DataError: a line is damaged.
+        """
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.ftruncate(self._log, len(whole))
+        try:
+            lines = [Judgement(**json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError) as fault:
+            raise DataError(
+                "a line of the labelling log is damaged",
+                where=str(file),
+                got=str(fault),
+                remedy="restore the file from a copy, or delete this line; the other judgements stay",
+            ) from None
+        known = [one for one in lines if one.item in self.items]
+        self.given = {(one.annotator, one.item): one for one in known}
+        return len(lines) - len(known)
+
+    def judge(self, annotator: str, item: str, choice: str, seconds: float) -> None:
+        """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
+        left = self.left(annotator, item)
+        sides = {"left": _SIDES[left], "right": _SIDES[1 - left]}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        judgement = Judgement(item, annotator, sides.get(choice, choice), left, round(seconds, 2), now)
+        os.write(self._log, (json.dumps(asdict(judgement), ensure_ascii=False) + "\n").encode())
+        os.fsync(self._log)
+        self.given[annotator, item] = judgement
+
+    def left(self, annotator: str, item: str) -> int:
+        """Return the index of the response that this annotator sees on the left."""
+        return int(_fraction(self._seed, "left", item, annotator) < 0.5)
+
+    def remaining(self, annotator: str) -> list[str]:
+        """Return the items that the annotator is to judge, in an order of their own."""
+        taken = {item for (_, item), one in self.given.items() if one.verdict != SKIP} - self._shared
+        items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
+        return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
+
+    def shown(self, annotator: str, item: str) -> dict[str, Any]:
+        """Return what the page shows of an item, and the annotator's progress."""
+        judged = sum(name == annotator for name, _ in self.given)
+        facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
+        if item not in self.items:
+            return facts
+        record = self.items[item]
+        prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
+        turns, *responses = as_fields(prompt, record.responses)
+        left = self.left(annotator, item)
+        sides = {"left": responses[left], "right": responses[1 - left]}
+        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "now": time.time()}
+
+
+class LabelServer(ThreadingHTTPServer):
+    """The page on this machine only, below a random address that nobody can guess.
+
+    Raises:
+        ConfigError: the port is in use.
+    """
+
+    daemon_threads = False  # a request is finished before the log is closed
+
+    def __init__(self, labelling: Labelling, port: int, judged: Callable[[], None]):
+        self.labelling, self.judged, self.lock = labelling, judged, threading.Lock()
+        self.path = f"/{secrets.token_urlsafe(24)}/"
+        page = resources.files("dpo_dist.generation").joinpath("label.html").read_text("utf-8")
+        self.template = jinja2.Environment(autoescape=True).from_string(page)
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as fault:
+            raise ConfigError(
+                "the labelling page cannot be served on this port",
+                where="pairs.people.port",
+                got=f"{port}: {fault.strerror}",
+                remedy="set another port, or 0 for a free one",
+            ) from None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LabelServer
+    timeout = 2.0  # of a connection that a browser opens in advance
+
+    def do_GET(self) -> None:
+        """Send a comparison, or the form for the annotator's name."""
+        address = urlsplit(self.path)
+        fields = dict(parse_qsl(address.query, keep_blank_values=True))
+        annotator = fields.get("annotator", "").strip()
+        if address.path != self.server.path:
+            self.send_error(404)
+        elif annotator and "item" not in fields:
+            self._go_on(annotator)
+        else:
+            with self.server.lock:
+                facts = self.server.labelling.shown(annotator, fields.get("item", ""))
+            body = self.server.template.render(facts).encode("utf-8", "replace")
+            headers = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
+            self._send(200, headers | {"Content-Length": str(len(body))}, body)
+
+    def do_POST(self) -> None:
+        """Store a verdict, then lead to the next comparison."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fields = dict(parse_qsl(body.decode()))
+        if urlsplit(self.path).path != self.server.path:
+            self.send_error(404)
+            return
+        seconds = time.time() - float(fields["now"])
+        with self.server.lock:
+            self.server.labelling.judge(fields["annotator"], fields["item"], fields["choice"], seconds)
+            self.server.judged()
+        self._go_on(fields["annotator"])
+
+    def _go_on(self, annotator: str) -> None:
+        """Lead to the next comparison, whose address has its key: the browser can go back to it."""
+        with self.server.lock:
+            item = next(iter(self.server.labelling.remaining(annotator)), "")
+        query = urlencode({"annotator": annotator, "item": item})
+        self._send(303, {"Location": f"{self.server.path}?{query}", "Content-Length": "0"})
+
+    def _send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing: the address gives access to the data."""
+
+
+def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
+    """Return the index of the better response by majority, or None, and the name of the count."""
+    verdicts = [one.verdict for one in judgements if one.verdict != SKIP]
+    votes = verdicts.count("first") - verdicts.count("second")
     if votes:
-        return 0 if votes > 0 else 1
-    verdicts = {one.verdict for one in judgements} - {Verdict.skip}
+        return int(votes < 0), "comparisons_decided"
     if not verdicts:
-        return Undecided.skipped if judgements else Undecided.not_judged
-    return Undecided.tie if verdicts == {Verdict.tie} else Undecided.disagreement
+        return None, "comparisons_skipped" if judgements else "comparisons_not_judged"
+    return None, "comparisons_tied" if set(verdicts) == {TIE} else "comparisons_without_majority"
 
 
 def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
     Returns:
-        `annotators`: for each their counts, median seconds, the share of decided judgements for the left
-        side (position bias if far from 0.5), and `self`: first against repeated judgement of an item.
-        `between`: every two annotators on the items that both judged. Each comparison has `items`, `agreed`
-        (share of equal verdicts) and `kappa` (Cohen 1960, chance-corrected; null if undefined).
+        `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
+        side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
+        `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
-    by_annotator: dict[str, dict[Slot, Judgement]] = defaultdict(dict)
-    skipped: dict[str, int] = defaultdict(int)
+    given: dict[str, dict[str, Judgement]] = defaultdict(dict)
     for one in judgements:
-        if one.verdict is Verdict.skip:
-            skipped[one.annotator] += 1
-        else:
-            by_annotator[one.annotator][one.slot] = one
-    names = sorted(by_annotator.keys() | skipped.keys())
+        given[one.annotator][one.item] = one
     return {
-        "annotators": {name: _of_annotator(by_annotator[name], skipped[name]) for name in names},
+        "annotators": {name: _of_annotator(list(given[name].values())) for name in sorted(given)},
         "between": [
-            {"annotators": [one, other], **_between(by_annotator[one], by_annotator[other])}
-            for one, other in itertools.combinations(names, 2)
+            {"annotators": [one, other], **_between(given[one], given[other])}
+            for one, other in itertools.combinations(sorted(given), 2)
         ],
     }
 
 
-def _of_annotator(given: dict[Slot, Judgement], skipped: int) -> dict[str, Any]:
-    verdicts = [one.verdict for one in given.values()]
-    lefts = [
-        (one.left == 0) == (one.verdict is Verdict.first)
-        for one in given.values()
-        if one.verdict is not Verdict.tie
-    ]
-    seconds = [one.seconds for one in given.values()]
-    repeats = [slot for slot in given if slot.is_repeat and Slot(slot.item) in given]
+def _of_annotator(given: Sequence[Judgement]) -> dict[str, Any]:
+    judged = [one for one in given if one.verdict != SKIP]
+    lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
     return {
-        "judged": len(given),
-        "ties": verdicts.count(Verdict.tie),
-        "skipped": skipped,
-        "median_seconds": statistics.median(seconds) if seconds else None,
-        "left_share": sum(lefts) / len(lefts) if lefts else None,
-        "self": compared(
-            [given[Slot(slot.item)].verdict for slot in repeats], [given[slot].verdict for slot in repeats]
-        ),
+        "judged": len(judged),
+        "ties": len(judged) - len(lefts),
+        "skipped": len(given) - len(judged),
+        "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
+        "left_share": statistics.fmean(lefts) if lefts else None,
     }
 
 
-def _between(one: dict[Slot, Judgement], other: dict[Slot, Judgement]) -> dict[str, Any]:
-    both = [slot for slot in one if slot in other and not slot.is_repeat]
-    return compared([one[slot].verdict for slot in both], [other[slot].verdict for slot in both])
-
-
-def compared(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, Any]:
-    """Return the agreement of two lists of verdicts on the same items."""
-    items = len(first)
-    if not items:
+def _between(one: Mapping[str, Judgement], other: Mapping[str, Judgement]) -> dict[str, Any]:
+    verdicts = [(one[key].verdict, other[key].verdict) for key in one if key in other]
+    verdicts = [pair for pair in verdicts if SKIP not in pair]
+    if not verdicts:
         return {"items": 0, "agreed": None, "kappa": None}
-    agreed = sum(one == other for one, other in zip(first, second, strict=True)) / items
-    return {"items": items, "agreed": agreed, "kappa": _kappa(first, second)}
+    from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
+
+    agreed = statistics.fmean(first == second for first, second in verdicts)
+    is_single = len(set(chain.from_iterable(verdicts))) == 1  # chance agreement is 1
+    kappa = None if is_single else float(cohen_kappa_score(*zip(*verdicts, strict=True)))
+    return {"items": len(verdicts), "agreed": agreed, "kappa": kappa}
 
 
-def agreement_table(found: dict[str, Any]) -> str:
-    """Return the result of `agreement` as a table for the terminal."""
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for heading in (
-        "annotator",
-        "judged",
-        "ties",
-        "skipped",
-        "seconds",
-        "left",
-        "compared",
-        "agreed",
-        "kappa",
-    ):
-        table.add_column(heading, justify="left" if heading == "annotator" else "right")
+def agreement_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the result of `agreement` as lines for the terminal."""
+    lines = []
     for name, one in found["annotators"].items():
-        counts = (str(one[key]) for key in ("judged", "ties", "skipped"))
-        table.add_row(
-            Text(name),
-            *counts,
-            _number(one["median_seconds"], ".1f"),
-            _share(one["left_share"]),
-            *_cells(one["self"]),
+        seconds = "" if one["median_seconds"] is None else f", {one['median_seconds']:.1f} s each"
+        left = "" if one["left_share"] is None else f", {percent(one['left_share'])} for the left side"
+        lines.append(
+            f"{name}: {one['judged']} judged, {one['ties']} tied, {one['skipped']} skipped{seconds}{left}"
         )
     for one in found["between"]:
         if one["items"]:
-            table.add_row(Text(" and ".join(one["annotators"])), *[""] * 5, *_cells(one))
-    return table_text(table)
-
-
-def _cells(compared: dict[str, Any]) -> tuple[str, ...]:
-    return str(compared["items"]), _share(compared["agreed"]), _number(compared["kappa"], ".2f")
-
-
-def _number(value: float | None, format_: str) -> str:
-    return "-" if value is None else format(value, format_)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else percent(value)
-
-
-def _kappa(first: Sequence[Verdict], second: Sequence[Verdict]) -> float | None:
-    if len({*first, *second}) == 1:
-        return None  # only one verdict was ever given: chance agreement is 1
-    from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
-
-    kappa = float(cohen_kappa_score(list(map(str, first)), list(map(str, second)), labels=_LABELS))
-    return kappa if math.isfinite(kappa) else None
-
-
-Say: TypeAlias = Callable[[str], None]
-
-_MOST_ITEMS = 1000
-_LINE_EVERY = 25
-_COMPARISONS = {
-    "pairs": "comparisons_decided",
-    Undecided.tie: "comparisons_tied",
-    Undecided.disagreement: "comparisons_without_majority",
-    Undecided.skipped: "comparisons_skipped",
-    Undecided.not_judged: "comparisons_not_judged",
-}
-"""Names of the counts beside the pairs, by outcome."""
+            kappa = "" if one["kappa"] is None else f", kappa {one['kappa']:.2f}"
+            names = " and ".join(one["annotators"])
+            lines.append(f"{names}: {one['items']} compared, {percent(one['agreed'])} agreed{kappa}")
+    return lines
 
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
@@ -212,7 +356,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         ConfigError: the port is in use, another process serves this session, or the file of pairs exists and
             was made with other settings.
     """
-    folder, people = RunFolder.of(config), config.pairs.people
+    log = RunFolder.of(config).pairs_judgements
     settings = {
         "method": str(PairsMethod.people),
         "sources": plain(config.data.train),
@@ -220,33 +364,34 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         "seed": config.pairs.seed,
     }
     check_output(output_file(config), settings)
-    items = {item.key: item for item in _draw(config, say)}
-    plan = Plan(config.pairs.seed, people.overlap, people.repeats)
-    with opened_log(folder.pairs_judgements) as log:
-        state = Labelling(items, plan, log.events)
-        if state.foreign:
+    items = _draw(config, say)
+    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
+    with locked(log, "serves this labelling session", remedy) as descriptor:
+        labelling = Labelling(items, descriptor, config.pairs)
+        if foreign := labelling.read(log):
             say(
-                f"{state.foreign:,} earlier judgements are of comparisons that these data and "
-                "pairs.seed do not give: they stay in the log and are not used"
+                f"{foreign:,} earlier judgements are of comparisons that are not drawn now: they are not used"
             )
-        session = Session(items, state, log, people.blurred, _reporter(say))
-        with LabelServer(session, people.port) as server:
+
+        def judged() -> None:
+            if len(labelling.given) % _LINE_EVERY == 0:
+                say(f"{len(labelling.given):,} judgements")
+
+        with LabelServer(labelling, config.pairs.people.port, judged) as server:
             _serve(server, show)
-    _write(config, items, state, settings, say)
+    _write(config, items, list(labelling.given.values()), settings, say)
 
 
-def _draw(config: RunConfig, say: Say) -> list[Item]:
+def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
     counts: Counter[str] = Counter()
     records = chain.from_iterable(
         good_records(read_records(pinned(source, None)), source, config.data, say)
         for source in config.data.train
     )
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.pairs.seed, counts)
-    rest = _listed((reason, number) for reason, number in counts.most_common() if reason != "read")
-    say(
-        f"{counted(len(items), 'comparison')} of {counted(counts['read'], 'record')}"
-        + (f" ({rest})" if rest else "")
-    )
+    read = counts.pop("read", 0)
+    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number)
+    say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
     if not items:
         raise DataError(
             "there is nothing to compare",
@@ -258,105 +403,71 @@ def _draw(config: RunConfig, say: Say) -> list[Item]:
     return items
 
 
-def _reporter(say: Say) -> Callable[[Labelling], None]:
-    """Return a function that prints the annotators' counts after every few judgements."""
-
-    def report(state: Labelling) -> None:
-        number = state.number
-        if number % _LINE_EVERY == 0 and number:
-            say(_counts(state))
-
-    return report
-
-
-def _counts(state: Labelling) -> str:
-    progress = {name: state.progress(name) for name in state.annotators}
-    each = ", ".join(f"{name} {one.done} ({one.remaining} to go)" for name, one in progress.items())
-    return f"{sum(one.done for one in progress.values()):,} judgements" + (f": {each}" if each else "")
-
-
 def _serve(server: LabelServer, show: Say) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
-    stop = threading.Event()
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    worker = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-    worker.start()
+    port = server.server_port
     try:
         # The address gives access to the data, so it is in no log file.
-        show(f"open {server.url}")
-        show(
-            f"from another machine first: ssh -N -L {server.server_port}:{HOST}:{server.server_port} "
-            f"{socket.gethostname()}"
-        )
+        show(f"open http://{HOST}:{port}{server.path}")
+        show(f"from another machine first: ssh -N -L {port}:{HOST}:{port} {socket.gethostname()}")
         show("Ctrl-C ends and writes the pairs; the same command continues")
-        while not stop.wait(1.0):  # a wait without end would keep signals from the main thread
-            pass
+        server.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        pass
     finally:
-        server.shutdown()
-        worker.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _write(
-    config: RunConfig, items: Mapping[str, Item], state: Labelling, settings: Mapping[str, Any], say: Say
+    config: RunConfig,
+    items: Mapping[str, PreferenceRecord],
+    judgements: Sequence[Judgement],
+    settings: Mapping[str, Any],
+    say: Say,
 ) -> None:
-    folder, counts = RunFolder.of(config), Counter[str]()
-    judgements = state.judgements
-    found = agreement(judgements)
+    counts: Counter[str] = Counter()
     records = list(_pairs(items, judgements, counts))
-    say(_counts(state))
+    say(f"{len(judgements):,} judgements")
     if judgements:
-        say(agreement_table(found))
-        write_text(folder.pairs_agreement, json.dumps(finite(found | {"items": counts}), indent=2) + "\n")
-    named = Counter({_COMPARISONS[name]: number for name, number in counts.items()})
+        found = agreement(judgements)
+        for line in agreement_lines(found):
+            say(line)
+        content = json.dumps(found | {"items": counts}, indent=2)
+        write_text(RunFolder.of(config).pairs_agreement, content + "\n")
     if records:
-        write_results(output_file(config), records, settings, named, say)
+        write_results(output_file(config), records, settings, counts, say)
     else:
-        say(f"no pair is decided yet: {describe_totals(named)}")
-
-
-def _listed(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts)
+        say(f"no pair is decided yet: {describe_totals(counts)}")
 
 
 def _pairs(
-    items: Mapping[str, Item], judgements: list[Judgement], counts: Counter[str]
+    items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     by_item: dict[str, list[Judgement]] = defaultdict(list)
     for one in judgements:
-        by_item[one.slot.item].append(one)
-    for key, item in items.items():
-        given = by_item[key]
-        result = outcome(given)
-        counts["pairs" if isinstance(result, int) else result] += 1
-        if isinstance(result, int):
-            responses = item.record.responses
-            yield pair_fields(
-                item.record,
-                (responses[result], responses[1 - result]),
-                None,
+        by_item[one.item].append(one)
+    for key, record in items.items():
+        better, name = outcome(by_item[key])
+        counts[name] += 1
+        if better is not None:
+            # Sides in place of indices.
+            sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")
+            verdicts = dict(zip(_SIDES, sides, strict=True))
+            given = [
                 {
-                    "source": str(item.record.origin),
-                    "method": str(PairsMethod.people),
-                    "judgements": [_provenance(one, result) for one in given],
-                },
-            )
-
-
-def _provenance(judgement: Judgement, chosen: int) -> dict[str, Any]:
-    """Return a judgement with sides in place of indices."""
-    sides = ("chosen", "rejected") if chosen == 0 else ("rejected", "chosen")
-    verdicts = {Verdict.first: sides[0], Verdict.second: sides[1]}
-    return {
-        "annotator": judgement.annotator,
-        "verdict": verdicts.get(judgement.verdict, str(judgement.verdict)),
-        "left": sides[judgement.left],
-        "seconds": judgement.seconds,
-        "time": judgement.time,
-        "is_repeat": judgement.slot.is_repeat,
-    }
+                    "annotator": one.annotator,
+                    "verdict": verdicts.get(one.verdict, one.verdict),
+                    "left": sides[one.left],
+                    "seconds": one.seconds,
+                    "time": one.time,
+                }
+                for one in by_item[key]
+            ]
+            facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
+            yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)

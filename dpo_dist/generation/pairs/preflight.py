@@ -21,7 +21,7 @@ from dpo_dist.generation.judges.endpoint import EndpointJudge
 from dpo_dist.generation.judges.reward_model import check_reward_model
 from dpo_dist.generation.pairs.files import good_records
 from dpo_dist.generation.pairs.prompts import as_asked
-from dpo_dist.generation.pairs.round_settings import check_rounds
+from dpo_dist.generation.pairs.rounds import check_rounds
 from dpo_dist.generation.pairs.start import output_file, responding_models
 from dpo_dist.generation.sampling.respond import (
     Responder,

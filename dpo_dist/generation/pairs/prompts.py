@@ -3,7 +3,7 @@
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
+from dpo_dist.config.data import DataConfig, Truncation
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.prompts import read_prompts
@@ -68,31 +68,33 @@ def open_prompts(file: Path, part_prompts: int) -> PromptList:
     return PromptList(file, count, part_prompts, content_digest([file]), starts)
 
 
-def write_prompts(
-    folder: Path,
-    config: RunConfig,
-    say: Callable[[str], None],
-) -> Path:
+def write_prompts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
     """Write the different prompts of `data.train`, in their order, to a file named by its content.
 
     Raises:
         DataError: a source cannot be read, or too few of its records have a usable prompt.
     """
-    pairs = config.pairs
+    pairs, data = config.pairs, config.data
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
 
+    def enough() -> bool:
+        return len(seen) == pairs.limit
+
     def lines() -> Iterator[str]:
-        for record in _records(config.data.train, config.data, say, lambda: len(seen) == pairs.limit):
-            key = bytes.fromhex(prompt_key(record))
-            if int.from_bytes(key[:8], "big") % pairs.prompt_parts != pairs.prompt_part:
-                counts["in_other_parts"] += 1
-                continue
-            if key in seen:
-                counts["repeated"] += 1
-                continue
-            seen.add(key)
-            yield json.dumps(prompt_line(record)) + "\n"
+        for source in data.train:
+            for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
+                asked = as_asked(record, data)
+                key = bytes.fromhex(prompt_key(asked))
+                if int.from_bytes(key[:8], "big") % pairs.prompt_parts != pairs.prompt_part:
+                    counts["in_other_parts"] += 1
+                elif key in seen:
+                    counts["repeated"] += 1
+                else:
+                    seen.add(key)
+                    yield json.dumps(prompt_line(asked)) + "\n"
+            if enough():
+                return
 
     file = write_named_by_content(folder, lines())
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
@@ -109,19 +111,6 @@ def write_named_by_content(folder: Path, lines: Iterable[str]) -> Path:
     file = folder / f"prompts-{content_digest([temporary])}.jsonl"
     temporary.replace(file)
     return file
-
-
-def _records(
-    sources: Sequence[SourceConfig],
-    data: DataConfig,
-    say: Callable[[str], None],
-    enough: Callable[[], bool],
-) -> Iterator[PreferenceRecord]:
-    for source in sources:
-        if enough():
-            return
-        for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
-            yield as_asked(record, data)
 
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:

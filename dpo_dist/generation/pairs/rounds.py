@@ -1,71 +1,108 @@
-"""Run a verb as a command of its own: configuration file, launcher, signals, exit code."""
+"""Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
 
-import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TypeAlias
-
-from rich import box
-from rich.table import Table
+from typing import Any, TypeAlias
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.load import to_yaml
+from dpo_dist.config.identity import differing_keys, plain
+from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
+from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
+from dpo_dist.config.user_code import read_config
+from dpo_dist.config.verb_options import PairsConfig, PairsMethod, RoundReference, Verdicts
 from dpo_dist.data.render import THOUGHT_FIELDS
-from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, ExitCode
-from dpo_dist.foundation.files import collect_abandoned, locked, plain, staged_folder, write_text
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
+from dpo_dist.foundation.files import plain as finite
 from dpo_dist.foundation.process import EXIT_CODES, exit_codes, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.generation.pairs.files import table_text
-from dpo_dist.generation.pairs.round_settings import check_rounds, check_settings
 
 _EXPERIMENT = "round"
 _BY_SIGNAL = 128
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
+# Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
+_FREE = ("rounds", "launcher", "batch_tokens", "part_prompts", "people")
+
+Say: TypeAlias = Callable[[str], None]
+Run: TypeAlias = Callable[[list[str], Path], int]
+Result: TypeAlias = dict[str, Any]
+"""The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
+
+
+def check_rounds(config: RunConfig) -> None:
+    """Check that rounds can be done with this configuration, by one process.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    pairs, world = config.pairs, int(os.environ.get("WORLD_SIZE", "1"))
+    several = "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'"
+    for key, got, is_broken, remedy in (
+        ("pairs.rounds", f"a launcher of {world} processes", world > 1, several),
+        ("pairs.method", pairs.method, pairs.method is not PairsMethod.samples, "set pairs.method=samples"),
+        ("pairs.models", pairs.models, bool(pairs.models), "name the first policy by model.path"),
+        ("model.path", "nothing", config.model.path == NO_MODEL, "set it to the policy of the first round"),
+        (
+            "pairs.output",
+            pairs.output,
+            pairs.output is not None,
+            "remove it: the pairs are in <run.dir>/rounds",
+        ),
+    ):
+        if is_broken:
+            raise ConfigError("rounds cannot be done so", where=key, got=str(got), remedy=remedy)
+
+
+def check_settings(config: RunConfig, folder: RunFolder) -> None:
+    """Check that earlier rounds in this folder had the same settings; write those of a first start.
+
+    Until a stage is finished, every start is a first one: mistakes can be corrected.
+
+    Raises:
+        ConfigError: they had others.
+    """
+    file = folder.rounds_config
+    if not file.exists() or not folder.round(1).round_result.exists():
+        write_text(file, to_yaml(config))
+        return
+    before, now = from_yaml(read_config(file)), from_yaml(to_yaml(config))  # without secrets
+    changed = differing_keys(before, now)
+    for name in {field.name for field in fields(PairsConfig)} - set(_FREE):
+        old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
+        if old != new:
+            changed[f"pairs.{name}"] = (old, new)
+    if changed:
+        raise ConfigError(
+            "the rounds in this run directory have other settings",
+            where=str(file),
+            got="; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in sorted(changed.items())),
+            remedy="set another run.dir; or, to do further rounds with the new settings, delete this file",
+        )
 
 
 def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
-    """Write `config` as an experiment below `folder`; return the command that runs the verb with it.
-
-    The command is complete: it does the same when it is typed by hand. The file has no secrets.
-
-    Args:
-        verb: `pairs` or `train`.
-        config: of the verb.
-        folder: for `experiment/round.yaml`.
-        start: from `launcher`.
-    """
+    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
     write_text(folder / "experiment" / f"{_EXPERIMENT}.yaml", to_yaml(config))
-    options = ["--config-dir", str(folder), f"+experiment={_EXPERIMENT}"]
-    return [*start, "-m", f"dpo_dist.{verb}", *options]
+    return [*start, "-m", f"dpo_dist.{verb}", "--config-dir", str(folder), f"+experiment={_EXPERIMENT}"]
 
 
 def launcher(written: str | None) -> list[str]:
-    """Return the start of a command: as written, by default `dpo_dist.launch` if there are several GPUs.
-
-    Raises:
-        ConfigError: it is not one command.
-    """
+    """Return the start of a command: as written, by default `dpo_dist.launch` if there are several GPUs."""
     if written is not None:
         try:
             return shlex.split(written)
         except ValueError as fault:
-            raise ConfigError(
-                "the launcher is not a command",
-                where="pairs.launcher",
-                got=f"{written}: {fault}",
-                remedy="correct its quotes",
-            ) from None
+            got = f"{written}: {fault}"
+            raise ConfigError("the launcher is not a command", where="pairs.launcher", got=got) from None
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     several = torch.cuda.device_count() > 1
@@ -73,41 +110,24 @@ def launcher(written: str | None) -> list[str]:
 
 
 def run_command(command: list[str], codes: Path) -> int:
-    """Run a command to its end and return its exit code; signals to stop are passed on to its processes.
-
-    They end with this process, even if that is killed.
+    """Run a command to its end and return its exit code; signals to stop are passed on to it.
 
     Args:
         command: from `command_of`.
         codes: path for the exit codes of its processes: a launcher replaces them by its own, usually 1.
 
     Raises:
-        ConfigError: the launcher does not exist.
+        ConfigError: the launcher cannot be started.
         KeyboardInterrupt: the command has ended after SIGINT.
         SystemExit: it has ended after another signal, without a reason of its own.
     """
     exit_codes(codes)  # of a former start
-    with _PassedOn() as signals:
-        process = _started(command, codes)
-        with _ended_together(process.pid):
-            signals.pass_to(process.pid)
-            code = process.wait()
-    code = _own_code(codes, code)
-    if signal.SIGINT in signals.received:
-        raise KeyboardInterrupt
-    if signals.received and code not in _REASONS:
-        raise SystemExit(128 + signals.received[0])
-    return code
-
-
-def _started(command: list[str], codes: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, EXIT_CODES: str(codes.resolve())}
+    received: list[int] = []
     try:
-        return subprocess.Popen(  # noqa: S603  (the user's own launcher)
-            command,
-            env={**os.environ, EXIT_CODES: str(codes.resolve())},
-            stdout=output_descriptor(),
-            # Ctrl-C reaches this process alone, which passes it on once.
-            start_new_session=True,
+        # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
+        process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
+            command, env=environment, stdout=output_descriptor(), start_new_session=True
         )
     except OSError as fault:
         raise ConfigError(
@@ -117,75 +137,29 @@ def _started(command: list[str], codes: Path) -> subprocess.Popen[bytes]:
             remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
         ) from None
 
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        os.killpg(process.pid, number)
 
-def _own_code(codes: Path, code: int) -> int:
-    """Return the exit code of the processes that has a reason, or `code` of their launcher.
-
-    A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
-    """
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    # A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
     written = exit_codes(codes)
     reasons = [one for one in written if one in _REASONS] or [one for one in written if one < _BY_SIGNAL]
-    return max(reasons or written, default=0) or code
-
-
-@contextlib.contextmanager
-def _ended_together(group: int) -> Iterator[None]:
-    """Send SIGTERM to what is left of a process group when the block ends, or this process is killed."""
-    # The shell's read ends when the pipe closes, which no other process has open.
-    reader, writer = os.pipe()
-    words = ["/bin/sh", "-c", 'read -r _; kill -s TERM -- "-$0" 2> /dev/null', str(group)]
-    watcher = subprocess.Popen(words, stdin=reader, start_new_session=True)  # noqa: S603
-    os.close(reader)
-    try:
-        yield
-    finally:
-        os.close(writer)
-        watcher.wait()
-
-
-class _PassedOn:
-    """Signals to stop that are received within the block, each passed on once to a process group.
-
-    The block begins before the group is started: a signal that comes earlier waits for `pass_to`.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._waiting: list[int] = []
-        self._group: int | None = None
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
-        return self
-
-    def __exit__(self, *_fault: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def pass_to(self, group: int) -> None:
-        self._group = group
-        self._send()
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received.append(number)
-        self._waiting.append(number)
-        self._send()
-
-    def _send(self) -> None:
-        while self._group is not None and self._waiting:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._group, self._waiting.pop(0))
+    code = max(reasons or written, default=0) or code
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    if received and code not in _REASONS:
+        raise SystemExit(_BY_SIGNAL + received[0])
+    return code
 
 
 def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     """Write the base of an adapter with the adapter's update added to its weights, in `config.model.dtype`.
 
-    A quantized base is merged without its quantization.
-
-    Args:
-        adapter: folder of the adapter, which names its base.
-        folder: for the model; written whole or not at all.
-        config: of the training.
+    A quantized base is merged without its quantization. The folder is written whole or not at all.
 
     Raises:
         CheckpointError: `folder` cannot be written.
@@ -214,205 +188,32 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
         copy_tokenizer(source.tokenizer_folder, temporary)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a round, before its training.
+def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[str, Any], float]:
+    """Return counts and the mean score of a file of samples, and the widest difference within a prompt.
 
-    Attributes:
-        policy: the model that gave them.
-        prompts: their prompts with at least one score.
-        responses: those with a score; of equal responses to a prompt each counts.
-        unscored: responses without a score: unfinished, empty, or without a usable verdict.
-        mean_score: of the responses; None without any, and for shares of won comparisons.
-        pairs: number of pairs; None if no prompt gave one, so that the rounds end.
+    Of equal responses to a prompt, the judge has scored the first: each counts. Scores of comparisons
+    (`is_relative`) have a mean of one half in every round, so it is not given.
     """
-
-    policy: str
-    prompts: int
-    responses: int
-    unscored: int
-    mean_score: float | None
-    pairs: int | None
-
-
-@dataclass(frozen=True)
-class Training:
-    """The training of a round.
-
-    Attributes:
-        steps: optimizer steps.
-        accuracy: share of pairs whose chosen response has the larger reward, in the last metrics row.
-        computed: reference log-probs computed by this run.
-        found: those found in the store.
-        seconds: of training.
-    """
-
-    steps: int
-    accuracy: float | None
-    computed: int | None
-    found: int | None
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """A round so far; the last one has samples only."""
-
-    number: int
-    samples: Samples | None = None
-    training: Training | None = None
-
-
-def read_result(file: Path, number: int) -> RoundResult:
-    """Return the stored result of a round; an empty one if there is none.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        samples, training = content["samples"], content["training"]
-        return RoundResult(
-            number,
-            None if samples is None else Samples(**samples),
-            None if training is None else Training(**training),
-        )
-    except FileNotFoundError:
-        return RoundResult(number)
-    except (ValueError, TypeError, KeyError) as fault:
-        raise DataError(
-            "the result of a round cannot be read",
-            where=str(file),
-            got=type(fault).__name__,
-            remedy="delete this file and run the same command again: finished work is found again",
-        ) from fault
-
-
-def write_result(file: Path, result: RoundResult) -> None:
-    """Write the result of a round whole."""
-    write_text(file, json.dumps(asdict(result), indent=2) + "\n")
-
-
-def write_results(file: Path, results: Sequence[RoundResult]) -> None:
-    """Write the results of all rounds, and the hints."""
-    content = {"rounds": [asdict(one) for one in results], "hints": hints(results)}
-    write_text(file, json.dumps(plain(content), indent=2) + "\n")
-
-
-def read_training(summary: dict[str, Any]) -> Training:
-    """Return the facts of a training from the content of its summary.json."""
-    reference = summary.get("reference") or {}
-    final = summary.get("final") or {}
-    return Training(
-        steps=int(summary["steps"]),
-        accuracy=final.get("rewards/accuracies"),
-        computed=reference.get("computed"),
-        found=reference.get("hits"),
-        seconds=summary.get("train_seconds"),
-    )
-
-
-def samples_of(policy: str, file: Path, pairs: int | None, is_relative: bool = False) -> Samples:
-    """Return the counts and the mean score of a file of samples.
-
-    A response that equals an earlier one of its prompt has its score. Scores of comparisons (`is_relative`)
-    have a mean of one half in every round, so it is not given.
-    """
-    prompts = responses = unscored = 0
-    total = 0.0
+    prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            scores = _scores(json.loads(line))
-            known = [score for score in scores if score is not None]
+            own = _scores(json.loads(line))
+            known = [score for score in own if score is not None]
             prompts += bool(known)
-            responses += len(known)
-            unscored += len(scores) - len(known)
-            total += sum(known)
-    mean = total / responses if responses and not is_relative else None
-    return Samples(policy, prompts, responses, unscored, mean, pairs)
-
-
-def is_exhausted(file: Path, margin: float) -> bool:
-    """Return whether responses have scores, and no prompt has two that differ by more than `margin`."""
-    if not file.is_file():
-        return False
-    has_scores = False
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            known = [score for score in _scores(json.loads(line)) if score is not None]
-            has_scores = has_scores or bool(known)
-            if known and max(known) - min(known) > margin:
-                return False
-    return has_scores
+            unscored += len(own) - len(known)
+            scores += known
+            widest = max(widest, max(known, default=0.0) - min(known, default=0.0))
+    mean = sum(scores) / len(scores) if scores and not is_relative else None
+    counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
+    return {"policy": policy, **counts, "mean_score": mean}, widest
 
 
 def _scores(row: Mapping[str, Any]) -> list[float | None]:
-    """Return the score of every response to a prompt: of equal responses, the judge has scored the first."""
     samples = [*row["responses"], *row["unused"]]
     texts = [(one["content"].strip(), one.get(THOUGHT_FIELDS[0])) for one in samples]
-    known = {
-        text: one["score"] for text, one in zip(texts, samples, strict=True) if one.get("score") is not None
-    }
+    scored = zip(texts, (one.get("score") for one in samples), strict=True)
+    known = {text: score for text, score in scored if score is not None}
     return [known.get(text) for text in texts]
-
-
-def hints(results: Sequence[RoundResult]) -> list[str]:
-    """Return sentences about scores that do not rise and responses that are all alike."""
-    found = []
-    scored = [(one.number, one.samples) for one in results if one.samples is not None]
-    means = [(number, samples.mean_score) for number, samples in scored if samples.mean_score is not None]
-    if len(means) > 1:
-        (_, before), (number, after) = means[-2:]
-        if after <= before:
-            found.append(
-                f"the mean score did not rise in round {number - 1} ({before:.4g} to {after:.4g}): look at "
-                "the samples, lower optim.lr, take other prompts (pairs.prompt_parts) or more samples"
-            )
-    if scored and scored[-1][1].pairs is None:
-        found.append(
-            f"round {scored[-1][0]} has no pair: no two responses to a prompt have scores that differ by "
-            "more than pairs.margin, so there is nothing more to learn from these prompts and this judge"
-        )
-    return found
-
-
-def results_table(results: Sequence[RoundResult]) -> str:
-    """Return the rounds as a table for the terminal; scores are those before a round's training."""
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for heading in ("round", "responses", "mean score", "pairs", "steps", "accuracy", "reference", "seconds"):
-        table.add_column(heading, justify="right")
-    for one in results:
-        samples, training = one.samples, one.training
-        if samples is None:
-            continue
-        reference = (
-            "" if training is None else f"{_cell(training.computed)} new, {_cell(training.found)} found"
-        )
-        table.add_row(
-            str(one.number) if training is not None else "after",
-            str(samples.responses),
-            _cell(samples.mean_score, ".4f"),
-            _cell(samples.pairs),
-            *(
-                ("", "", "", "")
-                if training is None
-                else (
-                    str(training.steps),
-                    _cell(training.accuracy, ".3f"),
-                    reference,
-                    _cell(training.seconds, ".0f"),
-                )
-            ),
-        )
-    return table_text(table)
-
-
-def _cell(value: float | None, format_: str = "") -> str:
-    return "-" if value is None else format(value, format_)
-
-
-Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[list[str], Path], int]
 
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
@@ -431,41 +232,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     remedy = "wait until it ends, or set another run.dir"
     with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
         check_settings(config, folder)
-        try:
-            results, code = _do_rounds(_Rounds(config, folder, say, run))
-        except KeyboardInterrupt:
-            say("interrupted: the same command continues")
-            return ExitCode.interrupted
-        except SystemExit:
-            say("stopped: the same command continues")
-            raise
-        if code == ExitCode.completed:
-            _report(results, config, say)
-    return code
-
-
-def _do_rounds(rounds: "_Rounds") -> tuple[list[RoundResult], int]:
-    """Return the results of all rounds, up to a preempted training, and the exit code."""
-    count, results = rounds.config.pairs.rounds, list[RoundResult]()
-    for number in range(1, count + 2):
-        result, code = rounds.sampled(number), int(ExitCode.completed)
-        has_pairs = result.samples is not None and result.samples.pairs is not None
-        if number <= count and has_pairs and result.training is None:
-            result, code = rounds.trained(result)
-        results.append(result)
-        write_results(rounds.folder.rounds_summary, results)
-        if code != ExitCode.completed or not has_pairs:
-            return results, code
-    return results, ExitCode.completed
-
-
-def _report(results: list[RoundResult], config: RunConfig, say: Say) -> None:
-    say(f"results of the rounds:\n{results_table(results)}")
-    for hint in hints(results):
-        say(f"hint: {hint}")
-    trained = [one.number for one in results if one.training is not None]
-    if trained:
-        say(f"the last policy: {_policy(config, trained[-1])}")
+        return _Rounds(config, folder, say, run).do()
 
 
 @dataclass(frozen=True)
@@ -475,66 +242,78 @@ class _Rounds:
     say: Say
     run: Run
 
-    def sampled(self, number: int) -> RoundResult:
-        """Return the round with its samples, which are made if they are not there."""
-        folder = self.folder.round(number)
-        result = read_result(folder.round_result, number)
-        if result.samples is not None:
-            mean = result.samples.mean_score
-            self.say(f"round {number}: samples found" + ("" if mean is None else f", mean score {mean:.4f}"))
-            return result
-        config = sampling_config(self.config, number)
+    def do(self) -> int:
+        """Do all rounds, up to a preempted training or samples without a pair; return the exit code."""
+        count, results = self.config.pairs.rounds, list[Result]()
+        for number in range(1, count + 2):
+            file, code = self.folder.round(number).round_result, int(ExitCode.completed)
+            is_new = not file.exists()
+            result = self._sampled(number) if is_new else json.loads(file.read_text(encoding="utf-8"))
+            write_text(file, json.dumps(result, indent=2) + "\n")
+            has_pairs = result["samples"]["pairs"] is not None
+            if number <= count and has_pairs and result["training"] is None:
+                code = self._trained(number, result)
+                write_text(file, json.dumps(result, indent=2) + "\n")
+            results.append(result)
+            write_text(self.folder.rounds_summary, json.dumps(finite({"rounds": results}), indent=2) + "\n")
+            if code != ExitCode.completed:
+                return code
+            if not has_pairs:
+                self.say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
+                break
+        trained = [one["number"] for one in results if one["training"] is not None]
+        self.say(f"the last policy: {_policy(self.config, trained[-1])}")
+        return ExitCode.completed
+
+    def _sampled(self, number: int) -> Result:
+        folder, config = self.folder.round(number), sampling_config(self.config, number)
         self.say(f"round {number}: samples of {config.model.path}")
         code = self._run("pairs", config, folder.path / "sampling")
-        pairs: int | None = None
-        if code == ExitCode.completed:
-            pairs = _lines(folder.pairs_file)
-        elif not (code == ExitCode.invalid and number > 1 and self._is_learned(folder)):
+        if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
         endpoint = config.pairs.endpoint
         is_relative = endpoint.url is not None and endpoint.verdicts is Verdicts.compare
-        samples = samples_of(config.model.path, folder.pairs_samples, pairs, is_relative)
-        result = RoundResult(number, samples)
-        write_result(folder.round_result, result)
-        mean = samples.mean_score
-        self.say(
-            f"round {number}: {samples.responses:,} responses"
-            + ("" if mean is None else f", mean score {mean:.4f}")
-        )
-        return result
-
-    def _is_learned(self, folder: RunFolder) -> bool:
-        """Return whether a round has no pair because all its samples are equally good."""
-        return not folder.pairs_file.exists() and is_exhausted(folder.pairs_samples, self.config.pairs.margin)
+        samples, widest = read_samples(config.model.path, folder.pairs_samples, is_relative=is_relative)
+        # Of a later round, equally good samples are the end of learning.
+        is_learned = number > 1 and samples["responses"] and widest <= config.pairs.margin
+        if code != ExitCode.completed and not is_learned:
+            raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
+        pairs = None
+        if code == ExitCode.completed:
+            with folder.pairs_file.open("rb") as lines:
+                pairs = sum(1 for _ in lines)
+        mean = samples["mean_score"]
+        score = "" if mean is None else f", mean score {mean:.4f}"
+        self.say(f"round {number}: {samples['responses']:,} responses, {pairs or 0:,} pairs{score}")
+        return {"number": number, "samples": samples | {"pairs": pairs}, "training": None}
 
     def _run(self, verb: str, config: RunConfig, folder: Path) -> int:
         command = command_of(verb, config, folder, launcher(self.config.pairs.launcher))
         return self.run(command, folder / "exit_codes")
 
-    def trained(self, result: RoundResult) -> tuple[RoundResult, int]:
-        """Return the round with its training, and the exit code: completed or preempted.
-
-        Raises:
-            DpoDistError: the training has failed.
-        """
-        folder = self.folder.round(result.number)
-        config = training_config(self.config, result.number)
-        self.say(f"round {result.number}: training of {config.model.path}")
+    def _trained(self, number: int, result: Result) -> int:
+        """Train, and set `training` of the result; return the exit code: completed or preempted."""
+        folder, config = self.folder.round(number), training_config(self.config, number)
+        self.say(f"round {number}: training of {config.model.path}")
         code = self._run("train", config, folder.path / "training")
         if code == ExitCode.preempted:
-            self.say(
-                f"round {result.number}: the training stopped with a checkpoint; the same command continues"
-            )
-            return result, code
+            self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
+            return code
         if code != ExitCode.completed:
-            raise _failed(f"training of round {result.number}", code, folder.training.rank_log(0))
+            raise _failed(f"training of round {number}", code, folder.training.rank_log(0))
         if config.model.adapter is not None and not folder.policy.exists():
-            self.say(f"round {result.number}: the adapter is merged into {config.model.path}")
+            self.say(f"round {number}: the adapter is merged into {config.model.path}")
             merge_adapter(folder.training.model, folder.policy, config)
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-        result = replace(result, training=read_training(summary))
-        write_result(folder.round_result, result)
-        return result, code
+        reference, final = summary.get("reference") or {}, summary.get("final") or {}
+        result["training"] = {
+            "steps": summary["steps"],
+            "accuracy": final.get("rewards/accuracies"),
+            "computed": reference.get("computed"),
+            "found": reference.get("hits"),
+            "seconds": summary.get("train_seconds"),
+        }
+        return code
 
 
 def sampling_config(config: RunConfig, number: int) -> RunConfig:
@@ -548,33 +327,25 @@ def sampling_config(config: RunConfig, number: int) -> RunConfig:
         prompt_part=(config.pairs.prompt_part + number - 1) % config.pairs.prompt_parts,
         output=None,
     )
-    return replace(_with_policy(config, number), run=_run(config, _round(config, number).path), pairs=pairs)
+    run = replace(config.run, dir=str(RunFolder.of(config).round(number).path))
+    return replace(_with_policy(config, number), run=run, pairs=pairs)
 
 
 def training_config(config: RunConfig, number: int) -> RunConfig:
     """Return the configuration of `train` in a round: the policy so far, on the pairs of its samples."""
-    folder = _round(config, number)
-    data = replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))])
+    folder = RunFolder.of(config).round(number)
     return replace(
         _with_policy(config, number),
-        run=_run(config, folder.training.path),
-        data=data,
+        run=replace(config.run, dir=str(folder.training.path)),
+        data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
         pairs=PairsConfig(),
         tracking=replace(config.tracking, group=config.tracking.group or config.run.name),
     )
 
 
-def _round(config: RunConfig, number: int) -> RunFolder:
-    return RunFolder.of(config).round(number)
-
-
-def _run(config: RunConfig, folder: Path) -> Any:
-    return replace(config.run, dir=str(folder))
-
-
 def _policy(config: RunConfig, number: int) -> Path:
     """Return the folder of the model that round `number` has trained."""
-    folder = _round(config, number)
+    folder = RunFolder.of(config).round(number)
     return folder.training.model if config.model.adapter is None else folder.policy
 
 
@@ -594,20 +365,10 @@ def _with_policy(config: RunConfig, number: int) -> RunConfig:
     return replace(config, model=model, reference=reference)
 
 
-def _lines(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(1 for _ in lines)
-
-
 def _failed(stage: str, code: int, log: Path) -> DpoDistError:
     """Return the error of a stage whose command ended with `code`; its own words are already printed."""
-    words = {
-        ExitCode.invalid: "cannot start or continue",
-        ExitCode.diverged: "diverged",
-        ExitCode.preempted: "was stopped",
-    }
     error = ConfigError(
-        f"the {stage} {words.get(ExitCode(code), 'failed') if code in set(ExitCode) else 'failed'}",
+        f"the {stage} has failed",
         where=str(log),
         got=f"exit code {code}" if code >= 0 else f"signal {-code}",
         remedy="see its message above; the same command continues there, and repeats no finished stage",

@@ -5,9 +5,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import DropOrKeep, Engine, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
+from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.files import locked, text_digest
 from dpo_dist.generation.judges.judge import Judge
 from dpo_dist.generation.judges.score import describe_judge, open_judge, score
@@ -37,6 +36,8 @@ from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_k
 from dpo_dist.generation.pairs.start import output_file, responding_models
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import (
+    Answer,
+    Answers,
     Generator,
     ModelSource,
     Numbers,
@@ -47,23 +48,16 @@ from dpo_dist.generation.sampling.respond import (
     open_responder,
     respond,
 )
-from dpo_dist.generation.sampling.stages import Parts, Screen, Stages
+from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
 
-if TYPE_CHECKING:
-    from dpo_dist.generation.sampling.stages import Screen
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Rule that selects pairs; see `PairsConfig` for the values."""
-
-    select: PairSelection = PairSelection.best_worst
-    margin: float = 0.0
-    seed: int = 0
+MEMORY_REMEDY = (
+    "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
+    "larger ones cannot respond or judge"
+)
 
 
 def select_pairs(
-    scores: Sequence[float], selection: Selection, key: str, counts: Counter[str]
+    scores: Sequence[float], rule: PairsConfig, key: str, counts: Counter[str]
 ) -> list[tuple[int, int]]:
     """Return pairs of responses of one prompt as indices: (chosen, rejected).
 
@@ -72,7 +66,7 @@ def select_pairs(
 
     Args:
         scores: [responses], finite.
-        selection: the rule.
+        rule: `select`, `margin` and `seed`.
         key: of the content: the random choice of `best_random` follows from it and the seed alone.
         counts: gets `prompts_too_few_responses`, `prompts_all_tied` or `prompts_below_margin` for a prompt
             without a pair, and `tied_pairs`: the number of tied pairs among all pairs of responses.
@@ -83,30 +77,23 @@ def select_pairs(
     possible = [
         (better, worse)
         for better, worse in ordered
-        if scores[better] > scores[worse] and scores[better] - scores[worse] > selection.margin
+        if scores[better] > scores[worse] and scores[better] - scores[worse] > rule.margin
     ]
     if not possible:
         few = len(scores) < 2
         reason = "too_few_responses" if few else "all_tied" if len(set(scores)) == 1 else "below_margin"
         counts[f"prompts_{reason}"] += 1
         return []
-    best, worst = _first(scores, max(scores)), _first(scores, min(scores))
-    match selection.select:
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    match rule.select:
         case PairSelection.all_pairs:
             return possible
         case PairSelection.best_worst:
             return [(best, worst)]
         case PairSelection.best_random:
             others = [worse for better, worse in possible if better == best]
-            digest = text_digest(f"{selection.seed} {key}")
+            digest = text_digest(f"{rule.seed} {key}")
             return [(best, others[int(np.random.default_rng(int(digest, 16)).integers(len(others)))])]
-
-
-def _first(scores: Sequence[float], score: float) -> int:
-    return list(scores).index(score)
-
-
-Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,178 +120,213 @@ class Results:
 
 
 @dataclass(frozen=True)
-class _Answered:
-    """A prompt with all its samples; each has its `model` and, from a judge, its `score` or None."""
+class _Asked:
+    """A prompt with the answers of all models, and the counts of the judge."""
 
     record: PreferenceRecord
-    samples: list[Sample]
-    judge_counts: Mapping[str, int]
+    answers: Sequence[Answer]
     dropped: str | None
+    judge_counts: Mapping[str, int]
 
 
-def samples_of_part(responses: Sequence[Parts], index: int) -> tuple[list[list[Sample]], list[str | None]]:
-    """Return the samples of each prompt of a part, and the reasons why prompts were dropped, or None.
-
-    The samples are of all models, each with the index of its `model`.
-    """
-    prompts = list(zip(*(parts.read(index) for parts in responses), strict=True))
-    samples = [
-        [sample | {"model": model} for model, row in enumerate(rows) for sample in row["samples"]]
-        for rows in prompts
+def answers_of_part(responses: Sequence[Parts], index: int) -> list[tuple[list[Answer], str | None]]:
+    """Return the answers of all models to each prompt of a part, and the reason why a prompt was dropped."""
+    return [
+        (
+            [replace(answer, model=model) for model, row in enumerate(rows) for answer in row.answers],
+            next((row.dropped for row in rows if row.dropped is not None), None),
+        )
+        for rows in zip(*(map(Answers.of, parts.read(index)) for parts in responses), strict=True)
     ]
-    return samples, [next((row["dropped"] for row in rows if "dropped" in row), None) for rows in prompts]
 
 
-def usable(samples: Sequence[Sample], pairs: PairsConfig) -> tuple[list[Sample], Counter[str]]:
-    """Return the samples of one prompt that can be part of a pair, and counts of the others by reason."""
-    found: dict[str, Sample] = {}
+def usable(answers: Sequence[Answer], pairs: PairsConfig) -> tuple[list[Answer], Counter[str]]:
+    """Return the answers to one prompt that can be part of a pair, and counts of the others by reason."""
+    found: dict[str, Answer] = {}
     counts: Counter[str] = Counter()
-    for sample in samples:
-        text = sample["content"].strip()
-        response = json.dumps([text, sample.get("fields")])
-        if not sample["finished"] and pairs.unfinished is DropOrKeep.drop:
+    for answer in answers:
+        text = answer.content.strip()
+        response = json.dumps([text, answer.fields])
+        if not answer.finished and pairs.unfinished is DropOrKeep.drop:
             counts["unfinished"] += 1
         elif not text:
             counts["empty"] += 1
-        elif not sample["same_ids"] and pairs.encoded_differently is DropOrKeep.drop:
+        elif not answer.same_ids and pairs.encoded_differently is DropOrKeep.drop:
             counts["encoded_differently"] += 1
         elif response in found:
             counts["identical"] += 1
         else:
-            found[response] = sample
+            found[response] = answer
     return list(found.values()), counts
+
+
+def _asked(results: Results) -> Iterator[_Asked]:
+    for index in range(results.prompts.parts):
+        records, answers = results.prompts.part(index), answers_of_part(results.responses, index)
+        judged: Sequence[Mapping[str, Any]] = [{"scores": {}, "counts": {}}] * len(records)
+        if results.scores is not None:
+            judged = results.scores.read(index)
+        for record, (own, dropped), row in zip(records, answers, judged, strict=True):
+            scored = [replace(answer, score=row["scores"].get(str(answer.number))) for answer in own]
+            yield _Asked(record, scored, dropped, row["counts"])
 
 
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
-    counts = results.counts
-    for answered in _answered(results):
+    counts, pairs = results.counts, results.pairs
+    for asked in _asked(results):
         counts["prompts"] += 1
-        counts["samples"] += len(answered.samples)
-        counts["encoded_differently"] += sum(not sample["same_ids"] for sample in answered.samples)
-        counts.update(answered.judge_counts)
-        if answered.dropped is not None:
-            counts[f"prompts_dropped_{answered.dropped}"] += 1
+        counts["samples"] += len(asked.answers)
+        counts["encoded_differently"] += sum(not answer.same_ids for answer in asked.answers)
+        counts.update(asked.judge_counts)
+        if asked.dropped is not None:
+            counts[f"prompts_dropped_{asked.dropped}"] += 1
             continue
-        samples, unused = usable(answered.samples, results.pairs)
+        answers, unused = usable(asked.answers, pairs)
         counts.update({f"samples_{reason}": number for reason, number in unused.items()})
-        if results.scores is None:
-            yield from _delta_pair(answered, samples, results)
+        if results.scores is not None:
+            scored = [(answer, answer.score) for answer in answers if answer.score is not None]
+            counts["samples_without_score"] += len(answers) - len(scored)
+            chosen = select_pairs([number for _, number in scored], pairs, prompt_key(asked.record), counts)
+            for better, worse in chosen:
+                yield _pair(asked, scored[better][0], scored[worse][0], results)
+        elif len(answers) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
+            yield _pair(asked, answers[0], answers[1], results)
         else:
-            yield from _scored_pairs(answered, samples, results)
+            counts["prompts_too_few_responses"] += 1
 
 
-def _delta_pair(answered: _Answered, samples: Sequence[Sample], results: Results) -> Iterator[dict[str, Any]]:
-    """Yield the stronger model's response over the weaker one's (arXiv 2507.06187)."""
-    if len(samples) < len(results.models):
-        results.counts["prompts_too_few_responses"] += 1
-        return
-    stronger, weaker = samples
-    yield _pair(answered, stronger, weaker, results)
-
-
-def _scored_pairs(
-    answered: _Answered, samples: Sequence[Sample], results: Results
-) -> Iterator[dict[str, Any]]:
-    pairs, counts = results.pairs, results.counts
-    scored = [sample for sample in samples if sample["score"] is not None]
-    counts["samples_without_score"] += len(samples) - len(scored)
-    rule = Selection(pairs.select, pairs.margin, pairs.seed)
-    chosen = select_pairs([sample["score"] for sample in scored], rule, prompt_key(answered.record), counts)
-    for better, worse in chosen:
-        yield _pair(answered, scored[better], scored[worse], results)
-
-
-def _pair(answered: _Answered, chosen: Sample, rejected: Sample, results: Results) -> dict[str, Any]:
-    scores = None if results.scores is None else (chosen["score"], rejected["score"])
+def _pair(asked: _Asked, chosen: Answer, rejected: Answer, results: Results) -> dict[str, Any]:
+    pairs, scores = results.pairs, None
     provenance = {
-        "source": str(answered.record.origin),
-        "method": str(results.pairs.method),
+        "source": str(asked.record.origin),
+        "method": str(pairs.method),
         "chosen": _origin(chosen, results),
         "rejected": _origin(rejected, results),
         **results.facts,
     }
-    if results.pairs.method is PairsMethod.samples:
-        provenance |= {
-            "judge_counts": dict(answered.judge_counts),
-            "select": str(results.pairs.select),
-            "margin": results.pairs.margin,
-        }
-    return pair_fields(answered.record, (as_response(chosen), as_response(rejected)), scores, provenance)
+    if chosen.score is not None and rejected.score is not None:
+        scores = (chosen.score, rejected.score)
+        chosen_by = {"select": str(pairs.select), "margin": pairs.margin}
+        provenance |= {"judge_counts": dict(asked.judge_counts)} | chosen_by
+    return pair_fields(asked.record, (chosen.response, rejected.response), scores, provenance)
 
 
-def as_response(sample: Sample) -> Response:
-    """Return the text of a sample, or its message if a thought is apart from its content."""
-    fields = sample.get("fields")
-    return (Message("assistant", sample["content"], fields),) if fields else str(sample["content"])
-
-
-def _origin(sample: Sample, results: Results) -> dict[str, Any]:
-    facts = ("number", "tokens", "finished")
-    model = results.models[sample["model"]].described()
-    return {"model": model, **{name: sample[name] for name in facts}}
+def _origin(answer: Answer, results: Results) -> dict[str, Any]:
+    facts = {name: getattr(answer, name) for name in ("number", "tokens", "finished")}
+    return {"model": results.models[answer.model].described(), **facts}
 
 
 def samples_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
-    for answered in _answered(results):
-        kept, _ = usable(answered.samples, results.pairs)
+    for asked in _asked(results):
+        record, kept = asked.record, usable(asked.answers, results.pairs)[0]
         row: dict[str, Any] = {"responses": [], "unused": []}
-        if not isinstance(answered.record.prompt, Dialogue):
-            row = {"prompt": as_fields(answered.record.prompt, ())[0]} | row
-        for sample in answered.samples:
-            listed = _listed(answered.record, sample, results)
-            has_score = results.scores is None or sample["score"] is not None
-            row["responses" if sample in kept and has_score else "unused"].append(listed)
-        facts = {"source": str(answered.record.origin), "dropped": answered.dropped, **results.facts}
-        yield row | context_fields(answered.record) | {"provenance": facts}
+        if not isinstance(record.prompt, Dialogue):
+            row = {"prompt": as_fields(record.prompt, ())[0]} | row
+        for answer in asked.answers:
+            is_used = answer in kept and (results.scores is None or answer.score is not None)
+            row["responses" if is_used else "unused"].append(_listed(record, answer, results))
+        facts = {"source": str(record.origin), "dropped": asked.dropped, **results.facts}
+        yield row | context_fields(record) | {"provenance": facts}
 
 
-def _listed(record: PreferenceRecord, sample: Sample, results: Results) -> dict[str, Any]:
-    content = sample["content"]
+def _listed(record: PreferenceRecord, answer: Answer, results: Results) -> dict[str, Any]:
+    content = answer.content
     if isinstance(record.prompt, Dialogue):
         content = as_fields(record.prompt, (content,))[1]
-    names = ("number", "tokens", "finished", "same_ids", *(() if results.scores is None else ("score",)))
-    return {
-        "content": content,
-        **sample.get("fields", {}),
-        **{name: sample[name] for name in names},
-        "model": results.models[sample["model"]].name,
-    }
-
-
-def _answered(results: Results) -> Iterator[_Answered]:
-    for index in range(results.prompts.parts):
-        records = results.prompts.part(index)
-        samples, dropped = samples_of_part(results.responses, index)
-        judged: Sequence[Mapping[str, Any]] = [{"scores": {}, "counts": {}}] * len(records)
-        if results.scores is not None:
-            judged = results.scores.read(index)
-        for record, own, reason, row in zip(records, samples, dropped, judged, strict=True):
-            scored = [sample | {"score": row["scores"].get(str(sample["number"]))} for sample in own]
-            yield _Answered(record, scored, row["counts"], reason)
-
-
-MEMORY_REMEDY = (
-    "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
-    "larger ones cannot respond or judge"
-)
+    names = ["number", "tokens", "finished", "same_ids"] + ["score"] * (results.scores is not None)
+    facts = {name: getattr(answer, name) for name in names}
+    return {"content": content, **answer.fields, **facts, "model": results.models[answer.model].name}
 
 
 @dataclass(frozen=True)
-class _Work:
-    """The settings of a start, the same on every rank."""
+class _FromModels:
+    """The stages of pairs from models' responses; the same on every rank, methods are collective."""
 
     config: RunConfig
-    sampling: Sampling
-    engine: Engine
     prompts: PromptList
+    engine: Engine
     stages: Stages
+
+    @property
+    def sampling(self) -> Sampling:
+        pairs = self.config.pairs
+        return Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
 
     @property
     def count(self) -> int:
         """Samples of each model to a prompt."""
         return 1 if self.config.pairs.method is PairsMethod.delta else self.config.pairs.samples
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The settings that the responses of a model depend on."""
+        kind = self.config.model.quantization
+        return {
+            "prompts": self.prompts.digest,
+            **rendering(self.config.data),
+            **asdict(self.sampling),
+            "engine": str(self.engine),
+            "dtype": str(self.config.model.dtype),
+            "quantization": None if kind is None else str(kind),
+        }
+
+    def settings(self, models: Sequence[ModelSource], judge: dict[str, Any]) -> dict[str, Any]:
+        """Return everything that the pairs depend on."""
+        pairs = self.config.pairs
+        return {
+            "method": str(pairs.method),
+            **self.generation,
+            "models": [model.described() for model in models],
+            "samples": self.count,
+            **_usable(pairs),
+            **({"select": str(pairs.select), "margin": pairs.margin} if judge else {}),
+            "judge": judge,
+        }
+
+    def responses(self, source: ModelSource, index: int) -> Parts:
+        """Return the finished responses of one model; its weights are loaded for the first part to do."""
+        numbers, config = Numbers(index * self.count, self.count), self.config
+        own = {"part_prompts": self.prompts.part_prompts, "model": source.digest, "numbers": asdict(numbers)}
+
+        @cache
+        def opened() -> tuple[Responder, Generator]:
+            responder = open_responder(source, config)
+            return responder, open_generator(responder, self.engine, config, self.stages.world.device)
+
+        def part(index: int) -> list[dict[str, Any]]:
+            rows = respond(self.prompts.part(index), *opened(), self.sampling, numbers)
+            return [asdict(row) for row in rows]
+
+        return self._finished(f"responses of {source.name}", "responses", self.generation | own, part)
+
+    def scores(self, responses: Sequence[Parts], judge: dict[str, Any]) -> Parts:
+        """Return the finished scores of all responses."""
+        config, world = self.config, self.stages.world
+        names = [parts.folder.name for parts in responses]
+
+        @cache
+        def opened() -> Judge:
+            return open_judge(config, world.device, world.size)
+
+        def part(index: int) -> list[dict[str, Any]]:
+            answers = [usable(own, config.pairs)[0] for own, _ in answers_of_part(responses, index)]
+            return score(self.prompts.part(index), answers, opened())
+
+        settings = {"responses": names, **_usable(config.pairs), "judge": judge}
+        return self._finished("scores", "scores", settings, part)
+
+    def _finished(
+        self, title: str, stage: str, settings: dict[str, Any], part: Callable[[int], list[dict[str, Any]]]
+    ) -> Parts:
+        parts = Parts.of(RunFolder.of(self.config).pairs_parts, stage, settings, self.prompts.parts)
+        self.stages.finish(title, parts, part)
+        return parts
+
+
+def _usable(pairs: PairsConfig) -> dict[str, Any]:
+    return {"unfinished": str(pairs.unfinished), "encoded_differently": str(pairs.encoded_differently)}
 
 
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
@@ -313,139 +335,37 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     Raises:
         DpoDistError: data, a model or the judge cannot be used, or no pair can be made.
     """
-    world, screen = stages.world, stages.screen
-    prompts = _prompts(config, world, screen)
-    pairs = config.pairs
-    sampling = Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
+    world, screen, pairs = stages.world, stages.screen, config.pairs
+    folder, file = RunFolder.of(config), output_file(config)
+    prompts = world.on_main(
+        lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), pairs.part_prompts),
+        screen.heartbeat("reading prompts"),
+    )
     engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
-    work = _Work(config, sampling, engine, prompts, stages)
+    work = _FromModels(config, prompts, engine, stages)
     models = [stages.found(name, config) for name in responding_models(config)]
     for model in models if engine is Engine.vllm else ():
         lora_options(model.adapter)
     judge: dict[str, Any] = {}
     if pairs.method is PairsMethod.samples:
         judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
-    settings = _settings(work, models, judge)
-    file = output_file(config)
+    settings = work.settings(models, judge)
     world.on_main(lambda: check_output(file, settings))
 
     responses = []
     for index, model in enumerate(models):
-        responses.append(_responses(model, index, work))
+        responses.append(work.responses(model, index))
         return_memory()  # of the model: the next one needs it
-    scores = _scores(responses, judge, work) if judge else None
+    scores = work.scores(responses, judge) if judge else None
     return_memory()
-    facts = {"sampling": asdict(sampling), "engine": str(work.engine)} | ({"judge": judge} if judge else {})
+    facts = {"sampling": asdict(work.sampling), "engine": str(engine)} | ({"judge": judge} if judge else {})
     results = Results(pairs, prompts, models, responses, scores, facts)
 
     def write() -> None:
-        write_samples(RunFolder.of(config).pairs_samples, samples_of(results))
+        write_samples(folder.pairs_samples, samples_of(results))
         write_results(file, pairs_of(results), settings, results.counts, screen.say)
 
     world.on_main(write, screen.heartbeat("writing pairs"))
-
-
-def _prompts(config: RunConfig, world: World, screen: Screen) -> PromptList:
-    """Return the prompts, which rank 0 reads; collective."""
-    folder = RunFolder.of(config).pairs_parts
-    return world.on_main(
-        lambda: open_prompts(write_prompts(folder, config, screen.say), config.pairs.part_prompts),
-        screen.heartbeat("reading prompts"),
-    )
-
-
-def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that the pairs depend on."""
-    pairs = work.config.pairs
-    chosen = {"select": str(pairs.select), "margin": pairs.margin} if judge else {}
-    return {
-        "method": str(pairs.method),
-        "prompts": work.prompts.digest,
-        **rendering(work.config.data),
-        "models": [model.described() for model in models],
-        "samples": work.count,
-        **asdict(work.sampling),
-        "engine": str(work.engine),
-        "dtype": str(work.config.model.dtype),
-        "quantization": _quantization(work),
-        **_usable(pairs),
-        **chosen,
-        "judge": judge,
-    }
-
-
-def _usable(pairs: PairsConfig) -> dict[str, Any]:
-    """Return the settings that decide which samples are used; earlier files lack a key that was added."""
-    differing = {"encoded_differently": str(pairs.encoded_differently)}
-    is_default = pairs.encoded_differently is PairsConfig.encoded_differently
-    return {"unfinished": str(pairs.unfinished)} | ({} if is_default else differing)
-
-
-def _quantization(work: _Work) -> str | None:
-    kind = work.config.model.quantization
-    return None if kind is None else str(kind)
-
-
-class _Opened:
-    """A model with its tokenizer; the weights are loaded when a process has its first part to do."""
-
-    def __init__(self, source: ModelSource, work: _Work):
-        self._source, self._work = source, work
-
-    @cached_property
-    def responder(self) -> Responder:
-        return open_responder(self._source, self._work.config)
-
-    @cached_property
-    def generator(self) -> Generator:
-        work = self._work
-        return open_generator(self.responder, work.engine, work.config, work.stages.world.device)
-
-
-def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
-    """Return the finished responses of one model; collective."""
-    numbers = Numbers(index * work.count, work.count)
-    settings = {
-        "prompts": work.prompts.digest,
-        "part_prompts": work.prompts.part_prompts,
-        **rendering(work.config.data),
-        "model": source.digest,
-        "numbers": asdict(numbers),
-        **asdict(work.sampling),
-        "engine": str(work.engine),
-        "dtype": str(work.config.model.dtype),
-        "quantization": _quantization(work),
-    }
-    parts = Parts.of(RunFolder.of(work.config).pairs_parts, "responses", settings, work.prompts.parts)
-    opened = _Opened(source, work)
-
-    def part(index: int) -> list[dict[str, Any]]:
-        records = work.prompts.part(index)
-        return respond(records, opened.responder, opened.generator, work.sampling, numbers)
-
-    work.stages.finish(f"responses of {source.name}", parts, part)
-    return parts
-
-
-def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> Parts:
-    """Return the finished scores of all responses; collective."""
-    pairs = work.config.pairs
-    settings = {
-        "responses": [parts.folder.name for parts in responses],
-        **_usable(pairs),
-        "judge": judge,
-    }
-    parts = Parts.of(RunFolder.of(work.config).pairs_parts, "scores", settings, work.prompts.parts)
-    opened: list[Judge] = []
-
-    def part(index: int) -> list[dict[str, Any]]:
-        if not opened:
-            opened.append(open_judge(work.config, work.stages.world.device, work.stages.world.size))
-        samples = [usable(own, pairs)[0] for own in samples_of_part(responses, index)[0]]
-        return score(work.prompts.part(index), samples, opened[0])
-
-    work.stages.finish("scores", parts, part)
-    return parts
 
 
 def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -466,37 +386,36 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
         "seed": pairs.seed,
     }
     check_output(file, settings)
-    write_results(file, _pairs(config, counts, say), settings, counts, say)
+    write_results(file, _scored_pairs(config, counts, say), settings, counts, say)
 
 
-def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    chosen_by = Selection(config.pairs.select, config.pairs.margin, config.pairs.seed)
-    for record in _records(config, say, lambda: counts["prompts"] == config.pairs.limit):
+def _scored_pairs(
+    config: RunConfig, counts: Counter[str], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    pairs = config.pairs
+    for record in _scored_records(config, say, lambda: counts["prompts"] == pairs.limit):
         counts["prompts"] += 1
         scores = record.scores
         if scores is None:
             counts["without_scores"] += 1
             continue
         key = text_digest(f"{prompt_key(record)} {record.responses}")
-        for better, worse in select_pairs(scores, chosen_by, key, counts):
+        for better, worse in select_pairs(scores, pairs, key, counts):
             counts["order_changed"] += better > worse
-            yield pair_fields(
-                record,
-                (record.responses[better], record.responses[worse]),
-                (scores[better], scores[worse]),
-                {
-                    "source": str(record.origin),
-                    "method": str(PairsMethod.scores),
-                    "select": str(chosen_by.select),
-                    "margin": chosen_by.margin,
-                    "seed": chosen_by.seed,
-                    "ranks": [better + 1, worse + 1],
-                    "responses": len(record.responses),
-                },
-            )
+            provenance = {
+                "source": str(record.origin),
+                "method": str(pairs.method),
+                "select": str(pairs.select),
+                "margin": pairs.margin,
+                "seed": pairs.seed,
+                "ranks": [better + 1, worse + 1],
+                "responses": len(record.responses),
+            }
+            responses = record.responses[better], record.responses[worse]
+            yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
 
 
-def _records(
+def _scored_records(
     config: RunConfig, say: Callable[[str], None], enough: Callable[[], bool]
 ) -> Iterator[PreferenceRecord]:
     for source in config.data.train:
@@ -504,7 +423,7 @@ def _records(
             yield from good_records(read_records(pinned(source, None)), source, config.data, say, enough)
 
 
-def make_pairs(config: RunConfig, screen: "Screen") -> None:
+def make_pairs(config: RunConfig, screen: Screen) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores.
 
     Raises:
@@ -514,19 +433,12 @@ def make_pairs(config: RunConfig, screen: "Screen") -> None:
         case PairsMethod.scores:
             with _only_start(config):
                 pairs_from_scores(config, screen.say)
-        case PairsMethod.samples | PairsMethod.delta:
-            _from_models(config, screen)
         case PairsMethod.people:
             label_pairs(config, screen.say, screen.show)
-
-
-def _from_models(config: RunConfig, screen: "Screen") -> None:
-    """Join the processes, each of which loads whole models."""
-    from dpo_dist.generation.sampling.stages import joined_stages  # noqa: PLC0415
-
-    with ExitStack() as held, joined_stages(config, screen, MEMORY_REMEDY) as stages:
-        stages.world.on_main(lambda: held.enter_context(_only_start(config)))
-        pairs_from_models(config, stages)
+        case PairsMethod.samples | PairsMethod.delta:
+            with ExitStack() as held, joined_stages(config, screen, MEMORY_REMEDY) as stages:
+                stages.world.on_main(lambda: held.enter_context(_only_start(config)))
+                pairs_from_models(config, stages)
 
 
 def _only_start(config: RunConfig) -> AbstractContextManager[int]:

@@ -1,8 +1,6 @@
 """Checks of `pairs` before torch is imported and processes join."""
 
-import json
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +19,48 @@ from dpo_dist.config.verb_options import (
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import check_adapter, local_model_folder
+from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
 
 OUTPUT_KINDS = (".jsonl", ".parquet")
 _ALONE = (PairsMethod.scores, PairsMethod.people)
-_ADAPTER = "adapter_config.json"
-_OF_MODELS = frozenset(
-    {
-        *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
-        *("unfinished", "encoded_differently", "engine", "batch_tokens", "part_prompts"),
-    }
+_FROM_MODELS = (PairsMethod.samples, PairsMethod.delta)
+_OF_MODELS = (
+    *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished", "encoded_differently"),
+    *("engine", "batch_tokens", "part_prompts", "prompt_parts", "prompt_part"),
 )
-_OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
-_OF_CHOICES = frozenset({"select", "margin"})
-_OF_PARTS = frozenset({"prompt_parts", "prompt_part"})
-_OF_PEOPLE = frozenset({"people"})
-_UNUSED = {
-    PairsMethod.scores: _OF_MODELS | _OF_JUDGES | _OF_PARTS | _OF_PEOPLE,
-    PairsMethod.delta: _OF_JUDGES | _OF_CHOICES | _OF_PEOPLE,
-    PairsMethod.samples: _OF_PEOPLE,
-    PairsMethod.people: _OF_MODELS | _OF_JUDGES | _OF_CHOICES | _OF_PARTS,
-}
-"""Keys that have no effect with a method."""
+_OF_JUDGES = ("samples", "reward_model", "function", "endpoint")
 
 
 def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes.
 
     Raises:
-        ConfigError: keys of `pairs` contradict each other, or a folder cannot be written.
+        ConfigError: keys of `pairs` contradict each other or have no effect, or a folder cannot be written.
         DataError: a local source is missing.
     """
     check_needs(config, "pairs")
-    _check_rounds(config.pairs)
-    _check_keys(config)
-    _check_used(
-        "run.resume", config.run.resume, Resume.auto, False, "on pairs: finished parts are always used again"
-    )
+    pairs = config.pairs
+    if pairs.prompt_part >= pairs.prompt_parts:
+        raise ConfigError(
+            "there is no such part of the prompts",
+            where="pairs.prompt_part",
+            got=str(pairs.prompt_part),
+            expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
+            remedy="correct one of them",
+        )
+    if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
+        raise ConfigError(
+            "this kind of file cannot be written",
+            where="pairs.output",
+            got=pairs.output,
+            expected=f"a name that ends with {' or '.join(OUTPUT_KINDS)}",
+            remedy="rename the file",
+        )
+    _check_effects(config)
+    if pairs.method in _FROM_MODELS:
+        _check_models(config)
+    if pairs.method is PairsMethod.samples:
+        check_judge(pairs)
     for source in config.data.train:
         check_source(source)
         if source.weight != SourceConfig.weight:
@@ -85,73 +88,36 @@ def responding_models(config: RunConfig) -> list[str]:
     return list(config.pairs.models) or [config.model.path]
 
 
-def _check_rounds(pairs: PairsConfig) -> None:
-    """Check the part of the prompts, and that no key of rounds is given without them."""
-    if pairs.prompt_part >= pairs.prompt_parts:
-        raise ConfigError(
-            "there is no such part of the prompts",
-            where="pairs.prompt_part",
-            got=str(pairs.prompt_part),
-            expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
-            remedy="correct one of them",
-        )
-    for key, value, default in (
-        ("launcher", pairs.launcher, PairsConfig.launcher),
-        ("reference", pairs.reference, PairsConfig.reference),
+def _check_effects(config: RunConfig) -> None:
+    """Refuse keys that have no effect."""
+    pairs, method = config.pairs, config.pairs.method
+    with_method = f"with pairs.method={method}"
+    on_vllm = pairs.engine is Engine.vllm and pairs.reward_model is None
+    for names, is_used, why in (
+        (_OF_MODELS, method in _FROM_MODELS, with_method),
+        (_OF_JUDGES, method is PairsMethod.samples, with_method),
+        (("select", "margin"), method in (PairsMethod.samples, PairsMethod.scores), with_method),
+        (("people",), method is PairsMethod.people, with_method),
+        (("seed",), _is_random(pairs), "if nothing is drawn at random"),
+        (("batch_tokens",), not on_vllm, "on vLLM, which makes batches by itself"),
+        (("top_p", "top_k"), pairs.temperature > 0, "with pairs.temperature=0"),
+        (("launcher", "reference"), bool(pairs.rounds), "without pairs.rounds"),
     ):
-        _check_used(f"pairs.{key}", value, default, bool(pairs.rounds), "without pairs.rounds")
-
-
-def _check_keys(config: RunConfig) -> None:
-    pairs = config.pairs
-    if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
-        raise ConfigError(
-            "this kind of file cannot be written",
-            where="pairs.output",
-            got=pairs.output,
-            expected=f"a name that ends with {' or '.join(OUTPUT_KINDS)}",
-            remedy="rename the file",
-        )
-    _check_effects(pairs)
-    if pairs.method in (PairsMethod.samples, PairsMethod.delta):
-        _check_models(config)
-    if pairs.method is PairsMethod.samples:
-        check_judge(pairs)
-
-
-def _check_effects(pairs: PairsConfig) -> None:
-    """Refuse keys that the method does not use."""
-    for option in fields(PairsConfig):
-        value = getattr(pairs, option.name)
-        if option.name in _UNUSED[pairs.method] and value != getattr(PairsConfig(), option.name):
-            key = f"pairs.{option.name}"
-            raise ConfigError(
-                f"{key} has no effect with this method",
-                where=f"pairs.method, {key}",
-                got=f"{pairs.method}, {as_written(value)}",
-                remedy=f"remove {key}, or choose another pairs.method",
-            )
-    _check_used(
-        "pairs.seed", pairs.seed, PairsConfig.seed, _is_random(pairs), "if nothing is drawn at random"
-    )
-    is_used = pairs.engine is not Engine.vllm or pairs.reward_model is not None
-    of_vllm = "on vLLM, which makes batches by itself"
-    _check_used("pairs.batch_tokens", pairs.batch_tokens, PairsConfig.batch_tokens, is_used, of_vllm)
-    greedy = pairs.temperature == 0
-    no_choice = [name for name in ("top_p", "top_k") if getattr(pairs, name) != getattr(PairsConfig, name)]
-    if greedy and (no_choice or (pairs.method is PairsMethod.samples and pairs.samples > 1)):
-        name = next(iter(no_choice), "samples")
+        for name in () if is_used else names:
+            check_used(f"pairs.{name}", getattr(pairs, name), getattr(PairsConfig(), name), why)
+    check_used("run.resume", config.run.resume, Resume.auto, "on pairs: finished parts are always used again")
+    if method is PairsMethod.samples and pairs.temperature == 0 and pairs.samples > 1:
         raise ConfigError(
             "without a temperature every sample of a model is the same",
-            where=f"pairs.temperature, pairs.{name}",
-            got=f"0, {getattr(pairs, name)}",
-            remedy="raise pairs.temperature, or set pairs.samples=1 and remove pairs.top_p and pairs.top_k",
+            where="pairs.temperature, pairs.samples",
+            got=f"0, {pairs.samples}",
+            remedy="raise pairs.temperature, or set pairs.samples=1",
         )
 
 
-def _check_used(key: str, value: Any, default: Any, is_used: bool, why: str) -> None:
-    """Refuse a value of a key that is not used."""
-    if value != default and not is_used:
+def check_used(key: str, value: Any, default: Any, why: str) -> None:
+    """Refuse a value of a key that has no effect."""
+    if value != default:
         raise ConfigError(
             f"{key} has no effect {why}", where=key, got=as_written(value), remedy=f"remove {key}"
         )
@@ -175,13 +141,8 @@ def _check_models(config: RunConfig) -> None:
             got="null",
             remedy="set pairs.models=[MODEL], or model.path",
         )
-    _check_used(
-        "model.revision",
-        config.model.revision,
-        None,
-        config.model.path in models,
-        "on pairs.models, if model.path is none of them",
-    )
+    if config.model.path not in models:
+        check_used("model.revision", config.model.revision, None, "if model.path is none of pairs.models")
     different = {Path(name).expanduser().resolve() for name in models}
     if pairs.method is PairsMethod.delta and not len(models) == len(different) == 2:
         raise ConfigError(
@@ -205,31 +166,13 @@ def _check_models(config: RunConfig) -> None:
             got=f"vllm, {config.model.quantization}",
             remedy="set pairs.engine=transformers, or remove model.quantization",
         )
+    key = "pairs.models" if pairs.models else "model.path"
     for name in models:
-        folder, key = Path(name).expanduser(), "pairs.models" if pairs.models else "model.path"
-        if (folder / _ADAPTER).is_file():
+        folder = Path(name).expanduser()
+        if is_adapter(folder):
             check_adapter(folder, key)
         else:
             local_model_folder(name, None, key)
-
-
-def _check_reward_model(name: str) -> None:
-    """Check that the judge is no model that responds; it is loaded after the last response only."""
-    folder = local_model_folder(name, None, "pairs.reward_model")
-    if folder is None:
-        return
-    try:
-        architectures = json.loads((folder / "config.json").read_bytes())["architectures"]
-    except (ValueError, TypeError, LookupError):
-        return  # loading says so
-    if any(str(architecture).endswith("ForCausalLM") for architecture in architectures or []):
-        raise ConfigError(
-            "the model is no reward model",
-            where="pairs.reward_model",
-            got=f"{name}: {', '.join(map(str, architectures))}",
-            expected="a sequence classification model with one output",
-            remedy="name a reward model, or set pairs.function for another kind of score",
-        )
 
 
 def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
@@ -254,15 +197,8 @@ def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
         )
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")
-    if pairs.reward_model is not None:
-        _check_reward_model(pairs.reward_model)
-    if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():
-        raise ConfigError(
-            "options of an endpoint have no effect without one",
-            where="pairs.endpoint",
-            got=as_written(pairs.endpoint),
-            remedy="set pairs.endpoint.url, or remove them",
-        )
+    if pairs.endpoint.url is None:
+        check_used("pairs.endpoint", pairs.endpoint, EndpointConfig(), "without pairs.endpoint.url")
     if pairs.endpoint.url is not None and pairs.endpoint.model is None:
         raise ConfigError(
             "the endpoint's model is not given",

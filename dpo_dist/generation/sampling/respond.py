@@ -2,8 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.verb_options import Engine
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
-from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord
+from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -26,17 +26,16 @@ from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_k
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
 from dpo_dist.model.adapter_files import ADAPTER_CONFIG
 from dpo_dist.model.folder import (
-    CONFIG_FILE,
     check_adapter,
     description_folder,
     has_tokenizer,
+    is_adapter,
     model_folder,
     read_model_json,
 )
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 
-_ADAPTER_CONFIG = "adapter_config.json"
 KEY = "pairs.models"
 """The configuration key that errors name, unless a caller has another."""
 
@@ -98,26 +97,20 @@ def _located(
     name: str, config: RunConfig, find: Callable[[str, str | None, str], Path], key: str
 ) -> ModelSource:
     revision = config.model.revision if name == config.model.path else None
-    adapter = _adapter_folder(name)
+    adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
     if adapter is not None:
         check_adapter(adapter, key)
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
     return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
 
 
-def _adapter_folder(name: str) -> Path | None:
-    folder = Path(name).expanduser()
-    has_adapter = (folder / _ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file()
-    return folder if has_adapter else None
-
-
 def _base_of(adapter: Path) -> tuple[str, str | None]:
-    content = read_model_json(adapter / _ADAPTER_CONFIG)
+    content = read_model_json(adapter / ADAPTER_CONFIG)
     base, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(base, str) or not base:
         raise ConfigError(
             "the adapter does not name its base model",
-            where=str(adapter / _ADAPTER_CONFIG),
+            where=str(adapter / ADAPTER_CONFIG),
             expected="base_model_name_or_path",
             remedy="write the folder or hub name of the base model there",
         )
@@ -364,6 +357,56 @@ class Numbers:
     count: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A response of a model to a prompt.
+
+    Attributes:
+        number: among all samples of the prompt.
+        content: its text; of a dialogue up to a further turn.
+        tokens: their number, without the one that ended it.
+        finished: whether it ended by itself.
+        same_ids: whether training encodes it as the generated tokens.
+        fields: a thought apart from the content, by its field.
+        ids: its tokens with the one that ended it, if they are kept.
+        model: index of the model that gave it.
+        score: of a judge.
+    """
+
+    number: int
+    content: str
+    tokens: int
+    finished: bool
+    same_ids: bool
+    fields: dict[str, Any] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
+    model: int = 0
+    score: float | None = None
+
+    @property
+    def response(self) -> Response:
+        """The text, or the message if a thought is apart from its content."""
+        return (Message("assistant", self.content, self.fields),) if self.fields else self.content
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A row of a part: a model's answers to a prompt, or the reason why it cannot be asked.
+
+    `prompt_ids` are the tokens of the prompt, if they are kept.
+    """
+
+    key: str
+    answers: list[Answer]
+    dropped: str | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Answers":
+        """Return the row that `asdict` wrote."""
+        return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
+
+
 def respond(
     records: Sequence[PreferenceRecord],
     responder: Responder,
@@ -372,8 +415,8 @@ def respond(
     numbers: Numbers,
     *,
     keeps_ids: bool = False,
-) -> list[dict[str, Any]]:
-    """Return a row for each prompt, in their order.
+) -> list[Answers]:
+    """Return the answers to each prompt, in their order.
 
     Args:
         records: prompts.
@@ -381,22 +424,18 @@ def respond(
         generator: its weights.
         sampling: settings.
         numbers: of the samples.
-        keeps_ids: add token ids: `prompt_ids` to rows and, with the token that ended them, `ids` to samples.
-
-    Returns:
-        `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
-        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether training encodes the
-        response as the generated tokens. A thought apart from the content is in `fields`, by its field.
+        keeps_ids: keep token ids of prompts and answers.
 
     Raises:
         ConfigError: the model's logits are not finite.
     """
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
+    wanted = range(numbers.first, numbers.first + numbers.count)
     requests = [
         Request(prompt, prompt_key(record), number)
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
-        for number in range(numbers.first, numbers.first + numbers.count)
+        for number in wanted
     ]
     try:
         samples = iter(generator.generate(requests, sampling))
@@ -404,16 +443,14 @@ def respond(
         raise _not_finite(fault.request, records, responder.source.name) from fault
     rows = []
     for record, prompt in zip(records, prompts, strict=True):
-        row: dict[str, Any] = {"key": prompt_key(record), "samples": []}
         if isinstance(prompt, str):
-            row["dropped"] = prompt
+            rows.append(Answers(prompt_key(record), [], dropped=prompt))
+            continue
+        answers = [_answer(next(samples), number, record, prompt, responder) for number in wanted]
+        if keeps_ids:
+            rows.append(Answers(prompt_key(record), answers, prompt_ids=prompt.tolist()))
         else:
-            row["samples"] = [
-                _described(next(samples), number, record, prompt, responder, keeps_ids)
-                for number in range(numbers.first, numbers.first + numbers.count)
-            ]
-            row |= {"prompt_ids": prompt.tolist()} if keeps_ids else {}
-        rows.append(row)
+            rows.append(Answers(prompt_key(record), [replace(answer, ids=[]) for answer in answers]))
     return rows
 
 
@@ -440,34 +477,20 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
     return prompt
 
 
-def _described(
-    sample: Sample,
-    number: int,
-    record: PreferenceRecord,
-    prompt: TokenIds,
-    responder: Responder,
-    keeps_ids: bool,
-) -> dict[str, Any]:
+def _answer(
+    sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
+) -> Answer:
     ids, finished = sample.ids, sample.is_finished
     ends = [] if sample.end is None else [sample.end]
     response, same = decode(ids, record, prompt, responder)
-    if isinstance(response, Message):
-        text, fields = response.content, dict(response.fields)
-    else:
-        text, fields = response, {}
+    message = Message("assistant", response) if isinstance(response, str) else response
+    text = message.content
     if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
         # The model speaks for the other side too: its response ends before that turn.
         text, finished, ends = text[: turn.start()], True, []
         ids = _ids_of(text, record, prompt, responder) or []
         same = ids == sample.ids[: len(ids)]
-    row = {
-        "number": number,
-        "content": text,
-        "tokens": len(ids),
-        "finished": finished,
-        "same_ids": same,
-    }
-    return row | ({"fields": fields} if fields else {}) | ({"ids": ids + ends} if keeps_ids else {})
+    return Answer(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
 
 
 def decode(

@@ -40,7 +40,7 @@ from dpo_dist.generation.pairs.preflight import (
     first_records,
 )
 from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_key
-from dpo_dist.generation.sampling.respond import find_description, open_responder
+from dpo_dist.generation.sampling.respond import Answers, find_description, open_responder
 from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
 from dpo_dist.insight.compare.judging import (
     all_credits,
@@ -53,7 +53,6 @@ from dpo_dist.insight.compare.judging import (
 from dpo_dist.insight.compare.responses import (
     Row,
     Speaker,
-    held_out_facts,
     prompt_records,
     shown_prompt,
     write_held_out,
@@ -92,102 +91,68 @@ def answers(finished: Finished, prompts: PromptList, tally: Tally, counts: Count
     with prompts.file.open("rb") as lines:
         for index in range(prompts.parts):
             records = prompts.part(index)
-            for record, own in zip(records, _of_part(finished, index, len(records)), strict=True):
-                chosen, source = held_out_facts(next(lines))
-                counts.update(own.judged.get("counts", {}))
-                reason = _dropped(own.responses)
-                if reason is not None:
-                    counts[f"prompts_dropped_{reason}"] += 1
+            rows = zip(records, lines, *_columns(finished, index, len(records)), strict=False)
+            for record, line, asked, logps, base_logps, judged in rows:
+                counts.update(judged.get("counts", {}))
+                dropped = next((one.dropped for one in asked if one.dropped is not None), None)
+                if dropped is not None:
+                    counts[f"prompts_dropped_{dropped}"] += 1
                     continue
-                _count_differing(own.responses, tally.models, counts)
-                responses = _responses(own, tally.models)
-                own_credits = None if finished.judged is None else _credits(own, responses)
-                tally.add(responses, own_credits)
-                yield _answers(record, chosen, source, responses) | _verdicts(tally.models, own_credits)
+                scores = judged.get("scores", [None] * len(asked))
+                responses = {
+                    name: _response(*facts)
+                    for name, *facts in zip(tally.models, asked, logps, base_logps, scores, strict=True)
+                }
+                for name, one in zip(tally.models, asked, strict=True):
+                    counts[f"{DIFFERING}{name}"] += one.prompt_ids != asked[0].prompt_ids
+                texts = [response["text"] for response in responses.values()]
+                credited = (
+                    None if finished.judged is None else all_credits(texts, scores, judged.get("credits"))
+                )
+                tally.add(responses, credited)
+                yield _row(record, json.loads(line), responses, credited)
 
 
-def texts_of(rows: Sequence[Row]) -> list[str]:
-    """Return the models' responses to a prompt; empty if one of them cannot be asked."""
-    return [] if _dropped(rows) is not None else [str(row["samples"][0]["content"]) for row in rows]
+def _columns(finished: Finished, index: int, prompts: int) -> Iterator[Sequence[Any]]:
+    """Yield what each stage has for the prompts of a part, of all models: answers, log-probs, judgements."""
+    yield list(zip(*(map(Answers.of, parts.read(index)) for parts in finished.responses), strict=True))
+    for stages in (finished.logps, finished.base_logps):
+        rows = (None if parts is None else parts.read(index) for parts in stages)
+        logps = ([None] * prompts if own is None else [row["logp"] for row in own] for own in rows)
+        yield list(zip(*logps, strict=True))
+    yield [{}] * prompts if finished.judged is None else finished.judged.read(index)
 
 
-def _count_differing(rows: Sequence[Row], names: Sequence[str], counts: Counter[str]) -> None:
-    for name, row in zip(names, rows, strict=True):
-        counts[f"{DIFFERING}{name}"] += row["prompt_ids"] != rows[0]["prompt_ids"]
-
-
-def _responses(own: "_OfPrompt", names: Sequence[str]) -> dict[str, Row]:
-    scores = own.judged.get("scores", [None] * len(names))
-    rows = zip(names, own.responses, own.logps, own.base_logps, scores, strict=True)
-    return {name: _response(*facts) for name, *facts in rows}
-
-
-def _credits(own: "_OfPrompt", responses: Mapping[str, Row]) -> list[float | None]:
-    texts = [response["text"] for response in responses.values()]
-    scores = [response["score"] for response in responses.values()]
-    return all_credits(texts, scores, own.judged.get("credits"))
-
-
-def _verdicts(names: Sequence[str], own_credits: Sequence[float | None] | None) -> Row:
-    """Return the verdicts on every two responses; without a judge nothing."""
-    if own_credits is None:
-        return {}
-    pairs = zip(itertools.combinations(names, 2), own_credits, strict=True)
-    return {"verdicts": [{"first": one, "second": two, "credit": credit} for (one, two), credit in pairs]}
-
-
-@dataclass(frozen=True)
-class _OfPrompt:
-    """The rows of all stages for one prompt, those of models in their order."""
-
-    responses: Sequence[Row]
-    logps: Sequence[float | None]
-    base_logps: Sequence[float | None]
-    judged: Row
-
-
-def _of_part(finished: Finished, index: int, prompts: int) -> Iterator[_OfPrompt]:
-    nothing: list[Row] = [{"logp": None}] * prompts
-    judged = [{}] * prompts if finished.judged is None else finished.judged.read(index)
-    rows = zip(
-        zip(*(parts.read(index) for parts in finished.responses), strict=True),
-        zip(*(parts.read(index) for parts in finished.logps), strict=True),
-        zip(*(nothing if p is None else p.read(index) for p in finished.base_logps), strict=True),
-        judged,
-        strict=True,
-    )
-    for responses, logps, base_logps, of_judge in rows:
-        yield _OfPrompt(
-            responses, [row["logp"] for row in logps], [row["logp"] for row in base_logps], of_judge
-        )
-
-
-def _dropped(rows: Sequence[Row]) -> str | None:
-    """Return the first reason for which a model cannot be asked this prompt; None if all can."""
-    return next((row["dropped"] for row in rows if "dropped" in row), None)
-
-
-def _response(row: Row, logp: float | None, base_logp: float | None, score: float | None) -> Row:
-    sample = row["samples"][0]
+def _response(asked: Answers, logp: float | None, base_logp: float | None, score: float | None) -> Row:
+    (answer,) = asked.answers
     return {
-        "text": sample["content"],
-        "tokens": sample["tokens"],
-        "finished": sample["finished"],
+        "text": answer.content,
+        "tokens": answer.tokens,
+        "finished": answer.finished,
         "logp": logp,
         "base_logp": base_logp,
-        "logp_tokens": len(sample["ids"]),
+        "logp_tokens": len(answer.ids),
         "score": score,
     }
 
 
-def _answers(record: PreferenceRecord, chosen: str | None, source: str, responses: dict[str, Row]) -> Row:
-    return {
+def _row(
+    record: PreferenceRecord,
+    facts: Mapping[str, Any],
+    responses: Mapping[str, Row],
+    credited: Sequence[float | None] | None,
+) -> Row:
+    row: Row = {
         "prompt_id": prompt_key(record)[:16],
         "prompt": shown_prompt(record.prompt),
-        "source": source,
-        "chosen": chosen,
+        "source": facts["source"],
+        "chosen": facts["chosen"],
         "responses": responses,
     }
+    if credited is not None:
+        pairs = zip(itertools.combinations(responses, 2), credited, strict=True)
+        row["verdicts"] = [{"first": one, "second": two, "credit": credit} for (one, two), credit in pairs]
+    return row
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -260,11 +225,10 @@ def _only_start(config: RunConfig) -> Any:
 
 def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Screen) -> None:
     """Say that the results of a former comparison of other models will be replaced."""
-    try:
-        former = json.loads(folder.comparison_results.read_bytes())["models"]
-        paths = {f"{model['name']}={model['path']}" for model in former}
-    except (OSError, ValueError, LookupError, TypeError):
+    if not folder.comparison_results.exists():
         return
+    former = json.loads(folder.comparison_results.read_bytes())["models"]
+    paths = {f"{model['name']}={model['path']}" for model in former}
     if paths != {f"{model.name}={model.path}" for model in models}:
         screen.say(
             f"warning: replaces the comparison of {', '.join(sorted(paths))} in {folder.comparison}; "
@@ -351,8 +315,10 @@ class _Comparison:
         def part(index: int) -> list[Row]:
             if not opened:
                 opened.append(open_judge(replace(config, pairs=budget), self._world.device, self._world.size))
-            rows = zip(*(own.read(index) for own in responses), strict=True)
-            texts = [texts_of(of_prompt) for of_prompt in rows]
+            rows = zip(*(map(Answers.of, own.read(index)) for own in responses), strict=True)
+            # A prompt that a model cannot be asked is not judged.
+            all_asked = [[one.answers[0].content for one in row if one.answers] for row in rows]
+            texts = [own if len(own) == len(responses) else [] for own in all_asked]
             return work(prompts.part(index), texts, opened[0])
 
         self._stages.finish("judgements", parts, part)

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.prompts import eval_part, parse_prompt, prompt_hash
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt
 from dpo_dist.data.sources import pinned, raw_records, source_labels
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import DataError
@@ -34,7 +34,14 @@ from dpo_dist.generation.pairs.prompts import (
     write_named_by_content,
 )
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
-from dpo_dist.generation.sampling.respond import ModelSource, Numbers, Responder, open_responder, respond
+from dpo_dist.generation.sampling.respond import (
+    Answers,
+    ModelSource,
+    Numbers,
+    Responder,
+    open_responder,
+    respond,
+)
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import CheckedModel, settle
@@ -77,12 +84,6 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
     return write_named_by_content(folder, lines)
 
 
-def held_out_facts(line: bytes) -> tuple[str | None, str]:
-    """Return the chosen response and the label of the source in a line of the file."""
-    fields = json.loads(line)
-    return fields["chosen"], fields["source"]
-
-
 def shown_prompt(prompt: Prompt) -> str:
     """Return a prompt as one text: of a single user turn its content, of others their roles too."""
     if isinstance(prompt, str):
@@ -95,7 +96,9 @@ def shown_prompt(prompt: Prompt) -> str:
 
 
 def _line(record: PreferenceRecord, label: str) -> str:
-    chosen = _text(record.responses[0]) if record.responses else None
+    chosen = record.responses[0] if record.responses else None
+    if isinstance(chosen, tuple):  # of several turns, the last one's content
+        chosen = chosen[-1].content
     return json.dumps(prompt_line(record) | {"chosen": chosen, "source": label})
 
 
@@ -116,11 +119,6 @@ def prompt_records(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecor
         if isinstance(record, BadRecord) and not isinstance(fields, BadRecord):
             record = parse_prompt(fields, source.format, origin)
         yield record
-
-
-def _text(response: Response) -> str:
-    """Return a response as text; of several turns, the last one's content."""
-    return response if isinstance(response, str) else response[-1].content
 
 
 Row = dict[str, Any]
@@ -203,8 +201,9 @@ class Speaker:
         parts = Parts.of(self._folder, "responses", settings, prompts.parts)
 
         def part(index: int) -> list[Row]:
-            records = prompts.part(index)
-            return respond(records, self.responder, self, self._sampling, Numbers(0, 1), keeps_ids=True)
+            records, numbers = prompts.part(index), Numbers(0, 1)
+            rows = respond(records, self.responder, self, self._sampling, numbers, keeps_ids=True)
+            return [asdict(row) for row in rows]
 
         self._stages.finish(f"responses of {self.compared.name}", parts, part)
         return parts
@@ -223,10 +222,9 @@ class Speaker:
         parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
 
         def part(index: int) -> list[Row]:
-            rows = responses.read(index)
-            found = response_logps(
-                self._packed, rows, self._config.compare.batch_tokens, self._stages.world.device
-            )
+            rows = [Answers.of(row) for row in responses.read(index)]
+            budget, device = self._config.compare.batch_tokens, self._stages.world.device
+            found = response_logps(self._packed, rows, budget, device)
             return [{"logp": logp} for logp in found]
 
         name = self.compared.name
@@ -246,20 +244,20 @@ class Speaker:
 
 @torch.inference_mode()
 def response_logps(
-    packed: PackedCausalLM, rows: Sequence[Row], budget: int, device: torch.device
+    packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
 ) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response.
 
     Args:
         packed: the model that scores.
-        rows: of `respond`, with token ids; one sample each, or none.
+        rows: of `respond`, with token ids; one answer each, or none.
         budget: most tokens of a batch, with padding; a longer sequence is a batch of its own.
         device: of the forward.
     """
     sequences = {
-        index: Sequences(_ids(row["prompt_ids"]), (_ids(row["samples"][0]["ids"]),))
+        index: Sequences(_ids(row.prompt_ids), (_ids(row.answers[0].ids),))
         for index, row in enumerate(rows)
-        if row["samples"]
+        if row.answers
     }
     # A response without tokens has probability 1.
     sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}

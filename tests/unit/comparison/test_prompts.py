@@ -10,7 +10,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.pairs.prompts import open_prompts
-from dpo_dist.insight.compare.responses import held_out_facts, shown_prompt, write_held_out
+from dpo_dist.insight.compare.responses import shown_prompt, write_held_out
 from tests.support.records import assistant, jsonl, user
 
 RECORDS = [
@@ -34,7 +34,7 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
     records_found = [record for part in range(3) for record in _part(file, part)]
     assert all(not record.responses for record in records_found)
     lines = file.read_bytes().splitlines()
-    assert {held_out_facts(line)[1] for line in lines} <= {"held", "records"}
+    assert {json.loads(line)["source"] for line in lines} <= {"held", "records"}
     return [json.loads(line)["prompt"][0][1] for line in lines], [*said, *map(str, _chosen(lines))]
 
 
@@ -44,7 +44,7 @@ def _part(file: Path, part: int) -> list[Any]:
 
 
 def _chosen(lines: list[bytes]) -> list[str | None]:
-    return [held_out_facts(line)[0] for line in lines]
+    return [json.loads(line)["chosen"] for line in lines]
 
 
 def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> None:

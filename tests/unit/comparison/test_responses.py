@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.load import compose, resolve
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.generation.pairs.prompts import PromptList
-from dpo_dist.generation.sampling.respond import find_model
+from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
 from dpo_dist.insight.compare.responses import Speaker, response_logps
 from dpo_dist.insight.compare.start import compared_models
 from dpo_dist.model.load import load_packed
 from tests.support.tiny_model import write_model
 
 
-def row(prompt: list[int], *ids: list[int]) -> dict[str, Any]:
-    return {"prompt_ids": prompt, "samples": [{"ids": own} for own in ids]}
+def row(prompt: list[int], *ids: list[int]) -> Answers:
+    return Answers("key", [Answer(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
 
 
 ROWS = [
@@ -40,10 +40,10 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
     found = response_logps(packed, ROWS, budget, device)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for logp, each in zip(found, ROWS, strict=True):
-        if not each["samples"]:
+        if not each.answers:
             assert logp is None
             continue
-        prompt, ids = each["prompt_ids"], each["samples"][0]["ids"]
+        prompt, ids = each.prompt_ids, each.answers[0].ids
         with torch.no_grad():
             logps = plain(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         expected = sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))

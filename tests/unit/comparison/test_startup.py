@@ -95,7 +95,7 @@ def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> Non
     ("overrides", "message"),
     [
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
-        (("pairs.endpoint.criterion=short",), "options of an endpoint have no effect"),
+        (("pairs.endpoint.criterion=short",), "pairs.endpoint has no effect"),
         (("pairs.function=json:nothing",), "nothing"),
         (("data.eval=[]",), "no evaluation data to compare"),
     ],

@@ -99,7 +99,6 @@ OUT_OF_RANGE = {
     "pairs.rounds": [-1],
     "pairs.people.port": [-1, 65536],
     "pairs.people.overlap": [-0.1, 1.1],
-    "pairs.people.repeats": [-0.1, 1.1],
 }
 IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "data.train[0].weight": {"data.train": [{"path": "a", "weight": 0}]},

@@ -1,9 +1,7 @@
 """Verdicts of an endpoint, over real HTTP on this machine."""
 
-import contextlib
 import json
 import socket
-import threading
 import time
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from dpo_dist.config.verb_options import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges.endpoint import Endpoint, EndpointJudge, describe_endpoint
+from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
 from dpo_dist.generation.judges.judge import Judgement, Question
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 
@@ -41,14 +39,10 @@ def refused(answer: Answer, **keys: Any) -> tuple[ConfigError, JudgeServer]:
     return caught.value, server
 
 
-def failing(*statuses: int, **headers: str) -> Answer:
+def failing(*statuses: int) -> Answer:
     def answer(content: dict[str, Any], number: int) -> Any:
         if number <= len(statuses):
-            return (
-                statuses[number - 1],
-                {name.replace("_", "-"): text for name, text in headers.items()},
-                "{}",
-            )
+            return statuses[number - 1], {}, "{}"
         return longer_wins(content, number)
 
     return answer
@@ -141,37 +135,22 @@ def test_the_request_is_a_chat_completion() -> None:
 def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "very-secret")
     judgement, server = judged(longer_wins, SHORT, LONG, key_variable="A_KEY")
-    assert {headers["Authorization"] for headers in server.headers} == {"Bearer very-secret"}
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret"}
     described = describe_endpoint(config("http://localhost:1/v1", key_variable="A_KEY"))
     error, _ = refused(lambda *_: (401, {}, '{"error": {"message": "very-secret is wrong"}}'))
     for text in (str(described), str(judgement), error.block()):
         assert "very-secret" not in text
-    monkeypatch.setenv("A_KEY", "with\nnewline-secret")
-    with pytest.raises(ConfigError) as caught:
-        EndpointJudge(config("http://localhost:1/v1", key_variable="A_KEY"))
-    assert "newline-secret" not in caught.value.block()
 
 
 def test_without_a_key_none_is_sent() -> None:
     _, server = judged(longer_wins, SHORT, LONG, key_variable="NOT_SET_ANYWHERE")
-    assert not any("Authorization" in headers for headers in server.headers)
+    assert not any("authorization" in headers for headers in server.headers)
 
 
 def test_a_busy_endpoint_is_asked_again() -> None:
-    pauses: list[float] = []
-    with judge_server(failing(429, 503, 500)) as server:
-        endpoint = Endpoint(config(server.url, retries=3), sleep=pauses.append)
-        content = json.dumps({"response_A": LONG, "response_B": SHORT})
-        assert endpoint.ask([{"role": "user", "content": content}]).text.endswith("[[A]]")
-    assert pauses == [1, 2, 4]
-
-
-def test_the_endpoint_may_ask_for_a_longer_pause() -> None:
-    pauses: list[float] = []
-    with judge_server(failing(429, Retry_After="17")) as server:
-        endpoint = Endpoint(config(server.url, retries=1), sleep=pauses.append)
-        endpoint.ask([{"role": "user", "content": json.dumps({"response_A": "", "response_B": ""})}])
-    assert pauses == [17]
+    judgement, server = judged(failing(429, 503), SHORT, LONG, retries=3, parallel_requests=1)
+    assert judgement.scores == [0.0, 1.0]
+    assert len(server.bodies) == 4
 
 
 def test_an_endpoint_that_stays_busy_is_an_error() -> None:
@@ -198,19 +177,16 @@ def test_an_endpoint_that_is_slow_is_given_up() -> None:
     assert "does not reply" in error.message
 
 
-@pytest.mark.parametrize("status", [301, 307, 401, 403, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_address_or_key_is_an_error_at_once(status: int) -> None:
-    error, _ = refused(lambda *_: (status, {"Location": "http://localhost:1/"}, ""), retries=5)
+    error, _ = refused(lambda *_: (status, {}, ""), retries=5)
     assert str(status) in error.got
 
 
-@pytest.mark.parametrize(
-    "body", ["<html>sign in</html>", "[]", '{"error": {"message": "loading"}}', "x" * 10**7]
-)
-def test_a_body_that_is_no_chat_completion_is_asked_for_again_and_is_no_verdict(body: str) -> None:
-    error, server = refused(lambda *_: (200, {}, body), retries=1, parallel_requests=1)
-    assert "a reply that is no chat completion, 2 times" in error.got
-    assert len(server.bodies) >= 2
+@pytest.mark.parametrize("body", ["<html>sign in</html>", "[]", '{"error": {"message": "loading"}}'])
+def test_a_body_that_is_no_chat_completion_is_an_error(body: str) -> None:
+    error, _ = refused(lambda *_: (200, {}, body))
+    assert "does not reply" in error.message
 
 
 def test_a_part_whose_texts_are_all_refused_is_counted() -> None:
@@ -236,7 +212,7 @@ def test_one_refused_request_is_counted() -> None:
 def test_an_endpoint_that_refuses_everything_is_an_error() -> None:
     body = json.dumps({"error": {"code": "bad_parameter", "param": "max_tokens", "message": "secret text"}})
     error, _ = refused(lambda *_: (400, {}, body))
-    assert "refused with status 400, bad_parameter, max_tokens, also for a harmless one" in error.got
+    assert "status 400, bad_parameter, max_tokens, also for a harmless one" in error.got
     assert "secret text" not in error.block()
 
 
@@ -260,13 +236,9 @@ def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
 
 
 def test_requests_keep_to_the_rate() -> None:
-    pauses: list[float] = []
-    with judge_server(longer_wins) as server:
-        endpoint = Endpoint(config(server.url, requests_per_minute=60), processes=2, sleep=pauses.append)
-        content = json.dumps({"response_A": LONG, "response_B": SHORT})
-        for _ in range(3):
-            endpoint.ask([{"role": "user", "content": content}])
-    assert pauses == pytest.approx([2, 4], abs=1)
+    start = time.monotonic()
+    judged(longer_wins, SHORT, LONG, LONGER, requests_per_minute=600)
+    assert time.monotonic() - start >= 5 * 0.1
 
 
 @pytest.mark.parametrize(
@@ -276,23 +248,3 @@ def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address") as caught:
         EndpointJudge(config(url))
     assert "key@" not in caught.value.block()
-
-
-def test_a_reply_that_drips_is_given_up() -> None:
-    """A timeout of the socket alone starts again with every byte."""
-
-    def drip(listener: socket.socket, head: bytes) -> None:
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            connection.recv(2**16)
-            body = b'{"choices": [{"message": {"content": "[[A]]"}}]}'
-            for byte in head + body:
-                connection.sendall(bytes([byte]))
-                time.sleep(0.05)
-
-    for head in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100 + b"\r\n\r\n"):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            threading.Thread(target=drip, args=(listener, head), daemon=True).start()
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            with pytest.raises(ConfigError) as caught:
-                Endpoint(config(url, timeout_seconds=0.5)).ask([])
-            assert "TimeoutError" in caught.value.got

@@ -22,6 +22,7 @@ from dpo_dist.generation.judges.judge import FunctionJudge, Judgement, Question,
 from dpo_dist.generation.judges.score import score
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
 from dpo_dist.generation.sampling.respond import (
+    Answer,
     chosen_engine,
     find_model,
     lora_options,
@@ -176,9 +177,9 @@ def test_a_single_usable_response_is_judged_too() -> None:
 
     record = PreferenceRecord((Message("user", "a"),), (), Origin("a.jsonl", 1))
     samples = [
-        [{"number": 2, "content": "abc"}],
+        [Answer(2, "abc", 1, True, True)],
         [],
-        [{"number": 0, "content": "a"}, {"number": 1, "content": "ab"}],
+        [Answer(0, "a", 1, True, True), Answer(1, "ab", 1, True, True)],
     ]
     rows = score([record] * 3, samples, Lengths())
     assert [row["scores"] for row in rows] == [{"2": 3.0}, {}, {"0": 1.0, "1": 2.0}]

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.verb_options import PairSelection
-from dpo_dist.generation.pairs.run import Selection, select_pairs
+from dpo_dist.config.verb_options import PairsConfig, PairSelection
+from dpo_dist.generation.pairs.run import select_pairs
 
 
 def select(
     scores: list[float], key: str = "prompt", **rule: Any
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
     counts: Counter[str] = Counter()
-    return select_pairs(scores, Selection(**rule), key, counts), {k: n for k, n in counts.items() if n}
+    return select_pairs(scores, PairsConfig(**rule), key, counts), {k: n for k, n in counts.items() if n}
 
 
 def test_the_best_and_the_worst_are_a_pair() -> None:

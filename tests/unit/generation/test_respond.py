@@ -1,6 +1,7 @@
 """Samples of a dialogue: as generated, up to the end of the response."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,18 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.pairs.files import pair_fields, write_pairs
-from dpo_dist.generation.pairs.run import as_response
+from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
-from dpo_dist.generation.sampling.respond import Numbers, Responder, respond, usable_prompt
+from dpo_dist.generation.sampling.respond import Answer, Numbers, Responder, respond, usable_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
 
 DIALOGUE = PreferenceRecord(Dialogue("\n\nHuman: hi\n\nAssistant:"), (), Origin("here", 1))
+
+
+def write(file: Path, pairs: list[dict[str, Any]]) -> None:
+    write_results(file, pairs, {}, Counter(), lambda _: None)
 
 
 def without_template() -> PreTrainedTokenizerFast:
@@ -29,21 +33,21 @@ def without_template() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def sampled(text: str, *, finished: bool = True) -> tuple[dict[str, Any], list[int]]:
+def sampled(text: str, *, finished: bool = True) -> tuple[Answer, list[int]]:
     tokenizer = without_template()
     ids = tokenizer(text)["input_ids"]
     generator = SimpleNamespace(generate=lambda *_: [Sample(ids, finished)])
     responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
     (row,) = respond([DIALOGUE], responder, generator, Sampling(50), Numbers(0, 1))  # type: ignore[arg-type]
-    return row["samples"][0], ids
+    return row.answers[0], ids
 
 
 @pytest.mark.parametrize("text", ["yes", " yes", "\n yes"])
 def test_training_reads_the_tokens_that_were_generated(tmp_path: Path, text: str) -> None:
     sample, ids = sampled(text)
-    assert sample["same_ids"]
+    assert sample.same_ids
     file = tmp_path / "pairs.jsonl"
-    write_pairs(file, [pair_fields(DIALOGUE, (sample["content"], " no"), None, {})])
+    write(file, [pair_fields(DIALOGUE, (sample.content, " no"), None, {})])
     (record,) = read_records(str(file))
     assert isinstance(record, PreferenceRecord)
     example = encode_pair(record, without_template(), WIDE)
@@ -54,10 +58,10 @@ def test_training_reads_the_tokens_that_were_generated(tmp_path: Path, text: str
 @pytest.mark.parametrize("turn", ["Human: and you?", "Assistant: more"])
 def test_a_response_ends_before_a_further_turn(turn: str) -> None:
     sample, _ = sampled(f" yes\n\n{turn}", finished=False)
-    assert (sample["content"], sample["tokens"], sample["finished"], sample["same_ids"]) == (
+    assert (sample.content, sample.tokens, sample.finished, sample.same_ids) == (
         *(" yes", len(without_template()(" yes")["input_ids"]), True, True),
     )
-    assert sampled(f"\n\n{turn}")[0]["content"] == ""
+    assert sampled(f"\n\n{turn}")[0].content == ""
 
 
 CHAT = PreferenceRecord((Message("user", "What is 2+2?"),), (), Origin("here", 1))
@@ -65,14 +69,14 @@ FINAL = "<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
 
 
-def chatted(family: str, *texts: str) -> tuple[list[dict[str, Any]], list[list[int]], Any]:
+def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], Any]:
     """Samples of a chat model with these texts, their tokens, and the tokenizer."""
     tokenizer = tokenizer_of(family)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     generator: Any = SimpleNamespace(generate=lambda *_: [Sample(each, True) for each in ids])
     responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
     (row,) = respond([CHAT], responder, generator, Sampling(50), Numbers(0, len(texts)))
-    return row["samples"], ids, tokenizer
+    return row.answers, ids, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -90,9 +94,9 @@ def test_thoughts_are_trained_as_they_were_generated(
     tmp_path: Path, family: str, chosen: str, rejected: str, name: str
 ) -> None:
     samples, ids, tokenizer = chatted(family, chosen, rejected)
-    assert [sample["same_ids"] for sample in samples] == [True, True]
-    sides = as_response(samples[0]), as_response(samples[1])
-    write_pairs(tmp_path / name, [pair_fields(CHAT, sides, None, {})])
+    assert [sample.same_ids for sample in samples] == [True, True]
+    sides = samples[0].response, samples[1].response
+    write(tmp_path / name, [pair_fields(CHAT, sides, None, {})])
     (record,) = read_records(str(tmp_path / name))
     assert isinstance(record, PreferenceRecord)
     example = encode_pair(record, tokenizer, WIDE)
@@ -104,9 +108,9 @@ def test_the_channels_of_a_response_are_its_content_and_its_thought() -> None:
     (whole, final, call), _, _ = chatted(
         "gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five", "<|channel|>commentary<|message|>{}"
     )
-    assert (whole["content"], whole["fields"]) == ("four", {"reasoning_content": "add"})
-    assert (final["content"], "fields" in final) == ("five", False)
-    assert not call["same_ids"]
+    assert (whole.content, whole.fields) == ("four", {"reasoning_content": "add"})
+    assert (final.content, bool(final.fields)) == ("five", False)
+    assert not call.same_ids
 
 
 def test_logits_that_are_not_finite_name_model_and_prompt() -> None:

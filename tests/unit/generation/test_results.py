@@ -1,5 +1,6 @@
 """Pairs and samples of finished stages: chosen, counted, with their origin."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
 from dpo_dist.generation.pairs.run import Results, pairs_of, samples_of, usable
-from dpo_dist.generation.sampling.respond import ModelSource
+from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts
 from tests.support.records import jsonl, user
 
 DROP, KEEP = DropOrKeep.drop, DropOrKeep.keep
 
 
-def sample(content: str, **facts: Any) -> dict[str, Any]:
-    return {"content": content, "finished": True, "same_ids": True} | facts
+def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answer:
+    return Answer(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
 
 
 def test_samples_that_are_not_used_are_counted_by_reason() -> None:
@@ -50,11 +51,11 @@ def finished(folder: Path, method: str = "samples", **keys: Any) -> Results:
     for model, name in enumerate(("a", "b")):
         numbers = range(2) if method == "samples" else range(1)
         rows = [
-            {"samples": [sample(f"{name}{n}", number=2 * model + n, tokens=n + 1) for n in numbers]}
+            asdict(Answers("key", [sample(f"{name}{n}", 2 * model + n, n + 1) for n in numbers]))
             for _ in range(3)
         ]
-        rows[0]["samples"][0]["fields"] = THOUGHT
-        rows[2] = {"samples": [], "dropped": "too_long"} if model else rows[2]
+        rows[0]["answers"][0]["fields"] = THOUGHT
+        rows[2] = asdict(Answers("key", [], "too_long")) if model else rows[2]
         parts = Parts.of(folder, f"responses{model}", {}, 2)
         parts.open()
         parts.write(0, rows[:2])
@@ -112,7 +113,7 @@ def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> N
 def test_a_delta_pair_needs_a_response_of_both_models(tmp_path: Path) -> None:
     results = finished(tmp_path, "delta")
     rows = results.responses[1].read(0)
-    rows[1]["samples"][0]["finished"] = False
+    rows[1]["answers"][0]["finished"] = False
     results.responses[1].write(0, rows)
     pairs = list(pairs_of(results))
     assert [row["chosen"][0]["content"] for row in pairs] == ["a0"]

@@ -130,9 +130,9 @@ def test_a_reward_model_with_fewer_layers_than_its_files_is_refused(tmp_path: Pa
 
 def test_a_model_with_several_outputs_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     """It is loaded after the last response."""
-    folder = write_reward_model(tmp_path / "classes", outputs=3)
-    with pytest.raises(ConfigError, match="no reward model"):
-        describe_reward_model(str(folder), FP32, tmp_path)
+    for folder in (write_reward_model(tmp_path / "classes", outputs=3), write_model(tmp_path / "policy")):
+        with pytest.raises(ConfigError, match="no reward model"):
+            describe_reward_model(str(folder), FP32, tmp_path)
 
 
 def test_the_digest_is_that_of_the_files(tmp_path: Path) -> None:

@@ -69,17 +69,3 @@ def test_an_option_with_effect_is_accepted(
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
     check(*overrides)
-
-
-def test_a_model_that_responds_is_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
-    for name, kind in (("base", "CausalLM"), ("r", "SequenceClassification")):
-        Path(name).mkdir()
-        Path(name, "config.json").write_text(
-            f'{{"model_type": "qwen2", "architectures": ["Qwen2For{kind}"]}}'
-        )
-        Path(name, "model.safetensors").touch()
-    check(*SAMPLED)
-    with pytest.raises(ConfigError, match="no reward model"):
-        check(*SAMPLED, "pairs.reward_model=base")
