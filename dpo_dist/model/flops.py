@@ -15,10 +15,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from dpo_dist.batching.plan import ComputeCosts, Reach, RopeLimits
 from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_weights import find_modules
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_configs, layer_values, other_weights
-from dpo_dist.model.lora import target_layers
+from dpo_dist.model.lora import find_modules, target_layers
 from dpo_dist.model.rotary import rope_limits
 from dpo_dist.model.supported import check_causal_class
 

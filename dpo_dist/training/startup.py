@@ -26,7 +26,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.files import read_small, text_digest
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console
-from dpo_dist.model.adapter_files import check_sizes, start_folder, tokenizer_folder
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_adapter,
@@ -241,7 +241,6 @@ def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began:
 def _is_of_this_start(folder: RunFolder, began: float) -> bool:
     """Return whether this start has written every file in the folder, and no step has been done."""
     before_first_step = {folder.logs, folder.lock, folder.config, folder.environment, folder.state}
-    before_first_step.add(folder.initial_adapter)
     if not before_first_step.issuperset(folder.path.iterdir()) or _is_locked(folder):
         return False
     files = [file for file in folder.path.rglob("*") if file.is_file()]
@@ -352,20 +351,15 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 def _check_models(config: RunConfig) -> None:
     policy = _described_model(config.model.path, config.model.revision, "model.path")
-    start = _local_start_adapter(config, policy)
+    start = _local_start_adapter(config)
     if policy is not None:
         check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
         _described_model(config.reference.path, config.reference.revision, "reference.path")
 
 
-def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
-    """Return the folder of the adapter that the policy starts from, checked; None if it is not local.
-
-    Args:
-        config: of the run.
-        policy: folder of a local model.
-    """
+def _local_start_adapter(config: RunConfig) -> Path | None:
+    """Return the folder of the adapter that the policy starts from, checked; None if it is not local."""
     adapter = config.model.adapter
     if adapter is None or adapter.path is None:
         return None
@@ -373,10 +367,7 @@ def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
         local_model_folder(adapter.path, adapter.revision, "model.adapter.path")  # raises for a missing one
         check_cached_offline(adapter.path, "model.adapter.path")
         return None
-    start = start_folder(config.model)
-    if policy is not None and start is not None:
-        check_sizes(policy, start)
-    return start
+    return start_folder(config.model)
 
 
 def _described_model(path: str, revision: str | None, key: str) -> Path | None:
