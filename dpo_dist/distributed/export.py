@@ -175,7 +175,9 @@ def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
         return {}
     base = model_folder(config.model.path, config.model.revision)
     code = config.model.trust_remote_code
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=code).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", trust_remote_code=code, use_safetensors=True
+    ).state_dict()
     return {name: loaded[name] for name in wanted}
 
 

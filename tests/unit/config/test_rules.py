@@ -154,7 +154,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"export.average": ["step-000001"]}, "export.average"),
     (
-        {"export.average": ["a", "b"], "export.weights": "ema"},
+        {"export.average": ["a", "b"], "export.merge": True, "model.adapter": {"r": 2}},
         "export.average, export.merge, export.weights",
     ),
     ({"export.average_weights": [1.0]}, "export.average_weights, export.average"),
