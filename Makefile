@@ -26,7 +26,6 @@ test: ## run all tests
 
 docs: env ## write the generated tables of README.md and docs/ again
 	$(BIN)/python scripts/write_key_docs.py
-	$(BIN)/python scripts/write_long_context.py
 
 golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
 	$(BIN)/python scripts/record_golden.py

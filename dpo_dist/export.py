@@ -1,8 +1,8 @@
 """Write a checkpoint as a plain model folder: `python -m dpo_dist.export run.dir=output/run-1a2b3c4d`.
 
 Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
-(default: the latest), `export.average` several in its place, `export.output` the folder, which transformers
-loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
+(default: the latest), `export.average` models to average in its place, `export.output` the folder, which
+transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.training.exported import find_output, find_sources
+from dpo_dist.training.exported import find_checkpoint, find_members, find_output
 
 
 def main(config: RunConfig) -> int:
@@ -22,7 +22,8 @@ def main(config: RunConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
-    sources = find_sources(config)
+    is_average = bool(config.export.average)
+    sources = find_members(config) if is_average else [find_checkpoint(config)]
     output = find_output(config, sources)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -31,9 +32,12 @@ def main(config: RunConfig) -> int:
 
     console = console_on(sys.stderr, config.console)
     with warnings_off():
-        from dpo_dist.training.export import export_model  # noqa: PLC0415
+        from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
-        export_model(config, sources, output, console)
+        if is_average:
+            export_average(config, sources, output)
+        else:
+            export_model(config, sources[0], output, console)
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"written: {output}"])
     return ExitCode.completed

@@ -227,70 +227,6 @@ def _int64(array: npt.NDArray[np.generic]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Regrouped:
-    """The tokens of a packed batch in another layout, which scores the same targets in the same order.
-
-    Attributes:
-        layout: as `PackedBatch.layout`, one entry per group of each example.
-        groups: group of each entry of `layout`, ascending.
-        tokens: int64 [tokens of the layout], index of each token in the batch's `input_ids`; prompts repeat.
-        predictors: int64 [targets], index in `tokens` of the token that predicts each target of the batch. On
-            the host.
-    """
-
-    layout: tuple[tuple[int, ...], ...]
-    groups: tuple[int, ...]
-    tokens: Tensor
-    predictors: npt.NDArray[np.int64]
-
-
-def regroup(batch: PackedBatch, groups: Sequence[int]) -> Regrouped:
-    """Return `batch` with each example divided by the groups of its responses.
-
-    Responses of an example that are in one group share a prompt. The entries of the new layout are in order
-    of their groups, so that the tokens of a group are contiguous. With a group of its own for every response
-    (`range(len(groups))`), entry `i` is the prompt with response `i` alone.
-
-    Args:
-        batch: on any device; the result is on the same device, without a synchronization.
-        groups: group of each response, in the order of the batch's layout.
-    """
-    entries: dict[tuple[int, int], list[int]] = {}
-    examples: list[int] = []  # of each response
-    starts: list[int] = []  # of each response, in `input_ids`
-    start = 0
-    for example, (prompt, *responses) in enumerate(batch.layout):
-        prompt_start, start = start, start + prompt
-        for tokens in responses:
-            entries.setdefault((groups[len(starts)], prompt_start), []).append(len(starts))
-            examples.append(example)
-            starts.append(start)
-            start += tokens
-    lengths = [tokens for _, *responses in batch.layout for tokens in responses]
-    layout, indices = [], []
-    shifts = np.zeros((2, len(starts)), dtype=np.int64)  # of the prompt's tokens and the response's own
-    end = 0
-    for (_, prompt_start), members in sorted(entries.items()):
-        prompt = batch.layout[examples[members[0]]][0]
-        layout.append((prompt, *(lengths[member] for member in members)))
-        indices.append(np.arange(prompt_start, prompt_start + prompt))
-        shifts[0, members] = end - prompt_start
-        end += prompt
-        for member in members:
-            indices.append(np.arange(starts[member], starts[member] + lengths[member]))
-            shifts[1, member] = end - starts[member]
-            end += lengths[member]
-    response, predictors = batch.target_places
-    is_own = predictors >= np.array(starts)[response]  # else it is a token of the prompt
-    return Regrouped(
-        layout=tuple(layout),
-        groups=tuple(group for group, _ in sorted(entries)),
-        tokens=copied_to(batch.input_ids.device, np.concatenate(indices)),
-        predictors=predictors + np.where(is_own, shifts[1, response], shifts[0, response]),
-    )
-
-
-@dataclass(frozen=True)
 class Rows:
     """The responses of a micro-batch, each in a row behind a prompt of its own.
 
@@ -314,8 +250,16 @@ def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
         batch: with any layout.
         pad_id: token id of the padding.
     """
-    alone = regroup(batch, range(sum(len(pieces) - 1 for pieces in batch.layout)))
-    lengths = np.array([sum(pieces) for pieces in alone.layout])
+    indices: list[npt.NDArray[np.int64]] = []
+    starts: list[tuple[int, int, int]] = []  # of each response: its prompt, the prompt's length, itself
+    start = 0
+    for prompt, *responses in batch.layout:
+        prompt_start, start = start, start + prompt
+        for tokens in responses:
+            indices += [np.arange(prompt_start, prompt_start + prompt), np.arange(start, start + tokens)]
+            starts.append((prompt_start, prompt, start))
+            start += tokens
+    lengths = np.array([prompt + tokens for prompt, *responses in batch.layout for tokens in responses])
     longest = int(lengths.max())
     # From a token's index in the rows one after the other to that in the padded rows.
     shifts = np.arange(len(lengths)) * longest - (np.cumsum(lengths) - lengths)
@@ -324,11 +268,14 @@ def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
     input_ids = torch.full((len(lengths) * longest,), pad_id, dtype=torch.int64, device=device)
     is_token = torch.zeros_like(input_ids, dtype=torch.bool)
     on_device = copied_to(device, places)
-    input_ids[on_device] = batch.input_ids[alone.tokens]
+    input_ids[on_device] = batch.input_ids[copied_to(device, np.concatenate(indices))]
     is_token[on_device] = True
+    rows, predictors = batch.target_places
+    prompt_starts, prompts, own_starts = np.array(starts)[rows].T
+    in_rows = predictors - np.where(predictors < own_starts, prompt_starts, own_starts - prompts)
     return Rows(
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
         is_token=is_token.view(len(lengths), longest),
-        predictors=copied_to(device, alone.predictors + shifts[batch.target_places[0]]),
+        predictors=copied_to(device, rows * longest + in_rows),
     )

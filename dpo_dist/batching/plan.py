@@ -96,38 +96,6 @@ def causal_pairs(tokens: CountT) -> CountT:
     return tokens * (tokens + 1) // 2
 
 
-@dataclass(frozen=True)
-class RopeLimits:
-    """Lengths above which a model's rotary frequencies change, in tokens.
-
-    Attributes:
-        longrope: of layers with two sets of frequencies.
-        dynamic: of layers with frequencies of their own for each length; None: there are none.
-    """
-
-    longrope: tuple[int, ...]
-    dynamic: int | None
-
-    def representatives(self, lengths: Counts) -> Counts:
-        """Return for each length one for all that have its frequencies; 0: those of short sequences."""
-        found = np.zeros_like(lengths)
-        for limit in sorted(self.longrope):
-            found[lengths > limit] = limit + 1
-        return found if self.dynamic is None else np.where(lengths > self.dynamic, lengths, found)
-
-    def prompt_copies(self, lengths: Counts, responses: Counts) -> Counts:
-        """Return how often a packed forward computes the prompt of each example, int64 [examples].
-
-        Args:
-            lengths: int64 [responses], tokens of each response with its prompt, those of the first example
-                first.
-            responses: int64 [examples], number of responses of each example.
-        """
-        examples = np.repeat(np.arange(len(responses)), responses)
-        groups = np.unique(np.stack((examples, self.representatives(lengths))), axis=1)
-        return np.bincount(groups[0], minlength=len(responses))
-
-
 Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
@@ -145,7 +113,6 @@ class ComputeCosts:
         target: time of one target in the output layer.
         arrangement: of the responses in a forward, which decides how many tokens it computes.
         reaches: limits in some layers; other layers see all earlier tokens.
-        rope: limits at which a packed prompt is computed again; None: rotary frequencies are fixed.
         pads: whether a live reference computes the examples in padded rows, whatever the arrangement is.
     """
 
@@ -153,7 +120,6 @@ class ComputeCosts:
     target: float
     arrangement: Arrangement = Arrangement.packed
     reaches: tuple[Reach, ...] = ()
-    rope: RopeLimits | None = None
     pads: bool = False
 
 
@@ -212,8 +178,6 @@ def example_sizes(
     stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
     # How often a prompt is computed.
     copies = np.where(costs.arrangement is Arrangement.packed, 1, responses)
-    if costs.rope is not None and costs.arrangement is Arrangement.packed:
-        copies = costs.rope.prompt_copies(prompts + response_tokens, responses)
     tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
 
     def attended_with(pairs: Callable[[Counts], Counts]) -> Counts:

@@ -70,15 +70,14 @@ MODEL_REMEDIES = by_name(
         "write 'model.adapter={path: FOLDER}'; it continues an adapter": (
             "peft_adapter lora_model_dir adapter_name"
         ),
-        "write 'model.adapter={init: pissa_niter_4}'; it starts from singular vectors": (
-            "pissa_init pissa_iter"
-        ),
         "write 'model.adapter={modules_to_save: [lm_head]}'; it trains modules": (
             "modules_to_save additional_target"
         ),
-        "the result is an adapter of the original base already": "pissa_convert",
-        "write 'model.adapter={init: pissa_niter_4}'; others: olora, gaussian": (
+        "write 'model.adapter={init: gaussian}'; the other kind is default (a random A, B = 0)": (
             "init_lora_weights peft_init_lora_weights lora_init"
+        ),
+        "not offered: an adapter starts as default or gaussian, beside weights that stay as they are": (
+            "pissa_init pissa_iter pissa_convert"
         ),
         "not offered: all matrices of an adapter have the rate optim.lr": (
             "loraplus_lr_ratio loraplus_lr_embedding loraplus_lr_groups"
@@ -106,7 +105,7 @@ MODEL_REMEDIES = by_name(
         "python -m dpo_dist.export run.dir=RUN export.merge=true writes adapter and base as one model": (
             "merge_lora merge_and_unload merge_adapter merge_adapters merge_weights"
         ),
-        "python -m dpo_dist.export run.dir=RUN 'export.average=[step-000100,step-000200]'": (
+        "export models, then average them: export run.dir=RUN 'export.average=[FOLDER,FOLDER]'": (
             "model_soup average_checkpoints checkpoint_averaging swa use_swa merge_method"
         ),
         "not needed: an export has files of at most 5 GB": (
@@ -269,7 +268,9 @@ REMEDIES = MODEL_REMEDIES | by_name(
             "lora_target lora_target_modules target_modules"
         ),
         _ADAPTER_OR_ALL: "finetuning_type",
-        "python -m dpo_dist.extend writes a model with more tokens": "resize_vocab new_special_tokens",
+        "transformers' resize_token_embeddings writes a model with more tokens (docs/adapters.md)": (
+            "resize_vocab new_special_tokens"
+        ),
         "'model.adapter={path: FOLDER}' continues an adapter; on_top: true trains a new one above it": (
             "adapter_name_or_path create_new_adapter adapter_folder"
         ),

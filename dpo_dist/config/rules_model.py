@@ -15,7 +15,6 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     ReferenceMode,
     RunConfig,
-    splits_base,
 )
 from dpo_dist.config.verb_options import ExportConfig
 
@@ -124,14 +123,20 @@ EXPORT_RULES = (
         "export.average export.checkpoint",
         lambda c: bool(c.export.average) and c.export.checkpoint != ExportConfig.checkpoint,
         "export.average names what is exported, so export.checkpoint has no effect",
-        "add the checkpoint to export.average, or remove one of them",
+        "remove one of them",
+    ),
+    Rule(
+        "export.average export.merge export.weights",
+        lambda c: bool(c.export.average) and (c.export.merge or c.export.weights is not ExportConfig.weights),
+        "export.average takes whole models, so export.merge and export.weights have no effect on it",
+        "export each checkpoint with export.merge or export.weights first, and name the folders",
     ),
     Rule(
         "export.average",
         lambda c: len(c.export.average) == 1 or len(set(c.export.average)) < len(c.export.average),
         "an average has two members or more, each once",
         "set export.checkpoint for a single one; export.average_weights gives members different weights",
-        "[step-000100,step-000200]",
+        "two folders or more",
     ),
     Rule(
         "export.average_weights export.average",
@@ -196,22 +201,6 @@ ADAPTER_RULES = (
         lambda adapter: adapter.init not in _UNSET_INITS and adapter.continues,
         "an adapter that is continued has its values already",
         "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
-    ),
-    _of_adapter(
-        "init variant",
-        lambda adapter: splits_base(adapter.init) and adapter.variant is AdapterVariant.dora,
-        "DoRA scales the weights of which this initialization takes a part",
-        "set model.adapter.variant=lora or model.adapter.init=default",
-    ),
-    Rule(
-        "model.adapter.init model.quantization",
-        lambda c: (
-            c.model.quantization is not None
-            and c.model.adapter is not None
-            and splits_base(c.model.adapter.init)
-        ),
-        "quantized weights have no singular vectors or QR factors",
-        "set model.adapter.init=default, or model.quantization=null",
     ),
     Rule(
         "model.adapter pairs.rounds",

@@ -177,11 +177,6 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def initial_adapter(self) -> Path:
-        """The initial values of an adapter that started from parts of the weights."""
-        return self.path / "initial_adapter"
-
-    @property
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model"

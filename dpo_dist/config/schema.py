@@ -180,7 +180,6 @@ class OptimConfig:
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
-_INITS = r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora"
 _OR_OWN = ", or that of the adapter that is continued."
 
 
@@ -221,12 +220,10 @@ class AdapterConfig:
     on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
     init: str | None = key(
         None,
-        "Initial matrices: `default` (a random A, B = 0), `gaussian` (the same, normal), "
-        "`pissa` or `pissa_niter_4` (arXiv 2404.02948; the latter approximate and fast), `olora` (arXiv "
-        f"2406.01775); null: `default`{_OR_OWN}",
+        f"Initial matrices: `default` (a random A, B = 0), `gaussian` (A normal); null: `default`{_OR_OWN}",
         added=True,
-        accepts="default, gaussian, pissa, pissa_niter_1 to pissa_niter_99, olora, or null",
-        pattern=_INITS,
+        accepts="default, gaussian, or null",
+        pattern=r"default|gaussian",
         null_means="default",
     )
     modules_to_save: list[str] | None = key(
@@ -249,11 +246,6 @@ class AdapterConfig:
     def continues(self) -> bool:
         """Return whether the adapter of `path` is trained, not a new one."""
         return self.path is not None and not self.on_top
-
-
-def splits_base(init: str | None) -> bool:
-    """Return whether an initialization takes a part of the weights, which stays part of the function."""
-    return init is not None and init.startswith(("pissa", "olora"))
 
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])

@@ -80,8 +80,7 @@ class ExportConfig:
     )
     average: list[str] = key(
         [],
-        "In place of one checkpoint, the average of several: names of checkpoints, or folders of models or "
-        "of adapters on `model.path`.",
+        "In place of a checkpoint, the mean of whole models: their folders, such as `export` writes.",
     )
     average_weights: list[float] = key(
         [], "The weights of `export.average`, divided by their sum; empty: equal ones.", above=0
@@ -101,8 +100,8 @@ class ExportConfig:
     )
     output: str | None = key(
         None,
-        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, of `export.average` "
-        "`<run.dir>/exported/average`, with `-ema` and `-merged` after it.",
+        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and "
+        "`-merged` after it; of `export.average` `<run.dir>/exported/average`.",
         filled=True,
     )
 

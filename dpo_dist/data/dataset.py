@@ -432,8 +432,8 @@ def check_ids_in_vocabulary(
             where="model.path",
             got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
             expected=f"ids below the model's vocab_size of {vocab_size}",
-            remedy="use the tokenizer that belongs to the model, or write a model with embeddings of all its "
-            "tokens: python -m dpo_dist.extend MODEL FOLDER --tokenizer TOKENIZER",
+            remedy="use the tokenizer that belongs to the model, or give the model an embedding of "
+            "each of its tokens (docs/adapters.md, new tokens)",
         )
 
 

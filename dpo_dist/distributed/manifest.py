@@ -130,31 +130,6 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
     return faults
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of all files in `folder`, which one process has just written.
-
-    Raises:
-        OSError: a file cannot be written to disk or read again.
-    """
-    write_manifest(folder, describe_files(sorted(folder.iterdir()), folder))
-
-
-def check_sealed(folder: Path) -> None:
-    """Check that the files of `folder` are those of its manifest; a folder of an earlier version has none.
-
-    Raises:
-        CheckpointError: they are not.
-    """
-    if (folder / MANIFEST).exists() and (faults := find_faults(folder, 0, 1)):
-        raise CheckpointError(
-            "files that the checkpoints of the run need are damaged",
-            where=str(folder),
-            got="; ".join(faults[:5]),
-            expected="the files that the first start of the run wrote",
-            remedy="restore them, or train a new run",
-        )
-
-
 def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
     """Return the error of a named checkpoint with `faults`."""
     is_gone = not folder.is_dir()

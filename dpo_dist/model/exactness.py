@@ -21,6 +21,7 @@ from dpo_dist.model.architectures import few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.layers import expert_blocks, layer_values
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.rotary import forget_lengths
 from dpo_dist.model.supported import check_supported, check_text
 from dpo_dist.model.ulysses import cannot_be_shared
 
@@ -606,7 +607,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
         yield packed
     finally:
         if packed is not None:
-            packed.restore_rotary()
+            forget_lengths(model)
         if head is not None:
             model.set_output_embeddings(head)
         if model.config._attn_implementation != attention:

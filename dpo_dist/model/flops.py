@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from dpo_dist.batching.plan import ComputeCosts, Reach, RopeLimits
+from dpo_dist.batching.plan import ComputeCosts, Reach
 from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_weights import find_modules
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_configs, layer_values, other_weights
-from dpo_dist.model.lora import target_layers
-from dpo_dist.model.rotary import rope_limits
+from dpo_dist.model.lora import find_modules, target_layers
 from dpo_dist.model.supported import check_causal_class
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -75,14 +73,12 @@ class StepFlops:
         per_target: FLOPs of a completion token in the output layer.
         per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
         reaches: limits of attention in some layers.
-        rope: limits of lengths with the same rotary frequencies; None: they are fixed.
     """
 
     per_token: float
     per_target: float
     per_attended: float
     reaches: tuple[Reach, ...] = ()
-    rope: RopeLimits | None = None
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
         """Return the FLOPs of a step with these counts; `attended` is that of the mean layer."""
@@ -173,7 +169,6 @@ def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlop
         per_target=(_FORWARD_AND_BACKWARD if trains_output else per_weight) * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
         reaches=_reaches(text),
-        rope=rope_limits(text),
     )
 
 
@@ -235,7 +230,6 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
         reaches=flops.reaches,
-        rope=flops.rope,
     )
 
 

@@ -311,7 +311,7 @@ def load_packed(
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     if config.mlp_tile_tokens is not None:
         model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
-    model.start_as(recorded_arrangement(text.model_type))
+    model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
 
 

@@ -1,36 +1,25 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft."""
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.integrations import gather_params_ctx
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.names import suggestion
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig, splits_base
-from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.files import staged_folder
-from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, saved_on_disk
-from dpo_dist.model.adapter_weights import (
-    AdapterWeights,
-    find_modules,
-    inject_adapter,
-    prepare_copies,
-    saved_modules,
-    write_adapter,
-)
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, modules_on_disk
+from dpo_dist.model.adapter_weights import read_adapter
 from dpo_dist.model.layers import compressors, expert_blocks, indexers, text_part
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -84,128 +73,6 @@ def _last_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-_INITIAL = "initial"
-
-
-def start_from_weights(causal_lm: Any, name: str, lora: LoraConfig, init: str, folder: Path | None) -> None:
-    """Give the adapter `name` its initial values and every layer a frozen copy of them to subtract.
-
-    Args:
-        causal_lm: with the adapter, sharded or not.
-        name: of the adapter.
-        lora: its configuration.
-        init: for which `splits_base` is true.
-        folder: with the initial values of an earlier start; None: compute them from the weights. Under ZeRO-3
-            the weights of one layer are whole at a time, and every rank computes the same.
-
-    Raises:
-        ConfigError: those of an earlier start are damaged.
-    """
-    if folder is not None:
-        _read_initial(causal_lm, name, folder)
-    adapted = [module for module in causal_lm.modules() if isinstance(module, LoraLayer)]
-    layers = [layer for layer in adapted if name in layer.lora_A]
-    if folder is None:
-        for layer in layers:
-            _factor(layer, name, init)
-    frozen = copy.copy(lora)
-    frozen.inference_mode, frozen.modules_to_save = True, None
-    inject_adapter(causal_lm, frozen, _INITIAL)
-    with torch.no_grad():
-        for layer in layers:
-            for matrices in (layer.lora_A, layer.lora_B):
-                matrices[_INITIAL].weight.copy_(matrices[name].weight)
-            layer.lora_variant[name] = _FromInitial()
-
-
-def _read_initial(causal_lm: Any, name: str, folder: Path) -> None:
-    """Set the matrices of an adapter to those of `folder`.
-
-    peft's own function looks for modules in full too, which `folder` does not have.
-
-    Raises:
-        ConfigError: it has not all of them, or other ones.
-    """
-    try:
-        initial = AdapterWeights.of_folder(folder)
-        for layer_name, layer in causal_lm.named_modules():
-            if isinstance(layer, LoraLayer) and name in layer.lora_A:
-                for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                    _set(matrices[name].weight, initial.read(f"{layer_name}.{part}.weight"))
-    except (ConfigError, OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(
-            "the initial values of the adapter are damaged",
-            where="model.adapter.init",
-            got=f"{folder}: {first_line(error)}",
-            expected="the folder that the first start of the run wrote",
-            remedy="restore it, or train a new run",
-        ) from error
-
-
-@torch.no_grad()
-def _set(matrix: Tensor, value: Tensor) -> None:
-    if matrix.shape != value.shape:
-        raise ValueError(f"a matrix of {list(value.shape)} in place of {list(matrix.shape)}")
-    matrix.copy_(value)
-
-
-def _factor(layer: LoraLayer, name: str, init: str) -> None:
-    """Let peft compute A and B, and restore the weight from which it subtracts their product.
-
-    A weight has no more factors than its smaller side; the rest of a higher rank is 0, and stays 0.
-    """
-    weight, rank = layer.get_base_layer().weight, layer.r[name]
-    matrices = [layer.lora_A[name].weight, layer.lora_B[name].weight]
-    dtypes = [matrix.dtype for matrix in matrices]
-    with torch.no_grad(), gather_params_ctx([weight], modifier_rank=None):
-        kept = weight.data
-        weight.data = kept.clone()
-        layer.r[name] = min(rank, *kept.shape)
-        if init == "olora":
-            layer.olora_init(name)
-        else:
-            layer.pissa_init(name, init)
-        missing, layer.r[name] = rank - layer.r[name], rank
-        weight.data = kept
-    sides = (0, 0, 0, missing), (0, missing)
-    for matrix, dtype, side in zip(matrices, dtypes, sides, strict=True):
-        matrix.data = pad(matrix.data, side).to(dtype).contiguous()
-
-
-class _FromInitial(LoraVariant):  # type: ignore[misc]
-    """Update of a layer as the difference from its initial values."""
-
-    @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """Return `result` with s (B A x - B_0 A_0 x) added."""
-        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        initial = module.lora_B[_INITIAL](module.lora_A[_INITIAL](x))
-        updated: Tensor = result + module.scaling[active_adapter] * (trained - initial)
-        return updated
-
-
-def write_initial(
-    causal_lm: Any, name: str, folder: Path, finish: Callable[[Path], None] = lambda _: None
-) -> None:
-    """Write the initial values of an adapter that `start_from_weights` made, before it is in an engine.
-
-    Args:
-        causal_lm: with the adapter.
-        name: of the adapter.
-        folder: to write, which appears when it is complete.
-        finish: called with the folder of the written files before.
-    """
-    weights = {
-        key: weight.detach().cpu()
-        for key, weight in causal_lm.named_parameters()
-        if ".lora_" in key and f".{name}." in key
-    }
-    found = AdapterWeights.of_model(causal_lm.peft_config[name], weights, weights.__getitem__)
-    with staged_folder(folder) as temporary:
-        write_adapter(temporary, found.config, {key: found.read(key) for key in sorted(found.names)})
-        finish(temporary)
-
-
 TRAINED = "default"
 """The name of the trained adapter in a model."""
 _START = "start"
@@ -217,7 +84,6 @@ def add_adapter(
     config: ModelConfig,
     seed: int,
     start: Path | None = None,
-    initial: Path | None = None,
 ) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
@@ -229,7 +95,6 @@ def add_adapter(
         config: with an adapter.
         seed: of the adapter's initialization.
         start: folder of the adapter that is continued, or that stays below the new one, or None.
-        initial: folder with the initial values that an earlier start took from the weights, or None.
 
     Raises:
         ConfigError: a target names no linear layer of the model, or its output layer, or one that peft takes
@@ -246,11 +111,11 @@ def add_adapter(
         check_all_linear(adapter, start, targets)
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
-        lora = _add_new(causal_lm, adapter, targets, saved, seed, initial)
+        lora = _add_new(causal_lm, adapter, targets, saved, seed)
     lora.inference_mode = False
     for layer in adapted_layers(causal_lm):
         layer.set_adapter(TRAINED)
-    prepare_copies(causal_lm, TRAINED, _START, start)
+    _prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
     if model.compiled or model.tiled or expert_blocks(causal_lm) or compressors(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
@@ -270,7 +135,6 @@ def _add_new(
     targets: list[str],
     saved: list[str],
     seed: int,
-    initial: Path | None,
 ) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
@@ -285,11 +149,7 @@ def _add_new(
     check_adaptable(causal_lm, targets)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        inject_adapter(causal_lm, lora, TRAINED)
-    if splits_base(adapter.init) and not next(causal_lm.parameters()).is_meta:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            start_from_weights(causal_lm, TRAINED, lora, str(adapter.init), initial)
+        _inject(causal_lm, lora, TRAINED)
     return lora
 
 
@@ -298,9 +158,9 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        if not saved_modules(causal_lm):  # of the same folder
-            find_modules(causal_lm, saved_on_disk(folder))
-        inject_adapter(causal_lm, lora, name)
+        if not _saved_modules(causal_lm):  # of the same folder
+            find_modules(causal_lm, modules_on_disk(folder)[1])
+        _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             return lora
         read = load_peft_weights(str(folder), device="cpu")
@@ -390,7 +250,7 @@ def _activate(model: nn.Module, names: list[str]) -> None:
 def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
     """Return the modules that compute with adapters or without, each with the names of its adapters."""
     switched: list[tuple[Any, list[str]]] = [(layer, list(layer.lora_A)) for layer in adapted_layers(model)]
-    return switched + [(wrapper, list(wrapper.modules_to_save)) for wrapper in saved_modules(model).values()]
+    return switched + [(wrapper, list(wrapper.modules_to_save)) for wrapper in _saved_modules(model).values()]
 
 
 def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
@@ -438,3 +298,131 @@ def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadat
     trained = {prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in [name for name in state if name not in trained]:
         del state[name]
+
+
+_SAVED_KEY = "model.adapter.modules_to_save"
+
+
+def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
+    """Add an adapter to a transformers model and make it the one that its low-rank layers train.
+
+    `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
+    """
+    causal_lm._hf_peft_config_loaded = True
+    with warnings.catch_warnings():
+        # Of embeddings and output layer that share a weight, which `prepare_copies` sees to.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        inject_adapter_in_model(lora, causal_lm, name)
+    for module in causal_lm.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(name)
+
+
+def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Return the modules of which there are copies, by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
+    """Return the whole names of the modules that `wanted` names by the last parts of their names.
+
+    Args:
+        causal_lm: without an adapter, sharded or not; its tensors are not used.
+        wanted: as in `model.adapter.modules_to_save`.
+
+    Raises:
+        ConfigError: a name is of no module that can be trained in full, or of one of two that share a weight.
+    """
+    if not wanted:
+        return []
+    plain = {name: module for name, module in causal_lm.named_modules() if _has_plain_weights(module)}
+    found: set[str] = set()
+    for one in wanted:
+        matching = {name for name in plain if name == one or name.endswith(f".{one}")}
+        if not matching:
+            short = sorted({name.rpartition(".")[2] for name in plain})
+            raise ConfigError(
+                "a module to train in full is not one of this model",
+                where=_SAVED_KEY,
+                got=one,
+                expected=", ".join(short),
+                remedy=f"{suggestion(one, short)}name modules that have unquantized weights of their own",
+            )
+        found |= matching
+    if len(shared := _shared_pair(causal_lm)) == 2 and len(found & set(shared)) == 1:
+        raise ConfigError(
+            "two modules of this model share their weight, and only one of them is to be trained in full",
+            where=_SAVED_KEY,
+            got=", ".join(wanted),
+            expected=" and ".join(shared),
+            remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
+        )
+    return [name for name in plain if name in found]
+
+
+def _has_plain_weights(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and bool(own) and all(weight.is_floating_point() for weight in own)
+
+
+def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
+    """Return the names of embeddings and output layer if they are one weight in the base, else none."""
+    pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    first, second = (getattr(_original(module), "weight", None) for module in pair)
+    if first is None or first is not second:
+        return ()
+    names = {module: name for name, module in causal_lm.named_modules()}
+    return tuple(names[module] for module in pair)
+
+
+def shared_weights(causal_lm: Any) -> tuple[str, ...]:
+    """Return the names of the weights of embeddings and output layer if they are one weight, else none."""
+    return tuple(f"{name}.weight" for name in _shared_pair(causal_lm))
+
+
+def _original(module: Any) -> Any:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+@torch.no_grad()
+def _prepare_copies(causal_lm: Any, trained: str, start: str, folder: Path | None) -> None:
+    """Let the trained copies begin as those of the start, and share what the base shares.
+
+    Args:
+        causal_lm: with its adapters, before it is in an engine.
+        trained: name of the trained adapter; only its copies require a gradient.
+        start: name of the frozen adapter that is the policy's start.
+        folder: of that adapter; None: the policy starts as the base.
+    """
+    wrappers = _saved_modules(causal_lm)
+    for wrapper in wrappers.values():
+        copies = wrapper.modules_to_save
+        if trained in copies and start in copies:
+            copies[trained].load_state_dict(copies[start].state_dict())
+        for name, module in copies.items():
+            module.requires_grad_(name == trained)
+    shared = _shared_pair(causal_lm) if wrappers else ()
+    pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
+    if all(trained in copies for copies in pair) and (folder is None or _are_equal(folder, shared)):
+        for copies in pair[1:]:
+            copies[trained].weight = pair[0][trained].weight
+
+
+def _are_equal(folder: Path, modules: tuple[str, ...]) -> bool:
+    """Return whether an adapter folder has no two different weights of these modules."""
+    saved = read_adapter(folder).saved
+    tables = [saved[name] for module in modules if (name := f"{module}.weight") in saved]
+    return all(torch.equal(tables[0], other) for other in tables[1:])
+
+
+def trained_aliases(causal_lm: Any) -> dict[str, str]:
+    """Return further names of trained weights that have several, with the first name of each."""
+    first: dict[nn.Parameter, str] = {}
+    aliases: dict[str, str] = {}
+    for name, weight in causal_lm.named_parameters(remove_duplicate=False):
+        if weight.requires_grad and first.setdefault(weight, name) != name:
+            aliases[name] = first[weight]
+    return aliases

@@ -14,7 +14,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.model.rotary import RotaryByLength
+from dpo_dist.model.rotary import forget_lengths, rope_limit
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
@@ -128,7 +128,7 @@ class PackedCausalLM(nn.Module):
         self.backend = backend
         self.compiled = compiled
         self.sequence = sequence
-        self._rotary = RotaryByLength.of(causal_lm)
+        self._rope_limit = rope_limit(causal_lm.config.get_text_config())
         self.tiled: list[nn.Module] = []
         self.arrangement = arrangement
         self.is_generating = False
@@ -175,10 +175,17 @@ class PackedCausalLM(nn.Module):
 
     def mixes_lengths(self, longest: int) -> bool:
         """Return whether responses of up to `longest` tokens need forwards of their own: see `rotary`."""
-        return self._rotary is not None and self._rotary.mixes(longest)
+        return self._rope_limit is not None and longest > self._rope_limit
 
-    def start_as(self, recorded: Arrangement) -> None:
-        """Arrange the model as its architecture is recorded, as far as it can be packed."""
+    def start_as(self, recorded: Arrangement, longest: int) -> None:
+        """Arrange the model as its architecture is recorded, as far as it can be packed.
+
+        Args:
+            recorded: for its architecture.
+            longest: tokens of the longest prompt plus response.
+        """
+        if self.mixes_lengths(longest):
+            recorded = Arrangement.single
         if recorded is not Arrangement.packed or self.can_pack(own_logits=self.own_logits):
             self.arrange(recorded, own_logits=self.own_logits)
 
@@ -205,8 +212,6 @@ class PackedCausalLM(nn.Module):
             statistics: of each target, beside its log-prob.
             with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
         """
-        if self._rotary is not None and self.arrangement is Arrangement.packed:
-            batch = self._rotary.arrange(batch)
         if self.arrangement is Arrangement.packed and self.sequence is not None:
             return self._shared(batch, self.sequence, statistics, with_routing)
         found, weights = self._in_rows(batch, with_routing)
@@ -222,7 +227,7 @@ class PackedCausalLM(nn.Module):
         rows = rows_of(batch, self._pad_id)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
-            of_rows = self._row_outputs(rows.input_ids, rows.lengths, with_routing).at(rows.predictors)
+            of_rows = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
             return of_rows, rows.is_token.flatten() * is_example if with_routing else None
         of_each = self._one_by_one(rows, batch.forwards, with_routing)
         weights = of_each.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
@@ -239,8 +244,6 @@ class PackedCausalLM(nn.Module):
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         tokens = len(batch.input_ids)
         share = TokenShare.of(sequence, tokens, batch.target_places[1], batch.input_ids.device)
-        if self._rotary is not None:
-            self._rotary.share(share.tokens)
         found = self._packed(
             batch.input_ids[share.tokens],
             batch.position_ids[share.tokens],
@@ -277,22 +280,23 @@ class PackedCausalLM(nn.Module):
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         for row, length in enumerate(rows.lengths):
-            found = self._row_outputs(rows.input_ids[row : row + 1, :length], [length], with_routing)
+            found = self._row_outputs(rows.input_ids[row : row + 1, :length], with_routing)
             outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
             routers.append(found.router_logits)
         predicting = torch.cat(outputs).index_select(0, rows.predictors)
         for _ in range(forwards - len(rows.lengths)):
-            unused = self._row_outputs(rows.input_ids[:1, :2], [min(2, longest)]).predicting
+            unused = self._row_outputs(rows.input_ids[:1, :2]).predicting
             predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))
 
-    def _row_outputs(
-        self, input_ids: Tensor, lengths: Sequence[int], with_routing: bool = False
-    ) -> "_Outputs":
-        """Return the outputs of rows with these numbers of tokens, [rows, longest]."""
-        if self._rotary is not None:
-            self._rotary.arrange_rows(lengths)
-        return self._call(with_routing, input_ids=input_ids)
+    def _row_outputs(self, input_ids: Tensor, with_routing: bool = False) -> "_Outputs":
+        """Return the outputs of one row, [1, tokens]."""
+        tokens = input_ids.shape[1]
+        if self._rope_limit is not None:  # the last token of the response counts, which is no input
+            forget_lengths(self.causal_lm)
+            input_ids = nn.functional.pad(input_ids, (0, 1))
+        found = self._call(with_routing, input_ids=input_ids)
+        return _Outputs(found.predicting[:tokens], tuple(part[:tokens] for part in found.router_logits))
 
     def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
         """Return the outputs of all tokens in one row after the other; the only call of the model."""
@@ -326,17 +330,11 @@ class PackedCausalLM(nn.Module):
         if self.causal_lm._can_set_attn_implementation():
             self.causal_lm.set_attn_implementation(implementation)
 
-    def restore_rotary(self) -> None:
-        """Give the transformers model its own rotary embeddings back; then this model is of no use."""
-        if self._rotary is not None:
-            self._rotary.restore()
-
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
-        if self._rotary is not None:
-            self._rotary.release()
+        forget_lengths(self.causal_lm)
         self._attend_by(self._own_attention)
         for head in self._heads():
             head.is_precise = False

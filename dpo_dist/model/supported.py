@@ -10,11 +10,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.adapter_weights import find_modules
 from dpo_dist.model.architectures import ARCHITECTURES, few_positions, recorded_arrangement
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
-from dpo_dist.model.lora import check_adaptable, target_layers
+from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
 from dpo_dist.model.memory import check_mlps, check_offload
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.sdpa import not_causal

@@ -19,8 +19,7 @@ from dpo_dist.distributed.zero import SHARDS, STATES_OF_ADAM
 from dpo_dist.foundation.errors import ConfigError, RunOutcome
 from dpo_dist.foundation.text import size
 from dpo_dist.insight.console import Console
-from dpo_dist.model.adapter_files import untrained_parts
-from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter
 from dpo_dist.model.folder import weight_files
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.save import read_description, read_tokenizer
@@ -140,12 +139,12 @@ class KeptFiles:
     """Contents of files, in the host memory of rank 0; other ranks have none.
 
     Attributes:
-        adapters: that are part of the policy beside the trained one, with coefficients.
+        below: the adapter below the trained one, if there is one.
         tokenizer: files of the tokenizer by name; None: transformers writes new ones.
         description: files from `read_description` of the base; None: transformers writes new ones.
     """
 
-    adapters: Sequence[tuple[float, AdapterWeights]] = ()
+    below: AdapterWeights | None = None
     tokenizer: Mapping[str, bytes] | None = None
     description: Mapping[str, bytes] | None = None
 
@@ -160,12 +159,12 @@ def keep_files(config: RunConfig, inputs: Inputs, world: World) -> KeptFiles:
     def read() -> KeptFiles:
         if not world.is_main:
             return KeptFiles()
-        initial = RunFolder.of(config).initial_adapter
-        parts = untrained_parts(config.model.adapter, inputs.policy_files.adapter, initial)
-        adapters = [(share, AdapterWeights.of_folder(folder).in_memory()) for share, folder in parts]
+        adapter, start = config.model.adapter, inputs.policy_files.adapter
+        is_below = adapter is not None and adapter.on_top and start is not None
+        below = read_adapter(start) if is_below and start is not None else None
         is_chosen = config.data.chat_template is not None
         tokenizer = None if is_chosen else read_tokenizer(inputs.tokenizer_files) or None
-        return KeptFiles(adapters, tokenizer, read_description(inputs.policy_files.folder))
+        return KeptFiles(below, tokenizer, read_description(inputs.policy_files.folder))
 
     return world.together(read)
 

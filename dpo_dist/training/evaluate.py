@@ -19,7 +19,6 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint_files import load_checkpoint_weights, open_checkpoint, read_state
-from dpo_dist.distributed.manifest import check_sealed
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
@@ -27,7 +26,6 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, Resampling, results, write_scores
 from dpo_dist.insight.pages.charts import draw_evaluation
 from dpo_dist.insight.tables import evaluation_table
-from dpo_dist.model.adapter_files import initial_values
 from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -228,10 +226,7 @@ def _load_trained(
 ) -> None:
     """Give a model the weights that training changed: its own, or those of an adapter; collective."""
     if config.model.adapter is not None:
-        run = RunFolder(folder.resolve().parents[1])
-        world.on_main(lambda: check_sealed(run.initial_adapter))
-        initial = initial_values(config.model.adapter, run.initial_adapter)
-        add_adapter(model, config.model, config.trainer.seed, start, initial)
+        add_adapter(model, config.model, config.trainer.seed, start)
     load_checkpoint_weights(model, folder, world)
 
 

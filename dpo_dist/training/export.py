@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,20 @@ from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.distributed.checkpoint_files import read_state
-from dpo_dist.distributed.export import Exported, Members, export_models, trained_tokenizer
+from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
 from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line
-from dpo_dist.foundation.files import final_name, read_small, temporary_folder
+from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import package_versions, read_latest_rows
 from dpo_dist.insight.recorder import spared
 from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.adapter_weights import shared_weights, stack, write_adapter
 from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.folder import is_adapter, model_folder
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import adapted_layers, load_adapter
-from dpo_dist.model.merge import average_merged, average_saved, gives_two
+from dpo_dist.model.lora import adapted_layers, add_adapter
+from dpo_dist.model.merge import write_mean
+from dpo_dist.model.save import writing_errors
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.finish import run_card
 
@@ -46,29 +46,6 @@ _READ, _SCORED = 16, 4
 _FLOOR = 1e-4
 # Of the drift that rounding the same weights causes; sums of rounded weights round once more.
 _FACTOR = 4.0
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Mean absolute differences of log-probs, in nats per token.
-
-    Attributes:
-        written: of the folder from the trained weights.
-        rounding: of the trained weights, rounded to the precision of the folder, from themselves.
-        base: of the trained weights from the base.
-        responses: the number of responses.
-    """
-
-    written: float
-    rounding: float
-    base: float
-    responses: int
-
-    def __str__(self) -> str:
-        return (
-            f"log-probs of {self.responses} responses differ from those of the trained weights by "
-            f"{self.written:.2g} nats a token (rounding: {self.rounding:.2g}; the base: {self.base:.2g})"
-        )
 
 
 def check_exported(
@@ -90,27 +67,26 @@ def check_exported(
     """
     found, dtype = _plain_logps(exported, config, pairs), _coarsest_dtype(exported.folder)
     expected, rounded, base = _trained_logps(exported, config, pairs, dtype)
-    drift = Drift(
-        _mean(found - expected),
-        _mean(rounded - expected),
-        _mean(expected - base),
-        sum(len(pair.responses) for pair in pairs),
+    written, rounding, change = (
+        float((one - other).abs().mean())
+        for one, other in ((found, expected), (rounded, expected), (expected, base))
     )
-    if not drift.written <= _FLOOR + _FACTOR * drift.rounding:  # not ">", which accepts nan
+    responses = sum(len(pair.responses) for pair in pairs)
+    drift = (
+        f"log-probs of {responses} responses differ from those of the trained "
+        f"weights by {written:.2g} nats a token (rounding: {rounding:.2g}; the base: {change:.2g})"
+    )
+    if not written <= _FLOOR + _FACTOR * rounding:  # not ">", which accepts nan
         raise CheckpointError(
             "the written folder computes other log-probs than the trained weights",
             where=str(exported.folder),
-            got=str(drift),
-            expected=f"at most {_FLOOR + _FACTOR * drift.rounding:.2g}",
+            got=drift,
+            expected=f"at most {_FLOOR + _FACTOR * rounding:.2g}",
             remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
         )
     say(f"checked: {drift}")
-    if drift.rounding > drift.base / 4 and dtype is not torch.float32:
+    if rounding > change / 4 and dtype is not torch.float32:
         say("warning: rounding is a large part of what training changed: export.dtype=fp32 keeps it")
-
-
-def _mean(difference: Tensor) -> float:
-    return float(difference.abs().mean())
 
 
 def read_pairs(config: RunConfig) -> list[Sequences]:
@@ -177,7 +153,11 @@ def _trained_logps(
     keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
     batch = pack(pairs, keys)
     base = model(batch)
-    _use_trained(model, exported)
+    if config.model.adapter is not None:
+        add_adapter(model, config.model, config.trainer.seed, exported.start)
+    for name, weight in model.causal_lm.named_parameters():
+        if weight.requires_grad:
+            weight.copy_(exported.read(name))
     expected = model(batch)
     if not is_adapter(exported.folder):  # what is rounded are the sums
         for layer in adapted_layers(model):
@@ -202,65 +182,45 @@ def _on_cpu(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _use_trained(model: Any, exported: Exported) -> None:
-    """Give a loaded base the trained weights, as precise as they are."""
-    members = exported.adapters
-    if not members:
-        for name, weight in model.causal_lm.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(exported.read(name))
-    elif len(members) > 1 and not is_adapter(exported.folder):
-        _merge(model.causal_lm, members)
-    else:
-        # Beside the result, where there is room, and where the next export removes it if this one is killed.
-        with temporary_folder(final_name(exported.folder)) as folder:
-            (_, only), *others = members
-            config, weights = only.config, {name: only.read(name) for name in only.names}
-            if others:
-                config, weights = stack(members)
-                weights |= average_saved(members)
-            write_adapter(folder, config, weights)
-            load_adapter(model, folder, "export.check")
-
-
-def _merge(causal_lm: Any, members: Members) -> None:
-    """Replace the weights of a base by the average of it with each adapter merged into it."""
-    names = {f"{layer}.weight" for _, member in members for layer in member.layers}
-    names |= {name for _, member in members for name in member.saved}
-    shared = shared_weights(causal_lm)
-    if gives_two(members, shared):
-        output = causal_lm.get_output_embeddings()
-        output.weight = torch.nn.Parameter(output.weight.clone())
-    else:
-        names -= set(shared[1:])
-    for name in sorted(names):
-        weight = causal_lm.get_parameter(name)
-        weight.copy_(average_merged(name, weight, members))
-
-
-def export_model(config: RunConfig, sources: Sequence[Path], output: Path, console: Console) -> None:
-    """Write `output` from a checkpoint or an average, checked, whole or not at all.
+def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or `output` cannot be written or computes other log-probs.
-        ConfigError: the base model or the pairs of the check cannot be read, or members do not go together.
+        CheckpointError: the checkpoint is damaged, or `output` cannot be written or computes other log-probs.
+        ConfigError: the base model or the pairs of the check cannot be read.
     """
 
     def card() -> str:
         text = ""
         with spared("the model card", console.say):
-            text = _card(config, sources[0], console)
+            text = _card(config, checkpoint, console)
         return text  # noqa: RET504 (a bug ends the block before)
 
-    _check_base(config, sources)
-    console.say(f"reading {', '.join(map(str, sources))}")
+    _check_base(config, checkpoint)
+    console.say(f"reading {checkpoint}")
     check = None
     if config.export.check:  # pairs that cannot be read are an error before anything is written
         check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
-    export_models(sources, output, config, None if config.export.average else card, check, replaces=False)
+    export_checkpoint(checkpoint, output, config, card, check, replaces=False)
 
 
-def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
+def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+    """Write the weighted mean of whole models, whole or not at all.
+
+    Raises:
+        CheckpointError: `output` cannot be written.
+        ConfigError: the members are not models of one kind.
+    """
+    given = config.export.average_weights or [1.0] * len(members)
+    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    with writing_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(output, replaces=False) as temporary:
+            write_mean(temporary, shares, dtype)
+
+
+def _check_base(config: RunConfig, checkpoint: Path) -> None:
     """Check that files that become part of the result are those that training started from.
 
     They are the base of a merged adapter, and the adapter below a new one. The check of the written folder
@@ -269,12 +229,13 @@ def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
     Raises:
         ConfigError: they have changed, or cannot be read.
     """
-    adapter, own = config.model.adapter, RunFolder.of(config).checkpoints
-    if adapter is not None:
-        _check_one_start(sources)
+    adapter = config.model.adapter
     if adapter is None or not (config.export.merge or adapter.on_top):
         return
-    recorded = {_model_digest(source) for source in sources if source.parent == own} - {""}
+    try:
+        recorded = read_state(checkpoint).get("model")
+    except (OSError, ValueError):  # a damaged checkpoint, of which the export says more
+        return
     if not recorded:
         return
     found = digest_model(
@@ -283,40 +244,15 @@ def _check_base(config: RunConfig, sources: Sequence[Path]) -> None:
         remote_code=config.model.trust_remote_code,
         adapter=start_folder(config.model),
     )
-    if recorded != {found.digest}:
+    if recorded != found.digest:
         raise ConfigError(
             "the model that this run started from has changed since",
             where="model.path" if adapter.path is None else "model.path, model.adapter.path",
             got=f"digest {found.digest}",
-            expected=f"digest {', '.join(sorted(recorded))}",
+            expected=f"digest {recorded}",
             remedy="restore its files"
             + ("" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"),
         )
-
-
-def _check_one_start(sources: Sequence[Path]) -> None:
-    """Check that the checkpoints of adapters started from the same model, as far as they record it.
-
-    Raises:
-        ConfigError: they did not.
-    """
-    starts = {source: digest for source in sources if (digest := _model_digest(source))}
-    if len(set(starts.values())) > 1:
-        raise ConfigError(
-            "the members of the average are adapters of different models",
-            where="export.average",
-            got=", ".join(f"{source} of {digest[:12]}" for source, digest in starts.items()),
-            expected="checkpoints of runs that started from the same model",
-            remedy="name checkpoints of one start; an adapter only means something on its own base",
-        )
-
-
-def _model_digest(checkpoint: Path) -> str:
-    """Return the digest of the model that training started from; "" if the checkpoint has none."""
-    try:
-        return str(read_state(checkpoint).get("model") or "")
-    except (OSError, ValueError):  # a damaged checkpoint, of which the export says more
-        return ""
 
 
 def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:

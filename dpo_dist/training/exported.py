@@ -4,114 +4,49 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.identity import plain
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.load import changed_keys, from_yaml
-from dpo_dist.config.run_folder import (
-    RunFolder,
-    best_checkpoints,
-    checkpoint_folders,
-    existing_run,
-    is_checkpoint,
-    step_of,
-)
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.run_folder import RunFolder, best_checkpoints, checkpoint_folders, existing_run, step_of
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import read_config
 from dpo_dist.config.verb_options import ExportedWeights
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import CONFIG_FILE, is_adapter
+from dpo_dist.model.folder import CONFIG_FILE
 
 _KEY = "export.checkpoint"
 
 
-def find_sources(config: RunConfig) -> list[Path]:
-    """Return the folders to export: that of `export.checkpoint`, or those of `export.average`.
-
-    Their files are not checked.
+def find_members(config: RunConfig) -> list[Path]:
+    """Return the model folders of `export.average`, whose weights are not checked.
 
     Raises:
-        ConfigError: one does not exist, or the configuration is not that of the run.
+        ConfigError: one is no model folder, or is named twice, or the configuration is not that of the run.
     """
-    if not config.export.average:
-        return [find_checkpoint(config)]
-    run = existing_run(RunFolder.of(config).path)
-    _check_configuration(run, config)
-    sources = [_find_member(name, run) for name in config.export.average]
-    _check_each_once(sources, config)
-    for folder in sources:
-        if folder.parent != run.checkpoints:
-            _check_member(folder, config)
-    return sources
-
-
-def _find_member(name: str, run: RunFolder) -> Path:
-    """Return the checkpoint of a run with this name, damaged or not, or the folder of another model."""
-    own = checkpoint_folders(run.checkpoints)
-    if (of_run := _of_step(name, own)) is not None:
-        return of_run
-    folder = Path(name).expanduser()
-    if not (is_checkpoint(folder) or is_adapter(folder) or (folder / CONFIG_FILE).is_file()):
+    _check_configuration(existing_run(RunFolder.of(config).path), config)
+    members = [Path(name).expanduser() for name in config.export.average]
+    for folder in members:
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                "a member of the average is no model folder",
+                where="export.average",
+                got=str(folder),
+                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
+                remedy="export each checkpoint first, and name the folders",
+            )
+    if len({folder.resolve() for folder in members}) < len(members):
         raise ConfigError(
-            "a member of the average is neither a checkpoint nor a model",
+            "a member of the average is named twice",
             where="export.average",
-            got=name,
-            expected=", ".join(found.name for found in own)
-            or "the folder of a checkpoint, a model or an adapter",
-            remedy="name a checkpoint of this run, or a folder",
+            got=as_written(config.export.average),
+            remedy="remove one of its names; export.average_weights gives members different weights",
         )
-    return folder
+    return members
 
 
 def _of_step(name: str, checkpoints: Sequence[Path]) -> Path | None:
     """Return the checkpoint of this name, with zeros before its number or without; None if there is none."""
     step = step_of(name)
     return next((folder for folder in checkpoints if step is not None and step_of(folder.name) == step), None)
-
-
-def _check_each_once(sources: Sequence[Path], config: RunConfig) -> None:
-    """Check that no folder is named twice, in two ways.
-
-    Raises:
-        ConfigError: one is.
-    """
-    for number, folder in enumerate(sources):
-        if any(folder.resolve() == other.resolve() for other in sources[:number]):
-            raise ConfigError(
-                "a member of the average is named twice",
-                where="export.average",
-                got=as_written(config.export.average),
-                expected=f"{folder} once",
-                remedy="remove one of its names; export.average_weights gives members different weights",
-            )
-
-
-def _check_member(folder: Path, config: RunConfig) -> None:
-    """Check that a checkpoint of another run is of the same kind of adapter, which its files do not say.
-
-    Raises:
-        ConfigError: it is not, or its run cannot be read.
-    """
-    other = RunFolder(folder.resolve().parents[1])
-    if config.model.adapter is None or not is_checkpoint(folder):
-        return
-    try:
-        adapter = from_yaml(read_config(other.config)).model.adapter
-    except (OSError, ValueError, ConfigError) as error:
-        raise ConfigError(
-            "the run of a member of the average cannot be read",
-            where="export.average",
-            got=f"{folder}: {first_line(error)}",
-            remedy="name a checkpoint in the directory of its run, or a folder that export wrote from it",
-        ) from error
-    if plain(adapter) != plain(config.model.adapter):
-        raise ConfigError(
-            "a member of the average is a checkpoint of another kind of adapter",
-            where="export.average",
-            got=f"{folder}: {as_written(adapter)}",
-            expected=as_written(config.model.adapter),
-            remedy=f"name the folder that python -m dpo_dist.export run.dir={other} writes",
-        )
 
 
 def find_checkpoint(config: RunConfig) -> Path:
@@ -174,7 +109,7 @@ def _best(run: RunFolder) -> str:
 
 
 def find_output(config: RunConfig, sources: Sequence[Path]) -> Path:
-    """Return the folder to write: by default named after the checkpoint, or `average`, and `-merged`.
+    """Return the folder to write: by default named after the checkpoint, or `average`.
 
     Raises:
         ConfigError: it exists.

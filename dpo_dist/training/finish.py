@@ -196,7 +196,7 @@ def export_model(
             tokenizer,
             card,
             remedy,
-            found.adapters,
+            found.below,
             found.tokenizer,
             found.description,
         )

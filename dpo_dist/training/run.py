@@ -5,17 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
-from dpo_dist.config.schema import AdapterConfig, ReferenceMode, RunConfig, splits_base
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
-from dpo_dist.distributed.manifest import check_sealed, seal
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -26,10 +24,8 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.model.adapter_files import initial_values
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import TRAINED, add_adapter, write_initial
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import settle_engine
 from dpo_dist.reference.scoring import LiveReference, ReferenceProvider
 from dpo_dist.training.checkpoints import KeptFiles, keep_files, look_for_room, open_saver
@@ -60,7 +56,6 @@ from dpo_dist.training.start import (
     say_header,
     say_steps,
     write_description,
-    write_on_main,
 )
 from dpo_dist.training.startup import check_configuration
 from dpo_dist.training.state import Identity, Position, RunState, WorkClock, check_identity, identify
@@ -71,29 +66,10 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     folder = inputs.policy_files.folder
     model = load_packed(folder, config.model, config.data.max_length, world.device, sequence=world.sequence)
     if config.model.adapter is not None:
-        _add_adapter(model, config, inputs, world)
+        add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     settle_engine(policy, config.data.max_length, world, trains=True)
     return policy
-
-
-def _add_adapter(model: PackedCausalLM, config: RunConfig, inputs: ModelInputs, world: World) -> None:
-    """Add the adapter; only the first start computes the values that it takes from the weights. Collective.
-
-    Another device or library could compute other ones.
-    """
-    run, seed, start = RunFolder.of(config), config.trainer.seed, inputs.policy_files.adapter
-    adapter, resumes = config.model.adapter, world.on_main(lambda: bool(checkpoint_folders(run.checkpoints)))
-    initial = world.on_main(lambda: _initial(adapter, run.initial_adapter)) if resumes else None
-    add_adapter(model, config.model, seed, start, initial)
-    if splits_base(adapter.init) and not resumes:
-        folder = run.initial_adapter
-        write_on_main(lambda: write_initial(model.causal_lm, TRAINED, folder, seal), run, world)
-
-
-def _initial(adapter: AdapterConfig, folder: Path) -> Path | None:
-    check_sealed(folder)
-    return initial_values(adapter, folder)
 
 
 _SAMPLED_EXAMPLES = 10_000

@@ -24,7 +24,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.files import read_small, text_digest
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console
-from dpo_dist.model.adapter_files import check_sizes, start_folder, tokenizer_folder
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_adapter,
@@ -317,20 +317,15 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 def _check_models(config: RunConfig) -> None:
     policy = _described_model(config.model.path, config.model.revision, "model.path")
-    start = _local_start_adapter(config, policy)
+    start = _local_start_adapter(config)
     if policy is not None:
         check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
         _described_model(config.reference.path, config.reference.revision, "reference.path")
 
 
-def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
-    """Return the folder of the adapter that the policy starts from, checked; None if it is not local.
-
-    Args:
-        config: of the run.
-        policy: folder of a local model.
-    """
+def _local_start_adapter(config: RunConfig) -> Path | None:
+    """Return the folder of the adapter that the policy starts from, checked; None if it is not local."""
     adapter = config.model.adapter
     if adapter is None or adapter.path is None:
         return None
@@ -338,10 +333,7 @@ def _local_start_adapter(config: RunConfig, policy: Path | None) -> Path | None:
         local_model_folder(adapter.path, adapter.revision, "model.adapter.path")  # raises for a missing one
         check_cached_offline(adapter.path, "model.adapter.path")
         return None
-    start = start_folder(config.model)
-    if policy is not None and start is not None:
-        check_sizes(policy, start)
-    return start
+    return start_folder(config.model)
 
 
 def _described_model(path: str, revision: str | None, key: str) -> Path | None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.extend import main as extend
 from tests.e2e.conftest import small_run
 from tests.e2e.test_start_adapter import mean_logp, on_base, responses
 from tests.support.launch import history, run_verb, train
@@ -59,54 +58,19 @@ def test_the_merged_model_has_the_last_log_probs_of_training(assets: Path, train
         assert (merged / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_average_of_checkpoints_is_checked(dtype: str, trained: Path, tmp_path: Path) -> None:
-    averaged = [
-        f"run.dir={trained}",
-        "export.average=[step-000002,step-000004]",
-        f"export.output={tmp_path}/out",
-        f"export.dtype={dtype}",
-    ]
-    told = run_verb("export", averaged)
+def test_the_mean_of_exported_models(trained: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for step, folder in zip((2, 4), folders, strict=True):
+        chosen = [f"export.checkpoint=step-{step}", "export.merge=true", f"export.output={folder}"]
+        assert run_verb("export", [f"run.dir={trained}", *chosen]).code == 0
+    told = run_verb("export", [f"run.dir={trained}", f"export.average=[{folders[0]},{folders[1]}]"])
     assert told.code == 0, told.output
-    assert "checked" in told.output
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("kind", ["zero3", "ddp"])
-def test_an_adapter_from_singular_vectors_is_one_of_the_original_base(
-    kind: str, assets: Path, tmp_path: Path
-) -> None:
-    adapter = "r: 2, alpha: 4, init: pissa"
-    command = run_of(assets, tmp_path, adapter, f"parallelism={kind}", "trainer.save_every=1")
-    train([*command, "trainer.max_steps=2"], processes=2)
-    told = train([*command, "trainer.max_steps=3"], processes=2)
-    assert "resuming from" in told.output
-    assert history(tmp_path / "run")[1]["rewards/margins"] == 0
-    exported = run_verb("export", [f"run.dir={tmp_path}/run", "export.merge=true"])
-    assert exported.code == 0, exported.output
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/exported/step-000003-merged").eval()
-    for model in (on_base(assets, tmp_path / "run/model"), merged):
-        assert_last_log_probs(model, assets, tmp_path / "run")
-    if kind == "ddp":
-        assert_changed_initial_values_are_refused(command, tmp_path / "run")
-
-
-def assert_changed_initial_values_are_refused(command: list[str], run: Path) -> None:
-    """One bit of a value that training subtracts is another policy, for whatever reads a checkpoint."""
-    file = run / "initial_adapter" / "adapter_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    evaluated = [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"]
-    for verb, overrides in (
-        ("train", [*command, "trainer.max_steps=4"]),
-        ("export", [f"run.dir={run}", f"export.output={run.parent}/out"]),
-        ("evaluate", evaluated),
-    ):
-        told = run_verb(verb, overrides)
-        assert told.code == 2, told.output
-        assert "adapter_model.safetensors differs from its digest" in told.output
+    found, first, second = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (trained / "exported/average", *folders)
+    )
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
 
 
 def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_path: Path) -> None:
@@ -126,12 +90,10 @@ def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_pat
     assert not merged.config.tie_word_embeddings
     for model in (on_base(assets, run / "model"), merged):
         assert_last_log_probs(model, assets, run)
-    average = "export.average=[step-000002,step-000003]"
-    for more in (["export.merge=true"], [average], [average, "export.merge=true"]):
-        told = run_verb("export", [f"run.dir={run}", "export.weights=ema", *more])
-        assert told.code == 0, told.output
-        assert "checked: log-probs of 8 responses" in told.output
-    assert (run / "exported/average-ema-merged/model.safetensors").is_file()
+    told = run_verb("export", [f"run.dir={run}", "export.weights=ema", "export.merge=true"])
+    assert told.code == 0, told.output
+    assert "checked: log-probs of 8 responses" in told.output
+    assert (run / "exported/step-000003-ema-merged/model.safetensors").is_file()
     told = run_verb("evaluate", [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"])
     assert told.code == 0, told.output
     (file,) = (run / "evaluation").glob("s*-*/evaluation.json")
@@ -141,7 +103,7 @@ def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_pat
 
 def test_new_tokens_from_the_base_to_the_merged_model(assets: Path, tmp_path: Path) -> None:
     extended, tokens = tmp_path / "extended", ["<|plan|>", "<|act|>"]
-    assert extend([str(assets / "model"), str(extended), "--tokens", *tokens]) == 0
+    write_extended(assets / "model", extended, tokens)
     records = [json.loads(line) for line in (assets / "train.jsonl").read_text().splitlines()]
     for record in records:
         record["chosen"] = mark(record["chosen"], tokens)
@@ -173,6 +135,16 @@ def test_new_tokens_from_the_base_to_the_merged_model(assets: Path, tmp_path: Pa
     assert files
     for file in files:
         assert (merged / file.name).read_bytes() == file.read_bytes()
+
+
+def write_extended(base: Path, folder: Path, tokens: list[str]) -> None:
+    """The recipe of docs/adapters.md."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def mark(chosen: Any, tokens: list[str]) -> Any:

@@ -167,25 +167,16 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     """
     collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
-    from dpo_dist.model.adapter_weights import AdapterWeights, shared_weights  # noqa: PLC0415
-    from dpo_dist.model.load import TORCH_DTYPES, load_config  # noqa: PLC0415
-    from dpo_dist.model.merge import names_in_model, write_merged  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
+    from dpo_dist.model.merge import write_merged  # noqa: PLC0415
+    from dpo_dist.model.save import read_tokenizer, write_files, writing_errors  # noqa: PLC0415
 
     source = find_model(str(adapter), config)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(
-            load_config(source.folder, config.model), trust_remote_code=config.model.trust_remote_code
-        )
-    members = [(1.0, AdapterWeights.of_folder(adapter))]
-    dtype, shared = TORCH_DTYPES[config.model.dtype], shared_weights(plain)
+    dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
     with writing_errors(folder), staged_folder(folder) as temporary:
-        write_merged(temporary, source.folder, members, names_in_model(plain), dtype, shared)
-        copy_tokenizer(source.tokenizer_folder, temporary)
+        write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
+        write_files(temporary, read_tokenizer(source.tokenizer_folder))
 
 
 def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[str, Any], float]:

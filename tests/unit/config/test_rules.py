@@ -146,15 +146,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.adapter.on_top, model.adapter.variant",
     ),
     ({"model.adapter": {"path": "sft"}, "pairs.rounds": 2}, "model.adapter, pairs.rounds"),
-    ({"model.adapter": {"init": "olora", "path": "sft"}}, "model.adapter.init, model.adapter.path"),
-    ({"model.adapter": {"init": "pissa", "variant": "dora"}}, "model.adapter.init, model.adapter.variant"),
-    (QUANTIZED | {"model.adapter": {"init": "pissa"}}, "model.adapter.init, model.quantization"),
+    ({"model.adapter": {"init": "gaussian", "path": "sft"}}, "model.adapter.init, model.adapter.path"),
     ({"export.merge": True}, "export.merge, model.adapter"),
     (
         {"export.average": ["step-000001", "b"], "export.checkpoint": "best"},
         "export.average, export.checkpoint",
     ),
     ({"export.average": ["step-000001"]}, "export.average"),
+    (
+        {"export.average": ["a", "b"], "export.merge": True, "model.adapter": {"r": 2}},
+        "export.average, export.merge, export.weights",
+    ),
     ({"export.average_weights": [1.0]}, "export.average_weights, export.average"),
     (
         {"export.average": ["a", "b"], "export.average_weights": [1.0]},

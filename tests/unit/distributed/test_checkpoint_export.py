@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
 from dpo_dist.distributed import export as checkpoint_export
-from dpo_dist.distributed.export import Exported, export_checkpoint, export_models
+from dpo_dist.distributed.export import Exported, export_checkpoint
 from dpo_dist.distributed.manifest import describe_files, write_manifest
-from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, write_slices
+from dpo_dist.distributed.slices import ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.merge import write_mean
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.precision import DTYPES
@@ -85,7 +84,7 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     config = run_of(base, dtype=dtype)
     weights = weights_of(config)
     checkpoint = checkpoint_of(weights, tmp_path / "step-000001")
-    export_models([checkpoint], tmp_path / "out", config, lambda: "A card")
+    export_checkpoint(checkpoint, tmp_path / "out", config, lambda: "A card")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     wanted = TORCH_DTYPES[dtype]
     found = dict(model.named_parameters())
@@ -114,23 +113,6 @@ def test_an_adapter_needs_no_weights_of_its_base(base: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_one_weight_is_in_memory_at_a_time(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, read, alive = run_of(base), SavedSlices.whole, list[Any]()
-
-    def counted(saved: SavedSlices, name: str, part: str = "weight") -> Tensor:
-        assert part == "weight"
-        assert sum(reference() is not None for reference in alive) <= 1
-        tensor = read(saved, name, part)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(SavedSlices, "whole", counted)
-    export_checkpoint(checkpoint_of(weights_of(config), tmp_path / "step-000001"), tmp_path / "out", config)
-    assert len(alive) > 10
-
-
 def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Path) -> None:
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
@@ -146,7 +128,7 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-@pytest.mark.parametrize(("moment", "left"), [("write_weights", 2), ("write_card", 1)])
+@pytest.mark.parametrize(("moment", "left"), [("write_weights", 1), ("write_card", 1)])
 def test_what_a_killed_export_left_is_removed_by_the_next(
     moment: str, left: int, base: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +151,7 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> Tensor:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_dist.distributed.export._mapped", full)
+    monkeypatch.setattr("dpo_dist.distributed.export.write_weights", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -281,57 +263,26 @@ def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
 
 
-def test_an_average_of_whole_models(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32)
-    first = weights_of(config)
-    second = {name: weight.flip(0) for name, weight in first.items()}
-    sources = [
-        checkpoint_of(first, tmp_path / "step-000001"),
-        checkpoint_of(second, tmp_path / "step-000002"),
-        base,
-    ]
-    weighted = replace(config, export=ExportConfig(average=["a", "b", "c"], average_weights=[1.0, 2.0, 1.0]))
-    export_models(sources, tmp_path / "out", weighted)
-    start = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
-    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").named_parameters())
-    for name, weight in found.items():
-        wanted = 0.25 * first[name] + 0.5 * second[name] + 0.25 * start[name]
-        torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-6)
-
-
-def test_an_average_of_models_whose_files_have_other_names(tmp_path: Path) -> None:
-    """Mixtral's files have the matrices of every expert by themselves, the model has them as one."""
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    base = write_family(tmp_path / "base", "mixtral", **experts)
-    other = write_family(tmp_path / "other", "mixtral", seed=1, **experts)
-    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
-    weights = weights_of(config)
-    assert not weights.keys() <= files_of(other).keys()
-    export_models([checkpoint_of(weights, tmp_path / "step-000001"), other], tmp_path / "out", config)
-    second = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    assert any("gate_up_proj" in name for name in weights)
-    for name, weight in weights.items():
-        torch.testing.assert_close(found[name], 0.5 * weight + 0.5 * second[name], atol=1e-6, rtol=1e-6)
-
-
-def test_members_of_other_precision_are_averaged_in_float32(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"], dtype="fp32"))
-    weights = weights_of(config)
-    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+def test_the_mean_of_whole_models(base: Path, tmp_path: Path) -> None:
+    """In float32, also of members of other precision; with the other files of the first."""
+    other = write_model(tmp_path / "other", tied=False, seed=1)
+    half = AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
-    sources = [tmp_path / "half", checkpoint_of(weights, tmp_path / "step-000001")]
-    export_models(sources, tmp_path / "out", config)
+    write_mean(tmp_path / "out", [(0.25, base), (0.75, tmp_path / "half")], None)
+    first = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     for name, weight in half.state_dict().items():
-        assert torch.equal(found[name], 0.5 * weight.float() + 0.5 * weights[name])
+        torch.testing.assert_close(found[name], 0.25 * first[name] + 0.75 * weight.float())
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
+    write_mean(tmp_path / "rounded", [(0.5, base), (0.5, other)], torch.bfloat16)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
+    assert rounded.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("other", ["vocabulary", "family", "output layer"])
 def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
-    config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     folder = write_model(tmp_path / "other", tied=other != "output layer", seed=1)
     if other == "vocabulary":
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -340,89 +291,23 @@ def test_a_member_that_is_another_model_is_refused(other: str, tmp_path: Path) -
     elif other == "family":
         folder = write_family(tmp_path / "family", "mistral")
     with pytest.raises(ConfigError, match="of another kind or of other sizes") as error:
-        export_models([checkpoint, folder], tmp_path / "out", config)
+        write_mean(tmp_path / "out", [(0.5, base), (0.5, folder)], None)
     assert error.value.got.startswith(f"{folder}: ")
-    assert not (tmp_path / "out").exists()
 
 
-def test_a_member_of_another_family_with_the_same_sizes_is_refused(tmp_path: Path) -> None:
-    llama, mistral = (write_family(tmp_path / family, family) for family in ("llama", "mistral"))
-    config = run_of(llama, dtype=Dtype.fp32, export=ExportConfig(average=["a", "b"]))
-    export_models([llama, llama], tmp_path / "out", config)
-    with pytest.raises(ConfigError, match="of another kind") as error:
-        export_models([llama, mistral], tmp_path / "other", config)
-    assert error.value.got.endswith("mistral")
-
-
-@pytest.mark.parametrize(
-    ("kept", "told"), [(100_000, "a weight file of the model cannot be read"), (None, "has no weights")]
-)
+@pytest.mark.parametrize("kept", [100_000, None])
 def test_a_member_whose_weights_are_missing_or_cut_is_refused(
-    kept: int | None, told: str, base: Path, tmp_path: Path
+    kept: int | None, base: Path, tmp_path: Path
 ) -> None:
     folder = write_model(tmp_path / "other")
     if kept is None:
         (folder / "model.safetensors").unlink()
     else:
         os.truncate(folder / "model.safetensors", kept)
-    with pytest.raises(ConfigError, match=told) as error:
-        export_models([folder], tmp_path / "out", run_of(base, export=ExportConfig(average=["a"])))
+    with pytest.raises(ConfigError) as error:
+        write_mean(tmp_path / "out", [(0.5, base), (0.5, folder)], None)
     assert str(folder) in error.value.got
     assert error.value.where == "export.average"
-
-
-def test_an_adapter_that_names_another_base_is_no_member(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    other = write_sft_adapter(write_model(tmp_path / "elsewhere"), tmp_path / "sft")
-    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
-    with pytest.raises(ConfigError, match="is an adapter of another model") as error:
-        export_models([checkpoint, other], tmp_path / "out", averaged)
-    assert f"trained on {tmp_path}/elsewhere" in error.value.got
-    whole = write_model(tmp_path / "whole")
-    with pytest.raises(ConfigError, match="are not of one kind"):
-        export_models([checkpoint, whole], tmp_path / "out", averaged)
-
-
-def test_an_adapter_folder_of_another_run_needs_no_initial_values(base: Path, tmp_path: Path) -> None:
-    """PiSSA's are part of the written adapter, of twice the rank."""
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=4, init="pissa"))
-    other = write_sft_adapter(base, tmp_path / "other" / "model")
-    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
-    second = shutil.copytree(other, tmp_path / "second" / "model")
-    export_models([other, second], tmp_path / "out", averaged)
-    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    found = PeftModel.from_pretrained(start, tmp_path / "out").merge_and_unload().state_dict()
-    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    wanted = PeftModel.from_pretrained(start, other).merge_and_unload().state_dict()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
-
-
-def test_an_average_of_adapters_is_the_average_of_their_updates(base: Path, tmp_path: Path) -> None:
-    """Not of their matrices, whose products are no average."""
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3))
-    first = weights_of(config)
-    second = {name: weight.flip(0) - 0.1 for name, weight in first.items()}
-    sources = [
-        checkpoint_of(one, tmp_path / f"step-{n:06}") for n, one in enumerate((first, second), start=1)
-    ]
-    averaged = replace(config, export=ExportConfig(average=["a", "b"], average_weights=[1.0, 3.0]))
-    export_models(sources, tmp_path / "out", averaged)
-    merging = replace(averaged, export=replace(averaged.export, merge=True))
-    export_models(sources, tmp_path / "merged", merging)
-    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    of_peft = PeftModel.from_pretrained(plain, tmp_path / "out").merge_and_unload().state_dict()
-    for layer in {name.partition(".lora_")[0] for name in first}:
-        updates = [
-            1.5 * one[f"{layer}.lora_B.default.weight"] @ one[f"{layer}.lora_A.default.weight"]
-            for one in (first, second)
-        ]
-        wanted = start[f"{layer}.weight"] + 0.25 * updates[0] + 0.75 * updates[1]
-        torch.testing.assert_close(merged[f"{layer}.weight"], wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(of_peft[f"{layer}.weight"], wanted, atol=1e-5, rtol=1e-5)
 
 
 WHOLE = AdapterConfig(
@@ -431,31 +316,19 @@ WHOLE = AdapterConfig(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_modules_in_full_are_merged_and_averaged(tied: bool, tmp_path: Path) -> None:
+def test_modules_in_full_are_merged(tied: bool, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", tied=tied)
     config = run_of(base, dtype=Dtype.fp32, adapter=WHOLE)
-    first = weights_of(config)
-    second = {name: weight.flip(0) - 0.1 for name, weight in first.items()}
-    sources = [
-        checkpoint_of(one, tmp_path / f"step-{n:06}") for n, one in enumerate((first, second), start=1)
-    ]
-    for name, used, export in (
-        ("one", sources[:1], ExportConfig()),
-        ("two", sources, ExportConfig(average=["a", "b"], average_weights=[1.0, 3.0])),
-    ):
-        export_models(used, tmp_path / name, replace(config, export=export))
-        merging = replace(config, export=replace(export, merge=True))
-        export_models(used, tmp_path / f"{name}-merged", merging)
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        oracle = PeftModel.from_pretrained(plain, tmp_path / name).merge_and_unload().state_dict()
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged", dtype="auto").state_dict()
-        assert merged.keys() == oracle.keys()
-        for key, weight in oracle.items():
-            torch.testing.assert_close(merged[key], weight, atol=1e-5, rtol=1e-5)
-        assert files_of(tmp_path / f"{name}-merged") == files_of(base)
-    name = "model.embed_tokens.modules_to_save.default.weight"
-    wanted = 0.25 * first[name] + 0.75 * second[name]
-    torch.testing.assert_close(merged["model.embed_tokens.weight"], wanted, atol=1e-6, rtol=1e-6)
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    export_checkpoint(checkpoint, tmp_path / "one", config)
+    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    oracle = PeftModel.from_pretrained(plain, tmp_path / "one").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
+    assert merged.keys() == oracle.keys()
+    for key, weight in oracle.items():
+        torch.testing.assert_close(merged[key], weight, atol=1e-5, rtol=1e-5)
+    assert files_of(tmp_path / "merged") == files_of(base)
 
 
 def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tmp_path: Path) -> None:
@@ -474,45 +347,11 @@ def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tm
     torch.testing.assert_close(merged(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_average_of_adapters_with_other_modules_in_full_is_merged(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32, adapter=WHOLE)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    other = write_sft_adapter(base, tmp_path / "other", modules_to_save=["lm_head"])
-    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
-    with pytest.raises(ConfigError, match="the same modules in full"):
-        export_models([checkpoint, other], tmp_path / "out", averaged)
-    merging = replace(averaged, export=replace(averaged.export, merge=True))
-    export_models([checkpoint, other], tmp_path / "out", merging)
-    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    trained = SavedSlices.find(checkpoint, "engine").whole("model.norm.modules_to_save.default.weight")
-    wanted = 0.5 * trained + 0.5 * start["model.norm.weight"]
-    torch.testing.assert_close(merged["model.norm.weight"], wanted, atol=1e-6, rtol=1e-6)
-
-
-def test_members_of_an_average_that_do_not_go_together(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, variant=AdapterVariant.dora))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    averaged = replace(config, export=ExportConfig(average=["a", "b"]))
-    with pytest.raises(ConfigError, match="an average of DoRA adapters is no adapter"):
-        export_models([checkpoint, checkpoint], tmp_path / "out", averaged)
-    export_checkpoint(checkpoint, tmp_path / "adapter", config)
-    with pytest.raises(ConfigError, match="are not of one kind"):
-        export_models([base, tmp_path / "adapter"], tmp_path / "out", run_of(base, dtype=Dtype.fp32))
-    lora = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2))
-    other = write_sft_adapter(write_model(tmp_path / "wide" / base.name, hidden_size=64), tmp_path / "sft")
-    last = checkpoint_of(weights_of(lora), tmp_path / "step-000002")
-    with pytest.raises(ConfigError, match="is an adapter of another model"):
-        export_models([last, other], tmp_path / "out", lora)
-    assert not (tmp_path / "out").exists()
-
-
-def test_sources_without_a_moving_average_have_none(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(weights=ExportedWeights.ema))
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    for source in (checkpoint, base):
-        with pytest.raises(ConfigError, match=r"only checkpoints of runs with trainer\.ema_decay"):
-            export_models([source], tmp_path / "out", config)
+    with pytest.raises(ConfigError, match=r"only checkpoints of runs with trainer\.ema_decay"):
+        export_checkpoint(checkpoint, tmp_path / "out", config)
 
 
 def test_a_failed_check_leaves_nothing(base: Path, tmp_path: Path) -> None:
@@ -524,5 +363,5 @@ def test_a_failed_check_leaves_nothing(base: Path, tmp_path: Path) -> None:
         raise CheckpointError("different", remedy="none")
 
     with pytest.raises(CheckpointError, match="different"):
-        export_models([checkpoint], tmp_path / "out", config, check=check)
+        export_checkpoint(checkpoint, tmp_path / "out", config, check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

@@ -1,16 +1,11 @@
-"""Several adapters as one: its precision, and the one scale that any loader reads."""
-
-from pathlib import Path
+"""Two adapters as one: its precision, and the one scale that any loader reads."""
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_weights import AdapterWeights, stack
-from dpo_dist.model.merge import write_merged
-from tests.support.tiny_model import write_model
 
 
 def part(layers: list[str], rank: int, alpha: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
@@ -20,52 +15,33 @@ def part(layers: list[str], rank: int, alpha: int, dtype: torch.dtype, seed: int
     for layer in layers:
         weights[f"{layer}.lora_A.weight"] = torch.randn(rank, 8).to(dtype)
         weights[f"{layer}.lora_B.weight"] = torch.randn(8, rank).to(dtype)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)
-    return AdapterWeights(config, frozenset(weights), weights.__getitem__)
+    return AdapterWeights(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), weights)
 
 
-def update(adapter: AdapterWeights, layer: str, scale: float | None = None) -> Tensor:
+def update(adapter: AdapterWeights, layer: str, scale: float | None = None) -> Tensor | float:
     """The update of a layer in float64, with the scale of the adapter or another one."""
-    down, up = (adapter.read(f"{layer}.lora_{name}.weight").double() for name in "AB")
+    if f"{layer}.lora_A.weight" not in adapter.weights:
+        return 0.0
+    down, up = (adapter.weights[f"{layer}.lora_{name}.weight"].double() for name in "AB")
     return (adapter.scaling(layer, len(down)) if scale is None else scale) * (up @ down)
 
 
-@pytest.fixture
-def parts() -> list[tuple[float, AdapterWeights]]:
-    """Other layers, ranks, scales and precisions; the first is the least precise."""
-    return [
-        (0.3, part(["x.q", "x.v"], 3, 5, torch.bfloat16, 1)),
-        (0.7, part(["x.k", "x.v"], 2, 7, torch.float32, 2)),
-    ]
-
-
-def test_a_stack_is_the_sum_in_float32(parts: list[tuple[float, AdapterWeights]]) -> None:
-    config, weights = stack(parts)
-    stacked = AdapterWeights(config, frozenset(weights), weights.__getitem__)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_stack_is_the_sum_in_float32_with_one_scale(use_rslora: bool) -> None:
+    """Of other layers, ranks, scales and precisions. Some loaders read no patterns."""
+    above, below = (
+        part(["x.q", "x.v"], 3, 5, torch.bfloat16, 1),
+        part(["x.k", "x.v"], 2, 7, torch.float32, 2),
+    )
+    above.config.use_rslora = below.config.use_rslora = use_rslora
+    stacked = stack(above, below)
+    assert stacked.config.r == 5  # the largest, for which such a loader makes room
     for layer in ("x.q", "x.k", "x.v"):
-        wanted = sum(factor * update(one, layer) for factor, one in parts if layer in one.layers)
-        torch.testing.assert_close(update(stacked, layer), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_all_layers_of_a_stack_have_one_scale(parts: list[tuple[float, AdapterWeights]]) -> None:
-    """Some loaders, such as vLLM's until 2026, read `lora_alpha` and `r` only, and no patterns."""
-    config, weights = stack(parts)
-    stacked = AdapterWeights(config, frozenset(weights), weights.__getitem__)
-    assert config.r == 5  # the largest, for which such a loader makes room
-    for layer in ("x.q", "x.k", "x.v"):
+        found = update(stacked, layer)
+        torch.testing.assert_close(found, update(above, layer) + update(below, layer), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            update(stacked, layer, config.lora_alpha / config.r), update(stacked, layer)
+            update(stacked, layer, stacked.config.lora_alpha / stacked.config.r), found
         )
-
-
-def test_a_stack_of_rslora_has_the_scale_of_lora(parts: list[tuple[float, AdapterWeights]]) -> None:
-    for _, one in parts:
-        one.config.use_rslora = True
-    config, weights = stack(parts)
-    stacked = AdapterWeights(config, frozenset(weights), weights.__getitem__)
-    for layer in ("x.q", "x.k", "x.v"):
-        wanted = sum(factor * update(one, layer) for factor, one in parts if layer in one.layers)
-        torch.testing.assert_close(update(stacked, layer), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_patterns_name_the_ends_of_layers_as_in_peft() -> None:
@@ -75,11 +51,3 @@ def test_patterns_name_the_ends_of_layers_as_in_peft() -> None:
     model = inject_adapter_in_model(one.config, nn.ModuleDict({"x": layers}))
     for layer, alpha in (("x.q", 10), ("x.v", 4), ("x.vq", 6)):
         assert one.scaling(layer, 2) == alpha / 2 == model.get_submodule(layer).scaling["default"]
-
-
-def test_a_layer_that_the_files_of_the_base_lack_is_an_error(tmp_path: Path) -> None:
-    adapter = part(["model.layers.9.self_attn.q_proj"], 2, 6, torch.float32, 1)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="has layers that the files of its base do not") as raised:
-        write_merged(tmp_path / "out", write_model(tmp_path / "base"), [(1.0, adapter)], str, None)
-    assert "layers.9.self_attn.q_proj" in raised.value.got

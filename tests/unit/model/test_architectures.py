@@ -11,14 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.batching.pack import Sequences
-from dpo_dist.batching.plan import RopeLimits
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.rotary import rope_limits
+from dpo_dist.model.rotary import rope_limit
 from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
@@ -153,8 +153,9 @@ def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Non
     pairs = random_pairs(shapes)
     alone = [Sequences(pair.prompt_ids, (response,)) for pair in pairs for response in pair.responses]
     expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [single]) for single in alone])
-    logps = packed(causal_lm)(pack_unkeyed(pairs))
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    model = packed(causal_lm)
+    model.start_as(Arrangement.packed, LONGEST)
+    torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +180,7 @@ def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, 
         "original_max_position_embeddings": LONGEST,
     }
     (tmp_path / "config.json").write_text(json.dumps(written))
-    limits = rope_limits(load_config(tmp_path, ModelConfig()))
-    assert limits == (RopeLimits((), LONGEST) if dynamic else RopeLimits((LONGEST,), None))
+    assert rope_limit(load_config(tmp_path, ModelConfig())) == LONGEST
 
 
 def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:

@@ -24,7 +24,6 @@ from dpo_dist.model import sdpa
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
 from tests.support.kernels import masked_attention, put_kernels
-from tests.unit.model.test_context_memory import Live
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -321,30 +320,3 @@ def test_a_window_costs_its_width_and_not_the_whole_sequence(monkeypatch: pytest
     with torch.no_grad():
         packed_attention(layout, AttentionBackend.sdpa, CPU)(heads[0], heads[1], heads[2], Scores(rule=rule))
     assert sum(products) < 1.5 * 512 * sum(layout[0])
-
-
-def peak_bytes(kind: str, tokens: int) -> int:
-    """Return the most bytes of tensors at a time, in forward and backward, beside the inputs."""
-    layout: Layout = ((tokens, tokens, tokens),)
-    heads = random_heads(layout, 16 if kind == "values of another dimension" else DIM)
-    rule, _ = window(300)
-    scores = {
-        "window": Scores(rule=rule, window=300),
-        "softcap": Scores(softcap=2.0),
-        "softcap and window": Scores(rule=rule, window=300, softcap=2.0),
-        "sinks": Scores(sinks=torch.zeros(HEADS, requires_grad=True)),
-    }.get(kind, Scores())
-    with Live() as live:
-        attended = packed_attention(layout, AttentionBackend.sdpa, CPU)(*heads, scores)
-        attended.sum().backward()
-    return live.peak
-
-
-@pytest.mark.parametrize(
-    "kind", ["full", "window", "softcap", "softcap and window", "sinks", "values of another dimension"]
-)
-def test_memory_grows_with_the_length_and_not_with_its_square(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    assert peak_bytes(kind, 2400) < 2.3 * peak_bytes(kind, 1200)

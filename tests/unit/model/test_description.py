@@ -102,7 +102,7 @@ def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) 
     parts = {"text_config": {"torch_dtype": "bfloat16"}, "vision_config": {"depth": 1}}
     content = {"model_type": "x", "architectures": ["X"], "transformers_weights": "a.safetensors", **parts}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "architectures": ["XForCausalLM"]}))
-    restore_description(tmp_path, {"config.json": json.dumps(content).encode()}, torch.float16)
+    restore_description(tmp_path, {"config.json": json.dumps(content).encode()}, torch.float16, {})
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "model_type": "x",
         "architectures": ["XForCausalLM"],

@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.batching.pack import Sequences
-from dpo_dist.batching.plan import Arrangement, RopeLimits, example_sizes
-from dpo_dist.model.flops import compute_costs, count_flops
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.rotary import RotaryByLength, rope_limits
+from dpo_dist.model.rotary import rope_limit
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, with_rope
 
@@ -56,7 +54,9 @@ def expected_values(causal_lm: Any, pairs: list[Sequences]) -> tuple[Tensor, dic
 def check(causal_lm: Any, pairs: list[Sequences], arrangement: Arrangement = Arrangement.packed) -> None:
     expected, expected_gradients = expected_values(causal_lm, pairs)
     model = packed(causal_lm).train()
-    model.arrange(arrangement, own_logits=False)
+    longest = max(len(pair.prompt_ids) + len(response) for pair in pairs for response in pair.responses)
+    model.start_as(arrangement, longest)
+    assert model.arrangement is (Arrangement.single if model.mixes_lengths(longest) else arrangement)
     for _ in range(2):  # whatever the forward before was
         logps = model(pack_unkeyed(pairs))
         assert (logps - expected).norm() <= 1e-6 * expected.norm()
@@ -90,16 +90,11 @@ def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
     check(model_of("llama", rope_type), random_pairs(lengths))
 
 
-@pytest.mark.parametrize("arrangement", [Arrangement.padded, Arrangement.single])
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rows_of_one_response(arrangement: Arrangement, rope_type: str) -> None:
-    check(model_of("llama", rope_type), random_pairs(SHAPES), arrangement)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_a_forward_does_not_depend_on_those_before(model_type: str, rope_type: str) -> None:
     model = packed(model_of(model_type, rope_type))
+    model.start_as(Arrangement.packed, 29)
     for lengths in ([(20, 9, 4)], [(10, 6, 7)], [(4, 5, LIMIT - 4)], [(9, 6, 9)]):
         pairs = random_pairs(lengths)
         expected, _ = expected_values(model_of(model_type, rope_type), pairs)
@@ -119,6 +114,7 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     ids = torch.arange(3, 3 + LIMIT + 4)[None]
     expected = copy.deepcopy(causal_lm)(ids).logits
     model = packed(causal_lm)
+    model.start_as(Arrangement.packed, 29)
     model(pack_unkeyed(random_pairs([(20, 9, 3)])))
     with model.unpacked() as unpacked:
         torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
@@ -128,32 +124,9 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_is_given_back_has_seen_no_sequence() -> None:
-    causal_lm = model_of("llama", "dynamic")
-    ids = torch.arange(3, 3 + LIMIT + 4)[None]
-    expected, own = copy.deepcopy(causal_lm)(ids).logits, causal_lm.model.rotary_emb
-    model = packed(causal_lm)
-    with model.unpacked() as unpacked:
-        unpacked(torch.ones(1, 40, dtype=torch.int64))
-    model.restore_rotary()
-    assert causal_lm.model.rotary_emb is own
-    with model.unpacked() as unpacked:
-        torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_a_prompt_is_repeated_only_where_frequencies_differ() -> None:
-    calls: list[int] = []
-    causal_lm = model_of("llama", "longrope")
-    model = packed(causal_lm)
-    causal_lm.model.embed_tokens.register_forward_hook(lambda _m, args, _o: calls.append(args[0].numel()))
-    model(pack_unkeyed(random_pairs([(4, 3, 4)])))  # all short
-    model(pack_unkeyed(random_pairs([(10, 5, 6)])))  # all long
-    model(pack_unkeyed(random_pairs([(10, 2, 6)])))  # one of each
-    assert calls == [4 + 2 + 3, 10 + 4 + 5, 20 + 1 + 5]
-
-
 def test_the_routing_of_a_batch_needs_one_target_only() -> None:
     model = packed(model_of("phimoe", "longrope")).eval()
+    model.start_as(Arrangement.packed, 17)
     batch = pack_unkeyed(random_pairs(SHAPES))
     with torch.no_grad():
         logps, whole = model(batch, with_routing=True)
@@ -162,41 +135,7 @@ def test_the_routing_of_a_batch_needs_one_target_only() -> None:
     torch.testing.assert_close(first, logps[:1])
 
 
-def test_lengths_with_equal_frequencies_have_one_representative() -> None:
-    def found(limits: RopeLimits, *lengths: int) -> list[int]:
-        return limits.representatives(np.array(lengths)).tolist()
-
-    assert found(RopeLimits((16, 8), None), 1, 8, 9, 16, 17, 99) == [0, 0, 9, 9, 17, 17]
-    assert found(RopeLimits((), 8), 1, 8, 9, 10) == [0, 0, 9, 10]
-    assert found(RopeLimits((4,), 8), 4, 5, 8, 9) == [0, 5, 5, 9]
-
-
-@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_the_token_budget_counts_every_copy_of_a_prompt(rope_type: str) -> None:
-    causal_lm = model_of("llama", rope_type)
-    rotary = RotaryByLength.of(causal_lm)
-    assert rotary is not None
-    shapes = [*SHAPES, (8, 2, 6, 7, 7, 5), (13, 1, 1)]
-    prompts, counts = np.array([shape[0] for shape in shapes]), np.array([len(shape) - 1 for shape in shapes])
-    responses = np.array([tokens for _, *of_example in shapes for tokens in of_example])
-    sizes = example_sizes(prompts, responses, counts, compute_costs(count_flops(causal_lm.config)))
-    layouts = [rotary.arrange(pack_unkeyed([pair])).layout for pair in random_pairs(shapes)]
-    assert sizes.tokens.tolist() == [sum(map(sum, layout)) for layout in layouts]
-    assert sizes.rows_tokens.tolist() == [
-        (len(shape) - 1) * shape[0] + sum(shape[1:]) - (len(shape) - 1) for shape in shapes
-    ]
-    assert max(map(len, layouts)) > 1
-    for layout, attended in zip(layouts, sizes.attended, strict=True):
-        keys = (range(p, p + n) for p, *of_example in layout for n in of_example)
-        own = sum(sum(position + 1 for position in positions) for positions in keys)
-        assert attended == own + sum(prompt * (prompt + 1) // 2 for prompt, *_ in layout)
-
-
-def test_models_with_fixed_frequencies_keep_their_own_embedding() -> None:
+def test_fixed_frequencies_have_no_limit() -> None:
     for rope_type in ("linear", "yarn", "llama3"):
-        causal_lm = model_of("llama", rope_type)
-        assert rope_limits(causal_lm.config) is None
-        before = causal_lm.model.rotary_emb
-        packed(causal_lm)
-        assert causal_lm.model.rotary_emb is before
-    assert rope_limits(tiny_config("gpt2")) is None
+        assert rope_limit(model_of("llama", rope_type).config) is None
+    assert rope_limit(tiny_config("gpt2")) is None

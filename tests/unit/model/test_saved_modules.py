@@ -15,10 +15,10 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import check_start, trained_adapter
-from dpo_dist.model.adapter_weights import AdapterWeights
+from dpo_dist.model.adapter_weights import read_adapter
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.load import load_config, load_packed
-from dpo_dist.model.lora import TRAINED, adapted_layers, adapter_off, add_adapter, load_adapter, write_initial
+from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.save import write_model_folder
 from tests.support import tiny
@@ -45,14 +45,6 @@ def adapted(folder: Path, start: Path | None = None, **adapter: Any) -> PackedCa
     config = config_of(folder, path=None if start is None else str(start), **adapter)
     model = load_packed(folder, config, 64, torch.device("cpu"))
     add_adapter(model, config, 0, start)
-    return model
-
-
-def resumed(folder: Path, initial: Path) -> PackedCausalLM:
-    """A policy of `init: pissa` before the checkpoint of its run is loaded."""
-    config = config_of(folder, init="pissa")
-    model = load_packed(folder, config, 64, torch.device("cpu"))
-    add_adapter(model, config, 0, initial=initial)
     return model
 
 
@@ -110,12 +102,10 @@ def test_only_copies_are_trained_and_the_start_is_the_base(folder: Path) -> None
 
 
 def test_plain_peft_computes_the_log_probs_of_training(folder: Path, tmp_path: Path) -> None:
-    model = adapted(folder, init="pissa")
-    write_initial(model.causal_lm, TRAINED, tmp_path / "initial")
+    model = adapted(folder)
     move(model)
     weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
-    parts = [(-1.0, AdapterWeights.of_folder(tmp_path / "initial"))]
-    write_model_folder(tmp_path / "out", model.causal_lm, weights, tiny.qwen(), parts=parts)
+    write_model_folder(tmp_path / "out", model.causal_lm, weights, tiny.qwen())
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert written["modules_to_save"] == ["lm_head", "model.embed_tokens", "model.norm"]
     files = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -123,9 +113,6 @@ def test_plain_peft_computes_the_log_probs_of_training(folder: Path, tmp_path: P
         f"base_model.model.{name}.weight" for name in written["modules_to_save"]
     }
     torch.testing.assert_close(of_peft(folder, tmp_path / "out"), model(BATCH), atol=1e-5, rtol=1e-5)
-    again = resumed(folder, tmp_path / "initial")
-    again.load_state_dict(model.state_dict(), strict=False)
-    assert torch.equal(again(BATCH), model(BATCH))
     scored = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))
     load_adapter(scored, tmp_path / "out")
     torch.testing.assert_close(scored(BATCH), model(BATCH), atol=1e-5, rtol=1e-5)
@@ -149,8 +136,8 @@ def test_an_sft_adapter_with_whole_modules_is_start_and_reference(
             assert torch.equal(model(BATCH), before)
         weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
         out = tmp_path / f"out{len(saved)}"
-        parts = [(1.0, AdapterWeights.of_folder(sft))] if on_top else []
-        write_model_folder(out, model.causal_lm, weights, tiny.qwen(), parts=parts)
+        below = read_adapter(sft) if on_top else None
+        write_model_folder(out, model.causal_lm, weights, tiny.qwen(), below=below)
         torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
         assert (of_peft(folder, out) - started).abs().max() > 0.01
 

@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> RunConfig:
 def export(config: RunConfig, output: Path, **options: Any) -> None:
     chosen = replace(config, export=ExportConfig(check=False, **options))
     checkpoint = Path(str(config.run.dir)) / "checkpoints" / "step-000001"
-    export_model(chosen, [checkpoint], output, Console(None))
+    export_model(chosen, checkpoint, output, Console(None))
 
 
 def test_a_changed_base_is_refused_where_it_becomes_part_of_the_result(
@@ -77,18 +77,4 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_full_disk(
     with pytest.raises(CheckpointError, match="the checkpoint has been removed") as found:
         export(config, tmp_path / "out")
     assert found.value.where.endswith("step-000001")
-    assert not (tmp_path / "out").exists()
-
-
-def test_checkpoints_of_adapters_that_started_from_other_models_are_no_average(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    first = tmp_path / "run" / "checkpoints" / "step-000001"
-    second = shutil.copytree(first, tmp_path / "other" / "checkpoints" / "step-000002")
-    averaged = replace(config, export=ExportConfig(check=False, average=["a", "b"]))
-    export_model(averaged, [first, second], tmp_path / "same", Console(None))
-    (second / "state.json").write_text(json.dumps({"world_size": 1, "model": "f" * 64}))
-    with pytest.raises(ConfigError, match="adapters of different models") as found:
-        export_model(averaged, [first, second], tmp_path / "out", Console(None))
-    assert f"{second} of ffffffffffff" in found.value.got
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import OptimConfig, RunConfig
 from dpo_dist.config.verb_options import ExportConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.exported import find_checkpoint, find_output, find_sources
+from dpo_dist.training.exported import find_checkpoint, find_members, find_output
 
 
 @pytest.fixture
@@ -40,7 +40,6 @@ def named(config: RunConfig, checkpoint: str) -> RunConfig:
 def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
     folder = find_checkpoint(named(config, checkpoint))
     assert folder == tmp_path / "checkpoints" / found
-    assert find_sources(named(config, checkpoint)) == [folder]
     assert find_output(config, [folder]) == tmp_path / "exported" / found
     merged = replace(config, export=ExportConfig(merge=True))
     assert find_output(merged, [folder]) == tmp_path / "exported" / f"{found}-merged"
@@ -69,61 +68,10 @@ def test_another_configuration_than_the_runs_is_shown_in_part(config: RunConfig)
     assert "without model.path" in raised.value.remedy
 
 
-def test_members_of_an_average_may_be_named_without_zeros(config: RunConfig, tmp_path: Path) -> None:
-    average = replace(config, export=ExportConfig(average=["step-100", "step-000200"]))
-    assert [folder.name for folder in find_sources(average)] == ["step-000100", "step-000200"]
-
-
-def test_a_member_by_two_names_is_one_member_twice(config: RunConfig, tmp_path: Path) -> None:
-    own = f"{tmp_path}/checkpoints/step-000100"
-    for twice in (["step-100", "step-000100"], ["step-000100", "step-000200", own]):
-        with pytest.raises(ConfigError, match="named twice"):
-            find_sources(replace(config, export=ExportConfig(average=twice)))
-
-
 def test_a_damaged_checkpoint_is_not_called_missing(config: RunConfig, tmp_path: Path) -> None:
     newest = tmp_path / "checkpoints" / "step-000200"
     (newest / "state.json").unlink()
     assert find_checkpoint(config) == newest  # whose files are checked later
-    members = replace(config, export=ExportConfig(average=["step-000100", "step-000200"]))
-    assert find_sources(members) == [newest.with_name("step-000100"), newest]
-
-
-@pytest.mark.parametrize(
-    ("other", "is_same"), [("{r: 4}", True), ("{r: 4, alpha: 64}", False), ("{r: 4, init: pissa}", False)]
-)
-def test_a_checkpoint_of_another_run_has_the_same_adapter(
-    other: str, is_same: bool, config: RunConfig, tmp_path: Path
-) -> None:
-    command = ["model.path=org/model", "data.train=[pairs.jsonl]"]
-    own = load_run_config([*command, "model.adapter={r: 4}", f"run.dir={tmp_path}"])
-    (tmp_path / "config.yaml").write_text(to_yaml(own))
-    member = tmp_path / "second" / "checkpoints" / "step-000300"
-    member.mkdir(parents=True)
-    (member / "state.json").write_text("{}")
-    averaged = replace(own, export=ExportConfig(average=["step-000100", str(member)]))
-    with pytest.raises(ConfigError, match="the run of a member of the average cannot be read"):
-        find_sources(averaged)
-    run = load_run_config([*command, f"model.adapter={other}", f"run.dir={tmp_path}/second"])
-    (tmp_path / "second" / "config.yaml").write_text(to_yaml(run))
-    if is_same:
-        assert find_sources(averaged)[1] == member
-    else:
-        with pytest.raises(ConfigError, match="of another kind of adapter"):
-            find_sources(averaged)
-
-
-def test_a_checkpoint_of_an_earlier_version_has_the_same_adapter(config: RunConfig, tmp_path: Path) -> None:
-    command = ["model.path=org/model", "data.train=[pairs.jsonl]", "model.adapter={path: sft}"]
-    member = tmp_path / "second" / "checkpoints" / "step-000300"
-    member.mkdir(parents=True)
-    (member / "state.json").write_text("{}")
-    runs = [load_run_config([*command, f"run.dir={folder}"]) for folder in (tmp_path, tmp_path / "second")]
-    (tmp_path / "config.yaml").write_text(to_yaml(runs[0]))
-    former = to_yaml(runs[1]).replace("    init: null\n", "    init: default\n")
-    (tmp_path / "second" / "config.yaml").write_text(former)
-    averaged = replace(runs[0], export=ExportConfig(average=["step-000100", str(member)]))
-    assert find_sources(averaged)[1] == member
 
 
 def test_keys_of_another_run_are_refused(config: RunConfig) -> None:
@@ -138,16 +86,17 @@ def test_an_existing_folder_is_not_replaced(config: RunConfig, tmp_path: Path) -
         find_output(given, [find_checkpoint(given)])
 
 
-def test_members_of_an_average_by_name_or_folder(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "other" / "model").mkdir(parents=True)
-    (tmp_path / "other" / "model" / "config.json").write_text("{}")
-    members = ["step-000200", "step-000100", f"{tmp_path}/other/model"]
-    averaged = replace(config, export=ExportConfig(average=members))
-    checkpoints = tmp_path / "checkpoints"
-    found = [checkpoints / "step-000200", checkpoints / "step-000100", tmp_path / "other/model"]
-    assert find_sources(averaged) == found
-    assert find_output(averaged, found) == tmp_path / "exported" / "average"
-    absent = replace(config, export=ExportConfig(average=["step-000200", "step-000300"]))
-    with pytest.raises(ConfigError, match="neither a checkpoint nor a model") as missing:
-        find_sources(absent)
-    assert missing.value.got == "step-000300"
+def test_members_of_an_average_are_model_folders(config: RunConfig, tmp_path: Path) -> None:
+    folders = [tmp_path / "other" / "model", tmp_path / "model"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    averaged = replace(config, export=ExportConfig(average=[str(folder) for folder in folders]))
+    assert find_members(averaged) == folders
+    assert find_output(averaged, folders) == tmp_path / "exported" / "average"
+    checkpoint = f"{tmp_path}/checkpoints/step-000100"
+    with pytest.raises(ConfigError, match="is no model folder") as missing:
+        find_members(replace(config, export=ExportConfig(average=[str(folders[0]), checkpoint])))
+    assert missing.value.got == checkpoint
+    with pytest.raises(ConfigError, match="named twice"):
+        find_members(replace(config, export=ExportConfig(average=[str(folders[0]), f"{folders[0]}/."])))

@@ -185,18 +185,6 @@ def test_a_users_error_removes_a_run_directory_without_steps(assets: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_removed_with_the_initial_values_of_an_adapter(assets: Path, tmp_path: Path) -> None:
-    config = run_of(assets, tmp_path)
-    values = RunFolder.of(config).initial_adapter
-
-    def write() -> None:
-        values.mkdir()
-        (values / "adapter_config.json").touch()
-
-    fail_after_logs(config, ConfigError("of the check before the first step"), write)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_directory_is_kept_after_other_errors_and_after_earlier_starts(
     assets: Path, tmp_path: Path
 ) -> None:
