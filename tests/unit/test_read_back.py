@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.run_folder import BEST, RunFolder, best_checkpoints
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.folders import check_card
 from dpo_dist.data.store import ARRAYS, EncodedSource, find_damage, read_manifest, view
 from dpo_dist.distributed import manifest as checkpoint_manifest
 from dpo_dist.distributed.checkpoint_files import (
@@ -37,7 +36,6 @@ from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.files import content_digest, read_small, recall, text_digest
 from dpo_dist.insight.console import open_console
 from dpo_dist.insight.metrics.log import MetricsLog, read_latest_rows
-from dpo_dist.insight.pages.facts import read_facts
 from dpo_dist.insight.pages.render import json_rows
 from dpo_dist.model.folder import check_weights, read_model_json
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
@@ -388,15 +386,3 @@ def test_nothing_is_written_through_a_link_of_a_run_directory(tmp_path: Path) ->
         _lock(run, [])
     StackFile(run.rank_stacks(0)).write("a reason")
     assert victim.read_text() == "mine\n"
-
-
-def test_references_of_references_in_yaml_are_followed_once(tmp_path: Path) -> None:
-    levels = [f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}, *l{n - 1}, *l{n - 1}]" for n in range(1, 40)]
-    text = "\n".join(["data_files: &l0 [a.jsonl, ../b.jsonl]", *levels, "configs: [{data_files: *l39}]"])
-    (tmp_path / ".huggingface.yaml").write_text(text)
-    with pytest.raises(DataError, match="outside its folder"):
-        check_card(tmp_path)
-    (tmp_path / ".huggingface.yaml").write_text(text.replace("../", ""))
-    check_card(tmp_path)
-    (tmp_path / "config.yaml").write_text(text)
-    assert read_facts(RunFolder(tmp_path), None).config == {}
