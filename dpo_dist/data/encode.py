@@ -87,11 +87,7 @@ def encode_pair(
         data_config: limits in tokens, truncation, and the keys about templates and untrained parts.
 
     Returns:
-        The example, or a bad record with the reason `template_rejected`, `tools_not_rendered`,
-        `calls_not_rendered`, `thought_not_rendered`, `turn_not_rendered`, `turns_not_found`,
-        `reserved_character`, `special_token_in_text`, `empty_prompt`, `too_long`, `prompt_fills_max_length`,
-        `response_fills_max_length`, `no_trained_token`, `identical_after_encoding` or
-        `identical_after_truncation`.
+        The example, or a bad record with its reason.
 
     Raises:
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
