@@ -4,7 +4,6 @@ Every reader gets pickles, forged headers and wrong types in place of its file, 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -18,10 +17,8 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from dpo_dist.config.data import DataConfig
 from dpo_dist.config.run_folder import BEST, RunFolder, best_checkpoints
-from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.store import ARRAYS, EncodedSource, find_damage, read_manifest, view
+from dpo_dist.data.store import read_manifest
 from dpo_dist.distributed import manifest as checkpoint_manifest
 from dpo_dist.distributed.checkpoint_files import (
     load_random_states,
@@ -32,7 +29,7 @@ from dpo_dist.distributed.checkpoint_files import (
 from dpo_dist.distributed.failures import StackFile
 from dpo_dist.distributed.manifest import find_faults, has_all_files, write_manifest
 from dpo_dist.distributed.slices import SavedSlices
-from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
+from dpo_dist.foundation.errors import CheckpointError, DpoDistError
 from dpo_dist.foundation.files import content_digest, read_small, recall, text_digest
 from dpo_dist.insight.console import open_console
 from dpo_dist.insight.metrics.log import MetricsLog, read_latest_rows
@@ -227,136 +224,6 @@ def test_forged_ends_of_a_shard_count_as_damage(ends: list[int], tmp_path: Path)
     tensors = {"keys": keys, "ends": of_entries, "checks": checks, "values": np.zeros(2, np.float32)}
     save_arrays(tensors, tmp_path / name)
     assert open_shard(tmp_path / name) is None
-
-
-def encoded(folder: Path, **changed: list[int]) -> Path:
-    """An encoded source of one pair, with arrays changed and digests that fit."""
-    arrays: dict[str, Any] = {name: [] for name in ARRAYS} | {
-        "ids": [1, 2, 3],
-        "piece_starts": [0, 1, 2],
-        "piece_tokens": [1, 1, 1],
-        "pair_pieces": [3],
-        "keys": [0] * 4,
-        "scores": [0, 0],
-        "mask_starts": [0, 0],
-        "trained_tokens": [1, 1],
-        "truncated": [0, 0],
-        "prompts": [0],
-        "origins": [0, 1],
-        "outcomes": [0],
-    }
-    folder.mkdir()
-    digests, sizes = {}, {}
-    for name, values in (arrays | changed).items():
-        content = np.asarray(values, dtype=ARRAYS[name]).tobytes()
-        (folder / f"{name}.bin").write_bytes(content)
-        digests[name], sizes[name] = hashlib.blake2b(content, digest_size=16).hexdigest(), len(values)
-    manifest = {
-        "fingerprint": "f",
-        "whole": True,
-        "records": 1,
-        "largest_id": 3,
-        "sizes": sizes,
-        "digests": digests,
-        "outcomes": [[None, 1, [], "text"]],
-        "files": ["."],
-        "examples": [],
-    }
-    sign(folder, manifest)
-    return folder
-
-
-def sign(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(json.dumps({"digest": text_digest(text), "content": text}))
-
-
-def look(folder: Path) -> int | None:
-    """The pairs of an encoded source, as a run finds them; None if it is damaged."""
-    manifest = read_manifest(folder)
-    if manifest is None or find_damage(folder, manifest):
-        return None
-    return view(EncodedSource("a.jsonl", folder), manifest).pairs
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"piece_starts": [0, 1, 10**12]},
-        {"piece_starts": [0, -1, 2]},
-        {"piece_tokens": [1, 1, 2**31 - 1]},
-        {"piece_starts": [0, 1, 2**63 - 1]},
-        {"pair_pieces": [10**12]},
-        {"pair_pieces": [-1]},
-        {"pair_pieces": [1]},
-        {"pair_pieces": [2**62, -(2**62)], "prompts": [0, 0], "origins": [0, 1, 0, 1]},
-        {"outcomes": [2**31 - 1]},
-        {"outcomes": [-1]},
-        {"keys": [0] * 2},
-        {"scores": []},
-        {"prompts": []},
-        {"origins": [5, 1]},
-        {"origins": [-5, 1]},
-        {"trained_tokens": [5, 1]},
-        {"trained_tokens": [-1, 1]},
-        {"trained_tokens": [1, 0], "mask_starts": [0, 10**12]},
-        {"trained_tokens": [1, 0], "trained": [1], "mask_starts": [0, -7]},
-    ],
-    ids=str,
-)
-def test_forged_offsets_of_encoded_data_are_an_error(changed: dict[str, list[int]], tmp_path: Path) -> None:
-    assert look(encoded(tmp_path / "whole")) == 1
-    with pytest.raises(DataError, match="digests do not show"):
-        look(encoded(tmp_path / "forged", **changed))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sizes": {"ids": 10**12}},
-        {"sizes": {"ids": "3"}},
-        {"sizes": []},
-        {"outcomes": [[None, "1", []]]},
-        {"outcomes": [[None, 10**30, []]]},
-        {"outcomes": [[["x"], 1, []]]},
-        {"outcomes": [[None, 1, [], 5]]},
-        {"fingerprint": 5},
-        {"outcomes": 1},
-        {"files": [1]},
-        {"examples": [[0, 7, 1, "a", "b"]]},
-        {"examples": [["a", 0, 1, "a", {}]]},
-        {"examples": [[0, 0, 1]]},
-        {"records": "1"},
-    ],
-    ids=str,
-)
-def test_a_forged_manifest_of_encoded_data_is_damage(change: dict[str, Any], tmp_path: Path) -> None:
-    folder = encoded(tmp_path / "folder")
-    stored = json.loads((folder / "manifest.json").read_bytes())
-    sign(folder, json.loads(stored["content"]) | change)
-    assert look(folder) is None
-
-
-def test_outcomes_of_more_examples_than_there_are_are_an_error(tmp_path: Path) -> None:
-    folder = encoded(tmp_path / "folder")
-    stored = json.loads((folder / "manifest.json").read_bytes())
-    sign(folder, json.loads(stored["content"]) | {"outcomes": [[None, 5, []]]})
-    with pytest.raises(DataError, match="digests do not show"):
-        look(folder)
-
-
-@pytest.mark.parametrize("ids", [[1, 2, 4], [1, 2, 2**31 - 1], [-1, 2, 3]], ids=str)
-def test_ids_above_the_largest_one_are_an_error_before_a_model_gets_them(
-    ids: list[int], tmp_path: Path
-) -> None:
-    for name, changed in (("whole", {}), ("forged", {"ids": ids})):
-        source = EncodedSource("a.jsonl", encoded(tmp_path / name, **changed))
-        dataset = open_dataset([source], DataConfig())
-        if name == "whole":
-            dataset.sequences(0)
-    with pytest.raises(DataError, match="digests do not show") as caught:
-        dataset.sequences(0)
-    assert caught.value.where == "a.jsonl:1"
 
 
 def make_pipe(path: Path) -> None:
