@@ -38,7 +38,7 @@ from dpo_dist.foundation.files import (
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 12
+_ENCODING_VERSION = 13
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",

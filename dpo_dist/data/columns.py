@@ -1,7 +1,6 @@
 """Other names of a source's fields: `columns` and `tags`, and LLaMA-Factory's `dataset_info.json`."""
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.counts import UNPAIRED_REMEDY
-from dpo_dist.data.folders import check_inside, is_saved
+from dpo_dist.data.folders import is_saved
 from dpo_dist.data.messages import (
     TAGS,
     fault_of,
@@ -208,7 +207,6 @@ def _unknown_columns(missing: list[str], seen: list[str], source: SourceConfig) 
 
 
 _FILE = "dataset_info.json"
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LOCATIONS = ("file_name", "hf_hub_url")
 # Locations that cannot be read here, and a checksum that only LLaMA-Factory's old loader compared.
 _OTHER_LOCATIONS = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -334,9 +332,6 @@ class _Entry:
             limit=self._limit(),
         )
         if self.entry.get("hf_hub_url"):
-            if not _HUB_NAME.fullmatch(self.entry["hf_hub_url"]):
-                raise self._fault("hf_hub_url is no name of a Hub dataset", self.entry["hf_hub_url"])
-            check_inside(filter(None, [self.entry.get("folder")]), self.where)
             return replace(
                 found,
                 path=self.entry["hf_hub_url"],
@@ -350,7 +345,6 @@ class _Entry:
                 raise self._fault(f"{key} has no effect on a file", self.entry[key], remedy=f"remove {key}")
         # LLaMA-Factory gives every local file the split train.
         split = self.entry.get("split")
-        check_inside([self.entry["file_name"]], self.where)
         path = self.file.parent / self.entry["file_name"]
         return replace(found, path=str(path), split=None if split == "train" else split)
 

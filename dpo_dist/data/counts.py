@@ -31,9 +31,6 @@ _WORDS = {
     "reserved_character": "a text has a character that the encoder reserves",
     "special_token_in_text": "a text spells a special token, and the tokenizer cannot encode it as text",
     "template_rejected": "the chat template rejects the conversation",
-    "tools_not_rendered": "the chat template does not write the tools",
-    "calls_not_rendered": "the chat template does not write a tool call",
-    "thought_not_rendered": "the chat template does not write the thought of the last turn",
     "turn_not_rendered": "the chat template does not write a turn of a response",
     "turns_not_found": "the turns of a response are not found in the output of the chat template",
     "no_trained_token": "the loss would count no token of a response",
@@ -58,7 +55,7 @@ _WORDS = {
     "ended_thought_reopened": "a response has a thought although the template ends it in the prompt",
     "prompt_not_prefix": "the chat template writes the prompt alone differently",
     "unknown_template_argument": "an argument that the chat template does not use",
-    "content_not_rendered": "the chat template omits or changes the text of a turn",
+    "content_not_rendered": "the chat template omits or changes a text, a thought, a tool or a call",
     "partly_trained": "the loss does not count all tokens of the responses",
     "ties_left_out": "pairs of equal scores, which are not used",
     "chat_template_not_applied": "plain text, although the tokenizer has a chat template",
@@ -175,11 +172,7 @@ UNPAIRED_REMEDY = (
 EMPTY_REMEDY = "check the path, or remove the source"
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
-_OTHER_TEMPLATE = "set data.chat_template to a template that writes them, or remove them from the records"
 _REMEDIES = {
-    "tools_not_rendered": _OTHER_TEMPLATE,
-    "calls_not_rendered": _OTHER_TEMPLATE,
-    "thought_not_rendered": _OTHER_TEMPLATE,
     "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
     "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
     "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
@@ -223,7 +216,8 @@ class Changes:
         prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
             the whole conversation.
         unknown_template_argument: whether the record has an argument that the chat template does not name.
-        content_not_rendered: whether the chat template omits or changes the content of a turn.
+        content_not_rendered: whether the chat template omits or changes the content of a turn, the last
+            thought, a tool or a call.
         partly_trained: whether the loss does not count all tokens of the responses.
         by_template: whether the chat template rendered the record; not counted, see `Outcome.read_as`.
     """

@@ -1,12 +1,11 @@
 """Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
-Nothing of the size of the dataset is in memory.
+Token ids and masks are never loaded. With several sources the other columns are, about 140 bytes a pair.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,13 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
+    COLUMNS,
     MEMO_FOLDER,
-    Column,
+    Array,
     EncodedSource,
-    Manifest,
-    SourceView,
-    check_ids,
-    concatenate,
+    Parts,
     data_fingerprint,
-    find_damage,
-    read_manifest,
+    joined,
     view,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -79,18 +75,18 @@ class PreferenceDataset:
     source_pairs: tuple[int, ...]
     source_labels: tuple[str, ...]
     largest_id: int
-    ids: Column
-    piece_starts: Column
-    piece_tokens: Column
-    pair_pieces: Column
-    keys: Column
-    scores: Column
-    trained: Column
-    mask_starts: Column
-    trained_tokens: Column
-    truncated: Column
-    prompts: Column
-    origins: Column
+    ids: Array | Parts
+    piece_starts: Array
+    piece_tokens: Array
+    pair_pieces: Array
+    keys: Array
+    scores: Array
+    trained: Array | Parts
+    mask_starts: Array
+    trained_tokens: Array
+    truncated: Array
+    prompts: Array
+    origins: Array
     encoded: tuple[EncodedSource, ...] = ()
 
     def __len__(self) -> int:
@@ -129,15 +125,11 @@ class PreferenceDataset:
             index: of the example.
             which: numbers of some of its responses; None: all.
             masked: whether the result has `masks`, so that only tokens that the loss counts are scored.
-
-        Raises:
-            DataError: an id is above `largest_id`, which was compared with the vocabulary of the model.
         """
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
-        check_ids((prompt, *responses), self.largest_id, lambda: str(self.origin(index)))
         masks = self.masks(index) if masked else ()
         if which is None:
             return Sequences(prompt, tuple(responses), masks)
@@ -261,8 +253,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         DataError: a file is damaged, more records were dropped than `data.max_bad_share` allows, or none is
             left.
     """
-    manifests = [_verified(source) for source in sources]
-    views = list(map(view, sources, manifests))
+    views = list(map(view, sources))
     counts = DataCounts()
     by_source = []
     for source, mapped in zip(sources, views, strict=True):
@@ -270,49 +261,19 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         by_source.append({"label": source.label, "path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
     check_split(counts)
-    fingerprints = [manifest.fingerprint for manifest in manifests]
-    limits = [source.limit for source in sources]
+    columns: dict[str, Any] = {name: joined(views, name) for name in COLUMNS if name != "outcomes"}
     return PreferenceDataset(
-        fingerprint=data_fingerprint(zip(fingerprints, limits, strict=True)),
+        fingerprint=data_fingerprint(
+            (mapped.manifest.fingerprint, source.limit) for mapped, source in zip(views, sources, strict=True)
+        ),
         counts=counts.as_dict() | {"sources": by_source},
         source_paths=tuple(file for mapped in views for file in mapped.files),
-        source_pairs=tuple(mapped.pairs for mapped in views),
+        source_pairs=tuple(mapped.counts.pairs for mapped in views),
         source_labels=tuple(source.label for source in sources),
-        largest_id=max(manifest.largest_id for manifest in manifests),
-        ids=_column(views, "ids"),
-        piece_starts=_column(views, "piece_starts", [len(mapped.arrays["ids"]) for mapped in views]),
-        piece_tokens=_column(views, "piece_tokens"),
-        pair_pieces=_column(views, "pair_pieces", [len(mapped.arrays["piece_starts"]) for mapped in views]),
-        keys=_column(views, "keys"),
-        scores=_column(views, "scores"),
-        trained=_column(views, "trained"),
-        mask_starts=_column(views, "mask_starts", [len(mapped.arrays["trained"]) for mapped in views]),
-        trained_tokens=_column(views, "trained_tokens"),
-        truncated=_column(views, "truncated"),
-        prompts=_column(views, "prompts"),
-        origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
+        largest_id=max(mapped.manifest.largest_id for mapped in views),
         encoded=tuple(sources),
+        **columns,
     )
-
-
-def _verified(source: EncodedSource) -> Manifest:
-    manifest = read_manifest(source.folder)
-    damaged = ["manifest"] if manifest is None else find_damage(source.folder, manifest)
-    if manifest is None or damaged:
-        raise DataError(
-            "the encoded data are damaged",
-            where=str(source.folder),
-            got=", ".join(damaged),
-            remedy="start again: damaged data are encoded again",
-        )
-    return manifest
-
-
-def _column(views: Sequence[SourceView], name: str, sizes: Sequence[Any] | None = None) -> Column:
-    """Concatenate an array of all sources; values shift by the `sizes` of the sources before."""
-    parts = [mapped.arrays[name] for mapped in views]
-    shifts = None if sizes is None else [sum(sizes[:number], 0) for number in range(len(parts))]
-    return concatenate(parts, shifts)
 
 
 def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
@@ -355,64 +316,6 @@ def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
     mixed = (keys[:, 0] ^ (keys[:, 1] << np.uint64(1))) * (2 * ranks + 1).astype(np.uint64)
     digests: npt.NDArray[np.uint64] = np.add.reduceat(mixed, starts)
     return digests
-
-
-_AT_ONCE = 64  # a store may have thousands of shards, and a call to the file system of a cluster takes time
-
-_State = tuple[int, int, int, int]
-
-
-class MappedFiles:
-    """Files as they are now. One that is deleted or replaced later stays readable where it is mapped.
-
-    One that is changed in place is not: its new values are read, and beyond its new end the process is killed
-    (SIGBUS). A new time alone is no change: programs of clusters touch files so that they do not count as
-    unused, and some file systems round times later.
-
-    Args:
-        paths: the files.
-        is_intact: reads a file whole and returns whether it has its content.
-    """
-
-    def __init__(self, paths: Iterable[Path], is_intact: Callable[[Path], bool]):
-        self._is_intact = is_intact
-        states = ((path, _state(path)) for path in paths)
-        self._states = {path: state for path, state in states if state is not None}
-        self._turns = itertools.cycle(self._states)
-
-    def check(self) -> None:
-        """Check the next 64 files: call it often.
-
-        Raises:
-            DataError: a file was changed in place.
-        """
-        for path in itertools.islice(self._turns, min(_AT_ONCE, len(self._states))):
-            before, now = self._states[path], _state(path)
-            if now is None or now[:2] != before[:2] or now == before:
-                continue
-            if now[2] != before[2] or not self._is_intact(path):
-                raise DataError(
-                    "a file was changed while the run reads it",
-                    where=str(path),
-                    got=f"{now[2]:,} bytes, written at {_time(now)}",
-                    expected=f"{before[2]:,} bytes, written at {_time(before)}",
-                    remedy="find the program that writes there; the same command checks all files again, "
-                    "makes damaged ones again and continues from the last checkpoint",
-                )
-            self._states[path] = now
-
-
-def _state(path: Path) -> _State | None:
-    """Return device, inode, size and time of the last change of a file; None if it cannot be found."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _time(state: _State) -> str:
-    return datetime.fromtimestamp(state[3] / 1e9).astimezone().isoformat(timespec="seconds")
 
 
 def check_ids_in_vocabulary(

@@ -21,7 +21,7 @@ from dpo_dist.config.data import DataConfig, OnBadRecord, TextTemplate, Truncati
 from dpo_dist.data.counts import NO_CHANGES, SHOWN_EXAMPLES, Changes, Outcome
 from dpo_dist.data.escape import RESERVED, RESERVED_CHARACTER, SpecialTokenInTextError, any_text
 from dpo_dist.data.pair_fields import training_examples
-from dpo_dist.data.prompts import ALL_RECORDS, Part, PromptHashes, prompt_hash
+from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
     BadRecord,
     Dialogue,
@@ -31,6 +31,7 @@ from dpo_dist.data.records import (
     bad_record_error,
 )
 from dpo_dist.data.render import Rendered, render_record
+from dpo_dist.data.store import COLUMNS, EncodedChunk
 from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
@@ -87,11 +88,7 @@ def encode_pair(
         data_config: limits in tokens, truncation, and the keys about templates and untrained parts.
 
     Returns:
-        The example, or a bad record with the reason `template_rejected`, `tools_not_rendered`,
-        `calls_not_rendered`, `thought_not_rendered`, `turn_not_rendered`, `turns_not_found`,
-        `reserved_character`, `special_token_in_text`, `empty_prompt`, `too_long`, `prompt_fills_max_length`,
-        `response_fills_max_length`, `no_trained_token`, `identical_after_encoding` or
-        `identical_after_truncation`.
+        The example, or a bad record with its reason.
 
     Raises:
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
@@ -225,45 +222,6 @@ def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedChunk:
-    """Examples of consecutive records of one source, in flat arrays.
-
-    Attributes:
-        ids: int32 [tokens], of the distinct pieces; all examples of a record share its prompt and responses.
-        piece_starts: int64 [pieces], offset of each piece in `ids`; the pieces of an example are its prompt
-            and its responses.
-        piece_tokens: int64 [pieces], length of each piece.
-        pair_pieces: int64 [examples], number of pieces of each example.
-        keys: uint64 [responses, 2], `response_key` of each response.
-        scores: float64 [responses], nan if the record has none.
-        trained: bool [tokens of responses with a mask], `EncodedExample.trained` of responses of which the
-            loss does not count every token.
-        mask_starts: int64 [responses], offset of each response's mask in `trained`, if it has one.
-        trained_tokens: int64 [responses], number of tokens that the loss counts.
-        truncated: bool [responses], whether the end of each response was cut.
-        prompts: uint64 [examples], `prompt_hash` of each example's record.
-        origins: [examples], origin of each example's record.
-        outcomes: [records].
-        bad: the first dropped records and the first for each reason, each with its index in the chunk.
-    """
-
-    ids: TokenIds
-    piece_starts: npt.NDArray[np.int64]
-    piece_tokens: npt.NDArray[np.int64]
-    pair_pieces: npt.NDArray[np.int64]
-    keys: npt.NDArray[np.uint64]
-    scores: npt.NDArray[np.float64]
-    trained: Mask
-    mask_starts: npt.NDArray[np.int64]
-    trained_tokens: npt.NDArray[np.int64]
-    truncated: npt.NDArray[np.bool_]
-    prompts: PromptHashes
-    origins: list[Origin]
-    outcomes: list[Outcome]
-    bad: list[tuple[int, BadRecord]]
-
-
-@dataclass(frozen=True, eq=False)
 class EncodedRecord:
     """The examples of one record. They share one encoding, so each response is stored and scored once.
 
@@ -294,54 +252,42 @@ class EncodedRecord:
 
 
 class _Examples:
-    """Collects the examples of a chunk."""
+    """Collects the examples of a chunk: lists of values, or of arrays, by the names of `COLUMNS`."""
 
     def __init__(self) -> None:
-        self.ids: list[TokenIds] = [np.empty(0, dtype=np.int32)]
-        self.tokens = 0
-        self.starts: list[int] = []
-        self.lengths: list[int] = []
-        self.pieces: list[int] = []
-        self.keys: list[bytes] = []
-        self.scores: list[float] = []
-        self.masks: list[Mask] = [np.empty(0, dtype=np.bool_)]
-        self.masked_tokens = 0
-        self.mask_starts: list[int] = []
-        self.trained_tokens: list[int] = []
-        self.truncated: list[bool] = []
-        self.prompts: list[int] = []
-        self.origins: list[Origin] = []
+        self.values: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.tokens = self.pieces = self.masked_tokens = 0
 
     def add(self, record: EncodedRecord, prompt: int, origin: Origin) -> None:
-        encoded = record.encoded
+        encoded, values = record.encoded, self.values
         pieces = (encoded.prompt_ids, *encoded.responses)
         starts = [self.tokens + int(before) for before in np.cumsum([0, *map(len, pieces)])]
         keys = [response_key(encoded.prompt_ids, response) for response in encoded.responses]
-        self.ids += pieces
+        values["ids"] += pieces
         self.tokens = starts[-1]
         masks = self._add_masks(encoded)
         for ranks in record.ranks:
             used = [0, *(1 + index for index in ranks)]
-            self.starts += [starts[piece] for piece in used]
-            self.lengths += [len(pieces[piece]) for piece in used]
-            self.pieces.append(len(used))
-            self.keys += [keys[index] for index in ranks]
-            self.scores += [record.scores[index] for index in ranks]
-            self.mask_starts += [masks[index][0] for index in ranks]
-            self.trained_tokens += [masks[index][1] for index in ranks]
-            self.truncated += [encoded.truncated[index] for index in ranks]
-            self.prompts.append(prompt)
-            self.origins.append(origin)
+            self.pieces += len(used)
+            values["piece_starts"] += [starts[piece] for piece in used]
+            values["piece_tokens"] += [len(pieces[piece]) for piece in used]
+            values["pair_pieces"].append(self.pieces)
+            values["keys"] += [np.frombuffer(keys[index], dtype=np.uint64) for index in ranks]
+            values["scores"] += [record.scores[index] for index in ranks]
+            values["mask_starts"] += [masks[index][0] for index in ranks]
+            values["trained_tokens"] += [masks[index][1] for index in ranks]
+            values["truncated"] += [encoded.truncated[index] for index in ranks]
+            values["prompts"].append(prompt)
+            values["origins"].append(origin)
 
     def _add_masks(self, encoded: EncodedExample) -> list[tuple[int, int]]:
         """Add the masks of a record; return offset and number of trained tokens of each response."""
         found = []
         for number, response in enumerate(encoded.responses):
-            trained = len(response)
-            start = self.masked_tokens
+            trained, start = len(response), self.masked_tokens
             if encoded.trained and not encoded.trained[number].all():
                 trained = int(encoded.trained[number].sum())
-                self.masks.append(encoded.trained[number])
+                self.values["trained"].append(encoded.trained[number])
                 self.masked_tokens += len(response)
             found.append((start, trained))
         return found
@@ -372,22 +318,11 @@ def encode_chunk(
         outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
         if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
             bad.append((index, outcome))
-    return EncodedChunk(
-        ids=np.concatenate(examples.ids),
-        piece_starts=np.array(examples.starts, dtype=np.int64),
-        piece_tokens=np.array(examples.lengths, dtype=np.int64),
-        pair_pieces=np.array(examples.pieces, dtype=np.int64),
-        keys=np.frombuffer(b"".join(examples.keys), dtype=np.uint64).reshape(-1, 2),
-        scores=np.array(examples.scores, dtype=np.float64),
-        trained=np.concatenate(examples.masks),
-        mask_starts=np.array(examples.mask_starts, dtype=np.int64),
-        trained_tokens=np.array(examples.trained_tokens, dtype=np.int64),
-        truncated=np.array(examples.truncated, dtype=np.bool_),
-        prompts=np.array(examples.prompts, dtype=np.uint64),
-        origins=examples.origins,
-        outcomes=outcomes,
-        bad=bad,
-    )
+    values = examples.values
+    files = list(dict.fromkeys(origin.source for origin in values["origins"]))
+    values["origins"] = [(files.index(origin.source), origin.line) for origin in values["origins"]]
+    arrays = {name: column.array(values[name]) for name, column in COLUMNS.items()}
+    return EncodedChunk(arrays, files, outcomes, bad)
 
 
 def encode_record(

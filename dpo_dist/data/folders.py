@@ -2,94 +2,19 @@
 
 import contextlib
 import itertools
-import json
 import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.read import KINDS, file_kind
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import is_absent_offline, recall, remember
-
-_STANDALONE = ".huggingface.yaml"
-
-
-def check_inside(names: Iterable[str], where: str) -> None:
-    """Check that names and patterns of files, relative to a folder, stay in it.
-
-    Raises:
-        DataError: one is absolute, an address, or has `..`.
-    """
-    for name in names:
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or name.startswith("~") or ".." in path.parts or "://" in name or "::" in name:
-            raise DataError(
-                "the description of a dataset names a file outside its folder",
-                where=where,
-                got=name,
-                expected="names of files below the folder of the description",
-                remedy="set path of the source to this file, if you want it to be read",
-            )
-
-
-def check_card(folder: Path) -> None:
-    """Check the names of data files in the dataset card (README.md) of a folder.
-
-    Raises:
-        DataError: as `check_inside`.
-    """
-    from huggingface_hub import DatasetCard  # noqa: PLC0415  # slow to import
-
-    card, standalone = folder / "README.md", folder / _STANDALONE
-    if card.is_file():
-        content = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict()
-        check_inside(_named(content.get("configs")), str(card))
-    if standalone.is_file():
-        check_inside(_named(yaml.safe_load(standalone.read_bytes())), str(standalone))
-
-
-def check_saved(folder: Path) -> None:
-    """Check the names of files in a folder written by `Dataset.save_to_disk`.
-
-    Raises:
-        DataError: as `check_inside`.
-        OSError, ValueError, KeyError: a description cannot be read.
-    """
-    splits = folder / "dataset_dict.json"
-    parts = [folder]
-    if splits.is_file():
-        names = [str(name) for name in json.loads(splits.read_bytes())["splits"]]
-        check_inside(names, str(splits))
-        parts = [folder / name for name in names]
-    for state in (part / "state.json" for part in parts):
-        if state.is_file():
-            files = json.loads(state.read_bytes())["_data_files"]
-            check_inside([str(file["filename"]) for file in files], str(state))
-
-
-def _named(value: Any, key: str = "", seen: set[tuple[int, str]] | None = None) -> Iterator[str]:
-    """Yield the texts under `data_files` and `data_dir`; an object that YAML names several times once."""
-    seen = set() if seen is None else seen
-    if isinstance(value, dict | list):
-        if (id(value), key) in seen:
-            return
-        seen.add((id(value), key))
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _named(inner, key or (name if name in ("data_files", "data_dir") else ""), seen)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _named(inner, key, seen)
-    elif key and isinstance(value, str):
-        yield value
-
 
 _GLOB = re.compile(r"[*?\[]")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -127,11 +52,8 @@ def globbed_files(pattern: str) -> list[Path]:
     parts = [part if part == "**" else re.sub(r"\*\*+", "*", part) for part in Path(pattern).parts]
     below = Path(*parts[len(root.parts) :]) / ("*" if parts[-1] == "**" else "")
     shows_hidden = any(part.startswith(".") for part in below.parts)
-    files = sorted(
-        file
-        for file in root.glob(str(below))
-        if file.is_file() and (shows_hidden or not _is_hidden(root, file))
-    )
+    found = (file for file in root.glob(str(below)) if file.is_file())
+    files = sorted(file for file in found if shows_hidden or not _is_hidden(root, file))
     if not files:
         raise DataError(
             "no file matches the pattern",
@@ -154,25 +76,24 @@ def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
     """Return the records of a folder written by `Dataset.save_to_disk`.
 
     Raises:
-        DataError: it cannot be loaded, has no such split, or names files of another folder.
+        DataError: it cannot be loaded, or has no such split.
     """
     from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
     try:
-        check_saved(folder)
         saved = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+    except Exception as fault:  # the library's errors share no base class
         raise DataError(
             "the folder saved by datasets cannot be loaded",
             where=str(folder),
-            got=f"{type(fault).__name__}: {fault}".splitlines()[0],
+            got=first_line(fault),
             remedy="save it again with Dataset.save_to_disk",
         ) from fault
     if isinstance(saved, Dataset):
         check_no_split(str(folder), split)
         return iter(saved)
     if (split or "train") not in saved:
-        raise _no_split(folder, split, map(str, saved))
+        raise _no_split(folder, split, list(map(str, saved)))
     return iter(saved[split or "train"])
 
 
@@ -184,9 +105,8 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     files belong to the only split.
 
     Raises:
-        DataError: no data file is found; a data file is of a kind that is not read, or the files are of
-            several kinds; only some names have a split; no
-            file belongs to the split; or a shard of it is missing.
+        DataError: there are no files of the split, or the folder has others that would not be read: of
+            another kind, without a split where others have one, or missing shards.
         ConfigError: `split` is set and no name has a split.
     """
     below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_metadata(folder, file))
@@ -199,42 +119,33 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
             remedy="check the path; a file with another ending is named itself, or by a pattern",
         )
-    if unread := [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]:
-        raise DataError(
-            "the folder has data files that cannot be read",
-            where=str(folder),
-            got=", ".join(str(file.relative_to(folder)) for file in unread[:5]),
-            expected=f"{', '.join(KINDS)} files",
-            remedy="convert or rename them, or select the other files by a pattern, for example path/*.jsonl",
-        )
-    kinds = {file_kind(file) for file in files}
-    if len(kinds) > 1:
-        raise DataError(
-            "the folder has data files of several kinds",
-            where=str(folder),
-            got=", ".join(file.name for file in files[:5]),
-            expected="files of one kind",
-            remedy="select the files by a pattern, for example path/*.jsonl",
-        )
+    unread = [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]
+    if unread:
+        raise _mixed("the folder has data files that cannot be read", folder, unread)
+    if len(set(map(file_kind, files))) > 1:
+        raise _mixed("the folder has data files of several kinds", folder, files)
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     names = sorted(name for name in set(splits.values()) if name)
     if not names:
         check_no_split(str(folder), split)
         return files
-    unnamed = [file for file in files if splits[file] is None]
-    if unnamed:
-        raise DataError(
-            "the names of some files have no split",
-            where=str(folder),
-            got=", ".join(str(file.relative_to(folder)) for file in unnamed[:5]),
-            expected=f"a split in every name or in none; other files have: {', '.join(names)}",
-            remedy="select the files by a pattern, for example path/*.jsonl, or rename these",
-        )
+    if unnamed := [file for file in files if splits[file] is None]:
+        raise _mixed("the names of some files have no split", folder, unnamed)
     found = [file for file in files if splits[file] == (split or "train")]
     if not found:
         raise _no_split(folder, split, names)
     _check_all_shards(folder, found)
     return found
+
+
+def _mixed(what: str, folder: Path, files: list[Path]) -> DataError:
+    return DataError(
+        what,
+        where=str(folder),
+        got=", ".join(str(file.relative_to(folder)) for file in files[:5]),
+        expected="files of one kind, with a split in every name or in none",
+        remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
+    )
 
 
 def _check_all_shards(folder: Path, files: list[Path]) -> None:
@@ -277,7 +188,7 @@ def _split_of(file: Path) -> str | None:
     return _SPLIT_WORDS[words[-1]] if words else None
 
 
-def _no_split(folder: Path, split: str | None, names: Any) -> DataError:
+def _no_split(folder: Path, split: str | None, names: list[str]) -> DataError:
     return DataError(
         "the folder has no such split",
         where=str(folder),
@@ -319,7 +230,8 @@ def _commit(source: SourceConfig, known: str | None) -> str:
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
     from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError  # noqa: PLC0415
 
-    for wait in (*_WAITS, None):
+    waits = iter(_WAITS)
+    while True:
         try:
             api = HfApi()
             return api.resolve_revision(source.path, repo_type="dataset", revision=source.revision).resolved
@@ -329,10 +241,10 @@ def _commit(source: SourceConfig, known: str | None) -> str:
                     "the Hub cannot be reached for %s; its last known commit %s is used", source.path, known
                 )
                 return known
-            if wait is None or isinstance(fault.__cause__, OfflineModeIsEnabled):
+            wait = None if isinstance(fault.__cause__, OfflineModeIsEnabled) else next(waits, None)
+            if wait is None:
                 raise
             time.sleep(wait)
-    raise AssertionError("unreachable")
 
 
 def hub_records(source: SourceConfig) -> Iterator[Any]:
@@ -342,7 +254,7 @@ def hub_records(source: SourceConfig) -> Iterator[Any]:
         DataError: it cannot be downloaded or read, or has no such configuration or split; raised by this
             call, except for damage found while reading.
     """
-    from datasets import load_dataset  # noqa: PLC0415  # slow to import, and only needed here
+    from datasets import load_dataset_builder  # noqa: PLC0415  # slow to import, and only needed here
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     wanted = ["*.md", "*.yaml", f"{source.data_dir}/**"] if source.data_dir else None
@@ -350,11 +262,22 @@ def hub_records(source: SourceConfig) -> Iterator[Any]:
         folder = snapshot_download(
             source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
         )
-        check_card(Path(folder))
-        records = load_dataset(
-            folder, source.name, data_dir=source.data_dir, split=source.split or "train", streaming=True
-        )
+        builder = load_dataset_builder(folder, source.name, data_dir=source.data_dir)
+        _check_inside(folder, builder.config.data_files or {}, source)
+        records = builder.as_streaming_dataset(split=source.split or "train")
     return _read(source, records)
+
+
+def _check_inside(folder: str, files: dict[str, list[str]], source: SourceConfig) -> None:
+    """Check that a dataset card, which strangers write, names no files of this machine. Raises DataError."""
+    for file in itertools.chain.from_iterable(files.values()):
+        if not Path(os.path.normpath(file)).is_relative_to(folder):
+            raise DataError(
+                "the card of the dataset names a file outside its folder",
+                where=source.path,
+                got=file,
+                remedy="set path of the source to this file, if you want it to be read",
+            )
 
 
 def _read(source: SourceConfig, records: Any) -> Iterator[Any]:
@@ -363,11 +286,7 @@ def _read(source: SourceConfig, records: Any) -> Iterator[Any]:
 
 
 def check_cached_offline(source: SourceConfig) -> None:
-    """Check that files of a Hub dataset are in the Hub's cache, if HF_HUB_OFFLINE allows no download.
-
-    Raises:
-        DataError: they are not.
-    """
+    """Check that a Hub dataset is cached if HF_HUB_OFFLINE allows no download. Raises DataError."""
     if is_absent_offline("dataset", source.path):
         raise DataError(
             _NOT_FOUND,
@@ -386,11 +305,10 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
     except DataError:
         raise
     except Exception as fault:
-        first_lines = f"{type(fault).__name__}: {fault}".splitlines()[:2]
         raise DataError(
             _NOT_FOUND,
             where=_described(source),
-            got=" ".join(first_lines),
+            got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault

@@ -136,6 +136,8 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
         return _unknown_format(record, origin) if format_ is None else _read(record, format_, origin)
     except UnusableRecordError as fault:
         return fault.at(origin)
+    except RecursionError:
+        return BadRecord("unparsable", origin, "nested too deeply")
 
 
 def _read(record: Fields, format_: Format, origin: Origin) -> PreferenceRecord | BadRecord:

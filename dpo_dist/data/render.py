@@ -1,10 +1,8 @@
 """Render a record as texts to tokenise: a prompt, and its responses with their turns."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dpo_dist.config.data import DataConfig, TextTemplate
 from dpo_dist.data.counts import NO_CHANGES, Changes
@@ -23,15 +21,12 @@ from dpo_dist.data.template import (
     before_open_thought,
     check_arguments,
     end_of_empty_thought,
-    ends_opened_thought,
     ends_thought,
     has_ended_thought,
-    has_thought_of,
     opens_thought,
     split_thought,
     within_thought,
     without_ended_thought,
-    without_open_thought,
 )
 from dpo_dist.data.tokenizer import TokenizerFacts
 from dpo_dist.data.turns import ChatRenderer, Escapable, Span, Trace, Turns
@@ -47,77 +42,16 @@ def thought_of(message: Message) -> str | None:
     return next((thought for thought in found if thought and isinstance(thought, str)), None)
 
 
-def check_parts_rendered(
-    rendered: tuple[str, str], prompt: Messages, response: Messages, tools: Iterable[Fields]
-) -> bool:
-    """Check that a template has rendered the tools, all calls, and the thought of the last turn.
+def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
+    """Return whether a rendered text has the contents of all turns, the last thought, and names of tools.
 
-    Thoughts of earlier turns are the template's to keep or remove.
-
-    Args:
-        rendered: the prompt and the response, with all tokens spelled.
-        prompt: its turns.
-        response: its turns.
-        tools: of the record.
-
-    Returns:
-        Whether the contents of all turns are rendered too.
-
-    Raises:
-        UnusableRecordError: `tools_not_rendered`, `calls_not_rendered` or `thought_not_rendered`.
+    Thoughts of earlier turns, and a content with a thought, are the template's to keep or change.
     """
-    text = "".join(rendered)
-    if tools or any(turn.fields for turn in (*prompt, *response)):
-        _check_calls(text, rendered[1], prompt, response, tools)
-    if any(thought.strip() not in text for thought in _last_thoughts(response)):
-        raise _lost("thought_not_rendered", "the thought of the last turn")
-    return all(_is_written(turn.content.strip(), text) for turn in (*prompt, *response))
-
-
-def _check_calls(
-    text: str, rendered_response: str, prompt: Messages, response: Messages, tools: Iterable[Fields]
-) -> None:
-    defined = Counter(filter(None, map(_name_of, tools)))
-    if any(name not in text for name in defined):
-        raise _lost("tools_not_rendered", "tools")
-    answered = Counter(name for turn in response for name in _called_names(turn))
-    called = answered + Counter(name for turn in prompt for name in _called_names(turn))
-    is_omitted = any(text.count(name) < times for name, times in (defined + called).items())
-    if is_omitted or any(rendered_response.count(name) < times for name, times in answered.items()):
-        raise _lost("calls_not_rendered", "all calls of tools")
-
-
-def _is_written(content: str, text: str) -> bool:
-    """Return whether a text has a content, perhaps as JSON; a template may change one with a thought."""
-    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or ends_thought(content)
-
-
-def _last_thoughts(turns: Messages) -> Iterator[str]:
-    if turns[-1].role != "assistant":
-        return
-    thought = thought_of(turns[-1])
-    if thought is not None:
-        yield thought
-    elif ends_thought(turns[-1].content):
-        spelled, _ = split_thought(turns[-1].content)
-        yield from spelled.replace("</think>", "<think>").split("<think>")
-
-
-def _called_names(turn: Message) -> Iterator[str]:
-    calls = turn.fields.get(CALLS)
-    if isinstance(calls, list | tuple):
-        yield from filter(None, map(_name_of, calls))
-
-
-def _name_of(value: Any) -> str | None:
-    """Return the name of a tool or of a call of it."""
-    inner = value.get("function", value) if isinstance(value, Mapping) else None
-    name = inner.get("name") if isinstance(inner, Mapping) else None
-    return name if isinstance(name, str) else None
-
-
-def _lost(reason: str, part: str) -> UnusableRecordError:
-    return UnusableRecordError(reason, f"the chat template does not write {part}")
+    parts = [turn.content.strip() for turn in turns if not ends_thought(turn.content)]
+    parts += filter(None, [thought_of(turns[-1])])
+    parts += [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
+    parts += [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
+    return all(part.strip() in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts)
 
 
 @dataclass(frozen=True)
@@ -255,12 +189,12 @@ class Conversation:
     def _render_after_thought(self, messages: list[Message], prompt: str) -> Rendered:
         """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
         texts = [self._after_prompt(message, prompt) for message in messages]
-        if all(text is not None and ends_opened_thought(text) for text in texts):
+        if all(text is not None and _ends_opened_thought(text) for text in texts):
             scaffold = self._common_scaffold(list(map(str, texts)))
             following = (str(text).removeprefix(scaffold) for text in texts)
             return Rendered(prompt + scaffold, tuple(map(counted, following)))
         spelled = [_with_spelled_thought(message) for message in messages]
-        closed = without_open_thought(prompt)
+        closed = prompt.rstrip().removesuffix(THOUGHT_TAGS[0])
         if all(ends_thought(message.content) for message in spelled):
             joined = [within_thought(message.content, prompt) for message in spelled]
             ended = [self._ended(*both, closed) for both in zip(spelled, joined, strict=True)]
@@ -270,7 +204,7 @@ class Conversation:
         ended = [
             self._ended(message, message.content, closed)
             if ends_thought(message.content)
-            and not has_thought_of(self._facts.marks.spell(whole), message.content)
+            and not _has_thought_of(self._facts.marks.spell(whole), message.content)
             else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]
@@ -361,6 +295,18 @@ def _common_length(one: str, other: str) -> int:
     return last if is_cut else length
 
 
+def _has_thought_of(rendered: str, content: str) -> bool:
+    """Return whether a rendered response has the thought of a content, and no other one."""
+    begin, end = THOUGHT_TAGS
+    thought = split_thought(content)[0].removesuffix(end).rpartition(begin)[2].strip()
+    return rendered.count(end) == 1 and thought in rendered
+
+
+def _ends_opened_thought(response: str) -> bool:
+    """Return whether a response ends the thought opened in its prompt, without opening it again."""
+    return ends_thought(response) and not response.lstrip().startswith(THOUGHT_TAGS[0])
+
+
 def _with_spelled_thought(message: Message) -> Message:
     """Return a message whose thought is part of its content, if a field has it."""
     thought = thought_of(message)
@@ -438,7 +384,7 @@ def _render_messages(
     rendered = Conversation(messages, context, facts, facts.chat, config).render(responses)
     spelled = facts.marks.spell(rendered.prompt)
     wholes = [
-        check_parts_rendered((spelled, facts.marks.spell(one.text)), messages, turns, record.tools)
+        _is_written(spelled + facts.marks.spell(one.text), (*messages, *turns), record.tools)
         for one, turns in zip(rendered.responses, responses, strict=True)
     ]
     return _changed(

@@ -23,7 +23,7 @@ from dpo_dist.data.folders import (
 from dpo_dist.data.pair_fields import is_labelled
 from dpo_dist.data.read import KINDS, Meter, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError, DataError, dead_link
 from dpo_dist.foundation.files import remembered_digest, text_digest
 
 _FIRST_RECORDS = 20
@@ -53,16 +53,7 @@ def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
 
 
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
-    """Check that there is a source of evaluation data.
-
-    Args:
-        data: the keys of `data`.
-        use: of the data, such as "compare models on".
-        form: of their records.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Check that there is a source of evaluation data, to `use` ("compare models on"). Raises ConfigError."""
     if not data.eval_sources:
         raise ConfigError(
             f"there is no evaluation data to {use}",
@@ -195,11 +186,7 @@ def _check_path(local: Path) -> None:
         return
     except (OSError, ValueError) as fault:
         raise DataError(
-            "the path cannot be opened",
-            where=shown_key(local),
-            got=fault.strerror or "" if isinstance(fault, OSError) else str(fault),
-            expected="a file, a folder, a pattern, or the name of a dataset on the Hugging Face Hub",
-            remedy="check the path and its permissions",
+            "the path cannot be opened", where=shown_key(local), remedy="check the path and its permissions"
         ) from fault
 
 
@@ -227,29 +214,12 @@ def _missing(file: Path) -> DataError:
             where=str(file),
             remedy="write the records to a file: data are read several times",
         )
-    if file.is_symlink():
-        return DataError(
-            "the link leads to no file",
-            where=str(file),
-            got=str(file.readlink()),
-            remedy="correct the link, or set path to the file",
-        )
-    first = str(file).partition(" ")[0]
-    if first != str(file) and Path(first).exists():
-        return DataError(
-            "the file does not exist",
-            where=str(file),
-            remedy="separate the sources of a list by commas: 'data.train=[a.jsonl, b.jsonl]'",
-        )
-    if not file.parent.is_dir():
-        return DataError(
-            "the folder does not exist", where=str(file.parent), remedy="check the path of the source"
-        )
-    names = [below.name for below in file.parent.iterdir()]
+    names = [below.name for below in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, names, n=3)
     return DataError(
         "the file does not exist",
         where=str(file),
+        got=dead_link(file) or ("" if names else f"no folder {file.parent}"),
         remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
     )
 

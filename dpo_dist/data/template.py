@@ -1,174 +1,21 @@
-"""Chat templates: inspected, and limited in time and memory."""
+"""Chat templates: chosen, inspected, with a fixed date; thoughts and turns in their output."""
 
-import contextlib
-import faulthandler
 import json
 import re
-import resource
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from copy import copy
 from datetime import date
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.foundation.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-SECONDS = 20.0
-"""CPU time of one text; real templates take less than a millisecond."""
-TIMES_SECONDS = 3
-"""So many times `SECONDS` one operation may take, in which Python cannot be interrupted."""
-MEMORY = 1 << 30
-"""Bytes of address space beyond that of the process."""
-CHARACTERS = 1 << 26
-"""Length of one text."""
-_SIZES = Path("/proc/self/statm")
-_SECONDS_KNOWN = 0.5
-_known = (-_SECONDS_KNOWN, 0)
-
-
-class _OutOfTimeError(BaseException):
-    """A template has used its time; no handler inside the template takes it for its own error."""
-
-
-def limited(render: Callable[[], str], template: str) -> str:
-    """Return the output of `render`, a call of a chat template.
-
-    Time is limited in the main thread only, where every verb renders.
-
-    Args:
-        render: without effects, as it may be called twice.
-        template: its place, for an error.
-
-    Raises:
-        ConfigError: it takes too much memory or time, or its output is too long.
-    """
-    try:
-        text = _guarded(render, template)
-    except MemoryError:
-        forget_size()  # another thread may have taken the memory
-        try:
-            text = _guarded(render, template)
-        except MemoryError:
-            raise _too_much(template, f"more than {MEMORY >> 30} GiB of memory for one text") from None
-    if len(text) > CHARACTERS:
-        raise _too_much(template, f"a text of {len(text):,} characters")
-    return text
-
-
-def place_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
-    """Return the place of a template for an error: a file of the tokenizer, or `data.chat_template`.
-
-    Args:
-        tokenizer: of the policy.
-        template: that is used.
-    """
-    own, folder = tokenizer.chat_template, Path(str(tokenizer.name_or_path))
-    templates = own.values() if isinstance(own, dict) else [own]
-    if not any(isinstance(text, str) and template.endswith(text) for text in templates):
-        return "data.chat_template"
-    file = folder / "chat_template.jinja"
-    return str(file if file.is_file() or not folder.is_dir() else folder / "tokenizer_config.json")
-
-
-def forget_size() -> None:
-    """Measure the size of this process again before the next text."""
-    global _known  # noqa: PLW0603  (one process has one size)
-    _known = (-_SECONDS_KNOWN, 0)
-
-
-def _guarded(render: Callable[[], str], template: str) -> str:
-    try:
-        with _memory_limit(), _time_limit():
-            return render()
-    except _OutOfTimeError:
-        raise _too_much(template, f"more than {SECONDS:.0f} seconds for one text") from None
-
-
-@contextlib.contextmanager
-def _memory_limit() -> Iterator[None]:
-    size = _size()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = size + MEMORY
-    if size == 0 or 0 <= soft <= most:  # unknown, or the limit of the user is lower
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _size() -> int:
-    """Return the bytes of address space of this process, measured from time to time; 0 if unknown."""
-    global _known  # noqa: PLW0603
-    now = time.monotonic()
-    if now - _known[0] >= _SECONDS_KNOWN:
-        try:
-            _known = (now, int(_SIZES.read_text().split()[0]) * resource.getpagesize())
-        except (OSError, ValueError):
-            _known = (now, 0)
-    return _known[1]
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGVTALRM, _out_of_time)
-    is_ended = _can_be_ended()
-    try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        if is_ended:
-            signal.setitimer(signal.ITIMER_PROF, TIMES_SECONDS * SECONDS)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if is_ended:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGVTALRM, former)
-
-
-@cache
-def _can_be_ended() -> bool:
-    """Make SIGPROF print the stack and end this process; return False if a profiler uses it.
-
-    A comparison of two nested lists (`a == b`) is one operation, which can take longer than any run.
-    """
-    if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
-        return False
-    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no standard error
-        faulthandler.register(signal.SIGPROF, sys.__stderr__, chain=True)  # type: ignore[arg-type]
-    return True
-
-
-def _out_of_time(_number: int, _frame: FrameType | None) -> None:
-    raise _OutOfTimeError
-
-
-def _too_much(template: str, got: str) -> ConfigError:
-    return ConfigError(
-        "the chat template takes too much time or memory",
-        where=template,
-        got=got,
-        expected="a template that writes a conversation",
-        remedy="read the template; set data.chat_template to a file with another one",
-    )
-
 
 # Tags of transformers, which Jinja itself does not know.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -177,13 +24,7 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 
 @lru_cache(maxsize=8)
 def argument_names(template: str) -> frozenset[str]:
-    """Return the names of the arguments that a template may get besides messages and tools.
-
-    Names that the template sets before it reads them are no arguments.
-
-    Raises:
-        ConfigError: the template cannot be parsed.
-    """
+    """Return the names that a template may read besides messages and tools. Raises ConfigError."""
     source = _GENERATION.sub("", template)
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
     try:
@@ -195,43 +36,11 @@ def argument_names(template: str) -> frozenset[str]:
             got=first_line(fault),
             remedy="correct the template, or name another one: data.chat_template=FILE",
         ) from fault
-    return frozenset(_read_unset(tree, set()) & find_undeclared_variables(tree)) - _OWN_VARIABLES
-
-
-def _read_unset(node: nodes.Node, known: set[str]) -> set[str]:
-    """Return the names that a part of a template reads unset; those that it sets are added to `known`."""
-    match node:
-        case nodes.Name(ctx="load"):
-            return {node.name} - known
-        case nodes.Name():
-            known.add(node.name)
-            return set()
-        case nodes.If():
-            read = _read_in_order((node.test, *(other.test for other in node.elif_)), known)
-            branches = [(part, set(known)) for part in (node.body, *(e.body for e in node.elif_), node.else_)]
-            read |= set().union(*(_read_in_order(part, inside) for part, inside in branches))
-            known.update(*(inside for _, inside in branches))
-            return read
-        case nodes.Assign():
-            return _read_in_order((node.node, node.target), known)
-        case nodes.For():
-            target, values, *body = node.iter_child_nodes()
-            return _read_in_order((values, target, *body), set(known))
-        case nodes.Macro() | nodes.CallBlock() | nodes.With():
-            return _read_in_order(node.iter_child_nodes(), set(known))
-    return _read_in_order(node.iter_child_nodes(), known)
-
-
-def _read_in_order(parts: Iterable[nodes.Node], known: set[str]) -> set[str]:
-    return set().union(*(_read_unset(part, known) for part in parts))
+    return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
 
 
 def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
-    """Check that a template names each of the arguments of the run.
-
-    Raises:
-        ConfigError: it does not name one.
-    """
+    """Check that a template names each of the arguments of the run. Raises ConfigError."""
     if unknown := sorted(set(arguments) - set(known)):
         raise ConfigError(
             "the chat template has no such argument",
@@ -306,16 +115,9 @@ def chosen_template(
         return str(own[choice])
     file = Path(choice).expanduser()
     try:
-        state = file.stat()
-    except OSError:
-        raise _no_such_template(choice, sorted(own) if isinstance(own, dict) else []) from None
-    return _read_template(file, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=4)
-def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
-    try:
         return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise _no_such_template(choice, sorted(own) if isinstance(own, dict) else []) from None
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(
             "the chat template cannot be read",
@@ -359,19 +161,14 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
         return set()
     turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
     try:
-        rendered = limited(
-            lambda: str(
-                tokenizer.apply_chat_template(
-                    [{"role": role, "content": content} for role, content in turns],
-                    chat_template=chat_template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            ),
-            place_of(tokenizer, chat_template),
+        rendered = str(
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
-    except ConfigError:
-        raise
     except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
     found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
@@ -416,16 +213,6 @@ def ends_thought(response: str) -> bool:
     return _CLOSE in response
 
 
-def ends_opened_thought(response: str) -> bool:
-    """Return whether a response ends the thought opened in its prompt, without opening it again."""
-    return ends_thought(response) and not response.lstrip().startswith(_OPEN)
-
-
-def without_open_thought(prompt: str) -> str:
-    """Return the prompt without the thought opened at its end."""
-    return prompt.rstrip().removesuffix(_OPEN)
-
-
 def without_ended_thought(prompt: str) -> str:
     """Return the prompt without the empty thought at its end."""
     return _ENDED.sub("", prompt)
@@ -435,12 +222,6 @@ def end_of_empty_thought(response: str) -> str:
     """Return the end of an opened empty thought at the start of a response, with the spaces around it."""
     found = _EMPTY_END.match(response)
     return found.group() if found else ""
-
-
-def has_thought_of(rendered: str, content: str) -> bool:
-    """Return whether a rendered response has the thought of a content, and no other one."""
-    thought = split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
-    return rendered.count(_CLOSE) == 1 and thought in rendered
 
 
 def split_thought(response: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS
 from dpo_dist.data.escape import RESERVED_CHARACTER, Marks, any_text
 from dpo_dist.data.records import Message, UnusableRecordError
-from dpo_dist.data.template import THOUGHT_TAGS, argument_names, limited, place_of
+from dpo_dist.data.template import THOUGHT_TAGS, argument_names
 from dpo_dist.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -135,7 +135,6 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self.template = template
         self._marks = marks
-        self._place = place_of(tokenizer, template)
 
     def turn(self, message: Message) -> Escapable:
         """Return a message as the template gets it."""
@@ -227,22 +226,17 @@ class ChatRenderer:
         self, template: str, turns: Turns, context: Escapable, generation: bool, number: int | None
     ) -> str:
         try:
-            return limited(
-                lambda: str(
-                    self._tokenizer.apply_chat_template(
-                        [turn.form(number) for turn in turns],
-                        chat_template=template,
-                        tokenize=False,
-                        add_generation_prompt=generation,
-                        **context.form(number),
-                    )
-                ),
-                self._place,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [turn.form(number) for turn in turns],
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **context.form(number),
+                )
             )
         except TemplateError as fault:
             raise UnusableRecordError("template_rejected", str(fault)) from fault
-        except ConfigError:
-            raise
         except Exception as fault:  # its operators, methods and nesting can raise anything
             raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 

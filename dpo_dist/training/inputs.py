@@ -28,7 +28,6 @@ from dpo_dist.data.dataset import (
     remembered_count,
 )
 from dpo_dist.data.prompts import Part, eval_part, train_part
-from dpo_dist.data.store import array_files
 from dpo_dist.data.tokenizer import end_notes
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import whole_loading
@@ -128,12 +127,6 @@ class Inputs(ModelInputs):
         if self.eval_set is not None:
             visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
         return visited
-
-    @property
-    def mapped_files(self) -> list[Path]:
-        """The files of all datasets, which every rank maps into memory."""
-        folders = {source.folder for dataset in self.named.values() for source in dataset.encoded}
-        return [file for folder in sorted(folders) for file in array_files(folder)]
 
 
 def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bool = False) -> Inputs:

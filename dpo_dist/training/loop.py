@@ -18,8 +18,7 @@ from dpo_dist.config.rules import PREFIX, direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
-from dpo_dist.data.dataset import MappedFiles, PreferenceDataset
-from dpo_dist.data.store import is_intact
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.manifest import has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
@@ -36,7 +35,6 @@ from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.checks import spike_of_last
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
-from dpo_dist.reference.shard import has_its_entries
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import StepGuard, count, describe_pairs, is_bad, is_overflow
 from dpo_dist.training.inputs import Inputs
@@ -280,11 +278,7 @@ class Loop:
             DataError: files of the data or of the reference were changed in place.
         """
         sampler = self.inputs.sampler
-        arrays = MappedFiles(self.inputs.mapped_files, is_intact)
-        shards = MappedFiles(self.objective.reference.mapped_files(), has_its_entries)
         for step in range(first, sampler.steps):
-            arrays.check()
-            shards.check()
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(rank_batch, self.world.device)
 

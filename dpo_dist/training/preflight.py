@@ -173,13 +173,14 @@ def _first_records(
             break
     has_more = len(records) > most
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
-    response_counts = chunk.pair_pieces - 1
+    scores, origins = chunk.arrays["scores"], chunk.arrays["origins"]
+    response_counts = np.diff(chunk.arrays["pair_pieces"], prepend=0) - 1
     ends = np.cumsum(response_counts)
     check_fits_loss(
         config.loss,
         response_counts,
-        lambda: chunk.scores[ends - response_counts] - chunk.scores[ends - 1],
-        lambda index: f"{key}: {chunk.origins[index]}",
+        lambda: scores[ends - response_counts] - scores[ends - 1],
+        lambda index: f"{key}: {chunk.files[origins[index][0]]}:{origins[index][1]}",
     )
     name = f" ({source.name})" if source.name else ""
     rest = " (the others were not looked at)" if has_more else ""
@@ -189,5 +190,5 @@ def _first_records(
     found.append(read_in_words(counts.read_as))
     changed = in_one_line(counts.changed)
     found += [f"changed or particular: {changed}"] if changed else []
-    found.append(f"{chunk.piece_tokens.sum() / len(chunk.pair_pieces):.0f} tokens per example")
+    found.append(f"{chunk.arrays['piece_tokens'].sum() / len(response_counts):.0f} tokens per example")
     return "; ".join(found)

@@ -13,7 +13,6 @@ from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.config.run_folder import STATE, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.store import was_fingerprint_of
 from dpo_dist.distributed.zero import LossScale
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
 from dpo_dist.foundation.files import read_small, write_text
@@ -397,7 +396,7 @@ def check_identity(
         dataset = datasets.get(_DATA.get(name, ""))
         if name in (_LENGTH, "run_digest"):  # of `check_configuration`
             continue
-        if former == digest or (dataset and former and was_fingerprint_of(former, dataset.encoded)):
+        if former == digest:
             continue
         also = (
             " (also those of the tokenizer; after an update of this program those in data.cache)"

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.encode import EncodedChunk, TokenIds, encode_chunk
+from dpo_dist.data.encode import TokenIds, encode_chunk
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.features import edge_words, side_features
 from dpo_dist.insight.doctor.texts import Texts, text_faults, texts_of
@@ -82,10 +83,10 @@ def token_facts(
     names: Names,
 ) -> TokenFacts:
     """Return the facts about `records`, which were encoded as `chunk`; count faults in `names`."""
-    prompts = np.cumsum(chunk.pair_pieces) - chunk.pair_pieces
+    tokens, ends = chunk.arrays["piece_tokens"], chunk.arrays["pair_pieces"]
     facts = TokenFacts(
-        response_tokens=int(chunk.piece_tokens.sum() - chunk.piece_tokens[prompts].sum()),
-        trained_tokens=int(chunk.trained_tokens.sum()),
+        response_tokens=int(tokens.sum() - tokens[np.insert(ends, 0, 0)[:-1]].sum()),
+        trained_tokens=int(chunk.arrays["trained_tokens"].sum()),
     )
     pieces = _pieces(chunk)
     long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
@@ -121,12 +122,13 @@ def _pieces(chunk: EncodedChunk) -> list[list[TokenIds]]:
     for outcome in chunk.outcomes:
         spans: dict[int, int] = {}
         for _ in range(outcome.pairs):
-            count = int(chunk.pair_pieces[example])
-            for at in range(piece, piece + count):
+            end = int(chunk.arrays["pair_pieces"][example])
+            for at in range(piece, end):
                 # Two responses of no tokens can start at the same offset; neither trains anything.
-                spans[int(chunk.piece_starts[at])] = int(chunk.piece_tokens[at])
-            example, piece = example + 1, piece + count
-        found.append([chunk.ids[start : start + length] for start, length in sorted(spans.items())])
+                spans[int(chunk.arrays["piece_starts"][at])] = int(chunk.arrays["piece_tokens"][at])
+            example, piece = example + 1, end
+        ids = chunk.arrays["ids"]
+        found.append([ids[start : start + length] for start, length in sorted(spans.items())])
     return found
 
 

@@ -13,7 +13,7 @@ from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.template import argument_names, with_chosen_template
+from dpo_dist.data.template import with_chosen_template
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -195,20 +195,6 @@ def test_the_chosen_template_is_saved_with_the_model(tmp_path: Path) -> None:
     assert tokenizer.chat_template == tiny.CHATML
 
 
-@pytest.mark.parametrize(
-    ("template", "names"),
-    [
-        ("{% if x %}{% set content = 1 %}{% endif %}{{ content }}", {"x"}),
-        ("{% if thinking is not defined %}{% set thinking = 1 %}{% endif %}{{ thinking }}", {"thinking"}),
-        ("{% set thinking = thinking or 1 %}{{ thinking }}", {"thinking"}),
-        ("{% macro f() %}{% set a = 1 %}{% endmacro %}{% for b in c %}{% endfor %}{{ a ~ b }}", {*"abc"}),
-        ("{% if tools %}{% set style = 1 %}{% else %}{{ style }}{% endif %}", {"style"}),
-    ],
-)
-def test_variables_that_a_template_sets_first_are_no_arguments(template: str, names: set[str]) -> None:
-    assert argument_names(template) == names
-
-
 def test_an_argument_that_the_template_does_not_name_is_said(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen3")
     with pytest.raises(ConfigError, match="no such argument") as raised:
@@ -284,17 +270,3 @@ def test_a_content_beside_a_call_that_the_template_omits_is_counted() -> None:
     what = PreferenceRecord((QUESTION,), ((turn,), "No."), HERE, tools=(TOOL,))
     assert encode(what, tokenizer_of("llama3_1")).changes.content_not_rendered
     assert not encode(what, tokenizer_of("qwen2_5")).changes.content_not_rendered
-
-
-def test_a_later_call_that_the_template_omits_is_a_bad_record() -> None:
-    called = {
-        "type": "function",
-        "id": CALL_ID,
-        "function": {"name": "weather", "arguments": {"city": "Bern"}},
-    }
-    turn = Message("assistant", "", {"tool_calls": [called, called]})
-    what = PreferenceRecord((QUESTION,), ((turn,), "No."), HERE, tools=(TOOL,))
-    found = encode_pair(what, tokenizer_of("gptoss"), DataConfig())
-    assert isinstance(found, BadRecord)
-    assert found.reason == "calls_not_rendered"
-    assert encode(what, tokenizer_of("qwen3"))

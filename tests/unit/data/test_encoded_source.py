@@ -20,10 +20,10 @@ from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.data.store import ConcatenatedArray, SourceWriter, array_files, is_intact
+from dpo_dist.data.store import SourceWriter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import temporary_name, text_digest
+from dpo_dist.foundation.files import temporary_name
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import jsonl
@@ -83,23 +83,6 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
 def test_every_input_of_the_ids_changes_the_fingerprint(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
-
-
-def test_folders_of_an_older_encoder_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their arrays are others: none is opened, the data are encoded again."""
-    path, now = jsonl(tmp_path, *GOOD), build_dataset_module._ENCODING_VERSION
-    monkeypatch.setattr(build_dataset_module, "_ENCODING_VERSION", now - 1)
-    older = prepare(tmp_path, path)
-    manifest = json.loads((older / "manifest.json").read_text())
-    content = json.loads(manifest["content"])
-    for name in ("trained", "mask_starts", "trained_tokens"):
-        (older / f"{name}.bin").unlink()
-        del content["sizes"][name], content["digests"][name]
-    text = json.dumps(content)
-    (older / "manifest.json").write_text(json.dumps({"digest": text_digest(text), "content": text}))
-    monkeypatch.undo()
-    assert prepare(tmp_path, path) != older
-    assert len(opened(tmp_path, path)) == 7
 
 
 def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
@@ -212,17 +195,6 @@ def test_damaged_data_are_not_opened(damage: Callable[[Path], None], tmp_path: P
         open_dataset(encoded, DataConfig())
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, lose_the_manifest])
-def test_an_array_that_was_touched_is_intact_and_a_damaged_one_is_not(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
-    folder = prepare(tmp_path, jsonl(tmp_path, *GOOD))
-    (folder / "ids.bin").touch()
-    assert all(is_intact(file) for file in array_files(folder))
-    damage(folder)
-    assert not is_intact(folder / "ids.bin")
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_encoded_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
@@ -306,17 +278,6 @@ def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
         assert np.array_equal(seen.scores, alone.scores, equal_nan=True)
 
 
-def test_concatenated_arrays_are_indexed_as_one() -> None:
-    parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
-    whole, column = np.concatenate(parts), ConcatenatedArray(parts)
-    shifted = ConcatenatedArray(parts, [0, 10, 20, 30])
-    for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
-        assert np.array_equal(column[index], whole[index])
-    indices = np.array([8, -1, 0, -9, 3])
-    assert np.array_equal(column[indices], whole[indices])
-    assert shifted[indices].tolist() == [38, 38, 0, 0, 23]
-
-
 def test_examples_of_several_sources_are_those_of_one(tmp_path: Path) -> None:
     """Rankings of several sizes over three sources: ids, keys, response indices, sizes and origins."""
 
@@ -334,6 +295,8 @@ def test_examples_of_several_sources_are_those_of_one(tmp_path: Path) -> None:
     assert indices.tolist() == whole.response_indices(every[::-1]).tolist()
     assert np.array_equal(data.keys[indices], whole.keys[indices])
     assert np.array_equal(data.keys[:], whole.keys)
+    assert np.array_equal(data.ids[:], whole.ids)
+    assert np.array_equal(data.ids[3:70], whole.ids[3:70])
     assert data.keys[-1].tolist() == whole.keys[-1].tolist()
     for found, expected in zip(data.locate_responses(indices), whole.locate_responses(indices), strict=True):
         assert found.tolist() == expected.tolist()

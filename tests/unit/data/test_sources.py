@@ -10,12 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.data import read
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import source_identity
 from dpo_dist.foundation.errors import ConfigError, DataError
-from tests.support.records import TEXT, jsonl, outcomes
+from tests.support.records import TEXT, jsonl
 
 
 def row(text: str) -> dict[str, str]:
@@ -208,18 +207,6 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
     assert source_identity(pattern) != before
 
 
-def test_a_line_above_the_limit_is_bad_and_not_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(read, "_MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(read, "BLOCK_BYTES", 100)
-    file = tmp_path / "a.jsonl"
-    for tail in (b"\n" + lines("two"), b""):
-        write(file, lines("one") + b'{"prompt": "' + b"x" * 5000 + tail)
-        expected = [(1, ""), (2, "unparsable"), (3, "")][: 3 if tail else 2]
-        assert outcomes(read_records(str(file))) == expected
-
-
 def test_a_duplicate_key_makes_a_record_bad(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     write(file, b'{"prompt": "q", "chosen": "good", "chosen": "bad", "rejected": "x"}\n' + lines("one"))
@@ -227,33 +214,6 @@ def test_a_duplicate_key_makes_a_record_bad(tmp_path: Path) -> None:
     assert isinstance(bad, BadRecord)
     assert (bad.reason, "chosen twice" in bad.detail) == ("unparsable", True)
     assert isinstance(good, PreferenceRecord)
-    write(tmp_path / "a.json", b'[{"chosen": "a", "chosen": "b"}]')
-    [bad] = read_records(str(tmp_path / "a.json"))
-
-
-def test_a_parquet_text_that_is_not_utf8_is_one_bad_record(tmp_path: Path) -> None:
-    texts = pa.array([b"one", b"tw\xff", b"three"], pa.binary()).cast(pa.binary()).view(pa.binary())
-    broken = pa.StringArray.from_buffers(len(texts), texts.buffers()[1], texts.buffers()[2])
-    same = pa.array(["x", "x", "x"])
-    table = pa.table({"prompt": broken, "chosen": pa.array(["a", "a", "a"]), "rejected": same})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert outcomes(read_records(str(tmp_path / "a.parquet"))) == [(1, ""), (2, "unparsable"), (3, "")]
-
-
-def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "a.json", b"")
-    with pytest.raises(DataError) as raised:
-        read_records(str(tmp_path / "a.json"))
-    assert raised.value.got == "an empty file"
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.jsonl.gz"])
-def test_utf16_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
-    content = lines("one").decode().encode("utf-16")
-    write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(DataError, match="not UTF-8") as raised:
-        read_records(str(tmp_path / name))
-    assert raised.value.got == "UTF-16"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +232,7 @@ def test_what_is_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "pipe.jsonl", "neither a file nor a folder"),
         (Path("/dev/null"), "neither a file nor a folder"),
-        (tmp_path / "link.jsonl", "leads to no file"),
+        (tmp_path / "link.jsonl", "a link to"),
         (tmp_path / "circle.jsonl", "cannot be opened"),
     ):
         with pytest.raises(DataError, match=words):
@@ -288,15 +248,3 @@ def test_a_folder_with_data_files_that_cannot_be_read_is_an_error(tmp_path: Path
     (tmp_path / name).write_bytes(lines("b"))
     with pytest.raises(DataError, match=name):
         read_records(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [(gzip.compress(lines("a")), "gzip"), (zstd(lines("a")), "zstd"), (b"PAR1...", "Parquet")],
-    ids=["gzip", "zstd", "parquet"],
-)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_a_file_with_the_wrong_name_is_an_error(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=kind):
-        read_records(str(tmp_path / name))
