@@ -30,8 +30,8 @@ from dpo_dist.distributed.checkpoint_files import (
     random_states_name,
     read_state,
 )
-from dpo_dist.distributed.failures import StackFile
 from dpo_dist.distributed.manifest import find_faults, has_all_files, write_manifest
+from dpo_dist.distributed.processes import write_stacks
 from dpo_dist.distributed.slices import SavedSlices
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.files import content_digest, read_small, recall, text_digest
@@ -386,7 +386,7 @@ def test_nothing_is_written_through_a_link_of_a_run_directory(tmp_path: Path) ->
         print("; a command")
     with pytest.raises(CheckpointError, match="cannot be written"):
         _lock(run, [])
-    StackFile(run.rank_stacks(0)).write("a reason")
+    write_stacks(run.rank_stacks(0), "a reason")
     assert victim.read_text() == "mine\n"
 
 
