@@ -19,9 +19,8 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
-from dpo_dist.distributed.activity import Peer
 from dpo_dist.distributed.kernels import load_kernel
-from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.processes import Peer, Reports
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.process import answered_at_once
@@ -57,6 +56,10 @@ def joined(
         PeerLostError: not all processes joined in time, or one ended meanwhile.
     """
     reports = reports or Reports()
+    if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-")))
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
         key = "parallelism.offload_optimizer"
         load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)

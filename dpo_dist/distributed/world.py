@@ -5,24 +5,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.distributed.activity import Activity, Peer
-from dpo_dist.distributed.failures import (
-    FAREWELL_SECONDS,
-    NOBODY,
-    exit_code_of,
-    failed_elsewhere,
-    report_error,
-    user_error,
-)
-from dpo_dist.distributed.monitor import Reports, Waits, Watched
-from dpo_dist.foundation.errors import DpoDistError, StoppedError, first_line
+from dpo_dist.distributed.processes import Peer, Reports, Watcher
+from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.process import (
     BY_STEPS,
     BY_TRACKER,
@@ -38,11 +30,9 @@ from dpo_dist.model.ulysses import TokenExchange
 
 T = TypeVar("T")
 
-_PEER_PATIENCE_SECONDS = 10.0
-_PEER_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
-# Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
-_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
+_PATIENCE = timedelta(days=1)
+"""Limit of a wait outside of steps, for a host that hangs and whose connections stay."""
 
 WhileWaiting = Callable[[float], None]
 """Callback during long work, every few seconds, with the seconds since its start."""
@@ -54,8 +44,8 @@ class World:
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
     after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
-    that still work, as long as each of them sends heartbeats. A replica is one rank, or the ranks of
-    `sequence`, which compute the same micro-batches together.
+    that still work. A replica is one rank, or the ranks of `sequence`, which compute the same micro-batches
+    together.
     """
 
     accelerator: Any
@@ -65,8 +55,6 @@ class World:
     peers: tuple[Peer, ...]
     control: Any = None
     timeout_seconds: int = 600
-    activity: Activity = field(default_factory=Activity)
-    waits: Waits = field(default_factory=Waits)
     sequence: TokenExchange | None = None
 
     @property
@@ -100,9 +88,24 @@ class World:
         return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait for every rank, also for one that works for long."""
         if self.size > 1:
-            self.waits.wait(self.control)
+            self._wait()
+
+    def _wait(self, seconds: float | None = None) -> None:
+        """Wait for every rank, at most so long; answers signals meanwhile, as a collective call does not.
+
+        Raises:
+            RuntimeError: a rank has ended.
+            TimeoutError: a rank has not come; no other call may follow.
+        """
+        options, has_ended = dist.BarrierOptions(), threading.Event()
+        options.device_ids, options.timeout = [], _PATIENCE
+        call = self.control.barrier(options)
+        call.get_future().add_done_callback(lambda _: has_ended.set())
+        if not has_ended.wait(seconds):
+            raise TimeoutError(f"a rank has not come within {seconds:.0f} s")
+        call.wait()  # raises its error
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in rank order, on all ranks."""
@@ -173,11 +176,9 @@ class World:
 
         thread = threading.Thread(target=beat, name="while waiting", daemon=True)
         thread.start()
-        self.activity.is_shown = True
         try:
             yield
         finally:
-            self.activity.is_shown = False
             done.set()
             thread.join()
 
@@ -198,7 +199,7 @@ class World:
         `TimeoutError`. An error must leave `watch`, which ends the others.
         """
         if self.size > 1:
-            self.waits.wait(self.control, seconds if fault else None)
+            self._wait(seconds if fault else None)
         return next((found for found in self.gather(fault) if found), "")
 
     def agree(self, flag: bool) -> bool:
@@ -214,32 +215,22 @@ class World:
         """End all processes if one of them ends inside the block; exactly one prints the error.
 
         Entry is collective, and so is exit without an error. An error that leaves the block has
-        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`: the lowest
-        surviving rank of the host prints it if that process died, no rank if that process printed its own.
+        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`.
 
         Args:
             reports: outputs, used also if the main thread is blocked.
         """
-        watched = Watched(
-            self.peers,
-            self.rank,
-            self.activity,
-            self.timeout_seconds,
-            reports or Reports(),
-            self.device.type,
-            self.waits,
-        )
-        record, monitor = watched.record, watched.monitor
+        watcher = Watcher(self.peers, self.rank, self.control, self.timeout_seconds, reports or Reports())
+        record = watcher.record
         previous = signal.getsignal(signal.SIGTERM)
         may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
         if may_end_at_once:
             _handle_sigterm(raise_terminated)
         if self.size > 1:
-            watched.heartbeats.beat()  # before the barrier, after which each rank is known to the others
-            monitor.start()
+            watcher.start()
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
-            if self.size > 1:  # with the timeout: a rank that has not begun its heartbeats is never silent
+            if self.size > 1:
                 dist.barrier(group=self.control)
             last_words.append(record.report)
             with contextlib.ExitStack() as stack:
@@ -251,11 +242,8 @@ class World:
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             _handle_sigterm(signal.SIG_IGN)
-            monitor.stop()
-            error = self._error_of(failure, watched)
-            if error is None:  # a bug, which keeps its traceback, or a signal
-                record.report(exit_code_of(failure))
-                record.wait_for_all(FAREWELL_SECONDS)
+            watcher.stop()
+            error = watcher.error_of(failure)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 _handle_sigterm(previous)
             if error is not None and error is not failure:
@@ -263,42 +251,9 @@ class World:
             raise
         finally:
             last_words.clear()
-            watched.signals.close()
-        monitor.close()
+            watcher.stop()
+            record.close()
         _handle_sigterm(previous)
-
-    def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
-        """Return `failure` as an error that has been reported; None for a bug."""
-        error, record = user_error(failure), watched.record
-        others_ended = record.exit_code() is not None or watched.neighbours.lost()
-        if error is not None and not (isinstance(error, StoppedError) and others_ended):
-            report_error(error, self.rank, record)
-        elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
-            return self._consequence(failure, watched)
-        return error
-
-    def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
-        """Return the error of another process that caused `failure`; that process may still be dying."""
-        record, neighbours = watched.record, watched.neighbours
-        patience = max(_PEER_PATIENCE_SECONDS, watched.heartbeats.patience(failure))
-        if isinstance(failure, SystemExit):
-            patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            exit_code, lost = record.exit_code(), neighbours.lost()
-            if exit_code is not None:
-                record.report(exit_code)
-                return failed_elsewhere(exit_code)
-            if lost:
-                error = neighbours.lost_error(lost, first_line(failure))
-                # The other survivors would count this process as dead if it exited now.
-                time.sleep(FAREWELL_SECONDS)
-                if error.reporting_rank == self.rank and record.report(error.exit_code) is False:
-                    error.reporting_rank = NOBODY
-                return error
-            watched.heartbeats.beat_if_due()  # the monitor has stopped
-            time.sleep(0.2)
-        return watched.waited_in_vain(failure)
 
 
 def _handle_sigterm(handler: Any) -> None:

@@ -17,7 +17,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.kernels import own_folder
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.distributed.monitor import is_of_communication
+from dpo_dist.distributed.processes import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
     FrozenEngine,

@@ -124,7 +124,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
     with open_world(config, console, trains=True) as world, locked(folder, world):
         stops = Stops(stop, world)
         stops.check()  # a library may have caught an error that a signal raised while it was imported
-        clock = WorkClock(world.size, began, world.activity.enter)
+        clock = WorkClock(world.size, began)
         say_header(config, world, console)
         start = find_start(config, folder, world)
         if start.finished is not None:
@@ -230,7 +230,6 @@ def _set_up(
 
 def _run_tracked(loop: Loop, position: Position, identity: Identity, kept: KeptFiles) -> int:
     """Train to the end of the run with its trackers, and return the exit code; collective."""
-    loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
     with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
         return run_to_its_end(loop, position, identity, kept)

@@ -24,7 +24,7 @@ from dpo_dist.distributed.checkpoint import complete_unfinished, remove_unfinish
 from dpo_dist.distributed.checkpoint_files import Checkpoint, latest_checkpoint
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
-from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import Stops, WhileWaiting, World
 from dpo_dist.distributed.zero import policy_config

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,10 @@ class WorkClock:
     Args:
         processes: of the run.
         started: the time of the start, by `time.monotonic`.
-        entered: called with every kind of work that begins.
     """
 
-    def __init__(self, processes: int, started: float, entered: Callable[[str], None] | None = None):
+    def __init__(self, processes: int, started: float):
         self._processes, self._marked = processes, started
-        self._entered = entered
         self._work: Work = "starting"
         self._spent = WorkTime()
 
@@ -162,8 +160,6 @@ class WorkClock:
         """Count the time from now on as `work`."""
         now = time.monotonic()
         self._spent.add(self._work, now - self._marked, self._processes)
-        if self._entered is not None and work != self._work:
-            self._entered(work)
         self._work, self._marked = work, now
 
     @contextlib.contextmanager

@@ -10,8 +10,7 @@ from torch import nn
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.distributed import failures, monitor
-from dpo_dist.distributed import world as world_module
+from dpo_dist.distributed import processes
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model import exactness
@@ -30,7 +29,7 @@ def settle(
     folder: Path, fails: Arrangement, on: range, world: World, _folder: Path, late_seconds: float = 0.0
 ) -> str:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
-    failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = monitor._GRACE_SECONDS = 1.0
+    processes.FAREWELL_SECONDS = processes.GRACE_SECONDS = 1.0
     exactness.LAST_SECONDS = trial.LADDER_SECONDS = 1.0
     config = ModelConfig(str(folder), dtype=Dtype.fp32)
     model = load_packed(folder, config, 512, world.device, sequence=world.sequence)
@@ -64,7 +63,7 @@ def test_a_forward_that_fails_on_one_rank_ends_all(fails: Arrangement, size: int
     assert "RuntimeError: layer 1 is broken" in failing.message
     for other in others:
         assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 2)], other.log
-        assert other.reporting_rank in (None, failures.NOBODY)
+        assert other.reporting_rank in (None, processes.NOBODY)
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])

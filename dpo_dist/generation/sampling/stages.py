@@ -14,7 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
-from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.activity import Peer
+from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import GivenWay, Stops, World
 from dpo_dist.foundation.errors import StoppedError
 from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest

@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
-from dpo_dist.distributed.activity import Peer
 from dpo_dist.distributed.join import joined, start_world
+from dpo_dist.distributed.processes import Peer, Watcher
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
@@ -26,7 +26,7 @@ def test_an_error_of_the_only_process_is_raised_at_once(
     failure: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other process caused it, and SIGTERM ends this process again afterwards."""
-    monkeypatch.delattr(World, "_consequence")
+    monkeypatch.delattr(Watcher, "_consequence")
     handler = signal.getsignal(signal.SIGTERM)
     with (
         pytest.raises(type(failure)) as caught,

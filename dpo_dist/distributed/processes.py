@@ -1,0 +1,381 @@
+"""The processes of a run: which have failed, died or are stopped, and which one prints the error.
+
+A process that is blocked in a collective call cannot be reached by another collective call, and while it
+waits for a CUDA kernel it runs no signal handler either. Failures are therefore recorded in the key-value
+store of the rendezvous, which a thread of each process reads.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from dpo_dist.distributed.memory import out_of_memory
+from dpo_dist.foundation.errors import (
+    DpoDistError,
+    ExitCode,
+    PeerLostError,
+    StoppedError,
+    disk_error,
+    first_line,
+)
+from dpo_dist.foundation.files import open_in_place
+
+T = TypeVar("T")
+
+NOBODY = -1
+FAREWELL_SECONDS = 5.0
+GRACE_SECONDS = 8.0
+PATIENCE_SECONDS = 10.0
+STORE_SECONDS = 10.0
+_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
+_NAMING_SECONDS = 10.0
+_POLL_SECONDS = 1.0
+_EXIT_CODE, _FAILURES = "exit_code", "failures"
+_RESUME = "run the same command again to resume from the last checkpoint"
+# Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
+_OF_COMMUNICATION = r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Host and process of a rank; `namespace` is that of `pid`, and differs between boots and containers."""
+
+    rank: int
+    host: str
+    pid: int
+    namespace: str = ""
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        """Return the peer that this process is."""
+        namespace = ""
+        with contextlib.suppress(OSError):  # Linux only
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return cls(rank, socket.gethostname(), os.getpid(), namespace)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Return the host and the container of the process: hosts of one name differ in their boots."""
+        return self.host, self.namespace
+
+    @property
+    def status(self) -> str:
+        """Return the state of the process, as psutil names it; only for a peer on this host."""
+        try:
+            return str(psutil.Process(self.pid).status())
+        except psutil.NoSuchProcess:
+            return str(psutil.STATUS_ZOMBIE)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Outputs for reports about the processes, from any thread.
+
+    Attributes:
+        show: prints an error, on any rank.
+        say: prints a line, on rank 0.
+        stacks: file for the stacks of this process; None: none.
+    """
+
+    show: Callable[[str], None] = print
+    say: Callable[[str], None] = print
+    stacks: Path | None = None
+
+
+class FailureRecord:
+    """The first failure of the run, in the store of rank 0 or of its launcher; thread-safe.
+
+    The client of the store has no timeout for a host that hangs, so only threads that nobody waits for ask.
+
+    Attributes:
+        exit_code: of the first failure, as it was last read; None: there is none.
+    """
+
+    def __init__(self, size: int):
+        self.exit_code: int | None = None
+        self._size, self._store = size, _connect() if size > 1 else None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="failures", daemon=True)
+        if self._store is not None:
+            self._thread.start()
+
+    def _follow(self) -> None:
+        assert self._store is not None
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            while self.exit_code is None and not self._is_over.wait(_POLL_SECONDS):
+                if self._store.check([_EXIT_CODE]):
+                    self.exit_code = int(self._store.get(_EXIT_CODE))
+
+    def _ask(self, question: Callable[[Store], T]) -> T | None:
+        """Return the answer of the store; None if it does not answer in time."""
+        store, answers = self._store, list[T]()
+        if store is None:
+            return None
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question(store))
+
+        asking = threading.Thread(target=ask, name="rendezvous", daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)
+        return answers[0] if answers else None
+
+    def report(self, exit_code: int) -> bool | None:
+        """Record that this process ends with `exit_code`.
+
+        Returns:
+            Whether this process failed first and prints the error; None if the store cannot be reached.
+        """
+
+        def add(store: Store) -> bool:
+            is_first = bool(store.add(_FAILURES, 1) == 1)
+            if is_first:
+                store.set(_EXIT_CODE, str(exit_code))
+            return is_first
+
+        return True if self._size == 1 else self._ask(add)
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has reported, at most `FAREWELL_SECONDS`.
+
+        The other survivors would count this process as dead if it exited before.
+        """
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._size > 1 and time.monotonic() < deadline:
+            if (self._ask(lambda store: int(store.add(_FAILURES, 0))) or 0) >= self._size:
+                return
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """End the thread: within a call of the store it would abort the process as the interpreter ends."""
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * _POLL_SECONDS)
+
+
+def _connect() -> Store | None:
+    """Return an own connection to the store of the rendezvous; None if the store is gone."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(RuntimeError):
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+        return PrefixStore(f"dpo_dist/{attempt}", store)
+    return None
+
+
+class Watcher(threading.Thread):
+    """Thread that ends this process if another one failed, died or is stopped, and this one does not notice.
+
+    Args:
+        peers: all ranks.
+        rank: of this process.
+        control: the process group on the host.
+        timeout_seconds: timeout of a collective call, and of a process of this host that is stopped.
+        reports: outputs.
+    """
+
+    def __init__(
+        self, peers: Sequence[Peer], rank: int, control: Any, timeout_seconds: float, reports: Reports
+    ):
+        super().__init__(name="watcher", daemon=True)
+        self.record = FailureRecord(len(peers))
+        self._own, self._peers, self._control = peers[rank], peers, control
+        self._timeout_seconds, self._reports = timeout_seconds, reports
+        # Those in other containers are hidden.
+        self._neighbours = [peer for peer in peers if peer.place == self._own.place and peer.rank != rank]
+        self._stopped = dict.fromkeys(self._neighbours, 0.0)
+        self._is_over = threading.Event()
+        self._ending = threading.Lock()
+
+    def run(self) -> None:
+        """Watch until `stop`; a grace period lets the main thread detect failures by itself."""
+        while not self._is_over.wait(_POLL_SECONDS):
+            for peer in self._neighbours:
+                is_stopped = peer.status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+                self._stopped[peer] = self._stopped[peer] + _POLL_SECONDS if is_stopped else 0.0
+            if not self._others_ended() or self._is_over.wait(GRACE_SECONDS):
+                continue
+            with self._ending:
+                if not self._is_over.is_set():
+                    self._end_process()
+
+    def stop(self) -> None:
+        """Stop watching; after this call the thread does not end the process."""
+        with self._ending:
+            self._is_over.set()
+
+    def _others_ended(self) -> bool:
+        return self.record.exit_code is not None or bool(self._died() or self._long_stopped())
+
+    def _died(self) -> list[Peer]:
+        return [peer for peer in self._neighbours if peer.status == psutil.STATUS_ZOMBIE]
+
+    def _long_stopped(self) -> list[Peer]:
+        """Return the processes that were stopped for the timeout, in time of this process."""
+        return [peer for peer, seconds in self._stopped.items() if seconds >= self._timeout_seconds]
+
+    def _end_process(self) -> None:
+        write_stacks(self._reports.stacks, "the run ends, and the main thread does not notice")
+        if self.record.exit_code is not None:
+            os._exit(self.record.exit_code)
+        error = self._lost("this process waits for it in a collective call")
+        if self._has_to_print(error):
+            self._reports.show(error.block())
+        self.record.wait_for_all()
+        os._exit(error.exit_code)
+
+    def _has_to_print(self, error: DpoDistError) -> bool:
+        """Record `error`; return whether this process prints it.
+
+        That is the first to fail, or, where no store answers, the lowest living rank of each host: above 0,
+        whose host has the store and may be the one that hangs.
+        """
+        is_first = self.record.report(error.exit_code)
+        if is_first is not None:
+            return is_first
+        lost = [*self._died(), *self._long_stopped()]
+        living = [peer.rank for peer in (self._own, *self._neighbours) if peer not in lost]
+        return self._own.rank == min([rank for rank in living if rank > 0], default=0)
+
+    def _reported(self, error: DpoDistError) -> DpoDistError:
+        error.reporting_rank = self._own.rank if self._has_to_print(error) else NOBODY
+        self.record.wait_for_all()
+        return error
+
+    def error_of(self, failure: BaseException) -> DpoDistError | None:
+        """Return a failure of the main thread as an error that has been reported; None for a bug or a signal.
+
+        A failure that another process caused becomes a `PeerLostError`.
+        """
+        error = user_error(failure)
+        if error is not None and not (isinstance(error, StoppedError) and self._others_ended()):
+            return self._reported(error)
+        found = None
+        if len(self._peers) > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            found = self._consequence(failure)
+        if found is None:  # a bug, which keeps its traceback, or a signal
+            self.record.report(exit_code_of(failure))
+            self.record.wait_for_all()
+        return found
+
+    def _consequence(self, failure: BaseException) -> DpoDistError | None:
+        """Return the error of another process that caused `failure`; that process may still be dying."""
+        text = first_line(failure)
+        is_signal = isinstance(failure, SystemExit)
+        deadline = time.monotonic() + (_PATIENCE_AFTER_SIGTERM_SECONDS if is_signal else PATIENCE_SECONDS)
+        while time.monotonic() < deadline:
+            if self.record.exit_code is not None:
+                return self._failed_elsewhere(self.record.exit_code)
+            if self._died() or self._long_stopped():
+                return self._reported(self._lost(text))
+            time.sleep(0.2)
+        if not is_of_communication(text):
+            return None
+        write_stacks(self._reports.stacks, text)
+        error = self._missing(text)
+        return self._reported(error) if self.record.exit_code is None else self._failed_elsewhere()
+
+    def _failed_elsewhere(self, exit_code: int = ExitCode.lost) -> PeerLostError:
+        """Return the error of a process that ends because another one failed; no rank prints it."""
+        self.record.report(exit_code)
+        error = PeerLostError(
+            "another process of the run failed",
+            remedy="see the error on the screen or in the other logs/rank-N.log",
+        )
+        error.exit_code, error.reporting_rank = self.record.exit_code or exit_code, NOBODY
+        return error
+
+    def _lost(self, got: str) -> PeerLostError:
+        """Return the error that names the processes of this host that died or are stopped."""
+        died, stopped = self._died(), self._long_stopped()
+        ranks = ", ".join(str(peer.rank) for peer in died or stopped)
+        what = "died" if died else "does not answer: it is stopped, by a signal or a debugger"
+        return PeerLostError(
+            f"rank {ranks} of {len(self._peers)} {what}",
+            where="; ".join(map(str, died or stopped)),
+            got=got,
+            remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
+            f"for lack of host memory); {_RESUME}",
+        )
+
+    def _missing(self, got: str) -> PeerLostError:
+        """Return the error of a call that waited in vain; it names the ranks that miss a last barrier."""
+        seconds = min(_NAMING_SECONDS, self._timeout_seconds / 2)
+        missing: list[int] = []
+        try:
+            timeout = timedelta(seconds=seconds)
+            dist.monitored_barrier(self._control, timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            missing = [int(rank) for rank in named[1].split(",")] if named else [0] * (self._own.rank > 0)
+        if self._own.rank > 0:  # rank 0 alone knows the others that are missing
+            _wait_until(lambda: self.record.exit_code is not None, FAREWELL_SECONDS)
+        ranks = ", ".join(map(str, missing))
+        return PeerLostError(
+            f"rank {ranks} of {len(self._peers)} does not answer"
+            if missing
+            else "the processes of the run do not wait for each other in the same call",
+            where="; ".join(str(self._peers[rank]) for rank in missing) or str(self._own),
+            got=got[:300],
+            expected=f"an answer within parallelism.timeout_seconds ({self._timeout_seconds:.0f})",
+            remedy="see logs/rank-N.stacks.txt; end a process that hangs (its node, network or file system "
+            f"may hang); {_RESUME}",
+        )
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.1)
+
+
+def write_stacks(file: Path | None, reason: str) -> None:
+    """Add the stacks of all threads to a file; one that cannot be written is ignored."""
+    if file is None:
+        return
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    with contextlib.suppress(OSError), open_in_place(file, "a") as opened:
+        opened.write(f"{now} process {os.getpid()} on {socket.gethostname()}: {reason}\n")
+        opened.flush()
+        faulthandler.dump_traceback(opened, all_threads=True)
+
+
+def is_of_communication(text: str) -> bool:
+    """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
+    return bool(re.search(_OF_COMMUNICATION, text, re.IGNORECASE))
+
+
+def exit_code_of(failure: BaseException) -> int:
+    """Return the exit code of a process that ends by a failure that is no error of the user."""
+    if isinstance(failure, KeyboardInterrupt):
+        return ExitCode.interrupted
+    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+        return failure.code
+    return ExitCode.failed
+
+
+def user_error(failure: BaseException) -> DpoDistError | None:
+    """Return a failure as an error for the user; None for a bug or a signal."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return out_of_memory(failure)
+    return failure if isinstance(failure, DpoDistError) else disk_error(failure)
