@@ -37,7 +37,6 @@ from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.files import content_digest, read_small, recall, text_digest
 from dpo_dist.insight.console import open_console
 from dpo_dist.insight.metrics.log import MetricsLog, read_latest_rows
-from dpo_dist.insight.pages.facts import read_facts
 from dpo_dist.insight.pages.render import json_rows
 from dpo_dist.model.folder import check_weights, read_model_json
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
@@ -398,5 +397,3 @@ def test_references_of_references_in_yaml_are_followed_once(tmp_path: Path) -> N
         check_card(tmp_path)
     (tmp_path / ".huggingface.yaml").write_text(text.replace("../", ""))
     check_card(tmp_path)
-    (tmp_path / "config.yaml").write_text(text)
-    assert read_facts(RunFolder(tmp_path), None).config == {}
