@@ -23,13 +23,13 @@ def main(config: RunConfig) -> int:
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder, config.console) as console:
         from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
-        from dpo_dist.insight.pages.compare_page import write_comparison_page  # noqa: PLC0415
+        from dpo_dist.insight.pages.compare import write_comparison_page  # noqa: PLC0415
         from dpo_dist.insight.tables import comparison_table  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:
             console.result("comparison", results, comparison_table(results))
-            write_comparison_page(folder.comparison)
+            write_comparison_page(folder, results)
             console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
     return ExitCode.completed
 

@@ -71,11 +71,6 @@ class EvaluationFolder:
         return self.path / "scores.jsonl"
 
     @property
-    def picture(self) -> Path:
-        """Accuracy, margins and calibration as an image."""
-        return self.path / "evaluation.png"
-
-    @property
     def evaluated(self) -> Path:
         """The model, the pairs and the reference of the evaluation."""
         return self.path / "evaluated.json"
@@ -83,7 +78,7 @@ class EvaluationFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of them."""
-        return self.evaluated, self.scores, self.picture, self.results
+        return self.evaluated, self.scores, self.results
 
 
 @dataclass(frozen=True)

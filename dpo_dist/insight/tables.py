@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
@@ -11,11 +11,15 @@ from dpo_dist.foundation.text import counted, duration, percent, size
 from dpo_dist.insight.verdict.facts import mean_over_time
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return each row as a line, with columns as wide as their widest cell."""
+def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return each row as a line, with columns as wide as their widest cell; `numbers` go to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(
+            cell.rjust(width) if at in numbers else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
 
 
@@ -89,15 +93,7 @@ def _metrics(rows: Sequence[MetricsRow], best: Mapping[str, Mapping[str, float]]
             found = best.get(prefix + name)
             at_best = f"{form.format(found['value'])} at step {int(found['step']):,}" if found else ""
             lines.append([f"{label} {title}", *ends, at_best])
-    if not lines:
-        return [""]
-    table = [["", "first", "last", "best"], *lines]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    shown = [
-        f"{name:<{widths[0]}}  {first:>{widths[1]}}  {last:>{widths[2]}}  {at_best}".rstrip()
-        for name, first, last, at_best in table
-    ]
-    return ["", *shown, ""]
+    return ["", *aligned([["", "first", "last", "best"], *lines], numbers=(1, 2)), ""] if lines else [""]
 
 
 def _best(folder: RunFolder, checkpoints: Sequence[Mapping[str, Any]]) -> str:
@@ -155,16 +151,13 @@ def comparison_table(results: Row) -> list[str]:
     base = results["base"]
     rates = {win["second"]: win for win in results["wins"] if win["first"] == base}
     has_scores = any(model["score"] is not None for model in results["models"])
-    titles = ["model", "tokens", "finished", "refusals", "lists", f"KL to {base}"]
+    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
     rows = [[*titles, *(["score"] if has_scores else []), *([f"wins over {base}"] if rates else [])]]
     for model in results["models"]:
         style = model["style"]
-        cells = [
-            model["name"],
-            f"{style['length']:.0f}",
-            *map(percent, (style["finished"], style["refusals"])),
-        ]
-        cells += [percent(style["lists"]), _or_dash(model["kl"], model["kl_interval"], ".2f")]
+        shares = (percent(style[name]) for name in ("finished", "refusals"))
+        kl = _or_dash(model["kl"], model["kl_interval"], ".2f")
+        cells = [model["name"], f"{style['length']:.0f}", *shares, kl]
         if has_scores:
             cells.append(_or_dash(model["score"], model["score_interval"], ".3f"))
         if rates:

@@ -24,7 +24,6 @@ from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, Resampling, results, write_scores
-from dpo_dist.insight.pages.charts import draw_evaluation
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.lora import add_adapter, load_adapter
@@ -77,7 +76,6 @@ def write_evaluation(
         collect_abandoned(written)
     write_text(own.evaluated, json.dumps(_evaluated(model, revision, config, dataset), indent=1) + "\n")
     write_scores(own.scores, values, dataset)
-    draw_evaluation(found, own.picture, f"{name} of {folder.path.resolve().name}")
     write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
     make_newest(own, folder.evaluation)
     return found

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.insight.pages.difference import write_difference
-from dpo_dist.insight.pages.render import html_page
-from dpo_dist.insight.pages.svg import AXIS_SWITCH, SCRIPT, STYLE, Line, chart
+from dpo_dist.insight.pages.render import page
+from dpo_dist.insight.pages.svg import Line, chart
 from tests.support.browser import Watched, chromium
-from tests.unit.report.run_page.made_run import made_run
 
 HOSTILE = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
 STEPS = list(range(10, 1010, 10))
@@ -39,8 +37,12 @@ def page_file(tmp_path_factory) -> Path:
         chart("Gradient norm", [Line("norm", [10.0**-step for step in range(100)], "raw")], STEPS, log=True),
     ]
     file = tmp_path_factory.mktemp("page") / "charts.html"
-    body = f'{AXIS_SWITCH}<div class="charts">{"".join(figures)}</div>'
-    file.write_text(html_page(HOSTILE, [body], STYLE, SCRIPT))
+    content = dict.fromkeys(
+        ("outcome", "about", "verdict", "tiles", "samples", "accuracy", "displacement", "data", "work")
+    ) | dict.fromkeys(("reference", "command", "origins", "digests_of_run", "config", "environment"))
+    file.write_text(
+        page("run.jinja", HOSTILE, ["charts.js"], **content, last_step=None, links=[], curves=figures)
+    )
     return file
 
 
@@ -131,16 +133,3 @@ def test_without_script_the_charts_are_complete(browser: Any, page_file: Path) -
     assert texts(watched) == LAST
     watched.page.get_by_label("hours").check()
     assert watched.page.locator(".at-hours:visible").count() == 2
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
-def test_the_page_about_two_runs_works(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
-    runs = made_run(tmp_path / "a<img src=x>", HOSTILE), made_run(tmp_path / "b<img src=y>", HOSTILE)
-    file = write_difference(runs, None, tmp_path / "page.html")
-    watched = opened(browser, file, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert watched.page.evaluate("document.documentElement.scrollWidth") == width
-    assert watched.page.locator("h1").inner_text().startswith("a<img src=x>/qwen")
-    watched.page.locator("figure").first.focus()
-    watched.page.keyboard.press("Home")
-    assert texts(watched)[:2] == ["step 1", "A 0.69"]
-    assert (watched.errors, watched.requests) == ([], [file.as_uri()])

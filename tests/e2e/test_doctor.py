@@ -199,7 +199,7 @@ def test_the_page_is_inert_in_a_browser(
     assert page.locator(".trained").count() > 0
     assert page.locator(".cut:not(.legend .cut)").count() > 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("svg.chart").count() >= 3
+    assert page.locator("svg.histogram").count() >= 3
     # Opened one by one, by the keyboard.
     page.locator("label[for=all-texts]").click()
     page.locator("#text-0").focus()

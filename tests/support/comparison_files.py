@@ -55,6 +55,8 @@ def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: 
         "models": models,
         "wins": wins,
         "counts": {},
+        "differences": [],
+        "sampling": {"temperature": 1.0},
         **others,
     }
 

@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.streams import SafeStream, printable
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level, SourceReport
+from dpo_dist.insight.pages.doctor import counts_by_level, median_length
 from dpo_dist.insight.pages.render import joined_origins
 
 _COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
@@ -36,15 +37,14 @@ def print_diagnosis(diagnosis: Diagnosis, folder: RunFolder, screen: Screen | No
 
 def _parts(diagnosis: Diagnosis, width: int) -> Iterator[RenderableType]:
     report = diagnosis.report
-    wide = width >= _MIN_WIDTH_OF_TABLE
-    yield _table(report.sources) if wide else Group(*map(_source_lines, report.sources))
+    yield _table(report.sources) if width >= _MIN_WIDTH_OF_TABLE else Group(*map(_lines, report.sources))
     if diagnosis.model is None:
         yield Text("without a model (model.path): only texts are examined, not tokens")
     if diagnosis.store is not None:
         yield Text(printable(diagnosis.store.sentence))
     for finding in report.findings:
         yield _finding(finding)
-    yield Text(_summary(report.findings))
+    yield Text(", ".join(count for _, count in counts_by_level(report.findings)) or "no findings")
 
 
 def _table(sources: tuple[SourceReport, ...]) -> Table:
@@ -64,20 +64,11 @@ def _cells(source: SourceReport) -> list[str]:
         printable(source.label),
         "eval" if source.is_eval else " and ".join(source.parts or ["train"]),
         *(f"{count:,}" for count in counts),
-        *(_median(source, side) for side in ("chosen", "rejected")),
+        *(median_length(source.sides.get(side)) or "-" for side in ("chosen", "rejected")),
     ]
 
 
-def _median(source: SourceReport, name: str) -> str:
-    side = source.sides.get(name)
-    if side is None:
-        return "-"
-    if side.tokens is None:
-        return f"{side.characters.percentiles[50]:,.0f} characters"
-    return f"{side.tokens.percentiles[50]:,.0f} tokens"
-
-
-def _source_lines(source: SourceReport) -> Text:
+def _lines(source: SourceReport) -> Text:
     label, data, read, kept, dropped, *_ = _cells(source)
     return Text(f"{label} ({data})\n  {read} read, {kept} kept, {dropped} dropped")
 
@@ -90,12 +81,3 @@ def _finding(finding: Finding) -> Group:
         origins = joined_origins(finding.examples, _SHOWN_EXAMPLES)
         lines.append(Text(f"first: {printable(origins)}", style="dim"))
     return Group(title, *(Padding(line, (0, 0, 0, 2), expand=False) for line in lines))
-
-
-def _summary(findings: tuple[Finding, ...]) -> str:
-    if not findings:
-        return "no findings"
-    counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
-    return ", ".join(
-        f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count
-    )

@@ -6,49 +6,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.user_code import read_config, yaml_values
-from dpo_dist.foundation.files import read_small
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import seconds_of_steps
 from dpo_dist.insight.verdict.facts import RunFacts
 
 Fields = Mapping[str, Any]
-Content = TypeVar("Content")
+
+WORK_NAMES: Mapping[Work, str] = {
+    "starting": "starting",
+    "reference": "reference log-probs",
+    "training": "training steps",
+    "evaluation": "evaluations",
+    "samples": "generating samples",
+    "saving": "saving",
+    "other": "the rest",
+}
+"""Name of each kind of work for people."""
 
 _SAME = 1e-6
+_HOUR = 3600
 _OF_AN_END = frozenset(
     {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second", "work"}
     | {"best_checkpoints"}
 )
-_MAPPINGS = (
-    "final",
-    "best",
-    "reference",
-    "work",
-    "settings",
-    "verdict",
-    "all",
-    "tracking",
-    "identity",
-    "packages",
-)
-_NUMBERS = (
-    *("steps", "pairs_seen", "train_seconds", "pairs_per_second", "peak_memory_bytes", "world_size"),
-    "price_per_gpu_hour",
-)
-_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(_MAPPINGS, dict),
-    **dict.fromkeys(_NUMBERS, (int, float)),
-    **dict.fromkeys(("findings", "gpus", "best_checkpoints"), list),
-    "exit": str,
-}
-"""Types of fields that several sections of the page read."""
 _log = logging.getLogger(__name__)
 
 
@@ -88,14 +74,16 @@ class PageFacts:
 
     def setting(self, key: str) -> Any:
         """Return the value of a key of the configuration; None if it is not known."""
-        value: Any = self.config
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return value
+        section, name = key.split(".")
+        return (self.config.get(section) or {}).get(name)
 
     def section(self, name: str) -> Fields:
         """Return a section of summary.json; empty if it is missing."""
         return self.summary.get(name) or {}
+
+    def intervals(self, name: str) -> Mapping[str, Sequence[float]]:
+        """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
+        return (self.evaluation.get(name) or {}).get("intervals") or {}
 
     @property
     def devices(self) -> int:
@@ -107,16 +95,26 @@ class PageFacts:
         """Whether the run used GPUs."""
         return bool(self.environment.get("gpus"))
 
-    @cached_property
-    def training_seconds(self) -> float:
-        """Seconds of the optimizer steps; those of the logged ones if the run has not ended."""
-        seconds = self.summary.get("train_seconds")
-        return float(seconds) if seconds is not None else sum(seconds_of_steps(self.run.rows))
+    @property
+    def seconds_by_work(self) -> dict[str, float]:
+        """Wall-clock seconds of the kinds of work above 0; before the end of a run those of its rows."""
+        found = self.section("work").get("seconds") or {
+            "training": sum(seconds_of_steps(self.run.rows)),
+            "evaluation": sum(row.get("step_seconds", 0.0) for row in self.run.evaluations),
+        }
+        return {WORK_NAMES[work]: found[work] for work in WORKS if found.get(work, 0.0) > 0}
 
-    @cached_property
-    def evaluation_seconds(self) -> float:
-        """Seconds of all evaluations, without generated responses."""
-        return sum(row.get("step_seconds", 0.0) for row in self.run.evaluations)
+    @property
+    def device_hours(self) -> float:
+        """Hours of this work on all devices, with the number of devices of each start."""
+        measured = self.section("work").get("device_seconds")
+        seconds = self.devices * sum(self.seconds_by_work.values()) if measured is None else measured
+        return float(seconds) / _HOUR
+
+    @property
+    def cost(self) -> float | None:
+        """Price of these hours; None without a price or a measurement."""
+        return None if self.price is None or not self.device_hours else self.price * self.device_hours
 
 
 def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
@@ -126,20 +124,24 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         folder: the run directory.
         price: in place of `tracking.price_per_gpu_hour`.
     """
-    config = _read(folder.config, _yaml_fields) or {}
-    doctor = _read(folder.doctor_report, _json_fields) or {}
-    findings = [finding for finding in doctor.get("findings") or [] if isinstance(finding, Mapping)]
-    summary = _read(folder.summary, _json_fields) or {}
-    rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
-    run = RunFacts.of(rows, {**final_and_best(rows), **_still_true(summary, rows)}, findings)
-    evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
+    config = _fields(folder.config, yaml.safe_load)
+    doctor = _fields(folder.doctor_report)
+    summary = _fields(folder.summary)
+    try:
+        rows = read_latest_rows(folder)
+    except FileNotFoundError:
+        rows = []
+    run = RunFacts.of(
+        rows, {**final_and_best(rows), **_still_true(summary, rows)}, doctor.get("findings") or []
+    )
+    evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
     if price is None:
-        price = _fields_of_types(folder.config, config.get("tracking") or {}).get("price_per_gpu_hour")
+        price = (config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(
         folder=folder,
         config=config,
-        environment=_read(folder.environment, _json_fields) or {},
-        state=_read(folder.state, _json_fields) or {},
+        environment=_fields(folder.environment),
+        state=_fields(folder.state),
         run=run,
         evaluation=evaluation if _is_last(evaluation, run) else {},
         doctor=doctor,
@@ -161,96 +163,19 @@ def _is_last(evaluation: Fields, run: RunFacts) -> bool:
     """
     row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
     common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]
-    return bool(common) and all(_is_same(row.get(f"eval_{name}"), last[name]) for name in common)
+    values = [(row.get(f"eval_{name}"), last[name]) for name in common]
+    return bool(common) and all(
+        own is not None and abs(own - value) <= _SAME * max(1.0, abs(value)) for own, value in values
+    )
 
 
-def _is_same(value: object, other: float) -> bool:
-    return isinstance(value, int | float) and abs(value - other) <= _SAME * max(1.0, abs(other))
-
-
-def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
+def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
+    """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
     try:
-        return parse(path)
+        found: Fields = without_secrets(dict(parse(path.read_text(encoding="utf-8")) or {}))
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         _log.warning("%s cannot be read and is omitted from the report: %s", path, error)
-        return None
-
-
-def _yaml_fields(path: Path) -> Fields:
-    return _fields(path, yaml_values(read_config(path)))
-
-
-def _json_fields(path: Path) -> Fields:
-    return _fields(path, json.loads(read_small(path)))
-
-
-def _fields(path: Path, content: Any) -> Fields:
-    if not isinstance(content, dict):
-        raise TypeError("it has no fields")
-    return _fields_of_types(path, dict(without_secrets(content)))  # a page is made to be shared
-
-
-def _fields_of_types(path: Path, fields: Fields) -> Fields:
-    """Return the fields without those of a type that this program does not write; a warning names them."""
-    odd = [
-        name
-        for name, expected in _TYPES.items()
-        if fields.get(name) is not None and not isinstance(fields[name], expected)
-    ]
-    if odd:
-        _log.warning("%s: omitted from the report, of another type than expected: %s", path, ", ".join(odd))
-    return {name: value for name, value in fields.items() if name not in odd}
-
-
-NAMES: Mapping[Work, str] = {
-    "starting": "starting",
-    "reference": "reference log-probs",
-    "training": "training steps",
-    "evaluation": "evaluations",
-    "samples": "generating samples",
-    "saving": "saving",
-    "other": "the rest",
-}
-"""Name of each kind of work for people."""
-
-_HOUR = 3600
-
-
-def seconds_by_work(facts: PageFacts) -> dict[str, float]:
-    """Return the wall-clock seconds of the kinds of work that a run measures, without those of 0 seconds.
-
-    Runs of earlier versions measured training steps, evaluations and computing reference log-probs; these are
-    also what the rows of a run that has not ended show.
-    """
-    found = _measured(facts).get("seconds")
-    if found is None:
-        found = {
-            "reference": facts.section("reference").get("seconds") or 0.0,
-            "training": facts.training_seconds,
-            "evaluation": facts.evaluation_seconds,
-        }
-    return {NAMES[work]: found[work] for work in WORKS if found.get(work, 0.0) > 0}
-
-
-def device_hours(facts: PageFacts) -> float:
-    """Return the hours of this work on all devices, with the number of devices of each start."""
-    measured = _measured(facts).get("device_seconds")
-    seconds = facts.devices * sum(seconds_by_work(facts).values()) if measured is None else measured
-    return float(seconds) / _HOUR
-
-
-def first_measured_step(facts: PageFacts) -> int | None:
-    """Return the step from which all work was measured; None for a run of an earlier version."""
-    return _measured(facts).get("since_step")
-
-
-def cost(facts: PageFacts) -> float | None:
-    """Return the price of the measured hours on all devices; None without a price or a measurement."""
-    hours = device_hours(facts)
-    return None if facts.price is None or not hours else facts.price * hours
-
-
-def _measured(facts: PageFacts) -> Mapping[str, Any]:
-    return facts.section("work")
+        return {}
+    return found

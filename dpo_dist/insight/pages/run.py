@@ -1,277 +1,82 @@
-"""Style sheet of the page, added to that of `html_page`."""
+"""The page about a run: verdict, results, samples, curves, data, time, reference, and how to repeat it."""
 
-import re
-from collections.abc import Callable, Mapping
-from html import escape
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, money, number, percent, size
+from dpo_dist.insight.evaluation import ALL, results_name
+from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.insight.pages.charts import charts
-from dpo_dist.insight.pages.facts import Fields, PageFacts, cost, read_facts
-from dpo_dist.insight.pages.render import html_page, inert_html, made, note, section
-from dpo_dist.insight.pages.samples import SAMPLES_STYLE, samples_section
-from dpo_dist.insight.pages.sections import (
-    accuracy_section,
-    data_section,
-    displacement_section,
-    files_section,
-    reference_section,
-    repeat_section,
-    settings_sections,
-    speed_section,
-)
-from dpo_dist.insight.pages.svg import SCRIPT, STYLE
-from dpo_dist.insight.verdict.facts import last
+from dpo_dist.insight.pages.facts import Fields, PageFacts, read_facts
+from dpo_dist.insight.pages.render import estimate, flat, page, part
+from dpo_dist.insight.pages.samples import samples_of
+from dpo_dist.insight.tables import describe_reference
+from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, evaluation_rows, last
 from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.insight.verdict.verdict import verdict
+from dpo_dist.objective.metrics import BUCKETS
 
-PAGE_STYLE = """
-:root { --error: #b3264a; --warning: #a85b06; --good: #1a7f5a; --note: #4b6a9b; --fill: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --fill: #5eb5f0; --note: #8fb0e0; } }
-nav { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 14px; margin: 12px 0; }
-p { max-width: 82ch; overflow-wrap: anywhere; }
-.verdict { border: 1px solid var(--line); border-left: 6px solid var(--note); border-radius: 8px; }
-.verdict { padding: 4px 20px 12px; margin: 20px 0; }
-.verdict h2 { margin: 12px 0 0; font-size: 14px; color: var(--quiet); font-weight: 500; }
-.verdict.good { border-left-color: var(--good); }
-.verdict.warning { border-left-color: #d98a1f; }
-.verdict.error { border-left-color: var(--error); }
-.sentence { font-size: 19px; line-height: 1.4; font-weight: 600; margin: 4px 0 8px; max-width: 72ch; }
-.verdict ol { margin: 8px 0 0; padding-left: 22px; }
-.verdict li { margin: 10px 0; max-width: 86ch; overflow-wrap: anywhere; }
-.finding ul { margin: 4px 0; padding-left: 18px; }
-.finding li { overflow-wrap: anywhere; }
-.advice { color: var(--quiet); }
-.advice b { color: CanvasText; }
-.tiles div { min-width: 0; overflow-wrap: anywhere; }
-.wide table { width: auto; min-width: 50%; }
-.wide td { overflow-wrap: normal; }
-.wide td small { color: var(--quiet); }
-.numbers td:first-child, .numbers th:first-child { text-align: left; overflow-wrap: anywhere; }
-.numbers td:first-child { max-width: 260px; }
-.numbers td:first-child small { display: block; font-size: 12px; }
-.counts td:first-child, .counts th:first-child { text-align: right; }
-.counts td small { display: block; font-size: 12px; }
-.numbers td, .phases td, .counts td:first-child { white-space: nowrap; }
-.numbers td:first-child { white-space: normal; min-width: 90px; }
-.phases td:first-child { text-align: left; white-space: normal; }
-.phases td small { display: block; font-size: 12px; }
-.phases meter { width: 160px; }
-.interval { overflow: visible; width: 110px; height: 13px; vertical-align: middle; margin-left: 8px; }
-.interval .track { stroke: var(--line); stroke-width: 2; }
-.interval .half { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 2 2; }
-.interval path.fill { stroke: var(--fill); stroke-width: 4; }
-.interval circle.fill { fill: var(--fill); }
-article { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 10px 0; }
-article p { margin: 6px 0; }
-article .badge { font-size: 13px; padding: 1px 10px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--tile); border-radius: 8px; }
-pre { padding: 12px 14px; font-size: 13px; }
-section details, details details { margin-top: 10px; }
-details summary { font-size: 14px; }
-@media (max-width: 600px) {
-  main { padding: 14px; }
-  .facts th { width: 38%; }
-  .facts th, .facts td { padding-right: 8px; }
-  .tiles { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
-  .tiles b { font-size: 20px; }
-  .sentence { font-size: 17px; }
-  .verdict { padding: 4px 14px 12px; }
-  .phases meter { display: none; }
-}
-@media print { details:not([open]) { display: none; } nav { display: none; } }
-"""
-
+Table = tuple[str, list[str], list[list[object]]]
+"""Title, titles of the columns, and rows."""
 
 _ADVICE = ". Try: "
-_NAME = re.compile("`([^`]+)`")
-_NO_FAULT = (
-    "No rule of the verdict found a fault. That is no proof of a good model: read the responses, and "
-    "evaluate it on other data."
-)
-
-
-def header(facts: PageFacts) -> str:
-    """Return the name of the run, its outcome, and one sentence about what was run."""
-    name, outcome = facts.folder.path.resolve().name, facts.summary.get("exit")
-    badge = f'<span class="badge {escape(str(outcome))}">{escape(str(outcome))}</span>' if outcome else ""
-    about = inert_html(_about(facts))
-    return f"<header><h1>{inert_html(name)}</h1>{badge}</header>" + (f"<p>{about}</p>" if about else "")
-
-
-def verdict_section(facts: PageFacts) -> str:
-    """Return the verdict with its findings; for a run that has not ended, this fact."""
-    judged = _verdict(facts)
-    if not judged:
-        return _unfinished(facts)
-    findings = judged.get("findings") or []
-    is_diverged = facts.summary.get("exit") == RunOutcome.diverged
-    faults = [one for one in findings if not ((rule := RULES.get(str(one.get("rule")))) and rule.is_remark)]
-    level = "error" if is_diverged else "warning" if faults else "good"
-    sentence = str(judged["sentence"])
-    items = "".join(f"<li>{_finding(finding, sentence)}</li>" for finding in findings)
-    below = ("" if faults else note(_NO_FAULT)) + (f"<ol>{items}</ol>" if items else "")
-    return (
-        f'<section id="verdict" class="verdict {level}"><h2>Verdict</h2>'
-        f'<p class="sentence">{inert_html(_capital(sentence))}.</p>{below}</section>'
-    )
-
-
-def _verdict(facts: PageFacts) -> Fields:
-    """Return the verdict of the summary; of an earlier version's run it is made here."""
-    recorded = facts.summary.get("verdict")
-    if recorded or not (facts.run.rows and facts.summary.get("exit")):
-        return recorded or {}
-    return verdict(facts.run.rows, facts.summary, facts.run.data_findings).as_dict()
-
-
-def _unfinished(facts: PageFacts) -> str:
-    if facts.summary.get("exit") or not facts.run.rows:
-        return ""
-    step = facts.run.rows[-1]["step"]
-    sentence = f"This run has not ended: its last metrics are of step {step:,.0f}."
-    return f'<section id="verdict" class="verdict warning"><p class="sentence">{sentence}</p></section>'
-
-
-def _finding(finding: Fields, sentence: str) -> str:
-    """Return a finding, without its facts if the verdict's sentence has them."""
-    rule = RULES.get(str(finding.get("rule")))
-    headline = _capital(rule.headline if rule else str(finding.get("rule")).replace("_", " "))
-    fact, _, advice = str(finding.get("text")).partition(_ADVICE)
-    tip = f'<div class="advice"><b>Try</b> {_with_code(advice)}.</div>' if advice else ""
-    facts = "" if fact in sentence else f"<div>{_with_code(_capital(fact))}.</div>"
-    return f"<b>{inert_html(headline)}</b>{facts}{tip}"
-
-
-def _with_code(sentence: str) -> str:
-    """Return plain text as HTML, with names of keys in the font of code."""
-    return _NAME.sub(r"<code>\1</code>", inert_html(sentence))
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
-
-
-def _about(facts: PageFacts) -> str:
-    """Return model, method, data and size of the run in one sentence; empty without a configuration."""
-    if facts.setting("model.path") is None:
-        return ""
-    adapter = facts.setting("model.adapter")
-    weights = _trained_weights(adapter)
-    terms = facts.setting("loss.terms")
-    loss = " + ".join(str(term.get("kind")) for term in terms) if terms else str(facts.setting("loss.kind"))
-    settings = facts.section("settings")
-    beta = f" with beta {number(settings['loss.beta'], 3)}" if settings.get("loss.beta") is not None else ""
-    parts = [
-        f"{facts.setting('model.path')} ({weights}, {facts.setting('model.dtype')})",
-        f"loss {loss}{beta}",
-        f"learning rate {number(facts.setting('optim.lr') or 0, 3)}",
-        *_sizes(facts),
-        counted(facts.devices, "GPU" if facts.has_gpus else "process", "" if facts.has_gpus else "processes"),
-    ]
-    return "; ".join(parts) + "."
-
-
-def _trained_weights(adapter: Mapping[str, Any] | None) -> str:
-    if not adapter:
-        return "all weights"
-    if adapter.get("path") is not None and not adapter.get("on_top"):
-        return f"continued LoRA adapter {adapter['path']}"
-    return f"LoRA adapter of rank {adapter['r']}"
-
-
-def _sizes(facts: PageFacts) -> list[str]:
-    counts = {name: facts.run.counts(name).get("pairs") for name in ("train", "eval")}
-    names = {"train": "training pair", "eval": "evaluation pair"}
-    sizes = [counted(count, names[name]) for name, count in counts.items() if count]
-    steps = facts.summary.get("steps")
-    batch = facts.setting("trainer.global_batch_pairs")
-    return sizes + ([f"{counted(steps, 'step')} of {counted(batch, 'pair')}"] if steps and batch else [])
-
-
-def tiles(facts: PageFacts) -> str:
-    """Return tiles with the main results; a value without a measurement has no tile."""
-    summary, final, best = facts.summary, facts.section("final"), facts.section("best")
-    pairs = summary.get("pairs_seen")
-    finished = last(facts.run.evaluations, "samples/finished")
-    shown = (
-        ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
-        ("eval loss", final.get("eval_loss"), number, _best(best.get("eval_loss"))),
-        (
-            "eval accuracy",
-            final.get("eval_rewards/accuracies"),
-            number,
-            _joined(_interval(facts, "rewards/accuracies"), _best(best.get("eval_rewards/accuracies"))),
-        ),
-        (
-            "eval margin",
-            final.get("eval_rewards/margins"),
-            number,
-            _interval(facts, "rewards/margins") or "reward of chosen minus rejected",
-        ),
-        ("best checkpoint", *_best_checkpoint(facts)),
-        ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
-        ("steps", summary.get("steps"), number, "" if pairs is None else f"{number(pairs)} pairs"),
-        ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
-        ("pairs per second", summary.get("pairs_per_second"), number, ""),
-        ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
-        ("processes", summary.get("world_size"), number, _hardware(facts)),
-        ("cost", cost(facts), money, "see time, memory and cost"),
-    )
-    found = [_tile(*tile) for tile in shown if tile[1] is not None]
-    return f'<div class="tiles">{"".join(found)}</div>' if found else ""
-
-
-def _best_checkpoint(facts: PageFacts) -> tuple[int | None, Callable[[Any], str], str]:
-    """Return step, form and text of the best checkpoint by `trainer.keep_best`."""
-    for one in facts.summary.get("best_checkpoints", []):
-        return int(one["step"]), number, f"step; {one['metric']} {number(one['value'])}"
-    return None, number, ""
-
-
-def _tile(label: str, value: Any, form: Callable[[Any], str], below: str) -> str:
-    small = f"<small>{inert_html(below)}</small>" if below else ""
-    return f"<div><span>{label}</span><b>{escape(form(value))}</b>{small}</div>"
-
-
-def _hardware(facts: PageFacts) -> str:
-    gpus = [str(name) for name in facts.environment.get("gpus") or []]
-    return ", ".join(dict.fromkeys(gpus)) if gpus else "without GPU" if facts.environment else ""
-
-
-def _interval(facts: PageFacts, metric: str) -> str:
-    ends = ((facts.evaluation.get("all") or {}).get("intervals") or {}).get(f"eval_{metric}")
-    return f"95 %: {number(ends[0])} to {number(ends[1])}" if ends else ""
-
-
-def _best(best: Fields | None) -> str:
-    return f"best {number(best['value'])} at step {number(int(best['step']))}" if best else ""
-
-
-def _joined(*texts: str) -> str:
-    return "; ".join(filter(None, texts))
-
-
-Maker = Callable[[PageFacts], str]
-
-_HEADING = re.compile(r'<section id="(\w+)"[^>]*><h2>([^<]*)</h2>')
-_CURVES = (
-    "Light lines: means of the steps between two metrics rows; bold lines: their moving mean; rings: "
-    "evaluations. Hours are those of optimizer steps."
-)
+_HALF = 0.5
+_LEAST_FALL = 0.05
+"""Nats per token; a smaller fall of the chosen responses is usual and has no section."""
+_SECTIONS = {
+    "samples": "Samples",
+    "curves": "Curves",
+    "accuracy": "Accuracy and margin",
+    "displacement": "Chosen responses became less likely",
+    "data": "Data",
+    "work": "Time",
+    "reference": "Reference model",
+    "command": "Repeat this run",
+}
+_IDS = {"work": "speed", "command": "repeat"}
+_PARTS = {"train": "Training data", "eval": "Evaluation data"}
+_NO_CHANGES = frozenset({"read", "kept", "pairs"})
+_EVALUATION_COLUMNS = {
+    "step": "step",
+    "loss": "loss",
+    ACCURACY: "accuracy",
+    MARGIN: "margin",
+    "rewards/chosen": "reward chosen",
+    "rewards/rejected": "reward rejected",
+    "logps/chosen": "log-prob chosen",
+    "logps/rejected": "log-prob rejected",
+}
+_MOST_EVALUATIONS = 20
+_PHASES: dict[Phase, str] = {
+    "data": "waiting for the next batch",
+    "reference": "reference log-probs",
+    "forward": "the policy's log-probs, and the loss",
+    "backward": "gradients",
+    "optimizer": "clipping, all-reduce of metrics, update",
+    "checkpoint": "committing checkpoints",
+    "other": "the rest",
+}
+_DIGESTS = {
+    "run_digest": "configuration",
+    "data": "training data",
+    "eval_data": "evaluation data",
+    "model": "model",
+    "reference": "reference model",
+}
 
 
 def write_page(
     folder: RunFolder, price_per_gpu_hour: float | None = None, output: Path | None = None
 ) -> Path:
-    """Write the report page of a run directory, and return its path.
-
-    Sections whose file is missing are omitted; those whose file cannot be read, or has other content than
-    this program writes, too, with a warning.
+    """Write the report page of a run directory, and return its path; sections without a file are omitted.
 
     Args:
         folder: the run directory.
@@ -279,38 +84,291 @@ def write_page(
         output: the page, in place of `report.html` in the run directory.
     """
     facts = read_facts(folder, price_per_gpu_hour)
-    main: tuple[Maker, ...] = (header, verdict_section, tiles)
-    details: tuple[Maker, ...] = (
-        _samples,
-        _curves,
-        accuracy_section,
-        displacement_section,
-        data_section,
-        speed_section,
-        reference_section,
-        repeat_section,
-        files_section,
-        settings_sections,
-    )
-    first, later = ([made(make, facts, "report") for make in makers] for makers in (main, details))
-    style, script = PAGE_STYLE + SAMPLES_STYLE + STYLE, SCRIPT if facts.run.rows else ""
-    page = html_page(folder.path.resolve().name, [*first, _contents(later), *later], style, script)
+    content: dict[str, Any] = {
+        "outcome": facts.summary.get("exit"),
+        "about": "; ".join(_about(facts)),
+        "verdict": verdict_of(facts),
+        "last_step": facts.run.rows[-1]["step"] if facts.run.rows and not facts.summary.get("exit") else None,
+        "tiles": list(_tiles(facts)),
+        "samples": samples_of(folder, facts.run.rows),
+        "curves": charts(facts.run.rows),
+        "accuracy": _accuracy(facts),
+        "displacement": list(_displacement(facts)),
+        "data": [_records(_PARTS[name], counts) for name, counts in facts.section("data").items() if counts],
+        "doctor": facts.doctor.get("findings") or [],
+        "is_examined": bool(facts.doctor),
+        "work": _work(facts.seconds_by_work),
+        "phases": _phases(facts.run.steps),
+        "reference": list(_reference(facts.section("reference"))),
+        "command": facts.environment.get("command"),
+        "origins": list(_origins(facts.environment)),
+        "digests_of_run": _digests(facts.state.get("identity") or {}),
+        "config": list(flat(facts.config)),
+        "environment": list(flat(facts.environment)),
+    }
+    links = [(_IDS.get(name, name), title) for name, title in _SECTIONS.items() if content[name]]
+    scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
-    files.write_text(path, page)
+    files.write_text(path, page("run.jinja", folder.path.resolve().name, scripts, links=links, **content))
     return path
 
 
-def _contents(sections: list[str]) -> str:
-    """Return links to the sections."""
-    found = [link for part in sections for link in _HEADING.findall(part)]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in found)
-    return f"<nav>{links}</nav>" if len(found) > 1 else ""
+def _about(facts: PageFacts) -> Iterator[str]:
+    """Yield model, method, data and size of the run; nothing without a configuration."""
+    if facts.setting("model.path") is None:
+        return
+    adapter = facts.setting("model.adapter")
+    weights = "all weights"
+    if adapter:
+        is_continued = adapter.get("path") is not None and not adapter.get("on_top")
+        weights = f"LoRA adapter {adapter['path'] if is_continued else 'of rank ' + str(adapter['r'])}"
+    yield f"{facts.setting('model.path')} ({weights}, {facts.setting('model.dtype')})"
+    terms = facts.setting("loss.terms")
+    loss = " + ".join(term["kind"] for term in terms) if terms else facts.setting("loss.kind")
+    beta = facts.section("settings").get("loss.beta")
+    yield f"loss {loss}" + (f" with beta {number(beta, 3)}" if beta is not None else "")
+    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
+    for name, noun in (("train", "training pair"), ("eval", "evaluation pair")):
+        if pairs := facts.run.counts(name).get("pairs"):
+            yield counted(pairs, noun)
+    if steps := facts.summary.get("steps"):
+        yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), 'pair')}"
+    unit = ("GPU", "GPUs") if facts.has_gpus else ("process", "processes")
+    yield counted(facts.devices, *unit) + "."
 
 
-def _samples(facts: PageFacts) -> str:
-    return samples_section(facts.folder, facts.run.rows)
+def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
+    """Return level, sentence and findings of the verdict; empty before the end of a run."""
+    judged: Fields = facts.summary.get("verdict") or {}
+    if not judged:
+        return {}
+    findings = []
+    for found in judged["findings"]:
+        fact, _, advice = found["text"].partition(_ADVICE)
+        # The verdict's sentence has the facts of its own finding.
+        fact = "" if fact in judged["sentence"] else fact
+        findings.append({"headline": RULES[found["rule"]].headline, "fact": fact, "advice": advice})
+    has_faults = any(not RULES[found["rule"]].is_remark for found in judged["findings"])
+    is_diverged = facts.summary["exit"] == RunOutcome.diverged
+    level = "error" if is_diverged else "warning" if has_faults else "good"
+    return {"level": level, "sentence": judged["sentence"], "findings": findings}
 
 
-def _curves(facts: PageFacts) -> str:
-    shown = charts(facts.run.rows)
-    return section("curves", "Curves", note(_CURVES), shown) if shown else ""
+def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
+    """Yield label, value and remark of the main results that were measured."""
+    summary, final = facts.summary, facts.section("final")
+    gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
+    pairs, margins = summary.get("pairs_seen"), _interval(facts, MARGIN)
+    shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
+        ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
+        ("eval loss", final.get("eval_loss"), number, _best(facts, "eval_loss")),
+        (
+            "eval accuracy",
+            final.get(f"eval_{ACCURACY}"),
+            number,
+            "; ".join(filter(None, (_interval(facts, ACCURACY), _best(facts, f"eval_{ACCURACY}")))),
+        ),
+        ("eval margin", final.get(f"eval_{MARGIN}"), number, margins or "reward of chosen minus rejected"),
+        *(
+            ("best checkpoint", one["step"], number, f"step; {one['metric']} {number(one['value'])}")
+            for one in summary.get("best_checkpoints", [])[:1]
+        ),
+        (
+            "sampled responses that end",
+            last(facts.run.evaluations, "samples/finished"),
+            percent,
+            "by themselves, at the last evaluation",
+        ),
+        ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),
+        ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
+        ("pairs per second", summary.get("pairs_per_second"), number, ""),
+        ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
+        ("processes", summary.get("world_size"), number, gpus),
+        ("cost", facts.cost, money, f"{number(facts.device_hours, 3)} hours at {money(facts.price or 0)}"),
+    )
+    for label, value, form, small in shown:
+        if value is not None:
+            yield label, form(value), small
+
+
+def _interval(facts: PageFacts, metric: str) -> str:
+    ends = facts.intervals(ALL).get(f"eval_{metric}")
+    return f"95 %: {number(ends[0])} to {number(ends[1])}" if ends else ""
+
+
+def _best(facts: PageFacts, metric: str) -> str:
+    best = facts.section("best").get(metric)
+    return f"best {number(best['value'])} at step {number(best['step'])}" if best else ""
+
+
+def _accuracy(facts: PageFacts) -> Mapping[str, Any]:
+    """Return accuracies and margins by source and by length, and the last evaluations."""
+    groups = [group for group in (_by_source(facts), _by_length(facts)) if group]
+    evaluations = evaluation_rows(facts.run.rows)
+    shown = evaluations[-_MOST_EVALUATIONS:]
+    if not groups and not shown:
+        return {}
+    keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in shown)]
+    rows = [[number(row[key]) if key in row else "" for key in keys] for row in shown]
+    head = [_EVALUATION_COLUMNS[key] for key in keys]
+    return {"groups": groups, "evaluations": len(evaluations), "head": head, "rows": rows}
+
+
+def _by_source(facts: PageFacts) -> Table | None:
+    """Return a row for all pairs and one for each source: evaluation with intervals, training."""
+    whole = {
+        prefix + key: value
+        for prefix, rows in (("", facts.run.steps), ("eval_", facts.run.evaluations))
+        for key in (ACCURACY, MARGIN)
+        if (value := last(rows, key)) is not None
+    }
+    rows = [("all pairs", ALL, whole)]
+    rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
+    titles = {
+        f"eval_{ACCURACY}": "evaluation accuracy",
+        f"eval_{MARGIN}": "evaluation margin",
+        ACCURACY: "training accuracy",
+        MARGIN: "training margin",
+    }
+    keys = [key for key in titles if any(key in row for _, _, row in rows)]
+    lines: list[list[object]] = []
+    for label, results, row in rows:
+        ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
+        remarks = [counted(pairs, "evaluation pair")] if pairs else []
+        name = _named(label, remarks, ends.get(f"eval_{ACCURACY}"))
+        lines.append([name, *(_cell(row.get(key), ends.get(key), key) for key in keys)])
+    return ("By source", ["source", *(titles[key] for key in keys)], lines) if keys else None
+
+
+def _by_length(facts: PageFacts) -> Table | None:
+    """Return a row for each bucket of lengths, if there are two: of the evaluation, else of training."""
+    ends = facts.intervals(ALL)
+    lines: list[list[object]] = []
+    for bucket in BUCKETS:
+        keys = [f"{metric}_by_length/{bucket}" for metric in (ACCURACY, MARGIN)]
+        values = [last(facts.run.last_rows, key) for key in keys]
+        if values[0] is not None:
+            name = f"{bucket.rstrip('-')} and more" if bucket.endswith("-") else bucket
+            cells = [
+                _cell(value, ends.get(f"eval_{key}"), key) for value, key in zip(values, keys, strict=True)
+            ]
+            lines.append([_named(name, [], ends.get(f"eval_{keys[0]}")), *cells])
+    head = ["tokens of the longer response", f"{facts.run.part} accuracy", f"{facts.run.part} margin"]
+    return ("By length", head, lines) if len(lines) > 1 else None
+
+
+def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> Markup:
+    shown = estimate(value, ends)
+    if value is not None and ends and key.removeprefix("eval_").startswith(ACCURACY):
+        return shown + part("macros.jinja", "interval", value, *ends)
+    return shown
+
+
+def _named(label: str, remarks: list[str], ends: Sequence[float] | None) -> Markup:
+    """Return the first cell of a row: its group with remarks."""
+    doubt = ["not better than guessing"] if ends and ends[0] <= _HALF <= ends[1] else []
+    return part("macros.jinja", "named", label, ", ".join([*remarks, *doubt]))
+
+
+def _displacement(facts: PageFacts) -> Iterator[str]:
+    """Yield sentences about chosen responses that became less likely; nothing if they did not."""
+    chosen, rejected = facts.run.moved_logps("chosen"), facts.run.moved_logps("rejected")
+    if chosen is None or chosen.start - chosen.end < _LEAST_FALL:
+        return
+    yield (
+        f"{chosen.start:.2f} to {chosen.end:.2f} nats per token, so that a token is on average "
+        f"{percent(math.exp(chosen.end - chosen.start))} as likely as before."
+    )
+    if rejected is not None:
+        yield f"The rejected ones: {rejected.start:.2f} to {rejected.end:.2f}."
+    yield (
+        f"These are the {facts.run.part} pairs of the last metrics row, under reference and policy."
+        if chosen.is_of_same
+        else "These are the pairs of the first and of the last logged steps: a small change is noise."
+    )
+    if both := last(facts.run.last_rows, "rewards/both_fall"):
+        yield f"In {percent(both)} of the {facts.run.part} pairs both are less likely than before."
+
+
+def _records(title: str, counts: Fields) -> Mapping[str, Any]:
+    """Return the numbers of read, kept, dropped and changed records of one of the datasets."""
+    read, kept = counts["read"], counts["kept"]
+    dropped = sorted((counts.get("dropped") or {}).items(), key=lambda item: -item[1])
+    rows = [(count, read, f"dropped: {in_words(name)}", f"dropped.{name}") for name, count in dropped]
+    rows += [
+        (count, kept, in_words(name), name)
+        for name, count in counts.items()
+        if isinstance(count, int) and name not in _NO_CHANGES
+    ]
+    sources = counts.get("sources") or []
+    return {
+        "title": title,
+        "read": read,
+        "kept": kept,
+        "pairs": counts.get("pairs"),
+        "rows": [
+            (
+                f"{count:,} ({percent(count / total)})",
+                part("macros.jinja", "named", words, part("macros.jinja", "code", name)),
+            )
+            for count, total, words, name in rows
+            if count
+        ],
+        "examples": counts.get("examples") or [],
+        "details": counts.get("details") or {},
+        "sources": [
+            (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
+            for each in sources
+        ],
+    }
+
+
+def _work(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Return each kind of work with its seconds and their share."""
+    return [(name, spent, spent / sum(seconds.values())) for name, spent in seconds.items()]
+
+
+def _phases(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, float, float]]:
+    """Return each phase with its mean seconds over all logged steps, and its share of a step."""
+    timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
+    counts = [after - before for before, after in pairwise([0, *(row["step"] for row in timed)])]
+    seconds = {
+        phase: sum(row[f"time/{phase}"] * count for row, count in zip(timed, counts, strict=True))
+        / sum(counts)
+        for phase in PHASES
+        if timed
+    }
+    whole = sum(seconds.values()) or 1.0
+    return [(phase, _PHASES[phase], spent, spent / whole) for phase, spent in seconds.items()]
+
+
+def _reference(report: Fields) -> Iterator[str]:
+    """Yield sentences about the reference log-probs and the check before the first step."""
+    if not report:
+        return
+    spent = f" in {duration(report['seconds'])}" if report.get("computed") and report.get("seconds") else ""
+    yield f"{describe_reference(report)}{spent}."
+    if drift := report.get("drift"):
+        yield (
+            f"Before the first step {counted(drift['responses'], 'log-prob')} were computed again: they "
+            f"differ from the stored ones by {number(drift['mean_token_drift'], 3)} nats per token on "
+            f"average, by at most {number(drift['largest_token_drift'], 3)} in a token."
+        )
+    if len(served := report.get("served") or {}) > 1:
+        yield "Used by numerics: " + "; ".join(f"{count:,} of {name}" for name, count in served.items()) + "."
+    if damaged := report.get("damaged"):
+        yield f"{counted(len(damaged), 'file')} of the store could not be read; computed again."
+
+
+def _origins(environment: Fields) -> Iterator[tuple[str, str]]:
+    """Yield commit and versions."""
+    if commit := environment.get("git_commit"):
+        changed = environment.get("git_changed_files")
+        yield "commit", commit + (f", with {changed:,} changed files" if changed else "")
+    if packages := environment.get("packages"):
+        python = f"python {environment.get('python', '')}"
+        yield "versions", ", ".join([python, *(f"{name} {version}" for name, version in packages.items())])
+
+
+def _digests(identity: Fields) -> list[tuple[str, str]]:
+    return [(name, identity[key]) for key, name in _DIGESTS.items() if identity.get(key)]

@@ -1,163 +1,156 @@
-"""Section of a run's page about samples: some prompts with the responses of the reference and the policy."""
+"""Prompts with responses side by side, different words marked; the samples of a run that its page shows."""
 
-import logging
-import math
+import random
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.foundation.text import counted, percent
-from dpo_dist.generation.text_facts import WORD, is_refusal, language_of, text_facts
-from dpo_dist.insight.pages.render import html_bytes, inert_html, json_rows, section, table, text_of
-from dpo_dist.insight.pages.side_by_side import (
-    LONGEST,
-    SIDE_STYLE,
-    Response,
-    cut,
-    difference,
-    end_notes,
-    prompt_title,
-    side_by_side,
-)
+from dpo_dist.foundation.text import counted, number, percent
+from dpo_dist.generation.text_facts import WORD, text_facts
+from dpo_dist.insight.pages.render import json_rows, part
 from dpo_dist.insight.pages.svg import evenly
 
-LONGER, SHORTER, REPEATED, DISTINCT = 2.0, 0.5, 0.5, 0.5
+Row = Mapping[str, Any]
+Piece = tuple[str, bool]
+"""A part of a text, and whether its words differ from those of another text."""
 
-# A part is enough for these facts, and a long response costs no more.
-_MEASURED_CHARACTERS = 2000
-
-FAULTS: Mapping[str, tuple[str, str]] = {
-    "empty": ("is empty", "are empty"),
-    "unfinished": ("does not end", "do not end"),
-    "repeats": ("repeats itself", "repeat themselves"),
-    "refuses": ("refuses where the reference does not", "refuse where the reference does not"),
-    "language": (
-        "is in another language than the chosen response",
-        "are in another language than the chosen response",
-    ),
-    "longer": (
-        "is at least twice as long as the reference's",
-        "are at least twice as long as the reference's",
-    ),
-    "shorter": ("is at most half as long as the reference's", "are at most half as long as the reference's"),
-}
-"""Faults of a response, for one and for several; the worst first."""
+# The last is for texts that hardly fit: every character can need 70 bytes of HTML.
+_LONGEST_TEXTS = (6000, 400)
+_LARGE_SHARE = 0.05
+_OPEN = 2
+_TITLE_CHARACTERS = 120
+_FEW_WORDS, _MOST_MARKED = 20, 0.9  # marks on nearly all words of a text show nothing
+_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Facts of a policy's response to a prompt that decide whether it is shown.
+class Response:
+    """A response as it is shown.
 
     Attributes:
-        prompt_id: of the prompt.
-        faults: keys of `FAULTS` with their extent: the larger, the worse.
-        change: share of its first words, and of those of the reference's response, that they do not share;
-            None: the reference's response is not known.
-        is_same: whether all words of both responses are the same.
+        label: its model, such as "step 300".
+        text: None: not known.
+        notes: plain text behind the label: "184 tokens, did not end".
+        pieces: of the text.
     """
 
-    prompt_id: str
-    faults: Mapping[str, float]
-    change: float | None
-    is_same: bool
+    label: str
+    text: str | None
+    notes: str = ""
+    pieces: Sequence[Piece] = ()
 
 
-def judged(row: Mapping[str, Any]) -> Judged:
-    """Return the facts of a row of a file of samples; fields of another type are not known."""
-    policy, reference = _text(row.get("policy")) or "", _text(row.get("reference"))
-    tokens, reference_tokens = _count(row.get("policy_tokens")), _count(row.get("reference_tokens"))
-    faults: dict[str, float] = {}
-    if not policy.strip():
-        faults["empty"] = 1
-    if row.get("policy_finished") is False:
-        faults["unfinished"] = tokens or 1
-    facts = text_facts(policy, 0, is_finished=True)
-    if facts.longest_repeat > REPEATED or (facts.distinct_3 is not None and facts.distinct_3 < DISTINCT):
-        faults["repeats"] = facts.longest_repeat + 1 - (facts.distinct_3 or 0)
-    if facts.is_refusal and (reference is None or not is_refusal(reference)):
-        faults["refuses"] = 1
-    expected = language_of(_text(row.get("chosen")) or "")
-    if None not in (facts.language, expected) and facts.language != expected:
-        faults["language"] = 1
-    if tokens and reference_tokens and policy.strip():
-        ratio = tokens / reference_tokens
-        if ratio >= LONGER:
-            faults["longer"] = ratio
-        elif ratio <= SHORTER:
-            faults["shorter"] = 1 / ratio
-    change = None if reference is None else 1 - difference(policy, reference).similarity
-    responses = (row.get(name) for name in ("policy", "reference"))
-    words = [WORD.findall(text) if isinstance(text, str) else None for text in responses]
-    return Judged(str(row.get("prompt_id")), faults, change, None not in words and words[0] == words[1])
+@dataclass(frozen=True)
+class Shown:
+    """A prompt with its responses.
 
-
-def choose(rows: Sequence[Judged], most: int) -> dict[str, list[str]]:
-    """Return the ids of at most `most` prompts with the reasons why each is shown, in the order to show them.
-
-    The worst response of each fault, those that changed most and least, and one of the median change; then
-    the second worst of each fault, and so on. Equal ones are ordered by id.
+    Attributes:
+        prompt: as the model reads it.
+        responses: in the order of the columns.
+        against: label of the response that the others are compared with.
+        why: in small letters below the title.
+        labels: of filters.
+        order: the smallest is the first.
     """
-    ranked = [_worst_first(rows, fault) for fault in FAULTS]
-    extremes = _extremes(rows)
-    worst = [row for column in ranked for row in column[:1]]
-    others = [row for at in range(1, most) for column in ranked for row in column[at : at + 1]]
-    by_id = {row.prompt_id: row for row in [*worst, *(row for row, _ in extremes), *others]}
-    return {
-        name: [
-            *(each for fault, (each, _) in FAULTS.items() if fault in row.faults),
-            *(reason for each, reason in extremes if each is row),
-        ]
-        for name, row in list(by_id.items())[:most]
-    }
+
+    prompt: str
+    responses: Sequence[Response]
+    against: str
+    why: str
+    labels: Sequence[str] = ()
+    order: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The beginning of the last turn on one line, without the template's tokens."""
+        turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(self.prompt)]
+        line = " ".join(next((turn for turn in reversed(turns) if turn), ()))
+        return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
 
 
-def _worst_first(rows: Sequence[Judged], fault: str) -> list[Judged]:
-    found = (row for row in rows if fault in row.faults)
-    return sorted(found, key=lambda row: (-row.faults[fault], row.prompt_id))
+def marked(text: str, other: str) -> tuple[list[Piece], float]:
+    """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
+
+    Letters of scripts without spaces are words. In a long text, frequent words are no anchors.
+    """
+    found = list(WORD.finditer(text))
+    matcher = SequenceMatcher(None, [word.group() for word in found], WORD.findall(other))
+    pieces: list[Piece] = []
+    new = end = 0
+    for kind, start, stop, _, _ in matcher.get_opcodes():
+        if start < stop:
+            begin, before, end = found[start].start(), end, found[stop - 1].end()
+            new += (stop - start) * (kind != "equal")
+            pieces += [(text[before:begin], False), (text[begin:end], kind != "equal")]
+    pieces.append((text[end:], False))
+    return [piece for piece in pieces if piece[0]], new / len(found) if found else 0.0
 
 
-def _extremes(rows: Sequence[Judged]) -> list[tuple[Judged, str]]:
-    """Return the rows that changed most, by the median, and least, with their reasons."""
-    ranked = sorted(
-        (row for row in rows if row.change is not None), key=lambda row: (-(row.change or 0), row.prompt_id)
-    )
-    if not ranked:
-        return []
-    found = [(ranked[0], "differs most from the reference's")]
-    if len(ranked) > 2:
-        found.append((ranked[len(ranked) // 2], "differs from the reference's by the median"))
-    if len(ranked) > 1:
-        found.append((ranked[-1], "differs least from the reference's"))
-    return found
+def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
+    """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
+    items: list[Markup] = []
+    waiting = iter(prompts)
+    for shown in waiting:
+        item = Markup("")
+        for longest in _LONGEST_TEXTS:
+            item = part("macros.jinja", "prompt", _cut(shown, longest), len(items) < _OPEN)
+            if len(item.encode("utf-8", "replace")) < _LARGE_SHARE * room:
+                break
+        room_left = room - sum(len(each.encode("utf-8", "replace")) for each in [*items, item])
+        if room_left < 0:
+            return items, 1 + sum(1 for _ in waiting)
+        items.append(item)
+    return items, 0
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 < value < 10**9 else None
+def _cut(shown: Shown, longest: int) -> Mapping[str, Any]:
+    """Return a prompt for its template, with at most so many characters of each text."""
+    base = next((each for each in shown.responses if each.label == shown.against), None)
+    other = base.text[:longest] if base and base.text and base.text.strip() else None
+    columns = [
+        _column(each, other if each is not base else None, shown.against, longest) for each in shown.responses
+    ]
+    return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:longest], "responses": columns}
 
 
-def _text(value: object) -> str | None:
-    return value[:_MEASURED_CHARACTERS] if isinstance(value, str) else None
+def _column(response: Response, other: str | None, against: str, longest: int) -> Response:
+    text = (response.text or "")[:longest]
+    if not text.strip():
+        return response
+    notes, pieces = [response.notes], [(text, False)]
+    if other is not None:
+        words, share = marked(text, other)
+        is_other = share > _MOST_MARKED and len(text) > _FEW_WORDS
+        pieces = pieces if is_other else words
+        notes.append(
+            f"the same text as {against}"
+            if text == other
+            else f"{percent(share)} of its words not in {against}{', not marked' if is_other else ''}"
+        )
+    if len(response.text or "") > longest:
+        notes.append(f"first {longest:,} of {len(response.text or ''):,} characters")
+    return Response(response.label, text, "; ".join(filter(None, notes)), pieces)
 
 
-Row = Mapping[str, Any]
+def end_notes(tokens: int | None, is_finished: bool | None) -> str:
+    """Return "184 tokens, did not end"; None is not known."""
+    notes = [] if tokens is None else [counted(tokens, "token")]
+    return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
-_MOST_SHOWN = 10
-_MOST_ROWS = 200
-_MOST_BYTES = 128 * 2**20
-_MOST_STEPS = 8
-_OPEN = 2
-# The last is for texts that hardly fit: every character can need 70 bytes of HTML.
-_LONGEST_TEXTS = (6000, 400)
+
+REPEATED, DISTINCT, LONGER = 0.5, 0.5, 2.0
+_MOST_ROWS, _MOST_WORST, _MOST_SHOWN, _MOST_STEPS = 200, 6, 10, 8
+_MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
-
-_log = logging.getLogger(__name__)
-
-_COLUMNS = {
+_METRICS = {
     "eval_samples/length": "tokens",
     "eval_samples/finished": "ended",
     "eval_samples/distinct_3": "distinct 3-grams",
@@ -168,203 +161,113 @@ _COLUMNS = {
 }
 
 
-def samples_section(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> str:
-    """Return the section about the samples of a run, below 1 MB; empty without samples.
+def faults(row: Row) -> list[str]:
+    """Return the reasons to look at a policy's response; the first is the worst."""
+    text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
+    facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
+    is_repeated = facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT
+    found = {
+        "is empty": facts.is_empty,
+        "does not end": row["policy_finished"] is False,
+        "repeats itself": is_repeated,
+    }
+    reasons = [reason for reason, applies in found.items() if applies]
+    ratio = tokens / of_reference if tokens and of_reference else 1.0
+    return [*reasons, f"is {ratio:.1f} times as long as the reference's"] if ratio >= LONGER else reasons
 
-    Pages with it add `SAMPLES_STYLE` to their style sheet.
 
-    Args:
-        folder: the run directory.
-        metrics: metrics rows of the run.
+def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """Return rows to show with the reasons: those with most faults, the longest first, and some at random."""
+    judged = [(row, faults(row)) for row in rows]
+    faulty = [each for each in judged if each[1]]
+    worst = sorted(faulty, key=lambda each: (-len(each[1]), -(each[0]["policy_tokens"] or 0)))[:_MOST_WORST]
+    others = [each for each in judged if each not in worst]
+    drawn = random.Random(0).sample(others, min(len(others), _MOST_SHOWN - len(worst)))  # noqa: S311
+    return [
+        *((row, f"the response {', '.join(reasons)}") for row, reasons in worst),
+        *((row, "chosen at random") for row, _ in drawn),
+    ]
+
+
+def samples_of(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> Mapping[str, Any]:
+    """Return the content of the section about the samples of a run; empty without samples.
+
+    Responses are those of the reference and of the policy after the last, the previous and the first step.
     """
     files = sample_files(folder)
-    step, damaged = 0, 0
-    rows: list[Judged] = []
-    for step in sorted(files, reverse=True):
-        rows, damaged = _judged(files[step])
-        if rows:
-            break
+    steps = sorted(files, reverse=True)
+    rows = _rows(files[steps[0]]) if steps else []
     if not rows:
-        return ""
-    chosen = choose(rows, _MOST_SHOWN)
-    found = _shown_rows(files, step, chosen)
-    steps = list(found)
-    items: list[str] = []
-    for prompt_id, reasons in chosen.items():
-        room = _SECTION_BYTES - sum(map(html_bytes, items))
-        item = _item(prompt_id, reasons, steps, found, room, is_open=len(items) < _OPEN)
-        items += [item] if item else []
-    return section(
-        "samples",
-        "Samples",
-        f"<p>{_sentence(step, rows)}</p>{_metrics(metrics)}",
-        f'<p class="explained">{_note(len(items), len(chosen), len(rows), damaged, files[step])}</p>',
-        *items,
+        return {}
+    earlier = {
+        step: {row["prompt_id"]: row for row in _rows(files[step])}
+        for step in dict.fromkeys([*steps[1:2], *steps[-1:]])
+        if step != steps[0]
+    }
+    shown = (
+        Shown(
+            row["prompt"],
+            tuple(
+                _responses(row, steps[0], {step: of.get(row["prompt_id"]) for step, of in earlier.items()})
+            ),
+            "reference",
+            f"{row['source']}: {reason}",
+        )
+        for row, reason in choose(rows)
     )
+    items, omitted = prompt_items(shown, _SECTION_BYTES)
+    head, table = _metrics_table(metrics)
+    return {
+        "step": steps[0],
+        "prompts": len(rows),
+        "file": files[steps[0]].name,
+        "items": items,
+        "omitted": omitted,
+        "head": head,
+        "rows": table,
+    }
 
 
 def sample_files(folder: RunFolder) -> dict[int, Path]:
-    """Return the files of samples by step, the first step first."""
-    names = (
-        (re.fullmatch(r"step-(\d{1,18})", file.stem), file) for file in folder.samples.glob("step-*.jsonl")
+    """Return the files of samples by step."""
+    names = ((re.fullmatch(r"step-(\d+)", file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
+    return {int(name[1]): file for name, file in names if name}
+
+
+def _rows(file: Path) -> list[Row]:
+    return list(filter(None, islice(json_rows(file), _MOST_ROWS)))
+
+
+def _responses(last: Row, step: int, earlier: Mapping[int, Row | None]) -> Iterator[Response]:
+    """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
+    yield Response(
+        "reference", last["reference"], end_notes(last["reference_tokens"], last["reference_finished"])
     )
-    return dict(sorted((int(name[1]), file) for name, file in names if name))
+    known = {last["reference"]}
+    for at, row in {step: last, **earlier}.items():
+        if row is last or (row is not None and row["policy"] not in known):
+            notes = end_notes(row["policy_tokens"], row["policy_finished"])
+            known.add(row["policy"])
+            yield Response(f"step {at:,}", row["policy"], notes)
+    yield Response("chosen", last["chosen"])
 
 
-def _judged(file: Path) -> tuple[list[Judged], int]:
-    """Return the facts of the first rows of a file, and the number of damaged lines among them."""
-    rows, damaged = [], 0
-    for row in sample_rows(file):
-        if row is None or not isinstance(row.get("policy"), str):
-            damaged += 1
-        else:
-            rows.append(judged(row))
-    return rows, damaged
-
-
-def sample_rows(file: Path) -> Iterator[Row | None]:
-    """Yield the first rows of a file, None for a damaged one; a file that cannot be read ends them."""
-    try:
-        yield from islice(json_rows(file, _MOST_BYTES), _MOST_ROWS)
-    except OSError as error:
-        _log.warning("%s cannot be read and is omitted from the report: %s", file, error)
-
-
-def _rows_of(file: Path, prompt_ids: Collection[str]) -> dict[str, Row]:
-    """Return the rows of some prompts by id."""
-    rows = filter(None, sample_rows(file))
-    return {name: row for row in rows if (name := str(row.get("prompt_id"))) in prompt_ids}
-
-
-def _shown_rows(
-    files: Mapping[int, Path], last: int, prompt_ids: Collection[str]
-) -> dict[int, dict[str, Row]]:
-    """Return the rows of the last step, the one before it and the first, by step.
-
-    Step 0 is not shown beside others if its responses are the reference's.
-    """
-    earlier = [step for step in files if step < last]
-    start = _rows_of(files[0], prompt_ids) if 0 in earlier else {}
-    if all(row.get("policy") == row.get("reference") for row in start.values()):
-        earlier = [step for step in earlier if step > 0]
-    steps = dict.fromkeys([last, *earlier[-1:], *earlier[:1]])
-    return {step: start if step == 0 else _rows_of(files[step], prompt_ids) for step in steps}
-
-
-def _item(
-    prompt_id: str,
-    reasons: Sequence[str],
-    steps: Sequence[int],
-    found: Mapping[int, Mapping[str, Row]],
-    room: int,
-    *,
-    is_open: bool,
-) -> str:
-    """Return a prompt with its responses, folded; empty if it needs more than `room` bytes."""
-    last = found[steps[0]].get(prompt_id, {})
-    prompt, source = text_of(last, "prompt") or "", text_of(last, "source") or "source not known"
-    responses = [
-        Response("reference", text_of(last, "reference"), model_notes(last, "reference")),
-        *_policies(prompt_id, steps, found),
-        Response("chosen", text_of(last, "chosen")),
+def _metrics_table(metrics: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the metrics of samples over some steps; of those that are ever above 0."""
+    rows = [row for row in metrics if any(key in row for key in _METRICS)]
+    if not rows:
+        return [], []
+    keys = [key for key in _METRICS if any(row.get(key, 0.0) > 0 for row in rows)]
+    of_reference = {key: rows[-1].get(key.replace("/", "/reference_")) for key in keys}
+    table = [["reference", *(_cell(key, of_reference[key]) for key in keys)]]
+    table += [
+        [number(row["step"]), *(_cell(key, row.get(key)) for key in keys)]
+        for row in evenly(rows, _MOST_STEPS)
     ]
-    why = inert_html(f"{cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
-    for longest in _LONGEST_TEXTS:
-        texts = side_by_side(prompt, responses, "reference", longest)
-        item = (
-            f'<details class="sample"{" open" if is_open else ""}><summary dir="auto">{prompt_title(prompt)} '
-            f"<small>{why}</small></summary>{texts}</details>"
-        )
-        if html_bytes(item) <= room:
-            return item
-    return ""
+    return ["step", *(_METRICS[key] for key in keys)], [line for line in table if any(line[1:])]
 
 
-def model_notes(row: Row, model: str) -> str:
-    """Return the notes on the response of "policy" or "reference" in a row."""
-    return end_notes(row.get(f"{model}_tokens"), row.get(f"{model}_finished"))
-
-
-def _policies(
-    prompt_id: str, steps: Sequence[int], found: Mapping[int, Mapping[str, Row]]
-) -> Iterator[Response]:
-    """Yield the policy's responses; the notes of the last one compare it with the one before it."""
-    rows = [found[step].get(prompt_id, {}) for step in steps]
-    texts = [text_of(row, "policy") for row in rows]
-    for at, (step, row) in enumerate(zip(steps, rows, strict=True)):
-        notes = [model_notes(row, "policy")]
-        if at == 0 and len(steps) > 1 and texts[0] and texts[1]:
-            notes.append(_since(texts[0], texts[1], steps[1]))
-        yield Response(f"step {step}", texts[at], "; ".join(filter(None, notes)))
-
-
-def _since(text: str, before: str, step: int) -> str:
-    if text == before:
-        return f"unchanged since step {step}"
-    similarity = difference(text[:LONGEST], before[:LONGEST]).similarity
-    return f"{percent(1 - similarity)} changed since step {step}"
-
-
-def _sentence(step: int, rows: Sequence[Judged]) -> str:
-    """Return the number of responses with each fault."""
-    counts = Counter(fault for row in rows for fault in row.faults)
-    phrases = [
-        f"{counts[fault]:,} {one if counts[fault] == 1 else many}"
-        for fault, (one, many) in FAULTS.items()
-        if counts[fault]
-    ]
-    same = sum(row.is_same for row in rows)
-    phrases += (
-        [f"{same:,} {'has' if same == 1 else 'have'} the same words as the reference's"] if same else []
-    )
-    found = (
-        "; ".join(phrases)
-        or "none is empty, unfinished, repetitive, a refusal, in another language or of another length"
-    )
-    return f"Responses of the policy after step {step:,} to {counted(len(rows), 'held-out prompt')}: {found}."
-
-
-def _note(shown: int, chosen: int, rows: int, damaged: int, file: Path) -> str:
-    """Return the limits of the choice: its size, rows that are not considered, not readable or too large."""
-    parts = [
-        f"{shown:,} of them {'is' if shown == 1 else 'are'} below, by faults and by change against the "
-        f"reference; all are in samples/{inert_html(file.name)}. Marked words are not in the reference's "
-        "response. Texts of data and models can be offensive or private."
-    ]
-    if rows + damaged >= _MOST_ROWS:
-        parts.append(f"Only the first {counted(_MOST_ROWS, 'row')} of the file are considered.")
-    if damaged:
-        parts.append(f"{counted(damaged, 'line')} of the file cannot be read.")
-    if shown < chosen:
-        parts.append(f"{counted(chosen - shown, 'prompt')} more would make this page too large.")
-    return " ".join(parts)
-
-
-def _metrics(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Return a table of the metrics of samples over some steps, the first and last among them."""
-    rows = [row for row in metrics if any(key in row for key in _COLUMNS)]
-    keys = [key for key in _COLUMNS if any(key in row for row in rows)]
-    lines = [["reference", *(_cell(_of_reference(key), rows[-1]) for key in keys)]] if rows else []
-    lines += [
-        [f"{row['step']:,.0f}", *(_cell(key, row) for key in keys)] for row in evenly(rows, _MOST_STEPS)
-    ]
-    return table(("step", *(_COLUMNS[key] for key in keys)), [line for line in lines if any(line[1:])])
-
-
-def _of_reference(key: str) -> str:
-    return key.replace("/", "/reference_")
-
-
-def _cell(key: str, row: Mapping[str, float]) -> str:
-    value = row.get(key, math.nan)
-    if not math.isfinite(value):
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
         return ""
     return f"{value:,.0f}" if key.endswith("length") else percent(value)
-
-
-SAMPLES_STYLE = (
-    SIDE_STYLE
-    + """
-.sample .side { margin-bottom: 8px; }
-"""
-)

@@ -12,7 +12,6 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.insight.evaluation import Resampling, calibration, results, write_scores
-from dpo_dist.insight.pages.charts import draw_evaluation
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 from tests.support import tiny
@@ -67,18 +66,6 @@ def test_one_response_has_no_margins() -> None:
     assert not [key for row in found.values() for key in row if "rejected" in key or "margins" in key]
     assert "calibration" not in found["all"]
     assert "accuracy" not in evaluation_table(found)[0]
-
-
-@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.sft])
-def test_the_picture_of_an_evaluation(kind: LossKind, tmp_path: Path) -> None:
-    """Texts with mathematical signs are drawn as they are; a loss of one response has a picture too."""
-    plan = MetricPlan(LossConfig(kind), ("a_$x$", "b"), is_evaluation=True)
-    first = np.arange(PAIRS) < 25
-    labels = {"a_$x$": first, "b": ~first}
-    prompts = np.arange(PAIRS, dtype=np.uint64)
-    found = results({"loss": 2.0}, invented(), labels, prompts, plan, Resampling(20, 0))
-    draw_evaluation(found, tmp_path / "new" / "evaluation.png", "the $title")
-    assert (tmp_path / "new" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_calibration_compares_confidence_with_accuracy() -> None:

@@ -1,9 +1,15 @@
-"""Text of data is shown without markup, control codes and invisible characters."""
+"""Text of data is inert on pages, by one guard of all templates, and on terminals."""
+
+import re
+from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.insight.pages.render import inert_html, joined_origins
+from dpo_dist.insight.pages.render import inert, joined_origins, json_rows, page, part
+
+HOSTILE = "<b>\u202e\x1b</b>"
 
 
 @pytest.mark.parametrize(
@@ -20,10 +26,26 @@ from dpo_dist.insight.pages.render import inert_html, joined_origins
         ("\ud800", '<i class="mark" title="U+D800">U+D800</i>'),
         ("\u3164", '<i class="mark" title="HANGUL FILLER">U+3164</i>'),
         ("שלום 你好 é", "שלום 你好 é"),
+        (Markup("<b>"), "<b>"),
+        (7, "7"),
+        (None, ""),
     ],
 )
-def test_html_has_no_markup_and_no_invisible_character(text: str, html: str) -> None:
-    assert inert_html(text) == html
+def test_html_has_no_markup_and_no_invisible_character(text: object, html: str) -> None:
+    assert inert(text) == html
+
+
+def test_templates_are_guarded_and_the_policy_allows_the_own_style_and_script_only() -> None:
+    shown = part("macros.jinja", "table", [HOSTILE], [[HOSTILE]])
+    assert shown.count("&lt;b&gt;") == shown.count(">U+202E<") == shown.count(">ESC<") == 2
+    content = {"runs": [], "settings": [(HOSTILE,) * 3], "others": [], "results": []}
+    html = page("difference.jinja", HOSTILE, **content)
+    assert "script" not in html
+    assert "\u202e" not in html
+    html = page("difference.jinja", HOSTILE, ["charts.js"], **content)
+    assert html.count("<script>") == 1
+    assert re.search(r"style-src 'sha256-[\w+/=]{44}'; script-src 'sha256-[\w+/=]{44}'; ", html)
+    assert "unsafe" not in html
 
 
 def test_a_terminal_gets_no_control_code() -> None:
@@ -33,8 +55,13 @@ def test_a_terminal_gets_no_control_code() -> None:
 
 
 def test_a_file_is_named_once() -> None:
-    assert (
-        joined_origins(("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4"), 3)
-        == "a.jsonl:1, :2 (with b.jsonl:1), :4"
-    )
+    examples = ("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4")
+    assert joined_origins(examples, 3) == "a.jsonl:1, :2 (with b.jsonl:1), :4"
     assert joined_origins(("a.jsonl:1", "a.jsonl:2"), 1) == "a.jsonl:1"
+
+
+def test_damaged_lines_are_none_and_empty_ones_are_no_rows(tmp_path: Path) -> None:
+    assert list(json_rows(tmp_path / "none.jsonl")) == []
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 1}\n\n  \n[1]\n{"a": \n\xff\n' + b"[" * 100_000 + b'\n{"a": 2}')
+    assert list(json_rows(file)) == [{"a": 1}, None, None, None, None, {"a": 2}]

@@ -121,6 +121,16 @@ def summary(label: str) -> dict[str, Any]:
         "world_size": 2,
         "reference": {"mode": "cached", "hits": 3000, "computed": 840, "seconds": 84.0, "drift": drift},
         "settings": {"loss.beta": 0.1},
+        "work": {
+            "seconds": {
+                "starting": 60.0,
+                "reference": 84.0,
+                "training": 4210.4,
+                "evaluation": 60.0,
+                "other": 0.0,
+            },
+            "device_seconds": 14400.0,
+        },
         "data": {"train": counts, "eval": {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}},
         "exit": "completed",
         "verdict": {
@@ -191,6 +201,7 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     run.doctor_report.write_text(json.dumps({"findings": [{**finding, "remedy": text}]}))
     run.samples.mkdir()
     sample = {"prompt": text, "prompt_id": "1", "source": text, "step": 30, "chosen": text}
-    policy = {"policy": text, "policy_tokens": 3, "policy_finished": True, "reference": f"{text} before"}
-    run.samples_file(30).write_text(json.dumps({**sample, **policy}) + "\n")
+    policy = {"policy": text, "policy_tokens": 3, "policy_finished": True}
+    reference = {"reference": f"{text} before", "reference_tokens": 4, "reference_finished": True}
+    run.samples_file(30).write_text(json.dumps({**sample, **policy, **reference}) + "\n")
     return run

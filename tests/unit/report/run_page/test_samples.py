@@ -1,178 +1,161 @@
-"""The samples section of a run's page: its choice of prompts, limits, damaged and hostile files."""
+"""Responses side by side: different words marked; which samples of a run its page shows."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.pages.samples import choose, judged, samples_section
+from dpo_dist.insight.pages.samples import (
+    Response,
+    Shown,
+    choose,
+    end_notes,
+    faults,
+    marked,
+    prompt_items,
+    samples_of,
+)
 from tests.support.sample_files import GOOD, sample, write_samples
 
-FRENCH = "La capitale de la France est Paris, une ville sur la Seine avec environ deux millions d'habitants."
 BABBLE = "the same again and " * 60
 
 
-def section(run: Path, metrics: Sequence[Mapping[str, float]] = ()) -> str:
-    return samples_section(RunFolder(run), metrics)
+@pytest.mark.parametrize(
+    ("text", "other", "passages"),
+    [
+        ("A cat stood on a mat", "The cat sat on the mat", ["A", "stood", "a"]),
+        ("a b c", "a b c", []),
+        ("a b", "a b c d", []),
+        ("new start, same end", "same end", ["new start,"]),
+        ("", "a", []),
+        ("a", "", ["a"]),
+        ("don't", "don", ["don't"]),
+        ("a\n\n    b", "a b", []),
+        # Words of scripts without spaces are compared by character.
+        ("我们今天去北京大学", "我们昨天去清华大学", ["今", "北京"]),
+        # A vowel sign stays with its letter, a family of emoji is one word.
+        ("हिन्दी में", "हिन्दू में", ["हिन्दी"]),
+        ("a 👩\u200d👩\u200d👧", "a 👩\u200d👩\u200d👦", ["👩\u200d👩\u200d👧"]),
+    ],
+)
+def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: list[str]) -> None:
+    pieces, _ = marked(text, other)
+    assert [piece for piece, is_different in pieces if is_different] == passages
+    assert "".join(piece for piece, _ in pieces) == text
 
 
-def shown_prompts(html: str) -> list[str]:
-    return re.findall(r"<summary[^>]*>(.*?) <small>", html)
+def test_long_texts_of_few_words_are_compared_in_time() -> None:
+    """The test's time limit is the bound."""
+    assert marked("a b " * 4000, "b a a " * 3000)[1] >= 0
+    assert marked(" ".join(f"a{n}" for n in range(4000)), " ".join(f"b{n}" for n in range(4000)))[1] == 1
 
 
-def reasons(html: str) -> list[str]:
-    return re.findall(r"<summary.*?<small>(.*?)</small></summary>", html)
+def shown(responses: list[Response], prompt: str = "Who?", against: str = "a", room: int = 900_000) -> str:
+    items, _ = prompt_items([Shown(prompt, responses, against, "why")], room)
+    return "".join(items)
+
+
+def test_responses_are_compared_with_one_of_them() -> None:
+    html = shown([Response("a", "I am a cat"), Response("b", "I am a dog"), Response("c", "I am a cat")])
+    assert re.findall("<mark>(.*?)</mark>", html) == ["dog"]
+    assert "<h4>b <small>25 % of its words not in a</small></h4>" in html
+    assert "<h4>c <small>the same text as a</small></h4>" in html
+    ours, theirs = (" ".join(f"{side}{number}" for number in range(30)) for side in "ab")
+    html = shown([Response("a", ours), Response("b", theirs)])
+    assert "<mark>" not in html
+    assert "100 % of its words not in a, not marked" in html
+    for text in (None, "", " \n"):
+        html = shown([Response("a", text), Response("b", "one dog")])
+        assert "<mark>" not in html
+        assert ("not known" if text is None else "empty") in html
+
+
+def test_texts_are_inert_everywhere() -> None:
+    hostile = "</div><script>alert(1)</script>\u202eabc\x1b"
+    html = shown([Response(hostile, hostile, hostile), Response("b", "x")], hostile, hostile)
+    assert "<script" not in html
+    assert "\u202e" not in html
+    assert html.count("<div") == html.count("</div>")
+
+
+def test_prompts_beyond_the_room_are_counted() -> None:
+    huge = "\u202e" * 30_000
+    prompts = [Shown(huge, [Response("a", huge), Response("b", huge)], "a", "why")] * 12
+    items, omitted = prompt_items(prompts, 400_000)
+    assert len(items) + omitted == 12
+    assert 0 < sum(map(len, items)) < 400_000
+    assert "first 400 of 30,000 characters" in items[0]
+
+
+def test_notes_of_length_and_end() -> None:
+    assert end_notes(184, False) == "184 tokens, did not end"
+    assert end_notes(1, True) == "1 token"
+    assert end_notes(None, None) == ""
 
 
 @pytest.mark.parametrize(
-    ("row", "faults"),
+    ("row", "found"),
     [
-        (sample(1), set()),
-        (sample(1, ""), {"empty"}),
-        (sample(1, " \n"), {"empty"}),
-        (sample(1, policy_finished=False), {"unfinished"}),
-        (sample(1, BABBLE), {"repeats", "longer"}),
-        (sample(1, "I'm sorry, but I cannot help with that question of yours, at all."), {"refuses"}),
-        (sample(1, "I'm sorry, I cannot help.", reference="Sorry, I can't.", policy_tokens=16), set()),
-        (sample(1, FRENCH), {"language"}),
-        (sample(1, "In Paris."), {"shorter"}),
-        (sample(1, policy_tokens=None, policy_finished="no", reference=7, chosen=None), set()),
-        (sample(1, policy_tokens=10**400), set()),
+        (sample(1), []),
+        (sample(1, " \n"), ["is empty"]),
+        (sample(1, policy_finished=False), ["does not end"]),
+        (sample(1, BABBLE), ["repeats itself", "is 15.0 times as long as the reference's"]),
+        (sample(1, policy_tokens=None, reference=None, reference_tokens=None, chosen=None), []),
     ],
 )
-def test_faults_of_a_response(row: dict[str, object], faults: set[str]) -> None:
-    assert set(judged(row).faults) == faults
+def test_faults_of_a_response(row: dict[str, object], found: list[str]) -> None:
+    assert faults(row) == found
 
 
-def test_the_worst_of_each_fault_and_the_extremes_of_change_are_shown_first() -> None:
-    rows = [judged(sample(number)) for number in range(30)]
-    rows[4] = judged(sample(4, policy_finished=False, policy_tokens=20))
-    rows[5] = judged(sample(5, policy_finished=False, policy_tokens=30))
-    rows[6] = judged(
-        sample(6, "Berlin lies elsewhere, and so do Rome, Oslo, Bern, Kyiv, Riga, Vienna, Minsk.")
-    )
-    rows[7] = judged(sample(7, GOOD.replace("two", "three")))
-    chosen = choose(rows, 10)
-    ids = [int(name, 16) for name in chosen]
-    assert ids[0] == 5
-    assert set(ids) == {5, 6, 7, 4, ids[2]}
-    assert ids[-1] == 4
-    assert chosen[f"{6:016x}"] == ["differs most from the reference's"]
-    assert chosen[f"{7:016x}"] == ["differs least from the reference's"]
-    assert choose(rows[::-1], 10) == chosen
-    assert len(choose([judged(sample(number, "", policy_finished=False)) for number in range(99)], 10)) == 10
+def test_the_worst_and_some_at_random_are_shown() -> None:
+    rows = [sample(number) for number in range(30)]
+    rows[4] = sample(4, policy_finished=False, policy_tokens=20)
+    rows[5] = sample(5, policy_finished=False, policy_tokens=30)
+    rows[6] = sample(6, "", policy_finished=False)
+    chosen = choose(rows)
+    assert [row["prompt_id"] for row, _ in chosen[:3]] == [f"{number:016x}" for number in (6, 5, 4)]
+    assert chosen[0][1] == "the response is empty, does not end"
+    assert [reason for _, reason in chosen[3:]] == ["chosen at random"] * 7
+    assert choose(rows) == chosen
+    assert len(choose([sample(number, "") for number in range(99)])) == 10
 
 
 def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -> None:
     for step, word in ((0, "three"), (100, "one"), (200, "four"), (300, "five"), (1000300, "six")):
         write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
-    (tmp_path / "samples" / "step-later.jsonl").write_text("{}")
-    html = section(tmp_path)
-    labels = re.findall(r"<h4>([^<]+)", html)
-    assert [label.strip() for label in labels] == [
-        "prompt", "reference", "step 1000300", "step 300", "step 100", "chosen",
-    ]  # fmt: skip
-    assert re.findall("<mark>(.*?)</mark>", html)[:3] == ["six", "five", "one"]
-    assert "% changed since step 300" in html
-    assert shown_prompts(html) == ["Question 1?"]
-    assert "qa: the response after step 1,000,300 differs most" in reasons(html)[0]
-    assert "1 held-out prompt: none is empty" in html
+    found = samples_of(RunFolder(tmp_path), [])
+    [html] = found["items"]
+    labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
+    assert labels == [
+        "prompt",
+        "reference",
+        "step 1,000,300",
+        "step 300",
+        "chosen",
+    ]  # step 0 is the reference's
+    assert re.findall("<mark>(.*?)</mark>", html)[:2] == ["six", "five"]
+    assert re.findall(r"<summary[^>]*>(.*?) <small>(.*?)</small>", html) == [
+        ("Question 1?", "qa: chosen at random")
+    ]
+    assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
+    assert samples_of(RunFolder(tmp_path / "none"), []) == {}
 
 
-def test_step_0_is_shown_if_the_policy_did_not_start_as_the_reference(tmp_path: Path) -> None:
-    for step, word in ((0, "one"), (100, "four"), (200, "five"), (300, "six")):
-        write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
-    labels = re.findall(r"<h4>(step [^<]+)", section(tmp_path))
-    assert [label.strip() for label in labels] == ["step 300", "step 200", "step 0"]
-
-
-def test_faults_of_all_prompts_are_counted(tmp_path: Path) -> None:
-    rows = [sample(number) for number in range(6)]
-    rows += [sample(7, ""), sample(8, policy_finished=False), sample(9, policy_finished=False)]
-    rows += [sample(10, GOOD.replace("two", "three"))]
-    long = " ".join(f"The city of number {number} has a river." for number in range(99))
-    rows += [sample(11, f"{long} One end.", reference=f"{long} Another end.", policy_finished=False)]
-    write_samples(tmp_path, 5, rows)
-    html = section(tmp_path)
-    assert "11 held-out prompts: 1 is empty; 3 do not end; " in html
-    assert "; 1 has the same words as the reference's." in html
-    assert html.count("<details") == html.count("</details>")
-    assert html.count(" open>") == 2
-
-
-def test_without_the_reference_nothing_is_compared(tmp_path: Path) -> None:
-    unknown = {"reference": None, "reference_tokens": None, "reference_finished": None}
-    write_samples(tmp_path, 0, [sample(1, **unknown)])
-    write_samples(tmp_path, 10, [sample(1, "", **unknown)])
-    html = section(tmp_path)
-    assert "not known" in html
-    assert "step 0" in html
-    assert "<mark>" not in html
-
-
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    assert section(tmp_path) == ""
-    write_samples(tmp_path, 100, [sample(1), sample(2)])
-    write_samples(tmp_path, 200, [sample(1), sample(2)])
-    file = RunFolder(tmp_path).samples_file(200)
-    file.write_bytes(
-        b'[1]\n\xff\xfe\n{"policy": 3}\n' + b"[" * 100_000 + b"\n" + file.read_bytes() + b'{"cut'
-    )
-    html = section(tmp_path)
-    assert "5 lines of the file cannot be read" in html
-    assert len(shown_prompts(html)) == 2
-    RunFolder(tmp_path).samples_file(300).write_bytes(b"\0\0\n")
-    RunFolder(tmp_path).samples_file(100).unlink()
-    RunFolder(tmp_path).samples_file(100).mkdir()
-    assert len(shown_prompts(section(tmp_path))) == 2
-
-
-def test_its_size_is_bounded(tmp_path: Path) -> None:
-    huge = "\u202e" * 30_000
-    rows = [sample(number, huge, prompt=huge, chosen=huge, source=huge) for number in range(12)]
-    for step in (100, 200, 300):
-        write_samples(tmp_path, step, rows)
-    html = section(tmp_path)
-    assert len(html.encode()) < 1_000_000
-    assert 0 < len(shown_prompts(html)) < 10
-    assert "would make this page too large" in html
-    assert "characters not shown" in html
-
-
-def test_only_the_first_rows_of_a_long_file_are_considered(tmp_path: Path) -> None:
-    write_samples(tmp_path, 100, [sample(number, "yes", reference="no") for number in range(300)])
-    html = section(tmp_path)
-    assert "Only the first 200 rows of the file are considered." in html
-    assert "to 200 held-out prompts" in html
-
-
-def test_texts_are_inert(tmp_path: Path) -> None:
-    hostile = "</details><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x07"
-    write_samples(
-        tmp_path, 1, [sample(1, hostile, prompt=hostile, source=hostile, reference=hostile, chosen=hostile)]
-    )
-    html = section(tmp_path)
-    assert "<script" not in html
-    assert "<img" not in html
-    assert "\u202e" not in html
-
-
-def test_metrics_over_steps(tmp_path: Path) -> None:
+def test_metrics_over_steps_without_columns_of_zeros(tmp_path: Path) -> None:
     write_samples(tmp_path, 100, [sample(1)])
     rows: list[dict[str, float]] = [{"step": step, "eval_loss": 1.0} for step in range(5)]
     rows += [
-        {"step": step, "eval_samples/length": 100.0 + step, "eval_samples/finished": 0.5}
+        {
+            "step": step,
+            "eval_samples/length": 100.0 + step,
+            "eval_samples/finished": 0.5,
+            "eval_samples/empty": 0.0,
+        }
         for step in range(0, 1001, 10)
     ]
-    rows.append({"step": 1010, "eval_samples/length": math.nan, "eval_samples/reference_length": 30})
-    html = section(tmp_path, rows)
-    table = re.search("<table.*?</table>", html)
-    assert table is not None
-    cells = re.findall("<td>(.*?)</td>", table[0])
-    assert len(cells) == 8 * 3
-    assert cells[:6] == ["reference", "30", "", "0", "100", "50 %"]
-    assert cells[-3:] == ["870", "970", "50 %"]
-    assert "<table" not in section(tmp_path)
+    rows.append({"step": 1010, "eval_samples/length": 870.0, "eval_samples/reference_length": 30})
+    found = samples_of(RunFolder(tmp_path), rows)
+    assert found["head"] == ["step", "tokens", "ended"]
+    assert found["rows"][:2] == [["reference", "30", ""], ["0", "100", "50 %"]]
+    assert (len(found["rows"]), found["rows"][-1]) == (9, ["1,010", "870", ""])
