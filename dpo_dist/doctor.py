@@ -38,7 +38,7 @@ def main(config: RunConfig) -> int:
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
     if config.doctor.benchmarks:
-        from dpo_dist.insight.doctor.words import check_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.insight.doctor.benchmarks import check_benchmarks  # noqa: PLC0415  (slow)
 
         check_benchmarks([Path(file).expanduser() for file in config.doctor.benchmarks])
     check_template_file(config.data.chat_template)

@@ -16,29 +16,38 @@ PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """A rule about data or about a run.
 
     Attributes:
-        level: of a finding above the threshold.
-        threshold: a share of records (`share`), or another number (`value`).
-        text: end of the finding's sentence, after "N of M records" for a share.
+        level: of its finding.
+        text: the fault in a few words.
         remedy: advice.
-        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
     """
 
     level: Level
-    threshold: float
     text: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class DataRule(Rule):
+    """A rule about data.
+
+    Attributes:
+        threshold: a share of records (`share`), or another number (`value`).
+        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
+    """
+
+    threshold: float
     measure: Measure = Measure.share
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that the data break.
+    """A rule that the data or a run break.
 
     Attributes:
-        rule: name of the rule in `rules.RULES`.
+        rule: name of the rule.
         level: how serious it is.
         text: one sentence with its numbers. It has no text of a record, except that of a label leak, which
             quotes single words by `repr`.
@@ -52,11 +61,16 @@ class Finding:
     rule: str
     level: Level
     text: str
-    source: str | None
-    count: int
-    share: float | None
-    examples: tuple[str, ...]
-    remedy: str
+    source: str | None = None
+    count: int = 0
+    share: float | None = None
+    examples: tuple[str, ...] = ()
+    remedy: str = ""
+
+    @property
+    def with_remedy(self) -> str:
+        """The text and the advice as one sentence each."""
+        return f"{self.text}. Try: {self.remedy}" if self.remedy else self.text
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, money, number, percent, size
+from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.facts import Fields, PageFacts, cost, read_facts
 from dpo_dist.insight.pages.render import html_page, inert_html, made, note, section
@@ -26,8 +27,7 @@ from dpo_dist.insight.pages.sections import (
 )
 from dpo_dist.insight.pages.svg import SCRIPT, STYLE
 from dpo_dist.insight.verdict.facts import last
-from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.insight.verdict.verdict import verdict
+from dpo_dist.insight.verdict.rules import RULES, verdict
 
 PAGE_STYLE = """
 :root { --error: #b3264a; --warning: #a85b06; --good: #1a7f5a; --note: #4b6a9b; --fill: #0072b2; }
@@ -110,7 +110,11 @@ def verdict_section(facts: PageFacts) -> str:
         return _unfinished(facts)
     findings = judged.get("findings") or []
     is_diverged = facts.summary.get("exit") == RunOutcome.diverged
-    faults = [one for one in findings if not ((rule := RULES.get(str(one.get("rule")))) and rule.is_remark)]
+    faults = [
+        one
+        for one in findings
+        if not ((rule := RULES.get(str(one.get("rule")))) and rule.level is Level.note)
+    ]
     level = "error" if is_diverged else "warning" if faults else "good"
     sentence = str(judged["sentence"])
     items = "".join(f"<li>{_finding(finding, sentence)}</li>" for finding in findings)
@@ -140,7 +144,7 @@ def _unfinished(facts: PageFacts) -> str:
 def _finding(finding: Fields, sentence: str) -> str:
     """Return a finding, without its facts if the verdict's sentence has them."""
     rule = RULES.get(str(finding.get("rule")))
-    headline = _capital(rule.headline if rule else str(finding.get("rule")).replace("_", " "))
+    headline = _capital(rule.text if rule else str(finding.get("rule")).replace("_", " "))
     fact, _, advice = str(finding.get("text")).partition(_ADVICE)
     tip = f'<div class="advice"><b>Try</b> {_with_code(advice)}.</div>' if advice else ""
     facts = "" if fact in sentence else f"<div>{_with_code(_capital(fact))}.</div>"

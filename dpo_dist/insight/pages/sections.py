@@ -40,7 +40,7 @@ from dpo_dist.insight.verdict.facts import (
     last,
     mean_over_time,
 )
-from dpo_dist.insight.verdict.rules import RULES
+from dpo_dist.insight.verdict.rules import BOTH_FALL, CHOSEN_FALL
 from dpo_dist.objective.metrics import BUCKETS
 
 _ALL_PAIRS = "all pairs"
@@ -352,10 +352,9 @@ def _nats(logps: MovedLogps) -> str:
 
 
 def _judgement(fall: float, both: float | None) -> str:
-    limits = RULES["displacement"].limits
-    if fall >= limits["fall"] and both is not None and both >= limits["both_fall"]:
+    if fall >= CHOSEN_FALL and both is not None and both >= BOTH_FALL:
         return "Both are beyond the verdict's limits: read the sampled responses before you use the model."
-    named = f"{number(limits['fall'], 3)} nats per token and {percent(limits['both_fall'])} of the pairs"
+    named = f"{number(CHOSEN_FALL, 3)} nats per token and {percent(BOTH_FALL)} of the pairs"
     return f"The verdict remarks on it when both reach {named}."
 
 
@@ -420,11 +419,15 @@ def _forward_seconds(facts: PageFacts) -> float | None:
     return seconds / pairs / _RESPONSES if pairs else None
 
 
+_DRIFT = 0.01
+"""Nats per token between log-probs of the same tokens, above which margins are noise."""
+
+
 def _drift(drift: Fields) -> Iterator[str]:
     """Yield sentences about the step-0 check."""
     if not drift:
         return
-    mean, limit = drift.get("mean_token_drift") or 0.0, RULES["reference_drift"].limits["drift"]
+    mean, limit = drift.get("mean_token_drift") or 0.0, _DRIFT
     yield (
         f"Before the first step {counted(drift.get('responses') or 0, 'log-prob')} were computed again: they "
         f"differ from the stored ones by {number(mean, 3)} nats per token on average, by at most "
