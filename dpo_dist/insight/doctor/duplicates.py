@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
-from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.findings import Across, Finding, Level
 from dpo_dist.insight.doctor.observe import Observed, RecordKeys
 from dpo_dist.insight.doctor.rules import Judge
@@ -122,44 +121,38 @@ class AllRecords:
     def __init__(self, judge: Judge, is_split: bool = False, drops_eval_prompts: bool = False) -> None:
         self._judge, self._is_split, self._drops_eval_prompts = judge, is_split, drops_eval_prompts
         self._labels: list[str] = []
-        self._is_eval_source: list[bool] = []
         self._records: list[RecordKeys] = []
         self._of_source: list[int] = []
+        self._of_eval: list[bool] = []
 
-    def start_source(self, label: str, is_eval: bool) -> None:
-        """Say that the records added from now on are of this source."""
-        self._labels.append(label)
-        self._is_eval_source.append(is_eval)
-
-    def add(self, observed: Observed) -> None:
-        """Add the next records of the source."""
+    def add(self, observed: Observed, label: str, is_eval: bool) -> None:
+        """Add the next records of the source with this label, which is evaluation data or not."""
+        if label not in self._labels[-1:]:
+            self._labels.append(label)
         self._records += observed.records
         self._of_source += [len(self._labels) - 1] * len(observed.records)
+        self._of_eval += [record.is_held_out if self._is_split else is_eval for record in observed.records]
 
-    def findings(self, benchmark: Benchmark | None) -> tuple[Across, list[Finding]]:
+    def findings(self) -> tuple[Across, list[Finding]]:
         """Return the facts about all sources, and the findings that compare records."""
         records = self._records
         self._source = np.array(self._of_source, dtype=np.int64)
-        self._is_eval = np.array(
-            [
-                record.is_held_out if self._is_split else self._is_eval_source[source]
-                for record, source in zip(records, self._of_source, strict=True)
-            ],
-            dtype=np.bool_,
-        )
+        self._is_eval = np.array(self._of_eval, dtype=np.bool_)
         equal, prompts = equal_groups(self._keys("record")), equal_groups(self._keys("prompt"))
         near = near_groups(record.signatures for record in records)
         opposed = contradicted(records)
         repeated = np.setdiff1d(prompts.later, near.later)
         left, removed, only_near = self._leaks()
         of_benchmark = [index for index, record in enumerate(records) if record.benchmark is not None]
+        hits = np.array([of_benchmark, of_benchmark], dtype=np.int64).T
+        benchmark_items = [f"{records[index].origin}, {records[index].benchmark}" for index in of_benchmark]
         findings = [
             *self._reported("duplicates", _with_first(equal, equal.later)),
             *self._near(np.setdiff1d(near.later, np.union1d(equal.later, opposed[:, 0])), near),
             *self._reported("contradictions", opposed),
             *self._reported("repeated_prompts", _with_first(prompts, repeated)),
             *self._leak_findings(left, removed, only_near),
-            *self._benchmark_findings(of_benchmark, benchmark),
+            *self._reported("benchmark_overlap", hits, benchmark_items),
         ]
         leaked = len(left) + len(removed)
         return (
@@ -222,50 +215,34 @@ class AllRecords:
         ):
             yield replace(finding, level=Level.note, remedy="none is needed")
 
-    def _benchmark_findings(self, found: list[int], benchmark: Benchmark | None) -> Iterator[Finding]:
-        for number, label in enumerate(self._labels):
-            examples = [
-                f"{self._records[index].origin}, {benchmark.items[item]}"
-                for index in found
-                if self._of_source[index] == number
-                if benchmark is not None and (item := self._records[index].benchmark) is not None
-            ]
-            of = self._of_source.count(number)
-            yield from self._judge.count("benchmark_overlap", len(examples), of, label, examples)
-
-    def _reported(self, rule: str, pairs: Indices) -> Iterator[Finding]:
-        """Yield findings of records with a partner: by source, and those with a partner in another one."""
-        records, partners = pairs.T
-        within = self._source[records] == self._source[partners]
-        for number, label in enumerate(self._labels):
-            found = pairs[within & (self._source[records] == number)]
-            of = self._of_source.count(number)
-            yield from self._judge.count(rule, len(found), of, label, self._shown(found))
+    def _reported(
+        self, rule: str, pairs: Indices, examples: list[str] | None = None, detail: str = ""
+    ) -> list[Finding]:
+        """Return the finding of records with a partner: of their source, or with the count of each source."""
         # A record of training and evaluation data is a leak, which has a rule of its own.
-        across = pairs[~within & (self._is_eval[records] == self._is_eval[partners])]
-        of, detail = len(self._records), "in another source"
-        yield from self._judge.count(rule, len(across), of, None, self._shown(across), detail=detail)
+        pairs = pairs[self._is_eval[pairs[:, 0]] == self._is_eval[pairs[:, 1]]]
+        sources, counts = np.unique(self._source[pairs[:, 0]], return_counts=True)
+        examples = self._shown(pairs) if examples is None else examples
+        if len(sources) == 1:
+            of, label = int((self._source == sources[0]).sum()), self._labels[sources[0]]
+            return self._judge.count(rule, len(pairs), of, label, examples, detail=detail)
+        labels = [self._labels[source] for source in sources]
+        by_source = ", ".join(f"{count} in {label}" for label, count in zip(labels, counts, strict=True))
+        detail = "; ".join(filter(None, (by_source, detail)))
+        return self._judge.count(rule, len(pairs), len(self._records), None, examples, detail=detail)
 
-    def _near(self, records: Indices, groups: Groups) -> Iterator[Finding]:
-        """Yield findings of nearly equal records with the largest groups of them."""
-        same = self._source[groups.first[records]] == self._source[records]
-        is_leak = self._is_eval[groups.first[records]] != self._is_eval[records]
-        for number, label in [*enumerate(self._labels), (None, None)]:
-            found = records[same & (self._source[records] == number) if label else ~same & ~is_leak]
-            if not len(found):
-                continue
-            firsts, sizes = np.unique(groups.first[found], return_counts=True)
-            order = np.argsort(-sizes, kind="stable")[:_SHOWN_CLUSTERS]
-            members = [
-                np.array([firsts[at], *found[groups.first[found] == firsts[at]][: _SHOWN_MEMBERS - 1]])
-                for at in order
-            ]
-            shown = ", ".join(str(sizes[at] + 1) for at in order)
-            numbers = self._other_numbers(found, groups.first[found])
-            detail = f"groups: {len(firsts)}, the largest of {shown} records" + (numbers and f"; {numbers}")
-            of = len(self._records) if number is None else self._of_source.count(number)
-            examples = self._shown(members)
-            yield from self._judge.count("near_duplicates", len(found), of, label, examples, detail=detail)
+    def _near(self, records: Indices, groups: Groups) -> list[Finding]:
+        """Return the finding of nearly equal records with the largest groups of them."""
+        pairs = _with_first(groups, records)
+        found = pairs[self._is_eval[pairs[:, 0]] == self._is_eval[pairs[:, 1]]]
+        firsts, sizes = np.unique(found[:, 1], return_counts=True)
+        order = np.argsort(-sizes, kind="stable")[:_SHOWN_CLUSTERS]
+        members = [
+            np.array([firsts[at], *found[found[:, 1] == firsts[at], 0][: _SHOWN_MEMBERS - 1]]) for at in order
+        ]
+        shown, numbers = ", ".join(str(sizes[at] + 1) for at in order), self._other_numbers(*found.T)
+        detail = f"groups: {len(firsts)}, the largest of {shown} records" + (numbers and f"; {numbers}")
+        return self._reported("near_duplicates", found, self._shown(members), detail)
 
     def _other_numbers(self, records: Indices, partners: Indices) -> str:
         """Return how many of the records have other numbers in the prompt than their partner."""

@@ -21,7 +21,7 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.template import chosen_template
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.insight.doctor.benchmarks import read_benchmarks
+from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.duplicates import AllRecords
 from dpo_dist.insight.doctor.findings import DoctorReport, Finding, Level, SourceReport
 from dpo_dist.insight.doctor.margins import StoreUse, compare_with_store
@@ -45,7 +45,7 @@ def examine(
     tokenizer: "PreTrainedTokenizerBase | None",
     *,
     thresholds: Mapping[str, float] | None = None,
-    benchmarks: Sequence[Path] = (),
+    benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
@@ -54,19 +54,18 @@ def examine(
         config: sources, limits of lengths, number of processes.
         tokenizer: of the policy; None: nothing is counted in tokens, and no check needs token ids.
         thresholds: other thresholds of rules, by name of the rule.
-        benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
+        benchmark: prompts that training data should not contain.
         progress: called for each source.
 
     Returns:
         The report; it does not depend on the number of processes.
 
     Raises:
-        DataError: a source or a benchmark file cannot be read.
+        DataError: a source cannot be read.
         ConfigError: a threshold names no rule, or encoding is impossible with this tokenizer.
         PeerLostError: a process that encodes has died.
     """
     judge = Judge.with_thresholds(thresholds or {})
-    benchmark = read_benchmarks(benchmarks)
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
     findings: list[Finding] = []
@@ -74,7 +73,6 @@ def examine(
     records = AllRecords(judge, is_split, config.drop_eval_prompts)
     for source, label, is_eval in _sources(config):
         tally = SourceTally(label, source.path, is_eval, is_split)
-        records.start_source(label, is_eval)
         meter, done = Meter(), 0
         read = read_records(pinned(source, Path(config.cache)), meter)
         with (
@@ -83,7 +81,7 @@ def examine(
         ):
             for observed in chunks:
                 tally.add(observed)
-                records.add(observed)
+                records.add(observed, label, is_eval)
                 done += observed.read
                 count(observed.read, share_read(meter, source.limit, done))
         report = tally.report()
@@ -91,7 +89,7 @@ def examine(
         findings += source_findings(tally, report, judge, config.max_bad_share)
         if tokenizer is not None:
             findings += _tools_not_rendered(tally, tokenizer, config, judge)
-    across, compared = records.findings(benchmark)
+    across, compared = records.findings()
     return DoctorReport(tuple(reports), across, most_serious_first([*findings, *compared]))
 
 
@@ -155,12 +153,13 @@ class Diagnosis:
         return any(_SEVERITY.index(finding.level) >= rank for finding in self.report.findings)
 
 
-def diagnose(config: RunConfig, counter: CounterOf) -> Diagnosis:
+def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
 
     Args:
         config: of the run; `model.path` may be `NO_MODEL`.
         counter: shows progress.
+        benchmark: of `doctor.benchmarks`.
 
     Raises:
         ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.
@@ -177,7 +176,7 @@ def diagnose(config: RunConfig, counter: CounterOf) -> Diagnosis:
         config.data,
         tokenizer,
         thresholds=config.doctor.thresholds,
-        benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
+        benchmark=benchmark,
         progress=lambda source: counter(f"examining {source}", "record"),
     )
     store = None

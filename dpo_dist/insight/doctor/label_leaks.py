@@ -29,7 +29,7 @@ Words: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 _FOLDS = 5
 _FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
-_ALL, _LENGTH = "all", "length"
+_LENGTH = "length"
 _LANGUAGE = "language of the prompt"
 # Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
 # of words are compared; 17 pairs are enough if all are on one side.
@@ -39,7 +39,7 @@ _MIN_DIFFERS = 0.03
 _SIDE = "the chosen side has"
 _MIN_WORD_PAIRS = 5
 _REGULARISATION = 0.15
-_SHOWN_WORDS, _SHOWN_FORMS = 3, 3
+_SHOWN_FORMS = 3
 _PLACES = {
     "first 1": "first word",
     "first 2": "second word",
@@ -48,12 +48,13 @@ _PLACES = {
     "last 2": "last word but one",
     "last 3": "last word but two",
 }
-# A group of features has to add so much accuracy to the length; else it only follows the length.
+# A group of features has to be so much better than the length; else it only follows the length.
 _ADDS = 0.03
 _STYLE = {"punctuation", "markdown", "language", "refusal"}
 # Features that are preferred on purpose, and need no hint if they are one-sided.
 _INTENDED = {"characters", "refusal", _LANGUAGE}
 _GROUPS = (*(name for name in GROUPS if name != _LENGTH), "first words", "last words")
+_WORDS = {"first words": ("first word", "second word", "third word"), "last words": ("last word",)}
 _MEMBERS = GROUPS | {"language": (*GROUPS["language"], _LANGUAGE)}
 
 
@@ -76,12 +77,12 @@ class SideSample:
 
 
 def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
-    """Return the held-out accuracy of each feature, of each group and of all features together.
+    """Return the held-out accuracy of each feature and of each group.
 
     Returns:
         The most accurate first; empty if the sample has fewer than 10 different prompts. With fewer than 50,
-        features are tested one by one only. `length and GROUP` measures how much a group adds to the length.
-        Of the first and of the last words the most one-sided one has a test of its own.
+        features are tested one by one only. Of the first and of the last words the most one-sided one has a
+        test of its own.
     """
     prompts, different = sample.prompts, len(np.unique(sample.prompts))
     if different < _FEWEST_PROMPTS:
@@ -99,22 +100,16 @@ def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
 def _tests_of_groups(numbers: npt.NDArray[np.float32], sample: SideSample) -> Iterator[LeakTest]:
     scale = np.sqrt((numbers.astype(np.float64) ** 2).mean(axis=0))
     scaled = sparse.csr_matrix(numbers / np.where(scale > 0, scale, 1))
-    length, others = scaled[:, [NAMES.index("characters")]], []
     for name in _GROUPS:
-        detail = ""
         if name in GROUPS:
             block = scaled[:, [NAMES.index(member) for member in GROUPS[name]]]
         else:
             block, words = _bag(sample.words, name.split()[0])
             if not words:
                 continue
-            detail = ", ".join(_telling_words(block, words))
             yield from _one_sided_word(block, words, sample.prompts)
-        others.append(block)
         if name not in NAMES:  # else the group is one feature, which has been tested
-            yield _test(block, sample.prompts, name, detail)
-        yield _test(sparse.hstack([length, block]), sample.prompts, f"length and {name}")
-    yield _test(sparse.hstack([length, *others]), sample.prompts, _ALL)
+            yield _test(block, sample.prompts, name)
 
 
 def _single_test(difference: npt.NDArray[Any], prompts: Keys, name: str) -> LeakTest:
@@ -180,14 +175,6 @@ def _bag(words: Sequence[Words], position: str) -> tuple[Matrix, list[str]]:
     return block[:, kept], [vectorizer.feature_names_[at] for at in kept]
 
 
-def _telling_words(block: Matrix, words: Sequence[str]) -> Iterator[str]:
-    """Yield the words that most often distinguish the sides, quoted, with their counts on either side."""
-    chosen, rejected = (np.asarray((block == side).sum(axis=0)).ravel() for side in (1, -1))
-    strength = np.abs(chosen - rejected) / np.sqrt(chosen + rejected)
-    for at in np.argsort(-strength, kind="stable")[:_SHOWN_WORDS]:
-        yield f"{_shown_word(words[int(at)])} (chosen {chosen[at]}, rejected {rejected[at]})"
-
-
 def _one_sided_word(block: Matrix, words: Sequence[str], prompts: Keys) -> Iterator[LeakTest]:
     """Yield the test of the word that is most surely on one side only, if there is a frequent one."""
     counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
@@ -206,55 +193,35 @@ def _shown_word(key: str) -> str:
 def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
     """Yield the findings about label leaks.
 
-    A group of features counts if it reveals the chosen response and adds to the length, which is a finding of
+    A group of features counts if it reveals the chosen response better than the length, which is a finding of
     its own.
     """
     by_name = {test.feature: test for test in tests}
     if not by_name:
         return
-    length = by_name["characters"]
-    has_bias = _is_leak(length, judge, "length_bias")
-    if has_bias:
+    length, explained = by_name["characters"], 0.0
+    if _is_leak(length, judge, "length_bias"):
+        explained = length.accuracy + _ADDS
         side = "shorter" if length.detail.endswith("less") else "longer"
         detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
         yield from judge.value("length_bias", length.accuracy, length.pairs, source, detail)
-    found: list[Finding] = []
     for name in _GROUPS:
-        members = [by_name[member] for member in (name, *_MEMBERS.get(name, ())) if member in by_name]
-        test = max(members, key=lambda test: test.accuracy, default=None)
-        if test is None or not _is_leak(test, judge, _rule_of(name)):
+        rule = "style_bias" if name in _STYLE else "label_leak"
+        own = [
+            test
+            for feature, test in by_name.items()
+            if feature in (name, *_MEMBERS.get(name, ())) or feature.startswith(_WORDS.get(name, "\n"))
+        ]
+        test = max(own, key=lambda one: one.accuracy, default=None)
+        if test is None or not _is_leak(test, judge, rule) or test.accuracy <= explained:
             continue
-        both = by_name.get(f"length and {name}", test)
-        if not has_bias or max(test.accuracy, both.accuracy) > length.accuracy + _ADDS:
-            found += _leak(name, test, by_name, judge, source)
-    yield from found
-    if not found:
-        yield from _joint_leak(by_name, judge, source, length.accuracy if has_bias else 0)
+        best = max((one for one in own if one.detail), key=lambda one: one.accuracy)
+        text = (
+            f"by {name}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of held-out "
+            f"pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
+        )
+        yield from judge.value(rule, test.accuracy, test.pairs, source, text)
     yield from _one_sided_forms(by_name, judge, source)
-
-
-def _leak(
-    name: str, test: LeakTest, by_name: Mapping[str, LeakTest], judge: Judge, source: str
-) -> list[Finding]:
-    detail = test.detail
-    if name in _MEMBERS:
-        best = max((by_name[one] for one in _MEMBERS[name] if one in by_name), key=lambda one: one.accuracy)
-        detail = f"{best.feature}, {best.detail}, {percent(best.accuracy)}"
-    text = f"by {name}, {_shown(test)} of held-out pairs are guessed ({detail})"
-    return judge.value(_rule_of(name), test.accuracy, test.pairs, source, text)
-
-
-def _joint_leak(
-    by_name: Mapping[str, LeakTest], judge: Judge, source: str, explained: float
-) -> list[Finding]:
-    """Return the finding that all features together reveal the chosen response, if no group does alone."""
-    whole = by_name.get(_ALL)
-    if whole is None or whole.accuracy <= explained + _ADDS or not _is_leak(whole, judge, "style_bias"):
-        return []
-    groups = sorted((by_name[name] for name in _GROUPS if name in by_name), key=lambda test: -test.accuracy)
-    names = " and ".join(f"{test.feature} ({percent(test.accuracy)})" for test in groups[:2])
-    text = f"by several features, {_shown(whole)} of held-out pairs are guessed; mostly {names}"
-    return judge.value("style_bias", whole.accuracy, whole.pairs, source, text)
 
 
 def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str) -> list[Finding]:
@@ -287,14 +254,6 @@ def _one_sided_share(test: LeakTest) -> float:
     prompts = test.differing_prompts
     low, _high = interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
     return share if low > 0.5 else 0.0
-
-
-def _shown(test: LeakTest) -> str:
-    return f"{percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}]"
-
-
-def _rule_of(group: str) -> str:
-    return "style_bias" if group in _STYLE else "label_leak"
 
 
 def _is_leak(test: LeakTest, judge: Judge, rule: str) -> bool:

@@ -19,6 +19,7 @@ from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
+from dpo_dist.insight.doctor.findings import SIDES
 from dpo_dist.insight.doctor.rules import RULE_OF
 from dpo_dist.insight.doctor.texts import Signature, Texts, signature, text_names, texts_of
 
@@ -73,35 +74,24 @@ class TokenFacts:
     """Facts about encoded records.
 
     Attributes:
-        kept: records with at least one example.
-        kept_held_out: those of them that `data.eval_share` draws for evaluation.
-        pairs: examples.
+        sums: `kept` records with at least one example, `held_out` ones of them that `data.eval_share` draws for
+            evaluation, their examples (`pairs`); `tokens` of all responses, each with its prompt,
+            `unique_tokens` with each prompt counted once per record, `response_tokens` and the
+            `trained_tokens` of them, which the loss counts; `SIDE cut`, records of which a side is cut, and
+            `SIDE cut_tokens`, tokens cut from them.
         changed: changes made by encoding, by kind.
         lengths: tokens of each record before anything is cut, also of those dropped because of their length.
-        cut: kept records of which a side is cut, by side.
-        cut_tokens: tokens cut from these, by side.
-        tokens: of all responses, each with its prompt, as trained.
-        unique_tokens: with each prompt counted once per record.
-        response_tokens: of the responses of all examples.
-        trained_tokens: those of them that the loss counts.
     """
 
-    kept: int = 0
-    kept_held_out: int = 0
-    pairs: int = 0
+    sums: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     lengths: list[Lengths] = field(default_factory=list)
-    cut: Counter[str] = field(default_factory=Counter)
-    cut_tokens: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    unique_tokens: int = 0
-    response_tokens: int = 0
-    trained_tokens: int = 0
 
     def add(self, later: "TokenFacts") -> None:
         """Add the facts about the following records."""
-        for name, value in vars(later).items():
-            setattr(self, name, getattr(self, name) + value)
+        self.sums.update(later.sums)
+        self.changed.update(later.changed)
+        self.lengths += later.lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +126,7 @@ class RecordKeys:
         is_held_out: whether `data.eval_share` draws the record for evaluation.
         preferences: key of each preference, and of the opposite one.
         signatures: uint32 [2, 64], MinHash of the prompt and of all responses.
-        benchmark: index of a benchmark item with which it overlaps, or None.
+        benchmark: origin of a benchmark item with which it overlaps, or None.
     """
 
     origin: Origin
@@ -147,7 +137,7 @@ class RecordKeys:
     is_held_out: bool
     preferences: tuple[tuple[int, int], ...]
     signatures: Signature
-    benchmark: int | None
+    benchmark: str | None
 
 
 @dataclass(eq=False)
@@ -257,7 +247,7 @@ class Observer:
             if outcome.dropped is not None:
                 observed.dropped.add(outcome.dropped, record.origin)
             elif keys.is_held_out:
-                facts.kept_held_out += 1
+                facts.sums["held_out"] += 1
         for _index, bad in chunk.bad:
             observed.details.setdefault(bad.reason, bad.detail)
 
@@ -269,11 +259,10 @@ def _token_facts(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> TokenFacts:
+    facts = TokenFacts()
     prompts = np.cumsum(chunk.pair_pieces) - chunk.pair_pieces
-    facts = TokenFacts(
-        response_tokens=int(chunk.piece_tokens.sum() - chunk.piece_tokens[prompts].sum()),
-        trained_tokens=int(chunk.trained_tokens.sum()),
-    )
+    facts.sums["response_tokens"] = int(chunk.piece_tokens.sum() - chunk.piece_tokens[prompts].sum())
+    facts.sums["trained_tokens"] = int(chunk.trained_tokens.sum())
     pieces = _pieces(chunk)
     long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
     whole_config = replace(config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop)
@@ -285,20 +274,16 @@ def _token_facts(
             continue
         lengths = _side_lengths(whole)
         facts.lengths.append(lengths)
-        if outcome.dropped is None:
-            facts.kept += 1
-            facts.pairs += outcome.pairs
-            facts.changed.update(dict(outcome.changed))
-            names[index].update(dict(outcome.changed), _token_names(whole, tokenizer))
-            for side, before, after in zip(
-                ("prompt", "chosen", "rejected"), lengths, _side_lengths(kept), strict=True
-            ):
-                if before > after:
-                    facts.cut[side] += 1
-                    facts.cut_tokens[side] += before - after
-            prompt, *responses = map(len, kept)
-            facts.tokens += prompt * len(responses) + sum(responses)
-            facts.unique_tokens += prompt + sum(responses)
+        if outcome.dropped is not None:
+            continue
+        facts.changed.update(dict(outcome.changed))
+        names[index].update(dict(outcome.changed), _token_names(whole, tokenizer))
+        prompt, *responses = map(len, kept)
+        tokens = prompt * len(responses) + sum(responses)
+        facts.sums.update(kept=1, pairs=outcome.pairs, tokens=tokens, unique_tokens=prompt + sum(responses))
+        for side, before, after in zip(SIDES, lengths, _side_lengths(kept), strict=True):
+            if before > after:
+                facts.sums.update({f"{side} cut": 1, f"{side} cut_tokens": before - after})
     return facts
 
 

@@ -121,7 +121,7 @@ class SourceTally:
         self.readable += len(observed.records)
         if self._held_out is not None:
             drawn = sum(record.is_held_out for record in observed.records)
-            self._held_out += drawn if observed.tokens is None else observed.tokens.kept_held_out
+            self._held_out += drawn if observed.tokens is None else observed.tokens.sums["held_out"]
         self.names.update(observed.names)
         self.dropped.update(observed.dropped)
         self.details = observed.details | self.details
@@ -139,8 +139,8 @@ class SourceTally:
             path=self.path,
             is_eval=self.is_eval,
             read=self.read,
-            kept=tokens.kept if tokens else self.readable,
-            pairs=tokens.pairs if tokens else self.readable,
+            kept=tokens.sums["kept"] if tokens else self.readable,
+            pairs=tokens.sums["pairs"] if tokens else self.readable,
             held_out=self._held_out,
             dropped={
                 name: Occurrences(count, tuple(self.dropped.examples[name]))
@@ -148,7 +148,7 @@ class SourceTally:
             },
             changed=dict(sorted(tokens.changed.items())) if tokens else {},
             sides=dict(self._sides()),
-            prefix=PrefixSharing(tokens.tokens, tokens.unique_tokens) if tokens else None,
+            prefix=PrefixSharing(tokens.sums["tokens"], tokens.sums["unique_tokens"]) if tokens else None,
             shares=self._shares(),
             languages=shares([prompt for prompt, *_ in self._languages]),
             scores=self._scores(),
@@ -169,14 +169,15 @@ class SourceTally:
                 continue
             report = SideReport(_of_lengths(of_side[of_side >= 0]))
             if self._tokens and (tokens >= 0).any():
-                cut, cut_tokens = self._tokens.cut[side], self._tokens.cut_tokens[side]
+                cut, cut_tokens = (self._tokens.sums[f"{side} {name}"] for name in ("cut", "cut_tokens"))
                 report = SideReport(report.characters, _of_lengths(tokens[tokens >= 0]), cut, cut_tokens)
             yield side, report
 
     def _shares(self) -> dict[str, float]:
         """Return the shares of records that are facts, not faults; and the share of trained tokens."""
-        facts = self._tokens
-        trained = {"trained_tokens": facts.trained_tokens / facts.response_tokens} if facts else {}
+        sums = self._tokens.sums if self._tokens else {}
+        of = sums.get("response_tokens")
+        trained = {"trained_tokens": sums["trained_tokens"] / of} if of else {}
         return trained | {
             name: count / self.of(name)
             for name, count in sorted(self.names.counts.items())

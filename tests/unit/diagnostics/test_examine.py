@@ -9,6 +9,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.sources import source_labels
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.doctor.rules import RULE_OF
@@ -97,14 +98,13 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
         if one.rule in ("duplicates", "near_duplicates", "contradictions")
     }
     assert found == {
-        ("duplicates", "a"): 1,
+        ("duplicates", None): 2,
         ("near_duplicates", "a"): 1,
-        ("duplicates", None): 1,
         ("contradictions", None): 2,
     }
-    [within, across] = sorted(of_rule(report, "duplicates"), key=lambda one: one.source is None)
-    assert within.examples == (f"{files[0]}:31, {files[0]}:6",)
-    assert across.examples == (f"{files[1]}:11, {files[0]}:10",)
+    [copies] = of_rule(report, "duplicates")
+    assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
+    assert copies.text.endswith("1 in a, 1 in b")
     assert report.across.contradictions == 2
 
 
@@ -180,7 +180,9 @@ def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
     pairs[9]["prompt"] = "Tell me more!"
     pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
     benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
-    [finding] = of_rule(examined(tmp_path, pairs, benchmarks=[Path(benchmark)]), "benchmark_overlap")
+    [finding] = of_rule(
+        examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark])), "benchmark_overlap"
+    )
     assert finding.examples == (
         f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
         f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",

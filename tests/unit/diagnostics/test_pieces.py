@@ -99,13 +99,13 @@ def test_benchmark_files_of_several_kinds(tmp_path: Path) -> None:
         "a.jsonl": json.dumps({"turns": [question, "and then"]}),
         "b.jsonl": json.dumps(question),
         "c.txt": f"\n{question}\n",
-        "d.csv": f'id,question\n1,"{question}"\n',
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-        benchmark = read_benchmarks([tmp_path / name])
-        assert benchmark is not None
-        assert benchmark.item_in("nothing", f"{question.upper()}! and then more") == 0
+        benchmark = read_benchmarks([str(tmp_path / name)])
+        line = 2 if name == "c.txt" else 1
+        found = benchmark.item_in("nothing", f"{question.upper()}! and then more")
+        assert found == f"{tmp_path / name}:{line}"
         assert benchmark.item_in(question.replace("five", "six")) is None
 
 
@@ -113,7 +113,7 @@ def test_benchmark_files_of_several_kinds(tmp_path: Path) -> None:
 def test_a_bad_benchmark_file_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError):
-        read_benchmarks([tmp_path / "a.jsonl"])
+        read_benchmarks([str(tmp_path / "a.jsonl")])
 
 
 def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Path) -> None:
