@@ -55,7 +55,7 @@ def read_benchmarks(files: Sequence[str]) -> Benchmark:
     """Return the items of benchmark files.
 
     Args:
-        files: .jsonl (a text, or an object with a field such as `prompt` or `messages`), or .txt with one item
+        files: .jsonl (texts, or objects with a field such as `prompt` or `messages`), or .txt with an item
             a line.
 
     Raises:

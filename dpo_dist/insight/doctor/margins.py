@@ -1,6 +1,6 @@
 """Findings from stored reference log-probs: pairs that are likely mislabelled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,7 @@ _BINS = 40
 
 @dataclass(frozen=True, eq=False)
 class ReferencePairs:
-    """Stored reference log-probs of the pairs of one source.
-
-    Attributes:
-        chosen_logps: float64 [pairs], log-prob of the whole chosen response, in nats.
-        rejected_logps: the same for the rejected response.
-        chosen_tokens: int64 [pairs], tokens of the chosen response, at least 1.
-        rejected_tokens: the same for the rejected response.
-    """
+    """Stored reference log-probs [pairs] of whole responses in nats, and their tokens, at least 1."""
 
     chosen_logps: npt.NDArray[np.float64]
     rejected_logps: npt.NDArray[np.float64]
@@ -47,17 +40,11 @@ class ReferencePairs:
 
 
 def margin_findings(
-    pairs: ReferencePairs, origin: Callable[[int], str], source: str, judge: Judge
+    pairs: ReferencePairs, origins: Sequence[str], source: str, judge: Judge
 ) -> tuple[Mapping[str, float], list[Finding]]:
-    """Return statistics of the reference's margins of a source, and findings.
+    """Return statistics of the reference's margins of a source, and findings; pairs have these origins.
 
     A pair is likely mislabelled if the reference's length-normalised margin is far below 0.
-
-    Args:
-        pairs: of the source.
-        origin: from the index of a pair to its ``file:line``.
-        source: label of the source.
-        judge: applies rules.
 
     Returns:
         Named statistics, empty without pairs; findings, whose examples are the most extreme first.
@@ -79,7 +66,7 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = found[np.argsort((margins / noise)[found], kind="stable")][:_SHOWN]
-    examples = [origin(int(index)) for index in extreme]
+    examples = [origins[index] for index in extreme]
     return facts, judge.count(
         "reference_disagrees", len(found), len(margins), source, examples, records="pairs"
     )
@@ -145,7 +132,7 @@ def compare_with_store(
     margins: list[tuple[str, Distribution]] = []
     for source, of_source in zip(report.sources, datasets, strict=True):
         pairs, origins = _stored_pairs(store, of_source)
-        facts, found = margin_findings(pairs, origins.__getitem__, source.label, judge)
+        facts, found = margin_findings(pairs, origins, source.label, judge)
         sources.append(replace(source, margins=facts))
         findings += found
         if origins:

@@ -74,11 +74,10 @@ class TokenFacts:
     """Facts about encoded records.
 
     Attributes:
-        sums: `kept` records with at least one example, `held_out` ones of them that `data.eval_share` draws for
-            evaluation, their examples (`pairs`); `tokens` of all responses, each with its prompt,
-            `unique_tokens` with each prompt counted once per record, `response_tokens` and the
-            `trained_tokens` of them, which the loss counts; `SIDE cut`, records of which a side is cut, and
-            `SIDE cut_tokens`, tokens cut from them.
+        sums: records with an example (`kept`), those of them that `data.eval_share` draws for evaluation
+            (`held_out`), examples (`pairs`); `tokens` of all responses, each with its prompt, `unique_tokens`
+            with each prompt counted once per record, `response_tokens`, and the `trained_tokens` of them;
+            records of which a side is cut (`SIDE cut`) and tokens cut from them (`SIDE cut_tokens`).
         changed: changes made by encoding, by kind.
         lengths: tokens of each record before anything is cut, also of those dropped because of their length.
     """

@@ -65,14 +65,11 @@ class MovedLogps:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything known of a run; any part may be empty.
+    """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
     Attributes:
-        rows: all metrics rows in their order, null as nan.
-        steps: rows of training steps.
-        evaluations: rows of evaluations after a step, with keys without `eval_`.
-        summary: the content of summary.json.
-        data_findings: `findings` of doctor.json.
+        steps: the rows of training steps.
+        evaluations: those of evaluations after a step, with keys without `eval_`.
     """
 
     rows: Sequence[Row]
@@ -154,11 +151,7 @@ class RunFacts:
         return [value for step, value in values(self.steps, metric) if step > 0.75 * self.total_steps]
 
     def margin_nats(self) -> float | None:
-        """Return the last margin of log-probs in nats, or its change where it does not start at 0.
-
-        It does not without a reference, or if that is another model than the policy's start. Then the change
-        is that over training steps: an evaluation has other pairs.
-        """
+        """Return the last margin in nats; where it does not start at 0, its change over training steps."""
         beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
         if not self.starts_as_reference:
             start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
@@ -184,10 +177,7 @@ class RunFacts:
         ] or None
 
     def moved_logps(self, side: Side) -> MovedLogps | None:
-        """Return the log-probs of the chosen or the rejected responses before and after training.
-
-        None if they were not measured.
-        """
+        """Return the log-probs of a side's responses before and after training; None if not measured."""
         metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
         rows = self.steps if falls is None else self.last_rows
         start, end = first(rows, metric), last(rows, metric)
@@ -233,7 +223,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Spike:
-    """A row whose loss is far above those before: its step, its loss, and their median."""
+    """A step whose loss is far above the median of those before."""
 
     step: int
     loss: float
@@ -241,14 +231,10 @@ class Spike:
 
 
 def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
-    """Return the spike of `row`, if it is one.
+    """Return the spike of a row after `rows`, if it is one.
 
     A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
     them, and by more than that median and the first loss.
-
-    Args:
-        rows: all rows before it, of which the last ones are read.
-        row: of training steps.
     """
     logged = (float(row[_LOSS]) for row in reversed(rows) if finite(row, _LOSS) is not None)
     before = list(itertools.islice(logged, _SPIKE_ROWS))
@@ -296,13 +282,7 @@ def pooled(
 ) -> list[tuple[float, float]]:
     """Return the means of `key` over successive rows with at least so many pairs, with the last row's step.
 
-    The value of a few pairs is noise.
-
-    Args:
-        rows: of training steps.
-        key: of a mean over pairs; rows without a finite value are not counted.
-        fewest_pairs: of each mean; a rest with fewer is not returned.
-        share: of the pairs of a row that the metric is about.
+    The value of a few pairs is noise. The metric is about a share of the pairs of a row.
     """
     found, total, pairs = [], 0.0, 0.0
     for row in rows:

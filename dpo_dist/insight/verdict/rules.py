@@ -52,8 +52,38 @@ _LOWERS_CHOSEN = ("apo_down",)
 """Losses that make chosen responses less likely by design."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """Rules of the doctor that name a feature which reveals the chosen response."""
+Find = Callable[[RunFacts], Iterator[str]]
 _SAMPLES, _REFERENCE = "samples/", "samples/reference_"
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
+
+
+@dataclass(frozen=True)
+class RunRule(Rule):
+    """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
+
+    Attributes:
+        find: yields what shows the fault, with numbers; nothing if the run does not have it.
+        explains: rules that are not reported beside this one, because they are its consequences.
+    """
+
+    find: Find
+    explains: tuple[str, ...] = ()
+
+
+RULES: dict[str, RunRule] = {}
+"""By name, the worst fault first: in this order a verdict reports them. One of level `note` is a remark."""
+
+
+def _rule(
+    text: str, remedy: str, explains: tuple[str, ...] = (), level: Level = Level.warning
+) -> Callable[[Find], Find]:
+    """Declare a rule with the name of its function."""
+
+    def declared(find: Find) -> Find:
+        RULES[find.__name__.lstrip("_")] = RunRule(level, text, remedy, find, explains)
+        return find
+
+    return declared
 
 
 def _lost_weights(facts: RunFacts) -> Iterator[str]:
@@ -86,15 +116,6 @@ def _lost_weights(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _diverged(facts: RunFacts) -> Iterator[str]:
-    yield from _lost_weights(facts)
-    if bad := facts.summary.get("bad_steps", 0):
-        yield (
-            f"in {counted(bad, 'step')} of {facts.total_steps:,}, which taught nothing, loss or gradient was "
-            "not finite"
-        )
-
-
 def _first_bad_step(facts: RunFacts, row: Row) -> int:
     """Return the step of a row that is not finite; of the row that ends a run, the first skipped step."""
     skipped = facts.summary.get("bad_in_a_row") or 1
@@ -117,6 +138,66 @@ def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
     return "the backward overflows: loss and log-probs are finite, the gradient is not"
 
 
+@_rule(
+    "diverged",
+    "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; read "
+    "the pairs of these steps (logs/bad-step-*.json)",
+    explains=(
+        "learning_rate_too_high",
+        "does_not_generalise",
+        "displacement",
+        "learnt_nothing",
+        "labels_swapped",
+        "over_optimised",
+    ),
+)
+def _diverged(facts: RunFacts) -> Iterator[str]:
+    yield from _lost_weights(facts)
+    if bad := facts.summary.get("bad_steps", 0):
+        yield (
+            f"in {counted(bad, 'step')} of {facts.total_steps:,}, which taught nothing, loss or gradient was "
+            "not finite"
+        )
+
+
+@_rule(
+    "a wrong beta",
+    "set loss.beta between 0.01 and 0.5",
+    explains=("learning_rate_too_high", "does_not_generalise"),
+)
+def _beta_wrong(facts: RunFacts) -> Iterator[str]:
+    beta, nats, start = facts.setting("loss.beta"), facts.margin_nats(), first(facts.steps, "loss")
+    end = last(facts.steps, "loss")
+    if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
+        return
+    change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
+    rise, fall = (
+        next(_rise_of_loss(facts), None),
+        max((fall for _, fall in _falls_of_chosen(facts)), default=9),
+    )
+    if beta >= 1 and abs(nats) <= 5:
+        if end <= 0.01 * max(start, math.log(2)):
+            loss = f"{start:.2g} -> {end:.2g}"
+            yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
+        elif rise is not None and fall <= _FALL:
+            yield f"loss.beta={number(beta)} is too large: {rise}, although {change}"
+    elif nats >= 2 and (losses := _loss_that_stayed(facts)):
+        yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
+
+
+def _loss_that_stayed(facts: RunFacts) -> str | None:
+    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
+    recent, start = facts.recent("loss"), first(facts.steps, "loss")
+    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
+        return None
+    return f"{start:.4g} -> {fmean(recent):.4g}"
+
+
+@_rule(
+    "learning rate too high",
+    "a lower optim.lr; a larger optim.warmup_ratio; a larger loss.beta; fewer steps",
+    explains=("displacement",),
+)
 def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
     signs = list(_signs_of_rate(facts))
     if signs:
@@ -180,35 +261,13 @@ def _distance(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _wrong_beta(facts: RunFacts) -> Iterator[str]:
-    beta, nats, start = facts.setting("loss.beta"), facts.margin_nats(), first(facts.steps, "loss")
-    end = last(facts.steps, "loss")
-    if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
-        return
-    change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
-    rise, fall = (
-        next(_rise_of_loss(facts), None),
-        max((fall for _, fall in _falls_of_chosen(facts)), default=9),
-    )
-    if beta >= 1 and abs(nats) <= 5:
-        if end <= 0.01 * max(start, math.log(2)):
-            loss = f"{start:.2g} -> {end:.2g}"
-            yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
-        elif rise is not None and fall <= _FALL:
-            yield f"loss.beta={number(beta)} is too large: {rise}, although {change}"
-    elif nats >= 2 and (losses := _loss_that_stayed(facts)):
-        yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
-
-
-def _loss_that_stayed(facts: RunFacts) -> str | None:
-    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
-    recent, start = facts.recent("loss"), first(facts.steps, "loss")
-    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
-        return None
-    return f"{start:.4g} -> {fmean(recent):.4g}"
-
-
-def _prefers_rejected(facts: RunFacts) -> Iterator[str]:
+@_rule(
+    "the rejected responses are preferred",
+    "compare chosen and rejected of some records; swap the fields of a wrong source (`columns`); another "
+    "loss than discopop, which has a minimum at small negative margins; the other sign of a custom loss",
+    explains=("does_not_generalise", "learnt_nothing"),
+)
+def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     training, whole = facts.training_accuracy(), facts.accuracy()
     if training is not None and _is_below_half(training):
         yield (
@@ -234,6 +293,10 @@ def _is_below_half(accuracy: Accuracy) -> bool:
     return accuracy.value < min(0.45, 0.5 - accuracy.noise)
 
 
+@_rule(
+    "evaluation data leaked into training",
+    "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
+)
 def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
     counts = facts.counts("eval")
     count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
@@ -244,14 +307,11 @@ def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _difference_of_accuracies(facts: RunFacts) -> tuple[Accuracy, Accuracy, float] | None:
-    """Return training and evaluation accuracy, and how far they differ by chance; None if one is unknown."""
-    training, accuracy = facts.training_accuracy(), facts.accuracy()
-    if not facts.evaluations or training is None or accuracy is None or facts.total_steps < _FEWEST_STEPS:
-        return None
-    return training, accuracy, math.hypot(training.noise, accuracy.noise)
-
-
+@_rule(
+    "evaluation better than training",
+    "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
+    "training source with the lowest accuracy",
+)
 def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
     found = _difference_of_accuracies(facts)
     if found is None:
@@ -265,43 +325,19 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
-    if facts.total_steps >= _FEWEST_STEPS:
-        yield from _rise_of_evaluation_loss(facts)
-    found = _difference_of_accuracies(facts)
-    if found is None:
-        return
-    training, accuracy, noise = found
-    if training.value - accuracy.value > max(0.1, noise):
-        yield (
-            f"training accuracy {training.value:.2f} is far above evaluation accuracy {accuracy.value:.2f} "
-            f"on {counted(accuracy.pairs, 'pair')}"
-        )
+def _difference_of_accuracies(facts: RunFacts) -> tuple[Accuracy, Accuracy, float] | None:
+    """Return training and evaluation accuracy, and how far they differ by chance; None if one is unknown."""
+    training, accuracy = facts.training_accuracy(), facts.accuracy()
+    if not facts.evaluations or training is None or accuracy is None or facts.total_steps < _FEWEST_STEPS:
+        return None
+    return training, accuracy, math.hypot(training.noise, accuracy.noise)
 
 
-def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause if the last evaluation loss is above an earlier one, or above its known start."""
-    start = facts.start_loss
-    before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
-    losses = values(before_steps, "loss") if start is None else [(0.0, start)]
-    losses += values(facts.evaluations, "loss")
-    recent = facts.recent("loss")
-    if len(losses) < 2 or not recent:
-        return
-    step, lowest = min(losses[:-1], key=lambda one: one[1])
-    # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
-    earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
-    before, after = earlier[-1] if earlier else lowest, fmean(recent)
-    end, pairs = losses[-1][1], facts.evaluated_pairs
-    noise = 3 * abs(end) / math.sqrt(pairs) if pairs else math.inf
-    if after < before and end - lowest > max(0.05 * abs(losses[0][1]), noise):
-        since = f"at step {step:.0f}" if step else "at the start"
-        yield (
-            f"evaluation loss rose from {lowest:.3g} {since} to {end:.3g}, while training loss fell from "
-            f"{before:.3g} to {after:.3g}"
-        )
-
-
+@_rule(
+    "the label leaks",
+    "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
+    "length-normalised loss",
+)
 def _label_leak(facts: RunFacts) -> Iterator[str]:
     within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
     pairs = facts.counts("train").get("pairs") or 1
@@ -339,6 +375,54 @@ def _leak_by_form(facts: RunFacts, source: str) -> str | None:
     return None
 
 
+@_rule(
+    "does not generalise",
+    "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
+    "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
+    "kind",
+)
+def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
+    if facts.total_steps >= _FEWEST_STEPS:
+        yield from _rise_of_evaluation_loss(facts)
+    found = _difference_of_accuracies(facts)
+    if found is None:
+        return
+    training, accuracy, noise = found
+    if training.value - accuracy.value > max(0.1, noise):
+        yield (
+            f"training accuracy {training.value:.2f} is far above evaluation accuracy {accuracy.value:.2f} "
+            f"on {counted(accuracy.pairs, 'pair')}"
+        )
+
+
+def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause if the last evaluation loss is above an earlier one, or above its known start."""
+    start = facts.start_loss
+    before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
+    losses = values(before_steps, "loss") if start is None else [(0.0, start)]
+    losses += values(facts.evaluations, "loss")
+    recent = facts.recent("loss")
+    if len(losses) < 2 or not recent:
+        return
+    step, lowest = min(losses[:-1], key=lambda one: one[1])
+    # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
+    earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
+    before, after = earlier[-1] if earlier else lowest, fmean(recent)
+    end, pairs = losses[-1][1], facts.evaluated_pairs
+    noise = 3 * abs(end) / math.sqrt(pairs) if pairs else math.inf
+    if after < before and end - lowest > max(0.05 * abs(losses[0][1]), noise):
+        since = f"at step {step:.0f}" if step else "at the start"
+        yield (
+            f"evaluation loss rose from {lowest:.3g} {since} to {end:.3g}, while training loss fell from "
+            f"{before:.3g} to {after:.3g}"
+        )
+
+
+@_rule(
+    "over-optimised",
+    "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised loss "
+    "if responses grow; look for such responses among the chosen ones",
+)
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     symptoms = list(_worse_samples(facts))
     if symptoms:
@@ -383,6 +467,11 @@ def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
     return start, last(facts.evaluations, _SAMPLES + name)
 
 
+@_rule(
+    "learnt nothing",
+    "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
+    "random, and evaluate more pairs if there are few",
+)
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     if facts.is_cut or facts.total_steps < _FEWEST_STEPS:
         return
@@ -407,6 +496,10 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
         )
 
 
+@_rule(
+    "responses are cut",
+    "a larger data.max_length; data.truncation=keep_end or drop",
+)
 def _responses_cut(facts: RunFacts) -> Iterator[str]:
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)
@@ -419,6 +512,10 @@ def _responses_cut(facts: RunFacts) -> Iterator[str]:
             return
 
 
+@_rule(
+    "faults in the data",
+    "doctor.html lists records and remedies",
+)
 def _doctor_errors(facts: RunFacts) -> Iterator[str]:
     names = [str(one.get("rule")) for one in facts.data_findings if one.get("level") == Level.error]
     if names:
@@ -432,6 +529,12 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
             return
 
 
+@_rule(
+    "both responses become less likely",
+    "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
+    "loss=dpop (docs/metrics.md)",
+    level=Level.note,
+)
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
     if share is None or chosen is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
@@ -443,122 +546,6 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
             "harmful only if probability moves to texts that are neither"
         )
 
-
-@dataclass(frozen=True)
-class RunRule(Rule):
-    """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
-
-    Attributes:
-        find: yields what shows the fault, with numbers; nothing if the run does not have it.
-        explains: rules that are not reported beside this one, because they are its consequences.
-    """
-
-    find: Callable[[RunFacts], Iterator[str]]
-    explains: tuple[str, ...] = ()
-
-
-_WARNING = Level.warning
-RULES: dict[str, RunRule] = {
-    "diverged": RunRule(
-        _WARNING,
-        "diverged",
-        "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; read "
-        "the pairs of these steps (logs/bad-step-*.json)",
-        _diverged,
-        explains=(
-            "learning_rate_too_high",
-            "does_not_generalise",
-            "displacement",
-            "learnt_nothing",
-            "labels_swapped",
-            "over_optimised",
-        ),
-    ),
-    "beta_wrong": RunRule(
-        _WARNING,
-        "a wrong beta",
-        "set loss.beta between 0.01 and 0.5",
-        _wrong_beta,
-        explains=("learning_rate_too_high", "does_not_generalise"),
-    ),
-    "learning_rate_too_high": RunRule(
-        _WARNING,
-        "learning rate too high",
-        "a lower optim.lr; a larger optim.warmup_ratio; a larger loss.beta; fewer steps",
-        _learning_rate_too_high,
-        explains=("displacement",),
-    ),
-    "labels_swapped": RunRule(
-        _WARNING,
-        "the rejected responses are preferred",
-        "compare chosen and rejected of some records; swap the fields of a wrong source (`columns`); another "
-        "loss than discopop, which has a minimum at small negative margins; the other sign of a custom loss",
-        _prefers_rejected,
-        explains=("does_not_generalise", "learnt_nothing"),
-    ),
-    "evaluation_leak": RunRule(
-        _WARNING,
-        "evaluation data leaked into training",
-        "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
-        _evaluation_leak,
-    ),
-    "evaluation_too_good": RunRule(
-        _WARNING,
-        "evaluation better than training",
-        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
-        "training source with the lowest accuracy",
-        _evaluation_too_good,
-    ),
-    "label_leak": RunRule(
-        _WARNING,
-        "the label leaks",
-        "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
-        "length-normalised loss",
-        _label_leak,
-    ),
-    "does_not_generalise": RunRule(
-        _WARNING,
-        "does not generalise",
-        "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
-        "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
-        "kind",
-        _does_not_generalise,
-    ),
-    "over_optimised": RunRule(
-        _WARNING,
-        "over-optimised",
-        "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised loss "
-        "if responses grow; look for such responses among the chosen ones",
-        _over_optimised,
-    ),
-    "learnt_nothing": RunRule(
-        _WARNING,
-        "learnt nothing",
-        "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
-        "random, and evaluate more pairs if there are few",
-        _learnt_nothing,
-    ),
-    "responses_cut": RunRule(
-        _WARNING,
-        "responses are cut",
-        "a larger data.max_length; data.truncation=keep_end or drop",
-        _responses_cut,
-    ),
-    "doctor_errors": RunRule(
-        _WARNING,
-        "faults in the data",
-        "doctor.html lists records and remedies",
-        _doctor_errors,
-    ),
-    "displacement": RunRule(
-        Level.note,
-        "both responses become less likely",
-        "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
-        "loss=dpop (docs/metrics.md)",
-        _displacement,
-    ),
-}
-"""By name, the worst fault first: in this order a verdict reports them. One of level `note` is a remark."""
 
 MOST_FINDINGS = 5
 _NEXT = "; "
