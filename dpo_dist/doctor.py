@@ -7,7 +7,6 @@ are encoded into `data.cache`, where training finds them. Exit code 1: findings 
 import json
 import os
 import sys
-from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
@@ -37,10 +36,11 @@ def main(config: RunConfig) -> int:
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
+    benchmark = None
     if config.doctor.benchmarks:
-        from dpo_dist.insight.doctor.words import check_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.insight.doctor.benchmarks import read_benchmarks  # noqa: PLC0415  (slow)
 
-        check_benchmarks([Path(file).expanduser() for file in config.doctor.benchmarks])
+        benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
@@ -61,7 +61,7 @@ def main(config: RunConfig) -> int:
     folder = RunFolder.of(config)
     check_writable(folder)
     console = console_on(sys.stderr, config.console)
-    diagnosis = diagnose(config, console.counter)
+    diagnosis = diagnose(config, console.counter, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     write_doctor_report(folder, diagnosis, exit_code)
     write_doctor_page(folder, diagnosis, config)

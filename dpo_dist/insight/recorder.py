@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.foundation.errors import DpoDistError, first_line
+from dpo_dist.insight.doctor.findings import Finding
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.names import Histogram
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.insight.verdict.verdict import RunFinding, sample_alarms
+from dpo_dist.insight.verdict.rules import RULES, sample_alarms
 
 _SAMPLED = "eval_samples/prompts"
 
@@ -58,16 +58,16 @@ class Recorder:
             self._add(row, margins)
             return
         known: set[str] = set()
-        alarms: list[RunFinding] = []
+        alarms: list[Finding] = []
         with spared("the comparison of samples with those before", self.say):
             known = {alarm.rule for alarm in sample_alarms(self.metrics.rows)}
             alarms = sample_alarms([*self.metrics.rows, row])
         self._add({**row, "eval_samples/alarms": float(len(alarms))}, margins)
         for alarm in alarms:
             if alarm.rule not in known:
-                headline = RULES[alarm.rule].headline
-                self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.text}")
-                self.trackers.alert(headline, alarm.text)
+                headline = RULES[alarm.rule].text
+                self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+                self.trackers.alert(headline, alarm.with_remedy)
 
     def _add(self, row: Mapping[str, float], margins: Histogram | None) -> None:
         self.metrics.append(row)

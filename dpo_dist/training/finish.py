@@ -25,7 +25,7 @@ from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_ver
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
-from dpo_dist.insight.verdict.verdict import verdict
+from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.save import write_model_folder
 from dpo_dist.training.checkpoints import KeptFiles
 from dpo_dist.training.loop import Loop

@@ -21,7 +21,7 @@ from dpo_dist.foundation.errors import DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.insight.console import Console
-from dpo_dist.insight.verdict.checks import is_collapsed
+from dpo_dist.insight.verdict.facts import is_collapsed
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.loss import Objective, ReadyStep

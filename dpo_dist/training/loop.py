@@ -32,7 +32,7 @@ from dpo_dist.insight.console import Console, TrainingStatus
 from dpo_dist.insight.metrics.log import MetricsLog, Row
 from dpo_dist.insight.metrics.names import Histogram
 from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.verdict.checks import spike_of_last
+from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.training.evaluate import write_evaluation

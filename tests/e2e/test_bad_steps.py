@@ -49,7 +49,7 @@ def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
     # One in each epoch, but not in the first step, where the policy is the reference.
     assert len(bad) >= 2
     assert summary(whole)["bad_steps"] == len(bad)
-    assert [finding["rule"] for finding in summary(whole)["verdict"]["findings"]] == ["bad_steps"]
+    assert [finding["rule"] for finding in summary(whole)["verdict"]["findings"]] == ["diverged"]
     assert {one["grad_norm"] for one in bad} == {"inf"}
     assert [row["step"] for row in rows] == sorted({*range(1, 7)} - {one["step"] for one in bad})
     assert [row["bad_steps"] for row in rows] == [

@@ -78,7 +78,7 @@ def test_planted_faults_are_found(overrides: Overrides, faulty: Path, tmp_path: 
     assert {"dropped", "duplicates", "contradictions", "response_truncated", "train_eval_leak"} <= rules(
         tmp_path
     )
-    assert {"label_leak", "one_sided_leading_space", "bidi_control"} <= rules(tmp_path)
+    assert {"label_leak", "broken_text", "markup_in_text"} <= rules(tmp_path)
     [leak] = [found for found in report(tmp_path)["findings"] if found["rule"] == "train_eval_leak"]
     assert f"{held_out}:21" in leak["examples"][0]
     source = report(tmp_path)["sources"][0]

@@ -1,11 +1,11 @@
 """Examine preference data: stream all sources and return the doctor's report."""
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,14 @@ from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.verb_options import FailOn
 from dpo_dist.data.build import Progress, changed_data, no_progress, share_read, source_state
 from dpo_dist.data.columns import resolved
-from dpo_dist.data.encode import CHUNK_RECORDS, Records, in_order
-from dpo_dist.data.formats import read_with_fields
+from dpo_dist.data.encode import CHUNK_RECORDS, in_order
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.read import Meter
-from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned, source_labels
-from dpo_dist.data.template import argument_names, chosen_template
-from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.data.template import chosen_template
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.duplicates import AllRecords
 from dpo_dist.insight.doctor.findings import DoctorReport, Finding, Level, SourceReport
 from dpo_dist.insight.doctor.margins import StoreUse, compare_with_store
@@ -29,7 +30,6 @@ from dpo_dist.insight.doctor.prepare import Prepared, prepare
 from dpo_dist.insight.doctor.rules import Judge, most_serious_first
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import SourceTally, source_findings
-from dpo_dist.insight.doctor.words import ratings_contradict, read_benchmarks
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.folder import description_folder
 
@@ -37,45 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Given by transformers, or a function that it adds.
-_GIVEN = {"documents", "continue_final_message", "raise_exception", "strftime_now", "date_string"}
-
-
-def template_findings(
-    tally: SourceTally, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, judge: Judge
-) -> Iterator[Finding]:
-    """Yield the findings about the chat template and the records of a source."""
-    tools = tally.names.counts["tools"]
-    template = chosen_template(tokenizer, config.chat_template, with_tools=tools > 0)
-    if template is None:
-        return
-    if tools and not re.search(r"\btools\b", template):
-        examples = tally.names.examples["tools"]
-        yield from judge.count("tools_not_rendered", tools, tally.readable, tally.label, examples)
-    rendered = tally.readable - tally.names.counts["chat_template_not_applied"]
-    unset = unset_arguments(template, tokenizer, config.template_arguments or {})
-    if unset and rendered > tally.names.counts["template_arguments"]:
-        yield from judge.value(
-            "template_argument_unset", 1, rendered, tally.label, ", ".join(map(ascii, unset))
-        )
-
-
-def unset_arguments(
-    template: str, tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, object]
-) -> tuple[str, ...]:
-    """Return the arguments that a chat template reads and that neither transformers nor the run sets, sorted.
-
-    Empty if the template cannot be parsed.
-    """
-    try:
-        names = argument_names(template)
-    except ConfigError:
-        return ()
-    return tuple(sorted(names - _GIVEN - set(tokenizer.special_tokens_map) - set(arguments)))
-
-
-_SEED = 0
-"""Of the samples of records."""
+Record = PreferenceRecord | BadRecord
 
 
 def examine(
@@ -83,7 +45,7 @@ def examine(
     tokenizer: "PreTrainedTokenizerBase | None",
     *,
     thresholds: Mapping[str, float] | None = None,
-    benchmarks: Sequence[Path] = (),
+    benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
@@ -92,44 +54,59 @@ def examine(
         config: sources, limits of lengths, number of processes.
         tokenizer: of the policy; None: nothing is counted in tokens, and no check needs token ids.
         thresholds: other thresholds of rules, by name of the rule.
-        benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
+        benchmark: prompts that training data should not contain.
         progress: called for each source.
 
     Returns:
         The report; it does not depend on the number of processes.
 
     Raises:
-        DataError: a source or a benchmark file cannot be read.
+        DataError: a source cannot be read.
         ConfigError: a threshold names no rule, or encoding is impossible with this tokenizer.
         PeerLostError: a process that encodes has died.
     """
     judge = Judge.with_thresholds(thresholds or {})
-    benchmark = read_benchmarks(benchmarks)
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
     findings: list[Finding] = []
-    with closing(AllRecords(config.eval_share > 0, config.drop_eval_prompts)) as records:
-        for source, label, is_eval in _sources(config):
-            tally = SourceTally(label, source.path, is_eval, _SEED)
-            records.start_source(label, is_eval)
-            meter, done = Meter(), 0
-            read = _chunks(pinned(source, Path(config.cache)), tally, meter)
-            with (
-                progress(label) as count,
-                closing(in_order(read, observer.observe, config.processes)) as chunks,
-            ):
-                for observed in chunks:
-                    tally.add(observed)
-                    records.add(observed)
-                    done += observed.read
-                    count(observed.read, share_read(meter, source.limit, done))
-            report = tally.report()
-            reports.append(report)
-            findings += source_findings(tally, report, judge, config.max_bad_share)
-            if tokenizer is not None:
-                findings += template_findings(tally, tokenizer, config, judge)
-        across, compared = records.findings(judge, benchmark)
+    is_split = config.eval_share > 0
+    records = AllRecords(judge, is_split, config.drop_eval_prompts)
+    for source, label, is_eval in _sources(config):
+        tally = SourceTally(label, source.path, is_eval, is_split)
+        meter, done = Meter(), 0
+        read = read_records(pinned(source, Path(config.cache)), meter)
+        with (
+            progress(label) as count,
+            closing(in_order(_chunks(read), observer.observe, config.processes)) as chunks,
+        ):
+            for observed in chunks:
+                tally.add(observed)
+                records.add(observed, label, is_eval)
+                done += observed.read
+                count(observed.read, share_read(meter, source.limit, done))
+        report = tally.report()
+        reports.append(report)
+        findings += source_findings(tally, report, judge, config.max_bad_share)
+        if tokenizer is not None:
+            findings += _tools_not_rendered(tally, tokenizer, config, judge)
+    across, compared = records.findings()
     return DoctorReport(tuple(reports), across, most_serious_first([*findings, *compared]))
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    while chunk := list(islice(records, CHUNK_RECORDS)):
+        yield chunk
+
+
+def _tools_not_rendered(
+    tally: SourceTally, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, judge: Judge
+) -> list[Finding]:
+    count = tally.names.counts["tools"]
+    template = chosen_template(tokenizer, config.chat_template, with_tools=count > 0)
+    if not count or template is None or re.search(r"\btools\b", template):
+        return []
+    examples = tally.names.examples["tools"]
+    return judge.count("tools_not_rendered", count, tally.readable, tally.label, examples)
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
@@ -142,16 +119,6 @@ def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
             distinct = f"{label} (eval)" if label in again else label
             seen[distinct] += 1
             yield source, distinct if seen[distinct] == 1 else f"{distinct} ({seen[distinct]})", is_eval
-
-
-def _chunks(source: SourceConfig, tally: SourceTally, meter: Meter) -> Iterator[Records]:
-    """Yield chunks of the records; count contradictory ratings, which only the input fields show."""
-    records = read_with_fields(source, meter)
-    while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
-        for fields, record in chunk:
-            if isinstance(record, PreferenceRecord) and ratings_contradict(fields, record.scores):
-                tally.names.add("ratings_contradict", record.origin)
-        yield [record for _fields, record in chunk]
 
 
 CounterOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -186,12 +153,13 @@ class Diagnosis:
         return any(_SEVERITY.index(finding.level) >= rank for finding in self.report.findings)
 
 
-def diagnose(config: RunConfig, counter: CounterOf) -> Diagnosis:
+def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
 
     Args:
         config: of the run; `model.path` may be `NO_MODEL`.
         counter: shows progress.
+        benchmark: of `doctor.benchmarks`.
 
     Raises:
         ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.
@@ -208,13 +176,15 @@ def diagnose(config: RunConfig, counter: CounterOf) -> Diagnosis:
         config.data,
         tokenizer,
         thresholds=config.doctor.thresholds,
-        benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
+        benchmark=benchmark,
         progress=lambda source: counter(f"examining {source}", "record"),
     )
     store = None
     if prepared is not None:
-        report, found, store = compare_with_store(config, report, prepared.sources)
-        report = _with(report, [*_refusal_findings(prepared.refusals, report), *found])
+        judge = Judge.with_thresholds(config.doctor.thresholds or {})
+        report, found, store = compare_with_store(config, report, prepared.sources, judge)
+        found = [*_refusal_findings(prepared.refusals, report), *found, *report.findings]
+        report = replace(report, findings=most_serious_first(found))
     shown: list[ShownPair] = []
     if config.doctor.texts:
         shown = show_pairs(config.data, tokenizer, report.findings, config.doctor.shown_pairs)
@@ -246,16 +216,8 @@ def _refusal_findings(refusals: Sequence[DpoDistError], report: DoctorReport) ->
             "training_refuses",
             Level.error,
             f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else ""),
-            None,
-            0,
-            None,
-            tuple(refusal.where.split("; ")),
-            refusal.remedy,
+            examples=tuple(refusal.where.split("; ")),
+            remedy=refusal.remedy,
         )
         for refusal in refusals
     ]
-
-
-def _with(report: DoctorReport, more: Sequence[Finding]) -> DoctorReport:
-    """Return the report with further findings, the most serious first."""
-    return replace(report, findings=most_serious_first([*more, *report.findings]))

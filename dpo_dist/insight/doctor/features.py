@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.generation.text_facts import is_refusal
-from dpo_dist.insight.doctor.texts import names_model
-from dpo_dist.insight.doctor.words import words_of
+from dpo_dist.insight.doctor.texts import names_model, words_and_marks
 
 EDGE_WORDS = 3
 _HEAD_CHARACTERS = 400
@@ -115,8 +114,8 @@ def edge_words(response: str) -> tuple[str, ...]:
 
     `first 1=The` is the first word; the last ones are counted from the end. Words have their case.
     """
-    first = words_of(response[:_EDGE_CHARACTERS])[:EDGE_WORDS]
-    last = words_of(response[-_EDGE_CHARACTERS:])[::-1][:EDGE_WORDS]
+    first = words_and_marks(response[:_EDGE_CHARACTERS])[:EDGE_WORDS]
+    last = words_and_marks(response[-_EDGE_CHARACTERS:])[::-1][:EDGE_WORDS]
     return (
         *(f"first {number}={word}" for number, word in enumerate(first, start=1)),
         *(f"last {number}={word}" for number, word in enumerate(last, start=1)),

@@ -16,29 +16,38 @@ PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """A rule about data or about a run.
 
     Attributes:
-        level: of a finding above the threshold.
-        threshold: a share of records (`share`), or another number (`value`).
-        text: end of the finding's sentence, after "N of M records" for a share.
+        level: of its finding.
+        text: the fault in a few words.
         remedy: advice.
-        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
     """
 
     level: Level
-    threshold: float
     text: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class DataRule(Rule):
+    """A rule about data.
+
+    Attributes:
+        threshold: a share of records (`share`), or another number (`value`).
+        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
+    """
+
+    threshold: float
     measure: Measure = Measure.share
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that the data break.
+    """A rule that the data or a run break.
 
     Attributes:
-        rule: name of the rule in `rules.RULES`.
+        rule: name of the rule.
         level: how serious it is.
         text: one sentence with its numbers. It has no text of a record, except that of a label leak, which
             quotes single words by `repr`.
@@ -52,11 +61,16 @@ class Finding:
     rule: str
     level: Level
     text: str
-    source: str | None
-    count: int
-    share: float | None
-    examples: tuple[str, ...]
-    remedy: str
+    source: str | None = None
+    count: int = 0
+    share: float | None = None
+    examples: tuple[str, ...] = ()
+    remedy: str = ""
+
+    @property
+    def with_remedy(self) -> str:
+        """The text and the advice as one sentence each."""
+        return f"{self.text}. Try: {self.remedy}" if self.remedy else self.text
 
 
 @dataclass(frozen=True)
@@ -72,11 +86,7 @@ class Distribution:
     """Distribution of a number over the records of a source.
 
     Attributes:
-        count: number of values.
-        mean: exact.
-        smallest: exact.
-        largest: exact.
-        percentiles: by percent (`PERCENTILES`); exact below 1024, above within 1 %.
+        percentiles: by percent (`PERCENTILES`).
         edges: [bins + 1], ascending edges of the histogram.
         counts: [bins], values from one edge (included) to the next (excluded; the last bin includes both).
     """
@@ -92,9 +102,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class SideReport:
-    """Lengths of one side (`prompt`, `chosen`, `rejected`) and how `data.max_length` cuts them.
-
-    A chosen response is the first of a ranking, a rejected one the last.
+    """Lengths of one side of `SIDES` and how `data.max_length` cuts them.
 
     Attributes:
         characters: of the texts, without a template.
@@ -111,12 +119,7 @@ class SideReport:
 
 @dataclass(frozen=True)
 class PrefixSharing:
-    """Computing a prompt once for all its responses.
-
-    Attributes:
-        tokens: of all responses, each with its prompt: without sharing.
-        unique_tokens: with each prompt counted once per record: with sharing.
-    """
+    """Tokens of all responses, each with its prompt; and with each prompt counted once per record."""
 
     tokens: int
     unique_tokens: int
@@ -137,14 +140,14 @@ class LeakTest:
     """Held-out accuracy of guessing the chosen response from side-features alone.
 
     Attributes:
-        feature: name of the feature or of the group of features; `all` for every feature together.
+        feature: name of the feature or of the group of features.
         accuracy: share of held-out pairs guessed correctly; a tie counts as one half.
         low: lower end of its confidence interval.
         high: upper end.
         pairs: number of pairs in the test.
         differs: share of the pairs whose sides differ in the feature.
         differing_prompts: number of different prompts of these pairs.
-        detail: the direction, or the most telling words quoted by `repr`; may be empty.
+        detail: the direction; empty for a group.
     """
 
     feature: str
@@ -159,24 +162,19 @@ class LeakTest:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Facts about one source.
+    """Facts about one source; docs/doctor.md has those that doctor.json repeats.
 
     Attributes:
-        label: its name in the report.
-        path: as configured.
-        is_eval: whether it is an evaluation source.
-        read: records read; `kept` + those in `dropped`.
         kept: records with at least one example.
         pairs: examples made from them.
         held_out: number of kept records that `data.eval_share` draws for evaluation; None without a split.
         dropped: dropped records by reason.
         changed: changes that encoding made to kept records, by kind.
-        sides: lengths by side, see `SIDES`; `rejected` is missing if all records are completions.
-        prefix: None without a tokenizer.
-        shares: named shares of the kept records, such as `system_prompt`, `refusal_chosen`.
+        sides: by `SIDES`; `rejected` is missing if all records are completions.
+        shares: named shares of the readable records, such as `system_prompt`, `refusal_chosen`.
         languages: share of each language (ISO 639-1) among the sampled prompts, largest first.
         scores: named statistics of the scores, empty if the source has none.
-        margins: named statistics of the reference's margins, empty without stored log-probs; see `margins`.
+        margins: named statistics of the reference's margins, empty without stored log-probs.
         leaks: the tests for label leaks, most accurate first.
         notes: how numbers were approximated.
     """
@@ -209,17 +207,12 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Across:
-    """Facts about all sources together; counts are of kept records.
+    """Numbers of records by what they have in common with others, over all sources.
 
     Attributes:
-        duplicates: records equal to an earlier one.
-        near_duplicates: records nearly equal to an earlier one, duplicates included.
+        near_duplicates: duplicates included.
         clusters: sizes of the largest groups of nearly equal records.
-        contradictions: records of which another record states the opposite preference.
-        repeated_prompts: records whose prompt occurs earlier.
-        leaked_prompts: evaluation records whose prompt is in the training data.
-        near_leaked_prompts: the same for prompts nearly equal to a training prompt, equal ones included.
-        benchmark_hits: records that overlap with a benchmark prompt.
+        near_leaked_prompts: leaked ones included.
     """
 
     duplicates: int = 0
@@ -234,13 +227,7 @@ class Across:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """Everything that the doctor found in the data.
-
-    Attributes:
-        sources: in the order of `data.train`, then `data.eval`.
-        across: facts about all of them.
-        findings: the most serious first.
-    """
+    """Everything that the doctor found: by source of `data.train`, then of `data.eval`; the worst first."""
 
     sources: tuple[SourceReport, ...]
     across: Across
@@ -248,7 +235,7 @@ class DoctorReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
-        report: dict[str, Any] = _plain(asdict(self))
+        report: dict[str, Any] = asdict(self)
         for source, entry in zip(self.sources, report["sources"], strict=True):
             if source.prefix is not None:
                 entry["prefix"] |= {
@@ -256,10 +243,3 @@ class DoctorReport:
                     "expected_gain": source.prefix.expected_gain,
                 }
         return report
-
-
-def _plain(value: Any) -> Any:
-    """Return mappings with text keys, and lists in place of tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

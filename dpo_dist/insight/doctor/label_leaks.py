@@ -6,35 +6,40 @@ regression (a Bradley-Terry model of the side-features, doi:10.2307/2334029).
 """
 
 import math
-from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
+from sklearn.feature_extraction import DictVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
+from dpo_dist.foundation.text import percent
 from dpo_dist.insight.doctor.features import GROUPS, NAMES
-from dpo_dist.insight.doctor.findings import LeakTest
+from dpo_dist.insight.doctor.findings import Finding, LeakTest
+from dpo_dist.insight.doctor.rules import Judge
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
-"""scipy.sparse.csr_matrix [pairs, features]."""
+"""scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
+Words: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
-FOLDS = 5
-MIN_PAIRS, MIN_PAIRS_OF_GROUPS = 10, 50
-ALL = "all"
-LENGTH = "length"
-# Many features of many sources are tested: an interval of 3 standard errors instead of 2.
-_STANDARD_ERRORS = 3.0
-MIN_DIFFERS = 0.03
+_FOLDS = 5
+_FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
+_LENGTH = "length"
+_LANGUAGE = "language of the prompt"
+# Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
+# of words are compared; 17 pairs are enough if all are on one side.
+_STANDARD_ERRORS, _STANDARD_ERRORS_OF_FORMS = 3.0, 4.0
+_MIN_DIFFERS = 0.03
 """A form of fewer pairs is not reported as one-sided."""
-SIDE = "the chosen side has"
-"""Start of the details of a test of one feature."""
+_SIDE = "the chosen side has"
 _MIN_WORD_PAIRS = 5
-_REGULARISATION = 0.3
-_SHOWN_WORDS = 3
+_REGULARISATION = 0.15
+_SHOWN_FORMS = 3
 _PLACES = {
     "first 1": "first word",
     "first 2": "second word",
@@ -43,6 +48,14 @@ _PLACES = {
     "last 2": "last word but one",
     "last 3": "last word but two",
 }
+# A group of features has to be so much better than the length; else it only follows the length.
+_ADDS = 0.03
+_STYLE = {"punctuation", "markdown", "language", "refusal"}
+# Features that are preferred on purpose, and need no hint if they are one-sided.
+_INTENDED = {"characters", "refusal", _LANGUAGE}
+_GROUPS = (*(name for name in GROUPS if name != _LENGTH), "first words", "last words")
+_WORDS = {"first words": ("first word", "second word", "third word"), "last words": ("last word",)}
+_MEMBERS = GROUPS | {"language": (*GROUPS["language"], _LANGUAGE)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,40 +66,83 @@ class SideSample:
         features: float32 [pairs, 2, features], chosen and rejected, see `features.side_features`.
         words: of the chosen and of the rejected response of each pair, see `features.edge_words`.
         prompts: uint64 [pairs], key of each pair's prompt.
+        languages: float64 [first pairs]: 1 if only the chosen side has the language of the prompt, -1 if only
+            the rejected one, else 0.
     """
 
     features: npt.NDArray[np.float32]
-    words: list[tuple[tuple[str, ...], tuple[str, ...]]]
-    prompts: npt.NDArray[np.uint64]
+    words: Sequence[Words]
+    prompts: Keys
+    languages: npt.NDArray[np.float64]
 
 
 def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
-    """Return the held-out accuracy of each feature, of each group and of all features together.
+    """Return the held-out accuracy of each feature and of each group.
 
     Returns:
         The most accurate first; empty if the sample has fewer than 10 different prompts. With fewer than 50,
-        features are tested one by one only. `length and GROUP` measures how much a group adds to the length.
-        Of the first and of the last words the most one-sided one has a test of its own.
+        features are tested one by one only. Of the first and of the last words the most one-sided one has a
+        test of its own.
     """
-    folds, groups = _folds(sample.prompts)
-    if groups < MIN_PAIRS:
+    prompts, different = sample.prompts, len(np.unique(sample.prompts))
+    if different < _FEWEST_PROMPTS:
         return ()
     numbers = sample.features[:, 0] - sample.features[:, 1]
-    tests = [single_test(numbers[:, index], sample.prompts, name) for index, name in enumerate(NAMES)]
-    blocks = _blocks(numbers, sample.words) if groups >= MIN_PAIRS_OF_GROUPS else {}
-    for name, block in blocks.items():
-        if block.shape[1] and name != LENGTH:
-            if name not in NAMES:  # else the group is one feature, which has been tested
-                detail = ""
-                if name.endswith(" words"):
-                    detail = _telling_words(sample.words, name.split()[0])
-                    tests += _one_sided_word(sample, name.split()[0])
-                tests.append(_classified(block, folds, sample.prompts, name, detail))
-            both = sparse.hstack([blocks[LENGTH], block])
-            tests.append(_classified(both, folds, sample.prompts, f"length and {name}"))
-    if blocks:
-        tests.append(_classified(sparse.hstack(list(blocks.values())), folds, sample.prompts, ALL))
+    tests = [_single_test(numbers[:, index], prompts, name) for index, name in enumerate(NAMES)]
+    known = prompts[: len(sample.languages)]
+    if len(np.unique(known)) >= _FEWEST_PROMPTS:
+        tests.append(_single_test(sample.languages, known, _LANGUAGE))
+    if different >= _FEWEST_PROMPTS_OF_GROUPS:
+        tests += _tests_of_groups(numbers, sample)
     return tuple(sorted(tests, key=lambda test: -test.accuracy))
+
+
+def _tests_of_groups(numbers: npt.NDArray[np.float32], sample: SideSample) -> Iterator[LeakTest]:
+    scale = np.sqrt((numbers.astype(np.float64) ** 2).mean(axis=0))
+    scaled = sparse.csr_matrix(numbers / np.where(scale > 0, scale, 1))
+    for name in _GROUPS:
+        if name in GROUPS:
+            block = scaled[:, [NAMES.index(member) for member in GROUPS[name]]]
+        else:
+            block, words = _bag(sample.words, name.split()[0])
+            if not words:
+                continue
+            yield from _one_sided_word(block, words, sample.prompts)
+        if name not in NAMES:  # else the group is one feature, which has been tested
+            yield _test(block, sample.prompts, name)
+
+
+def _single_test(difference: npt.NDArray[Any], prompts: Keys, name: str) -> LeakTest:
+    """Test one feature: the chosen side has more of it, or less, as the other folds suggest."""
+    signs = np.sign(difference)
+    detail = f"{_SIDE} {'more' if signs.sum() > 0 else 'less'}" if signs.sum() else ""
+    return _test(signs.reshape(-1, 1), prompts, name, detail)
+
+
+def _test(block: Matrix, prompts: Keys, name: str, detail: str = "") -> LeakTest:
+    """Test a linear classifier of these features, each fold guessed by the others.
+
+    Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
+    prompts.
+    """
+    block = sparse.csr_matrix(block)
+    pairs = block.shape[0]
+    scores = np.zeros(pairs)
+    if block.nnz:
+        scores = cross_val_predict(
+            LogisticRegression(C=_REGULARISATION, fit_intercept=False, max_iter=200),
+            sparse.vstack([block, -block]).tocsr(),
+            np.repeat([1, -1], pairs),
+            groups=np.tile(prompts, 2),
+            cv=GroupKFold(_FOLDS, shuffle=True, random_state=0),
+            method="decision_function",
+        )[:pairs]
+    accuracy = float(((np.sign(scores) + 1) / 2).mean())
+    different = len(np.unique(prompts))
+    low, high = interval(accuracy * different, different)
+    differs = block.getnnz(axis=1) > 0
+    differing = len(np.unique(prompts[differs]))
+    return LeakTest(name, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
 
 
 def interval(successes: float, trials: int, standard_errors: float = _STANDARD_ERRORS) -> tuple[float, float]:
@@ -100,138 +156,106 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def single_test(difference: npt.NDArray[np.floating[Any]], prompts: Keys, name: str) -> LeakTest:
-    """Test one feature: the chosen side has more of it, or less, as the other folds suggest.
+def _bag(words: Sequence[Words], position: str) -> tuple[Matrix, list[str]]:
+    """Return +1 for each word that only the chosen response has, -1 for the rejected one's; and the words.
 
-    Args:
-        difference: [pairs], feature of the chosen side minus that of the rejected side.
-        prompts: uint64 [pairs], key of each pair's prompt.
-        name: of the feature.
+    Words of few pairs are left out.
     """
-    folds, _groups = _folds(prompts)
-    signs = np.sign(difference)
-    by_fold = np.bincount(folds, weights=signs, minlength=FOLDS)
-    direction = np.sign(signs.sum() - by_fold)[folds]
-    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}" if signs.sum() else ""
-    return _test(signs * direction, prompts, name, detail, signs != 0)
-
-
-def _folds(prompts: Keys) -> tuple[npt.NDArray[np.int64], int]:
-    """Return the fold of each pair, and the number of different prompts. Folds share no prompt."""
-    different, numbers = np.unique(prompts, return_inverse=True)
-    # Numbers in a random order, so that folds are of equal size.
-    order = np.random.default_rng(0).permutation(len(different))
-    return order[numbers] % FOLDS, len(different)
-
-
-def _classified(
-    block: Matrix, folds: npt.NDArray[np.int64], prompts: Keys, name: str, detail: str = ""
-) -> LeakTest:
-    """Test a linear classifier of several features, each fold guessed by the others."""
-    block = sparse.csr_matrix(block)
-    guesses = np.zeros(block.shape[0])
-    for fold in np.unique(folds):
-        held_out = folds == fold
-        guesses[held_out] = block[held_out] @ _weights(block[~held_out])
-    return _test(np.sign(guesses), prompts, name, detail, block.getnnz(axis=1) > 0)
-
-
-def _weights(block: Matrix) -> npt.NDArray[np.float64]:
-    """Return the weights of a logistic regression without intercept; half of the pairs are mirrored."""
-    mirror = np.where(np.arange(block.shape[0]) % 2, -1.0, 1.0)
-    model = LogisticRegression(C=_REGULARISATION, fit_intercept=False, max_iter=200)
-    model.fit(sparse.diags(mirror) @ block, mirror)
-    return np.asarray(model.coef_[0])
-
-
-def _test(
-    right: npt.NDArray[np.float64], prompts: Keys, name: str, detail: str, differs: npt.NDArray[np.bool_]
-) -> LeakTest:
-    """Return the test of guesses, each 1 (right), -1 (wrong) or 0 (undecided).
-
-    Pairs of the same prompt are not independent, so the interval counts prompts.
-    """
-    accuracy = float(((right + 1) / 2).mean())
-    groups = len(np.unique(prompts))
-    low, high = interval(accuracy * groups, groups)
-    differing = len(np.unique(prompts[differs]))
-    return LeakTest(name, accuracy, low, high, len(right), float(differs.mean()), differing, detail)
-
-
-def _blocks(
-    numbers: npt.NDArray[np.float32], words: list[tuple[tuple[str, ...], tuple[str, ...]]]
-) -> dict[str, Matrix]:
-    """Return the differences of features by group, numbers scaled to variance 1."""
-    scale = np.sqrt((numbers.astype(np.float64) ** 2).mean(axis=0))
-    scaled = sparse.csr_matrix(numbers / np.where(scale > 0, scale, 1))
-    blocks: dict[str, Matrix] = {}
-    start = 0
-    for name, members in GROUPS.items():
-        blocks[name] = scaled[:, start : start + len(members)]
-        start += len(members)
-    for position in ("first", "last"):
-        blocks[f"{position} words"] = _bag(words, position)
-    return blocks
-
-
-def _bag(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) -> Matrix:
-    """Return +1 for each word that only the chosen response has, -1 for the rejected one's."""
-    found = [({*chosen} ^ {*rejected}, {*chosen}) for chosen, rejected in words]
-    counts = Counter(word for differing, _ in found for word in differing if word.startswith(position))
-    column = {
-        word: number for number, word in enumerate(w for w, n in counts.items() if n >= _MIN_WORD_PAIRS)
-    }
-    entries = [
-        (row, column[word], 1.0 if word in chosen else -1.0)
-        for row, (differing, chosen) in enumerate(found)
-        for word in differing
-        if word in column
+    differences = [
+        {
+            word: 1.0 if word in chosen else -1.0
+            for word in {*chosen} ^ {*rejected}
+            if word.startswith(position)
+        }
+        for chosen, rejected in words
     ]
-    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
-    return sparse.csr_matrix((values, (rows, columns)), shape=(len(words), len(column)))
+    vectorizer = DictVectorizer()
+    block = vectorizer.fit_transform(differences).tocsc()
+    kept = np.flatnonzero(block.getnnz(axis=0) >= _MIN_WORD_PAIRS)
+    return block[:, kept], [vectorizer.feature_names_[at] for at in kept]
 
 
-def _telling_words(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) -> str:
-    """Return the words that most often distinguish the sides, quoted, with their counts on either side."""
-    chosen, rejected = _one_sided_counts(words, position)
-
-    def strength(word: str) -> float:
-        return abs(chosen[word] - rejected[word]) / math.sqrt(chosen[word] + rejected[word])
-
-    # Equal strengths in alphabetical order, so that the report is reproducible.
-    telling = sorted(chosen.keys() | rejected.keys(), key=lambda word: (-strength(word), word))[:_SHOWN_WORDS]
-    return ", ".join(f"{_shown(key)} (chosen {chosen[key]}, rejected {rejected[key]})" for key in telling)
+def _one_sided_word(block: Matrix, words: Sequence[str], prompts: Keys) -> Iterator[LeakTest]:
+    """Yield the test of the word that is most surely on one side only, if there is a frequent one."""
+    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
+    frequent = np.flatnonzero(counts >= _MIN_DIFFERS * len(prompts))
+    if len(frequent):
+        at = max(frequent, key=lambda one: interval((counts[one] + sums[one]) / 2, int(counts[one]))[0])
+        yield _single_test(block[:, [at]].toarray().ravel(), prompts, _shown_word(words[int(at)]))
 
 
-def _one_sided_word(sample: SideSample, position: str) -> list[LeakTest]:
-    """Return the test of the word that is most surely on one side only; none if all words are rare."""
-    chosen, rejected = _one_sided_counts(sample.words, position)
-    bounds = {
-        word: interval(max(chosen[word], rejected[word]), count)[0]
-        for word, count in (chosen + rejected).items()
-        if count >= MIN_DIFFERS * len(sample.words)
-    }
-    if not bounds:
-        return []
-    word = max(sorted(bounds), key=lambda each: bounds[each])
-    difference = np.array([(word in better) - float(word in worse) for better, worse in sample.words])
-    return [single_test(difference, sample.prompts, _shown(word))]
-
-
-def _one_sided_counts(
-    words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str
-) -> tuple[Counter[str], Counter[str]]:
-    """Return the number of pairs in which only the chosen, and only the rejected side has each word."""
-    chosen, rejected = (
-        Counter(
-            word for pair in words for word in {*pair[side]} - {*pair[1 - side]} if word.startswith(position)
-        )
-        for side in (0, 1)
-    )
-    return chosen, rejected
-
-
-def _shown(key: str) -> str:
+def _shown_word(key: str) -> str:
     """Return a word of `features.edge_words` for people: "first word 'Sure'", "last word but one 'you'"."""
     place, _, word = key.partition("=")
     return f"{_PLACES[place]} {word!r}"
+
+
+def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
+    """Yield the findings about label leaks.
+
+    A group of features counts if it reveals the chosen response better than the length, which is a finding of
+    its own.
+    """
+    by_name = {test.feature: test for test in tests}
+    if not by_name:
+        return
+    length, explained = by_name["characters"], 0.0
+    if _is_leak(length, judge, "length_bias"):
+        explained = length.accuracy + _ADDS
+        side = "shorter" if length.detail.endswith("less") else "longer"
+        detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
+        yield from judge.value("length_bias", length.accuracy, length.pairs, source, detail)
+    for name in _GROUPS:
+        rule = "style_bias" if name in _STYLE else "label_leak"
+        own = [
+            test
+            for feature, test in by_name.items()
+            if feature in (name, *_MEMBERS.get(name, ())) or feature.startswith(_WORDS.get(name, "\n"))
+        ]
+        test = max(own, key=lambda one: one.accuracy, default=None)
+        if test is None or not _is_leak(test, judge, rule) or test.accuracy <= explained:
+            continue
+        best = max((one for one in own if one.detail), key=lambda one: one.accuracy)
+        text = (
+            f"by {name}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of held-out "
+            f"pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
+        )
+        yield from judge.value(rule, test.accuracy, test.pairs, source, text)
+    yield from _one_sided_forms(by_name, judge, source)
+
+
+def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str) -> list[Finding]:
+    """Return the finding of features that few pairs have, and these almost always on the same side."""
+    forms = [
+        (round(test.differs * test.pairs), _one_sided_share(test), test)
+        for name, test in by_name.items()
+        if test.detail.startswith(_SIDE) and name not in _INTENDED and not _is_leak(test, judge, "label_leak")
+    ]
+    found = sorted(
+        (form for form in forms if form[1] > judge.threshold("one_sided_form")), key=lambda form: -form[0]
+    )
+    if not found:
+        return []
+    shown = [
+        f"{test.feature} ({test.detail} in {percent(share)} of the {differing} pairs that differ in it)"
+        for differing, share, test in found[:_SHOWN_FORMS]
+    ]
+    more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    largest = max(share for _, share, _ in found)
+    return judge.value("one_sided_form", largest, found[0][2].pairs, source, "; ".join(shown) + more)
+
+
+def _one_sided_share(test: LeakTest) -> float:
+    """Return the held-out share of a feature's pairs that have it on the same side; 0 if few or by chance."""
+    if test.differs < _MIN_DIFFERS:
+        return 0.0
+    share = 0.5 + (test.accuracy - 0.5) / test.differs
+    # Pairs of the same prompt are not independent.
+    prompts = test.differing_prompts
+    low, _high = interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
+    return share if low > 0.5 else 0.0
+
+
+def _is_leak(test: LeakTest, judge: Judge, rule: str) -> bool:
+    """Return whether a test is above the threshold, and above chance beyond its interval."""
+    return test.accuracy > judge.threshold(rule) and test.low > 0.5

@@ -1,12 +1,12 @@
 """Observe a chunk of records in a worker process: compact facts, from which the report is made."""
 
-import operator
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +14,24 @@ import numpy.typing as npt
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import TokenIds, encode_chunk
+from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
-from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.template import any_of
+from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
-from dpo_dist.insight.doctor.texts import Texts, text_faults, texts_of
-from dpo_dist.insight.doctor.words import Benchmark, numbers_of, signature
+from dpo_dist.insight.doctor.findings import SIDES
+from dpo_dist.insight.doctor.rules import RULE_OF
+from dpo_dist.insight.doctor.texts import Signature, Texts, signature, text_names, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Records = Sequence[PreferenceRecord | BadRecord]
+Lengths = tuple[int, int, int]
+"""Of prompt, first and last response; -1 for a missing rejected one."""
 
+SHOWN_ORIGINS = 20
 # More tokens than any record has.
 _NO_LIMIT = 2**31 - 1
 _CUT = ("prompt_truncated", "response_truncated")
@@ -36,140 +42,10 @@ _TOO_LONG = {
     "response_fills_max_length",
     "identical_after_truncation",
 }
-
-
-class Names(Protocol):
-    """Counts records by name."""
-
-    def add(self, name: str, origin: Origin) -> None:
-        """Count a record under `name`."""
-
-
-@dataclass(eq=False)
-class TokenFacts:
-    """Facts about encoded records.
-
-    Attributes:
-        kept: records with at least one example.
-        pairs: examples.
-        changed: changes made by encoding, by kind.
-        lengths: [encoded, 3], tokens of prompt, first and last response before anything is cut; -1 for a
-            missing rejected one. Records that are dropped because of their length are included.
-        cut: kept records of which a side is cut, by side.
-        cut_tokens: tokens cut from these, by side.
-        tokens: of all responses, each with its prompt, as trained.
-        unique_tokens: with each prompt counted once per record.
-        response_tokens: of the responses of all examples.
-        trained_tokens: those of them that the loss counts.
-    """
-
-    kept: int = 0
-    pairs: int = 0
-    changed: Counter[str] = field(default_factory=Counter)
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)
-    cut: Counter[str] = field(default_factory=Counter)
-    cut_tokens: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    unique_tokens: int = 0
-    response_tokens: int = 0
-    trained_tokens: int = 0
-
-
-def token_facts(
-    records: Sequence[PreferenceRecord],
-    chunk: EncodedChunk,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    names: Names,
-) -> TokenFacts:
-    """Return the facts about `records`, which were encoded as `chunk`; count faults in `names`."""
-    tokens, ends = chunk.arrays["piece_tokens"], chunk.arrays["pair_pieces"]
-    facts = TokenFacts(
-        response_tokens=int(tokens.sum() - tokens[np.insert(ends, 0, 0)[:-1]].sum()),
-        trained_tokens=int(chunk.arrays["trained_tokens"].sum()),
-    )
-    pieces = _pieces(chunk)
-    long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
-    whole_config = replace(config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop)
-    whole_chunk = encode_chunk([records[index] for index in long], whole_config, tokenizer)
-    whole_pieces = dict(zip(long, _pieces(whole_chunk), strict=True))
-    for index, (record, outcome, kept) in enumerate(zip(records, chunk.outcomes, pieces, strict=True)):
-        whole = whole_pieces.get(index, kept)
-        if not whole:
-            continue
-        lengths = _side_lengths(whole)
-        facts.lengths.append(lengths)
-        if outcome.dropped is None:
-            facts.kept += 1
-            facts.pairs += outcome.pairs
-            facts.changed.update(dict(outcome.changed))
-            _add_cuts(facts, lengths, _side_lengths(kept))
-            _name(record, whole, outcome, tokenizer, names)
-            prompt, *responses = map(len, kept)
-            facts.tokens += prompt * len(responses) + sum(responses)
-            facts.unique_tokens += prompt + sum(responses)
-    return facts
-
-
-def _is_cut(outcome: Outcome) -> bool:
-    return outcome.dropped in _TOO_LONG or any(name in _CUT for name, _times in outcome.changed)
-
-
-def _pieces(chunk: EncodedChunk) -> list[list[TokenIds]]:
-    """Return the prompt and the different responses of each record, best first; empty if it was dropped."""
-    found: list[list[TokenIds]] = []
-    example = piece = 0
-    for outcome in chunk.outcomes:
-        spans: dict[int, int] = {}
-        for _ in range(outcome.pairs):
-            end = int(chunk.arrays["pair_pieces"][example])
-            for at in range(piece, end):
-                # Two responses of no tokens can start at the same offset; neither trains anything.
-                spans[int(chunk.arrays["piece_starts"][at])] = int(chunk.arrays["piece_tokens"][at])
-            example, piece = example + 1, end
-        ids = chunk.arrays["ids"]
-        found.append([ids[start : start + length] for start, length in sorted(spans.items())])
-    return found
-
-
-def _side_lengths(pieces: list[TokenIds]) -> tuple[int, int, int]:
-    return len(pieces[0]), len(pieces[1]), len(pieces[-1]) if len(pieces) > 2 else -1
-
-
-def _add_cuts(facts: TokenFacts, whole: tuple[int, int, int], kept: tuple[int, int, int]) -> None:
-    for side, before, after in zip(("prompt", "chosen", "rejected"), whole, kept, strict=True):
-        if before > after:
-            facts.cut[side] += 1
-            facts.cut_tokens[side] += before - after
-
-
-def _name(
-    record: PreferenceRecord,
-    pieces: list[TokenIds],
-    outcome: Outcome,
-    tokenizer: "PreTrainedTokenizerBase",
-    names: Names,
-) -> None:
-    prompt, *responses = pieces
-    for name, _times in outcome.changed:
-        names.add(name, record.origin)
-    bos = tokenizer.bos_token_id
-    if bos is not None and (prompt[:2] == bos).sum() > 1:
-        names.add("doubled_bos", record.origin)
-    special = set(tokenizer.all_special_ids)
-    if any(len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special for ids in responses):
-        names.add("doubled_end", record.origin)
-    # The last token ends the turn.
-    if any(len(ids) <= 2 for ids in responses):
-        names.add("one_token_response", record.origin)
-
-
-Records = Sequence[PreferenceRecord | BadRecord]
-
-SHOWN_ORIGINS = 20
 # Of a ranking, at most so many preferences are compared with those of other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
+_NUMBER = re.compile(r"\d+")
 
 
 class Named:
@@ -194,6 +70,30 @@ class Named:
             examples += origins[: SHOWN_ORIGINS - len(examples)]
 
 
+@dataclass(eq=False)
+class TokenFacts:
+    """Facts about encoded records.
+
+    Attributes:
+        sums: records with an example (`kept`), those of them that `data.eval_share` draws for evaluation
+            (`held_out`), examples (`pairs`); `tokens` of all responses, each with its prompt, `unique_tokens`
+            with each prompt counted once per record, `response_tokens`, and the `trained_tokens` of them;
+            records of which a side is cut (`SIDE cut`) and tokens cut from them (`SIDE cut_tokens`).
+        changed: changes made by encoding, by kind.
+        lengths: tokens of each record before anything is cut, also of those dropped because of their length.
+    """
+
+    sums: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    lengths: list[Lengths] = field(default_factory=list)
+
+    def add(self, later: "TokenFacts") -> None:
+        """Add the facts about the following records."""
+        self.sums.update(later.sums)
+        self.changed.update(later.changed)
+        self.lengths += later.lengths
+
+
 @dataclass(frozen=True, eq=False)
 class PairFacts:
     """Facts about one record with at least two responses, kept for a sample of the records.
@@ -204,8 +104,6 @@ class PairFacts:
         prompt: key of the prompt.
         heads: the start of the prompt's last turn and of the two responses.
         scores: of the two responses; nan without scores.
-        longer_by: characters that the chosen response is longer.
-        origin: of the record.
     """
 
     features: npt.NDArray[np.float32]
@@ -213,8 +111,33 @@ class PairFacts:
     prompt: int
     heads: tuple[str, str, str]
     scores: tuple[float, float]
-    longer_by: int
+
+
+@dataclass(frozen=True, eq=False)
+class RecordKeys:
+    """What is kept of each readable record, to compare it with all others.
+
+    Attributes:
+        origin: of the record.
+        prompt: key of the prompt.
+        record: key of prompt and responses.
+        numbers: key of the numbers in the prompt.
+        hash: `prompts.prompt_hash` of the prompt.
+        is_held_out: whether `data.eval_share` draws the record for evaluation.
+        preferences: key of each preference, and of the opposite one.
+        signatures: uint32 [2, 64], MinHash of the prompt and of all responses.
+        benchmark: origin of a benchmark item with which it overlaps, or None.
+    """
+
     origin: Origin
+    prompt: int
+    record: int
+    numbers: int
+    hash: int
+    is_held_out: bool
+    preferences: tuple[tuple[int, int], ...]
+    signatures: Signature
+    benchmark: str | None
 
 
 @dataclass(eq=False)
@@ -223,23 +146,13 @@ class Observed:
 
     Attributes:
         read: number of records.
-        names: readable records by the names of their faults and properties.
+        names: readable records by the rules that they break, by the kinds of these, and by properties.
         dropped: dropped records by reason.
         details: for each reason, details of the first record, without texts.
         tokens: facts from encoding; None without a tokenizer.
-        origins: [readable], of the records that could be read.
-        characters: int64 [readable, 3], of prompt, first and last response; -1 for a missing rejected one.
-        prompts: uint64 [readable], key of the prompt.
-        records: uint64 [readable], key of prompt and responses.
-        numbers: uint64 [readable], key of the numbers in the prompt.
-        hashes: uint64 [readable], `prompt_split.prompt_hash` of the prompt.
-        held_out: [readable], whether `data.eval_share` draws the record for evaluation.
-        kept_held_out: number of these that encoding keeps (without a tokenizer: all); None without a split.
-        preferences: uint64 [preferences, 3], index of the readable record, key of the preference, and key
-            of the opposite preference.
-        signatures: uint32 [readable, 2, 64], MinHash of the prompt and of all responses.
+        characters: of each readable record.
+        records: the readable ones.
         pairs: facts of the records with at least two responses.
-        benchmark: records that overlap with a benchmark: index in `origins` and number of the item.
     """
 
     read: int
@@ -247,18 +160,9 @@ class Observed:
     dropped: Named = field(default_factory=Named)
     details: dict[str, str] = field(default_factory=dict)
     tokens: TokenFacts | None = None
-    origins: list[Origin] = field(default_factory=list)
-    characters: list[tuple[int, int, int]] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    records: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    held_out: list[bool] = field(default_factory=list)
-    kept_held_out: int | None = None
-    preferences: list[tuple[int, int, int]] = field(default_factory=list)
-    signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
+    characters: list[Lengths] = field(default_factory=list)
+    records: list[RecordKeys] = field(default_factory=list)
     pairs: list[PairFacts] = field(default_factory=list)
-    benchmark: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Observer:
@@ -286,58 +190,137 @@ class Observer:
     def observe(self, records: Records) -> Observed:
         """Return the facts about consecutive records of one source. Raises ConfigError as encoding does."""
         observed = Observed(len(records))
-        readable = []
+        readable: list[PreferenceRecord] = []
+        names: list[set[str]] = []
         for record in records:
             if isinstance(record, BadRecord):
                 observed.dropped.add(record.reason, record.origin)
                 observed.details.setdefault(record.reason, record.detail)
             else:
                 readable.append(record)
-                self._observe_texts(record, observed)
-        if self._held_out is not None:
-            observed.kept_held_out = sum(observed.held_out)
+                names.append(self._observe_texts(record, observed))
         if self._tokenizer is not None and readable:
-            self._encode(readable, self._tokenizer, observed)
+            self._encode(readable, names, self._tokenizer, observed)
+        for record, found in zip(readable, names, strict=True):
+            for name in sorted(found | {RULE_OF[name] for name in found if name in RULE_OF}):
+                observed.names.add(name, record.origin)
         return observed
 
-    def _encode(
-        self, records: Sequence[PreferenceRecord], tokenizer: "PreTrainedTokenizerBase", observed: Observed
-    ) -> None:
-        chunk = encode_chunk(records, self._config, tokenizer)
-        for outcome, record in zip(chunk.outcomes, records, strict=True):
-            if outcome.dropped is not None:
-                observed.dropped.add(outcome.dropped, record.origin)
-        if observed.kept_held_out is not None:
-            kept = [outcome.dropped is None for outcome in chunk.outcomes]
-            observed.kept_held_out = sum(map(operator.and_, observed.held_out, kept))
-        for _index, bad in chunk.bad:
-            observed.details.setdefault(bad.reason, bad.detail)
-        observed.tokens = token_facts(records, chunk, self._config, tokenizer, observed.names)
-
-    def _observe_texts(self, record: PreferenceRecord, observed: Observed) -> None:
+    def _observe_texts(self, record: PreferenceRecord, observed: Observed) -> set[str]:
+        """Add the facts about a record's texts; return the names under which it is counted."""
         texts = texts_of(record)
         prompt, responses = texts.prompt, texts.responses
-        index, prompt_key = len(observed.origins), text_key(texts.prompt_identity)
-        names = {*text_faults(record, texts), *_record_names(record)}
+        prompt_key, prompt_number = text_key(texts.prompt_identity), prompt_hash(record.prompt)
+        names = {*text_names(record, texts), *_record_names(record)}
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
-        for name in names:
-            observed.names.add(name, record.origin)
-        observed.origins.append(record.origin)
-        observed.prompts.append(prompt_key)
-        observed.records.append(text_key(texts.prompt_identity, *map(str.strip, responses)))
-        observed.numbers.append(text_key(*numbers_of(prompt)))
-        observed.hashes.append(prompt_hash(record.prompt))
-        observed.held_out.append(self._held_out is not None and self._held_out.has(observed.hashes[-1]))
-        observed.preferences += _preferences(record, responses, prompt_key, index)
-        observed.signatures.append(np.stack([signature(prompt), signature("\n".join(responses))]))
+        observed.records.append(
+            RecordKeys(
+                origin=record.origin,
+                prompt=prompt_key,
+                record=text_key(texts.prompt_identity, *map(str.strip, responses)),
+                numbers=text_key(*_NUMBER.findall(prompt)),
+                hash=prompt_number,
+                is_held_out=self._held_out is not None and self._held_out.has(prompt_number),
+                preferences=tuple(_preferences(record, responses, prompt_key)),
+                signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
+                benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
+            )
+        )
         rejected = len(responses[-1]) if len(responses) > 1 else -1
         observed.characters.append((len(prompt), len(responses[0]), rejected))
-        if self._benchmark is not None:
-            items = self._benchmark.items_in(prompt, *responses)
-            observed.benchmark += [(index, item) for item in items]
         if len(responses) > 1:
             observed.pairs.append(_pair_facts(record, texts, prompt_key))
+        return names
+
+    def _encode(
+        self,
+        records: Sequence[PreferenceRecord],
+        names: Sequence[set[str]],
+        tokenizer: "PreTrainedTokenizerBase",
+        observed: Observed,
+    ) -> None:
+        """Add the facts about the records' tokens, and names of those that are kept."""
+        chunk = encode_chunk(records, self._config, tokenizer)
+        observed.tokens = facts = _token_facts(records, names, chunk, self._config, tokenizer)
+        for outcome, record, keys in zip(chunk.outcomes, records, observed.records, strict=True):
+            if outcome.dropped is not None:
+                observed.dropped.add(outcome.dropped, record.origin)
+            elif keys.is_held_out:
+                facts.sums["held_out"] += 1
+        for _index, bad in chunk.bad:
+            observed.details.setdefault(bad.reason, bad.detail)
+
+
+def _token_facts(
+    records: Sequence[PreferenceRecord],
+    names: Sequence[set[str]],
+    chunk: EncodedChunk,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> TokenFacts:
+    facts = TokenFacts()
+    tokens, ends = chunk.arrays["piece_tokens"], chunk.arrays["pair_pieces"]
+    facts.sums["response_tokens"] = int(tokens.sum() - tokens[np.insert(ends, 0, 0)[:-1]].sum())
+    facts.sums["trained_tokens"] = int(chunk.arrays["trained_tokens"].sum())
+    pieces = _pieces(chunk)
+    long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
+    whole_config = replace(config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop)
+    whole_chunk = encode_chunk([records[index] for index in long], whole_config, tokenizer)
+    whole_pieces = dict(zip(long, _pieces(whole_chunk), strict=True))
+    for index, (outcome, kept) in enumerate(zip(chunk.outcomes, pieces, strict=True)):
+        whole = whole_pieces.get(index, kept)
+        if not whole:
+            continue
+        lengths = _side_lengths(whole)
+        facts.lengths.append(lengths)
+        if outcome.dropped is not None:
+            continue
+        facts.changed.update(dict(outcome.changed))
+        names[index].update(dict(outcome.changed), _token_names(whole, tokenizer))
+        prompt, *responses = map(len, kept)
+        padded = prompt * len(responses) + sum(responses)
+        facts.sums.update(kept=1, pairs=outcome.pairs, tokens=padded, unique_tokens=prompt + sum(responses))
+        for side, before, after in zip(SIDES, lengths, _side_lengths(kept), strict=True):
+            if before > after:
+                facts.sums.update({f"{side} cut": 1, f"{side} cut_tokens": before - after})
+    return facts
+
+
+def _is_cut(outcome: Outcome) -> bool:
+    return outcome.dropped in _TOO_LONG or any(name in _CUT for name, _times in outcome.changed)
+
+
+def _pieces(chunk: EncodedChunk) -> list[list[TokenIds]]:
+    """Return the prompt and the different responses of each record, best first; empty if it was dropped."""
+    found: list[list[TokenIds]] = []
+    example = piece = 0
+    for outcome in chunk.outcomes:
+        spans: dict[int, int] = {}
+        for _ in range(outcome.pairs):
+            end = int(chunk.arrays["pair_pieces"][example])
+            for at in range(piece, end):
+                # Two responses of no tokens can start at the same offset; neither trains anything.
+                spans[int(chunk.arrays["piece_starts"][at])] = int(chunk.arrays["piece_tokens"][at])
+            example, piece = example + 1, end
+        ids = chunk.arrays["ids"]
+        found.append([ids[start : start + length] for start, length in sorted(spans.items())])
+    return found
+
+
+def _side_lengths(pieces: list[TokenIds]) -> Lengths:
+    return len(pieces[0]), len(pieces[1]), len(pieces[-1]) if len(pieces) > 2 else -1
+
+
+def _token_names(pieces: list[TokenIds], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    prompt, *responses = pieces
+    if tokenizer.bos_token_id is not None and (prompt[:2] == tokenizer.bos_token_id).sum() > 1:
+        yield "doubled_bos"
+    special = set(tokenizer.all_special_ids)
+    if any(len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special for ids in responses):
+        yield "doubled_end"
+    if any(len(ids) <= 2 for ids in responses):  # the last token ends the turn
+        yield "one_token_response"
 
 
 def text_key(*texts: str) -> int:
@@ -359,16 +342,12 @@ def _pair_facts(record: PreferenceRecord, texts: Texts, prompt_key: int) -> Pair
         prompt=prompt_key,
         heads=(texts.turns[-1][1][:_HEAD], chosen[:_HEAD], rejected[:_HEAD]),
         scores=(scores[0], scores[-1]),
-        longer_by=len(chosen) - len(rejected),
-        origin=record.origin,
     )
 
 
 def _record_names(record: PreferenceRecord) -> Iterator[str]:
     if record.tools:
         yield "tools"
-    if record.template_arguments:
-        yield "template_arguments"
     if len(record.responses) > 2:
         yield "ranking"
     if len(record.responses) < 2:
@@ -384,8 +363,8 @@ def _record_names(record: PreferenceRecord) -> Iterator[str]:
 
 
 def _preferences(
-    record: PreferenceRecord, responses: tuple[str, ...], prompt: int, index: int
-) -> Iterator[tuple[int, int, int]]:
+    record: PreferenceRecord, responses: tuple[str, ...], prompt: int
+) -> Iterator[tuple[int, int]]:
     """Yield the key of each preference between two responses and of its opposite.
 
     Texts that differ in case or white space only have the same key; one that a ranking has twice is ignored.
@@ -396,4 +375,4 @@ def _preferences(
     for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):
         if scores[better] != scores[worse]:
             preferred = text_key(f"{prompt} {keys[better]} {keys[worse]}")
-            yield index, preferred, text_key(f"{prompt} {keys[worse]} {keys[better]}")
+            yield preferred, text_key(f"{prompt} {keys[worse]} {keys[better]}")

@@ -26,27 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSource:
-    """One source, encoded.
+    """One source, encoded; without a dataset if no record can be used."""
 
-    Attributes:
-        path: as configured.
-        is_eval: whether it is evaluation data.
-        dataset: its examples; None if no record can be used.
-    """
-
-    path: str
     is_eval: bool
     dataset: PreferenceDataset | None
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The encoded data of a run.
-
-    Attributes:
-        sources: those of the training data, then those of the evaluation data.
-        refusals: the errors with which training would stop.
-    """
+    """The encoded sources, training data first, and the errors with which training would stop."""
 
     sources: tuple[PreparedSource, ...]
     refusals: tuple[DpoDistError, ...]
@@ -82,7 +70,7 @@ def prepare(
             sources, config.data, tokenizer, digest, lambda source: progress(source + side), part
         )
         refusals.extend([refusal] if refusal else _refusals(encoded, config, tokenizer, vocab_size))
-        return [PreparedSource(each.path, is_eval, _usable(each, config.data)) for each in encoded]
+        return [PreparedSource(is_eval, _usable(each, config.data)) for each in encoded]
 
     of_eval = prepared(config.data.eval_sources, eval_part(config.data), True)
     prompts = [source.dataset.prompts[:] for source in of_eval if source.dataset is not None]

@@ -1,34 +1,37 @@
-"""Texts of a record as plain strings, and the names of faults found in them."""
+"""Texts of a record as plain strings, their words and MinHash signatures, and the names of their faults."""
 
 import json
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
+from datasketch import MinHash
+
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.generation.text_facts import is_refusal
 
+SIGNATURE_NUMBERS = 64
+EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
+Signature = npt.NDArray[np.uint32]
+
+# A letter of a script without spaces (kana, Chinese, Hangul excluded) is a word of its own.
+_WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
+_WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
+_NEARLY_EQUAL = 0.1
 _THOUGHTS = ("reasoning_content", "thinking")
 # Roles of which several turns in a row are usual.
 _REPEATABLE_ROLES = {"tool", "function", "observation"}
 
-_CHARACTERS = {
-    "replacement_character": re.compile("\ufffd"),
-    "control_character": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
-    "zero_width_character": re.compile("[\u200b\u2060\ufeff\u180e]"),
-    "bidi_control": re.compile("[\u202a-\u202e\u2066-\u2069]"),
-    "unassigned_character": re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"),
-    # UTF-8 that was read as Windows-1252 or Latin-1, as ftfy detects it.
-    "wrong_decoding": re.compile(
-        "\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
-    ),
-}
-_ASCII_PATTERNS = {
+_KINDS = {
     "carriage_return": re.compile("\r"),
-    "control_character": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"),
+    "control_character": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
     "template_mark": re.compile(
         r"<\|(im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|end_header_id|user|assistant|system"
         r"|end|channel|message|return)\|>|</?(start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</s>|<s>|<(bos|eos|pad|unk)>"
@@ -37,7 +40,17 @@ _ASCII_PATTERNS = {
     ),
     "role_mark": re.compile(r"\b(Human|Assistant|User):|^[ \t]{0,8}(USER|ASSISTANT|SYSTEM):", re.MULTILINE),
     "html_entity": re.compile(r"&(amp|lt|gt|quot|nbsp|#\d{2,4}|#x[0-9a-fA-F]{2,4});"),
-    "escaped_newline": re.compile(r"[^\\]\\n(\\n)?[^a-zA-Z\\]|[^\\]\\n\\n"),
+    "escaped_newline": re.compile(r"\A[^\n]*[^\\\n]\\n(\\n|[^a-zA-Z\\\n])[^\n]*\Z"),
+}
+_KINDS_OUTSIDE_ASCII = {
+    "replacement_character": re.compile("\ufffd"),
+    "zero_width_character": re.compile("[\u200b\u2060\ufeff\u180e]"),
+    "bidi_control": re.compile("[\u202a-\u202e\u2066-\u2069]"),
+    "unassigned_character": re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"),
+    # UTF-8 that was read as Windows-1252 or Latin-1, as ftfy detects it.
+    "wrong_decoding": re.compile(
+        "\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
+    ),
 }
 # A pattern matches only texts with one of these: faster to look for.
 _NEEDED = {
@@ -46,8 +59,6 @@ _NEEDED = {
     "html_entity": ("&",),
     "escaped_newline": ("\\n",),
 }
-_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff]")
-_LATIN = re.compile("[A-Za-z]")
 _MODEL_WORDS = re.compile(
     "gpt| ai|language model|openai|anthropic|claude|deepseek|qwen|mistral|llama|gemini|ernie|chatglm"
     "|\u4f5c\u4e3a\u4e00"
@@ -96,45 +107,75 @@ def texts_of(record: PreferenceRecord) -> Texts:
     return Texts(turns, tuple(map(_response_text, record.responses)))
 
 
+def _response_text(response: Response) -> str:
+    return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+
+
+def _turn_text(message: Message) -> str:
+    parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
+    parts += [message.content] if message.content else []
+    if message.fields.get("tool_calls"):
+        parts.append(
+            json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
+        )
+    return "\n".join(parts)
+
+
+def words_and_marks(text: str) -> list[str]:
+    """Return the words, numbers and punctuation marks of a text, in their case."""
+    return _WORD.findall(text)
+
+
+def plain_words(text: str) -> list[str]:
+    """Return the words and numbers of a text without case."""
+    return _WORD_ONLY.findall(text.casefold())
+
+
+def signature(text: str) -> Signature:
+    """Return the MinHash signature of a text's pairs of consecutive words (Broder 1997).
+
+    Args:
+        text: its case and punctuation are ignored; all numbers count as the same word.
+
+    Returns:
+        uint32 [64]; the share of equal numbers of two signatures estimates the Jaccard similarity of the two
+        sets of pairs, with a standard error of at most 0.06. All are the largest value for no words.
+    """
+    words = ["0" if word.isdecimal() else word for word in plain_words(text)] or words_and_marks(text)
+    pairs = {f"{one} {other}".encode("utf-8", "replace") for one, other in pairwise(words)}
+    sketch = EMPTY_SKETCH.copy()
+    sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
+    return np.asarray(sketch.hashvalues, dtype=np.uint32)
+
+
 @lru_cache(maxsize=8)
 def names_model(response: str) -> bool:
     """Return whether a response names a model or says that an AI wrote it."""
     return _MODEL_WORDS.search(response.lower()) is not None and _MODEL_NAME.search(response) is not None
 
 
-def text_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    """Yield the names of the rules of `rules.RULES` and of the shares that concern the texts of a record."""
-    found: set[str] = set()
-    for _role, content in texts.turns:
-        found |= _text_names(content)
-    for response in texts.responses:
-        found |= _text_names(response)
-    yield from found
-    yield from _turn_faults(record, texts)
+def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
+    """Yield names of rules, of their kinds, and of shares that concern the texts of a record."""
+    for text in (*(content for _role, content in texts.turns), *texts.responses):
+        yield from _kinds_in(text)
+    yield from _names_of_turns(record, texts)
     if len(texts.responses) > 1:
-        yield from _pair_faults(texts)
+        yield from _names_of_pair(record, texts)
     if any(
         response.strip() and response.strip() == texts.turns[-1][1].strip() for response in texts.responses
     ):
         yield "response_repeats_prompt"
 
 
-def _text_names(text: str) -> set[str]:
-    found = {
-        name
-        for name, pattern in _ASCII_PATTERNS.items()
-        if any(part in text for part in _NEEDED.get(name, ("",))) and pattern.search(text)
-    }
-    if "escaped_newline" in found and "\n" in text:
-        found.remove("escaped_newline")
+def _kinds_in(text: str) -> Iterator[str]:
+    for name, pattern in _KINDS.items():
+        if any(part in text for part in _NEEDED.get(name, ("",))) and pattern.search(text):
+            yield name
     if not text.isascii():
-        found |= {name for name, pattern in _CHARACTERS.items() if pattern.search(text)}
-        if _RIGHT_TO_LEFT.search(text) and _LATIN.search(text):
-            found.add("mixed_direction")
-    return found
+        yield from (name for name, pattern in _KINDS_OUTSIDE_ASCII.items() if pattern.search(text))
 
 
-def _turn_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
+def _names_of_turns(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     roles = [role for role, _content in texts.turns]
     if len(roles) > 1:
         yield "several_turns"
@@ -151,45 +192,33 @@ def _turn_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         yield "empty_turn"
 
 
-def _pair_faults(texts: Texts) -> Iterator[str]:
+def _names_of_pair(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     chosen, rejected = texts.responses[0], texts.responses[-1]
-    yield from (f"{name}_chosen" for name in _side_names(chosen))
-    yield from (f"{name}_rejected" for name in _side_names(rejected))
-    if chosen[:1].isspace() != rejected[:1].isspace():
-        yield "one_sided_leading_space"
-    if chosen[-1:].isspace() != rejected[-1:].isspace():
-        yield "one_sided_trailing_space"
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        if is_refusal(response):
+            yield f"refusal_{side}"
+        if names_model(response):
+            yield f"model_name_{side}"
+        if len(response.strip()) < _SHORT_CHARACTERS:
+            yield f"short_{side}"
     if len(chosen) > len(rejected):
         yield "chosen_longer"
     first, second = sorted((chosen.strip(), rejected.strip()), key=len)
     if first and second.startswith(first):
         yield "one_response_starts_the_other"
-    if chosen.split() == rejected.split():
-        yield "differs_only_in_spaces"
-    elif chosen.casefold().split() == rejected.casefold().split():
-        yield "differs_only_in_case"
+    # Longer responses may share turns of the user.
+    is_one_turn = all(isinstance(each, str) or len(each) == 1 for each in record.responses)
+    if is_one_turn and _distance(chosen, rejected) < _NEARLY_EQUAL:
+        yield "nearly_equal_sides"
 
 
-def _side_names(response: str) -> Iterator[str]:
-    if is_refusal(response):
-        yield "refusal"
-    if names_model(response):
-        yield "model_name"
-    if len(response.strip()) < _SHORT_CHARACTERS:
-        yield "short"
-    if response[-1:].isspace():
-        yield "trailing_space"
+def _distance(first: str, second: str) -> float:
+    """Return the share of words that only one of two texts has, 0 (the same words) to 1.
 
-
-def _response_text(response: Response) -> str:
-    return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
-
-
-def _turn_text(message: Message) -> str:
-    parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
-    parts += [message.content] if message.content else []
-    if message.fields.get("tool_calls"):
-        parts.append(
-            json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
-        )
-    return "\n".join(parts)
+    The order of the words is ignored: the value is at most the normalised edit distance.
+    """
+    words, others = Counter(first.casefold().split()), Counter(second.casefold().split())
+    both = words.total() + others.total()
+    if abs(words.total() - others.total()) >= _NEARLY_EQUAL * both:
+        return 1.0
+    return ((words - others).total() + (others - words).total()) / both

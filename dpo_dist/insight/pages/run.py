@@ -13,6 +13,7 @@ from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, money, number, percent, size
+from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.insight.pages.charts import charts
@@ -147,8 +148,8 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
         fact, _, advice = found["text"].partition(_ADVICE)
         # The verdict's sentence has the facts of its own finding.
         fact = "" if fact in judged["sentence"] else fact
-        findings.append({"headline": RULES[found["rule"]].headline, "fact": fact, "advice": advice})
-    has_faults = any(not RULES[found["rule"]].is_remark for found in judged["findings"])
+        findings.append({"headline": RULES[found["rule"]].text, "fact": fact, "advice": advice})
+    has_faults = any(RULES[found["rule"]].level is not Level.note for found in judged["findings"])
     is_diverged = facts.summary["exit"] == RunOutcome.diverged
     level = "error" if is_diverged else "warning" if has_faults else "good"
     return {"level": level, "sentence": judged["sentence"], "findings": findings}

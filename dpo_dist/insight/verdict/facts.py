@@ -1,11 +1,13 @@
 """Facts of a run that the verdict's rules compare: metrics rows, summary, findings about the data."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
-from dpo_dist.config.losses import KINDS
+from dpo_dist.config.losses import KINDS, LossKind, Weighting
 from dpo_dist.foundation import text
 from dpo_dist.foundation.errors import RunOutcome
 
@@ -14,6 +16,24 @@ Side = Literal["chosen", "rejected"]
 _EVALUATION = "eval_"
 _LOSS = "loss"
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+
+_SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
+_COLLAPSED_NATS = 50.0
+_EQUAL = 1e-9
+"""Relative difference of means that only rounding makes different."""
+_START = dict.fromkeys(
+    ("sigmoid", "robust", "sigmoid_norm", "dpop", "aot", "aot_unpaired", "beta_dpo"), math.log(2)
+) | {
+    "hinge": 1.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "nca_pair": 2 * math.log(2),
+    "bco_pair": 2 * math.log(2),
+    "discopop": (1 + math.log(2)) / 2,
+}
+"""Loss of every pair while the policy is the reference."""
+_SQUARED_START = {"ipo": 0.25, "sppo_hard": 0.5}
+"""The same, times beta squared."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +45,8 @@ class Accuracy:
 
     @property
     def noise(self) -> float:
-        """Standard error of an accuracy of one half."""
-        return 0.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+        """Three standard errors of an accuracy of one half."""
+        return 1.5 / math.sqrt(self.pairs) if self.pairs else math.inf
 
 
 @dataclass(frozen=True)
@@ -45,14 +65,11 @@ class MovedLogps:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything known of a run; any part may be empty.
+    """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
     Attributes:
-        rows: all metrics rows in their order.
-        steps: rows of training steps.
-        evaluations: rows of evaluations after a step, with keys without `eval_`.
-        summary: the content of summary.json.
-        data_findings: `findings` of doctor.json.
+        steps: the rows of training steps.
+        evaluations: those of evaluations after a step, with keys without `eval_`.
     """
 
     rows: Sequence[Row]
@@ -68,7 +85,7 @@ class RunFacts:
         summary: Mapping[str, Any],
         data_findings: Sequence[Mapping[str, Any]] = (),
     ) -> "RunFacts":
-        """Return the facts of rows as in log_history.json (null as nan)."""
+        """Return the facts of rows as in log_history.json."""
         evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
         return cls(rows, [row for row in rows if _LOSS in row], evaluations, summary, data_findings)
 
@@ -87,10 +104,10 @@ class RunFacts:
         """Steps done."""
         return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
 
-    def has_ended(self, fewest_steps: float) -> bool:
-        """Return whether the run reached its last step and has at least so many steps."""
-        is_cut = self.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
-        return self.total_steps >= fewest_steps and not is_cut
+    @property
+    def is_cut(self) -> bool:
+        """Whether the run did not reach its last step."""
+        return self.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
 
     def before(self, index: int) -> "RunFacts":
         """Return the facts of the rows before `rows[index]`."""
@@ -111,31 +128,41 @@ class RunFacts:
         )
 
     @property
+    def start_loss(self) -> float | None:
+        """Loss of every pair while the policy is the reference; None if pairs differ in it."""
+        kind, beta = self.setting("loss.kind"), self.setting("loss.beta")
+        is_weighted = self.setting("loss.weighting") not in (None, Weighting.none)
+        if is_weighted or not self.starts_as_reference:
+            return None
+        if kind == LossKind.exo_pair:
+            flipped = self.setting("loss.label_smoothing") or KINDS[kind].smoothing
+            return -math.log(2) - math.log(flipped * (1 - flipped)) / 2
+        if kind in _SQUARED_START and beta:
+            return _SQUARED_START[kind] / float(beta) ** 2
+        return _START.get(kind)
+
+    @property
     def evaluated_pairs(self) -> int:
         """Pairs of the last evaluation; 0 if unknown."""
         return int(last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0))
 
-    def moved(self, metric: str) -> float | None:
-        """Return the last value of a metric that starts at 0, or the change of it where it does not.
+    def recent(self, metric: str) -> list[float]:
+        """Return the values of a metric in the last quarter of the steps."""
+        return [value for step, value in values(self.steps, metric) if step > 0.75 * self.total_steps]
 
-        It does not without a reference, or if that is another model than the policy's start. Then the change
-        is that over training steps: an evaluation has other pairs, of which the first value can differ by
-        more.
-        """
-        if self.starts_as_reference:
-            return last(self.last_rows, metric)
-        start, end = first(self.steps, metric), last(self.steps, metric)
-        return None if start is None or end is None else end - start
+    def margin_nats(self) -> float | None:
+        """Return the last margin in nats; where it does not start at 0, its change over training steps."""
+        beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
+        if not self.starts_as_reference:
+            start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
+            end = None if start is None or end is None else end - start
+        return end / beta if beta and end is not None else None
 
     def falls(self, rows: Sequence[Row], side: Side = "chosen") -> list[tuple[float, float]] | None:
         """Return step and fall of the log-prob of responses below the reference's, in nats per token.
 
         Both models score the same responses. None if the policy does not start as the reference, or if the
         rewards are not beta times a log-ratio.
-
-        Args:
-            rows: of training steps, or evaluations.
-            side: the responses.
         """
         beta = self.setting("loss.beta")
         if not beta or self.setting("reference.path") is not None:
@@ -150,10 +177,7 @@ class RunFacts:
         ] or None
 
     def moved_logps(self, side: Side) -> MovedLogps | None:
-        """Return the log-probs of the chosen or the rejected responses before and after training.
-
-        None if they were not measured.
-        """
+        """Return the log-probs of a side's responses before and after training; None if not measured."""
         metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
         rows = self.steps if falls is None else self.last_rows
         start, end = first(rows, metric), last(rows, metric)
@@ -169,8 +193,7 @@ class RunFacts:
         """Return the pairs of each label of the sources of `train` or `eval`; empty if unknown."""
         found: dict[str, int] = {}
         for source in self.counts(name).get("sources") or ():
-            label = source.get("label")
-            if label is not None:  # older summaries have none
+            if (label := source.get("label")) is not None:
                 found[label] = found.get(label, 0) + source.get("pairs", 0)
         return found
 
@@ -185,7 +208,8 @@ class RunFacts:
         """Return the accuracy of the last quarter of the steps, or None if it was not measured."""
         measured = [row for row in self.steps if finite(row, ACCURACY) is not None]
         recent = [row for row in measured if row["step"] > 0.75 * self.total_steps] or measured[-1:]
-        return _accuracy_of(recent, ACCURACY, 1.0)
+        value = mean(recent, ACCURACY)
+        return None if value is None else Accuracy(value, int(sum(row.get("pairs", 0) for row in recent)))
 
     def evaluated_sources(self) -> dict[str, Accuracy]:
         """Return the last evaluation accuracy of each source; empty if there is only one."""
@@ -196,20 +220,46 @@ class RunFacts:
                 found[label] = Accuracy(value, pairs)
         return found
 
-    def unseen_sources(self) -> dict[str, Accuracy]:
-        """Return the training accuracy of each source in the second half of the first epoch.
 
-        Later the policy has seen the pairs, and fits noise too. The number of pairs is the source's share.
-        """
-        first_epoch = [row for row in self.steps if row.get("epoch", 0.0) < 1]
-        late = [row for row in first_epoch if row["step"] > first_epoch[-1]["step"] / 2]
-        whole = self.counts("train").get("pairs") or 1
-        found = {}
-        for label, pairs in self.pairs_of_labels("train").items():
-            accuracy = _accuracy_of(late, f"{ACCURACY}/{label}", pairs / whole)
-            if accuracy is not None and accuracy.pairs:
-                found[label] = accuracy
-        return found
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss is far above the median of those before."""
+
+    step: int
+    loss: float
+    usual: float
+
+
+def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
+    """Return the spike of a row after `rows`, if it is one.
+
+    A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
+    them, and by more than that median and the first loss.
+    """
+    logged = (float(row[_LOSS]) for row in reversed(rows) if finite(row, _LOSS) is not None)
+    before = list(itertools.islice(logged, _SPIKE_ROWS))
+    loss = finite(row, _LOSS)
+    # Seldom true, and a median of every window is slow.
+    if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
+        return None
+    usual = median(before)
+    first = next(row[_LOSS] for row in rows if finite(row, _LOSS) is not None)
+    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first))
+    return Spike(int(row["step"]), loss, usual) if loss - usual > least else None
+
+
+def is_collapsed(row: Row) -> bool:
+    """Return whether the policy of a step has no gradient, and gives responses no usable probability.
+
+    Either every token has the same probability, as after weights that overflow a normalisation layer, or
+    that of responses is far below any guess. A loss that is satisfied (hinge, ipo) has no gradient either,
+    but its policy still prefers some tokens.
+    """
+    chosen, rejected = (finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected"))
+    if row.get("grad_norm") != 0 or chosen is None:
+        return False
+    is_uniform = rejected is not None and abs(chosen - rejected) <= _EQUAL * abs(chosen)
+    return is_uniform or chosen < -_COLLAPSED_NATS
 
 
 def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
@@ -219,14 +269,6 @@ def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
         for row in rows
         if f"{_EVALUATION}{_LOSS}" in row
     ]
-
-
-def _accuracy_of(rows: Iterable[Row], metric: str, share: float) -> Accuracy | None:
-    """Return the mean of rows, of a share of their pairs; None if it was not measured."""
-    measured = [row for row in rows if finite(row, metric) is not None]
-    pairs = sum(row.get("pairs", 0) for row in measured)
-    value = mean(measured, metric)
-    return None if value is None else Accuracy(value, int(pairs * share))
 
 
 def finite(row: Row, key: str) -> float | None:
@@ -240,13 +282,7 @@ def pooled(
 ) -> list[tuple[float, float]]:
     """Return the means of `key` over successive rows with at least so many pairs, with the last row's step.
 
-    The value of a few pairs is noise.
-
-    Args:
-        rows: of training steps.
-        key: of a mean over pairs; rows without a finite value are not counted.
-        fewest_pairs: of each mean; a rest with fewer is not returned.
-        share: of the pairs of a row that the metric is about.
+    The value of a few pairs is noise. The metric is about a share of the pairs of a row.
     """
     found, total, pairs = [], 0.0, 0.0
     for row in rows:

@@ -1,297 +1,655 @@
-"""The rules of the verdict about a run: limits, text, remedy, the worst fault first; see docs/verdict.md."""
+"""The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.text import counted, percent
+from dpo_dist.insight.doctor.findings import Finding, Level, Rule
+from dpo_dist.insight.verdict.facts import (
+    ACCURACY,
+    Accuracy,
+    Row,
+    RunFacts,
+    evaluation_rows,
+    finite,
+    first,
+    is_collapsed,
+    last,
+    mean,
+    number,
+    pooled,
+    values,
+)
+
+BOTH_FALL, CHOSEN_FALL = 0.5, 0.1
+"""Share of the pairs and nats per token of a displacement that is remarked."""
+_FEWEST_STEPS = 10
+"""A shorter run has learnt too little to be judged by it."""
+_FEWEST_PAIRS = 50
+"""Of a mean: that of few pairs is noise."""
+_VARIED_PAIRS = 200
+"""The same for losses that differ among pairs from the start."""
+_LOSS_RISE = 1.2
+_FALL, _EARLY = 1.0, 0.25
+"""Nats per token that chosen responses lose, within this share of the run."""
+_FAR_NATS = 1.0
+_QUANTITIES = {
+    "logps/chosen": "log-prob of chosen responses",
+    "logps/rejected": "log-prob of rejected responses",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+}
+"""In the order in which a step computes them: the first one that is not finite is named."""
+_DISTANCES = ("kl/", "eval_kl/")
+_LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
+"""Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
+_LOWERS_CHOSEN = ("apo_down",)
+"""Losses that make chosen responses less likely by design."""
+_LEAKS = ("label_leak", "length_bias", "style_bias")
+"""Rules of the doctor that name a feature which reveals the chosen response."""
+Find = Callable[[RunFacts], Iterator[str]]
+_SAMPLES, _REFERENCE = "samples/", "samples/reference_"
+NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
 
 
 @dataclass(frozen=True)
-class RunRule:
-    """One rule.
+class RunRule(Rule):
+    """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
 
     Attributes:
-        headline: the fault in two to five words; the verdict's sentence starts with it.
-        limits: the numbers that decide, by name.
-        compared: the metrics and counts that are compared with them.
-        text: the finding's sentence, a template of `str.format`.
-        remedy: pieces of advice, joined by "; "; "a lower KEY", "more KEY" and the like push a key.
+        find: yields what shows the fault, with numbers; nothing if the run does not have it.
         explains: rules that are not reported beside this one, because they are its consequences.
-        is_remark: it is no fault in itself, so the verdict's sentence does not name it.
     """
 
-    headline: str
-    limits: Mapping[str, float]
-    compared: str
-    text: str
-    remedy: str
+    find: Find
     explains: tuple[str, ...] = ()
-    is_remark: bool = False
 
 
-FEWEST_STEPS = 10
-"""A shorter run has learnt too little to be judged by it."""
+RULES: dict[str, RunRule] = {}
+"""By name, the worst fault first: in this order a verdict reports them. One of level `note` is a remark."""
 
-_OF_LOST_WEIGHTS = (
-    "learning_rate_too_high",
-    "far_from_reference",
-    "does_not_generalise",
-    "displacement",
-    "learnt_nothing",
-    "prefers_rejected",
-    "over_optimised",
-    "samples_degrade",
+
+def _rule(
+    text: str, remedy: str, explains: tuple[str, ...] = (), level: Level = Level.warning
+) -> Callable[[Find], Find]:
+    """Declare a rule with the name of its function."""
+
+    def declared(find: Find) -> Find:
+        RULES[find.__name__.lstrip("_")] = RunRule(level, text, remedy, find, explains)
+        return find
+
+    return declared
+
+
+def _lost_weights(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause if the weights compute nothing usable any more, or never did."""
+    for index, row in enumerate(facts.rows):
+        # A divergence from the reference that float32 cannot hold is no fault of a step.
+        broken = [key for key in row if not math.isfinite(row[key]) and not key.startswith(_DISTANCES)]
+        if not broken:
+            continue
+        quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
+        before = facts.before(index)
+        yield (
+            f"{_cause_of_divergence(quantity, row, before)}; the {_QUANTITIES.get(quantity, quantity)} was "
+            f"the first value that is not finite, at step {_first_bad_step(facts, row)}; before it the loss "
+            f"was {number(last(before.steps, 'loss'))} and the gradient norm "
+            f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
+            f"{number(last([row, *before.steps], 'learning_rate'))}"
+        )
+        return
+    rows = [row for row in facts.steps if finite(row, "loss") is not None]
+    start = len(rows)
+    while start and is_collapsed(rows[start - 1]):
+        start -= 1
+    if start < len(rows):
+        yield (
+            f"the policy has collapsed: from step {rows[start]['step']:.0f} on the gradient is 0, and chosen "
+            f"responses have {number(rows[start]['logps/chosen_per_token'])} nats per token, as if all "
+            f"tokens were alike; before it the loss was {number(last(rows[:start], 'loss'))}, with "
+            f"optim.lr={number(facts.setting('optim.lr'))}"
+        )
+
+
+def _first_bad_step(facts: RunFacts, row: Row) -> int:
+    """Return the step of a row that is not finite; of the row that ends a run, the first skipped step."""
+    skipped = facts.summary.get("bad_in_a_row") or 1
+    return int(row["step"]) - (skipped - 1 if row is facts.rows[-1] and "loss" in row else 0)
+
+
+def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
+    """Return a sentence about the likeliest cause, given the facts before the row that is not finite."""
+    symptom = next(_signs_of_rate(before), None)
+    if symptom is not None:
+        return f"the learning rate is too high: {symptom}"
+    if "loss" not in row:
+        return "the evaluation data have pairs for which the policy gives no finite value"
+    if quantity.startswith("logps/"):
+        if before.steps:
+            return "an update damaged the weights: the learning rate is too high, or its warm-up too short"
+        return "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
+    if quantity == "loss":
+        return "the formula of the loss has no finite value for log-probs that are finite"
+    return "the backward overflows: loss and log-probs are finite, the gradient is not"
+
+
+@_rule(
+    "diverged",
+    "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; read "
+    "the pairs of these steps (logs/bad-step-*.json)",
+    explains=(
+        "learning_rate_too_high",
+        "does_not_generalise",
+        "displacement",
+        "learnt_nothing",
+        "labels_swapped",
+        "over_optimised",
+    ),
 )
-"""Findings that follow from weights that compute nothing usable any more."""
+def _diverged(facts: RunFacts) -> Iterator[str]:
+    yield from _lost_weights(facts)
+    if bad := facts.summary.get("bad_steps", 0):
+        yield (
+            f"in {counted(bad, 'step')} of {facts.total_steps:,}, which taught nothing, loss or gradient was "
+            "not finite"
+        )
 
-RULES: dict[str, RunRule] = {
-    "diverged": RunRule(
-        "diverged",
-        {"values": 1},
-        "the number of values of a row that are not finite",
-        "{cause}; {quantity} was the first value that is not finite, at step {step}; before it the loss was "
-        "{loss} and the gradient norm {grad_norm}, with a learning rate of {rate}",
-        "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; look "
-        "at the pairs of this step",
-        explains=(*_OF_LOST_WEIGHTS, "bad_steps"),
-    ),
-    "collapsed": RunRule(
-        "the policy has collapsed",
-        {"nats": 50.0},
-        "the last rows with a `grad_norm` of exactly 0, in which `logps/chosen_per_token` and "
-        "`logps/rejected_per_token` are the same, or the former is below -`nats`",
-        "from step {step} on the gradient is 0, and chosen responses have {chosen} nats per token, as if "
-        "all tokens were alike; before it the loss was {loss}, with optim.lr={rate}",
-        "a lower optim.lr; a larger optim.warmup_ratio; if it is so from the first step, other weights",
-        explains=_OF_LOST_WEIGHTS,
-    ),
-    "beta_too_large": RunRule(
-        "beta too large",
-        {"loss_share": 0.01, "margin": 5.0, "beta": 1.0, "fall": 1.0},
-        "with a logistic loss and a beta of at least `beta`, while `rewards/margins` divided by beta is at "
-        "most `margin` nats: the last loss as a share of the first; or the rise of the loss as for "
-        "`learning_rate_too_high`, while `logps/chosen_per_token` fell by at most `fall` nats",
-        "with loss.beta={beta} {symptom}",
-        "a smaller loss.beta, between 0.01 and 0.5",
-        explains=("learning_rate_too_high", "does_not_generalise"),
-    ),
-    "learning_rate_too_high": RunRule(
-        "learning rate too high",
-        {
-            "loss_rise": 1.2,
-            "pairs": 50,
-            "varied_pairs": 200,
-            "fall": 1.0,
-            "steps_share": 0.25,
-            "spike": 10.0,
-            "rows": 2,
-            "chance": 0.01,
-        },
-        "the mean loss of 3, 6, 12, ... rows with at least `pairs` pairs relative to the first row (if that "
-        "is not the same for all pairs, to the first rows with `varied_pairs` pairs), by more than rows "
-        "differ by chance in a share of `chance` of the runs, without the highest 10 %; the fall of "
-        "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
-        "pairs since the first) within the first `steps_share` of the run and in half of the rows since, in "
-        "nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start, if the loss ends higher by more than "
-        "chance; the last two in at least `rows` rows",
-        "{symptom}, with optim.lr={rate}",
-        "a lower optim.lr, by ten times; a larger optim.warmup_ratio",
-        explains=("far_from_reference", "displacement"),
-    ),
-    "labels_swapped": RunRule(
-        "labels look swapped",
-        {"accuracy": 0.45, "standard_errors": 3, "steps": FEWEST_STEPS},
-        "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance, "
-        "while the training accuracy is not, in a run of at least `steps` steps: one step moves all pairs of "
-        "a source together",
-        "evaluation accuracy is {accuracy:.2f} on {pairs:,} pairs{source}, clearly below one half, while "
-        "training accuracy is {training}: the policy learns the opposite of these labels",
-        "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
-        "(`columns` of a source)",
-        explains=("does_not_generalise",),
-    ),
-    "prefers_rejected": RunRule(
-        "the policy prefers rejected responses",
-        {"accuracy": 0.45, "standard_errors": 3},
-        "the training accuracy of the last quarter of the steps, below `accuracy` by more than chance",
-        "training accuracy is {accuracy:.2f} on {pairs:,} pairs: the loss teaches the opposite of the labels",
-        "another loss than discopop, which has a minimum at small negative margins; the other sign of a "
-        "custom loss",
-        explains=("learnt_nothing",),
-    ),
-    "evaluation_leak": RunRule(
-        "evaluation data leaked into training",
-        {"share": 0.01},
-        "the share of evaluation pairs whose prompt is in the training data too (`prompts_also_in_train`)",
-        "{count:,} of {pairs:,} evaluation pairs ({share}) have a prompt that is also in the training "
-        "data: the evaluation measures memory",
-        "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
-    ),
-    "evaluation_too_good": RunRule(
-        "evaluation better than training",
-        {"difference": 0.05, "standard_errors": 3, "steps": FEWEST_STEPS},
-        "the last evaluation accuracy minus the accuracy of the last quarter of at least `steps` steps",
-        "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
-        "evaluation data are easier, or copies of training data, or some training labels are noise",
-        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of "
-        "the training source with the lowest accuracy",
-    ),
-    "label_leak": RunRule(
-        "the label leaks",
-        {
-            "accuracy": 0.95,
-            "pairs": 30,
-            "steps_share": 0.1,
-            "steps": 10,
-            "length_ratio": 1.3,
-            "sure_ratio": 2.0,
-        },
-        "the training accuracy of rows with at least `pairs` pairs, also of each source, within the first "
-        "`steps` or `steps_share` of the run, if the doctor found a leak, or one side is `length_ratio` "
-        "times longer on average; one side that is `sure_ratio` times longer needs no accuracy",
-        "{symptom}",
-        "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
-        "length-normalised loss",
-        explains=("far_from_reference",),
-    ),
-    "does_not_generalise": RunRule(
-        "does not generalise",
-        {"rise": 0.05, "difference": 0.1, "standard_errors": 3, "steps": FEWEST_STEPS},
-        "of a run of at least `steps` steps: the last `eval_loss` above its lowest, also above that of a "
-        "policy that is the reference (ln 2 for sigmoid) or of step 0, relative to the first, and by more "
-        "than `standard_errors` of `eval_loss` / sqrt(pairs), while the training loss fell; the training "
-        "accuracy of the last quarter of the steps minus the last evaluation accuracy, by more than chance",
-        "{symptom}",
-        "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
-        "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
-        "kind",
-    ),
-    "over_optimised": RunRule(
-        "over-optimised",
-        {
-            "length_ratio": 1.5,
-            "length_spread": 0.7,
-            "unfinished": 0.1,
-            "unfinished_rise": 0.05,
-            "distinct_fall": 0.7,
-            "responses": 2,
-            "standard_errors": 2,
-        },
-        "`eval_samples/length` (if it is also above the chosen responses' `tokens/chosen`, and above chance "
-        "if lengths of responses to a prompt differ by a factor of exp(`length_spread`)), `finished` (a "
-        "change of at least `responses` responses, and by more than chance) and `distinct_3` of the last "
-        "evaluation with those of the reference, or of the first evaluation if they are unknown",
-        "{symptoms} compared with {start}",
-        "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised "
-        "loss if responses grow",
-    ),
-    "samples_degrade": RunRule(
-        "sampled responses degrade",
-        {"rise": 0.1, "responses": 2, "standard_errors": 2},
-        "`eval_samples/empty`, `refusals` and `language_changed` of the last evaluation minus those of the "
-        "reference, or of the first evaluation; a change of at least `responses` responses, and by more than "
-        "chance",
-        "{symptoms} compared with {start}",
-        "read the samples; look for such responses among the chosen ones",
-    ),
-    "far_from_reference": RunRule(
-        "far from the reference",
-        {"kl": 1.0},
-        "`kl/rejected` of the last evaluation, else the median of the last quarter of the rows, in nats per "
-        "token; `kl/chosen` also grows where the policy learns texts that the reference did not "
-        "expect",
-        "the policy moved {distance} per token away from the reference on the rejected responses, with "
-        "loss.beta={beta}: beta restrains it too little",
-        "a larger loss.beta; a lower optim.lr; fewer steps",
-    ),
-    "beta_too_small": RunRule(
-        "beta too small",
-        {"fall": 0.01, "margin": 2.0},
-        "with a logistic loss: the training loss of the last quarter of the steps relative to the first row, "
-        "and `rewards/margins` divided by beta, in nats",
-        "with loss.beta={beta} the loss stays at its start ({first:.4g} -> {last:.4g}) although the log-prob "
-        "of chosen minus rejected changed by {margin:.2g} nats: nothing keeps the policy near the reference",
-        "a larger loss.beta, between 0.01 and 0.5",
-    ),
-    "learnt_nothing": RunRule(
-        "learnt nothing",
-        {
-            "standard_errors": 3,
-            "accuracy": 0.6,
-            "pairs": 30,
-            "steps": FEWEST_STEPS,
-            "fall": 0.01,
-            "rows": 3,
-            "margin": 2.0,
-        },
-        "of a run of at least `steps` steps that reached its end: the last evaluation accuracy of at least "
-        "`pairs` pairs, within so many standard errors of one half, if it and the training accuracy of the "
-        "last quarter of the steps are below `accuracy`; or the training loss of this quarter relative to "
-        "the first row, of at least `rows` rows, unless `rewards/margins` divided by beta reached `margin` "
-        "nats",
-        "{symptom}",
-        "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
-        "random, and evaluate more pairs if there are few",
-    ),
-    "noisy_source": RunRule(
-        "a source of noise",
-        {"standard_errors": 2, "accuracy": 0.6, "others": 0.65, "pairs": 50},
-        "the accuracy of each source of at least `pairs` pairs, of the last evaluation, else of training in "
-        "the second half of the first epoch: not distinguishable from one half and below `accuracy` by more "
-        "than chance, while another source is above `others`",
-        "{part} accuracy of {sources} is {accuracy:.2f} on {pairs:,} pairs, as for random labels, while "
-        "{other} reaches {best:.2f}",
-        "read some of its pairs: its labels are noise, or of another preference; remove it or lower its "
-        "`weight`",
-        explains=("evaluation_too_good",),
-    ),
-    "bad_steps": RunRule(
-        "steps were skipped",
-        {"steps": 1},
-        "`bad_steps` of summary.json: steps whose loss or gradient was not finite",
-        "{count} of {steps:,} taught nothing, because loss or gradient was not finite",
-        "read the pairs that logs/bad-step-*.json names; a lower optim.lr if their losses are finite",
-    ),
-    "responses_cut": RunRule(
-        "responses are cut",
-        {"share": 0.05},
-        "`response_truncated` of the data as a share of the kept records",
-        "{count:,} of {kept:,} {name} records ({share}) have a response whose end data.max_length cuts: "
-        "the policy does not learn to end",
-        "a larger data.max_length; data.truncation=keep_end or drop",
-    ),
-    "reference_drift": RunRule(
-        "reference log-probs drift",
-        {"drift": 0.01},
-        "`mean_token_drift` of the step-0 check, in nats",
-        "at step 0 a fresh computation differs from the stored reference by {drift:.2g} nats per token on "
-        "average: margins below that are noise",
-        "reference.numerics=strict, or model.dtype=fp32",
-    ),
-    "reference_disagrees": RunRule(
-        "the reference disagrees with the labels",
-        {"share": 0.2},
-        "the share of the doctor's finding `reference_disagrees`",
-        "the reference prefers the rejected response by far in {share} of {source}: labels may be swapped",
-        "read the records that doctor.html lists",
-    ),
-    "doctor_errors": RunRule(
-        "faults in the data",
-        {"errors": 1},
-        "the findings of level `error` in doctor.json of the run directory",
-        "the doctor found errors in the data: {names}",
-        "doctor.html lists records and remedies",
-    ),
-    "displacement": RunRule(
-        "both responses become less likely",
-        {"both_fall": 0.5, "fall": 0.1},
-        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
-        "that is not known, since the first step), in nats; a remark",
-        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share} "
-        "of the pairs both responses did (likelihood displacement): usual, and harmful only if probability "
-        "moves to texts that are neither",
-        "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
-        "loss=dpop (docs/metrics.md)",
-        is_remark=True,
-    ),
-}
-"""All rules by name; a verdict reports them in this order."""
+
+@_rule(
+    "a wrong beta",
+    "set loss.beta between 0.01 and 0.5",
+    explains=("learning_rate_too_high", "does_not_generalise"),
+)
+def _beta_wrong(facts: RunFacts) -> Iterator[str]:
+    beta, nats, start = facts.setting("loss.beta"), facts.margin_nats(), first(facts.steps, "loss")
+    end = last(facts.steps, "loss")
+    if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
+        return
+    change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
+    rise, fall = (
+        next(_rise_of_loss(facts), None),
+        max((fall for _, fall in _falls_of_chosen(facts)), default=9),
+    )
+    if beta >= 1 and abs(nats) <= 5:
+        if end <= 0.01 * max(start, math.log(2)):
+            loss = f"{start:.2g} -> {end:.2g}"
+            yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
+        elif rise is not None and fall <= _FALL:
+            yield f"loss.beta={number(beta)} is too large: {rise}, although {change}"
+    elif nats >= 2 and (losses := _loss_that_stayed(facts)):
+        yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
+
+
+def _loss_that_stayed(facts: RunFacts) -> str | None:
+    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
+    recent, start = facts.recent("loss"), first(facts.steps, "loss")
+    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
+        return None
+    return f"{start:.4g} -> {fmean(recent):.4g}"
+
+
+@_rule(
+    "learning rate too high",
+    "a lower optim.lr; a larger optim.warmup_ratio; a larger loss.beta; fewer steps",
+    explains=("displacement",),
+)
+def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
+    signs = list(_signs_of_rate(facts))
+    if signs:
+        yield f"{'; '.join(signs)}, with optim.lr={number(facts.setting('optim.lr'))}"
+
+
+def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause for each sign; medians of the last quarter, as a spike that recovers is no sign."""
+    yield from _rise_of_loss(facts)
+    falls = _falls_of_chosen(facts)
+    early = next((one for one in falls if one[1] > _FALL and one[0] <= _EARLY * facts.total_steps), None)
+    recent = [fall for step, fall in falls if step > 0.75 * facts.total_steps]
+    if early and recent and median(recent) > _FALL:
+        yield (
+            f"the log-prob of chosen responses fell by {early[1]:.2g} nats per token by step {early[0]:.0f} "
+            f"of {facts.total_steps:,}"
+        )
+    yield from _distance(facts)
+
+
+def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
+    losses = values(facts.steps, "loss")
+    if facts.start_loss is None:
+        losses = pooled(facts.steps, "loss", _VARIED_PAIRS)
+    recent = facts.recent("loss")
+    pairs = sum(row.get("pairs", 0) for row in facts.steps if row["step"] > 0.75 * facts.total_steps)
+    if not losses or not recent or pairs < _FEWEST_PAIRS:
+        return
+    start, end = losses[0][1], median(recent)
+    if start > 0 and end > _LOSS_RISE * start:
+        yield f"the loss rose from {start:.3g} to {end:.3g}"
+
+
+def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
+    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
+
+    Relative to the reference, or to the first rows if that is not known; these have other responses.
+    """
+    falls = facts.falls(facts.steps)
+    if falls is None:
+        logps = pooled(facts.steps, "logps/chosen_per_token", _FEWEST_PAIRS)
+        falls = [(step, logps[0][1] - logp) for step, logp in logps]
+    return falls
+
+
+def _distance(facts: RunFacts) -> Iterator[str]:
+    is_other = facts.setting("reference.path") is not None  # the policy does not start as the reference
+    # An evaluation has other pairs than the first steps.
+    rows = facts.steps if is_other else facts.last_rows
+    distances = [row["kl/rejected"] for row in rows if not math.isnan(row.get("kl/rejected", math.nan))]
+    if not distances:
+        return
+    # Infinite: beyond float32. Evaluations have the same pairs; of steps some tokens can decide one row.
+    typical = 1 if rows is facts.evaluations else max(3, len(distances) // 4)
+    kl = median(distances[-typical:]) - (median(distances[:3]) if is_other else 0.0)
+    if kl > _FAR_NATS:
+        shown = f"{kl:.2g} nats" if math.isfinite(kl) else "more nats than float32 can express"
+        yield (
+            f"the policy moved {shown} per token away from the reference on the rejected responses, with "
+            f"loss.beta={number(facts.setting('loss.beta'))}"
+        )
+
+
+@_rule(
+    "the rejected responses are preferred",
+    "compare chosen and rejected of some records; swap the fields of a wrong source (`columns`); another "
+    "loss than discopop, which has a minimum at small negative margins; the other sign of a custom loss",
+    explains=("does_not_generalise", "learnt_nothing"),
+)
+def _labels_swapped(facts: RunFacts) -> Iterator[str]:
+    training, whole = facts.training_accuracy(), facts.accuracy()
+    if training is not None and _is_below_half(training):
+        yield (
+            f"training accuracy is {training.value:.2f} on {training.pairs:,} pairs: the loss teaches the "
+            "opposite of the labels"
+        )
+        return
+    if not facts.evaluations or facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
+        return
+    candidates = {} if whole is None else {"": whole}
+    candidates |= {f" of {label}": found for label, found in facts.evaluated_sources().items()}
+    for source, accuracy in candidates.items():
+        if _is_below_half(accuracy):
+            yield (
+                f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs{source}, clearly "
+                f"below one half, while training accuracy is "
+                f"{number(training.value if training else None)}: these labels look swapped"
+            )
+            return
+
+
+def _is_below_half(accuracy: Accuracy) -> bool:
+    return accuracy.value < min(0.45, 0.5 - accuracy.noise)
+
+
+@_rule(
+    "evaluation data leaked into training",
+    "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
+)
+def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
+    counts = facts.counts("eval")
+    count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
+    if pairs and count > 0.01 * pairs:
+        yield (
+            f"{count:,} of {pairs:,} evaluation pairs ({percent(count / pairs)}) have a prompt that is also "
+            "in the training data: the evaluation measures memory"
+        )
+
+
+@_rule(
+    "evaluation better than training",
+    "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
+    "training source with the lowest accuracy",
+)
+def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
+    found = _difference_of_accuracies(facts)
+    if found is None:
+        return
+    training, accuracy, noise = found
+    if accuracy.value - training.value > max(0.05, noise):
+        yield (
+            f"evaluation accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is above training "
+            f"accuracy {number(training.value)}: the evaluation data are easier, or copies of training "
+            "data, or some training labels are noise"
+        )
+
+
+def _difference_of_accuracies(facts: RunFacts) -> tuple[Accuracy, Accuracy, float] | None:
+    """Return training and evaluation accuracy, and how far they differ by chance; None if one is unknown."""
+    training, accuracy = facts.training_accuracy(), facts.accuracy()
+    if not facts.evaluations or training is None or accuracy is None or facts.total_steps < _FEWEST_STEPS:
+        return None
+    return training, accuracy, math.hypot(training.noise, accuracy.noise)
+
+
+@_rule(
+    "the label leaks",
+    "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
+    "length-normalised loss",
+)
+def _label_leak(facts: RunFacts) -> Iterator[str]:
+    within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
+    pairs = facts.counts("train").get("pairs") or 1
+    shares = {f"/{label}": own / pairs for label, own in facts.pairs_of_labels("train").items()}
+    for source, share in {"": 1.0, **shares}.items():
+        of_source = f" of {source[1:]}" if source else ""
+        means = pooled(facts.steps, ACCURACY + source, _FEWEST_PAIRS, share)
+        at_once = next((one for one in means if one[0] <= within and one[1] >= 0.95), None)
+        by_length = _leak_by_length(facts, source, 1.3)
+        if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
+            yield f"accuracy{of_source} is {at_once[1]:.2f} at step {at_once[0]:.0f} already, {evidence}"
+            return
+        if means and by_length and _leak_by_length(facts, source, 2.0):
+            yield f"the label{of_source} shows {by_length}"
+            return
+
+
+def _leak_by_length(facts: RunFacts, source: str, ratio: float) -> str | None:
+    """Return a clause if the mean lengths of both sides differ by this ratio."""
+    rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
+    chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
+    if not chosen or not rejected or max(chosen / rejected, rejected / chosen) < ratio:
+        return None
+    return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
+
+
+def _leak_by_form(facts: RunFacts, source: str) -> str | None:
+    """Return a clause about the doctor's finding of a leak; not its text, which may quote the data."""
+    for finding in facts.data_findings:
+        is_leak = finding.get("rule") in _LEAKS and finding.get("level") != Level.note
+        if is_leak and (not source or finding.get("source") == source[1:]):
+            share = finding.get("share")
+            guessed = "" if share is None else f", which alone guesses {percent(share)} of the pairs right"
+            return f"by form: the doctor found {finding['rule']}{guessed}"
+    return None
+
+
+@_rule(
+    "does not generalise",
+    "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
+    "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
+    "kind",
+)
+def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
+    if facts.total_steps >= _FEWEST_STEPS:
+        yield from _rise_of_evaluation_loss(facts)
+    found = _difference_of_accuracies(facts)
+    if found is None:
+        return
+    training, accuracy, noise = found
+    if training.value - accuracy.value > max(0.1, noise):
+        yield (
+            f"training accuracy {training.value:.2f} is far above evaluation accuracy {accuracy.value:.2f} "
+            f"on {counted(accuracy.pairs, 'pair')}"
+        )
+
+
+def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause if the last evaluation loss is above an earlier one, or above its known start."""
+    start = facts.start_loss
+    before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
+    losses = values(before_steps, "loss") if start is None else [(0.0, start)]
+    losses += values(facts.evaluations, "loss")
+    recent = facts.recent("loss")
+    if len(losses) < 2 or not recent:
+        return
+    step, lowest = min(losses[:-1], key=lambda one: one[1])
+    # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
+    earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
+    before, after = earlier[-1] if earlier else lowest, fmean(recent)
+    end, pairs = losses[-1][1], facts.evaluated_pairs
+    noise = 3 * abs(end) / math.sqrt(pairs) if pairs else math.inf
+    if after < before and end - lowest > max(0.05 * abs(losses[0][1]), noise):
+        since = f"at step {step:.0f}" if step else "at the start"
+        yield (
+            f"evaluation loss rose from {lowest:.3g} {since} to {end:.3g}, while training loss fell from "
+            f"{before:.3g} to {after:.3g}"
+        )
+
+
+@_rule(
+    "over-optimised",
+    "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised loss "
+    "if responses grow; look for such responses among the chosen ones",
+)
+def _over_optimised(facts: RunFacts) -> Iterator[str]:
+    symptoms = list(_worse_samples(facts))
+    if symptoms:
+        rows = [row for row in facts.evaluations if any(key.startswith(_SAMPLES) for key in row)]
+        is_known = any(key.startswith(_REFERENCE) for row in rows for key in row)
+        start = "the reference" if is_known else f"step {rows[0]['step']:.0f}"
+        yield f"{', '.join(symptoms)} compared with {start}"
+
+
+def _worse_samples(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause for each metric of the sampled responses that got worse."""
+    prompts = last(facts.evaluations, "samples/prompts") or math.inf
+    start, end = _ends(facts, "length")
+    wanted = last(facts.evaluations, "tokens/chosen") or 0.0
+    # Lengths of few responses differ by chance; 1.5 times from 36 prompts on.
+    if start and end and end / start >= max(1.5, 1 + 3 / math.sqrt(prompts)) and end > wanted:
+        yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
+    start, end = _ends(facts, "distinct_3")
+    if start and end is not None and end / start <= 0.7:
+        yield f"they repeat themselves (distinct 3-grams {percent(start)} -> {percent(end)})"
+    for metric, meaning in (
+        ("finished", "do not end by themselves"),
+        ("empty", "are empty"),
+        ("refusals", "are refusals"),
+        ("language_changed", "are in another language than the chosen response"),
+    ):
+        start, end = _ends(facts, metric)
+        if start is None or end is None:
+            continue
+        if metric == "finished":
+            start, end = 1 - start, 1 - end
+        if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
+            yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
+
+
+def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
+    """Return a metric of the reference's responses, or else of the first samples, and of the last ones."""
+    # The last ones: settings of samples may change when a run is resumed, and the reference responds again.
+    start = last(facts.evaluations, _REFERENCE + name)
+    if start is None:
+        start = first(facts.evaluations, _SAMPLES + name)
+    return start, last(facts.evaluations, _SAMPLES + name)
+
+
+@_rule(
+    "learnt nothing",
+    "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
+    "random, and evaluate more pairs if there are few",
+)
+def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
+    if facts.is_cut or facts.total_steps < _FEWEST_STEPS:
+        return
+    accuracy, training = facts.accuracy(), facts.training_accuracy()
+    if (
+        accuracy is not None
+        and training is not None
+        and accuracy.pairs >= 30
+        and abs(accuracy.value - 0.5) <= accuracy.noise
+        and max(accuracy.value, training.value) < 0.6
+    ):
+        yield (
+            f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise of "
+            f"one half ({accuracy.noise:.2f}); training accuracy {number(training.value)}"
+        )
+    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
+    # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
+    if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
+        yield (
+            f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
+            f"optim.lr={number(facts.setting('optim.lr'))}"
+        )
+
+
+@_rule(
+    "responses are cut",
+    "a larger data.max_length; data.truncation=keep_end or drop",
+)
+def _responses_cut(facts: RunFacts) -> Iterator[str]:
+    for name, noun in (("train", "training"), ("eval", "evaluation")):
+        counts = facts.counts(name)
+        count, kept = counts.get("response_truncated", 0), counts.get("kept", 0)
+        if kept and count > 0.05 * kept:
+            yield (
+                f"{count:,} of {kept:,} {noun} records ({percent(count / kept)}) have a response whose end "
+                "data.max_length cuts: the policy does not learn to end"
+            )
+            return
+
+
+@_rule(
+    "faults in the data",
+    "doctor.html lists records and remedies",
+)
+def _doctor_errors(facts: RunFacts) -> Iterator[str]:
+    names = [str(one.get("rule")) for one in facts.data_findings if one.get("level") == Level.error]
+    if names:
+        yield f"the doctor found errors in the data: {', '.join(dict.fromkeys(names))}"
+    for finding in facts.data_findings:
+        if finding.get("rule") == "reference_disagrees" and (finding.get("share") or 0.0) > 0.2:
+            yield (
+                f"the reference prefers the rejected response by far in {percent(finding['share'])} of "
+                f"{finding.get('source') or 'the data'}: labels may be swapped"
+            )
+            return
+
+
+@_rule(
+    "both responses become less likely",
+    "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
+    "loss=dpop (docs/metrics.md)",
+    level=Level.note,
+)
+def _displacement(facts: RunFacts) -> Iterator[str]:
+    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
+    if share is None or chosen is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
+        return
+    if share >= BOTH_FALL and chosen.start - chosen.end >= CHOSEN_FALL:
+        yield (
+            f"chosen responses became less likely, {chosen.start:.2f} -> {chosen.end:.2f} nats per token, "
+            f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, and "
+            "harmful only if probability moves to texts that are neither"
+        )
+
+
+MOST_FINDINGS = 5
+_NEXT = "; "
+_DIRECTIONS = dict.fromkeys(("higher", "larger", "more"), 1) | dict.fromkeys(
+    ("lower", "smaller", "fewer"), -1
+)
+_DIRECTIONS |= {"set": 0}
+_PUSH = re.compile(rf"\b({'|'.join(_DIRECTIONS)}) ([a-z_]+(?:\.[a-z_]+)?)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict about a run.
+
+    Attributes:
+        sentence: the worst fault with its numbers, or the result of a run without one.
+        findings: at most `MOST_FINDINGS`, the worst first.
+    """
+
+    sentence: str
+    findings: tuple[Finding, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section `verdict` of summary.json."""
+        findings = [{"rule": finding.rule, "text": finding.with_remedy} for finding in self.findings]
+        return {"sentence": self.sentence, "findings": findings}
+
+    def lines(self) -> list[str]:
+        """Return the verdict for a screen, at most six lines; the sentence is not repeated by its finding."""
+        return [
+            f"verdict: {self.sentence}",
+            *(
+                f"  try: {one.remedy}" if self.sentence.endswith(one.text) else f"  - {one.with_remedy}"
+                for one in self.findings
+            ),
+        ]
+
+
+def verdict(
+    rows: Sequence[Row], summary: Mapping[str, Any], data_findings: Sequence[Mapping[str, Any]] = ()
+) -> Verdict:
+    """Judge a run by its files; a rule whose inputs are missing finds nothing.
+
+    Args:
+        rows: of log_history.json, with nan for null.
+        summary: the content of summary.json; `exit` need not be in it.
+        data_findings: `findings` of doctor.json.
+    """
+    facts = RunFacts.of(rows, summary, data_findings)
+    found = _found(facts, RULES)
+    is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
+    causes = [name for name in found if name != "diverged" or is_lost]
+    explained = {other for name in causes for other in RULES[name].explains}
+    reported = {name: text for name, text in found.items() if name not in explained}
+    advice = _agreed_advice(reported)
+    findings = [
+        Finding(name, RULES[name].level, text, remedy=advice[name]) for name, text in reported.items()
+    ]
+    worst = next((one for one in findings if one.level is not Level.note), None)
+    sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
+    if summary.get("exit") == RunOutcome.preempted:
+        sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
+    return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
+
+
+def sample_alarms(rows: Sequence[Row]) -> list[Finding]:
+    """Return the faults of the sampled responses by the metrics rows so far."""
+    found = _found(RunFacts.of(rows, {}), ["over_optimised"])
+    return [Finding(name, RULES[name].level, text, remedy=RULES[name].remedy) for name, text in found.items()]
+
+
+def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, str]:
+    """Return what shows the fault of each of these rules that the run breaks."""
+    found = {name: _NEXT.join(RULES[name].find(facts)) for name in names}
+    return {name: text for name, text in found.items() if text}
+
+
+def _agreed_advice(names: Iterable[str]) -> dict[str, str]:
+    """Return the remedies of these rules, without what pushes a key against a rule named before."""
+    pushed: dict[str, int] = {}
+    advice = {}
+    for name in names:
+        pushes = [(piece, _PUSH.search(piece)) for piece in RULES[name].remedy.split(_NEXT)]
+        advice[name] = _NEXT.join(
+            piece
+            for piece, push in pushes
+            if push is None or pushed.setdefault(push[2], _DIRECTIONS[push[1]]) == _DIRECTIONS[push[1]]
+        )
+    return advice
+
+
+def _success(facts: RunFacts) -> str:
+    """Return the sentence about a run without a fault."""
+    accuracy = facts.accuracy()
+    start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
+    if start is None or end is None:
+        return NOTHING_TO_JUDGE
+    fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
+    found = "no fault found" if facts.total_steps >= _FEWEST_STEPS else "too short to be judged"
+    if accuracy is None or last(facts.last_rows, ACCURACY) is None:
+        return f"{found}: {fall}"
+    pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
+    margin = number(last(facts.last_rows, "rewards/margins"))
+    learnt = f"{facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
+    if not facts.evaluations:
+        found += " (nothing was evaluated after a step: data.eval)"
+    return f"{found}: {learnt}"

@@ -9,8 +9,10 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.sources import source_labels
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import Level
+from dpo_dist.insight.doctor.rules import RULE_OF
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user
@@ -43,11 +45,8 @@ PLANTED: dict[str, Plant] = {
     "role_mark": side("rejected", lambda text: text + " Human: more"),
     "short_chosen": side("chosen", lambda _text: "A"),
     "short_rejected": side("rejected", lambda _text: "7"),
-    "one_sided_leading_space": side("rejected", lambda text: " " + text),
-    "one_sided_trailing_space": side("chosen", lambda text: text + "\n"),
     "one_response_starts_the_other": lambda pair: pair.update(rejected=pair["chosen"][:20]),
-    "differs_only_in_case": lambda pair: pair.update(rejected=pair["chosen"].upper()),
-    "differs_only_in_spaces": lambda pair: pair.update(rejected=pair["chosen"].replace(" ", "  ", 1)),
+    "nearly_equal_sides": lambda pair: pair.update(rejected=pair["chosen"].upper().replace(" ", "  ", 1)),
     "response_repeats_prompt": lambda pair: pair.update(rejected=pair["prompt"]),
     "score_ties": lambda pair: pair.update(score_chosen=4.0, score_rejected=4.0),
     "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
@@ -62,10 +61,11 @@ def test_a_planted_fault_is_counted_and_located(rule: str, tmp_path: Path) -> No
     pairs = clean_pairs(40)
     for index in (4, 30):
         PLANTED[rule](pairs[index])
-    [finding] = of_rule(examined(tmp_path, pairs), rule)
+    [finding] = of_rule(examined(tmp_path, pairs), RULE_OF.get(rule, rule))
     assert finding.count == 2
     assert lines(finding) == [5, 31]
     assert finding.source == f"{tmp_path.name}-train"
+    assert rule not in RULE_OF or f"{rule.replace('_', ' ')} in 2" in finding.text
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -98,14 +98,13 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
         if one.rule in ("duplicates", "near_duplicates", "contradictions")
     }
     assert found == {
-        ("duplicates", "a"): 1,
+        ("duplicates", None): 2,
         ("near_duplicates", "a"): 1,
-        ("duplicates", None): 1,
         ("contradictions", None): 2,
     }
-    [within, across] = sorted(of_rule(report, "duplicates"), key=lambda one: one.source is None)
-    assert within.examples == (f"{files[0]}:31, {files[0]}:6",)
-    assert across.examples == (f"{files[1]}:11, {files[0]}:10",)
+    [copies] = of_rule(report, "duplicates")
+    assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
+    assert copies.text.endswith("1 in a, 1 in b")
     assert report.across.contradictions == 2
 
 
@@ -181,7 +180,9 @@ def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
     pairs[9]["prompt"] = "Tell me more!"
     pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
     benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
-    [finding] = of_rule(examined(tmp_path, pairs, benchmarks=[Path(benchmark)]), "benchmark_overlap")
+    [finding] = of_rule(
+        examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark])), "benchmark_overlap"
+    )
     assert finding.examples == (
         f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
         f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",
@@ -231,7 +232,7 @@ def test_a_response_that_is_cut_to_one_token_is_no_response_of_one_token(tmp_pat
     prompt = len(tokenizer.encode(records[0]["prompt"]))
     report = examined(tmp_path, records, tokenizer=tokenizer, config={"max_length": prompt + 1})
     assert (report.sources[0].kept, report.sources[0].sides["chosen"].cut) == (2, 1)
-    [finding] = of_rule(report, "one_token_response")
+    [finding] = of_rule(report, "short_response")
     assert (finding.count, lines(finding)) == (1, [2])
 
 
@@ -248,7 +249,7 @@ def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> N
     pairs = clean_pairs(20)
     pairs[3]["rejected"] += "<|im_end|>\n<|im_start|>user"
     report = examined(tmp_path, pairs, tokenizer=tiny.qwen(), config={"max_length": 4000})
-    assert lines(of_rule(report, "special_token")[0]) == [4]
+    assert lines(of_rule(report, "markup_in_text")[0]) == [4]
 
 
 def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_a_threshold_changes_the_level(tmp_path: Path) -> None:
     pairs = clean_pairs(20)
     PLANTED["html_entity"](pairs[0])
     levels = [
-        of_rule(examined(tmp_path, pairs, thresholds={"html_entity": share}), "html_entity")[0].level
+        of_rule(examined(tmp_path, pairs, thresholds={"broken_text": share}), "broken_text")[0].level
         for share in (0.2, 0.01)
     ]
     assert levels == [Level.note, Level.warning]
@@ -318,6 +319,6 @@ def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
         for pair in clean_pairs(5)
     ]
     tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
-    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_bos")
+    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_tokens")
     assert (finding.level, finding.count) == (Level.error, 5)
-    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_bos")
+    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_tokens")

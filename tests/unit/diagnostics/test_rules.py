@@ -1,22 +1,7 @@
-"""The table of rules in docs/doctor.md is that of the code; a rule has one meaning."""
-
-from pathlib import Path
+"""Levels of findings by threshold."""
 
 from dpo_dist.insight.doctor.findings import Level
-from dpo_dist.insight.doctor.rules import RULES, Judge, most_serious_first
-
-PAGE = Path(__file__).parents[3] / "docs" / "doctor.md"
-
-
-def test_the_page_has_every_rule_with_level_threshold_and_text() -> None:
-    rules = PAGE.read_text().partition("\n## Rules\n")[2].splitlines()
-    rows = [line.strip("|").split(" | ") for line in rules if line.startswith("| `")]
-    described = {
-        row[0].strip(" `"): (row[1], float(row[2]), row[3])
-        for row in rows
-        if len(row) == 5 and row[4].strip()
-    }
-    assert described == {name: (rule.level, rule.threshold, rule.text) for name, rule in RULES.items()}
+from dpo_dist.insight.doctor.rules import Judge, most_serious_first
 
 
 def test_a_share_below_the_threshold_is_a_note() -> None:

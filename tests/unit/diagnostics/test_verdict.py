@@ -4,9 +4,6 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -14,12 +11,10 @@ import pytest
 import torch
 
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
-from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.insight.verdict.verdict import MOST_FINDINGS, sample_alarms, verdict
+from dpo_dist.insight.verdict.rules import MOST_FINDINGS, RULES, sample_alarms, verdict
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 
-PAGE = Path(__file__).parents[3] / "docs" / "verdict.md"
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
 Row = dict[str, float]
@@ -130,30 +125,23 @@ CASES: dict[str, Case] = {
             "before it the loss was 0.558 and the gradient norm 3",
         ],
     ),
-    "collapsed": (
-        rows(late=COLLAPSED, since=11),
-        summary(exit="diverged"),
+    "beta_wrong": (
+        rows(late={"loss": 1e-5}),
+        with_beta(10.0),
         [],
-        ["from step 11 on", "-6.07 nats per token", "the loss was 0.57", "optim.lr=1e-6"],
+        ["loss.beta=10 is too large", "0.08 nats"],
     ),
-    "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
     "learning_rate_too_high": (
-        rows(late={"grad_norm": 80.0, "loss": 0.6}, since=18),
+        rows(late={"loss": 1.2}, since=4),
         summary(),
         [],
-        ["jumped from 2 to 80 at step 18", "optim.lr=1e-6"],
+        ["the loss rose from 0.678 to 1.2", "optim.lr=1e-6"],
     ),
     "labels_swapped": (
         rows(late={"eval_rewards/accuracies": 0.3}),
         summary(),
         [],
         ["0.30 on 400 pairs", "training accuracy is 0.725"],
-    ),
-    "prefers_rejected": (
-        rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
-        summary(),
-        [],
-        ["training accuracy is 0.20 on 320 pairs"],
     ),
     "evaluation_leak": (
         rows(),
@@ -180,47 +168,27 @@ CASES: dict[str, Case] = {
         ["rose from 0.57 at step 10 to 0.9", "fell from 0.57 to 0.474"],
     ),
     "over_optimised": (
-        rows(late={"eval_samples/length": 230.0, "eval_samples/finished": 0.86}),
+        rows(
+            late={"eval_samples/length": 230.0, "eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
+        ),
         summary(),
         [],
-        ["2.3x longer", "14 % of them do not end", "step 5"],
+        ["2.3x longer", "16 % of the sampled responses do not end", "30 % of the", "2 % before", "step 5"],
     ),
-    "samples_degrade": (
-        rows(late={"eval_samples/refusals": 0.3}),
-        summary(),
-        [],
-        ["30 % of the", "2 % before"],
-    ),
-    "far_from_reference": (rows(late={"eval_kl/rejected": 1.5}), summary(), [], ["1.5 nats"]),
-    "beta_too_small": (rows(every=FLAT), with_beta(1e-4), [], ["loss.beta=1e-4", "8e+03 nats"]),
     "learnt_nothing": (
         rows(
             every={"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
         ),
         summary(),
         [],
-        ["0.52 on 400 pairs", "(0.08)", "margin 0.01", "training accuracy 0.51"],
+        ["0.52 on 400 pairs is within its noise", "training accuracy 0.51"],
     ),
-    "noisy_source": (
-        rows(every={"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}),
-        summary(),
-        [],
-        ["accuracy of a is 0.50 on 200 pairs", "b reaches 0.80"],
-    ),
-    "bad_steps": (rows(), summary(bad_steps=2), [], ["2 steps of 20 taught nothing"]),
     "responses_cut": (
         rows(),
         summary(data={"train": counts(response_truncated=80), "eval": counts()}),
         [],
         ["80 of 400 training records (20 %)"],
     ),
-    "reference_drift": (
-        rows(),
-        summary(reference={"drift": {"mean_token_drift": 0.03}}),
-        [],
-        ["0.03 nats per token"],
-    ),
-    "reference_disagrees": (rows(), summary(), [DISAGREES], ["40 % of a"]),
     "doctor_errors": (
         rows(),
         summary(),
@@ -236,26 +204,21 @@ CASES: dict[str, Case] = {
 }
 
 
-def test_every_rule_has_a_case() -> None:
-    assert list(CASES) == list(RULES)
-
-
 @pytest.mark.parametrize("rule", CASES)
 def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
     history, ended, data_findings, words = CASES[rule]
     judged = verdict(history, ended, data_findings)
     assert [finding.rule for finding in judged.findings] == [rule]
-    text = judged.findings[0].text
-    assert [word for word in words if word not in text] == []
-    said, _, advice = text.partition(". Try: ")
-    shown = judged.lines()
+    [finding] = judged.findings
+    assert [word for word in words if word not in finding.text] == []
+    written = f"{finding.text}. Try: {finding.remedy}"
+    assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
     if rule == "displacement":
         assert judged.sentence.startswith("no fault found: ")
-        assert shown == [f"verdict: {judged.sentence}", f"  - {text}"]
+        assert judged.lines() == [f"verdict: {judged.sentence}", f"  - {written}"]
         return
-    assert judged.sentence.startswith(f"{RULES[rule].headline}: ")
-    assert shown[:2] == [f"verdict: {judged.sentence}", f"  try: {advice}"]
-    assert "\n".join(shown).count(said) == 1
+    assert judged.sentence == f"{RULES[rule].text}: {finding.text}"
+    assert judged.lines() == [f"verdict: {judged.sentence}", f"  try: {finding.remedy}"]
 
 
 def test_a_healthy_run_has_no_finding() -> None:
@@ -350,9 +313,8 @@ def test_a_run_that_fits_its_training_pairs_has_not_learnt_nothing(evaluation: f
     assert found == ["does_not_generalise"] * (evaluation == 0.5)
 
 
-def pushes(text: str) -> set[tuple[str, bool]]:
-    """Keys that a finding's advice pushes, and whether up."""
-    advice = text.partition(". Try: ")[2]
+def pushes(advice: str) -> set[tuple[str, bool]]:
+    """Keys that advice pushes, and whether up."""
     found = re.findall(r"\b(lower|smaller|fewer|higher|larger|more) ([a-z_.]+)", advice)
     return {(key, word in ("higher", "larger", "more")) for word, key in found}
 
@@ -368,10 +330,10 @@ def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
             for row, other, healthy in zip(together, history, usual, strict=True):
                 row |= {key: value for key, value in other.items() if value != healthy.get(key)}
         findings = verdict(together, changed, data_findings).findings
-        pushed = {push for finding in findings for push in pushes(finding.text)}
+        pushed = {push for finding in findings for push in pushes(finding.remedy)}
         assert not {(key, not is_up) for key, is_up in pushed} & pushed, names
         for number, finding in enumerate(findings):
-            without = pushes(f". Try: {RULES[finding.rule].remedy}") - pushes(finding.text)
+            without = pushes(RULES[finding.rule].remedy) - pushes(finding.remedy)
             assert not (without and number == 0)
             lost += len(without)
     assert lost > 0
@@ -391,7 +353,7 @@ def test_a_label_that_leaks_by_length_in_one_source_is_named_with_it() -> None:
     assert verdict(rows(every=every), summary()).findings == ()
     [leak] = verdict(rows(every=every | longer), summary()).findings
     assert leak.rule == "label_leak"
-    assert "accuracy of a is 0.98 at step 1 already, by length" in leak.text
+    assert "accuracy of a is 0.98 at step 2 already, by length" in leak.text
 
 
 @pytest.mark.parametrize(
@@ -415,23 +377,61 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     assert verdict(first_steps, summary(steps=5)).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("history", "ended", "data_findings", "rule", "words"),
+    [
+        (
+            rows(late=COLLAPSED, since=11),
+            {"exit": "diverged"},
+            [],
+            "diverged",
+            ["the policy has collapsed: from step 11 on", "-6.07 nats per token", "the loss was 0.57"],
+        ),
+        (rows(), {"bad_steps": 2}, [], "diverged", ["in 2 steps of 20, which taught nothing"]),
+        (
+            rows(every=FLAT),
+            {"settings": SETTINGS | {"loss.beta": 1e-4}},
+            [],
+            "beta_wrong",
+            ["loss.beta=1e-4 is too small", "8e+03 nats"],
+        ),
+        (rows(late={"eval_kl/rejected": 1.5}), {}, [], "learning_rate_too_high", ["moved 1.5 nats"]),
+        (
+            rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
+            {},
+            [],
+            "labels_swapped",
+            ["training accuracy is 0.20 on 320 pairs"],
+        ),
+        (rows(), {}, [DISAGREES], "doctor_errors", ["prefers the rejected response by far in 40 % of a"]),
+    ],
+)
+def test_other_signs_of_the_same_fault(
+    history: list[Row],
+    ended: dict[str, Any],
+    data_findings: list[dict[str, Any]],
+    rule: str,
+    words: list[str],
+) -> None:
+    [finding] = verdict(history, summary(**ended), data_findings).findings
+    assert finding.rule == rule
+    assert [word for word in words if word not in finding.text] == []
+
+
+def test_steps_that_were_skipped_do_not_explain_other_faults() -> None:
+    found = verdict(rows(late={"loss": 1.2}, since=4), summary(bad_steps=2)).findings
+    assert [one.rule for one in found] == ["diverged", "learning_rate_too_high"]
+
+
 def test_what_a_loss_does_by_design_is_no_fault() -> None:
     lowered = rows(late={"eval_rewards/both_fall": 0.9, "logps/chosen_per_token": -1.4})
     assert verdict(lowered, summary(settings=SETTINGS | {"loss.kind": "apo_down"})).findings == ()
 
 
-def test_noise_of_a_training_source_is_found_without_evaluations() -> None:
-    noisy = {"rewards/accuracies/a": 0.51, "rewards/accuracies/b": 0.9}
-    training = [row for row in rows(every=noisy) if "loss" in row]
-    [finding] = verdict(training, summary()).findings
-    assert finding.rule == "noisy_source"
-    assert "training accuracy of a is 0.51 on 320 pairs" in finding.text
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": 1.2}, "the loss rose from 0.678 to 1.2 by step 6"),
+        ({"loss": 1.2}, "the loss rose from 0.678 to 1.2"),
         ({"logps/chosen_per_token": -3.5}, "fell by 2.5 nats per token by step 4 of 20"),
     ],
 )
@@ -466,8 +466,7 @@ BROKEN = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
     [
         ({}, BROKEN, 1, "the model gives no finite log-probs from the start"),
         ({}, BROKEN, 12, "an update damaged the weights"),
-        ({"loss": 2.0}, BROKEN, 20, "the learning rate is too high: the loss rose from 0.678 to 1.06"),
-        ({"grad_norm": 99.0, "loss": 0.6}, {"grad_norm": math.inf}, 11, "the learning rate is too high"),
+        ({"loss": 2.0}, BROKEN, 20, "the learning rate is too high: the loss rose from 0.678 to 2"),
         ({}, {"loss": math.nan, "grad_norm": math.nan}, 12, "the formula of the loss"),
         ({}, {"grad_norm": math.inf}, 12, "the backward overflows"),
         ({}, {"eval_loss": math.nan}, 10, "the evaluation data have pairs"),
@@ -500,27 +499,18 @@ def test_chance_is_judged_by_the_number_of_pairs() -> None:
 
 
 def test_at_most_five_findings_the_worst_first() -> None:
-    history = rows(
-        every={"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8},
-        late={"eval_samples/length": 300.0, "eval_samples/empty": 0.5, "eval_kl/rejected": 2.0},
-    )
+    late = {"eval_samples/length": 300.0, "eval_kl/rejected": 2.0, "eval_rewards/accuracies": 0.95}
     data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
-    found = verdict(history, summary(data=data), [DISAGREES]).findings
-    names = [finding.rule for finding in found]
-    assert names == [
+    long = {"tokens/chosen": 300.0}
+    found = verdict(rows(every=long, late=late), summary(data=data), [DISAGREES]).findings
+    assert [finding.rule for finding in found] == [
+        "learning_rate_too_high",
         "evaluation_leak",
+        "evaluation_too_good",
+        "label_leak",
         "over_optimised",
-        "samples_degrade",
-        "far_from_reference",
-        "noisy_source",
     ]
-    assert len(names) == MOST_FINDINGS
-
-
-def test_sources_of_few_pairs_are_not_called_noise() -> None:
-    data = {"eval": counts(sources=[{"label": "a", "pairs": 20}, {"label": "b", "pairs": 380}])}
-    every = {"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}
-    assert verdict(rows(every=every), summary(data=data)).findings == ()
+    assert len(found) == MOST_FINDINGS
 
 
 @pytest.mark.parametrize(
@@ -530,14 +520,6 @@ def test_sources_of_few_pairs_are_not_called_noise() -> None:
 def test_one_bad_step_is_no_sign_of_the_learning_rate(index: int, value: dict[str, float]) -> None:
     history = rows()
     history[index] |= value
-    assert verdict(history, summary()).findings == ()
-
-
-def test_a_steep_part_of_a_loss_that_falls_is_no_sign_of_the_learning_rate() -> None:
-    history = rows(late={"grad_norm": 80.0}, since=15)
-    assert verdict(history, summary()).findings == ()
-    for index in (10, 11, 12):  # the loss rises with the gradient, and recovers
-        history[index] |= {"grad_norm": 80.0, "loss": 0.7}
     assert verdict(history, summary()).findings == ()
 
 
@@ -573,7 +555,7 @@ def test_a_change_of_samples_within_chance_is_no_fault() -> None:
     for finished, refusals, rules in (
         (8 / 16, 4 / 16, []),
         (3 / 16, 2 / 16, ["over_optimised"]),
-        (10 / 16, 9 / 16, ["samples_degrade"]),
+        (10 / 16, 9 / 16, ["over_optimised"]),
     ):
         late = {"eval_samples/finished": finished, "eval_samples/refusals": refusals}
         judged = verdict(rows(every=few, late=late), summary())
@@ -641,11 +623,11 @@ def test_a_loss_that_differs_among_pairs_is_compared_over_more_of_them() -> None
     """Without a reference the first row is a sample too."""
     simpo = summary(settings=SETTINGS | {"loss.kind": "simpo"})
     history = rows()
-    history[0] |= {"loss": 0.5}
+    history[0] |= {"loss": 0.3}
     assert verdict(history, simpo).findings == ()
     assert [one.rule for one in verdict(history, summary()).findings] == ["learning_rate_too_high"]
     [finding] = verdict(rows(late={"loss": 1.2}, since=9), simpo).findings
-    assert "the loss rose from 0.66 to " in finding.text
+    assert "the loss rose from 0.66 to 1.2" in finding.text
 
 
 def test_a_run_that_diverged_is_not_told_to_raise_the_learning_rate() -> None:
@@ -659,17 +641,10 @@ def test_a_last_row_with_the_loss_of_the_first_is_chance() -> None:
     assert verdict(history, with_beta(0.02)).findings == ()
 
 
-def test_sources_with_one_label_are_counted_together() -> None:
-    sources = [{"label": "a", "pairs": 150}, {"label": "a", "pairs": 50}, {"label": "b", "pairs": 200}]
-    every = {"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}
-    [finding] = verdict(rows(every=every), summary(data={"eval": counts(sources=sources)})).findings
-    assert "accuracy of a is 0.50 on 200 pairs" in finding.text
-
-
 def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
     other = summary(settings=SETTINGS | {"reference.path": "other"})
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
-    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
+    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["learning_rate_too_high"]
     assert verdict(rows(every=start), other).findings == ()
     assert verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings == (), "other pairs"
     [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), other).findings
@@ -689,7 +664,7 @@ def test_a_distance_is_far_that_float32_cannot_express(
 ) -> None:
     history = [row for row in rows(late=late) if evaluations or "loss" in row]
     [finding] = verdict(history, summary()).findings
-    assert finding.rule == "far_from_reference"
+    assert finding.rule == "learning_rate_too_high"
     assert words in finding.text
 
 
@@ -698,20 +673,6 @@ def test_a_single_row_of_steps_is_not_far_from_the_reference(value: float) -> No
     history = [row for row in rows() if "loss" in row]
     history[-1] |= {"kl/rejected": value}
     assert verdict(history, summary()).findings == ()
-
-
-def test_noise_that_the_policy_has_fitted_is_found_in_the_first_epoch() -> None:
-    history = [row for row in rows(every={"rewards/accuracies/b": 0.9}) if "loss" in row]
-    for row in history:
-        row |= {"epoch": row["step"] / 10, "rewards/accuracies/a": 0.5 if row["step"] < 10 else 1.0}
-    [finding] = verdict(history, summary()).findings
-    assert finding.rule == "noisy_source"
-    assert "training accuracy of a is 0.50 on" in finding.text
-
-
-def test_a_noisy_source_explains_a_better_evaluation() -> None:
-    noisy = {"rewards/accuracies/a": 0.5, "rewards/accuracies/b": 0.95, "eval_rewards/accuracies": 0.95}
-    assert [one.rule for one in verdict(rows(every=noisy), summary()).findings] == ["noisy_source"]
 
 
 @pytest.mark.parametrize(
@@ -806,20 +767,6 @@ def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(steps: int, width
         assert (judged.findings, judged.sentence[:14]) == ((), "no fault found")
 
 
-def test_a_small_rise_of_a_noisy_loss_is_found_over_many_rows() -> None:
-    losses = [0.69, *(1.1 + 0.3 * (-1) ** step for step in range(200))]
-    assert rate_findings(losses[:50]) == []
-    assert len(rate_findings(losses)) == 1
-
-
-def test_a_jump_of_the_gradient_is_above_the_usual_one_and_the_start() -> None:
-    losses = [0.69] * 12 + [0.75] * 8
-    norms = [3.0, 1.0, 1.0, 2.0, 4.0, 2.0, 1.0, 4.0, 1.0, 3.0, 4.0, 4.0, 90.0, 90.0, *[2.0] * 6]
-    [text] = rate_findings(losses, norms)
-    assert "jumped from 2.5 to 90 at step 13" in text
-    assert rate_findings(losses, [100.0, *norms[1:]]) == []
-
-
 def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:
     """Relative to another model, training and evaluation start with different margins."""
     other = summary(settings=SETTINGS | {"reference.path": "other"})
@@ -830,9 +777,9 @@ def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:
 def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
     risen = {"loss": 6.0, "eval_rewards/margins": 0.08}
     [finding] = verdict(rows(late=risen), with_beta(10.0)).findings
-    assert finding.rule == "beta_too_large"
-    assert "the loss rose from 0.678 to" in finding.text
-    assert "changed by only 0.008 nats" in finding.text
+    assert finding.rule == "beta_wrong"
+    assert "the loss rose from 0.678 to 6, although" in finding.text
+    assert "changed by 0.008 nats" in finding.text
     collapsed = verdict(rows(late=risen | {"logps/chosen_per_token": -7.0}), with_beta(10.0))
     assert collapsed.findings[0].rule == "learning_rate_too_high"
 
@@ -840,7 +787,10 @@ def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() 
 def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
     history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
     assert sample_alarms(history[:10]) == []
-    assert [alarm.rule for alarm in sample_alarms(history)] == ["over_optimised", "samples_degrade"]
+    [alarm] = sample_alarms(history)
+    assert alarm.rule == "over_optimised"
+    assert "4.0x longer" in alarm.text
+    assert "50 % of the sampled responses are empty" in alarm.text
 
 
 def test_a_preempted_run_is_judged_so_far() -> None:
@@ -867,53 +817,3 @@ def test_without_evaluations_the_sentence_says_so() -> None:
     assert sentence.startswith(
         "no fault found (nothing was evaluated after a step: data.eval): training accuracy 0.72"
     )
-
-
-def test_the_page_has_every_rule() -> None:
-    table = PAGE.read_text().partition("\n| rule |")[2].splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table if line.startswith("| `")
-    ]
-    described = [(row[0].strip("`"), *row[1:]) for row in cells]
-    assert described == [
-        (name, rule.headline, limits(rule.limits), rule.compared, rule.remedy) for name, rule in RULES.items()
-    ]
-
-
-def limits(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"`{name}` {number:g}" for name, number in numbers.items())
-
-
-class Used(dict[str, float]):
-    """Limits that record which of them are read."""
-
-    def __init__(self, limits: Mapping[str, float]):
-        super().__init__(limits)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> float:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-
-def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = {name: Used(rule.limits) for name, rule in RULES.items()}
-    for name, rule in list(RULES.items()):
-        monkeypatch.setitem(RULES, name, replace(rule, limits=used[name]))
-    for history, ended, data_findings, _ in CASES.values():
-        verdict(history, ended, data_findings)
-    for late in ({"logps/chosen_per_token": -3.5}, {"loss": 1.2}):
-        verdict(rows(late=late, since=4), summary())
-    verdict(rows(late={"loss": 6.0}), with_beta(10.0))
-    verdict(rows(late={"grad_norm": 0.0, "logps/chosen_per_token": -99.0}), summary())
-    verdict(rows(), summary(settings={"loss.kind": "simpo"}))
-    assert {name: limits.names for name, limits in used.items()} == {
-        name: set(rule.limits) for name, rule in RULES.items()
-    }
-
-
-def test_texts_name_limits_and_rules_that_exist() -> None:
-    for name, rule in RULES.items():
-        assert set(rule.explains) <= set(RULES) - {name}
-        assert [field for _, field, _, _ in Formatter().parse(rule.text) if field is not None], name
-        assert not re.search(r"[.;:]$", rule.text + rule.remedy), name

@@ -21,7 +21,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.insight.verdict.checks import NOTHING_TO_JUDGE
+from dpo_dist.insight.verdict.rules import NOTHING_TO_JUDGE
 from dpo_dist.training import start as run_start
 from dpo_dist.training.finish import finish
 from dpo_dist.training.start import describe_run, find_start, locked, mark_started, write_on_main

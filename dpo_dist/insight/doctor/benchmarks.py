@@ -1,0 +1,97 @@
+"""Prompts of benchmarks that training data should not contain, found by runs of equal words."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.insight.doctor.texts import plain_words
+
+_MOST_WORDS, _FEWEST_WORDS = 13, 8
+_FIELDS = ("content", "prompt", "question", "problem", "instruction", "input", "text", "turns", "messages")
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """Runs of words of benchmark items, each with the origin (``file:line``) of its item.
+
+    Attributes:
+        runs: by number of words, 8 to 13.
+        whole: the words of shorter items.
+    """
+
+    runs: dict[int, dict[str, str]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    def add(self, text: str, origin: str) -> None:
+        """Add an item with its origin."""
+        words = plain_words(text)
+        if not words:
+            return
+        if len(words) < _FEWEST_WORDS:
+            self.whole[" ".join(words)] = origin
+        else:
+            size = min(len(words), _MOST_WORDS)
+            self.runs.setdefault(size, {}).update(dict.fromkeys(_runs(words, size), origin))
+
+    def item_in(self, prompt: str, *responses: str) -> str | None:
+        """Return the origin of an item that overlaps with a record; a short one has to be the prompt."""
+        if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
+            return item
+        for words in map(plain_words, (prompt, *responses)):
+            for size, known in self.runs.items():
+                if (run := next((run for run in _runs(words, size) if run in known), None)) is not None:
+                    return known[run]
+        return None
+
+
+def _runs(words: Sequence[str], size: int) -> Iterator[str]:
+    return (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
+
+
+def read_benchmarks(files: Sequence[str]) -> Benchmark:
+    """Return the items of benchmark files.
+
+    Args:
+        files: .jsonl (texts, or objects with a field such as `prompt` or `messages`), or .txt with an item
+            a line.
+
+    Raises:
+        DataError: a file cannot be read or has no item, or a line has no such field.
+    """
+    benchmark = Benchmark()
+    for file in files:
+        got = "no item"
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            items = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+            for number, line in items:
+                text = _text(json.loads(line)) if file.endswith(".jsonl") else line
+                benchmark.add(text, f"{file}:{number}")
+        except OSError as error:
+            items, got = [], error.strerror or type(error).__name__
+        except ValueError as error:
+            items, got = [], str(error)
+        if not items:
+            raise DataError(
+                "a file of benchmark prompts cannot be read",
+                where=f"doctor.benchmarks: {file}",
+                got=got,
+                expected="UTF-8 text: .jsonl or .txt with one prompt a line",
+                remedy="check the path and the file",
+            )
+    return benchmark
+
+
+def _text(content: Any) -> str:
+    """Return the text of an item. Raises ValueError if it has none."""
+    if isinstance(content, list):
+        return "\n".join(map(_text, content))
+    if isinstance(content, dict):
+        content = next((content[name] for name in _FIELDS if content.get(name)), None)
+        return _text(content)
+    if not isinstance(content, str):
+        raise ValueError(f"an item has no field {', '.join(_FIELDS)}")
+    return content
