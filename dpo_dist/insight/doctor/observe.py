@@ -14,9 +14,9 @@ import numpy.typing as npt
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import TokenIds, encode_chunk
-from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
@@ -279,8 +279,8 @@ def _token_facts(
         facts.changed.update(dict(outcome.changed))
         names[index].update(dict(outcome.changed), _token_names(whole, tokenizer))
         prompt, *responses = map(len, kept)
-        padded = prompt * len(responses) + sum(responses)
-        facts.sums.update(kept=1, pairs=outcome.pairs, tokens=padded, unique_tokens=prompt + sum(responses))
+        unshared = prompt * len(responses) + sum(responses)
+        facts.sums.update(kept=1, pairs=outcome.pairs, tokens=unshared, unique_tokens=prompt + sum(responses))
         for side, before, after in zip(SIDES, lengths, _side_lengths(kept), strict=True):
             if before > after:
                 facts.sums.update({f"{side} cut": 1, f"{side} cut_tokens": before - after})
