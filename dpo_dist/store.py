@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, ReferenceModelError
 from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
 from dpo_dist.foundation.text import counted, size
@@ -15,7 +13,6 @@ from dpo_dist.reference.maintenance import (
     FingerprintInfo,
     find_garbage,
     remove,
-    repair,
     take_inventory,
     verify_store,
 )
@@ -29,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(given.run(given))
     except DpoDistError as error:
         fault = error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         fault = ReferenceModelError(
             "the store cannot be read or changed",
             where=str(given.folder),
@@ -52,12 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
         own.set_defaults(run=run)
     verbs.choices["info"].add_argument("--json", action="store_true", help="print JSON")
-    verbs.choices["verify"].add_argument("--repair", action="store_true", help="keep the valid entries only")
     gc = verbs.choices["gc"]
     gc.add_argument(
         "--drop", nargs="+", default=[], metavar="DIGEST", help="references or fingerprints to remove"
     )
-    gc.add_argument("--keep", nargs="+", default=[], metavar="DIGEST", help="remove all but these")
     gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
     return parser
@@ -84,33 +79,19 @@ def _info(given: argparse.Namespace) -> int:
 
 def _verify(given: argparse.Namespace) -> int:
     found = verify_store(given.folder)
-    unrepaired = 0
-    for damage in found.damage:
-        print_line(f"damaged: {damage.file}: {damage.fault}")
-        if given.repair:
-            is_repaired, result = repair(damage)
-            unrepaired += not is_repaired
-            print_line(f"    {result}")
-    for kind, files in (
-        ("not part of the store, ignored", found.foreign),
-        ("temporary, of a running or dead writer", found.leftovers),
-        ("of another version, not used", found.outdated),
-    ):
-        for file in files:
-            print_line(f"{kind}: {file}")
+    for file, fault in found.damage.items():
+        print_line(f"damaged: {file}: {fault}")
     print_line(
         f"{counted(found.shards, 'shard')}, {counted(found.entries, 'valid entry', 'valid entries')}, "
-        f"{found.duplicates:,} of them duplicates, {counted(len(found.damage), 'damaged file')}"
+        f"{counted(len(found.damage), 'damaged file')}"
     )
-    if found.damage and not given.repair:
-        print_line(
-            "runs compute damaged entries again when they need them; --repair keeps the valid entries only"
-        )
-    return ExitCode.invalid if (unrepaired if given.repair else found.damage) else ExitCode.completed
+    if found.damage:
+        print_line("runs compute damaged entries again when they need them")
+    return ExitCode.invalid if found.damage else ExitCode.completed
 
 
 def _gc(given: argparse.Namespace) -> int:
-    garbage = find_garbage(given.folder, given.drop, given.keep, given.unused_days)
+    garbage = find_garbage(given.folder, given.drop, given.unused_days)
     for info in garbage.fingerprints:
         print_line(f"drop: {_line(info)}")
     for path in garbage.leftovers:

@@ -1,13 +1,11 @@
-"""Maintenance of a store: statistics, verification and repair, garbage collection. Imports no torch."""
+"""Maintenance of a store: statistics, verification, garbage collection. Imports no torch."""
 
 import contextlib
-import json
 import re
 import shutil
-import stat
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,23 +17,16 @@ from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import is_temporary, temporary_name
 from dpo_dist.reference.fingerprint import (
     FINGERPRINT_FILE,
-    LOGP_PATH_VERSION,
     MEMO_FOLDER,
-    STORE_FORMAT,
     ReferenceFingerprint,
     read_fingerprint,
 )
-from dpo_dist.reference.shard import (
-    Keys,
-    damaged_entries,
-    list_shards,
-    parse_shard,
-    shard_name,
-    verified_shard,
-    write_shard,
-)
+from dpo_dist.reference.shard import Shard, damaged_entries, list_shards, verified_shard
 
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
+# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node, or
+# in a container with its own process numbers.
+_LEFTOVER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,6 @@ class FingerprintInfo:
     Attributes:
         name: of the folder.
         fingerprint: None if `space.json` is missing or damaged, or another version wrote it.
-        is_outdated: whether another version wrote it; no run uses its entries.
         shards: number of shards that are not damaged.
         damaged: number of shards that fail verification.
         tokens: number of values, one for each completion token of each entry.
@@ -55,7 +45,6 @@ class FingerprintInfo:
 
     name: str
     fingerprint: ReferenceFingerprint | None
-    is_outdated: bool
     shards: int
     damaged: int
     entries: int
@@ -66,9 +55,9 @@ class FingerprintInfo:
     @property
     def label(self) -> str:
         """The model's name, or the reason why it is unknown."""
-        if self.fingerprint is not None:
-            return self.fingerprint.label or "unnamed"
-        return "from another version" if self.is_outdated else f"no valid {FINGERPRINT_FILE}"
+        if self.fingerprint is None:
+            return f"no {FINGERPRINT_FILE} of this version"
+        return self.fingerprint.label or "unnamed"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of `info --json`."""
@@ -121,19 +110,8 @@ def _is_of_store(folder: Path) -> bool:
         return False
 
 
-def is_outdated(folder: Path) -> bool:
-    """Return whether another version of the program wrote this folder."""
-    try:
-        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
-        return bool(content["logp_path"] != LOGP_PATH_VERSION or content.get("format", 1) != STORE_FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-
 def take_inventory(root: Path) -> list[FingerprintInfo]:
     """Return all fingerprints of a store, the last used first. Reads keys, not values.
-
-    Folders and files that another process deletes meanwhile are skipped.
 
     Raises:
         ReferenceModelError: the store does not exist.
@@ -141,233 +119,72 @@ def take_inventory(root: Path) -> list[FingerprintInfo]:
     """
     found = []
     for folder in fingerprint_folders(root):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes it
             found.append(_info(folder))
     return sorted(found, key=lambda info: info.last_used, reverse=True)
 
 
 def _info(folder: Path) -> FingerprintInfo:
-    outdated = is_outdated(folder)
-    files = [] if outdated else [folder / name for name in list_shards(folder)]
+    files = [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        sizes = [size for size in pool.map(_entries_and_tokens, files) if size is not None]
-    created = folder.stat().st_mtime
+        shards = [shard for shard in pool.map(_shard, files) if shard is not None]
+    described = folder / FINGERPRINT_FILE
+    used = (described if described.exists() else folder).stat().st_mtime
     return FingerprintInfo(
         name=folder.name,
         fingerprint=read_fingerprint(folder),
-        is_outdated=outdated,
-        shards=len(sizes),
-        damaged=len(files) - len(sizes),
-        entries=sum(entries for entries, _ in sizes),
-        tokens=sum(tokens for _, tokens in sizes),
-        bytes=sum(map(_size, folder.rglob("*"))),
-        last_used=datetime.fromtimestamp(changed_at(folder / FINGERPRINT_FILE, created), UTC),
+        shards=len(shards),
+        damaged=len(files) - len(shards),
+        entries=sum(len(shard.keys) for shard in shards),
+        tokens=sum(len(shard.values) for shard in shards),
+        bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        last_used=datetime.fromtimestamp(used, UTC),
     )
 
 
-def changed_at(path: Path, if_missing: float) -> float:
-    """Return the modification time of `path` in seconds since 1970; `if_missing` if it does not exist."""
+def _shard(file: Path) -> Shard | None:
+    """Return a shard, its values not read; None if it is damaged."""
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return if_missing
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
-
-
-def _entries_and_tokens(file: Path) -> tuple[int, int] | None:
-    """Return the sizes of a shard without reading its values; None if it is damaged."""
-    try:
-        shard = verified_shard(file, np.memmap(file, dtype=np.uint8, mode="r"))
+        return verified_shard(file, np.memmap(file, dtype=np.uint8, mode="r"))
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return len(shard.keys), len(shard.values)
-
-
-_SHARDS_AT_ONCE = 4  # per task of a worker process: about ten milliseconds
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A damaged file."""
-
-    file: Path
-    fault: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of verifying a store.
-
-    Attributes:
-        shards: number of shards read.
-        entries: number of intact entries.
-        duplicates: entries whose key another entry of the same fingerprint has too.
-        damage: damaged files; runs that need their entries compute them again.
-        foreign: files that are not part of the store; they are ignored.
-        leftovers: temporary files of running or dead writers.
-        outdated: folders from another version of the program; not read, and used by no run.
-    """
+    """Result of verifying a store: shards read, intact entries, and the fault of each damaged file."""
 
     shards: int
     entries: int
-    duplicates: int
-    damage: list[Damage]
-    foreign: list[Path]
-    leftovers: list[Path]
-    outdated: list[Path]
-
-
-@dataclass(frozen=True)
-class _CheckedShard:
-    file: Path
-    keys: Keys
-    fault: str
+    damage: dict[Path, str]
 
 
 def verify_store(root: Path) -> Verification:
-    """Read every shard of the store `root` and check its name and all checksums, in parallel.
+    """Read every shard of the store `root` and check its name and all checksums.
 
     Raises:
         ReferenceModelError: the store does not exist.
         OSError: a file cannot be read.
     """
     folders = fingerprint_folders(root)
-    outdated = [folder for folder in folders if is_outdated(folder)]
-    current = [folder for folder in folders if folder not in outdated]
-    files = [folder / name for folder in current for name in _shards(folder)]
-    with ProcessPoolExecutor() as pool:
-        checked = list(pool.map(_check, files, chunksize=_SHARDS_AT_ONCE))
-    undescribed = [
-        folder / FINGERPRINT_FILE
-        for folder in current
-        if read_fingerprint(folder) is None and folder.exists()
-    ]
-    return Verification(
-        shards=len(checked),
-        entries=sum(len(shard.keys) for shard in checked),
-        duplicates=sum(_duplicates([s.keys for s in checked if s.file.parent == f]) for f in current),
-        damage=[Damage(shard.file, shard.fault) for shard in checked if shard.fault]
-        + [
-            Damage(file, "missing or damaged; the next run that uses it writes it again")
-            for file in undescribed
-        ],
-        foreign=list(_foreign(root, folders)),
-        leftovers=find_leftovers(root),
-        outdated=outdated,
-    )
-
-
-def repair(damage: Damage) -> tuple[bool, str]:
-    """Repair one damaged file; return whether that was possible, and a description.
-
-    The intact entries of a shard are written to a new one before it is deleted. A shard of another
-    fingerprint in this store is moved to that folder.
-
-    Raises:
-        OSError, SafetensorError: it cannot be written.
-    """
-    file = damage.file
-    if file.name == FINGERPRINT_FILE:
-        return False, "the next run that uses it writes it again"
-    home = _home(file)
-    if home is not None:
-        file.replace(home / file.name)
-        return True, f"moved to {home.name}"
-    try:
-        shard = verified_shard(file, _read(file))
-    except FileNotFoundError:
-        return True, "deleted by another process"
-    except (ValueError, KeyError, TypeError, OverflowError):
-        file.unlink()
-        return True, "deleted; none of its entries can be verified"
-    whole = np.setdiff1d(np.arange(len(shard.keys)), damaged_entries(shard))
-    starts = np.concatenate(([0], shard.ends))
-    if len(whole):
-        entries = [shard.values[starts[number] : starts[number + 1]] for number in whole]
-        write_shard(file.parent, shard.keys[whole], entries)
-    file.unlink()
-    return True, f"rewritten with {len(whole)} of {len(shard.keys)} entries"
-
-
-def find_leftovers(root: Path) -> list[Path]:
-    """Return temporary files and folders of a store, from running and from dead writers."""
-    folders = [root, *(path for path in sorted(root.iterdir()) if path.is_dir() and not is_temporary(path))]
-    return [path for folder in folders for path in _entries(folder) if is_temporary(path)]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Return the content of a folder, sorted; empty if another process has deleted it."""
-    try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-
-
-def _shards(folder: Path) -> list[str]:
-    try:
-        return list_shards(folder)
-    except FileNotFoundError:
-        return []
-
-
-def _check(file: Path) -> _CheckedShard:
-    try:
-        shard = verified_shard(file, _read(file))
-    except FileNotFoundError:  # deleted since it was listed
-        return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), "")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        home = _home(file)
-        fault = f"it belongs to {home.name}" if home is not None else f"no entry can be verified: {error}"
-        return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), fault)
-    damaged = damaged_entries(shard)
-    fault = f"{len(damaged)} of {len(shard.keys)} entries are damaged" if len(damaged) else ""
-    return _CheckedShard(file, np.delete(shard.keys, damaged, axis=0), fault)
-
-
-def _home(file: Path) -> Path | None:
-    """Return the folder that a shard was written for, if that is another folder of this store."""
-    try:
-        shard = parse_shard(_read(file))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-    for folder in fingerprint_folders(file.parents[1]):
-        if (
-            folder != file.parent
-            and shard_name(folder.name, shard.keys, shard.ends, shard.checks) == file.name
-        ):
-            return folder
-    return None
-
-
-def _read(file: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.fromfile(file, dtype=np.uint8)
-
-
-def _duplicates(keys: list[Keys]) -> int:
-    joined = np.concatenate([np.empty((0, 2), dtype=np.uint64), *keys])
-    joined = joined[np.lexsort((joined[:, 1], joined[:, 0]))]
-    return int((joined[1:] == joined[:-1]).all(axis=1).sum())
-
-
-def _foreign(root: Path, folders: list[Path]) -> Iterator[Path]:
-    for path in sorted(root.iterdir()):
-        if path not in folders and path.name != MEMO_FOLDER and not is_temporary(path):
-            yield path
+    files = [folder / name for folder in folders for name in list_shards(folder)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        checked = list(pool.map(_check, files))
+    damage = {file: fault for file, (_, fault) in zip(files, checked, strict=True) if fault}
     for folder in folders:
-        known = {FINGERPRINT_FILE, *_shards(folder)}
-        yield from (p for p in _entries(folder) if p.name not in known and not is_temporary(p))
+        if read_fingerprint(folder) is None:
+            damage[folder / FINGERPRINT_FILE] = "missing, damaged or of another version"
+    return Verification(len(files), sum(intact for intact, _ in checked), damage)
 
 
-# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node, or
-# in a container with its own process numbers.
-_LEFTOVER_SECONDS = 24 * 3600
+def _check(file: Path) -> tuple[int, str]:
+    """Return the number of intact entries of a shard, and its fault."""
+    shard = _shard(file)
+    if shard is None:
+        return (0, "no entry can be verified") if file.exists() else (0, "")
+    damaged = len(damaged_entries(shard))
+    fault = f"{damaged} of {len(shard.keys)} entries are damaged" if damaged else ""
+    return len(shard.keys) - damaged, fault
 
 
 @dataclass(frozen=True)
@@ -379,13 +196,12 @@ class Garbage:
     leftovers: list[Path]
 
 
-def find_garbage(root: Path, drop: Sequence[str], keep: Sequence[str], unused_days: float | None) -> Garbage:
+def find_garbage(root: Path, drop: Sequence[str], unused_days: float | None) -> Garbage:
     """Select garbage without deleting it; without a selection only temporary files of dead writers.
 
     Args:
         root: `reference.store`.
         drop: digests of references or fingerprints to delete, or their first digits.
-        keep: digests of those to keep; without `unused_days` all others are deleted.
         unused_days: delete those that no run has opened for so long.
 
     Raises:
@@ -393,18 +209,14 @@ def find_garbage(root: Path, drop: Sequence[str], keep: Sequence[str], unused_da
         ReferenceModelError: the store does not exist.
     """
     found = take_inventory(root)
-    dropped = {name for digits in drop for name in _matching(found, "--drop", digits)}
-    kept = {name for digits in keep for name in _matching(found, "--keep", digits)}
-    if dropped & kept:
-        raise ConfigError(
-            "a reference is given to both --drop and --keep",
-            where="--drop, --keep",
-            got=", ".join(sorted(dropped & kept)),
-            remedy="name it in one of them",
-        )
-    unwanted = [info for info in found if _is_unwanted(info, dropped, kept, unused_days)]
-    now = time.time()
-    leftovers = [path for path in find_leftovers(root) if now - changed_at(path, now) > _LEFTOVER_SECONDS]
+    dropped = {name for digits in drop for name in _matching(found, digits)}
+    oldest = None if unused_days is None else datetime.now(UTC) - timedelta(days=unused_days)
+    unwanted = [
+        info for info in found if info.name in dropped or (oldest is not None and info.last_used < oldest)
+    ]
+    places = [root, *(root / info.name for info in found)]
+    temporary = (path for place in places for path in sorted(place.iterdir()) if is_temporary(path))
+    leftovers = [path for path in temporary if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
     return Garbage(root, unwanted, leftovers)
 
 
@@ -419,32 +231,15 @@ def remove(garbage: Garbage) -> None:
         aside = temporary_name(folder)
         with contextlib.suppress(FileNotFoundError):  # another gc was first
             folder.rename(aside)
-            _remove_folder(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     for path in garbage.leftovers:
         if path.is_dir():
-            _remove_folder(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def _remove_folder(folder: Path) -> None:
-    """Delete a folder, even if another gc deletes parts of it meanwhile."""
-    while folder.exists():
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
-
-
-def _is_unwanted(info: FingerprintInfo, dropped: set[str], kept: set[str], unused_days: float | None) -> bool:
-    if info.name in dropped:
-        return True
-    if info.name in kept:
-        return False
-    if unused_days is not None:
-        return datetime.now(UTC) - info.last_used > timedelta(days=unused_days)
-    return bool(kept)
-
-
-def _matching(infos: list[FingerprintInfo], option: str, digits: str) -> list[str]:
+def _matching(infos: list[FingerprintInfo], digits: str) -> list[str]:
     """Return the names of the fingerprints that `digits` match: all of one reference, or a single one."""
     by_reference = [
         i for i in infos if i.fingerprint is not None and i.fingerprint.reference.startswith(digits)
@@ -454,7 +249,7 @@ def _matching(infos: list[FingerprintInfo], option: str, digits: str) -> list[st
     if len(meant) != 1 or not digits:
         raise ConfigError(
             "a digest matches no reference" if not meant else "a digest matches more than one reference",
-            where=option,
+            where="--drop",
             got=digits,
             expected="the digest of a reference or a fingerprint, or enough of its first digits",
             remedy="python -m dpo_dist.store info lists them",
