@@ -172,12 +172,7 @@ def longest_repeat(words: Sequence[str]) -> int:
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
-    """Return the means of facts by name; without a measurement a name is absent.
-
-    Args:
-        facts: of responses.
-        expected: language in which each response was expected; None: not known.
-    """
+    """Return the means of facts by name; without a measurement a name is absent."""
     languages = [
         (found.language, language)
         for found, language in zip(facts, expected, strict=True)

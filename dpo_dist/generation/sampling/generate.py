@@ -129,9 +129,6 @@ def generate_batch(
     """Return a sample for each of the requests, generated as one batch; arguments as for `generate`.
 
     `is_synchronised`: all ranks call this together and make as many forwards as the slowest.
-
-    Raises:
-        NotFiniteError: the model's logits are not finite; raised after the last forward.
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)

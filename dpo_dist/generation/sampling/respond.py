@@ -72,9 +72,6 @@ def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
     """Return the files of a model or adapter by folder or hub name; downloads a hub model.
 
     `model.revision` counts for `model.path` only. Errors name `key`.
-
-    Raises:
-        ConfigError: the model or the base of an adapter does not exist, or is incomplete.
     """
     source = _located(name, config, model_folder, key)
     store = Path(config.reference.store)
@@ -135,11 +132,7 @@ class Responder:
 
 
 def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Responder:
-    """Return a model's tokenizer and the tokens that end its responses, without weights.
-
-    Raises:
-        ConfigError: it has no tokenizer, or no token ends a response.
-    """
+    """Return a model's tokenizer and the tokens that end its responses, without weights."""
     tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
     stop_ids = find_stop_ids(tokenizer, config.data, source.folder, key)
     model_config = load_config(source.folder, config.model).get_text_config()
@@ -150,11 +143,7 @@ def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Re
 def find_stop_ids(
     tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path | None = None, key: str = KEY
 ) -> frozenset[int]:
-    """Return every token that ends a response: of the chat template, the tokenizer and the model's folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return every token that ends a response: of the chat template, the tokenizer and the model's folder."""
     stops: set[int | None] = {tokenizer.eos_token_id}
     facts = tokenizer_facts(tokenizer, data)
     if facts.chat is not None:
@@ -181,11 +170,7 @@ def _given_stops(folder: Path) -> set[int]:
 
 
 def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:
-    """Return the weights of a model that responds, whole on `device` and in evaluation mode.
-
-    Raises:
-        ConfigError: they cannot be loaded.
-    """
+    """Return the weights of a model that responds, whole on `device` and in evaluation mode."""
     model_config = load_config(source.folder, config)
     causal_lm = load_weights(source.folder, model_config, config, device, key=KEY)
     if source.adapter is not None:
@@ -209,11 +194,7 @@ class Generator(Protocol):
 
 
 def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
-    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights.
-
-    Raises:
-        ConfigError: vLLM is wanted and not installed.
-    """
+    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights."""
     is_installed = importlib.util.find_spec("vllm") is not None
     if engine is Engine.vllm and not is_installed:
         raise ConfigError(
@@ -232,11 +213,7 @@ def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
 def open_generator(
     responder: Responder, engine: Engine, config: RunConfig, device: torch.device
 ) -> Generator:
-    """Load a responder's weights into an engine.
-
-    Raises:
-        ConfigError: they cannot be loaded.
-    """
+    """Load a responder's weights into an engine."""
     if engine is Engine.vllm:
         return VllmGenerator(responder, config.model)
     causal_lm = load_responder(responder.source, config.model, device)
@@ -261,11 +238,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def lora_options(adapter: Path | None) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM` about the folder of an adapter.
-
-    Raises:
-        ConfigError: vLLM does not load an adapter of this kind.
-    """
+    """Return the arguments of `vllm.LLM` about the folder of an adapter."""
     if adapter is None:
         return {"enable_lora": False}
     content: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
@@ -396,11 +369,7 @@ def respond(
     *,
     keeps_ids: bool = False,
 ) -> list[Answers]:
-    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids.
-
-    Raises:
-        ConfigError: the model's logits are not finite.
-    """
+    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     wanted = range(numbers.first, numbers.first + numbers.count)
     requests = [

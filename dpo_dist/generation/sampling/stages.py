@@ -77,11 +77,7 @@ def work_on(
     work: Callable[[int], list[dict[str, Any]]],
     while_waiting: WhileWaiting,
 ) -> None:
-    """Finish the parts of `Parts.open`, which the processes share. Collective.
-
-    Raises:
-        DpoDistError: that of the lowest rank that failed; the others stop before their next part.
-    """
+    """Finish the parts of `Parts.open`, which the processes share. Collective."""
     flag = parts.folder / _FAILED
 
     def my_parts() -> None:
