@@ -1,11 +1,13 @@
 """Facts of generated responses: length, end, repetition, language, refusal; their means as metrics."""
 
+import bisect
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import numpy as np
 import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -45,70 +47,57 @@ def _identifier() -> LanguageIdentifier:
 
 
 _FIRST_CHARACTERS = 200
-
 # Somebody else speaks in a quotation.
 _QUOTATION = re.compile('["\u201c\u300c][^"\u201d\u300d]*["\u201d\u300d]?')
-_MANNER = (
-    "(?: (?:really|simply|just|also|still|currently|unfortunately|honestly|directly|ethically"
-    "|in good conscience))*"
+_MANNER = re.compile(
+    " (?:really|simply|just|also|still|currently|unfortunately|honestly|directly|ethically"
+    r"|respectfully|politely|in good conscience)\b",
+    re.IGNORECASE,
 )
 _NOT = r"(?:can ?not|can\W?t|will not|won\W?t)"
-_CANNOT = rf"{_NOT}(?:,? (?:and|or) {_NOT})?(?: be able to)?"
 # A request is refused by these: "I can't believe it" and "I won't lie" refuse none.
 _SERVE = (
-    r"(?:assist|answer|comply|fulfil|support|participate|engage|respond|discuss|endorse|condone|promote"
-    r"|encourage|facilitate|contribute|generate|create|produce|provide|offer|access|browse|disclose|reveal"
-    r"|impersonate|pretend|predict|speculate|advise|explain|describe|teach|share|suggest|complete|write"
-    r"|process|perform|carry out|translate|say that|recommend(?!.{0,40}\benough)"
-    r"|help(?! (?:but|it\b|feeling|thinking|wondering|noticing|myself))|continue (?:this|with)"
-    r"|give (?:you|out|any|advice|specific|instructions|medical|legal|financial)"
-    r"|do (?:that|this|so)\b|make (?:that|this|up)\b)"
+    "(?:access|advise|answer|assist|browse|comply|complete|condone|contribute|create|disclose|discuss"
+    "|encourage|endorse|engage|explain|facilitate|fulfil|generate|impersonate|offer|participate|perform"
+    "|predict|process|produce|promote|provide|respond|reveal|share|speculate|suggest|support|teach"
+    r"|translate|write|help(?! (?:but|it\b|feeling|thinking|wondering|noticing|myself))"
+    r"|give (?:you|out|any|advice|medical|legal|financial)|do (?:that|this|so)\b)"
 )
-_DECLINE = "(?:respectfully |politely )*(?:decline|refuse)"
-_OF_SPEAKER = (
-    rf"{_MANNER} {_CANNOT}{_MANNER} {_SERVE}",
-    rf"{_MANNER} {_CANNOT}[.!]",
-    rf"(?:\W?m| am){_MANNER} (?:unable|not (?:able|allowed|permitted|willing|going|authori[sz]ed"
-    rf"|programmed)) to{_MANNER} {_SERVE}",
-    rf"(?:\W?m| am){_MANNER} not comfortable",
-    rf"{_MANNER} (?:do not|don\W?t) (?:feel comfortable|want to {_SERVE})",
-    rf"[^.,!?]{{0,20}} (?:must|have to|need to) {_DECLINE}\b",
-    rf" (?:respectfully|politely) {_DECLINE}\b",
-    rf" refuse to {_SERVE}",
-    r"(?:\W?d| would) (?:rather not|prefer not to)\b",
+_CANNOT_ZH = "(?:不能|不会|不便|不可以|无法|拒绝|没有?办法)"
+_REFUSAL = re.compile(
+    "|".join(
+        (
+            rf"\bI {_NOT}(?: (?:and|or) {_NOT})?(?: be able to)?(?: {_SERVE}|[.!])",
+            r"\bI(?:\W?m| am) (?:unable|not (?:able|allowed|permitted|willing|going|authorized|programmed))"
+            rf" to {_SERVE}",
+            r"\bI(?:\W?m| am) not comfortable",
+            rf"\bI (?:do not|don\W?t) (?:feel comfortable|want to {_SERVE})",
+            r"\bI[^.,!?]{0,20} (?:must|have to|need to) (?:decline|refuse)\b",
+            r"\bI (?:decline|refuse to)\b",
+            r"\bI(?:\W?d| would) (?:rather not|prefer not to)\b",
+            r"^\W{0,3}(?:I(?:\W?m| am) |I am so )?sorry\W+(?:but )?(?:no\b|I (?:do not|don\W?t) have"
+            r"|(?:that|this|it)(?: is|\W?s| would be) (?:inappropriate|against|unethical|illegal))",
+            rf"^\W{{0,3}}no,? (?:I )?{_NOT}\b",
+            r"\bagainst my (?:guidelines|programming|principles|policy|policies|values)\b",
+            r"\b(?:not|isn\W?t) something (?:that )?I(?:\W?m| am| can| will)\b",
+            # An apology, not "sorry to hear", with a clause of inability; or I cannot serve the request.
+            f"(?:抱歉|对不起|不好意思|遗憾)(?!听到|得知)[^\u3002\uff01\uff1f\n]{{0,20}}?{_CANNOT_ZH}",
+            f"我{_CANNOT_ZH}[^\uff0c\u3002\uff01\uff1f\n]{{0,6}}?(?:提供|回答|满足|协助|完成|讨论|生成|透露|参与|支持|执行|帮|写)",
+        )
+    ),
+    re.IGNORECASE,
 )
-# At most three: of more, a text that repeats "as a" could be divided in too many ways to try them all.
-_AS_MODEL = r"(?:(?:but|however|as an? [\w ]{1,20}),? ){0,3}"
-_ENGLISH = (
-    rf"\bI(?:{'|'.join(_OF_SPEAKER)})",
-    r"^\W{0,3}(?:(?:I(?:\W?m| am)(?: very| so| really| truly)? )?sorry|I apologi[sz]e|unfortunately)\W+"
-    rf"{_AS_MODEL}(?:no\b|I (?:do not|don\W?t) have (?:access|the ability|enough information)"
-    r"|(?:that|this|it)(?: is|\W?s| would be) (?:inappropriate|against|unethical|illegal))",
-    r"^\W{0,3}no,? (?:I )?(?:will not|won\W?t|can ?not|can\W?t)\b",
-    r"\bagainst my (?:guidelines|programming|principles|policy|policies|values)\b",
-    r"\b(?:not|isn\W?t) something (?:that )?I(?: can|\W?m able to| am able to| will)\b",
-)
-_CANNOT_ZH = (
-    "(?:\u4e0d\u80fd|\u4e0d\u4f1a|\u4e0d\u4fbf|\u4e0d\u53ef\u4ee5|"
-    "\u65e0\u6cd5|\u62d2\u7edd|\u6ca1\u6709?\u529e\u6cd5)"
-)
-_CHINESE = (
-    # An apology, not "sorry to hear", with a clause of inability.
-    f"(?:\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u4e0d\u597d\u610f\u601d|\u9057\u61be)(?!\u542c\u5230|\u5f97\u77e5)[^\u3002\uff01\uff1f\n]{{0,20}}?{_CANNOT_ZH}",
-    # I cannot, or refuse to, serve the request.
-    f"\u6211{_CANNOT_ZH}[^\uff0c\u3002\uff01\uff1f\n]{{0,6}}?"
-    "(?:\u63d0\u4f9b|\u56de\u7b54|\u6ee1\u8db3|\u534f\u52a9|\u5b8c\u6210|\u8ba8\u8bba|\u751f\u6210|\u900f\u9732|\u53c2\u4e0e|\u652f\u6301|\u6267\u884c|\u5e2e|\u5199)",
-)
-_REFUSAL = re.compile("|".join((*_ENGLISH, *_CHINESE)), re.IGNORECASE)
 
 
 @lru_cache(maxsize=8)  # a response is asked about twice
 def is_refusal(response: str) -> bool:
     """Return whether a response starts like a refusal (English and Chinese phrases)."""
-    return _REFUSAL.search(_QUOTATION.sub("", response[:_FIRST_CHARACTERS])) is not None
+    start = _QUOTATION.sub("", response[:_FIRST_CHARACTERS])
+    return _REFUSAL.search(_MANNER.sub("", start)) is not None
 
 
 _GRAM = 3
+_BASE = 0x9E3779B97F4A7C15
 _LONGEST_WORD = 40
 """Letters of a word; a longer one is no word but a loop without spaces, an address or a code."""
 # The time of each grows with the length of a text, also of one that repeats a line end or a bracket.
@@ -150,7 +139,8 @@ class TextFacts:
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts of a response."""
     whole = WORD.findall(text.casefold())
-    words = [part for word in whole for part in _parts(word)]
+    # Repetition is to be seen within a word that is too long, too.
+    words = [part for word in whole for part in (word if len(word) > _LONGEST_WORD else (word,))]
     grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
     return TextFacts(
         tokens=tokens,
@@ -166,51 +156,23 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     )
 
 
-def _parts(word: str) -> Sequence[str]:
-    """Return a word, or the letters of one that is too long, in which repetition is to be seen."""
-    return word if len(word) > _LONGEST_WORD else (word,)
-
-
 def longest_repeat(words: Sequence[str]) -> int:
-    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do.
+    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do."""
+    numbers: dict[str, int] = {}
+    ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
+    # A passage is known by a polynomial of its words modulo 2^64, whose base has an inverse.
+    powers = np.cumprod(np.full(len(words) + 1, _BASE, dtype=np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(ids * powers[:-1])])
 
-    Time grows with n log n: passages of 1, 2, 4, ... words get numbers, equal ones the same (Karp, Miller and
-    Rosenberg 1972, doi 10.1145/800152.804905).
-    """
-    numbers, length = _numbered(words), 1
-    if not _has_equal(numbers):
-        return 0
-    while _has_equal(doubled := _numbered(zip(numbers, numbers[length:], strict=False))):
-        numbers, length = doubled, 2 * length
-    # A passage that occurs twice has shorter ones that do: bisect its length.
-    low, high = length, 2 * length - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        # Two numbered passages, which may overlap, are one of `middle` words.
-        if _has_equal(list(zip(numbers, numbers[middle - length :], strict=False))):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def is_unique(length: int) -> bool:
+        passages = (sums[length:] - sums[:-length]) * powers[::-1][: len(sums) - length]
+        return len(np.unique(passages)) == len(passages)
 
-
-def _numbered(passages: Iterable[Hashable]) -> list[int]:
-    """Return a number for each passage, the same for equal ones."""
-    numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(passage, len(numbers)) for passage in passages]
-
-
-def _has_equal(passages: Sequence[Hashable]) -> bool:
-    return len(set(passages)) < len(passages)
+    return bisect.bisect_left(range(1, len(words)), True, key=is_unique)
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
-    """Return the means of facts by name; without a measurement a name is absent.
-
-    Args:
-        facts: of responses.
-        expected: language in which each response was expected; None: not known.
-    """
+    """Return the means of facts by name; without a measurement a name is absent."""
     languages = [
         (found.language, language)
         for found, language in zip(facts, expected, strict=True)

@@ -39,15 +39,7 @@ class Reply(NamedTuple):
 
 
 class Endpoint:
-    """Sends chat completions; thread-safe.
-
-    Args:
-        config: with a url and a model.
-        processes: number of processes that share the rate limit.
-
-    Raises:
-        ConfigError: the url cannot be used, or the client is not installed.
-    """
+    """Sends chat completions; thread-safe."""
 
     def __init__(self, config: EndpointConfig, processes: int = 1):
         try:
@@ -71,11 +63,7 @@ class Endpoint:
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": config.max_tokens}
 
     def ask(self, messages: list[Any]) -> Reply:
-        """Return the reply to a conversation, at temperature 0 if the endpoint can.
-
-        Raises:
-            ConfigError: the endpoint does not exist, refuses the key, or fails at every repetition.
-        """
+        """Return the reply to a conversation, at temperature 0 if the endpoint can."""
         options = self._options
         self._wait_for_turn()
         try:
@@ -117,11 +105,7 @@ class Endpoint:
                 log.warning("the endpoint of the judge refuses %s, so it gets %s", name, other or "none")
 
     def _refusal(self, error: Any) -> str:
-        """Return status, code and parameter of a refused request; its message may quote a text.
-
-        Raises:
-            ConfigError: the error is not about this request.
-        """
+        """Return status, code and parameter of a refused request; its message may quote a text."""
         status = error.status_code
         if status in _BUSY or status >= 500:
             raise self._no_reply(f"status {status}") from None
@@ -175,15 +159,7 @@ _NUMBER = re.compile(r"\[\[(\d+)\]\]")
 
 
 class EndpointJudge:
-    """Asks an endpoint for verdicts, several at a time.
-
-    Args:
-        config: of the endpoint.
-        processes: number of processes that share its rate limit.
-
-    Raises:
-        ConfigError: the endpoint's address or key cannot be used.
-    """
+    """Asks an endpoint for verdicts, several at a time."""
 
     def __init__(self, config: EndpointConfig, processes: int = 1):
         self._config, self._endpoint = config, Endpoint(config, processes)

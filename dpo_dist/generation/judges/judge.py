@@ -58,12 +58,6 @@ class FunctionJudge:
     The function gets the prompt as a list of `{"role", "content"}`, or as a string if it is plain text, and
     the responses as a list of strings. It returns a list of numbers, higher is better, with None for a
     response that it cannot score.
-
-    Args:
-        written: `module:function`.
-
-    Raises:
-        ConfigError: there is no such function.
     """
 
     def __init__(self, written: str):
@@ -109,11 +103,7 @@ class FunctionJudge:
 
 
 def describe_function(written: str) -> dict[str, Any]:
-    """Return the function and the digest of its source, for provenance; without modules that it imports.
-
-    Raises:
-        ConfigError: there is no such function.
-    """
+    """Return the function and the digest of its source, for provenance; without modules that it imports."""
     user_function(written, KEY)
     found = find_function(written, KEY)
     return {"kind": "function", "function": f"{found.module}:{found.name}", "digest": found.digest}

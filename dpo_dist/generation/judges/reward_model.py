@@ -32,17 +32,7 @@ KEY = "pairs.reward_model"
 
 
 class RewardModel:
-    """Scores each response by the model's output for the whole conversation.
-
-    Args:
-        name: folder or hub name.
-        config: precision and remote code; the other options are of the policy.
-        device: of the forward.
-        batch_tokens: most tokens of a batch.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or is no reward model.
-    """
+    """Scores each response by the model's output for the whole conversation."""
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
         folder = model_folder(name, None, KEY)
@@ -111,11 +101,7 @@ class RewardModel:
 
 
 def check_reward_model(name: str, config: ModelConfig) -> str:
-    """Check a reward model without its weights; return its folder and architecture.
-
-    Raises:
-        ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
-    """
+    """Check a reward model without its weights; return its folder and architecture."""
     folder = description_folder(name, None, KEY)
     model_config = load_config(folder, config, KEY)
     if model_config.num_labels != 1:
@@ -125,16 +111,7 @@ def check_reward_model(name: str, config: ModelConfig) -> str:
 
 
 def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[str, Any]:
-    """Return name, digest of the files and precision of a reward model, for provenance.
-
-    Args:
-        name: folder or hub name.
-        config: precision and remote code.
-        store: folder with remembered digests of model files.
-
-    Raises:
-        ConfigError: the model does not exist, or is no reward model: known before a response is generated.
-    """
+    """Return name, digest of the files and precision of a reward model, for provenance."""
     check_reward_model(name, config)
     folder = model_folder(name, None, KEY)
     files = digest_model(folder, store, remote_code=config.trust_remote_code)

@@ -15,11 +15,7 @@ from dpo_dist.generation.sampling.respond import Answer
 
 
 def describe_judge(config: RunConfig) -> dict[str, Any]:
-    """Return everything that the judge's scores depend on, without secrets.
-
-    Raises:
-        ConfigError: the judge does not exist.
-    """
+    """Return everything that the judge's scores depend on, without secrets."""
     pairs = config.pairs
     if pairs.reward_model is not None:
         return describe_reward_model(pairs.reward_model, config.model, Path(config.reference.store))
@@ -29,11 +25,7 @@ def describe_judge(config: RunConfig) -> dict[str, Any]:
 
 
 def open_judge(config: RunConfig, device: torch.device, processes: int) -> Judge:
-    """Return the judge, ready to score.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
+    """Return the judge, ready to score."""
     pairs = config.pairs
     if pairs.reward_model is not None:
         return RewardModel(pairs.reward_model, config.model, device, pairs.batch_tokens)
@@ -46,9 +38,6 @@ def score(
     """Return a row for each prompt: `{"scores": {number: score or null}, "counts": {...}}`.
 
     The judge is asked about every prompt with an answer, also a single one, so that a mean score is of all.
-
-    Raises:
-        DpoDistError: the judge cannot be used.
     """
     questions = [
         Question(record, tuple(answer.content for answer in own))

@@ -80,9 +80,6 @@ def good_records(
     """Yield the usable records of a source until there are `enough`; then print the counts.
 
     `of_first`: they are the first records of more.
-
-    Raises:
-        DataError: more records were dropped than `data.max_bad_share` allows.
     """
     outcomes: Counter[Outcome] = Counter()
     bad: list[BadRecord] = []

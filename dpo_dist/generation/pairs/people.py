@@ -123,13 +123,7 @@ def _fraction(seed: int, *names: str) -> float:
 
 
 class Labelling:
-    """The items of a session and the judgements so far, which are those of a log and appended to it.
-
-    Args:
-        items: by key.
-        log: an open file, as from `locked`.
-        config: with the seed of the order of items and of the sides, and the share that everyone judges.
-    """
+    """The items of a session and the judgements so far, which are those of a log and appended to it."""
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, config: PairsConfig):
         self.items, self._log, self._seed = items, log, config.seed
@@ -139,11 +133,7 @@ class Labelling:
         self._shared = {key for key in items if _fraction(self._seed, "shared", key) < overlap}
 
     def read(self, file: Path) -> int:
-        """Take the judgements of earlier starts, without a line that was cut off; count those of other items.
-
-        Raises:
-            DataError: a line is damaged.
-        """
+        """Take the judgements of earlier starts, but for a line that was cut off; count those not used."""
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._log, len(whole))
@@ -195,11 +185,7 @@ class Labelling:
 
 
 class LabelServer(ThreadingHTTPServer):
-    """The page on this machine only, below a random address that nobody can guess.
-
-    Raises:
-        ConfigError: the port is in use.
-    """
+    """The page on this machine only, below a random address that nobody can guess."""
 
     daemon_threads = False  # a request is finished before the log is closed
 
@@ -345,12 +331,6 @@ def agreement_lines(found: Mapping[str, Any]) -> list[str]:
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement.
-
-    Args:
-        config: of the run.
-        say: prints and logs a line.
-        show: prints a line without logging it.
-
     Raises:
         DataError: a source cannot be read, or has no two responses to a prompt.
         ConfigError: the port is in use, another process serves this session, or the file of pairs exists and

@@ -104,11 +104,7 @@ def fault_of(responder: Responder, data: DataConfig, new_tokens: int) -> Fault:
 
 
 def ask_judge(config: RunConfig) -> str:
-    """Check the judge without its weights; ask an endpoint once. Return its description.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
+    """Check the judge without its weights; ask an endpoint once. Return its description."""
     pairs = config.pairs
     if pairs.reward_model is not None:
         return check_reward_model(pairs.reward_model, config.model)
@@ -121,11 +117,7 @@ def ask_judge(config: RunConfig) -> str:
 def first_records(
     records: Iterable[PreferenceRecord | BadRecord], source: SourceConfig, data: DataConfig, fault: Fault
 ) -> str:
-    """Check the first records of a source; return their counts as one line.
-
-    Raises:
-        DataError: none of them can be used, or more than `data.max_bad_share` cannot be read.
-    """
+    """Check the first records of a source; return their counts as one line."""
     path = source.path
     first = list(islice(records, _READ_RECORDS + 1))
     read = iter(first[:_READ_RECORDS])
@@ -148,11 +140,7 @@ def first_records(
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder exists, or can be created, without creating it.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Check that a folder exists, or can be created, without creating it."""
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(

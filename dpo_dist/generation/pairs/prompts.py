@@ -69,11 +69,7 @@ def open_prompts(file: Path, part_prompts: int) -> PromptList:
 
 
 def write_prompts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
-    """Write the different prompts of `data.train`, in their order, to a file named by its content.
-
-    Raises:
-        DataError: a source cannot be read, or too few of its records have a usable prompt.
-    """
+    """Write the different prompts of `data.train`, in their order, to a file named by its content."""
     pairs, data = config.pairs, config.data
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
@@ -128,11 +124,7 @@ def prompt_key(record: PreferenceRecord) -> str:
 def encode_prompt(
     record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> TokenIds | BadRecord:
-    """Return the token ids of a prompt as training encodes them; the template's start of a thought is kept.
-
-    Raises:
-        ConfigError: as `encode_pair`.
-    """
+    """Return the token ids of a prompt as training encodes them, with the template's start of a thought."""
     limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
     for placeholder in _PLACEHOLDERS:
         encoded = encode_pair(replace(record, responses=(placeholder,)), tokenizer, limits)

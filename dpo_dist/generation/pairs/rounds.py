@@ -39,11 +39,7 @@ Result: TypeAlias = dict[str, Any]
 
 
 def check_rounds(config: RunConfig) -> None:
-    """Check that rounds can be done with this configuration, by one process.
-
-    Raises:
-        ConfigError: they cannot.
-    """
+    """Check that rounds can be done with this configuration, by one process."""
     pairs, world = config.pairs, int(os.environ.get("WORLD_SIZE", "1"))
     several = "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'"
     for key, got, is_broken, remedy in (
@@ -66,9 +62,6 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     """Check that earlier rounds in this folder had the same settings; write those of a first start.
 
     Until a stage is finished, every start is a first one: mistakes can be corrected.
-
-    Raises:
-        ConfigError: they had others.
     """
     file = folder.rounds_config
     if not file.exists() or not folder.round(1).round_result.exists():
@@ -115,11 +108,6 @@ def run_command(command: list[str], codes: Path) -> int:
     Args:
         command: from `command_of`.
         codes: path for the exit codes of its processes: a launcher replaces them by its own, usually 1.
-
-    Raises:
-        ConfigError: the launcher cannot be started.
-        KeyboardInterrupt: the command has ended after SIGINT.
-        SystemExit: it has ended after another signal, without a reason of its own.
     """
     exit_codes(codes)  # of a former start
     environment = {**os.environ, EXIT_CODES: str(codes.resolve())}
@@ -160,10 +148,6 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     """Write the base of an adapter with the adapter's update added to its weights, in `config.model.dtype`.
 
     A quantized base is merged without its quantization. The folder is written whole or not at all.
-
-    Raises:
-        CheckpointError: `folder` cannot be written.
-        ConfigError: base or adapter cannot be read.
     """
     collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
@@ -209,12 +193,6 @@ def _scores(row: Mapping[str, Any]) -> list[float | None]:
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
-
-    Args:
-        config: of the first round; its `data.train` are the prompts.
-        say: prints a line.
-        run: `run_command`.
-
     Raises:
         DpoDistError: the rounds cannot start, or a stage has failed.
     """

@@ -176,11 +176,7 @@ def _check_models(config: RunConfig) -> None:
 
 
 def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
-    """Check that there is one judge, or at most one if none is needed.
-
-    Raises:
-        ConfigError: there is another number, or the judge cannot be used.
-    """
+    """Check that there is one judge, or at most one if none is needed."""
     judges = {
         "pairs.reward_model": pairs.reward_model,
         "pairs.function": pairs.function,

@@ -36,13 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One response to generate.
-
-    Attributes:
-        prompt_ids: int32 [prompt tokens].
-        key: identifies the prompt.
-        number: of the sample, among all samples of the prompt.
-    """
+    """One response to generate: sample `number` of the prompt that `key` identifies."""
 
     prompt_ids: TokenIds
     key: str
@@ -56,13 +50,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated response.
-
-    Attributes:
-        ids: its tokens without the one that ended it.
-        is_finished: whether it ended by itself, within `max_new_tokens`.
-        end: the token that ended it.
-    """
+    """A generated response: its tokens without the one that ended it, and this one, if there is one."""
 
     ids: list[int]
     is_finished: bool
@@ -76,11 +64,7 @@ class Sample:
 
 
 class NotFiniteError(Exception):
-    """The logits of a model for the next token are not finite.
-
-    Args:
-        request: whose response it is.
-    """
+    """The logits of a model for the next token of a request are not finite."""
 
     def __init__(self, request: Request):
         super().__init__(f"the logits of sample {request.number} are not finite")
@@ -128,9 +112,8 @@ def generate(
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
         chosen = [requests[index] for index in indices]
-        samples |= zip(
-            indices, generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device), strict=True
-        )
+        found = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
+        samples |= zip(indices, found, strict=True)
     return [samples[index] for index in range(len(requests))]
 
 
@@ -143,18 +126,9 @@ def generate_batch(
     *,
     is_synchronised: bool = False,
 ) -> list[Sample]:
-    """Return a sample for each of the requests, generated as one batch.
+    """Return a sample for each of the requests, generated as one batch; arguments as for `generate`.
 
-    Args:
-        causal_lm: a transformers model, in evaluation mode.
-        requests: at least one.
-        sampling: settings.
-        stop_ids: tokens that end a response.
-        device: of the forward.
-        is_synchronised: whether all ranks call this together and make as many forwards as the slowest.
-
-    Raises:
-        NotFiniteError: the model's logits are not finite; raised after the last forward.
+    `is_synchronised`: all ranks call this together and make as many forwards as the slowest.
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)
@@ -187,15 +161,7 @@ def generate_batch(
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
 
-    Args:
-        requests: of the rows.
-        prompt_length: of the padded prompts.
-        sampling: settings.
-        stop_ids: tokens that end a response.
-        device: of the logits.
-
-    Attributes:
-        broken: the first request whose logits were not finite before its response ended.
+    `broken` is the first request whose logits were not finite before its response ended.
     """
 
     def __init__(
@@ -287,9 +253,9 @@ def generate_together(
 
     Args:
         model: the policy in any mode, to which it returns, or a model that is only scored.
-        requests: the same on all ranks.
+        requests: the same on all ranks; they and the next ones as for `generate`.
         sampling: settings.
-        stop_ids: tokens that end a response, at least one.
+        stop_ids: tokens that end a response.
         budget: most tokens of a batch.
         world: the processes.
         of_base: generate without the adapter.

@@ -69,15 +69,9 @@ class ModelSource:
 
 
 def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
-    """Return the files of a model; downloads a hub model.
+    """Return the files of a model or adapter by folder or hub name; downloads a hub model.
 
-    Args:
-        name: a folder, that of an adapter too, or a hub name; `model.revision` counts for `model.path` only.
-        config: of the run.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: the model or the base of an adapter does not exist, or is incomplete.
+    `model.revision` counts for `model.path` only. Errors name `key`.
     """
     source = _located(name, config, model_folder, key)
     store = Path(config.reference.store)
@@ -138,11 +132,7 @@ class Responder:
 
 
 def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Responder:
-    """Return a model's tokenizer and the tokens that end its responses, without weights.
-
-    Raises:
-        ConfigError: it has no tokenizer, or no token ends a response.
-    """
+    """Return a model's tokenizer and the tokens that end its responses, without weights."""
     tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
     stop_ids = find_stop_ids(tokenizer, config.data, source.folder, key)
     model_config = load_config(source.folder, config.model).get_text_config()
@@ -153,11 +143,7 @@ def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Re
 def find_stop_ids(
     tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path | None = None, key: str = KEY
 ) -> frozenset[int]:
-    """Return every token that ends a response: of the chat template, the tokenizer and the model's folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return every token that ends a response: of the chat template, the tokenizer and the model's folder."""
     stops: set[int | None] = {tokenizer.eos_token_id}
     facts = tokenizer_facts(tokenizer, data)
     if facts.chat is not None:
@@ -184,11 +170,7 @@ def _given_stops(folder: Path) -> set[int]:
 
 
 def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:
-    """Return the weights of a model that responds, whole on `device` and in evaluation mode.
-
-    Raises:
-        ConfigError: they cannot be loaded.
-    """
+    """Return the weights of a model that responds, whole on `device` and in evaluation mode."""
     model_config = load_config(source.folder, config)
     causal_lm = load_weights(source.folder, model_config, config, device, key=KEY)
     if source.adapter is not None:
@@ -204,10 +186,6 @@ def load_responder(source: ModelSource, config: ModelConfig, device: torch.devic
     return causal_lm.eval()
 
 
-# Values that `max_lora_rank` of vLLM may have (`vllm.config.lora.MaxLoRARanks`, 0.14).
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
 class Generator(Protocol):
     """A loaded model that generates."""
 
@@ -216,11 +194,7 @@ class Generator(Protocol):
 
 
 def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
-    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights.
-
-    Raises:
-        ConfigError: vLLM is wanted and not installed.
-    """
+    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights."""
     is_installed = importlib.util.find_spec("vllm") is not None
     if engine is Engine.vllm and not is_installed:
         raise ConfigError(
@@ -239,56 +213,42 @@ def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
 def open_generator(
     responder: Responder, engine: Engine, config: RunConfig, device: torch.device
 ) -> Generator:
-    """Load a responder's weights into an engine.
-
-    Raises:
-        ConfigError: they cannot be loaded.
-    """
+    """Load a responder's weights into an engine."""
     if engine is Engine.vllm:
-        from vllm import LLM  # noqa: PLC0415  (optional)
-
-        return VllmGenerator(LLM, responder, config.model)
+        return VllmGenerator(responder, config.model)
     causal_lm = load_responder(responder.source, config.model, device)
     return TransformersGenerator(causal_lm, responder.stop_ids, config.pairs.batch_tokens)
 
 
+@dataclass(frozen=True)
 class TransformersGenerator:
-    """Generates by transformers, batch after batch.
+    """Generates by transformers, in batches of at most `batch_tokens` tokens."""
 
-    Args:
-        causal_lm: in evaluation mode.
-        stop_ids: tokens that end a response.
-        batch_tokens: most tokens of a batch.
-    """
-
-    def __init__(self, causal_lm: Any, stop_ids: Collection[int], batch_tokens: int):
-        self._causal_lm, self._stop_ids, self._budget = causal_lm, stop_ids, batch_tokens
+    causal_lm: Any
+    stop_ids: Collection[int]
+    batch_tokens: int
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Return a sample for each request, in their order."""
-        return generate(self._causal_lm, requests, sampling, self._stop_ids, self._budget)
+        return generate(self.causal_lm, requests, sampling, self.stop_ids, self.batch_tokens)
+
+
+# Values that `max_lora_rank` of vLLM may have (`vllm.config.lora.MaxLoRARanks`, 0.14).
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def lora_options(adapter: Path | None) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM` about the folder of an adapter.
-
-    Raises:
-        ConfigError: vLLM does not load an adapter of this kind.
-    """
+    """Return the arguments of `vllm.LLM` about the folder of an adapter."""
     if adapter is None:
         return {"enable_lora": False}
     content: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
     rank = max([content.get("r") or 0, *(content.get("rank_pattern") or {}).values()])
-    kinds = {
-        "use_dora": bool(content.get("use_dora")),
-        "modules_to_save": bool(content.get("modules_to_save")),
-        f"r={rank}": rank > _LORA_RANKS[-1],
-    }
-    if refused := [kind for kind, has in kinds.items() if has]:
+    refused = [kind for kind in ("use_dora", "modules_to_save") if content.get(kind)]
+    if refused or rank > _LORA_RANKS[-1]:
         raise ConfigError(
             "vLLM does not load an adapter of this kind",
             where="pairs.models",
-            got=f"{adapter}: {', '.join(refused)}",
+            got=f"{adapter}: {', '.join(refused) or f'r={rank}'}",
             remedy="set pairs.engine=transformers, or merge it: python -m dpo_dist.export export.merge=true",
         )
     return {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if rank <= limit)}
@@ -298,17 +258,16 @@ class VllmGenerator:
     """Generates by vLLM, which batches by itself; each sample has its own seed.
 
     The arguments follow vLLM's documentation. This project's tests run it against a stub only.
-
-    Args:
-        llm: the class `vllm.LLM`.
-        responder: model, tokenizer and stop tokens.
-        config: precision and remote code.
     """
 
-    def __init__(self, llm: Any, responder: Responder, config: ModelConfig):
+    def __init__(self, responder: Responder, config: ModelConfig):
+        import vllm  # noqa: PLC0415  (optional)
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
         source = responder.source
-        self._stop_ids, self._adapter = responder.stop_ids, source.adapter
-        self._llm = llm(
+        self._stop_ids, self._parameters = responder.stop_ids, vllm.SamplingParams
+        self._adapter = None if source.adapter is None else LoRARequest("adapter", 1, str(source.adapter))
+        self._llm = vllm.LLM(
             model=str(source.folder),
             tokenizer=str(source.tokenizer_folder),
             dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype],
@@ -319,11 +278,8 @@ class VllmGenerator:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Return a sample for each request, in their order."""
-        from vllm import SamplingParams  # noqa: PLC0415  (optional)
-        from vllm.lora.request import LoRARequest  # noqa: PLC0415
-
         parameters = [
-            SamplingParams(
+            self._parameters(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k or -1,
@@ -334,11 +290,8 @@ class VllmGenerator:
             )
             for request in requests
         ]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests],
-            parameters,
-            lora_request=LoRARequest("adapter", 1, str(self._adapter)) if self._adapter else None,
-        )
+        prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
+        outputs = self._llm.generate(prompts, parameters, lora_request=self._adapter)
         return [Sample.of(list(output.outputs[0].token_ids), self._stop_ids) for output in outputs]
 
 
@@ -416,19 +369,7 @@ def respond(
     *,
     keeps_ids: bool = False,
 ) -> list[Answers]:
-    """Return the answers to each prompt, in their order.
-
-    Args:
-        records: prompts.
-        responder: encodes and decodes.
-        generator: its weights.
-        sampling: settings.
-        numbers: of the samples.
-        keeps_ids: keep token ids of prompts and answers.
-
-    Raises:
-        ConfigError: the model's logits are not finite.
-    """
+    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     wanted = range(numbers.first, numbers.first + numbers.count)
     requests = [

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import policy_config
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, staged_file, text_digest, write_text
 from dpo_dist.generation.sampling.respond import KEY, ModelSource, find_model
 
-_FAILED = "failed-"
+_FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,9 @@ class Parts:
     @classmethod
     def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
         """Return the parts of a stage below `root`; other settings have another folder."""
-        return cls(root / f"{stage}-{settings_digest(settings)[:16]}", count, settings)
+        return cls(
+            root / f"{stage}-{text_digest(json.dumps(settings, sort_keys=True))[:16]}", count, settings
+        )
 
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""
@@ -51,8 +51,7 @@ class Parts:
         """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         collect_abandoned(self.folder)
-        for flag in self.folder.glob(f"{_FAILED}*"):
-            flag.unlink(missing_ok=True)
+        (self.folder / _FAILED).unlink(missing_ok=True)
         write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
@@ -67,25 +66,8 @@ class Parts:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     def read(self, index: int) -> list[dict[str, Any]]:
-        """Return the rows of a finished part.
-
-        Raises:
-            ConfigError: the file is missing or damaged.
-        """
-        try:
-            return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as fault:
-            raise ConfigError(
-                "a finished part cannot be read",
-                where=str(self.file(index)),
-                got=(str(fault).splitlines() or [""])[0],
-                remedy="delete this file and run the same command again",
-            ) from fault
-
-
-def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Return 32 hex digits over settings."""
-    return text_digest(json.dumps(settings, sort_keys=True))
+        """Return the rows of a finished part."""
+        return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
 
 
 def work_on(
@@ -95,19 +77,8 @@ def work_on(
     work: Callable[[int], list[dict[str, Any]]],
     while_waiting: WhileWaiting,
 ) -> None:
-    """Finish all parts; the processes share them. If one process fails, all end with its error. Collective.
-
-    Args:
-        parts: the stage.
-        unfinished: from `Parts.open`, the same on all ranks.
-        world: the processes.
-        work: returns the rows of a part.
-        while_waiting: called with the seconds so far.
-
-    Raises:
-        DpoDistError: that of the lowest rank that failed.
-    """
-    flag = parts.folder / world.on_main(lambda: f"{_FAILED}{uuid.uuid4().hex}")
+    """Finish the parts of `Parts.open`, which the processes share. Collective."""
+    flag = parts.folder / _FAILED
 
     def my_parts() -> None:
         try:
@@ -120,11 +91,7 @@ def work_on(
                 flag.touch()
             raise
 
-    try:
-        world.together(my_parts, while_waiting)
-    finally:
-        if world.is_main:
-            flag.unlink(missing_ok=True)
+    world.together(my_parts, while_waiting)
 
 
 class Screen(Protocol):
@@ -148,13 +115,7 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Stages:
-    """The processes that finish stages together. Methods are collective.
-
-    Attributes:
-        world: the processes.
-        screen: of rank 0.
-        remedy: the keys to lower if memory runs out.
-    """
+    """The processes that finish stages together; `remedy` if memory runs out. Methods are collective."""
 
     world: World
     screen: Screen

@@ -10,8 +10,6 @@ from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.generation.judges.judge import Judge, Judgement, Question
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
-Texts = Sequence[str | None]
-"""The responses of all models to one prompt; None: the prompt was dropped."""
 
 
 def compares(pairs: PairsConfig) -> bool:
@@ -36,33 +34,24 @@ def describe(judge: dict[str, Any]) -> str:
 
 
 def score_texts(
-    records: Sequence[PreferenceRecord], texts: Sequence[Texts], judge: Judge
+    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
 ) -> list[dict[str, Any]]:
     """Return `{"scores": [score or null of each model], "counts": {...}}` for each prompt.
 
     Equal responses are scored once; an empty one has no score.
     """
-    different = [
-        list(dict.fromkeys(text for text in own if text is not None and text.strip())) for own in texts
-    ]
-    asked = [index for index, own in enumerate(different) if own]
-    judgements = judge.judge([_question(records[index], different[index]) for index in asked])
-    scores: dict[int, dict[str, float | None]] = {
-        index: dict(zip(different[index], found.scores, strict=True))
-        for index, found in zip(asked, judgements, strict=True)
-    }
-    counts = {index: found.counts for index, found in zip(asked, judgements, strict=True)}
-    return [
-        {
-            "scores": [scores.get(index, {}).get(text) if text is not None else None for text in own],
-            "counts": _positive(counts.get(index, Counter())),
-        }
-        for index, own in enumerate(texts)
-    ]
+    different = [tuple(dict.fromkeys(filter(str.strip, own))) for own in texts]
+    questions = [Question(record, own) for record, own in zip(records, different, strict=True) if own]
+    judgements, rows = iter(judge.judge(questions)), []
+    for own, asked in zip(texts, different, strict=True):
+        judgement = next(judgements) if asked else Judgement([])
+        scores = dict(zip(asked, judgement.scores, strict=True))
+        rows.append({"scores": [scores.get(text) for text in own], "counts": _positive(judgement.counts)})
+    return rows
 
 
 def compare_texts(
-    records: Sequence[PreferenceRecord], texts: Sequence[Texts], judge: Judge
+    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
 ) -> list[dict[str, Any]]:
     """Return `{"credits": [...], "counts": {...}}` for each prompt: credits of the first of every two models.
 
@@ -71,32 +60,30 @@ def compare_texts(
     """
     rows: list[dict[str, Any]] = []
     questions: list[tuple[int, int, Question]] = []
-    for index, own in enumerate(texts):
-        own_credits: list[float | None] = []
-        for first, second in itertools.combinations(own, 2):
-            if _has_text(first) and _has_text(second) and first != second:
-                questions.append((index, len(own_credits), _question(records[index], [first, second])))
-            own_credits.append(without_judge(first, second))
+    for index, (record, own) in enumerate(zip(records, texts, strict=True)):
+        pairs = list(itertools.combinations(own, 2))
+        own_credits = [without_judge(*pair) for pair in pairs]
+        open_pairs = [at for at, decided in enumerate(own_credits) if decided is None]
+        questions += [(index, at, Question(record, pairs[at])) for at in open_pairs]
         rows.append({"credits": own_credits, "counts": Counter()})
-    found: list[Judgement] = judge.judge([question for *_, question in questions])
-    for (index, at, _), judgement in zip(questions, found, strict=True):
+    judgements = judge.judge([question for *_, question in questions])
+    for (index, at, _), judgement in zip(questions, judgements, strict=True):
         rows[index]["credits"][at] = judgement.scores[0]
         rows[index]["counts"] += judgement.counts
     return [row | {"counts": _positive(row["counts"])} for row in rows]
 
 
-def without_judge(first: str | None, second: str | None) -> float | None:
+def without_judge(first: str, second: str) -> float | None:
     """Return the credit of the first response if no judge is needed: equal ones tie, an empty one loses."""
-    if first is None or second is None:
-        return None
-    if first == second or not (_has_text(first) or _has_text(second)):
+    has_first, has_second = bool(first.strip()), bool(second.strip())
+    if first == second or not (has_first or has_second):
         return TIE
-    if _has_text(first) and _has_text(second):
+    if has_first and has_second:
         return None
-    return WIN if _has_text(first) else LOSS
+    return WIN if has_first else LOSS
 
 
-def credit(first: str | None, second: str | None, scores: tuple[float | None, float | None]) -> float | None:
+def credit(first: str, second: str, scores: tuple[float | None, float | None]) -> float | None:
     """Return the credit of the first response by its score; None if one of them has none."""
     decided = without_judge(first, second)
     one, other = scores
@@ -110,23 +97,12 @@ def all_credits(
 ) -> list[float | None]:
     """Return the credit of the first of every two models, in the order of `itertools.combinations`.
 
-    Args:
-        texts: the models' responses to one prompt.
-        scores: of each.
-        verdicts: of a judge that compares, in the same order; None: scores decide.
+    `verdicts` are those of a judge that compares, in the same order; None: scores decide.
     """
     if verdicts is not None:
         return list(verdicts)
     pairs = itertools.combinations(zip(texts, scores, strict=True), 2)
     return [credit(first, second, (one, other)) for (first, one), (second, other) in pairs]
-
-
-def _has_text(text: str | None) -> bool:
-    return text is not None and bool(text.strip())
-
-
-def _question(record: PreferenceRecord, texts: Sequence[str | None]) -> Question:
-    return Question(record, tuple(map(str, texts)))
 
 
 def _positive(counts: Counter[str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.manifest import MANIFEST
-from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -156,17 +156,7 @@ def _row(
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
-    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective.
-
-    Args:
-        model: of the comparison.
-        folder: of the folders written from checkpoints; one that exists is used again.
-        stages: the processes.
-
-    Raises:
-        ConfigError: the checkpoint's run has no configuration, or its base model does not exist.
-        CheckpointError: the checkpoint is damaged.
-    """
+    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if model.kind is not Kind.checkpoint:
         return model.location
     checkpoint = Path(model.location).resolve()
@@ -210,17 +200,34 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     Raises:
         DpoDistError: data, a model or the judge cannot be used, or no prompt is left.
     """
-    with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
-        stages.world.on_main(lambda: held.enter_context(_only_start(config)))
-        stages.world.on_main(lambda: announce_replaced(RunFolder.of(config), models, screen))
-        return _Comparison(config, models, stages).run()
-
-
-def _only_start(config: RunConfig) -> Any:
-    """Lock the folder of the comparison: two starts would write the same parts."""
-    folder = RunFolder.of(config)
+    folder, settings = RunFolder.of(config), config.compare
+    # Two starts would write the same parts.
     remedy = "wait until it ends, or set another run.dir"
-    return locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
+    only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
+    with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
+        world, parts = stages.world, folder.comparison_parts
+        world.on_main(lambda: held.enter_context(only))
+        world.on_main(lambda: announce_replaced(folder, models, screen))
+        prompts = world.on_main(
+            lambda: open_prompts(write_held_out(parts, config, screen.say), settings.part_prompts),
+            screen.heartbeat("reading prompts"),
+        )
+        judge: dict[str, Any] | None = None
+        if has_judge(config.pairs):
+            judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
+        speakers = []
+        for model in models:
+            location = whole_model(model, folder.comparison_models, stages)
+            source = stages.found(location, config, KEY)
+            speakers.append(Speaker(model, source, config, stages, parts, prompts))
+        finished = _finished(speakers, stages)
+        if judge is not None:
+            judged = _judged(finished.responses, judge, config, prompts, stages)
+            finished = replace(finished, judged=judged)
+        return world.on_main(
+            lambda: _write(finished, speakers, judge, config, prompts, screen),
+            screen.heartbeat("writing the comparison"),
+        )
 
 
 def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Screen) -> None:
@@ -236,141 +243,102 @@ def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Scr
         )
 
 
-class _Comparison:
-    """A start of the verb. Methods are collective unless they say so."""
+def _finished(speakers: Sequence[Speaker], stages: Stages) -> Finished:
+    """Finish the stages of models, with one model at a time in memory: the base last, to score the others."""
+    base, *others = speakers
+    responses: dict[str, Parts] = {}
+    own: dict[str, Parts] = {}
+    for speaker in (*others, base):
+        responses[speaker.name] = speaker.responses()
+        own[speaker.name] = speaker.logps(responses[speaker.name], speaker.name)
+        if speaker is not base:
+            speaker.free()
+    under_base: list[Parts | None] = [own[base.name]]
+    for speaker in others:
+        has_same = base.has_tokens_of(speaker)
+        if not has_same:
+            stages.screen.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
+        under_base.append(base.logps(responses[speaker.name], speaker.name) if has_same else None)
+    base.free()
+    names = [speaker.name for speaker in speakers]
+    return Finished([responses[name] for name in names], [own[name] for name in names], under_base, None)
 
-    def __init__(self, config: RunConfig, models: Sequence[Compared], stages: Stages):
-        self._config, self._stages = config, stages
-        self._world, self._screen = stages.world, stages.screen
-        self._folder = RunFolder.of(config)
-        self._prompts = self._read_prompts()
-        self._judge = self._described_judge()
-        self._speakers = [self._speaker(model) for model in models]
 
-    def run(self) -> dict[str, Any] | None:
-        finished = self._finish()
+def _judged(
+    responses: Sequence[Parts], judge: dict[str, Any], config: RunConfig, prompts: PromptList, stages: Stages
+) -> Parts:
+    """Return the finished judgements."""
+    settings = {"responses": [parts.folder.name for parts in responses], "judge": judge}
+    parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
+    budget = replace(config.pairs, batch_tokens=config.compare.batch_tokens)
+    work = compare_texts if compares(config.pairs) else score_texts
 
-        def write() -> dict[str, Any]:
-            return self._write(finished)
+    @cache
+    def opened() -> Judge:
+        return open_judge(replace(config, pairs=budget), stages.world.device, stages.world.size)
 
-        return self._world.on_main(write, self._screen.heartbeat("writing the comparison"))
+    def part(index: int) -> list[Row]:
+        rows = zip(*(map(Answers.of, own.read(index)) for own in responses), strict=True)
+        texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
+        # A prompt that a model cannot be asked is not judged.
+        asked = [own if len(own) == len(responses) else [] for own in texts]
+        return work(prompts.part(index), asked, opened())
 
-    def _read_prompts(self) -> PromptList:
-        parts, config = self._folder.comparison_parts, self._config
-        return self._world.on_main(
-            lambda: open_prompts(
-                write_held_out(parts, config, self._screen.say), config.compare.part_prompts
-            ),
-            self._screen.heartbeat("reading prompts"),
-        )
+    stages.finish("judgements", parts, part)
+    return parts
 
-    def _described_judge(self) -> dict[str, Any] | None:
-        if not has_judge(self._config.pairs):
-            return None
-        searching = self._screen.heartbeat("looking for the judge")
-        return self._world.on_main(lambda: describe_judge(self._config), searching)
 
-    def _speaker(self, model: Compared) -> Speaker:
-        location = whole_model(model, self._folder.comparison_models, self._stages)
-        source = self._stages.found(location, self._config, KEY)
-        parts = self._folder.comparison_parts
-        return Speaker(model, source, self._config, self._stages, parts, self._prompts)
-
-    def _finish(self) -> Finished:
-        """Finish all stages, with one model at a time in memory: the base last, to score the others."""
-        base, *others = self._speakers
-        responses: dict[str, Parts] = {}
-        own: dict[str, Parts] = {}
-        for speaker in (*others, base):
-            name = speaker.compared.name
-            responses[name] = speaker.responses()
-            own[name] = speaker.logps(responses[name], name)
-            if speaker is not base:
-                speaker.free()
-                return_memory()
-        under_base: list[Parts | None] = [own[base.compared.name]]
-        for speaker in others:
-            name = speaker.compared.name
-            has_same = base.has_tokens_of(speaker)
-            if not has_same:
-                self._screen.say(f"{name}: no KL to {base.compared.name}, which has other token ids")
-            under_base.append(base.logps(responses[name], name) if has_same else None)
-        base.free()
-        return_memory()
-        names = [speaker.compared.name for speaker in self._speakers]
-        in_order = [responses[name] for name in names]
-        return Finished(in_order, [own[name] for name in names], under_base, self._judged(in_order))
-
-    def _judged(self, responses: Sequence[Parts]) -> Parts | None:
-        """Return the finished judgements."""
-        if self._judge is None:
-            return None
-        config, prompts = self._config, self._prompts
-        settings = {"responses": [parts.folder.name for parts in responses], "judge": self._judge}
-        parts = Parts.of(self._folder.comparison_parts, "judgements", settings, prompts.parts)
-        budget = replace(config.pairs, batch_tokens=config.compare.batch_tokens)
-        opened: list[Judge] = []
-        work = compare_texts if compares(config.pairs) else score_texts
-
-        def part(index: int) -> list[Row]:
-            if not opened:
-                opened.append(open_judge(replace(config, pairs=budget), self._world.device, self._world.size))
-            rows = zip(*(map(Answers.of, own.read(index)) for own in responses), strict=True)
-            # A prompt that a model cannot be asked is not judged.
-            all_asked = [[one.answers[0].content for one in row if one.answers] for row in rows]
-            texts = [own if len(own) == len(responses) else [] for own in all_asked]
-            return work(prompts.part(index), texts, opened[0])
-
-        self._stages.finish("judgements", parts, part)
-        return parts
-
-    def _write(self, finished: Finished) -> dict[str, Any]:
-        """Write both files and print what was dropped; not collective."""
-        config, folder = self._config, self._folder
-        names = [speaker.compared.name for speaker in self._speakers]
-        tally, counts = Tally(names), Counter[str]()
-        collect_abandoned(folder.comparison)
-        with staged_file(folder.comparison_answers) as temporary:
-            write_lines(temporary, answers(finished, self._prompts, tally, counts))
-            if not tally.prompts:  # the files of an earlier comparison stay
-                raise DataError(
-                    "no prompt can be used with every model",
-                    where="data.eval",
-                    got="; ".join(line.strip() for line in describe_counts(counts)),
-                    remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
-                )
-        found = comparison(tally, Resampling(config.compare.resamples, config.compare.seed))
-        of_models = zip(self._speakers, found["models"], strict=True)
-        base = self._speakers[0]
-        results = {
-            "base": base.compared.name,
-            "prompts": tally.prompts,
-            "judge": None if self._judge is None else describe(self._judge),
-            "judge_compares": self._judge is not None and compares(config.pairs),
-            **found,
-            "models": [
-                row
-                | {
-                    "path": speaker.compared.path,
-                    "digest": speaker.source.digest,
-                    "revision": hub_commit(speaker.source.folder),
-                    "prompts_encoded_differently": counts.pop(f"{DIFFERING}{row['name']}", 0),
-                }
-                for speaker, row in of_models
-            ],
-            "counts": dict(sorted(counts.items())),
-            "sampling": {
-                "temperature": config.compare.temperature,
-                "max_new_tokens": config.compare.max_new_tokens,
-                "seed": config.compare.seed,
-            },
-            "version": dpo_dist.__version__,
-        }
-        written: dict[str, Any] = plain(results)
-        write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-        for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
-            self._screen.say(line)
-        return written
+def _write(
+    finished: Finished,
+    speakers: Sequence[Speaker],
+    judge: dict[str, Any] | None,
+    config: RunConfig,
+    prompts: PromptList,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Write both files and print what was dropped; on rank 0."""
+    folder, settings = RunFolder.of(config), config.compare
+    tally, counts = Tally([speaker.name for speaker in speakers]), Counter[str]()
+    collect_abandoned(folder.comparison)
+    with staged_file(folder.comparison_answers) as temporary:
+        write_lines(temporary, answers(finished, prompts, tally, counts))
+        if not tally.prompts:  # the files of an earlier comparison stay
+            raise DataError(
+                "no prompt can be used with every model",
+                where="data.eval",
+                got="; ".join(line.strip() for line in describe_counts(counts)),
+                remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
+            )
+    found = comparison(tally, Resampling(settings.resamples, settings.seed))
+    results = {
+        "base": speakers[0].name,
+        "prompts": tally.prompts,
+        "judge": None if judge is None else describe(judge),
+        "judge_compares": judge is not None and compares(config.pairs),
+        **found,
+        "models": [
+            row
+            | {
+                "path": speaker.compared.path,
+                "digest": speaker.source.digest,
+                "revision": hub_commit(speaker.source.folder),
+                "prompts_encoded_differently": counts.pop(f"{DIFFERING}{row['name']}", 0),
+            }
+            for speaker, row in zip(speakers, found["models"], strict=True)
+        ],
+        "counts": dict(sorted(counts.items())),
+        "sampling": {
+            "temperature": settings.temperature,
+            "max_new_tokens": settings.max_new_tokens,
+            "seed": settings.seed,
+        },
+        "version": dpo_dist.__version__,
+    }
+    written: dict[str, Any] = plain(results)
+    write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
+        screen.say(line)
+    return written
 
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:

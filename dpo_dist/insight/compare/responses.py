@@ -20,6 +20,7 @@ from dpo_dist.data.formats import parse_record
 from dpo_dist.data.prompts import eval_part, parse_prompt, prompt_hash
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt
 from dpo_dist.data.sources import pinned, raw_records, source_labels
+from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
@@ -54,9 +55,6 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
     """Write `compare.prompts` different prompts of the evaluation data to a file named by its content.
 
     They are chosen by a hash of `compare.seed` and the prompt, and written in the order of the data.
-
-    Raises:
-        DataError: a source cannot be read, or has no usable prompt.
     """
     wanted = config.compare.prompts
     chosen: list[tuple[int, int, str]] = []  # the smallest hashes, negated: a heap pops its smallest entry
@@ -125,16 +123,7 @@ Row = dict[str, Any]
 
 
 class Speaker:
-    """A model of the comparison; its weights are loaded when a process has its first part to do.
-
-    Args:
-        compared: its name and place.
-        source: its files.
-        config: of the comparison.
-        stages: the processes.
-        folder: of the finished parts.
-        prompts: of all models.
-    """
+    """A model of the comparison; its weights are loaded when a process has its first part to do."""
 
     def __init__(
         self,
@@ -147,7 +136,7 @@ class Speaker:
     ):
         self.compared, self.source = compared, source
         self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
-        settings = config.compare
+        self.name, settings = compared.name, config.compare
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
 
     @cached_property
@@ -205,7 +194,7 @@ class Speaker:
             rows = respond(records, self.responder, self, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
-        self._stages.finish(f"responses of {self.compared.name}", parts, part)
+        self._stages.finish(f"responses of {self.name}", parts, part)
         return parts
 
     def logps(self, responses: Parts, of: str) -> Parts:
@@ -227,8 +216,7 @@ class Speaker:
             found = response_logps(self._packed, rows, budget, device)
             return [{"logp": logp} for logp in found]
 
-        name = self.compared.name
-        title = f"log-probs of {name}" if of == name else f"log-probs of {of}'s responses under {name}"
+        title = f"log-probs of {of}" + ("" if of == self.name else f"'s responses under {self.name}")
         self._stages.finish(title, parts, part)
         return parts
 
@@ -240,20 +228,14 @@ class Speaker:
     def free(self) -> None:
         """Forget the weights."""
         vars(self).pop("_packed", None)
+        return_memory()
 
 
 @torch.inference_mode()
 def response_logps(
     packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
 ) -> list[float | None]:
-    """Return the sum of the log-probs of each row's response, in nats; None without a response.
-
-    Args:
-        packed: the model that scores.
-        rows: of `respond`, with token ids; one answer each, or none.
-        budget: most tokens of a batch, with padding; a longer sequence is a batch of its own.
-        device: of the forward.
-    """
+    """Return the sum of the log-probs of each row's response, in nats; None without a response."""
     sequences = {
         index: Sequences(_ids(row.prompt_ids), (_ids(row.answers[0].ids),))
         for index, row in enumerate(rows)

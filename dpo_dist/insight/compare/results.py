@@ -40,12 +40,7 @@ class Tally:
     _values: dict[str, list[Measured]] = field(default_factory=dict)
 
     def add(self, responses: Mapping[str, Row], own_credits: Sequence[float | None] | None) -> None:
-        """Add the responses to a prompt.
-
-        Args:
-            responses: by model, as in `answers.jsonl`.
-            own_credits: of `all_credits`; None without a judge.
-        """
+        """Add the responses to a prompt."""
         self.prompts += 1
         for name, response in responses.items():
             for metric, value in _measured(response).items():

@@ -57,11 +57,7 @@ def check_comparison(config: RunConfig) -> list[Compared]:
 
 
 def compared_models(written: list[str]) -> list[Compared]:
-    """Return the models of `compare.models`.
-
-    Raises:
-        ConfigError: there are fewer than two, one does not exist, or two have the same name.
-    """
+    """Return the models of `compare.models`."""
     if len(written) < 2:
         raise ConfigError(
             "a comparison needs two models",
