@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
@@ -22,24 +23,32 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.optional_packages import check_flash_attn, has_flash_attn
-from dpo_dist.model.sdpa import Layout, MaskRule, Scores, SegmentAttention, mask_rule, not_causal
-
-
-def corrected_query(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Return the queries [tokens, heads, dim] with the temperature of their positions instead of indices."""
-    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
-        return query
-    indices = torch.arange(len(query), device=query.device)
-    ratios = _factors(module, positions) / _factors(module, indices)  # 1, exactly, below floor_scale
-    return (query * ratios[:, None, None]).to(query.dtype)
-
-
-def _factors(module: Any, positions: Tensor) -> Tensor:
-    scale: float = module.attn_scale
-    return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * scale + 1
-
+from dpo_dist.model.sdpa import (
+    Layout,
+    MaskRule,
+    Scores,
+    SegmentAttention,
+    mask_rule,
+    not_causal,
+    with_one_dim,
+)
 
 log = logging.getLogger(__name__)
+
+
+def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Return queries [tokens, heads, dim] of Llama 4 with the temperature of positions, not of indices."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def factors(places: Tensor) -> Tensor:
+        scale: float = module.attn_scale
+        return torch.log1p(torch.floor((places.float() + 1) / module.floor_scale)) * scale + 1
+
+    indices = torch.arange(len(query), device=query.device)
+    ratios = factors(positions) / factors(indices)  # 1, exactly, below floor_scale
+    return (query * ratios[:, None, None]).to(query.dtype)
+
 
 # The kernels are compiled for heads of these sizes.
 LARGEST_HEAD = 256
@@ -102,49 +111,45 @@ class VarlenAttention:
         if lacking is not None:
             _log_sdpa(self.backend, lacking)
             return self._by_segment(query, key, value, scores)
-        earlier = -1
-        if is_windowed:
-            assert scores.window is not None
-            earlier = scores.window - 1
+        window = scores.window if is_windowed else None
         key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
-        attended: Tensor
+        dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
         if self.backend is AttentionBackend.flash_attention_2:
-            from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  (optional extra)
-
-            attended = flash_attn_varlen_func(
-                query,
-                key,
-                value,
-                cu_query,
-                cu_key,
-                max_query,
-                max_key,
-                softmax_scale=scores.scale,
-                causal=True,
-                window_size=(earlier, -1 if earlier < 0 else 0),
-                softcap=scores.softcap or 0.0,
+            attended: Tensor = _flash_attention_forward(
+                query[None],
+                key[None],
+                value[None],
+                None,
+                query_length=len(query),
+                is_causal=True,
+                softmax_scale=scale,
+                sliding_window=window,
+                softcap=scores.softcap,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
-            )
+                cu_seq_lens_q=cu_query,
+                cu_seq_lens_k=cu_key,
+                max_length_q=max_query,
+                max_length_k=max_key,
+                attn_implementation=self.backend.value,
+            )[0]
         else:
-            attended = _varlen(
-                query, key, value, (cu_query, cu_key), (max_query, max_key), scores.scale, earlier
-            )
-        return attended
+            attended = _varlen(query, key, value, (cu_query, cu_key, max_query, max_key), scale, window)
+        return attended[..., :dim]
 
 
 def _lacking(
     backend: AttentionBackend, query: Tensor, value: Tensor, scores: Scores, is_windowed: bool
 ) -> str | None:
     """Return what a layer needs and the kernel does not compute; None if it computes all."""
-    sizes = {query.shape[-1], value.shape[-1]}
     if scores.sinks is not None:
         return "attention sinks"
     if scores.softcap is not None and backend is AttentionBackend.varlen:
         return "capped scores"
     if is_windowed and (scores.rule is None or scores.window is None or scores.rule.reach != scores.window):
         return "masks other than sliding windows"
-    if len(sizes) > 1 or max(sizes) > LARGEST_HEAD or max(sizes) % _HEAD_MULTIPLE:
-        return f"heads of {' and '.join(str(size) for size in sorted(sizes))} dimensions"
+    if (dim := max(query.shape[-1], value.shape[-1])) > LARGEST_HEAD:
+        return f"heads of {dim} dimensions"
     return None
 
 
@@ -157,30 +162,20 @@ def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cumulative: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    scale: float | None,
-    earlier: int,
+    lengths: tuple[Tensor, Tensor, int, int],
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """Return causal `torch.nn.attention.varlen`, whose keywords differ between versions of torch."""
+    """Return causal `torch.nn.attention.varlen`, which knows groups of heads since torch 2.12."""
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
-    known = inspect.signature(varlen_attn).parameters
-    if not {"scale", "window_size"} <= known.keys():
-        raise ConfigError(
-            "the variable-length attention of this torch version has no scale or no window",
-            where="model.attention",
-            got=f"varlen with torch {torch.__version__}",
-            expected="torch 2.11 or newer",
-            remedy="update torch, or set model.attention=sdpa",
-        )
-    options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in known:
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    attended = varlen_attn(query, key, value, *cumulative, *longest, **options)
+    attended = varlen_attn(query, key, value, *lengths, **options)
     assert isinstance(attended, Tensor)
     return attended
 
@@ -233,7 +228,7 @@ def _interface(
         sinks=options.get("s_aux"),
     )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    query = corrected_query(module, query, packed_positions)
+    query = _with_temperature(module, query, packed_positions)
     return packed(query, key, value, scores)[None], None
 
 

@@ -1,7 +1,7 @@
 """Load a model folder as a packed model, and its tokenizer."""
 
 import logging
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention import check_kernels, choose_backend
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import checkpoint_layers, use_liger
-from dpo_dist.model.memory import PinnedMemory, offload_inputs, tile_mlps
+from dpo_dist.model.memory import offload_inputs, tile_mlps
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
@@ -43,7 +43,8 @@ from dpo_dist.model.supported import (
 from dpo_dist.model.ulysses import TokenExchange
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+# An implementation with a slash, by itself or by part of the model.
+_KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
 
 
 def own_code_error(folder: Path, key: str, file: str = CONFIG_FILE) -> ConfigError | None:
@@ -76,26 +77,14 @@ def check_no_kernels(folder: Path, key: str) -> None:
     Raises:
         ConfigError: it does.
     """
-    for name, value in _values(read_model_json(folder / CONFIG_FILE)):
-        if name in _IMPLEMENTATIONS and any("/" in str(part) for part in _parts(value)):
-            raise ConfigError(
-                "the model's config.json names code on the Hub, which is not run",
-                where=key,
-                got=f"{folder / CONFIG_FILE}: {name} {_first(value)}",
-                expected="an implementation of transformers",
-                remedy=f"remove {name} from config.json: model.attention selects the kernel",
-            )
-
-
-def _values(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield str(name), inner
-            yield from _values(inner)
-
-
-def _parts(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else [value]
+    if named := _KERNEL.search((folder / CONFIG_FILE).read_text(encoding="utf-8")):
+        raise ConfigError(
+            "the model's config.json names code on the Hub, which is not run",
+            where=key,
+            got=f"{folder / CONFIG_FILE}: {' '.join(named[0].split())}",
+            expected="an implementation of transformers",
+            remedy="remove it from config.json: model.attention selects the kernel",
+        )
 
 
 def _first(value: Any) -> str:
@@ -307,10 +296,10 @@ def load_packed(
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
-        offload_inputs(causal_lm, PinnedMemory(device))
+        offload_inputs(causal_lm)
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     if config.mlp_tile_tokens is not None:
-        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens, device, TORCH_DTYPES[config.dtype])
+        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
 

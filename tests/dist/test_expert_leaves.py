@@ -43,7 +43,6 @@ from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
-from tests.unit.model.test_activation_offload import Counted
 
 EXPERTS, UNUSED = 8, 7
 SECONDS = 60
@@ -138,7 +137,7 @@ def listed_steps(
         add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
     checkpoint_layers(model.causal_lm, checkpointing)
     if checkpointing == "full":
-        offload_inputs(model.causal_lm, Counted())
+        offload_inputs(model.causal_lm)
     blocks = [layer.mlp for layer in model.causal_lm.model.layers]
     assert expert_blocks(model.causal_lm) == blocks
     policy = PolicyEngine(model, OPTIM, world)

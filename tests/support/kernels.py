@@ -1,13 +1,12 @@
 """Variable-length attention kernels in plain PyTorch, with the signatures of those that need CUDA."""
 
-import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import modeling_flash_attention_utils
 
 
 def masked_attention(
@@ -126,21 +125,6 @@ def varlen_of_torch_2_11(
     return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
-def varlen_of_torch_2_10(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-    return_aux: Any = None,
-) -> Tensor:
-    """The same where it takes no scale either."""
-    raise AssertionError("not to be called")
-
-
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -182,10 +166,19 @@ def top_left_varlen(
 
 
 def top_left_flash(
-    query: Tensor, key: Tensor, value: Tensor, *lengths: Any, softmax_scale: float | None, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """The same with flash-attn's signature."""
-    return top_left_varlen(query, key, value, *lengths, scale=softmax_scale, window_size=(-1, 0))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return top_left_varlen(q, k, v, *lengths, scale=softmax_scale, window_size=(-1, 0))
 
 
 def put_kernels(
@@ -196,6 +189,7 @@ def put_kernels(
     """Put these in the place of the kernels that need CUDA."""
     varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    flash: Any = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = flash_attn
-    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (None, flash_attn, None, None, None)
+    )

@@ -1,5 +1,7 @@
 """Inputs of checkpointed layers wait elsewhere, and gradients stay the same bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.memory import Elsewhere, check_offload, offload_inputs
+from dpo_dist.model.memory import check_offload, offload_inputs
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
@@ -16,20 +18,20 @@ BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
 LAYERS = 4
 
 
-class Counted(Elsewhere):
-    """Copies in host memory, with the size of each and the order in which they are read."""
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each tensor that goes to the host's memory."""
+    sizes: list[int] = []
+    empty = torch.empty
 
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-        self.read: list[int] = []
+    def counted(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        if "pin_memory" in options and made.numel():
+            sizes.append(made.nbytes)
+        return made
 
-    def put(self, tensor: Tensor) -> tuple[int, Tensor]:
-        self.bytes.append(tensor.nbytes)
-        return len(self.bytes) - 1, tensor.detach().clone()
-
-    def get(self, copy: tuple[int, Tensor]) -> Tensor:
-        self.read.append(copy[0])
-        return copy[1]
+    monkeypatch.setattr(torch, "empty", counted)
+    return sizes
 
 
 def model_of(model_type: str, choice: int | str) -> PackedCausalLM:
@@ -43,17 +45,16 @@ def model_of(model_type: str, choice: int | str) -> PackedCausalLM:
     [*((model_type, "full", LAYERS) for model_type in sorted(ARCHITECTURES)), ("qwen2", 2, LAYERS // 2)],
 )
 def test_the_input_of_each_checkpointed_layer_is_moved_and_gradients_are_equal(
-    model_type: str, choice: int | str, layers: int
+    model_type: str, choice: int | str, layers: int, moved: list[int]
 ) -> None:
     plain = model_of(model_type, choice)
     expected = gradients(plain.causal_lm, plain(BATCH))
-    model, elsewhere = model_of(model_type, choice), Counted()
-    offload_inputs(model.causal_lm, elsewhere)
+    model = model_of(model_type, choice)
+    offload_inputs(model.causal_lm)
     logps = model(BATCH)
     size = len(BATCH.input_ids) * model.causal_lm.config.hidden_size * 4
-    assert elsewhere.bytes == [size] * layers
+    assert moved == [size] * layers
     ours = gradients(model.causal_lm, logps)
-    assert elsewhere.read == list(reversed(range(layers)))
     assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 
@@ -61,18 +62,18 @@ def test_losses_of_routers_have_the_same_gradient() -> None:
     plain = model_of("mixtral", "full")
     expected = gradients(plain.causal_lm, plain(BATCH, with_routing=True)[1])
     model = model_of("mixtral", "full")
-    offload_inputs(model.causal_lm, Counted())
+    offload_inputs(model.causal_lm)
     ours = gradients(model.causal_lm, model(BATCH, with_routing=True)[1])
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 
-def test_scoring_moves_nothing() -> None:
-    model, elsewhere = model_of("qwen2", "full"), Counted()
-    offload_inputs(model.causal_lm, elsewhere)
+def test_scoring_moves_nothing(moved: list[int]) -> None:
+    model = model_of("qwen2", "full")
+    offload_inputs(model.causal_lm)
     with torch.no_grad():
         model.eval()(BATCH)
-    assert not elsewhere.bytes
+    assert not moved
 
 
 def test_a_cpu_has_no_other_memory() -> None:

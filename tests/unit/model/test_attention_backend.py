@@ -1,7 +1,6 @@
 """The attention kernel of a run fits the device, and its results are checked first."""
 
 import importlib.metadata
-import sys
 from functools import wraps
 from typing import Any
 
@@ -14,6 +13,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import Heads, check_kernel, choose_backend, heads_of, scores_of
 from tests.support.kernels import (
+    flash_attn_varlen_func,
     put_kernels,
     top_left_flash,
     top_left_varlen,
@@ -139,7 +139,6 @@ def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    put_kernels(monkeypatch)  # the module, of any version
     monkeypatch.setattr(importlib.metadata, "version", version)
     wanted = AttentionBackend.flash_attention_2
     if "flash-attn" in installed:
@@ -170,10 +169,11 @@ def test_the_kernel_is_checked_with_the_capped_scores_of_the_model(monkeypatch: 
     put_kernels(monkeypatch)
     kinds = scores_of(Gemma2Config(attn_logit_softcapping=0.5))
     assert [(kind.window is None, kind.softcap) for kind in kinds] == [(True, 0.5), (False, 0.5)]
-    flash = sys.modules["flash_attn"].flash_attn_varlen_func
     check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32, kinds)
-    ignores = wraps(flash)(lambda *args, softcap, **options: flash(*args, softcap=0.0, **options))
-    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", ignores)
+    ignores = wraps(flash_attn_varlen_func)(
+        lambda *args, softcap, **options: flash_attn_varlen_func(*args, softcap=0.0, **options)
+    )
+    put_kernels(monkeypatch, flash_attn=ignores)
     with pytest.raises(ConfigError) as raised:
         check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32, kinds)
     assert "capped scores" in raised.value.got

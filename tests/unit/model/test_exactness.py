@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -17,7 +17,6 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_weights import inject_adapter
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.exactness import CheckedModel, check_positions, check_training, settle, trial_sequences
 from dpo_dist.model.load import load_packed
@@ -211,7 +210,7 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
 def test_embeddings_trained_in_full_are_no_table_of_positions() -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen3", max_position_embeddings=VOCABULARY))
     whole = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    inject_adapter(causal_lm, whole, "default")
+    inject_adapter_in_model(whole, causal_lm, "default")
     check_positions(causal_lm, VOCABULARY + 2, "model.path")
     causal_lm.model.positions = nn.Embedding(VOCABULARY, 4)
     with pytest.raises(ConfigError, match="fewer positions"):

@@ -24,8 +24,8 @@ BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
 CPU = torch.device("cpu")
 
 
-def tiled(causal_lm: Any, tokens: int, dtype: torch.dtype = torch.float32) -> Any:
-    tile_mlps(causal_lm, tokens, CPU, dtype)
+def tiled(causal_lm: Any, tokens: int) -> Any:
+    tile_mlps(causal_lm, tokens)
     return causal_lm
 
 
@@ -143,7 +143,7 @@ def test_the_wide_activations_are_not_kept() -> None:
 
 def test_gradients_of_bf16_weights_are_added_in_float32() -> None:
     """Of 1,000 tiles of equal gradients; added in bf16, the sum would stop to grow at a few hundred."""
-    causal_lm = tiled(tiny_causal_lm(tiny_config("qwen2")).bfloat16(), 1, torch.bfloat16)
+    causal_lm = tiled(tiny_causal_lm(tiny_config("qwen2")).bfloat16(), 1)
     mlp = causal_lm.model.layers[0].mlp
     hidden = torch.ones(1, 1000, causal_lm.config.hidden_size, dtype=torch.bfloat16)
     mlp(hidden).sum().backward()
@@ -162,24 +162,6 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     assert other(hidden).abs().max() == 0
 
 
-class Mixing(nn.Module):
-    """Matrices only, and yet a token depends on the others."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.up = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.up(hidden - hidden.mean(dim=-2, keepdim=True))
-
-
-class Shifting(Mixing):
-    """A token depends on the one before it, so that the first tokens do not show it."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.up(hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[..., :-1, :])
-
-
 @pytest.mark.parametrize("model_type", sorted(t for t in ARCHITECTURES if t == "opt" or has_experts(t)))
 def test_layers_with_experts_or_without_an_mlp_of_their_own_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles") as raised:
@@ -187,50 +169,32 @@ def test_layers_with_experts_or_without_an_mlp_of_their_own_are_refused(model_ty
     assert raised.value.where == "model.mlp_tile_tokens"
 
 
-class Adding(Mixing):
+class Adding(nn.Module):
     """The residual is an input, as in BLOOM."""
 
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         return residual + self.up(hidden)
 
 
-class Narrow(Mixing):
-    """Its input is not the hidden state, but a part of it."""
-
-    def __init__(self, width: int):
-        super().__init__(width // 2)
-
-
-class Listed(Mixing):
+class Listed(nn.Module):
     """Each token is computed alone, by one of several parts: an expert may get no tile at all."""
 
     def __init__(self, width: int):
-        super().__init__(width)
+        super().__init__()
         self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
 
     def forward(self, hidden: Tensor) -> Tensor:
         first, second = (part(hidden) for part in self.parts)
-        return torch.where(self.up(hidden).sum(-1, keepdim=True) > 0, first, second)
+        return torch.where(hidden.sum(-1, keepdim=True) > 0, first, second)
 
 
-@pytest.mark.parametrize("kind", [Mixing, Shifting, Adding, Narrow, Listed])
-def test_an_mlp_that_mixes_tokens_or_has_other_inputs_is_refused(kind: type[Mixing]) -> None:
+@pytest.mark.parametrize("kind", [Adding, Listed])
+def test_an_mlp_that_has_other_inputs_or_experts_is_refused(kind: type[nn.Module]) -> None:
     causal_lm = tiny_causal_lm(tiny_config("qwen2"))
     causal_lm.model.layers[1].mlp = kind(causal_lm.config.hidden_size)
     with pytest.raises(ConfigError, match="no MLP that can be computed in tiles"):
         tiled(causal_lm, 4)
-
-
-def test_weights_that_are_sharded_are_examined_by_random_ones() -> None:
-    """Under ZeRO-3 a rank has none of the values while the model is loaded."""
-    for mixes in (False, True):
-        causal_lm = tiny_causal_lm(tiny_config("qwen2"))
-        if mixes:
-            causal_lm.model.layers[1].mlp = Mixing(causal_lm.config.hidden_size)
-        for weight in causal_lm.parameters():
-            weight.ds_shape, weight.data = weight.shape, torch.empty(0)
-        if mixes:
-            with pytest.raises(ConfigError, match="in tiles"):
-                tiled(causal_lm, 4)
-        else:
-            tiled(causal_lm, 4)

@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model import sdpa
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.packed import LogpHead, PackedCausalLM, logit_change
@@ -65,13 +64,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "minicpm3": LOW_RANK | {"dim_model_base": 16},
     "smollm3": {"no_rope_layers": [0, 1]},
 }
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "_SMALLEST_BLOCK", 3)
-    monkeypatch.setattr(sdpa, "_FULL_BLOCK", 3)
-    monkeypatch.setattr(sdpa, "_CPU_SCORE_BYTES", 4 * 4 * 16 * 5)
 
 
 def model_of(model_type: str, own: dict[str, Any], window: int | None = None) -> Any:
