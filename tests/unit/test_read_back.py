@@ -18,7 +18,6 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from dpo_dist.config.run_folder import BEST, RunFolder, best_checkpoints
-from dpo_dist.data.store import read_manifest
 from dpo_dist.distributed import manifest as checkpoint_manifest
 from dpo_dist.distributed.checkpoint_files import (
     load_random_states,
@@ -88,7 +87,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "model description": placed("config.json", lambda folder: read_model_json(folder / "config.json")),
     "weights": placed("a.safetensors", lambda folder: check_weights([folder / "a.safetensors"], "k")),
     "digests": placed(f"{text_digest('a.jsonl')}.json", read_memo),
-    "encoded manifest": placed("manifest.json", read_manifest),
     "best checkpoints": placed(BEST, best_checkpoints),
     "shard": placed("0" * 32 + ".safetensors", lambda folder: open_shard(folder / f"{'0' * 32}.safetensors")),
 }
