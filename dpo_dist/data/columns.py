@@ -236,12 +236,10 @@ _OPENAI_TAGS = {
 def resolved(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
-    Args:
-        source: `path` is the folder with a dataset_info.json, or this file, and `name` the entry.
+    `path` is the folder with a dataset_info.json, or this file, and `name` the entry.
 
     Raises:
-        ConfigError: the entry, or one of its keys, does not exist or has no meaning here.
-        DataError: the file cannot be read, or the entry has no data that can be read.
+        ConfigError, DataError: the file or the entry cannot be read, or has no meaning here.
     """
     file = _registry_file(source)
     if file is None:

@@ -342,13 +342,7 @@ class DataCounts:
 
 
 def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first: bool = False) -> None:
-    """Check that enough records of a source were kept.
-
-    Args:
-        counts: of the records.
-        path: of the source.
-        config: with `data.max_bad_share`.
-        of_first: whether they are the first records of more.
+    """Check that enough records of a source, or `of_first` of its first records, were kept.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or as
