@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_in_order
+from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
 from dpo_dist.data.read import Meter, file_kind
@@ -88,9 +88,6 @@ def prepare_dataset(
         part: the records to encode.
         needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
 
-    Returns:
-        The sources in their order, for `open_dataset`.
-
     Raises:
         DataError: a source cannot be read or changes while it is read, or a record cannot be used and
             `data.on_bad_record` is `error`.
@@ -128,13 +125,17 @@ def _encoded(
     if folder.exists():
         log.warning("%s is damaged and is encoded again", folder)
     meter = Meter()
-    is_complete = partial(_is_complete, cache, fingerprint, source.limit)
+    encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
+
+    def is_complete(written: Path) -> bool:
+        return find_encoded(cache, fingerprint, source.limit) == written
+
     with (
         staged_folder(folder, is_complete) as temporary,
         closing(SourceWriter(temporary, source.path)) as writer,
         progress(source.path) as count,
     ):
-        with closing(encode_in_order(_chunks(source, meter), config, tokenizer, part)) as chunks:
+        with closing(in_order(_chunks(source, meter), encode, config.processes)) as chunks:
             for chunk in chunks:
                 writer.add(chunk)
                 count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
@@ -208,10 +209,6 @@ def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) 
     with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
     known = argument_names(template) | argument_names(with_tools)
     check_arguments(config.template_arguments or (), known)
-
-
-def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
-    return find_encoded(cache, fingerprint, limit) == folder
 
 
 def source_state(source: SourceConfig) -> list[str]:

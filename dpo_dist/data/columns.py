@@ -1,7 +1,7 @@
 """Other names of a source's fields: `columns` and `tags`, and LLaMA-Factory's `dataset_info.json`."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,20 +210,9 @@ _FILE = "dataset_info.json"
 _LOCATIONS = ("file_name", "hf_hub_url")
 # Locations that cannot be read here, and a checksum that only LLaMA-Factory's old loader compared.
 _OTHER_LOCATIONS = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_OPTIONS = (
-    "subset",
-    "split",
-    "folder",
-    "revision",
-    "num_samples",
-    "ranking",
-    "formatting",
-    "columns",
-    "tags",
-)
-_UNUSED = ("file_sha1",)
-_TYPES: dict[str, type] = {
-    **dict.fromkeys((*_LOCATIONS, "subset", "split", "folder", "revision", "formatting"), str),
+_KEYS: dict[str, type] = {
+    **dict.fromkeys((*_LOCATIONS, *_OTHER_LOCATIONS, "file_sha1"), str),
+    **dict.fromkeys(("subset", "split", "folder", "revision", "formatting"), str),
     **{"num_samples": int, "ranking": bool, "columns": dict, "tags": dict},
 }
 _MEDIA = {name: name for name in ("images", "videos", "audios")}
@@ -247,12 +236,10 @@ _OPENAI_TAGS = {
 def resolved(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
-    Args:
-        source: `path` is the folder with a dataset_info.json, or this file, and `name` the entry.
+    `path` is the folder with a dataset_info.json, or this file, and `name` the entry.
 
     Raises:
-        ConfigError: the entry, or one of its keys, does not exist or has no meaning here.
-        DataError: the file cannot be read, or the entry has no data that can be read.
+        ConfigError, DataError: the file or the entry cannot be read, or has no meaning here.
     """
     file = _registry_file(source)
     if file is None:
@@ -274,7 +261,7 @@ def resolved(source: SourceConfig) -> SourceConfig:
             else f"write {{path: {source.path}, name: ENTRY}}; to read "
             "files without it, set path to a file or pattern",
         )
-    return _Entry(source, file, entries[source.name]).source()
+    return _described(source, file, entries[source.name])
 
 
 def _registry_file(source: SourceConfig) -> Path | None:
@@ -312,122 +299,98 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
     )
 
 
-class _Entry:
-    """One entry of a file, as the source that `source` asks for."""
-
-    def __init__(self, source: SourceConfig, file: Path, entry: Mapping[str, Any]) -> None:
-        self.asked, self.file, self.entry = source, file, entry
-        self.where = f"{source.name} in {file}"
-
-    def source(self) -> SourceConfig:
-        """Return the described source, with the asked one's weight and limit."""
-        self._check()
-        kind, fields = _COLUMNS[self.entry.get("formatting") or "alpaca"]
-        found = replace(
-            self.asked,
-            name=None,
-            format=kind,
-            columns=self._columns(fields),
-            tags=self._tags(),
-            limit=self._limit(),
+def _described(source: SourceConfig, file: Path, entry: Mapping[str, Any]) -> SourceConfig:
+    """Return the source that an entry describes, with the weight and limit of the one that asks for it."""
+    where = f"{source.name} in {file}"
+    formatting = entry.get("formatting") or "alpaca"
+    _check_entry(source, where, entry, formatting)
+    kind, fields = _COLUMNS[formatting]
+    columns = {name: column for name, column in (entry.get("columns") or {}).items() if column}
+    named: dict[str, str | None] | None = None
+    if columns:  # as in LLaMA-Factory, no other column is read
+        named = {**{fields[name]: column for name, column in columns.items()}, OTHERS: None}
+    elif entry.get("ranking") is False:
+        named = {"chosen": None, "rejected": None}
+    tags = {tag: name for tag, name in (entry.get("tags") or {}).items() if name}
+    usual = _OPENAI_TAGS if formatting == "openai" else {}
+    limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
+    # LLaMA-Factory reads alpaca's texts without tags, and gives every local file the split train.
+    found = replace(
+        source,
+        name=None,
+        format=kind,
+        columns=named,
+        tags=None if formatting == "alpaca" else {**usual, **tags} or None,
+        limit=min(limits, default=None),
+        split=entry.get("split"),
+    )
+    if hub := entry.get("hf_hub_url"):
+        return replace(
+            found,
+            path=hub,
+            name=entry.get("subset"),
+            data_dir=entry.get("folder"),
+            revision=entry.get("revision"),
         )
-        if self.entry.get("hf_hub_url"):
-            return replace(
-                found,
-                path=self.entry["hf_hub_url"],
-                name=self.entry.get("subset"),
-                data_dir=self.entry.get("folder"),
-                split=self.entry.get("split"),
-                revision=self.entry.get("revision"),
-            )
-        for key in ("subset", "folder", "revision"):
-            if self.entry.get(key):
-                raise self._fault(f"{key} has no effect on a file", self.entry[key], remedy=f"remove {key}")
-        # LLaMA-Factory gives every local file the split train.
-        split = self.entry.get("split")
-        path = self.file.parent / self.entry["file_name"]
-        return replace(found, path=str(path), split=None if split == "train" else split)
+    return replace(
+        found,
+        path=str(file.parent / entry["file_name"]),
+        split=None if found.split == "train" else found.split,
+    )
 
-    def _check(self) -> None:
-        asked = self.asked
-        for key, value in (
-            ("split", asked.split),
-            ("data_dir", asked.data_dir),
-            ("revision", asked.revision),
-        ):
-            if value is not None:
-                raise self._fault(
-                    f"{key} of the source has no effect", value, remedy=f"the entry decides: set its {key}"
-                )
-        form = None if asked.format is DataFormat.auto else asked.format
-        for key, value in (("format", form), ("columns", asked.columns), ("tags", asked.tags)):
-            if value:
-                raise self._fault(
-                    f"{key} of the source has no effect",
-                    value,
-                    remedy="the entry decides; or set path to its file",
-                )
-        for key, kind in _TYPES.items():
-            if self.entry.get(key) is not None and not isinstance(self.entry[key], kind):
-                raise self._fault(f"{key} of the entry has the wrong type", self.entry[key])
-        self._check_keys("key", self.entry, (*_LOCATIONS, *_OPTIONS, *_OTHER_LOCATIONS, *_UNUSED))
-        formatting = self.entry.get("formatting") or "alpaca"
-        if formatting not in _COLUMNS:
-            raise self._fault("unknown formatting", formatting, expected=", ".join(_COLUMNS))
-        if not any(self.entry.get(key) for key in _LOCATIONS):
-            others = [key for key in _OTHER_LOCATIONS if self.entry.get(key)]
-            raise DataError(
-                "the entry names no data that can be read here",
-                where=self.where,
-                got=", ".join(others) or "neither file_name nor hf_hub_url",
-                expected=" or ".join(_LOCATIONS),
-                remedy="download the data and set file_name",
-            )
-        columns = self.entry.get("columns") or {}
-        self._check_keys("column", columns, tuple(_COLUMNS[formatting][1]))
-        self._check_ranking(columns)
 
-    def _check_ranking(self, columns: Mapping[str, Any]) -> None:
-        if columns.get("kto_tag"):
-            raise DataError(
-                "the entry has unpaired responses with a good/bad label (KTO)",
-                where=self.where,
-                got=f"kto_tag: {columns['kto_tag']}",
-                expected="pairs: columns with chosen and rejected",
-                remedy=UNPAIRED_REMEDY,
-            )
-        sides = [name for name in ("chosen", "rejected") if columns.get(name)]
-        if sides and not self.entry.get("ranking"):
-            raise self._fault(
-                "the entry has sides of pairs, but is no ranking",
-                ", ".join(sides),
-                expected='"ranking": true',
-                remedy="add it to the entry; LLaMA-Factory would not read these columns without it",
-            )
+def _check_entry(source: SourceConfig, where: str, entry: Mapping[str, Any], formatting: str) -> None:
+    """Check the names and types in an entry, and that the source asks for nothing beside it."""
+    for key in ("format", "columns", "tags", "split", "data_dir", "revision"):
+        if getattr(source, key) not in (None, DataFormat.auto):
+            remedy = f"the entry decides: set its {key}, or set path to its file"
+            raise _fault(where, f"{key} of the source has no effect", getattr(source, key), remedy=remedy)
+    _check_known(where, "key", entry, _KEYS)
+    for key, kind in _KEYS.items():
+        if entry.get(key) is not None and not isinstance(entry[key], kind):
+            raise _fault(where, f"{key} of the entry has the wrong type", entry[key])
+    if formatting not in _COLUMNS:
+        raise _fault(where, "unknown formatting", formatting, ", ".join(_COLUMNS))
+    _check_known(where, "column", entry.get("columns") or {}, _COLUMNS[formatting][1])
+    _check_known(where, "tag", entry.get("tags") or {}, TAGS)
+    _check_location(where, entry)
+    _check_ranking(where, entry)
 
-    def _check_keys(self, kind: str, names: Mapping[str, Any], known: tuple[str, ...]) -> None:
-        if unknown := [name for name in names if name not in known]:
-            raise self._fault(f"unknown {kind} of the entry", ", ".join(unknown), expected=", ".join(known))
 
-    def _columns(self, fields: Mapping[str, str]) -> dict[str, str | None] | None:
-        """Return the field of each column; as in LLaMA-Factory, no other column is read."""
-        columns = {name: column for name, column in (self.entry.get("columns") or {}).items() if column}
-        if not columns:
-            return {"chosen": None, "rejected": None} if self.entry.get("ranking") is False else None
-        return {**{fields[name]: column for name, column in columns.items()}, OTHERS: None}
+def _check_location(where: str, entry: Mapping[str, Any]) -> None:
+    if not any(entry.get(key) for key in _LOCATIONS):
+        raise DataError(
+            "the entry names no data that can be read here",
+            where=where,
+            got=", ".join(key for key in _OTHER_LOCATIONS if entry.get(key)) or "no location",
+            expected=" or ".join(_LOCATIONS),
+            remedy="download the data and set file_name",
+        )
+    for key in ("subset", "folder", "revision"):
+        if entry.get(key) and not entry.get("hf_hub_url"):
+            raise _fault(where, f"{key} has no effect on a file", entry[key], remedy=f"remove {key}")
 
-    def _tags(self) -> dict[str, str] | None:
-        given = self.entry.get("tags") or {}
-        self._check_keys("tag", given, tuple(TAGS))
-        formatting = self.entry.get("formatting") or "alpaca"
-        if formatting == "alpaca":  # LLaMA-Factory reads its texts without tags
-            return None
-        usual = _OPENAI_TAGS if formatting == "openai" else {}
-        return {**usual, **{tag: name for tag, name in given.items() if name}} or None
 
-    def _limit(self) -> int | None:
-        limits = [limit for limit in (self.asked.limit, self.entry.get("num_samples")) if limit is not None]
-        return min(limits, default=None)
+def _check_ranking(where: str, entry: Mapping[str, Any]) -> None:
+    columns = entry.get("columns") or {}
+    if columns.get("kto_tag"):
+        raise DataError(
+            "the entry has unpaired responses with a good/bad label (KTO)",
+            where=where,
+            got=f"kto_tag: {columns['kto_tag']}",
+            expected="pairs: columns with chosen and rejected",
+            remedy=UNPAIRED_REMEDY,
+        )
+    sides = [name for name in ("chosen", "rejected") if columns.get(name)]
+    if sides and not entry.get("ranking"):
+        what = "the entry has sides of pairs, but is no ranking"
+        raise _fault(where, what, ", ".join(sides), '"ranking": true')
 
-    def _fault(self, what: str, got: Any, *, expected: str = "", remedy: str = "") -> ConfigError:
-        return ConfigError(what, where=self.where, got=str(got), expected=expected, remedy=remedy)
+
+def _check_known(where: str, kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(known)):
+        raise _fault(where, f"unknown {kind} of the entry", ", ".join(unknown), ", ".join(known))
+
+
+def _fault(where: str, what: str, got: Any, expected: str = "", remedy: str = "") -> ConfigError:
+    return ConfigError(what, where=where, got=str(got), expected=expected, remedy=remedy)

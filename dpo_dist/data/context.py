@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,14 +241,6 @@ def _exchanges(history: Any) -> list[Message] | None:
     return turns
 
 
-# No text of this length is in a prompt by chance.
-_LONG = 16
-# What may be around a shorter one: ends of lines, `Question:`, `1.`, quotes, markers of a template.
-_BEFORE = re.compile(r'(?:[\n:\uff1a>\]"\u201c*`]|\n[ \t]*(?:-|\d+[.)]))[ \t]*\Z')
-_AFTER = re.compile(r'[ \t]*(?:[\n\r<\["\u201d*`]|\w+[:\uff1a])')
-_NEAR = 32
-
-
 def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
     value = spelled_messages(record.get(name), "user")
@@ -260,24 +251,7 @@ def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     else:
         texts_of = [value]
     whole = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _as_messages(prompt)]
-    return not all(
-        isinstance(one, str) and any(_is_part(one.strip(), text) for text in whole) for one in texts_of
-    )
-
-
-def _is_part(text: str, whole: str) -> bool:
-    """Return whether another text repeats a text: a long one anywhere, else as a part of its own."""
-    start = whole.find(text)
-    if start >= 0 and (not text or len(text) >= _LONG or text == whole.strip()):
-        return True
-    while start >= 0:
-        end = start + len(text)
-        before = "\n" + whole[:_NEAR][:start] if start < _NEAR else whole[start - _NEAR : start]
-        after = whole[end : end + _NEAR] + ("" if end + _NEAR < len(whole) else "\n")
-        if _BEFORE.search(before) and _AFTER.match(after):
-            return True
-        start = whole.find(text, start + 1)
-    return False
+    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts_of)
 
 
 def _is_number(value: Any, neutral: float) -> bool:

@@ -10,39 +10,88 @@ from dpo_dist.config.data import DataConfig, TextTemplate
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
-_WORDS = {
-    # Records that are dropped.
-    "unparsable": "the line cannot be parsed",
-    "unknown_format": "the fields are of no known format",
-    "ambiguous_format": "the record has two formats, or two different pairs",
-    "unpaired": "a single response with a good or bad label",
-    "missing_field": "a prompt or response is missing",
-    "no_ranking": "fewer than two responses",
-    "all_tied": "no response is better than another",
-    "history_differs": "the turns before the two responses differ",
-    "not_one_answer": "a side does not end with a turn of the assistant",
-    "roles_out_of_turn": "the roles of the turns are unknown or out of order",
-    "untrained_response": "no turn of a response has a weight in the loss",
-    "unread_content": "a field that the responses may depend on is not read",
-    "invalid_tools": "the definitions of tools are no JSON objects",
-    "invalid_tool_call": "a tool call is no JSON object",
-    "invalid_scores": "a score is missing, or is no number",
-    "invalid_unicode": "a text is no valid Unicode",
-    "reserved_character": "a text has a character that the encoder reserves",
-    "special_token_in_text": "a text spells a special token, and the tokenizer cannot encode it as text",
-    "template_rejected": "the chat template rejects the conversation",
-    "turn_not_rendered": "the chat template does not write a turn of a response",
-    "turns_not_found": "the turns of a response are not found in the output of the chat template",
-    "no_trained_token": "the loss would count no token of a response",
-    "empty_prompt": "the prompt is empty",
-    "empty_response": "a response is empty",
-    "identical_responses": "two responses are the same",
-    "identical_after_encoding": "two responses have the same tokens",
-    "identical_after_truncation": "two responses have the same tokens after they were cut",
-    "too_long": "longer than data.max_length",
-    "prompt_fills_max_length": "the prompt fills data.max_length: no room for a response",
-    "response_fills_max_length": "a response fills data.max_length: no room for the prompt",
-    # Records that are changed, or particular.
+_COLUMNS = (
+    "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; "
+    "correct its format, if one is set"
+)
+UNPAIRED_REMEDY = (
+    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered; "
+    "if the label is no judgement of the response, ignore it: columns: {label: null}"
+)
+_CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a record is dropped, and what to do about it."""
+
+    words: str
+    remedy: str = "correct the records; docs/data.md explains the reason"
+
+
+_REASONS = {
+    "unparsable": Reason(
+        "the line cannot be parsed",
+        "check how the file was written; the name of one with a JSON object per line ends in .jsonl",
+    ),
+    "unknown_format": Reason(
+        "the fields are of no known format",
+        f"{_COLUMNS}; or convert the records to one of the formats in docs/data.md",
+    ),
+    "ambiguous_format": Reason(
+        "the record has two formats, or two different pairs",
+        "set format of the source, or ignore a column: columns: {COLUMN: null}",
+    ),
+    "unpaired": Reason("a single response with a good or bad label", UNPAIRED_REMEDY),
+    "missing_field": Reason("a prompt or response is missing", _COLUMNS),
+    "no_ranking": Reason("fewer than two responses"),
+    "all_tied": Reason("no response is better than another"),
+    "history_differs": Reason("the turns before the two responses differ"),
+    "not_one_answer": Reason("a side does not end with a turn of the assistant"),
+    "roles_out_of_turn": Reason("the roles of the turns are unknown or out of order"),
+    "untrained_response": Reason("no turn of a response has a weight in the loss"),
+    "unread_content": Reason(
+        "a field that the responses may depend on is not read",
+        "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
+    ),
+    "invalid_tools": Reason("the definitions of tools are no JSON objects"),
+    "invalid_tool_call": Reason("a tool call is no JSON object"),
+    "invalid_scores": Reason("a score is missing, or is no number"),
+    "invalid_unicode": Reason("a text is no valid Unicode"),
+    "reserved_character": Reason("a text has a character that the encoder reserves"),
+    "special_token_in_text": Reason(
+        "a text spells a special token, and the tokenizer cannot encode it as text"
+    ),
+    "template_rejected": Reason(
+        "the chat template rejects the conversation",
+        "write the turns as the chat template accepts them, or set data.chat_template",
+    ),
+    "turn_not_rendered": Reason("the chat template does not write a turn of a response"),
+    "turns_not_found": Reason("the turns of a response are not found in the output of the chat template"),
+    "no_trained_token": Reason(
+        "the loss would count no token of a response",
+        "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
+    ),
+    "empty_prompt": Reason("the prompt is empty"),
+    "empty_response": Reason("a response is empty"),
+    "identical_responses": Reason("two responses are the same"),
+    "identical_after_encoding": Reason("two responses have the same tokens"),
+    "identical_after_truncation": Reason(
+        "two responses have the same tokens after they were cut", f"raise data.max_length, or {_CUT_PROMPTS}"
+    ),
+    "too_long": Reason(
+        "longer than data.max_length", "raise data.max_length, or set data.truncation=keep_start or keep_end"
+    ),
+    "prompt_fills_max_length": Reason(
+        "the prompt fills data.max_length: no room for a response",
+        f"raise data.max_length, or {_CUT_PROMPTS}",
+    ),
+    "response_fills_max_length": Reason(
+        "a response fills data.max_length: no room for the prompt",
+        "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
+    ),
+}
+_CHANGES = {
     "prompt_truncated": "the start of the prompt is cut",
     "response_truncated": "the end of a response is cut, and with it the token that ends it",
     "chosen_truncated": "the end of the chosen response is cut",
@@ -65,6 +114,7 @@ _WORDS = {
     "left_in_train": "in the training part of the split",
     "prompts_also_in_train": "pairs whose prompt is also in the training data",
 }
+_WORDS = {name: reason.words for name, reason in _REASONS.items()} | _CHANGES
 _UNREAD = "unread_"
 _OWN_LINE = "chat_template_not_applied"
 _NO_CHANGES = frozenset(
@@ -161,65 +211,20 @@ def describe_short_run(sampler: BatchSampler) -> list[str]:
 
 SHOWN_EXAMPLES = 20
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
-_COLUMNS = (
-    "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; "
-    "correct its format, if one is set"
-)
-UNPAIRED_REMEDY = (
-    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered; "
-    "if the label is no judgement of the response, ignore it: columns: {label: null}"
-)
 EMPTY_REMEDY = "check the path, or remove the source"
 _MAX_SHOWN_ORIGINS = 5
-_CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
-_REMEDIES = {
-    "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
-    "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
-    "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
-    "identical_after_truncation": f"raise data.max_length, or {_CUT_PROMPTS}",
-    "unknown_format": f"{_COLUMNS}; or convert the records to one of the formats in docs/data.md",
-    "missing_field": _COLUMNS,
-    "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
-    "unpaired": UNPAIRED_REMEDY,
-    "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
-    "template_rejected": "write the turns as the chat template accepts them, or set data.chat_template",
-    "no_trained_token": "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
-    "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl, "
-    "one with an array in .json",
-}
 
 
 def remedy_of(reason: str) -> str:
     """Return advice about records that are dropped for this reason."""
-    return _REMEDIES.get(reason, "correct the records; docs/data.md explains the reason")
+    return _REASONS.get(reason, Reason("")).remedy
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes and particularities of a kept record, each counted by its name.
+    """Changes and particularities of a kept record, each counted by its name; `_CHANGES` says what they mean.
 
-    Attributes:
-        prompt_truncated: whether the start of the prompt was cut.
-        response_truncated: whether the end of a response was cut.
-        boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
-            prompt would have changed the last tokens of the prompt.
-        templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
-            text prompt ends as in such an output.
-        templated_content: whether the content of a message has tokens that a chat template writes around
-            turns; they are encoded as text.
-        opened_thought_joined: whether the template opens a thought in the prompt, and the opening of the
-            same thought was removed from a response.
-        opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
-            a response has no thought.
-        ended_thought_reopened: whether the template ends a thought in the prompt (`enable_thinking: false`,
-            or by itself), and a response has a thought nevertheless.
-        prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
-            the whole conversation.
-        unknown_template_argument: whether the record has an argument that the chat template does not name.
-        content_not_rendered: whether the chat template omits or changes the content of a turn, the last
-            thought, a tool or a call.
-        partly_trained: whether the loss does not count all tokens of the responses.
-        by_template: whether the chat template rendered the record; not counted, see `Outcome.read_as`.
+    `by_template` says whether the chat template rendered the record; it is not counted.
     """
 
     prompt_truncated: bool = False
@@ -337,13 +342,7 @@ class DataCounts:
 
 
 def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first: bool = False) -> None:
-    """Check that enough records of a source were kept.
-
-    Args:
-        counts: of the records.
-        path: of the source.
-        config: with `data.max_bad_share`.
-        of_first: whether they are the first records of more.
+    """Check that enough records of a source, or `of_first` of its first records, were kept.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or as

@@ -208,28 +208,16 @@ class PreferenceDataset:
         return gaps
 
     def locate_responses(self, response_indices: Indices) -> tuple[Indices, Indices]:
-        """Return the example of each response, and the response's rank in it, int64 each.
-
-        A binary search over the examples: O(responses log examples), without an array of all examples.
-        """
-        low = np.zeros(len(response_indices), dtype=np.int64)
-        high = np.full(len(response_indices), len(self))
-        while (low < high).any():
-            middle = (low + high) // 2
-            ends_before = self._response_ends(np.minimum(middle, len(self) - 1)) <= response_indices
-            low = np.where(ends_before & (low < high), middle + 1, low)
-            high = np.where(ends_before, high, np.minimum(middle, high))
-        return low, response_indices - np.where(low > 0, self._response_ends(np.maximum(low - 1, 0)), 0)
+        """Return the example of each response, and the response's rank in it, int64 each."""
+        ends = self.pair_pieces - np.arange(1, len(self) + 1)
+        examples = np.searchsorted(ends, response_indices, side="right")
+        starts = np.where(examples > 0, ends[np.maximum(examples - 1, 0)], 0)
+        return examples, response_indices - starts
 
     def origin(self, index: int) -> Origin:
         """Return the file and line of an example's record."""
         source, line = self.origins[index]
         return Origin(self.source_paths[int(source)], int(line))
-
-    def _response_ends(self, indices: Indices) -> Indices:
-        """Return the end of each example's responses in `keys`."""
-        ends: Indices = self.pair_pieces[indices] - indices - 1
-        return ends
 
     def _first_pieces(self, indices: Indices) -> Indices:
         if not len(indices):
@@ -321,12 +309,9 @@ def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
 def check_ids_in_vocabulary(
     dataset: PreferenceDataset, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> None:
-    """Check that the model has an embedding of every token id in the data.
+    """Check that the model has an embedding of every token id in the data. Raises ConfigError.
 
     Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
-
-    Raises:
-        ConfigError: an id in the data is `vocab_size` or above.
     """
     largest = dataset.largest_id
     if largest >= vocab_size:
@@ -366,8 +351,7 @@ def check_fits_loss(
         origin: returns the file and line of an example.
 
     Raises:
-        DataError: an example has too few or too many responses, or no score gap above 0 where the loss takes
-            its logarithm.
+        DataError: an example does not fit.
     """
 
     def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -74,21 +73,10 @@ class _Tokens:
 def encode_pair(
     record: PreferenceRecord, tokenizer: "PreTrainedTokenizerBase", data_config: DataConfig
 ) -> EncodedExample | BadRecord:
-    """Encode one record within the configured lengths.
+    """Encode one record within the configured lengths; a bad record has the reason.
 
-    The chat template renders messages, and dialogues if the tokenizer has one; plain text only with
-    `data.text_as_messages`. With `data.template=applied` special tokens are encoded as such in a text that
-    seems to be the output of a template. A prompt starts with the tokenizer's BOS exactly once; a response
-    ends with its end-of-turn token (plain text: EOS) exactly once. A special token spelled in a content is
-    encoded as text.
-
-    Args:
-        record: from `read_records`.
-        tokenizer: of the policy; probed at its first use.
-        data_config: limits in tokens, truncation, and the keys about templates and untrained parts.
-
-    Returns:
-        The example, or a bad record with its reason.
+    A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
+    text: EOS) exactly once. A special token spelled in a content is encoded as text.
 
     Raises:
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
@@ -389,31 +377,6 @@ _MAX_PROCESSES = 16
 # Fewer are encoded before other processes have started.
 _MIN_CHUNKS = 2048 // CHUNK_RECORDS
 _CHUNKS_AHEAD = 2
-
-
-def encode_in_order(
-    chunks: Iterable[Records],
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    part: Part = ALL_RECORDS,
-) -> Generator[EncodedChunk, None, None]:
-    """Encode chunks of records on `data.processes` processes; the result does not depend on their number.
-
-    Closing the generator ends the processes.
-
-    Args:
-        chunks: of about `CHUNK_RECORDS` records each; a few per process are in memory at a time.
-        config: configuration of the data.
-        tokenizer: of the policy.
-        part: the records to encode.
-
-    Raises:
-        DataError: see `encode_chunk`; for the first such record.
-        PeerLostError: one of the processes has died.
-    """
-    yield from in_order(
-        chunks, partial(encode_chunk, config=config, tokenizer=tokenizer, part=part), config.processes
-    )
 
 
 def in_order(

@@ -78,22 +78,15 @@ class Format:
 def read_records(
     source: SourceConfig | str, meter: Meter | None = None
 ) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source in its order: pairs, rankings or completions.
+    """Read the records of a source in its order, in bounded memory: pairs, rankings or completions.
 
     Args:
-        source: a string is its path: a local .jsonl, .json (an array), .csv or .parquet file (the first three
-            also as .gz or .zst), a pattern of files, a folder of shards, a folder saved by `datasets`, or a
-            dataset on the Hugging Face Hub.
+        source: a string is its path: a file, a pattern of files, a folder, or a dataset on the Hub.
         meter: gets the share of the source that has been read.
 
     Returns:
-        One item per record, in bounded memory; several files follow each other by path. The
-        origin of a record is the file (for a Hub dataset its name), and its line in .jsonl and .csv or its
-        number elsewhere. Reasons of bad records: `unparsable`, `unknown_format`, `missing_field`,
-        `ambiguous_format`, `unpaired`, `history_differs`, `not_one_answer`, `roles_out_of_turn`,
-        `untrained_response`, `unread_content`, `invalid_tools`, `invalid_tool_call`, `no_ranking`,
-        `all_tied`, `invalid_scores`, `invalid_unicode`, `empty_prompt`, `empty_response`,
-        `identical_responses`.
+        One item per record. Its origin is the file (for a Hub dataset its name), and its line in .jsonl and
+        .csv or its number elsewhere.
 
     Raises:
         DataError: the source does not exist or cannot be read; raised by this call if it is known then.

@@ -252,14 +252,10 @@ def _first(fields: Fields, names: Iterable[str]) -> Any:
 
 
 def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ranks], int]:
-    """Return the training examples of a record, each as indices of its responses, best first.
+    """Return the training examples of a record, each as indices of its responses, best first, and the ties.
 
-    A record of one or two responses is one example.
-
-    Args:
-        record: if it has more than two responses, its scores do not rise and are not all equal.
-        ranked: `whole`: one ranking, with the first of responses with equal scores; `best_worst`: the first
-            and the last response; `all_pairs`: every two responses with different scores.
+    `whole` is one ranking with the first of responses with equal scores, `best_worst` the first and the last
+    response, `all_pairs` every two responses with different scores. One or two responses are one example.
 
     Returns:
         (examples, ties): at least one example, and the number of responses (`whole`) or pairs (`all_pairs`)

@@ -44,15 +44,7 @@ _PLACEHOLDER = "response"
 
 
 def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source as prompts, in its order.
-
-    Returns:
-        One item per record: a record without responses, or the reason why it has no usable prompt.
-
-    Raises:
-        DataError: as `formats.read_records`.
-        ConfigError: as `formats.read_records`.
-    """
+    """Read the records of a source as prompts: records without responses. Errors as `read_records`."""
     source = resolved(source)
     return (
         record if isinstance(record, BadRecord) else parse_prompt(record, source.format, origin)

@@ -67,13 +67,10 @@ def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both
 def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """Check that a local source exists and can be read; sends no request for a Hub dataset.
 
-    Args:
-        source: to check.
-        needs_pairs: whether no record, or unpaired responses with a good/bad label (KTO), are an error.
+    With `needs_pairs`, no record, or unpaired responses with a good/bad label (KTO), are an error.
 
     Raises:
-        DataError: it does not exist, its kind of file cannot be read, it has no record, its responses are
-            unpaired, or no record has a column of the source.
+        DataError: it cannot be read, or its first records have not the columns of the source.
         ConfigError: as `read_records`.
     """
     source = resolved(source)
@@ -90,12 +87,7 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
 def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """Check that there are records, with the source's columns, and not responses with a label (KTO).
 
-    Args:
-        source: `resolved`; a Hub dataset is downloaded.
-        needs_pairs: as in `check_source`.
-
-    Raises:
-        DataError: they have not, or the source cannot be read.
+    A Hub dataset is downloaded. `needs_pairs` is that of `check_source`. Raises DataError.
     """
     first = list(
         itertools.islice(_written(source, Meter()), min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS))
@@ -157,14 +149,9 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Return a digest of a source's content: of its files, or the commit of a Hub dataset.
+    """Return a digest of a source's content: of its files, or the commit of a `pinned` Hub dataset.
 
-    Args:
-        source: a Hub dataset must be `pinned`.
-        memo: folder with remembered digests of files.
-
-    Raises:
-        DataError: the source does not exist.
+    Digests of files are remembered in the folder `memo`. Raises DataError: the source does not exist.
     """
     files = local_files(source)
     if files is None:
@@ -186,7 +173,10 @@ def _check_path(local: Path) -> None:
         return
     except (OSError, ValueError) as fault:
         raise DataError(
-            "the path cannot be opened", where=shown_key(local), remedy="check the path and its permissions"
+            "the path cannot be opened",
+            where=shown_key(local),
+            got=str(getattr(fault, "strerror", fault)),
+            remedy="check the path and its permissions",
         ) from fault
 
 
@@ -214,7 +204,7 @@ def _missing(file: Path) -> DataError:
             where=str(file),
             remedy="write the records to a file: data are read several times",
         )
-    names = [below.name for below in file.parent.iterdir()] if file.parent.is_dir() else []
+    names = [] if dead_link(file) or not file.parent.is_dir() else [one.name for one in file.parent.iterdir()]
     near = difflib.get_close_matches(file.name, names, n=3)
     return DataError(
         "the file does not exist",

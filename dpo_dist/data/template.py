@@ -100,13 +100,8 @@ def chosen_template(
 ) -> str | None:
     """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
 
-    Args:
-        tokenizer: of the policy.
-        choice: a file, the name of one of the tokenizer's templates, or None: its only or default one.
-        with_tools: whether records have tools, for which a tokenizer may have an own template.
-
-    Raises:
-        ConfigError: there is no such file and no such template.
+    `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
+    one for tools. Raises ConfigError: there is no such file and no such template.
     """
     own = tokenizer.chat_template
     if choice is None:

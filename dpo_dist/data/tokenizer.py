@@ -169,13 +169,8 @@ def tokenizer_facts(
 ) -> TokenizerFacts:
     """Return the properties of `tokenizer`, probed once for each chat template.
 
-    Args:
-        tokenizer: of the policy.
-        config: `chat_template`, and `template_date`, the current date for a template with a clock.
-        with_tools: whether the template renders tools: some tokenizers have an own template for them.
-
-    Raises:
-        ConfigError: `data.chat_template` is neither a file nor the name of a template.
+    Some tokenizers have an own template for records `with_tools`. Raises ConfigError: `data.chat_template` is
+    neither a file nor the name of a template.
     """
     template = chosen_template(tokenizer, config.chat_template, with_tools=with_tools)
     return _facts(tokenizer, template and pin_clock(template, config.template_date))

@@ -272,11 +272,7 @@ class Loop:
         self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
-        """Yield every step from `first` on; runs in the prefetch thread.
-
-        Raises:
-            DataError: files of the data or of the reference were changed in place.
-        """
+        """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))

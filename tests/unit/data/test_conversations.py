@@ -132,18 +132,6 @@ def test_fields_that_repeat_the_prompt_are_accepted(tmp_path: Path) -> None:
         assert isinstance(record, PreferenceRecord)
 
 
-def test_a_word_of_the_prompt_does_not_repeat_it(tmp_path: Path) -> None:
-    prompt = "Translate: the art of war\n### Input:\nis it art?\n[/INST]"
-    for name in ("input", "instruction", "question", "context"):
-        for part in ("art", "is", "Translate", "the art of", "is it art? "):
-            repeated = part == "is it art? "
-            record = read_one(tmp_path, {"prompt": prompt, "chosen": "a", "rejected": "b", name: part})
-            assert isinstance(record, PreferenceRecord) == repeated, (name, part)
-    whole = TEXT | {"prompt": "the art of war"}
-    for part, repeated in (("the art of war", True), ("war", False), ("the", False)):
-        assert isinstance(read_one(tmp_path, whole | {"input": part}), PreferenceRecord) == repeated
-
-
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -418,14 +418,14 @@ def test_a_chunk_of_long_records_has_fewer_of_them(tmp_path: Path, monkeypatch: 
     whole = prepare(tmp_path, path)
     monkeypatch.setattr(build_dataset_module, "_CHUNK_CHARACTERS", 50)
     sizes = []
-    encode_in_order = build_dataset_module.encode_in_order
+    in_order = build_dataset_module.in_order
 
     def spy(chunks: Any, *rest: Any) -> Any:
         chunks = list(chunks)
         sizes.extend(map(len, chunks))
-        return encode_in_order(chunks, *rest)
+        return in_order(chunks, *rest)
 
-    monkeypatch.setattr(build_dataset_module, "encode_in_order", spy)
+    monkeypatch.setattr(build_dataset_module, "in_order", spy)
     again = prepare(tmp_path / "other", path)
     assert (sum(sizes), max(sizes)) == (len(GOOD), 2)
     for file in whole.glob("*.bin"):

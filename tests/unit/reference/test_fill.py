@@ -279,8 +279,7 @@ def test_ids_that_changed_since_encoding_are_not_stored(
             assert batch.input_ids.max() < 1 << 20, "no embedding has this id"
             return super().__call__(batch)
 
-    found = "do not match their content key" if flipped < 1 << 20 else "token ids above the largest one"
-    with pytest.raises(DataError, match=found) as raised:
+    with pytest.raises(DataError, match="do not match their content key") as raised:
         fill(tmp_path, damaged, [0, 1, 2], world, entries_per_shard=1 << 12, scorer=Vocabulary())
     assert str(dataset.origin(0)) in raised.value.where
     assert not LogpStore.open(tmp_path, FINGERPRINT).shards
