@@ -98,7 +98,7 @@ def _save(training: Training, saver: CheckpointSaver, number: int, plain: float)
     started = time.monotonic()
     saver.save(number, {"step": number})
     held, steps = time.monotonic() - started, 0
-    while not saver.votes[0]:
+    while not saver.is_written:
         training.step()
         steps += 1
     saver.commit()
