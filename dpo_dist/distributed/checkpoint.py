@@ -7,15 +7,13 @@ background.
 """
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,8 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.checkpoint_files import random_states, random_states_name, written_entries
-from dpo_dist.distributed.manifest import (
-    Entries,
-    describe_files,
-    has_all_files,
-    remove_parts,
-    write_manifest,
-    write_part,
-)
+from dpo_dist.distributed.checkpoint_files import random_states, random_states_name
+from dpo_dist.distributed.manifest import Entries, has_all_files, write_file, write_manifest
 from dpo_dist.distributed.slices import HostCopy, ModelSlices, Sharded, write_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
@@ -50,126 +41,202 @@ from dpo_dist.foundation.files import (
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.text import size
 
+log = logging.getLogger(__name__)
+
+_LATEST = "latest"
+
 
 @dataclass(frozen=True)
-class RankFiles:
-    """The content of this rank's files of a checkpoint.
+class _Pending:
+    """A checkpoint that is not committed yet, as one rank writes it.
 
     Attributes:
-        models: the slices; copies, if training changes the tensors before they are written.
-        texts: of the small files, by name.
+        temporary: the folder that is written.
+        folder: its final name.
+        bytes: of the whole checkpoint.
+        entries: of this rank's files, once they are on disk; or the error.
     """
 
-    models: Sequence[ModelSlices]
-    texts: dict[str, str]
+    temporary: Path
+    folder: Path
+    bytes: int
+    entries: Future[Entries] = field(default_factory=Future)
 
-    @classmethod
-    def of(cls, models: Sequence[ModelSlices], state: dict[str, Any], world: World) -> "RankFiles":
-        """Return them for the loop's state and the random states of this moment."""
+    def write(
+        self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int, staging: HostCopy | None = None
+    ) -> None:
+        """Write the files of this rank, and set `entries`.
+
+        Args:
+            models: the slices; copies, if training changes the tensors meanwhile.
+            texts: of the small files, by name.
+            rank: of this process.
+            staging: memory through which tensors of a GPU are written.
+        """
+        try:
+            entries: Entries = {}
+            with disk_errors(self.temporary, self.bytes):
+                for model in models:
+                    entries |= write_slices(model, self.temporary, rank, staging)
+                for name, text in texts.items():
+                    entries[name] = write_file(self.temporary / name, text.encode())
+            self.entries.set_result(entries)
+        except BaseException as error:  # raised by `entries`, in the main thread
+            self.entries.set_exception(error)
+
+
+class CheckpointSaver:
+    """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
+
+    Args:
+        root: folder of the checkpoints; its parent, the run directory, exists.
+        keep_last: number of checkpoints to keep.
+        parts: the weights.
+        world: of this start.
+        damaged: names of checkpoints that are not counted, and are deleted after the next commit.
+        behind: copy the weights to host memory, where it has room, and write them while training continues.
+        say: called with a warning on every rank.
+        committed: called on rank 0 with the step of each committed checkpoint.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        parts: Sequence[Sharded],
+        world: World,
+        damaged: Iterable[str] = (),
+        *,
+        behind: bool = True,
+        say: Callable[[str], None] = log.warning,
+        committed: Callable[[int], None] = lambda _step: None,
+    ):
+        self._root, self._keep_last = root, max(1, keep_last)
+        self._parts, self._world = parts, world
+        self._damaged = set(damaged)
+        self._copy, self._behind = HostCopy(world.device), behind
+        self._say, self._has_said = say, False
+        self._committed = committed
+        self._pending: _Pending | None = None
+        self._best: list[str] = []
+
+    def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
+        """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
+
+        Training may continue at once. A former checkpoint is committed first.
+
+        Args:
+            step: in the name.
+            state: of the loop.
+            is_last: training does not continue, so that nothing is copied.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before cannot be written.
+        """
+        self.commit()
+        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
+        world, folder = self._world, self._root / checkpoint_name(step)
+        models = [part.shards() for part in self._parts]
         texts = {random_states_name(world.rank): random_states(world.device)}
         if world.is_main:
             texts[STATE] = json.dumps({**state, "world_size": world.size}, indent=1)
-        return cls(models, texts)
+        needed = sum(world.gather(sum(model.bytes for model in models) + sum(map(len, texts.values()))))
+        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
+        self._pending = pending = _Pending(temporary, folder, needed)
+        if not is_last and self._can_copy(models):
+            models = self._copy.of(models)
+            work = threading.Thread(target=pending.write, args=(models, texts, world.rank), daemon=True)
+            work.start()
+            return
+        pending.write(models, texts, world.rank, self._copy)
+        self._copy.close()  # host memory is short, or training ends
+        if any(world.gather(pending.entries.exception() is not None)):
+            self.commit()  # which raises the error on all ranks
+
+    def _create(self, folder: Path) -> str:
+        """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
+        with disk_errors(folder):
+            remove_unfinished(self._root)
+            self._root.mkdir(exist_ok=True)
+            folder.mkdir()
+        return str(folder)
+
+    def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
+        """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
+        if not self._behind:
+            return False
+        has_room = self._copy.has_room(models, self._world)
+        if not has_room and not self._has_said:
+            self._say(
+                "training waits while a checkpoint is written: host memory has no room for a copy of it"
+            )
+            self._has_said = True
+        return has_room
 
     @property
-    def bytes(self) -> int:
-        """Return the size of the files."""
-        tensors = [part for model in self.models for own in model.slices for part in own.parts.values()]
-        return sum(tensor.nbytes for tensor in tensors) + sum(map(len, self.texts.values()))
+    def is_written(self) -> bool:
+        """Return whether this rank's files of a pending checkpoint are on disk, or failed; not collective.
 
+        When they are on all ranks, the checkpoint can be committed without a wait.
+        """
+        return self._pending is not None and self._pending.entries.done()
 
-class Writing:
-    """A checkpoint that is not committed yet, as one rank writes it.
+    def commit(self) -> None:
+        """Wait for the pending checkpoint, if any, and make it the latest; collective.
 
-    Args:
-        temporary: the folder that is written.
-        folder: its final name.
-        needed: bytes of the whole checkpoint, for errors.
-        rank: of this process.
-    """
+        Raises:
+            CheckpointError: the disk is full or failed; checkpoints committed before are unchanged.
+        """
+        pending, self._pending, world = self._pending, None, self._world
+        if pending is None:
+            return
+        try:
+            mine = world.together(pending.entries.result)
+            entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            world.on_main(lambda: self._commit(pending, entries))
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+        self._damaged.discard(pending.folder.name)
+        kept = self._best
+        world.on_main(lambda: _mark_best(self._root, kept))
+        # Some file systems need minutes to delete files of terabytes.
+        world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
 
-    def __init__(self, temporary: Path, folder: Path, needed: int, rank: int):
-        self.temporary, self.folder, self._rank = temporary, folder, rank
-        self._needed = needed
-        self._is_wanted = True
-        self._written: list[Path] = []
-        self._entries: Future[Entries] = Future()
+    def _commit(self, pending: _Pending, entries: Entries) -> None:
+        with disk_errors(pending.temporary, pending.bytes):
+            write_manifest(pending.temporary, entries)
+            commit_folder(pending.temporary, pending.folder)
+            write_text(self._root / _LATEST, pending.folder.name)
+            note_progress(str(pending.folder))
+            self._committed(step_of(pending.folder.name) or 0)
 
-    def write(self, files: RankFiles, staging: HostCopy | None = None) -> None:
-        """Write the files of this rank, which are not flushed to disk yet.
+    def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
+        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
 
         Args:
-            files: of this rank.
-            staging: memory through which tensors of a GPU are written.
+            folder: of the checkpoint.
+            best_steps: steps of the best checkpoints, the best first.
 
         Raises:
-            CheckpointError: they cannot be written.
+            CheckpointError: `latest` or `best` cannot be written.
         """
-        with disk_errors(self.temporary, self._needed):
-            for model in files.models:
-                self._written += write_slices(
-                    model, self.temporary, self._rank, staging, lambda: self._is_wanted
-                )
-            for name, text in files.texts.items():
-                self._written.append(self.temporary / name)
-                self._written[-1].write_text(text)
+        best = [checkpoint_name(step) for step in best_steps]
 
-    def finish_behind(self, write: Callable[[], None]) -> None:
-        """Call `write`, then flush and digest the files, in a thread that does not keep the process alive."""
+        def complete() -> None:
+            with disk_errors(folder):
+                write_text(self._root / _LATEST, folder.name)
+            _mark_best(self._root, best)
+            if not self._damaged:  # deleted after the next commit, as are the others then
+                _delete_old(folder, self._keep_last, set(), best)
 
-        def work() -> None:
-            try:
-                write()
-                with disk_errors(self.temporary, self._needed):
-                    entries = describe_files(self._wanted_files(), self.temporary)
-                    if self._is_wanted:
-                        write_part(self.temporary, self._rank, entries)
-                self._entries.set_result(entries)
-            except BaseException as error:  # raised by `entries`, in the main thread
-                self._entries.set_exception(error)
+        self._world.on_main(complete)
 
-        threading.Thread(target=work, name="checkpoint", daemon=True).start()
-
-    def _wanted_files(self) -> Iterator[Path]:
-        for file in self._written:
-            if self._is_wanted:
-                yield file
-
-    def entries(self) -> Entries:
-        """Wait until the files are on disk, and return their sizes and digests.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
-        return self._entries.result()
-
-    def is_whole(self, seconds: float) -> bool:
-        """Return whether the files are on disk; wait for it, at most so long."""
-        done, _ = wait([self._entries], seconds)
-        return bool(done) and not self.has_failed
-
-    @property
-    def is_done(self) -> bool:
-        """Return whether the files are on disk, or cannot be written."""
-        return self._entries.done()
-
-    @property
-    def has_failed(self) -> bool:
-        """Return whether the files cannot be written."""
-        return self._entries.done() and self._entries.exception() is not None
-
-    def give_up(self) -> None:
-        """End the writing before its next file; another rank has failed, or this one must end."""
-        self._is_wanted = False
-
-    def remove(self) -> None:
-        """Remove the files of all ranks; the checkpoint must not be committed any more."""
-        self.give_up()
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def disk_errors(self) -> contextlib.AbstractContextManager[None]:
-        """Raise a `CheckpointError` for an `OSError` inside the block."""
-        return disk_errors(self.temporary, self._needed)
+    def close(self) -> None:
+        """End the saver; not collective. After an error, a checkpoint that is not committed is dropped."""
+        self._pending = None
+        self._copy.close()
 
 
 @contextlib.contextmanager
@@ -205,188 +272,6 @@ def _room(folder: Path, needed: int) -> str:
     return f"; a checkpoint needs {size(needed)}, {size(needed - free)} more than there is room for"
 
 
-log = logging.getLogger(__name__)
-
-_LATEST = "latest"
-_LAST_SECONDS = 30.0
-
-
-class CheckpointSaver:
-    """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
-
-    Args:
-        root: folder of the checkpoints; its parent, the run directory, exists.
-        keep_last: number of checkpoints to keep.
-        parts: the weights.
-        world: of this start.
-        damaged: names of checkpoints that are not counted, and are deleted after the next commit.
-        behind: copy the weights to host memory, where it has room, and write them while training continues.
-        say: called with a warning on every rank.
-        committed: called on rank 0 with the step of each committed checkpoint.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        keep_last: int,
-        parts: Sequence[Sharded],
-        world: World,
-        damaged: Iterable[str] = (),
-        *,
-        behind: bool = True,
-        say: Callable[[str], None] = log.warning,
-        committed: Callable[[int], None] = lambda _step: None,
-    ):
-        self._root, self._keep_last = root, max(1, keep_last)
-        self._parts, self._world = parts, world
-        self._damaged = set(damaged)
-        self._copy, self._behind = HostCopy(world.device), behind
-        self._say, self._has_said = say, False
-        self._committed = committed
-        self._pending: Writing | None = None
-        self._best: list[str] = []
-        # Open, so that no other directory gets its inode.
-        self._run_directory = os.open(root.parent, os.O_RDONLY) if world.is_main else None
-
-    def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
-        """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
-
-        Training may continue at once. A former checkpoint is committed first.
-
-        Args:
-            step: in the name.
-            state: of the loop.
-            is_last: training does not continue, so that nothing is copied.
-
-        Raises:
-            CheckpointError: this checkpoint or the one before cannot be written.
-        """
-        self.commit()
-        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
-        world, folder = self._world, self._root / checkpoint_name(step)
-        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
-        files = RankFiles.of([part.shards() for part in self._parts], state, world)
-        writing = Writing(temporary, folder, sum(world.gather(files.bytes)), world.rank)
-        if not is_last and self._can_copy(files.models):
-            files = replace(files, models=self._copy.of(files.models))
-            writing.finish_behind(lambda: writing.write(files))
-        else:
-            with self._removed_on_error(writing):
-                world.together(lambda: writing.write(files, self._copy))
-            self._copy.close()  # host memory is short, or training ends
-            writing.finish_behind(lambda: None)
-        self._pending = writing
-
-    def _create(self, folder: Path) -> str:
-        """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
-        assert self._run_directory is not None
-        with disk_errors(folder):
-            now, at_start = self._root.parent.stat(), os.fstat(self._run_directory)
-            if not os.path.samestat(now, at_start):
-                raise OSError(errno.ENOENT, "the run directory was replaced while the run trains")
-            remove_unfinished(self._root)
-            self._root.mkdir(exist_ok=True)
-            folder.mkdir()
-        return str(folder)
-
-    def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
-        """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
-        if not self._behind:
-            return False
-        has_room = self._copy.has_room(models, self._world)
-        if not has_room and not self._has_said:
-            self._say(
-                "training waits while a checkpoint is written: host memory has no room for a copy of it"
-            )
-            self._has_said = True
-        return has_room
-
-    @property
-    def votes(self) -> tuple[bool, bool]:
-        """Return whether this rank's files of a pending checkpoint are on disk, and whether they failed.
-
-        For `must_commit`; not collective.
-        """
-        pending = self._pending
-        return pending is not None and pending.is_done, pending is not None and pending.has_failed
-
-    def must_commit(self, votes: Sequence[int]) -> bool:
-        """Return whether to call `commit` now: all ranks are done, or one has failed; not collective.
-
-        Args:
-            votes: sums of `votes` over all ranks, the same on each.
-        """
-        done, failed = votes
-        if failed and self._pending is not None:
-            self._pending.give_up()
-        return bool(failed) or done == self._world.size
-
-    def commit(self) -> None:
-        """Wait for the pending checkpoint, if any, and make it the latest; collective.
-
-        Raises:
-            CheckpointError: the disk is full or failed; checkpoints committed before are unchanged.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        with self._removed_on_error(pending):
-            mine = self._world.together(pending.entries)
-            entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
-            self._world.on_main(lambda: self._commit(pending, entries))
-        self._damaged.discard(pending.folder.name)
-        kept = self._best
-        self._world.on_main(lambda: _mark_best(self._root, kept))
-        # Some file systems need minutes to delete files of terabytes.
-        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
-
-    def _commit(self, writing: Writing, entries: Entries) -> None:
-        with writing.disk_errors():
-            _commit(writing.temporary, writing.folder, entries)
-            self._committed(step_of(writing.folder.name) or 0)
-
-    def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
-        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
-
-        Args:
-            folder: of the checkpoint.
-            best_steps: steps of the best checkpoints, the best first.
-
-        Raises:
-            CheckpointError: `latest` or `best` cannot be written.
-        """
-        best = [checkpoint_name(step) for step in best_steps]
-        self._world.on_main(lambda: _mark_latest(folder))
-        self._world.on_main(lambda: _mark_best(self._root, best))
-        if not self._damaged:  # deleted after the next commit, as are the others then
-            self._world.on_main(lambda: _delete_old(folder, self._keep_last, set(), best))
-
-    @contextlib.contextmanager
-    def _removed_on_error(self, writing: Writing) -> Iterator[None]:
-        """Remove a checkpoint that cannot be committed, after the error that all ranks raise."""
-        try:
-            yield
-        except CheckpointError:
-            if self._world.is_main:
-                writing.remove()
-            raise
-
-    def close(self) -> None:
-        """End the saver; not collective.
-
-        After an error, a checkpoint of which this rank's files are on disk soon is left to the next start,
-        which commits it if those of all ranks are (`complete_unfinished`). Otherwise it is dropped.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None and not pending.is_whole(_LAST_SECONDS):
-            log.warning("%s was not written yet: it is dropped", pending.folder)
-            pending.remove()
-        self._copy.close()
-        if self._run_directory is not None:
-            os.close(self._run_directory)
-            self._run_directory = None
-
-
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root` but the best ones; on one rank."""
     remove_unfinished(root)
@@ -398,24 +283,6 @@ def drop_checkpoints(root: Path) -> None:
         write_text(root / _LATEST, kept[0].name)
     else:
         (root / _LATEST).unlink(missing_ok=True)
-
-
-def complete_unfinished(root: Path) -> None:
-    """Commit checkpoints below `root` that all ranks had written when their start ended; on one rank.
-
-    Only those that are newer than the complete ones. Digests are verified when one is loaded.
-
-    Raises:
-        CheckpointError: one cannot be committed, such as on a full disk; it stays for the next start.
-    """
-    complete = filter(has_all_files, checkpoint_folders(root))
-    newest = max((step_of(folder.name) or 0 for folder in complete), default=0)
-    for left in sorted(root.glob("*")):
-        final = final_name(left)
-        is_newer = is_temporary(left) and (step_of(final.name) or 0) > newest
-        if is_newer and (entries := written_entries(left)):  # others: `remove_unfinished`
-            with disk_errors(left):
-                _commit(left, final, entries)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -432,19 +299,6 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
-    write_manifest(temporary, entries)
-    commit_folder(temporary, folder)
-    remove_parts(folder)
-    _mark_latest(folder)
-    note_progress(str(folder))
-
-
-def _mark_latest(folder: Path) -> None:
-    with disk_errors(folder):
-        write_text(folder.parent / _LATEST, folder.name)
 
 
 def _mark_best(root: Path, best: Sequence[str]) -> None:

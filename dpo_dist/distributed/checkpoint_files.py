@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpo_dist.config.run_folder import STATE, checkpoint_folders
-from dpo_dist.distributed.manifest import Entries, damaged_checkpoint, find_faults, read_parts
+from dpo_dist.distributed.manifest import damaged_checkpoint, find_faults
 from dpo_dist.distributed.slices import SavedSlices, Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import SHARDS
@@ -57,7 +57,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
             return
         version, internal, gauss = states["python"]
         random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(_checked(states["numpy"]))
+        np.random.set_state(tuple(states["numpy"]))
         torch.set_rng_state(_tensor(states["torch"]))
         if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
             torch.cuda.set_rng_state(_tensor(states["cuda"]))
@@ -68,14 +68,6 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
             got=first_line(error),
             remedy="restore the file, or resume from another checkpoint",
         ) from error
-
-
-def _checked(state: Sequence[Any]) -> tuple[Any, ...]:
-    """Return a state of numpy, which itself would read beyond the end of the key."""
-    _, key, position, *_ = state
-    if not 0 <= position <= len(key):
-        raise ValueError("the position is outside of the key")
-    return tuple(state)
 
 
 def _seed(text: str) -> None:
@@ -153,14 +145,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(ranks := state.get("world_size"), int) or ranks < 1:
         raise ValueError("it has no number of processes")
     return state
-
-
-def written_entries(folder: Path) -> Entries:
-    """Return the entries of an unfinished checkpoint that all ranks have written; none of another one."""
-    try:
-        return read_parts(folder, read_state(folder)["world_size"])
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:

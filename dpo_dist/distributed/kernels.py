@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.text import duration
 
-_LONGEST_BUILD_SECONDS = 900.0
-_POLL_SECONDS = 0.5
 _LOADED_WITH = {"async_io": ("pin_memory",)}
 """Kernels that DeepSpeed loads with another one."""
 
@@ -31,10 +27,12 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
         say: prints a line.
 
     Raises:
-        ConfigError: it cannot be compiled, or `wait_for_build`.
+        ConfigError: it cannot be compiled.
     """
     for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
-        wait_for_build(name, say)
+        lock = Path(_get_build_directory(name, False)) / "lock"
+        if lock.exists():
+            say(f"waiting for another process that compiles {name}; if that build was killed, delete {lock}")
     try:
         builder.load(verbose=False)
     except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
@@ -45,61 +43,6 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
             expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
             remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
         ) from error
-
-
-def wait_for_build(kernel: str, say: Callable[[str], None], longest: float = _LONGEST_BUILD_SECONDS) -> None:
-    """Wait while another process compiles `kernel` in the folder of torch's extensions.
-
-    The lock is an empty file, so its owner is only known on this host, by the file that it keeps open. On a
-    shared file system another host may build: the lock is never removed here.
-
-    Args:
-        kernel: name of DeepSpeed's operator, as `cpu_adam`.
-        say: prints a line.
-        longest: seconds that a build takes at most.
-
-    Raises:
-        ConfigError: the lock is older than any build, and no process of this host has it open.
-    """
-    lock, is_said = Path(_get_build_directory(kernel, False)) / "lock", False
-    unowned_looks = 0
-    while (age := _age(lock)) is not None:
-        is_building = _is_open(lock)
-        unowned_looks = 0 if is_building else unowned_looks + 1
-        if unowned_looks > 1 and age > longest:  # a build closes its lock before it removes it
-            raise ConfigError(
-                f"a build of DeepSpeed's kernel {kernel} was killed and has left its lock",
-                where=str(lock),
-                got=f"a lock of {duration(age)} ago that no process of this host has open",
-                expected="no lock, or one of a build that is running",
-                remedy="delete this file, unless another host compiles into this folder now; then run the "
-                "same command again",
-            )
-        if not is_said and (is_building or age <= longest):
-            doubt = "" if is_building else "; if that build was killed, delete this file"
-            say(f"waiting for another process that compiles {kernel}: {lock}{doubt}")
-            is_said = True
-        time.sleep(_POLL_SECONDS)
-
-
-def _age(lock: Path) -> float | None:
-    """Return the seconds since a lock was made; None without a lock."""
-    try:
-        return time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _is_open(lock: Path) -> bool:
-    """Return whether a process of this host has the file open, as far as this user may see."""
-    path = str(lock.resolve())
-    for process in psutil.process_iter():
-        try:
-            if any(file.path == path for file in process.open_files()):
-                return True
-        except (psutil.Error, OSError):
-            continue
-    return False
 
 
 _PREFIX = "dpo_dist"

@@ -1,6 +1,7 @@
 """Slices of weights and optimizer states, their copies and files: read on any number of ranks."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +10,15 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from dpo_dist.distributed.eight_bit import create_states, from_float32, is_eight_bit, to_float32
-from dpo_dist.distributed.manifest import read_manifest
+from dpo_dist.distributed.manifest import FileEntry, read_manifest, write_file
 from dpo_dist.distributed.memory import available_memory
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
@@ -39,14 +40,19 @@ class Slice:
         name: of the weight.
         shape: of the whole weight.
         start: index of the first element of the range.
-        parts: weight and optimizer states by name, flat tensors of equal length; views, or copies of states
-            that the optimizer has in 8 bits.
+        parts: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
+            tensors of any length, which no other rank can read.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     parts: dict[str, Tensor]
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether other ranks can read ranges of the slice."""
+        return WEIGHT in self.parts
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,20 @@ class ModelSlices:
     states: int = 0
 
     @property
+    def bytes(self) -> int:
+        """Return the size of the slices."""
+        return sum(tensor.nbytes for tensor in _tensors([self]))
+
+    @property
     def elements(self) -> int:
         """Return the number of elements of the weights."""
-        return sum(own.parts[WEIGHT].numel() for own in self.slices)
+        return sum(own.parts[WEIGHT].numel() for own in self.slices if own.is_shared)
 
     @property
     def full_bytes(self) -> int:
         """Return the size of the slices in every checkpoint after the first step."""
-        return sum(own.parts[WEIGHT].nbytes for own in self.slices) * (1 + self.states)
+        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if own.is_shared)
+        return weights * (1 + self.states)
 
 
 class Sharded(Protocol):
@@ -124,7 +136,6 @@ class OptimizerSlices:
     ):
         self._optimizer, self._names, self._rank = engine.optimizer, names, rank
         self._averages = averages
-        self._loaded: dict[Tensor, dict[str, Tensor]] = {}  # 8-bit states in float32, until they are set
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
@@ -135,6 +146,16 @@ class OptimizerSlices:
             for weight, start, start_in_weight, length in flat.ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
+        if is_eight_bit(self._optimizer.optimizer):
+            yield from self._eight_bit_states()
+
+    def _eight_bit_states(self) -> Iterator[Slice]:
+        """Yield codes, codebooks and scales as bitsandbytes has them: blocks of this rank's flat tensors."""
+        cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
+        for number, flat in enumerate(self._flats()):
+            states = {k: state for k, state in self._states(flat).items() if isinstance(state, Tensor)}
+            if states:
+                yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
@@ -155,9 +176,9 @@ class OptimizerSlices:
         inner = self._optimizer.optimizer
         names = [part for part in parts if part not in (WEIGHT, EMA)]
         for flat in self._flats():
-            if names and is_eight_bit(inner):
-                create_states(inner, flat.tensor, step)
-                self._loaded[flat.tensor] = to_float32(self._states(flat))
+            if is_eight_bit(inner):
+                if step:
+                    _create_eight_bit_states(inner, flat.tensor, step)
                 continue
             states = self._states(flat)
             for name in names:
@@ -171,10 +192,7 @@ class OptimizerSlices:
             _restore_powers(inner, step)
 
     def write_to_model(self) -> None:
-        """Set 8-bit states to what was loaded, and the model's weights to the master weights; collective."""
-        for master, moments in self._loaded.items():
-            from_float32(moments, self._optimizer.optimizer.state[master])
-        self._loaded.clear()
+        """Set the model's weights to the master weights; collective."""
         if not isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.update_lp_params()
             return
@@ -184,15 +202,13 @@ class OptimizerSlices:
         self._optimizer.checkpoint_event_epilogue()
 
     def _moments(self, flat: _Flat) -> dict[str, Tensor]:
-        """Return the states of the tensor's shape, float32; of an 8-bit optimizer copies in host memory."""
-        states = self._states(flat)
+        """Return the states of the tensor's shape, float32; none of an 8-bit optimizer."""
         if is_eight_bit(self._optimizer.optimizer):
-            return self._loaded.get(flat.tensor) or to_float32(states)
-        shape = flat.tensor.shape
+            return {}
         return {
             name: state
-            for name, state in states.items()
-            if isinstance(state, Tensor) and state.shape == shape
+            for name, state in self._states(flat).items()
+            if isinstance(state, Tensor) and state.shape == flat.tensor.shape
         }
 
     def _states(self, flat: _Flat) -> dict[str, Any]:
@@ -220,6 +236,24 @@ class OptimizerSlices:
                 ranges.append((weight, start, first, length))
             start += weight.partition_numel()
         return ranges
+
+
+def is_eight_bit(optimizer: object) -> bool:
+    """Return whether an optimizer is one of bitsandbytes."""
+    return type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def _create_eight_bit_states(optimizer: Any, master: Tensor, step: int) -> None:
+    """Create the states of a master tensor if there are none, and set the number of updates.
+
+    ZeRO-3 puts a master tensor into its parameter group for the time of an update only, as is done here.
+    """
+    if not optimizer.state[master]:
+        group = optimizer.param_groups[0]
+        params, group["params"] = group["params"], [master]
+        optimizer.init_state(group, master, 0, 0)
+        group["params"] = params
+    optimizer.state[master]["step"] = step
 
 
 def _restore_powers(adam: Any, step: int) -> None:
@@ -357,52 +391,40 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
-_FILE_BYTES = 2**30
-"""Size at which a rank begins another file: so much host memory is used at a time."""
-_MOST = 2**48
-"""More than any number of elements or updates."""
+_FILE_BYTES = 2**28
+"""Size at which a rank begins another file: about three times as much host memory is used at a time."""
 
 
 def write_slices(
-    model: ModelSlices,
-    checkpoint: Path,
-    rank: int,
-    staging: HostCopy | None = None,
-    is_wanted: Callable[[], bool] = lambda: True,
-) -> list[Path]:
-    """Write this rank's slices of a model and return their files.
+    model: ModelSlices, checkpoint: Path, rank: int, staging: HostCopy | None = None
+) -> dict[str, FileEntry]:
+    """Write this rank's slices of a model to disk and return sizes and digests of their files by name.
 
     Args:
         model: with tensors that nothing changes meanwhile.
         checkpoint: the folder of the checkpoint.
         rank: of this process.
         staging: memory through which the tensors of a GPU go, a file at a time.
-        is_wanted: asked before every file; False ends the writing.
 
     Raises:
         OSError: a file cannot be written.
     """
-    folder = checkpoint / model.folder
-    folder.mkdir(exist_ok=True)
-    files: list[Path] = []
+    (checkpoint / model.folder).mkdir(exist_ok=True)
     batches = [replace(model, slices=batch) for batch in _batches(model.slices)]
-    if not any(tensor.is_cuda for own in model.slices for tensor in own.parts.values()):
+    if not any(tensor.is_cuda for tensor in _tensors([model])):
         staging = None
     if staging is not None:
         staging.reserve(batches)
-    for batch in batches:
-        if not is_wanted():
-            break
-        files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
+    entries = {}
+    for number, batch in enumerate(batches):
         # One wait for the tensors of a file, not one for each of them.
         slices = batch.slices if staging is None else staging.of([batch])[0].slices
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in slices}
-        try:
-            save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-    return files
+        ranges = {own.name: [own.start, *own.shape] for own in slices if own.is_shared}
+        content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
+        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
+        entries[name] = write_file(checkpoint / name, content)
+    return entries
 
 
 def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
@@ -443,6 +465,7 @@ class SavedSlices:
     parts: Sequence[str]
     step: int
     _ranges: dict[str, list[_Range]]
+    _private: dict[str, str]
 
     @classmethod
     def find(cls, folder: Path, name: str) -> "SavedSlices":
@@ -451,46 +474,36 @@ class SavedSlices:
         Raises:
             CheckpointError: a file cannot be read, or the ranges of a weight are not the whole weight.
         """
-        found = cls(folder, {}, [], 0, {})
+        shapes: dict[str, tuple[int, ...]] = {}
+        ranges: dict[str, list[_Range]] = {}
+        private: dict[str, str] = {}
+        parts: dict[str, None] = {}
+        step = 0
         with _reading_errors(folder):
-            files = [
-                file for file in sorted(read_manifest(folder)) if Path(file).match(f"{name}/*.safetensors")
-            ]
+            files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
                 raise ValueError(f"it has no {name}/*.safetensors: another version of the program wrote it")
-            parts: dict[str, None] = {}
-            steps = [found._add(file, parts) for file in files]
-            found._check_complete()
-        return cls(folder, found.shapes, list(parts), max(steps), found._ranges)
-
-    def _add(self, file: str, parts: dict[str, None]) -> int:
-        """Add the ranges of a file and return its number of updates."""
-        with safe_open(self.folder / file, "pt") as opened:
-            header = opened.metadata() or {}
-            for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
-                part, _, name = key.partition("/")
-                parts[part] = None
-                if part == WEIGHT:
-                    length = opened.get_slice(key).get_shape()[0]
-                    start, *shape = json.loads(header["ranges"])[name]
-                    if min(start, *shape, 0) < 0 or max(start, *shape, 0) > _MOST:
-                        raise ValueError(f"{name} has a forged range")
-                    self.shapes[name] = tuple(shape)
-                    self._ranges.setdefault(name, []).append(_Range(start, start + length, file))
-        if not 0 <= (step := int(header["step"])) <= _MOST:
-            raise ValueError("it has a forged number of updates")
-        return step
-
-    def _check_complete(self) -> None:
-        for name, ranges in self._ranges.items():
-            ranges.sort(key=lambda range_: range_.start)
-            end = 0
-            for range_ in ranges:
-                if range_.start != end:
-                    raise ValueError(f"elements of {name} are missing, or are there twice")
-                end = range_.end
-            if end != torch.Size(self.shapes[name]).numel():
-                raise ValueError(f"elements of {name} are missing")
+            for file in sorted(files):
+                with safe_open(folder / file, "pt") as opened:
+                    header = opened.metadata()
+                    starts, step = json.loads(header["ranges"]), int(header["step"])
+                    for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
+                        part, _, weight = key.partition("/")
+                        if weight not in starts:
+                            private[key] = file
+                            continue
+                        parts[part] = None
+                        if part == WEIGHT:
+                            start, *shape = starts[weight]
+                            end = start + opened.get_slice(key).get_shape()[0]
+                            shapes[weight] = tuple(shape)
+                            ranges.setdefault(weight, []).append(_Range(start, end, file))
+            for weight, found in ranges.items():
+                found.sort(key=lambda range_: range_.start)
+                ends = [0, *(range_.end for range_ in found)]
+                if [*(range_.start for range_ in found), torch.Size(shapes[weight]).numel()] != ends:
+                    raise ValueError(f"elements of {weight} are missing, or are there twice")
+        return cls(folder, shapes, list(parts), step, ranges, private)
 
     def load_into(self, slices: Iterable[Slice]) -> None:
         """Fill the parts of `slices`, of which no other rank needs to have the same ranges.
@@ -499,23 +512,39 @@ class SavedSlices:
             CheckpointError: a file cannot be read, or has no such weight.
         """
         with _reading_errors(self.folder), contextlib.ExitStack() as stack:
-            opened: dict[str, Any] = {}
+
+            @functools.cache
+            def opened(file: str) -> Any:
+                return stack.enter_context(safe_open(self.folder / file, "pt"))
+
             for own in slices:
+                if not own.is_shared:
+                    self._load_private(own, opened)
+                    continue
                 if self.shapes.get(own.name) != own.shape:
                     raise ValueError(f"{own.name} is missing or has another shape")
                 for part, tensor in own.parts.items():
-                    self._fill(tensor, f"{part}/{own.name}", own, opened, stack)
+                    self._fill(tensor, f"{part}/{own.name}", own, opened)
 
-    def _fill(
-        self, target: Tensor, key: str, own: Slice, opened: dict[str, Any], stack: contextlib.ExitStack
-    ) -> None:
+    def _load_private(self, own: Slice, opened: Callable[[str], Any]) -> None:
+        for part, tensor in own.parts.items():
+            key = f"{part}/{own.name}"
+            if key not in self._private:
+                raise CheckpointError(
+                    "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
+                    where=str(self.folder),
+                    got=f"no {key}",
+                    remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
+                    "continues on any number",
+                )
+            tensor.copy_(opened(self._private[key]).get_tensor(key))
+
+    def _fill(self, target: Tensor, key: str, own: Slice, opened: Callable[[str], Any]) -> None:
         end = own.start + target.numel()
         for range_ in self._ranges[own.name]:
             first, last = max(own.start, range_.start), min(end, range_.end)
             if first < last:
-                if range_.file not in opened:
-                    opened[range_.file] = stack.enter_context(safe_open(self.folder / range_.file, "pt"))
-                saved = opened[range_.file].get_slice(key)[first - range_.start : last - range_.start]
+                saved = opened(range_.file).get_slice(key)[first - range_.start : last - range_.start]
                 target[first - own.start : last - own.start].copy_(saved)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
@@ -537,16 +566,7 @@ def _reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
     try:
         yield
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             "the weights of the checkpoint cannot be read",
             where=str(folder),

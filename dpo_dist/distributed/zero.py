@@ -32,7 +32,6 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
-from dpo_dist.distributed.eight_bit import check_lengths
 from dpo_dist.distributed.join import restore_linear
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
@@ -43,8 +42,9 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices
+from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices, is_eight_bit
 from dpo_dist.distributed.world import World
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
 from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
 from dpo_dist.model.optional_packages import check_bitsandbytes
@@ -125,6 +125,22 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
     eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     return eight_bit
+
+
+def _check_lengths(optimizer: object, masters: Iterable[Tensor]) -> None:
+    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor.
+
+    Raises:
+        ConfigError: they cannot; on all ranks, whose tensors have equal lengths.
+    """
+    longest = max(map(torch.numel, masters), default=0)
+    if is_eight_bit(optimizer) and longest >= 2**31:
+        raise ConfigError(
+            "the kernels of adamw_8bit number the weights of a process by 31 bits",
+            where="optim.kind",
+            got=f"{longest:,} weights in one tensor of a process",
+            remedy="set parallelism=zero3, which cuts them into groups of 1e9, or optim.kind=adamw",
+        )
 
 
 def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
@@ -428,7 +444,7 @@ class PolicyEngine:
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages = Averages({}, 0.0)
-        check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
+        _check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
         if ema_decay is not None:
             self._averages = Averages.of(self._slices().masters(), ema_decay)
 

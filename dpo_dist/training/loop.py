@@ -291,10 +291,10 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stops.request.vote(), *self.checkpoints.votes]
+        votes = [self.stops.request.vote(), self.checkpoints.is_written]
         totals = reduce_step(sums, votes, norm, world)
-        stop_votes, *checkpoint_votes = totals.votes
-        if self.checkpoints.must_commit(checkpoint_votes):
+        stop_votes, written = totals.votes
+        if written == world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")

@@ -20,7 +20,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, OptimizerKind, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.distributed.checkpoint import complete_unfinished, remove_unfinished
+from dpo_dist.distributed.checkpoint import remove_unfinished
 from dpo_dist.distributed.checkpoint_files import Checkpoint, latest_checkpoint
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
@@ -78,7 +78,6 @@ def locked(folder: RunFolder, world: World) -> Iterator[None]:
         world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner, remedy)))
         for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
-        world.on_main(partial(complete_unfinished, folder.checkpoints))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
 

@@ -3,11 +3,11 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from dpo_dist.distributed import checkpoint
+from dpo_dist.distributed.manifest import FileEntry
 
 
 @contextlib.contextmanager
@@ -15,7 +15,7 @@ def slow_disk() -> Iterator[threading.Event]:
     """Nothing is written before the event is set, which the end of the block does too."""
     moves, write = threading.Event(), checkpoint.write_slices
 
-    def wait_and_write(*arguments: Any) -> list[Path]:
+    def wait_and_write(*arguments: Any) -> dict[str, FileEntry]:
         assert moves.wait(60)
         return write(*arguments)
 

@@ -19,7 +19,7 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelCo
 from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.export import Exported, export_checkpoint
-from dpo_dist.distributed.manifest import describe_files, write_manifest
+from dpo_dist.distributed.manifest import Entries, write_manifest
 from dpo_dist.distributed.slices import ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import is_temporary
@@ -55,12 +55,10 @@ def cut(weights: dict[str, Tensor], rank: int) -> Iterator[Slice]:
 
 def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
     folder.mkdir()
-    files = [
-        file
-        for rank in range(RANKS)
-        for file in write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
-    ]
-    write_manifest(folder, describe_files(files, folder))
+    entries: Entries = {}
+    for rank in range(RANKS):
+        entries |= write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
+    write_manifest(folder, entries)
     return folder
 
 

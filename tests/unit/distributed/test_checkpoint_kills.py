@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import best_checkpoints
-from dpo_dist.distributed.checkpoint import complete_unfinished, drop_checkpoints, remove_unfinished
+from dpo_dist.distributed.checkpoint import drop_checkpoints, remove_unfinished
 from dpo_dist.foundation import files
 from tests.support.one_weight import Run
 
@@ -54,11 +54,6 @@ def prepared(root: Path, keep_last: int, *steps: int) -> Path:
     return root
 
 
-def next_start(root: Path) -> None:
-    complete_unfinished(root)
-    remove_unfinished(root)
-
-
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
@@ -80,7 +75,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
             run.saver.commit()
 
         was_killed = killed_at(number, save)
-        next_start(root)
+        remove_unfinished(root)
         step = run.start()
         ends.append(step)
         left = names(root)
@@ -117,7 +112,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Pat
         run.start()
         was_killed = killed_at(number, lambda run=run: save(run, 2))  # type: ignore[misc]
         assert was_killed or best_checkpoints(root) == ["step-000002"], "each commit lists the best"
-        next_start(root)
+        remove_unfinished(root)
         best = f"step-{run.start():06d}"
         ends.append(best)
         assert best_checkpoints(root) == [best]
@@ -143,7 +138,7 @@ def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(
         run = Run(root, keep_last=1)
         run.start()
         was_killed = killed_at(number, lambda run=run: run.save(1))  # type: ignore[misc]
-        next_start(root)
+        remove_unfinished(root)
         assert run.start() == 1
         assert names(root) == ["latest", "step-000001"]
         if not was_killed:

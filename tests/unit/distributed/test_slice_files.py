@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dpo_dist.distributed import slices
 from dpo_dist.distributed.checkpoint_files import load_random_states
-from dpo_dist.distributed.manifest import describe_files, write_manifest
+from dpo_dist.distributed.manifest import Entries, describe_files, find_faults, write_manifest
 from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError
 
@@ -31,12 +30,11 @@ def cut(borders: dict[str, list[int]], rank: int) -> Iterator[Slice]:
 
 
 def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
-    files = [
-        file
-        for rank in range(ranks)
-        for file in write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
-    ]
-    write_manifest(folder, describe_files(files, folder))
+    entries: Entries = {}
+    for rank in range(ranks):
+        entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
+    write_manifest(folder, entries)
+    assert find_faults(folder, 0, 1) == []
     return folder
 
 
@@ -68,14 +66,18 @@ def test_any_ranks_read_what_any_ranks_wrote(
             assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
 
 
+def sealed(folder: Path) -> None:
+    write_manifest(folder, describe_files(sorted((folder / "engine").iterdir()), folder))
+
+
 def missing_range(folder: Path) -> None:
     (folder / "engine" / "rank-00001-00000.safetensors").unlink()
-    write_manifest(folder, describe_files((folder / "engine").iterdir(), folder))
+    sealed(folder)
 
 
 def doubled_range(folder: Path) -> None:
-    extra = write_slices(ModelSlices("engine", list(cut({name: [] for name in WHOLE}, 0))), folder, 7)
-    write_manifest(folder, describe_files([*(folder / "engine").iterdir(), *extra], folder))
+    write_slices(ModelSlices("engine", list(cut({name: [] for name in WHOLE}, 0))), folder, 7)
+    sealed(folder)
 
 
 def nothing(folder: Path) -> None:
@@ -95,17 +97,10 @@ class Malicious:
 def pickled(folder: Path) -> None:
     content = pickle.dumps(Malicious(folder / "it ran"))
     (folder / "engine" / "rank-00001-00000.safetensors").write_bytes(content)
-    write_manifest(folder, describe_files((folder / "engine").iterdir(), folder))
+    sealed(folder)
 
 
-def strange_header(folder: Path) -> None:
-    file = folder / "engine" / "rank-00001-00000.safetensors"
-    tensor: dict[str, Tensor] = {"weight/norm": torch.zeros(3)}
-    slices.save_file(tensor, file, {"ranges": '{"norm": ["0", []]}', "step": "3"})
-    write_manifest(folder, describe_files((folder / "engine").iterdir(), folder))
-
-
-@pytest.mark.parametrize("change", [missing_range, doubled_range, nothing, pickled, strange_header])
+@pytest.mark.parametrize("change", [missing_range, doubled_range, nothing, pickled])
 def test_changed_files_are_one_error(change: Callable[[Path], None], tmp_path: Path) -> None:
     folder = written(tmp_path, 2, {"embedding": [20], "norm": [1], "scalar": [1]})
     change(folder)
