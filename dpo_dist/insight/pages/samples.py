@@ -97,17 +97,18 @@ def marked(text: str, other: str) -> tuple[list[Piece], float]:
 def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
     """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
     items: list[Markup] = []
-    waiting = iter(prompts)
+    left, waiting = room, iter(prompts)
     for shown in waiting:
-        item = Markup("")
+        item, size = Markup(""), 0
         for longest in _LONGEST_TEXTS:
             item = part("macros.jinja", "prompt", _cut(shown, longest), len(items) < _OPEN)
-            if len(item.encode("utf-8", "replace")) < _LARGE_SHARE * room:
+            size = len(item.encode("utf-8", "replace"))
+            if size < _LARGE_SHARE * room:
                 break
-        room_left = room - sum(len(each.encode("utf-8", "replace")) for each in [*items, item])
-        if room_left < 0:
+        if size > left:
             return items, 1 + sum(1 for _ in waiting)
         items.append(item)
+        left -= size
     return items, 0
 
 
