@@ -26,7 +26,7 @@ _LONGEST_TEXTS = (6000, 400)
 _LARGE_SHARE = 0.05
 _OPEN = 2
 _TITLE_CHARACTERS = 120
-_FEW_WORDS, _MOST_MARKED = 20, 0.9  # marks on nearly all words of a text show nothing
+_MOST_MARKED = 0.9  # marks on nearly all words of a text show nothing
 _TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
@@ -129,7 +129,7 @@ def _column(response: Response, other: str | None, against: str, longest: int) -
     notes, pieces = [response.notes], [(text, False)]
     if other is not None:
         words, share = marked(text, other)
-        is_other = share > _MOST_MARKED and len(text) > _FEW_WORDS
+        is_other = share > _MOST_MARKED
         pieces = pieces if is_other else words
         notes.append(
             f"the same text as {against}"
