@@ -82,40 +82,38 @@ def headline(results: Row) -> list[str]:
     A model of which no response ends is not called the best: the judge saw beginnings of its responses only.
     """
     rates, base = _rates(results), results["base"]
-    judged = [model for model in results["models"] if _quality(model, results, rates)]
-    ranked = [model for model in judged if model["style"]["finished"]]
+    models = {model["name"]: model for model in results["models"]}
+    found = {name: _quality(model, results, rates) for name, model in models.items()}
+    judged = {name: quality[0] for name, quality in found.items() if quality}
+    ranked = [name for name in judged if models[name]["style"]["finished"]]
     if not judged:
         return ["Without a judge the models can be compared by KL and style only."]
     if not ranked:
         return ["No response ends within compare.max_new_tokens: no model is called the best."]
-    best = max(ranked, key=lambda model: ((_quality(model, results, rates) or (0,))[0], -(model["kl"] or 0)))
-    name, kl = best["name"], best["kl"]
-    value, _ = _quality(best, results, rates) or (0.0, None)
-    sentence = f"{name} has the highest win rate over {base}"
+    best = max(ranked, key=lambda name: (judged[name], -(models[name]["kl"] or 0)))
     if _has_scores(results):
-        sentence = f"{name} has the highest score, {number(value)}" + (
-            f" at a KL of {number(kl)} nats" if kl else ""
-        )
-    elif name == base:
+        kl = models[best]["kl"]
+        sentence = f"{best} has the highest score, {number(judged[best])}"
+        sentence += f" at a KL of {number(kl)} nats" if kl else ""
+    elif best == base:
         sentence = f"No model wins over {base} on more than half of the prompts"
-    if name != base and (name, base) in rates:
-        sentence += f"; its win rate over {base} is {_rate_text(rates[name, base])}"
-    others = {
-        model["name"]: rates.get((model["name"], name), (_HALF, None))
-        for model in ranked
-        if model is not best
-    }
+    else:
+        sentence = f"{best} has the highest win rate over {base}"
+    if best != base and (best, base) in rates:
+        sentence += f"; its win rate over {base} is {_rate_text(rates[best, base])}"
+    sentences = [f"{sentence}."]
+    others = {name: rates.get((name, best), (_HALF, None)) for name in ranked if name != best}
     as_good = [
-        f"{other} (win rate {_rate_text(rate)} over it)"
-        for other, rate in others.items()
+        f"{name} (win rate {_rate_text(rate)} over it)"
+        for name, rate in others.items()
         if _side(rate[1], _HALF) >= 0
     ]
-    unended = [model["name"] for model in judged if model not in ranked]
-    return [
-        *([f"Not ranked, as no response ends: {', '.join(unended)}."] if unended else []),
-        f"{sentence}.",
-        f"Not clearly worse: {', '.join(as_good)}." if as_good else "All others are clearly worse.",
-    ]
+    if others:
+        sentences.append(
+            f"Not clearly worse: {', '.join(as_good)}." if as_good else "All others are clearly worse."
+        )
+    unended = [name for name in judged if name not in ranked]
+    return [*([f"Not ranked, as no response ends: {', '.join(unended)}."] if unended else []), *sentences]
 
 
 def _rates(results: Row) -> Rates:

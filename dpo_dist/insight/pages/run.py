@@ -38,11 +38,11 @@ _SECTIONS = {
     "accuracy": "Accuracy and margin",
     "displacement": "Chosen responses became less likely",
     "data": "Data",
-    "work": "Time",
+    "speed": "Time",
     "reference": "Reference model",
-    "command": "Repeat this run",
+    "repeat": "Repeat this run",
 }
-_IDS = {"work": "speed", "command": "repeat"}
+"""Sections of the page with their titles, in their order."""
 _PARTS = {"train": "Training data", "eval": "Evaluation data"}
 _NO_CHANGES = frozenset({"read", "kept", "pairs"})
 _EVALUATION_COLUMNS = {
@@ -98,16 +98,14 @@ def write_page(
         "data": [_records(_PARTS[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
-        "work": _work(facts.seconds_by_work),
+        "speed": _work(facts.seconds_by_work),
         "phases": _phases(facts.run.steps),
         "reference": list(_reference(facts.section("reference"))),
-        "command": facts.environment.get("command"),
-        "origins": list(_origins(facts.environment)),
-        "digests_of_run": _digests(facts.state.get("identity") or {}),
+        "repeat": _repeat(facts),
         "config": list(flat(facts.config)),
         "environment": list(flat(facts.environment)),
     }
-    links = [(_IDS.get(name, name), title) for name, title in _SECTIONS.items() if content[name]]
+    links = [(name, title) for name, title in _SECTIONS.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
     files.write_text(path, page("run.jinja", folder.path.resolve().name, scripts, links=links, **content))
@@ -361,15 +359,16 @@ def _reference(report: Fields) -> Iterator[str]:
         yield f"{counted(len(damaged), 'file')} of the store could not be read; computed again."
 
 
-def _origins(environment: Fields) -> Iterator[tuple[str, str]]:
-    """Yield commit and versions."""
+def _repeat(facts: PageFacts) -> Mapping[str, Any]:
+    """Return command, commit, versions and digests of the run; empty without any."""
+    environment, identity = facts.environment, facts.state.get("identity") or {}
+    origins = []
     if commit := environment.get("git_commit"):
         changed = environment.get("git_changed_files")
-        yield "commit", commit + (f", with {changed:,} changed files" if changed else "")
+        origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
     if packages := environment.get("packages"):
-        python = f"python {environment.get('python', '')}"
-        yield "versions", ", ".join([python, *(f"{name} {version}" for name, version in packages.items())])
-
-
-def _digests(identity: Fields) -> list[tuple[str, str]]:
-    return [(name, identity[key]) for key, name in _DIGESTS.items() if identity.get(key)]
+        versions = [f"{name} {version}" for name, version in packages.items()]
+        origins.append(("versions", ", ".join([f"python {environment.get('python', '')}", *versions])))
+    digests = [(name, identity[key]) for key, name in _DIGESTS.items() if identity.get(key)]
+    found = {"command": environment.get("command"), "origins": origins, "digests": digests}
+    return found if any(found.values()) else {}

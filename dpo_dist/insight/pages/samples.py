@@ -26,7 +26,7 @@ _LONGEST_TEXTS = (6000, 400)
 _LARGE_SHARE = 0.05
 _OPEN = 2
 _TITLE_CHARACTERS = 120
-_FEW_WORDS, _MOST_MARKED = 20, 0.9  # marks on nearly all words of a text show nothing
+_MOST_MARKED = 0.9  # marks on nearly all words of a text show nothing
 _TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
@@ -97,17 +97,18 @@ def marked(text: str, other: str) -> tuple[list[Piece], float]:
 def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
     """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
     items: list[Markup] = []
-    waiting = iter(prompts)
+    left, waiting = room, iter(prompts)
     for shown in waiting:
-        item = Markup("")
+        item, size = Markup(""), 0
         for longest in _LONGEST_TEXTS:
             item = part("macros.jinja", "prompt", _cut(shown, longest), len(items) < _OPEN)
-            if len(item.encode("utf-8", "replace")) < _LARGE_SHARE * room:
+            size = len(item.encode("utf-8", "replace"))
+            if size < _LARGE_SHARE * room:
                 break
-        room_left = room - sum(len(each.encode("utf-8", "replace")) for each in [*items, item])
-        if room_left < 0:
+        if size > left:
             return items, 1 + sum(1 for _ in waiting)
         items.append(item)
+        left -= size
     return items, 0
 
 
@@ -128,7 +129,7 @@ def _column(response: Response, other: str | None, against: str, longest: int) -
     notes, pieces = [response.notes], [(text, False)]
     if other is not None:
         words, share = marked(text, other)
-        is_other = share > _MOST_MARKED and len(text) > _FEW_WORDS
+        is_other = share > _MOST_MARKED
         pieces = pieces if is_other else words
         notes.append(
             f"the same text as {against}"

@@ -88,6 +88,11 @@ def pair(**others: object) -> dict[str, Any]:
             "All others are clearly worse. Not ranked, as no response ends: b.",
         ),
         (
+            [model("base", None, 0.1), model("a", 5, 0.4, finished=0.0)],
+            [win("base", "a", 0.3)],
+            "base has the highest score, 0.1. Not ranked, as no response ends: a.",
+        ),
+        (
             [model("base", None, 0.1, finished=0.0), model("a", 5, 0.4, finished=0.0)],
             [win("base", "a", 0.3)],
             "No response ends within compare.max_new_tokens: no model is called the best.",

@@ -1,10 +1,6 @@
 """The doctor's page and JSON: complete, self-contained, and inert whatever the data are."""
 
-import base64
-import hashlib
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from dpo_dist.insight.doctor.margins import StoreUse
 from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
 from dpo_dist.insight.pages.doctor import check_writable, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
+from tests.unit.report.run_page.made_run import Page
 
 HOSTILE = (
     "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"
@@ -80,48 +77,19 @@ def written(folder: Path, found: Diagnosis) -> str:
     return RunFolder.of(config).doctor_page.read_text(encoding="utf-8")
 
 
-class Elements(HTMLParser):
-    """Names and attributes of all elements, and the text."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_data(self, text: str) -> None:
-        self.text += text
-
-
 def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -> None:
-    page, plain = written(tmp_path, diagnosis()), written(tmp_path, diagnosis("plain"))
-    tags = [tag for tag, _ in Elements(page).elements if (tag, "mark") != ("i", "mark")]
-    assert [tag for tag in tags if tag != "i"] == [tag for tag, _ in Elements(plain).elements if tag != "i"]
-    assert not {"script", "a href", "img", "iframe"} & set(tags)
-    names = {name for _, attributes in Elements(page).elements for name in attributes}
-    assert not {name for name in names if name.startswith("on") or name in ("src", "style")}
-    links = {attributes["href"] for tag, attributes in Elements(page).elements if "href" in attributes}
-    assert all(str(link).startswith("#") for link in links)
-    assert not re.search("[\u202e\u200b\x1b]", page)
-    assert "U+202E" in Elements(page).text
-
-
-def test_the_policy_allows_the_own_style_only(tmp_path: Path) -> None:
-    page = written(tmp_path, diagnosis())
-    [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
-    allowed = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
-    assert policy == allowed + "base-uri 'none'; form-action 'none'"
-    assert not re.search(r"url\(|@import|https?://", page.replace(Elements(page).text, ""))
+    html = written(tmp_path, diagnosis())
+    page, plain = Page(html), Page(written(tmp_path, diagnosis("plain")))
+    assert [tag for tag in page.tags if tag != "i"] == [tag for tag in plain.tags if tag != "i"]
+    assert not {"script", "img", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "style")]
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    assert not {"\u202e", "\u200b", "\x1b"} & set(html)
+    assert "U+202E" in page.text
 
 
 def test_the_page_says_everything(tmp_path: Path) -> None:
-    text = Elements(written(tmp_path, diagnosis("plain"))).text
+    text = Page(written(tmp_path, diagnosis("plain"))).text
     for expected in (
         *("1 error", "1 warning", "1 note", "8 of 10 records can be used", "rule_error", "To do: plain"),
         *("empty_response", "prompt truncated", "1 cut", "saves 40 % of the tokens", "first word", "90 %"),
@@ -134,7 +102,7 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
 def test_sections_without_content_are_missing(tmp_path: Path) -> None:
     empty = SourceReport("a", "a", False, 0, 0, 0)
     page = written(tmp_path, Diagnosis(DoctorReport((empty,), Across(), ()), (), None))
-    text = Elements(page).text
+    text = Page(page).text
     assert "no findings" in text
     assert "Without a model" in text
     assert 'id="pairs"' not in page
