@@ -183,7 +183,7 @@ class SourceTally:
 
     def _leaks(self) -> tuple[LeakTest, ...]:
         pairs = self.sample.items
-        if not pairs:
+        if not pairs or self.is_eval:  # what the policy learns is in the training data
             return ()
         languages = [
             0 if None in found else (found[1] == found[0]) - (found[2] == found[0])
