@@ -99,5 +99,5 @@ def test_a_collapsed_policy_is_no_completed_run(overrides: Overrides, tmp_path: 
     assert history(tmp_path / "run")[-1]["grad_norm"] == 0
     found = summary(tmp_path / "run")
     assert (found["exit"], found["bad_steps"]) == ("diverged", 0)
-    assert found["verdict"]["sentence"].startswith("the policy has collapsed: from step 2 on")
+    assert found["verdict"]["sentence"].startswith("diverged: the policy has collapsed: from step 2 on")
     assert not (tmp_path / "run/model").exists()

@@ -83,8 +83,9 @@ def near_prompts(records: list[RecordKeys], is_eval: npt.NDArray[np.bool_]) -> I
     found: dict[int, int] = {}
     for index in np.flatnonzero(~is_eval) if is_eval.any() else ():
         for other in table.query(_sketch(prompts[index])):
-            if other not in found and (prompts[other] == prompts[index]).mean() >= SIMILARITY:
+            if (prompts[other] == prompts[index]).mean() >= SIMILARITY:
                 found[other] = int(index)
+                table.remove(other)
     return np.array(sorted(found.items()), dtype=np.int64).reshape(-1, 2)
 
 

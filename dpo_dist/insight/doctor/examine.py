@@ -50,15 +50,7 @@ def examine(
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
-    Args:
-        config: sources, limits of lengths, number of processes.
-        tokenizer: of the policy; None: nothing is counted in tokens, and no check needs token ids.
-        thresholds: other thresholds of rules, by name of the rule.
-        benchmark: prompts that training data should not contain.
-        progress: called for each source.
-
-    Returns:
-        The report; it does not depend on the number of processes.
+    Without a tokenizer nothing is counted in tokens. The report does not depend on the number of processes.
 
     Raises:
         DataError: a source cannot be read.
@@ -131,14 +123,7 @@ _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """The result of the doctor.
-
-    Attributes:
-        report: facts and findings, the most serious first.
-        shown: records for the page.
-        model: folder of the tokenizer; None: data were examined as text.
-        store: the use of the reference store; None without a model.
-    """
+    """The result of the doctor; without a model (the tokenizer's folder) data were examined as text."""
 
     report: DoctorReport
     shown: tuple[ShownPair, ...]
@@ -155,11 +140,6 @@ class Diagnosis:
 
 def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
-
-    Args:
-        config: of the run; `model.path` may be `NO_MODEL`.
-        counter: shows progress.
-        benchmark: of `doctor.benchmarks`.
 
     Raises:
         ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.

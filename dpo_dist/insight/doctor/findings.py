@@ -8,8 +8,6 @@ from typing import Any
 Level = StrEnum("Level", ["note", "warning", "error"])
 """`note`: good to know; `warning`: look at it; `error`: training is likely to fail or to mislead."""
 
-Measure = StrEnum("Measure", ["share", "value"])
-
 SIDES = ("prompt", "chosen", "rejected")
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 
@@ -31,15 +29,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class DataRule(Rule):
-    """A rule about data.
-
-    Attributes:
-        threshold: a share of records (`share`), or another number (`value`).
-        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
-    """
+    """A rule about data; below its threshold there is a note if that is a share of records, else nothing."""
 
     threshold: float
-    measure: Measure = Measure.share
 
 
 @dataclass(frozen=True)

@@ -96,14 +96,14 @@ class TokenFacts:
 
 @dataclass(frozen=True, eq=False)
 class PairFacts:
-    """Facts about one record with at least two responses, kept for a sample of the records.
+    """Facts about the first and the last response of a record, kept for a sample of the records.
 
     Attributes:
-        features: float32 [2, features], of the first and the last response.
-        words: `features.edge_words` of these.
+        features: float32 [2, features].
+        words: `features.edge_words`.
         prompt: key of the prompt.
         heads: the start of the prompt's last turn and of the two responses.
-        scores: of the two responses; nan without scores.
+        scores: nan without scores.
     """
 
     features: npt.NDArray[np.float32]
@@ -115,13 +115,9 @@ class PairFacts:
 
 @dataclass(frozen=True, eq=False)
 class RecordKeys:
-    """What is kept of each readable record, to compare it with all others.
+    """Keys of a readable record, of its prompt and of the prompt's numbers, to compare it with all others.
 
     Attributes:
-        origin: of the record.
-        prompt: key of the prompt.
-        record: key of prompt and responses.
-        numbers: key of the numbers in the prompt.
         hash: `prompts.prompt_hash` of the prompt.
         is_held_out: whether `data.eval_share` draws the record for evaluation.
         preferences: key of each preference, and of the opposite one.
@@ -145,14 +141,11 @@ class Observed:
     """Facts about consecutive records of one source.
 
     Attributes:
-        read: number of records.
         names: readable records by the rules that they break, by the kinds of these, and by properties.
         dropped: dropped records by reason.
         details: for each reason, details of the first record, without texts.
-        tokens: facts from encoding; None without a tokenizer.
-        characters: of each readable record.
-        records: the readable ones.
-        pairs: facts of the records with at least two responses.
+        tokens: None without a tokenizer.
+        pairs: of the records with at least two responses.
     """
 
     read: int
@@ -166,13 +159,7 @@ class Observed:
 
 
 class Observer:
-    """Observes chunks of records; can be sent to other processes.
-
-    Args:
-        config: as for training; `on_bad_record` is ignored.
-        tokenizer: None: nothing is encoded.
-        benchmark: items to look for.
-    """
+    """Observes chunks of records, encoded if there is a tokenizer; can be sent to other processes."""
 
     def __init__(
         self,

@@ -6,19 +6,17 @@ from difflib import get_close_matches
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import percent
-from dpo_dist.insight.doctor.findings import DataRule, Finding, Level, Measure
+from dpo_dist.insight.doctor.findings import DataRule, Finding, Level
 
 _ERROR, _WARNING, _NOTE = Level.error, Level.warning, Level.note
-_VALUE = Measure.value
 
 RULES: dict[str, DataRule] = {
-    "no_records": DataRule(_ERROR, "no record can be used", "correct the source", 0, _VALUE),
+    "no_records": DataRule(_ERROR, "no record can be used", "correct the source", 0),
     "too_many_dropped": DataRule(
         _ERROR,
         "more records than data.max_bad_share allows cannot be used: training would refuse the source",
         "correct the records, or raise data.max_bad_share if dropping them is intended",
         0,
-        _VALUE,
     ),
     "dropped": DataRule(
         _WARNING, "are dropped", "correct or remove them; docs/data.md explains the reason", 0.01
@@ -89,28 +87,24 @@ RULES: dict[str, DataRule] = {
         "the form of the responses reveals the chosen one",
         "make both sides alike in this feature: the policy would learn it in place of the preference",
         0.65,
-        _VALUE,
     ),
     "style_bias": DataRule(
         _WARNING,
         "the style of the responses reveals the chosen one",
         "check that this style is preferred on purpose",
         0.65,
-        _VALUE,
     ),
     "length_bias": DataRule(
         _WARNING,
         "the length of the responses reveals the chosen one",
         "balance the lengths, or use a length-normalised loss",
         0.65,
-        _VALUE,
     ),
     "one_sided_form": DataRule(
         _WARNING,
         "a form occurs almost only on one side",
         "make both sides alike in this feature",
         0.9,
-        _VALUE,
     ),
     "language_differs": DataRule(
         _WARNING,

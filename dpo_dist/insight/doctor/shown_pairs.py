@@ -93,11 +93,7 @@ def show_pairs(
 ) -> list[ShownPair]:
     """Return examples of the findings, and of each source a sample of `count` records.
 
-    Args:
-        config: of the data.
-        tokenizer: of the policy; None: texts are shown as they are in the record.
-        findings: their examples name the records.
-        count: size of the sample of each source.
+    Without a tokenizer texts are shown as they are in the record.
     """
     rules: dict[str, list[str]] = {}
     for finding in findings:

@@ -91,15 +91,7 @@ def _of_lengths(values: npt.NDArray[np.int64]) -> Distribution:
 
 
 class SourceTally:
-    """Sums of one source.
-
-    Attributes:
-        names: readable records by the rules that they break, by the kinds of these, and by properties.
-        dropped: dropped records by reason.
-        details: for each reason, details of the first such record, without texts.
-        read: records read.
-        readable: records that have a prompt and responses.
-    """
+    """Sums of `Observed` over one source; `readable` are the records that have a prompt and responses."""
 
     def __init__(self, label: str, path: str, is_eval: bool, is_split: bool):
         self.label, self.path, self.is_eval = label, path, is_eval
@@ -191,7 +183,7 @@ class SourceTally:
 
     def _leaks(self) -> tuple[LeakTest, ...]:
         pairs = self.sample.items
-        if not pairs:
+        if not pairs or self.is_eval:  # what the policy learns is in the training data
             return ()
         languages = [
             0 if None in found else (found[1] == found[0]) - (found[2] == found[0])

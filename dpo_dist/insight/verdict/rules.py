@@ -420,8 +420,8 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
 
 @_rule(
     "over-optimised",
-    "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; a length-normalised loss "
-    "if responses grow; look for such responses among the chosen ones",
+    "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; look for such responses among "
+    "the chosen ones; a length-normalised loss if responses grow",
 )
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     symptoms = list(_worse_samples(facts))

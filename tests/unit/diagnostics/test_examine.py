@@ -303,12 +303,6 @@ def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path)
     assert report.across.contradictions == 2
 
 
-def test_a_configured_label_names_the_source(tmp_path: Path) -> None:
-    source = SourceConfig(path=write(tmp_path / "a.jsonl", clean_pairs(5)), label="mine")
-    report = examine(DataConfig(train=[source], processes=1), None)
-    assert [one.label for one in report.sources] == ["mine"]
-
-
 def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
     records = [
         {

@@ -56,6 +56,18 @@ def evaluation_row(step: int) -> Row:
     }
 
 
+def steps(**changes: Any) -> list[Row]:
+    """Return the rows of steps of `rows`."""
+    return [row for row in rows(**changes) if "loss" in row]
+
+
+def changed(index: int, row: Row, **changes: Any) -> list[Row]:
+    """Return `rows` with one changed row."""
+    found = rows(**changes)
+    found[index] |= row
+    return found
+
+
 def rows(
     every: Mapping[str, float] | None = None, late: Mapping[str, float] | None = None, since: int = 10
 ) -> list[Row]:
@@ -204,6 +216,84 @@ CASES: dict[str, Case] = {
 }
 
 
+SIGNS: list[tuple[list[Row], dict[str, Any], list[dict[str, Any]], str, list[str]]] = [
+    (
+        rows(late=COLLAPSED, since=11),
+        {"exit": "diverged"},
+        [],
+        "diverged",
+        ["the policy has collapsed: from step 11 on", "-6.07 nats per token", "the loss was 0.57"],
+    ),
+    (rows(), {"bad_steps": 2}, [], "diverged", ["in 2 steps of 20, which taught nothing"]),
+    (
+        rows(every=FLAT),
+        {"settings": SETTINGS | {"loss.beta": 1e-4}},
+        [],
+        "beta_wrong",
+        ["loss.beta=1e-4 is too small", "8e+03 nats"],
+    ),
+    (rows(late={"eval_kl/rejected": 1.5}), {}, [], "learning_rate_too_high", ["moved 1.5 nats"]),
+    (
+        rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
+        {},
+        [],
+        "labels_swapped",
+        ["training accuracy is 0.20 on 320 pairs"],
+    ),
+    (rows(), {}, [DISAGREES], "doctor_errors", ["prefers the rejected response by far in 40 % of a"]),
+    (
+        rows(late={"logps/chosen_per_token": -3.5}, since=4),
+        {},
+        [],
+        "learning_rate_too_high",
+        ["fell by 2.5 nats per token by step 4 of 20"],
+    ),
+    (
+        rows(late={"eval_kl/rejected": math.inf}),
+        {},
+        [],
+        "learning_rate_too_high",
+        ["moved more nats than float32 can express per token"],
+    ),
+    (
+        steps(late={"kl/rejected": 1.4}),
+        {},
+        [],
+        "learning_rate_too_high",
+        ["moved 1.4 nats per token"],
+    ),
+    (rows(late={"grad_norm": math.inf}, since=20), {}, [], "diverged", ["; the gradient norm was the first"]),
+    (rows(late={"eval_loss": math.nan}, since=20), {}, [], "diverged", ["; the loss was the first"]),
+    (
+        steps(late={"loss": math.nan}, since=20),
+        {"bad_in_a_row": 3, "exit": "diverged"},
+        [],
+        "diverged",
+        ["not finite, at step 18"],
+    ),
+    (
+        rows(every={"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}),
+        {},
+        [],
+        "over_optimised",
+        ["3.0x longer (60 -> 180 tokens) compared with the reference"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("history", "ended", "data_findings", "rule", "words"), SIGNS)
+def test_other_signs_of_the_same_fault(
+    history: list[Row],
+    ended: dict[str, Any],
+    data_findings: list[dict[str, Any]],
+    rule: str,
+    words: list[str],
+) -> None:
+    [finding] = verdict(history, summary(**ended), data_findings).findings
+    assert finding.rule == rule
+    assert [word for word in words if word not in finding.text] == []
+
+
 @pytest.mark.parametrize("rule", CASES)
 def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
     history, ended, data_findings, words = CASES[rule]
@@ -221,6 +311,95 @@ def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
     assert judged.lines() == [f"verdict: {judged.sentence}", f"  try: {finding.remedy}"]
 
 
+def with_settings(**changes: Any) -> dict[str, Any]:
+    return {"settings": SETTINGS | {f"loss.{name}": value for name, value in changes.items()}}
+
+
+OTHER = {"settings": SETTINGS | {"reference.path": "other"}}
+UNSURE = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1, "rewards/accuracies": 0.57}
+SAMPLED = {"eval_samples/reference_finished": 10 / 16, "eval_samples/reference_refusals": 2 / 16}
+SAMPLED |= {"eval_samples/prompts": 16.0}
+RISEN = rows(every={"pairs": 20.0}, late={"loss": 0.9}, since=2)
+STILL = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
+AT_CHANCE = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
+
+
+def samples(prompts: float, **late: float) -> list[Row]:
+    named = {f"eval_samples/{name}": value for name, value in late.items()}
+    return rows(every={"eval_samples/prompts": prompts}, late=named)
+
+
+@pytest.mark.parametrize(
+    ("history", "ended", "rules"),
+    [
+        # What a loss does by design.
+        (
+            rows(late={"eval_rewards/both_fall": 0.9, "logps/chosen_per_token": -1.4}),
+            with_settings(kind="apo_down"),
+            [],
+        ),
+        # A distance that float32 cannot hold.
+        (rows(late={"kl/chosen": math.inf, "eval_kl/chosen": math.inf}), {}, []),
+        # Responses as long as the chosen ones.
+        (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
+        # One row by chance.
+        (rows(late={"loss": 0.679}, since=20), with_settings(beta=0.02), []),
+        (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
+        (changed(2, {"loss": 0.95}), {}, []),
+        (changed(6, {"grad_norm": 900.0, "loss": 0.95}), {}, []),
+        (changed(2, {"logps/chosen_per_token": -9.0}), {}, []),
+        (changed(4, {"logps/chosen_per_token": -3.0}, every={"pairs": 4.0}), {}, []),
+        ([*steps()[:-1], step_row(STEPS) | {"kl/rejected": math.inf}], {}, []),
+        # Few pairs.
+        (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
+        (rows(every=UNSURE | {"eval_pairs": 50.0}), {}, ["learnt_nothing"]),
+        (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
+        (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0, "pairs": 2.0}), {}, []),
+        (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0}), {}, ["label_leak"]),
+        (rows(every={"pairs": 4.0}, late={"loss": 1.2}), {}, []),
+        (rows(every={"pairs": 20.0}, late={"loss": 1.2}), {}, ["learning_rate_too_high"]),
+        # Few responses.
+        (samples(8.0, refusals=0.15), {}, []),
+        (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
+        (samples(8.0, finished=0.875), {}, []),
+        (samples(80.0, finished=0.875), {}, ["over_optimised"]),
+        (samples(8.0, length=190.0), {}, []),
+        (samples(8.0, length=230.0), {}, ["over_optimised"]),
+        (samples(64.0, length=190.0), {}, ["over_optimised"]),
+        (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
+        (rows(every=SAMPLED | {"eval_samples/finished": 3 / 16}), {}, ["over_optimised"]),
+        # A resumed run may have shorter samples: then the reference has responded again.
+        (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
+        (
+            rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 1.0}),
+            {},
+            ["over_optimised"],
+        ),
+        # The first loss is the start only if it is the same for all pairs.
+        (RISEN, {}, ["learning_rate_too_high"]),
+        (RISEN, with_settings(kind="ipo"), ["learning_rate_too_high"]),
+        (RISEN, with_settings(weighting="none"), ["learning_rate_too_high"]),
+        (RISEN, with_settings(kind="odpo"), []),
+        (RISEN, with_settings(weighting="wpo"), []),
+        (RISEN, OTHER, []),
+        # Without a reference, or with another one, a margin at the start is no change.
+        (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["learnt_nothing"]),
+        (rows(every=STILL), with_settings(kind="cpo"), ["learnt_nothing"]),
+        (rows(every=STILL), with_settings(kind=None, terms=[{"kind": "simpo"}]), ["learnt_nothing"]),
+        (rows(every=STILL | {"rewards/margins": 0.1}), OTHER, ["learnt_nothing"]),
+        # A run that fits its training pairs has learnt something.
+        (rows(every={"rewards/accuracies": 1.0}), {}, ["does_not_generalise"]),
+        (rows(every={"rewards/accuracies": 1.0, "eval_rewards/accuracies": 0.95}), {}, []),
+        (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["learnt_nothing"]),
+        (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
+        # Skipped steps do not explain other faults.
+        (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
+    ],
+)
+def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules: list[str]) -> None:
+    assert [finding.rule for finding in verdict(history, summary(**ended)).findings] == rules
+
+
 def test_a_healthy_run_has_no_finding() -> None:
     judged = verdict(rows(), summary())
     assert judged.findings == ()
@@ -229,15 +408,6 @@ def test_a_healthy_run_has_no_finding() -> None:
         "training loss 0.678 -> 0.45 in 20 steps"
     )
     assert len(judged.lines()) == 1
-
-
-def test_a_loss_that_stays_at_its_start_has_learnt_nothing_whatever_the_accuracy() -> None:
-    [finding] = verdict(rows(every=FLAT | {"eval_rewards/margins": 1e-3}), summary()).findings
-    assert finding.rule == "learnt_nothing"
-    assert (
-        "the training loss stayed at its start, 0.693 -> 0.693, in 20 steps with optim.lr=1e-6"
-        in finding.text
-    )
 
 
 def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
@@ -306,13 +476,6 @@ def test_an_evaluation_loss_without_a_known_start_is_compared_with_that_of_step_
         assert ("does_not_generalise" in found) is is_found
 
 
-@pytest.mark.parametrize("evaluation", [0.5, 0.95])
-def test_a_run_that_fits_its_training_pairs_has_not_learnt_nothing(evaluation: float) -> None:
-    fitted = {"rewards/accuracies": 1.0, "eval_rewards/accuracies": evaluation}
-    found = [one.rule for one in verdict(rows(every=fitted), summary()).findings]
-    assert found == ["does_not_generalise"] * (evaluation == 0.5)
-
-
 def pushes(advice: str) -> set[tuple[str, bool]]:
     """Keys that advice pushes, and whether up."""
     found = re.findall(r"\b(lower|smaller|fewer|higher|larger|more) ([a-z_.]+)", advice)
@@ -322,16 +485,17 @@ def pushes(advice: str) -> set[tuple[str, bool]]:
 def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
     """Of every two faults together, by what each changes in a healthy run; the more severe one is heard."""
     usual, lost = rows(), 0
-    for names in itertools.combinations(CASES, 2):
+    faults = [case[:3] for case in (*CASES.values(), *SIGNS) if len(case[0]) == len(usual)]
+    for pair in itertools.combinations(faults, 2):
         together, changed, data_findings = rows(), summary(), []
-        for history, ended, data, _ in (CASES[name] for name in names):
+        for history, ended, data in pair:
             data_findings += data
             changed |= {key: value for key, value in ended.items() if value != summary().get(key)}
             for row, other, healthy in zip(together, history, usual, strict=True):
                 row |= {key: value for key, value in other.items() if value != healthy.get(key)}
         findings = verdict(together, changed, data_findings).findings
         pushed = {push for finding in findings for push in pushes(finding.remedy)}
-        assert not {(key, not is_up) for key, is_up in pushed} & pushed, names
+        assert not {(key, not is_up) for key, is_up in pushed} & pushed
         for number, finding in enumerate(findings):
             without = pushes(RULES[finding.rule].remedy) - pushes(finding.remedy)
             assert not (without and number == 0)
@@ -377,87 +541,6 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     assert verdict(first_steps, summary(steps=5)).findings == ()
 
 
-@pytest.mark.parametrize(
-    ("history", "ended", "data_findings", "rule", "words"),
-    [
-        (
-            rows(late=COLLAPSED, since=11),
-            {"exit": "diverged"},
-            [],
-            "diverged",
-            ["the policy has collapsed: from step 11 on", "-6.07 nats per token", "the loss was 0.57"],
-        ),
-        (rows(), {"bad_steps": 2}, [], "diverged", ["in 2 steps of 20, which taught nothing"]),
-        (
-            rows(every=FLAT),
-            {"settings": SETTINGS | {"loss.beta": 1e-4}},
-            [],
-            "beta_wrong",
-            ["loss.beta=1e-4 is too small", "8e+03 nats"],
-        ),
-        (rows(late={"eval_kl/rejected": 1.5}), {}, [], "learning_rate_too_high", ["moved 1.5 nats"]),
-        (
-            rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
-            {},
-            [],
-            "labels_swapped",
-            ["training accuracy is 0.20 on 320 pairs"],
-        ),
-        (rows(), {}, [DISAGREES], "doctor_errors", ["prefers the rejected response by far in 40 % of a"]),
-    ],
-)
-def test_other_signs_of_the_same_fault(
-    history: list[Row],
-    ended: dict[str, Any],
-    data_findings: list[dict[str, Any]],
-    rule: str,
-    words: list[str],
-) -> None:
-    [finding] = verdict(history, summary(**ended), data_findings).findings
-    assert finding.rule == rule
-    assert [word for word in words if word not in finding.text] == []
-
-
-def test_steps_that_were_skipped_do_not_explain_other_faults() -> None:
-    found = verdict(rows(late={"loss": 1.2}, since=4), summary(bad_steps=2)).findings
-    assert [one.rule for one in found] == ["diverged", "learning_rate_too_high"]
-
-
-def test_what_a_loss_does_by_design_is_no_fault() -> None:
-    lowered = rows(late={"eval_rewards/both_fall": 0.9, "logps/chosen_per_token": -1.4})
-    assert verdict(lowered, summary(settings=SETTINGS | {"loss.kind": "apo_down"})).findings == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"loss": 1.2}, "the loss rose from 0.678 to 1.2"),
-        ({"logps/chosen_per_token": -3.5}, "fell by 2.5 nats per token by step 4 of 20"),
-    ],
-)
-def test_symptoms_of_a_learning_rate_that_is_too_high(changes: dict[str, float], words: str) -> None:
-    found = {
-        finding.rule: finding.text for finding in verdict(rows(late=changes, since=4), summary()).findings
-    }
-    assert words in found["learning_rate_too_high"]
-
-
-@pytest.mark.parametrize(
-    ("value", "quantity"),
-    [
-        (
-            {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan},
-            "the log-prob of chosen responses",
-        ),
-        ({"grad_norm": math.inf}, "the gradient norm"),
-        ({"eval_loss": math.nan}, "the loss"),
-    ],
-)
-def test_the_first_quantity_that_is_not_finite_is_named(value: dict[str, float], quantity: str) -> None:
-    [finding] = verdict(rows(late=value, since=20), summary()).findings
-    assert f"; {quantity} was the first" in finding.text
-
-
 BROKEN = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
 
 
@@ -486,18 +569,6 @@ def test_the_cause_of_a_divergence(
     assert judged.sentence.startswith(f"diverged: {cause}")
 
 
-def test_a_distance_that_float32_cannot_hold_is_no_divergence() -> None:
-    far = {"kl/chosen": math.inf, "eval_kl/chosen": math.inf}
-    assert verdict(rows(late=far), summary()).findings == ()
-
-
-def test_chance_is_judged_by_the_number_of_pairs() -> None:
-    few = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1, "rewards/accuracies": 0.57}
-    for pairs, rules in ((10.0, []), (50.0, ["learnt_nothing"]), (5000.0, [])):
-        judged = verdict(rows(every=few | {"eval_pairs": pairs}), summary())
-        assert [finding.rule for finding in judged.findings] == rules
-
-
 def test_at_most_five_findings_the_worst_first() -> None:
     late = {"eval_samples/length": 300.0, "eval_kl/rejected": 2.0, "eval_rewards/accuracies": 0.95}
     data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
@@ -513,85 +584,10 @@ def test_at_most_five_findings_the_worst_first() -> None:
     assert len(found) == MOST_FINDINGS
 
 
-@pytest.mark.parametrize(
-    "value", [{"loss": 0.95}, {"grad_norm": 900.0, "loss": 0.95}, {"logps/chosen_per_token": -9.0}]
-)
-@pytest.mark.parametrize("index", [2, 6])
-def test_one_bad_step_is_no_sign_of_the_learning_rate(index: int, value: dict[str, float]) -> None:
-    history = rows()
-    history[index] |= value
-    assert verdict(history, summary()).findings == ()
-
-
-@pytest.mark.parametrize("ended", [{"exit": "preempted"}, {"steps": 4}])
-def test_a_run_that_is_short_or_stopped_is_not_accused_of_learning_nothing(ended: dict[str, Any]) -> None:
-    every = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
-    history = [row for row in rows(every=every) if row["step"] <= ended.get("steps", STEPS)]
-    judged = verdict(history, summary(**ended))
+def test_a_short_run_is_not_judged() -> None:
+    judged = verdict([row for row in rows(every=AT_CHANCE) if row["step"] <= 4], summary(steps=4))
     assert judged.findings == ()
-    assert ("too short to be judged" in judged.sentence) == ("steps" in ended)
-
-
-def test_samples_are_compared_with_the_reference_if_its_responses_are_known() -> None:
-    end = {"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}
-    [finding] = verdict(rows(every=end), summary()).findings
-    assert "3.0x longer (60 -> 180 tokens) compared with the reference" in finding.text
-
-
-def test_responses_as_long_as_the_chosen_ones_are_no_fault() -> None:
-    as_taught = {"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}
-    assert verdict(rows(late=as_taught), summary()).findings == ()
-
-
-@pytest.mark.parametrize("late", [{"eval_samples/refusals": 0.15}, {"eval_samples/finished": 0.875}])
-def test_a_single_response_is_no_fault(late: dict[str, float]) -> None:
-    assert verdict(rows(late=late, every={"eval_samples/prompts": 8.0}), summary()).findings == ()
-    assert len(verdict(rows(late=late, every={"eval_samples/prompts": 80.0}), summary()).findings) == 1
-
-
-def test_a_change_of_samples_within_chance_is_no_fault() -> None:
-    few = {"eval_samples/prompts": 16.0, "eval_samples/reference_finished": 10 / 16}
-    few["eval_samples/reference_refusals"] = 2 / 16
-    for finished, refusals, rules in (
-        (8 / 16, 4 / 16, []),
-        (3 / 16, 2 / 16, ["over_optimised"]),
-        (10 / 16, 9 / 16, ["over_optimised"]),
-    ):
-        late = {"eval_samples/finished": finished, "eval_samples/refusals": refusals}
-        judged = verdict(rows(every=few, late=late), summary())
-        assert [finding.rule for finding in judged.findings] == rules
-
-
-@pytest.mark.parametrize(
-    ("prompts", "length", "is_found"), [(8, 190.0, False), (8, 230.0, True), (64, 190.0, True)]
-)
-def test_a_few_responses_are_longer_by_chance(prompts: float, length: float, is_found: bool) -> None:
-    """Twice sampled from one model, 8 responses of usual spread are in 3 to 8 % of cases 1.5 times longer."""
-    history = rows(every={"eval_samples/prompts": prompts}, late={"eval_samples/length": length})
-    assert [one.rule for one in verdict(history, summary()).findings] == ["over_optimised"] * is_found
-
-
-def test_samples_are_compared_with_the_reference_under_their_own_settings() -> None:
-    """A resumed run may have shorter samples: then the reference has responded again."""
-    long = {"eval_samples/reference_finished": 1.0}
-    short = {"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}
-    assert verdict(rows(every=long, late=short), summary()).findings == ()
-    [finding] = verdict(rows(late={**short, "eval_samples/reference_finished": 1.0}), summary()).findings
-    assert "compared with the reference" in finding.text
-
-
-def test_an_accuracy_of_few_pairs_is_no_leak() -> None:
-    longer = {"tokens/chosen": 180.0}
-    for pairs, rules in ((2.0, []), (64.0, ["label_leak"])):
-        history = rows(every=longer | {"pairs": pairs})
-        history[1] |= {"rewards/accuracies": 1.0}
-        assert [one.rule for one in verdict(history, summary()).findings] == rules
-
-
-def test_lengths_of_one_row_are_no_evidence_of_a_leak() -> None:
-    history = rows(every=AT_ONCE)
-    history[0] |= {"tokens/chosen": 300.0}
-    assert verdict(history, summary()).findings == ()
+    assert judged.sentence.startswith("too short to be judged")
 
 
 def test_chosen_log_probs_are_compared_on_the_same_responses() -> None:
@@ -612,13 +608,6 @@ def test_chosen_log_probs_are_compared_on_the_same_responses() -> None:
     assert "fell by 2 nats per token by step 4 of 20" in finding.text
 
 
-def test_log_probs_of_few_pairs_are_no_sign_of_the_learning_rate() -> None:
-    history = rows(every={"pairs": 4.0})
-    for index in (2, 4):
-        history[index] |= {"logps/chosen_per_token": -3.0}
-    assert verdict(history, summary()).findings == ()
-
-
 def test_a_loss_that_differs_among_pairs_is_compared_over_more_of_them() -> None:
     """Without a reference the first row is a sample too."""
     simpo = summary(settings=SETTINGS | {"loss.kind": "simpo"})
@@ -630,17 +619,6 @@ def test_a_loss_that_differs_among_pairs_is_compared_over_more_of_them() -> None
     assert "the loss rose from 0.66 to 1.2" in finding.text
 
 
-def test_a_run_that_diverged_is_not_told_to_raise_the_learning_rate() -> None:
-    history = rows(every=FLAT | {"eval_rewards/margins": 1e-3})
-    history[-2] |= {"loss": math.nan, "grad_norm": math.inf}
-    assert [one.rule for one in verdict(history, summary(exit="diverged")).findings] == ["diverged"]
-
-
-def test_a_last_row_with_the_loss_of_the_first_is_chance() -> None:
-    history = rows(late={"loss": 0.679}, since=20)
-    assert verdict(history, with_beta(0.02)).findings == ()
-
-
 def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
     other = summary(settings=SETTINGS | {"reference.path": "other"})
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
@@ -649,65 +627,6 @@ def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() 
     assert verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings == (), "other pairs"
     [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), other).findings
     assert "moved 2 nats" in finding.text
-
-
-@pytest.mark.parametrize(
-    ("late", "evaluations", "words"),
-    [
-        ({"eval_kl/rejected": math.inf}, True, "moved more nats than float32 can express per token"),
-        ({"kl/rejected": math.inf}, False, "moved more nats than float32 can express per token"),
-        ({"kl/rejected": 1.4}, False, "moved 1.4 nats per token"),
-    ],
-)
-def test_a_distance_is_far_that_float32_cannot_express(
-    late: dict[str, float], evaluations: bool, words: str
-) -> None:
-    history = [row for row in rows(late=late) if evaluations or "loss" in row]
-    [finding] = verdict(history, summary()).findings
-    assert finding.rule == "learning_rate_too_high"
-    assert words in finding.text
-
-
-@pytest.mark.parametrize("value", [math.inf, 5.0])
-def test_a_single_row_of_steps_is_not_far_from_the_reference(value: float) -> None:
-    history = [row for row in rows() if "loss" in row]
-    history[-1] |= {"kl/rejected": value}
-    assert verdict(history, summary()).findings == ()
-
-
-@pytest.mark.parametrize(
-    ("settings", "has_start"),
-    [
-        ({}, True),
-        ({"loss.kind": "ipo"}, True),
-        ({"loss.weighting": "none"}, True),
-        ({"loss.kind": "odpo"}, False),
-        ({"loss.weighting": "wpo"}, False),
-        ({"loss.reference_free": True}, False),
-        ({"reference.path": "other"}, False),
-    ],
-)
-def test_the_first_loss_is_the_start_only_if_it_is_the_same_for_all_pairs(
-    settings: dict[str, Any], has_start: bool
-) -> None:
-    """The first row of few pairs is below the others by chance, or the loss rose in the second one."""
-    history = [row | {"pairs": 20.0} for row in rows(late={"loss": 0.9}, since=2)]
-    judged = verdict(history, summary(settings=SETTINGS | settings)).findings
-    assert ("learning_rate_too_high" in [finding.rule for finding in judged]) is has_start
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"loss.reference_free": True, "loss.beta": 0.05},
-        {"loss.kind": "cpo"},
-        {"loss.kind": None, "loss.terms": [{"kind": "simpo", "weight": 1.0}, {"kind": "sft", "weight": 1.0}]},
-    ],
-)
-def test_without_a_reference_a_margin_at_the_start_is_no_change(settings: dict[str, Any]) -> None:
-    still = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
-    judged = verdict(rows(every=still), summary(settings=SETTINGS | settings)).findings
-    assert [finding.rule for finding in judged] == ["learnt_nothing"]
 
 
 @pytest.mark.parametrize(("rows_of_run", "pairs"), [(20, 16), (200, 8), (600, 4)])
@@ -732,22 +651,6 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate(rows_of_run: int, pa
     assert accused["wild"] >= 48
 
 
-def rate_findings(losses: list[float], norms: list[float] | None = None, pairs: float = 64.0) -> list[str]:
-    """The texts about the learning rate of a run with these losses and gradient norms."""
-    history: list[Row] = [
-        {"step": step, "loss": loss, "grad_norm": 1.0 if norms is None else norms[step - 1], "pairs": pairs}
-        for step, loss in enumerate(losses, 1)
-    ]
-    found = verdict(history, {"steps": len(losses), "settings": SETTINGS}).findings
-    return [finding.text for finding in found if finding.rule == "learning_rate_too_high"]
-
-
-def test_a_loss_that_rose_for_few_pairs_only_is_not_accused() -> None:
-    losses = [0.69] * 9 + [1.2] * 11
-    assert rate_findings(losses, pairs=4.0) == []
-    assert len(rate_findings(losses, pairs=20.0)) == 1
-
-
 @pytest.mark.parametrize(("steps", "width"), [(20, 1), (50, 3), (100, 6), (300, 10)])
 @pytest.mark.parametrize("height", [1.2, 3.0, 30.0])
 def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(steps: int, width: int, height: float) -> None:
@@ -765,13 +668,6 @@ def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(steps: int, width
         ]
         judged = verdict(history, {"steps": steps, "settings": SETTINGS})
         assert (judged.findings, judged.sentence[:14]) == ((), "no fault found")
-
-
-def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:
-    """Relative to another model, training and evaluation start with different margins."""
-    other = summary(settings=SETTINGS | {"reference.path": "other"})
-    still = {"loss": 0.69, "rewards/margins": 0.1, "eval_rewards/margins": 0.9}
-    assert [one.rule for one in verdict(rows(every=still), other).findings] == ["learnt_nothing"]
 
 
 def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
