@@ -366,11 +366,11 @@ class _Entry:
                     f"{key} of the source has no effect", value, remedy=f"the entry decides: set its {key}"
                 )
         form = None if asked.format is DataFormat.auto else asked.format
-        for key, value in (("format", form), ("columns", asked.columns), ("tags", asked.tags)):
-            if value:
+        for key, given in (("format", form), ("columns", asked.columns), ("tags", asked.tags)):
+            if given:
                 raise self._fault(
                     f"{key} of the source has no effect",
-                    value,
+                    given,
                     remedy="the entry decides; or set path to its file",
                 )
         for key, kind in _TYPES.items():

@@ -180,7 +180,7 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
     read = {"r": own.r, "alpha": own.alpha, "variant": own.variant}
     if other := [name for name, value in given.items() if value not in (None, read[name])]:
         raise _contradiction(other, *(", ".join(str(of[name]) for name in other) for of in (given, read)))
-    if isinstance(adapter.target_modules, list):
+    if isinstance(adapter.target_modules, list) and isinstance(own.target_modules, list):
         _check_same_names("target_modules", adapter.target_modules, own.target_modules)
     if adapter.modules_to_save is not None:
         _check_same_names("modules_to_save", adapter.modules_to_save, own.modules_to_save or [])

@@ -84,6 +84,7 @@ def _add_adapter(model: PackedCausalLM, config: RunConfig, inputs: ModelInputs, 
     """
     run, seed, start = RunFolder.of(config), config.trainer.seed, inputs.policy_files.adapter
     adapter, resumes = config.model.adapter, world.on_main(lambda: bool(checkpoint_folders(run.checkpoints)))
+    assert adapter is not None
     initial = world.on_main(lambda: _initial(adapter, run.initial_adapter)) if resumes else None
     add_adapter(model, config.model, seed, start, initial)
     if splits_base(adapter.init) and not resumes:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.user_code import read_config, yaml_values
+from dpo_dist.config.user_code import read_config
 from dpo_dist.foundation.files import read_small
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
@@ -179,7 +179,7 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return _fields(path, yaml_values(read_config(path)))
+    return _fields(path, yaml.safe_load(read_config(path)))
 
 
 def _json_fields(path: Path) -> Fields:
