@@ -17,8 +17,6 @@ from dpo_dist.training.startup import (
     without_traces,
 )
 
-_MADE = ("data.cache", "reference.store", "reference.nvme_path")
-
 
 def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code.
@@ -52,4 +50,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="evaluate", of_run=True, made=_MADE, about=__doc__)
+    run_verb(main, check, verb="evaluate", of_run=True, about=__doc__)

@@ -44,4 +44,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="export", of_run=True, made=("export.output",), about=__doc__)
+    run_verb(main, verb="export", of_run=True, about=__doc__)

@@ -85,11 +85,22 @@ def _configuration() -> str:
         "# Configuration\n",
         "<!-- written by scripts/write_key_docs.py from dpo_dist/config; edit the declarations there -->\n",
         "Every key can be set on the command line: `loss.beta=0.2`. `--help KEY` prints one of them, "
-        "`--cfg job` the values\nof a run. Presets and experiments in [conf/](../conf) set keys too; "
-        "the command line wins.\n",
+        "`--cfg job` the values\nof a run, `--cfg schema` the JSON schema of all keys, for editors. "
+        "A command with mistakes ends with one error that\nanswers each of them.\n",
+        "A YAML file of your own has any of these keys; the others have their defaults:\n",
+        "    python -m dpo_dist.train my.yaml loss.beta=0.2\n",
+        "    # my.yaml\n    model: {path: Qwen/Qwen2.5-0.5B}\n"
+        "    data: {train: [pairs.jsonl], eval_share: 0.05}\n"
+        "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
+        "    optim.lr: 1e-6\n",
+        "Several files are merged from left to right. The order is: defaults, presets, experiments "
+        "(`+experiment=NAME`), files,\nthe command line with its presets; later ones win. Presets and "
+        "experiments are in [conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` and the "
+        "like, with or without a line `# @package _global_`.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
-        "On the command line\na key that the verb does not read is an error; an experiment, which may serve "
-        "several verbs, may have it.\n`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
+        "On the command line\na key that the verb does not read is an error; experiments and files "
+        "may have it, as they serve several verbs.\n"
+        "`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
         "take the command line of `train`;\n"
         "`export run.dir=...` refuses other values than those of its run.\n",
     ]

@@ -1,12 +1,11 @@
 """The keys of `data` and of its sources: type, default, bounds, meaning; see `schema`."""
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import MISSING
+from pydantic import BeforeValidator
 
-from dpo_dist.config.fields import VERBS_WITH_DATA, key
+from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, key, schema
 
 DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
@@ -19,11 +18,11 @@ MARKER_GAP = "..."
 """Between the begin and the end marker in an entry of `data.untrained`."""
 
 
-@dataclass(frozen=True)
+@schema
 class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
 
-    path: str = key(MISSING, "File, pattern, folder or hub name.", filled=True)
+    path: Filled = key(..., "File, pattern, folder or hub name.")
     format: DataFormat = key(DataFormat.auto, "Format of the records; `auto`: detected for each record.")
     split: str | None = key(None, "Split of a hub dataset or of a folder with several; null: `train`.")
     name: str | None = key(
@@ -34,18 +33,18 @@ class SourceConfig:
     weight: float = key(
         1.0,
         "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.",
-        above=0,
-        at_most=10**6,
+        gt=0,
+        le=10**6,
         verbs="train precompute",
     )
-    limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
-    columns: Any = key(
+    limit: int | None = key(None, "Number of records to read, from the first; null: all.", ge=1)
+    columns: dict[str, Any] | None = key(
         None,
         "Column, or path into nested objects, of a field with another name; null: it is ignored.",
         added=True,
         accepts="a mapping, {prompt: question, chosen: answers.good}",
     )
-    tags: Any = key(
+    tags: dict[str, Any] | None = key(
         None,
         "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
         added=True,
@@ -56,34 +55,37 @@ class SourceConfig:
         "Name of the source in metrics and counts; null: a name from its path, unique in the list.",
         free=True,
         accepts="letters, digits and . _ + -",
-        pattern=r"[\w.+-]+",
+        pattern=r"^[\w.+-]+$",
     )
 
+
+Source = Annotated[
+    SourceConfig, BeforeValidator(lambda entry: {"path": entry} if isinstance(entry, str) else entry)
+]
 
 _EVALUATED = "train precompute evaluate compare doctor"
 
 
-@dataclass(frozen=True)
+@schema
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Any] = key(
+    train: list[Source] = key(
         [],
         "Training data: files, patterns, folders, hub datasets.",
-        of=SourceConfig,
         verbs=VERBS_WITH_DATA,
     )
-    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig, verbs=_EVALUATED)
+    eval: list[Source] = key([], "Evaluation data, in the same form.", verbs=_EVALUATED)
     eval_share: float = key(
         0.0,
         "Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none.",
         added=True,
-        at_least=0,
-        below=1,
+        ge=0,
+        lt=1,
         verbs=_EVALUATED,
     )
     eval_seed: int = key(
-        0, "Another seed reserves other prompts.", added=True, at_least=0, below=2**63, verbs=_EVALUATED
+        0, "Another seed reserves other prompts.", added=True, ge=0, lt=2**63, verbs=_EVALUATED
     )
     drop_eval_prompts: bool = key(
         False, "Keep records whose prompt is in `eval` out of the training data.", added=True
@@ -91,13 +93,13 @@ class DataConfig:
     max_length: int = key(
         1024,
         "Largest number of tokens of prompt and response together.",
-        at_least=2,
+        ge=2,
         verbs=VERBS_WITH_DATA,
     )
     max_prompt_length: int | None = key(
         None,
         "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
-        at_least=1,
+        ge=1,
         verbs=VERBS_WITH_DATA,
     )
     truncation: Truncation = key(
@@ -108,8 +110,8 @@ class DataConfig:
     max_bad_share: float = key(
         0.05,
         "If more than this share of the records is dropped, it is an error.",
-        at_least=0,
-        at_most=1,
+        ge=0,
+        le=1,
         verbs=VERBS_WITH_DATA,
     )
     text_as_messages: bool = key(
@@ -123,14 +125,13 @@ class DataConfig:
         "text (`literal`), or as text with an error if most records have them (`auto`).",
         verbs=VERBS_WITH_DATA,
     )
-    chat_template: str | None = key(
+    chat_template: Filled | None = key(
         None,
         "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
         added=True,
-        filled=True,
         verbs=VERBS_WITH_DATA,
     )
-    template_arguments: Any = key(
+    template_arguments: dict[str, Any] | None = key(
         None,
         "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
         added=True,
@@ -156,9 +157,9 @@ class DataConfig:
         Ranked.whole,
         "A ranking of more than two responses becomes one example, its best and worst, or all pairs.",
     )
-    cache: str = key("${run.root}/encoded", "Folder of encoded data, shared by runs.", free=True, filled=True)
+    cache: Filled = key("${run.root}/encoded", "Folder of encoded data, shared by runs.", free=True)
     processes: int | None = key(
-        None, "Processes that encode; null: one per core, if there are enough records.", at_least=1, free=True
+        None, "Processes that encode; null: one per core, if there are enough records.", ge=1, free=True
     )
 
     @property

@@ -1,72 +1,53 @@
-"""Declare a configuration key at its dataclass field: default, bounds and meaning, in one place."""
+"""Declare configuration keys: pydantic checks types and bounds; help and digest use the rest."""
 
-import math
+import os
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import Field, dataclass, field
-from typing import Any
+from functools import reduce
+from operator import or_
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-_METADATA = "declared"
-_LARGEST_WHOLE = 2**63 - 1
+import pydantic.dataclasses
+from pydantic import AfterValidator, ConfigDict, Field, Strict
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
 VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
 """The programs that read preference records, for `verbs`."""
 EVERY_VERB = f"{VERBS_WITH_DATA} export"
 """The programs with a configuration, for `verbs`."""
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers that a key accepts, besides being finite; for a list, each of its entries."""
-
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    other_than: float | None = None
-
-    def contain(self, value: float) -> bool:
-        """Return whether `value` is finite, fits in 64 bits if it is whole, and is within the bounds."""
-        return (
-            (abs(value) <= _LARGEST_WHOLE if isinstance(value, int) else math.isfinite(value))
-            and (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-            and value != self.other_than
-        )
-
-    def __str__(self) -> str:
-        signs = {">": self.above, ">=": self.at_least, "<=": self.at_most, "<": self.below}
-        parts = [f"{sign} {bound:g}" for sign, bound in signs.items() if bound is not None]
-        return " and ".join(parts) or ("" if self.other_than is None else f"other than {self.other_than:g}")
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """Facts of a key besides its type and default.
+class Facts(NamedTuple):
+    """What a key has besides pydantic's type, default, bounds and description.
 
     Attributes:
-        meaning: one line for the user; it explains null where the key allows null.
-        bounds: of a number.
-        filled: whether text must not be empty.
-        defines_result: whether the key is part of the run's digest.
-        added: the digest has the key only at another value than its default, so that runs from before the key
-            existed keep their digest.
-        verbs: the verbs that use the key; None: those of its section.
-        of: the dataclass of the mapping, or of each entry of the list, that the key takes.
-        accepts: the accepted values in words, if a rule or a pattern narrows the type.
-        pattern: regular expression that a text must match; `accepts` has it in words.
+        free: not part of the run's digest: hardware, placement, how often something is written.
+        added: the digest has it only at another value than its default, so that runs from before it existed
+            keep their digest.
+        verbs: the verbs that use it, separated by spaces; empty: those of its section.
+        accepts: the accepted values in words, where the type does not say them.
         null_means: the value that null means.
     """
 
-    meaning: str
-    bounds: Bounds = Bounds()
-    filled: bool = False
-    defines_result: bool = True
+    free: bool = False
     added: bool = False
-    verbs: tuple[str, ...] | None = None
-    of: type | None = None
+    verbs: str = ""
     accepts: str = ""
-    pattern: str = ""
     null_means: Any = None
 
 
@@ -76,53 +57,75 @@ def key(
     *,
     free: bool = False,
     added: bool = False,
-    verbs: str | None = None,
-    of: type | None = None,
-    filled: bool = False,
+    verbs: str = "",
     accepts: str = "",
-    pattern: str = "",
     null_means: Any = None,
-    **bounds: float,
+    **limits: Any,
 ) -> Any:
-    """Return a dataclass field with its `Declaration`.
-
-    Args:
-        default: of the key.
-        meaning: one line for the user.
-        free: keeps the key out of the run's digest.
-        verbs: the verbs that use the key, separated by spaces; None: those of its section.
-        added, of, filled, accepts, pattern, null_means, **bounds: see `Declaration` and `Bounds`.
-    """
-    declared = Declaration(
-        meaning,
-        Bounds(**bounds),
-        filled,
-        not free,
-        added,
-        _names(verbs),
-        of,
-        accepts,
-        pattern,
-        null_means,
-    )
-    metadata = {_METADATA: declared}
+    """Return a field: default, meaning in one line, `Facts`, and pydantic's `limits` such as `gt=0`."""
+    facts = Facts(free, added, verbs, accepts, null_means)._asdict()
     if isinstance(default, list):
-        return field(default_factory=lambda: copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        limits["default_factory"] = lambda: copy(default)
+    else:
+        limits["default"] = default
+    return Field(description=meaning, json_schema_extra=facts, **limits)
 
 
-def section(kind: type, *, free: bool = False, added: bool = False, verbs: str | None = None) -> Any:
-    """Return a field for the keys of the dataclass `kind`, whose docstring is their meaning."""
-    declared = Declaration(kind.__doc__ or "", defines_result=not free, added=added, verbs=_names(verbs))
-    return field(default_factory=kind, metadata={_METADATA: declared})
+def section(kind: type, *, free: bool = False, added: bool = False, verbs: str = "") -> Any:
+    """Return a field for the keys of the schema `kind`, whose docstring is their meaning."""
+    facts = Facts(free, added, verbs)._asdict()
+    return Field(default_factory=kind, description=kind.__doc__ or "", json_schema_extra=facts)
 
 
-def _names(verbs: str | None) -> tuple[str, ...] | None:
-    return None if verbs is None else tuple(verbs.split())
+@dataclass_transform(frozen_default=True)
+def schema(cls: type[T]) -> type[T]:
+    """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
+    cls.__annotations__ = {
+        name: _strict(hint) for name, hint in get_type_hints(cls, include_extras=True).items()
+    }
+    return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
 
 
-def declaration(declared: Field[Any]) -> Declaration:
-    """Return what `key` or `section` declared at a field."""
-    found = declared.metadata[_METADATA]
-    assert isinstance(found, Declaration)
+def _strict(hint: Any) -> Any:
+    """Return a type by which true is no number, 1.5 no whole number, and no text a number or a switch."""
+    if hint is int:
+        return Annotated[int, Strict(), AfterValidator(_of_64_bits)]
+    if hint in (float, bool):
+        return Annotated[hint, Strict()]
+    if get_origin(hint) in (UnionType, Union):
+        return reduce(or_, map(_strict, get_args(hint)))
+    return hint
+
+
+def _of_64_bits(number: int) -> int:
+    if abs(number) >= 2**63:
+        raise PydanticCustomError("finite_number", "has more than 64 bits")
+    return number
+
+
+def fields_of(kind: Any) -> Mapping[str, FieldInfo]:
+    """Return the fields of a schema or of an instance."""
+    found: Mapping[str, FieldInfo] = kind.__pydantic_fields__
     return found
+
+
+def facts_of(field: FieldInfo) -> Facts:
+    """Return what `key` or `section` declared."""
+    return Facts(**cast(dict[str, Any], field.json_schema_extra))
+
+
+def default_of(field: FieldInfo) -> Any:
+    """Return the default of a key."""
+    return field.get_default(call_default_factory=True)
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("empty", "is empty")
+    if text.startswith("~") and os.path.expanduser(text) == text:  # noqa: PTH111 (no error)
+        raise PydanticCustomError("home", "begins with ~, and this home folder is not known")
+    return text
+
+
+Filled = Annotated[str, AfterValidator(_filled)]
+"""Text that is not empty: a path, a name."""

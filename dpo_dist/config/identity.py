@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.fields import declaration
+from pydantic.fields import FieldInfo
+
+from dpo_dist.config.fields import default_of, facts_of, fields_of
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
@@ -93,12 +95,11 @@ def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]
 def _values(config: RunConfig) -> dict[str, Any]:
     """Return the plain value of every `section.key` that defines the run's result."""
     return {
-        f"{section.name}.{field.name}": plain(getattr(content, field.name))
-        for section in fields(config)
-        if declaration(section).defines_result
-        for content in [getattr(config, section.name)]
-        for field in fields(content)
-        if declaration(field).defines_result
+        f"{section}.{option}": plain(getattr(getattr(config, section), option))
+        for section, content in fields_of(config).items()
+        if not facts_of(content).free
+        for option, field in fields_of(getattr(config, section)).items()
+        if not facts_of(field).free
     }
 
 
@@ -108,27 +109,25 @@ def plain(value: Any) -> Any:
     """
     if is_dataclass(value):
         return {
-            field.name: plain(getattr(value, field.name))
-            for field in fields(value)
-            if declaration(field).defines_result and not _is_default(value, field)
+            option: plain(getattr(value, option))
+            for option, field in fields_of(value).items()
+            if not facts_of(field).free and not _is_default(value, option, field)
         }
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
 
 
-def _is_default(value: Any, field: Field[Any]) -> bool:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return getattr(value, field.name) in (default, declaration(field).null_means)
+def _is_default(value: Any, option: str, field: FieldInfo) -> bool:
+    return getattr(value, option) in (default_of(field), facts_of(field).null_means)
 
 
 def _defining(value: Any) -> Any:
     if is_dataclass(value):
         return {
-            field.name: _defining(declaration(field).null_means if own is None else own)
-            for field in fields(value)
-            for own in [getattr(value, field.name)]
-            if declaration(field).defines_result
-            and not (declaration(field).added and _is_default(value, field))
+            option: _defining(facts.null_means if own is None else own)
+            for option, field in fields_of(value).items()
+            for own, facts in [(getattr(value, option), facts_of(field))]
+            if not facts.free and not (facts.added and _is_default(value, option, field))
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value

@@ -1,24 +1,23 @@
-"""Every key of a run as a row of plain facts, and the check of values against their declared bounds."""
+"""Every key of a run as a row of plain facts, and the rules between values."""
 
 import json
-import os
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache, reduce
-from pathlib import PurePath
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import EVERY_VERB, Bounds, Declaration, declaration
+from dpo_dist.config.fields import EVERY_VERB, default_of, facts_of, fields_of
 from dpo_dist.config.identity import plain
-from dpo_dist.config.names import likely
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.foundation.errors import ConfigError
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 @dataclass(frozen=True)
@@ -28,148 +27,138 @@ class Key:
     Attributes:
         name: `loss.beta`; `data.train[].path` for a key of the entries of a list.
         type: the declared type.
-        default: omegaconf's MISSING for a key that must be set.
-        bounds: of a number, or of each number of a list.
-        filled: whether text must not be empty.
+        default: NO_MODEL for a key that must be set.
+        bounds: of a number, in words.
         defines_result: whether the key is part of the run's digest.
         verbs: the verbs that use it.
-        of: the dataclass of the mapping, or of each entry of the list, that the key takes.
-        accepts: the accepted values in words, if a rule narrows the type.
+        accepts: the accepted values in words, if the type does not say them.
     """
 
     name: str
     type: Any
     default: Any
     meaning: str
-    bounds: Bounds
-    filled: bool
+    bounds: str
     defines_result: bool
     verbs: tuple[str, ...]
-    of: Any
     accepts: str
 
     @property
     def type_words(self) -> str:
-        """The accepted values: `a number, > 0`, `text, not empty`."""
-        if self.accepts:
-            return self.accepts
-        words = describe_type(self.type) or (
-            "any value" if self.of is None else f"null or {describe_type(self.of)}"
-        )
-        limits = "not empty" if self.filled else str(self.bounds)
-        return f"{words}, {limits}" if limits else words
+        """The accepted values: `a number, > 0`, `text`."""
+        words = self.accepts or describe_type(self.type)
+        return f"{words}, {self.bounds}" if self.bounds and not self.accepts else words
 
     @property
     def default_words(self) -> str:
         """The default as it is written on a command line; empty for a key that must be set."""
-        if self.default == MISSING:
+        if self.default == NO_MODEL:
             return ""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
+
+
+def nested(hint: Any) -> type | None:
+    """Return the schema that a type is, or has inside of a list or beside null."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((found for part in get_args(hint) if (found := nested(part))), None)
+
+
+@cache
+def _rows() -> dict[str, Key]:
+    """Return every key and section, in the order of the schema."""
+    return {row.name: row for row in _rows_of(RunConfig, "", True, "")}
+
+
+def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
+    hints = get_type_hints(kind)
+    for option, field in fields_of(kind).items():
+        hint, facts, default = hints[option], facts_of(field), default_of(field)
+        defining, used_by = defines and not facts.free, facts.verbs or verbs
+        row = Key(
+            prefix + option,
+            hint,
+            NO_MODEL if default is PydanticUndefined else default,
+            field.description or "",
+            " and ".join(_bounds(field)),
+            defining,
+            tuple(used_by.split()),
+            facts.accepts,
+        )
+        yield row
+        if (inner := nested(hint)) is not None:
+            below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
+            yield from _rows_of(inner, below, defining, used_by)
+
+
+def _bounds(field: FieldInfo) -> Iterator[str]:
+    for limit in field.metadata:
+        for name, sign in _SIGNS.items():
+            bound = getattr(limit, name, None)
+            if bound is not None and abs(bound) < 2**62:  # those of whole numbers of 64 bits
+                yield f"{sign} {bound:g}"
 
 
 @cache
 def all_keys() -> dict[str, Key]:
     """Return every key of a run by name, in the order of the schema, without sections."""
-    return {row.name: row for row in _rows(RunConfig, "", True, ())}
+    return {name: row for name, row in _rows().items() if not is_dataclass(row.type)}
 
 
-def section_meanings(kind: type = RunConfig, prefix: str = "") -> dict[str, str]:
+@cache
+def section_meanings() -> dict[str, str]:
     """Return the meaning of each section, those inside of others too: `{"optim": "AdamW and ...", ...}`."""
-    found = {}
-    for field in fields(kind):
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            name = prefix + field.name
-            found[name] = declaration(field).meaning
-            found |= section_meanings(field.type, f"{name}.")
-    return found
+    return {name: row.meaning for name, row in _rows().items() if is_dataclass(row.type)}
 
 
-def _rows(kind: type, prefix: str, defines: bool, verbs: tuple[str, ...]) -> Iterator[Key]:
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        name, hint, declared = prefix + field.name, hints[field.name], declaration(field)
-        defining = defines and declared.defines_result
-        used_by = verbs if declared.verbs is None else declared.verbs
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from _rows(hint, f"{name}.", defining, used_by)
-            continue
-        yield Key(
-            name,
-            hint,
-            field.default if field.default_factory is NO_DEFAULT else field.default_factory(),
-            declared.meaning,
-            declared.bounds,
-            declared.filled,
-            defining,
-            used_by,
-            declared.of,
-            declared.accepts,
-        )
-        if declared.of is not None:
-            below = f"{name}[]." if get_origin(hint) is list else f"{name}."
-            yield from _rows(declared.of, below, defining, used_by)
-
-
-def key_types(kind: type) -> dict[str, Any]:
-    """Return every key below a dataclass with its declared type, sections included."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        found[name] = hint
-        if isinstance(hint, type) and is_dataclass(hint):
-            found |= {f"{name}.{below}": inner for below, inner in key_types(hint).items()}
-    return found
-
-
+@cache
 def run_keys() -> dict[str, Any]:
-    """Return every key and section that a command line can set, with its declared type."""
-    return key_types(RunConfig) | {name: row.type for name, row in all_keys().items() if "[]" not in name}
+    """Return every key and section that a command line can set, with its type."""
+    return {name: row.type for name, row in _rows().items() if "[]" not in name}
 
 
 def readers(name: str) -> list[str]:
     """Return the verbs that read a key, or any key of a section."""
-    rows = [row for full, row in all_keys().items() if f"{full}.".startswith(f"{name}.")]
-    return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
+    found = {
+        verb
+        for key, row in all_keys().items()
+        if key == name or key.startswith(f"{name}.")
+        for verb in row.verbs
+    }
+    return [verb for verb in EVERY_VERB.split() if verb in found]
 
 
 def read_by(name: str) -> str:
-    """Return in words which verbs read a key or section: `train, evaluate read loss.beta`."""
+    """Return which verbs read a key, in a sentence."""
     verbs = readers(name)
-    return f"{', '.join(verbs)} read{'s' * (len(verbs) == 1)} {name}"
-
-
-_PATHS = {
-    "evaluate": {"model": "evaluation.model", "data": "evaluation.data"},
-    "compare": {"model": "compare.models", "data": "data.eval"},
-}
-
-
-def path_key(group: str, verb: str) -> str | None:
-    """Return the key by which a verb takes the path of what a group of presets names, if there is one."""
-    usual = {"model": "model.path", "data": "data.train", "reference": "reference.path"}
-    return _PATHS.get(verb, usual).get(group)
+    return f"{' and '.join(verbs)} read{'s' if len(verbs) == 1 else ''} {name}"
 
 
 def describe_type(hint: Any) -> str:
     """Return a declared type in a user's words."""
-    if get_origin(hint) is types.UnionType:
-        return " or ".join(describe_type(part) for part in get_args(hint))
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(map(describe_type, get_args(hint)))
     if get_origin(hint) is list:
         return "a list in brackets: [a,b]"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(member.name for member in hint)
-    if is_dataclass(hint):
-        return "a mapping with " + ", ".join(field.name for field in fields(hint))
+    if get_origin(hint) is dict:
+        return "a mapping"
+    if names := choices(hint):
+        return "one of " + ", ".join(names)
+    if inner := nested(hint):
+        return "a mapping with " + ", ".join(fields_of(inner))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, "")
+    return words.get(hint, "any value")
 
 
 def choices(hint: Any) -> list[str]:
-    """Return the names that an enumerated (or optional enumerated) type accepts; empty for other types."""
-    parts = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-    return [
-        member.name for part in parts if isinstance(part, type) and issubclass(part, Enum) for member in part
-    ]
+    """Return the names that a type enumerates; empty for other types."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.name for member in hint]
+    if get_origin(hint) in (types.UnionType, Union):
+        return [name for part in get_args(hint) for name in choices(part)]
+    return []
 
 
 LOSS = "loss"
@@ -194,25 +183,71 @@ class Rule:
     remedy: str
     expected: str = ""
 
+    def error(self, config: RunConfig) -> ConfigError:
+        """Return the error of a configuration that breaks the rule."""
+        loss_key = "loss.terms" if config.loss.terms else "loss.kind"
+        return ConfigError(
+            self.why.format(**vars(config)),
+            where=", ".join(loss_key if key == LOSS else key for key in self.keys.split()),
+            got=", ".join(_value(config, key) for key in self.keys.split()),
+            expected=self.expected.format(**vars(config)),
+            remedy=self.remedy.format(**vars(config)),
+        )
+
+
+def unused(keys: str, unless: Callable[[RunConfig], bool], remedy: str, expected: str = "") -> Rule:
+    """Return the rule that a key is at its default, unless it has an effect.
+
+    Args:
+        keys: the key, and those on which its effect depends.
+        unless: whether it has an effect.
+        remedy: what gives it one.
+        expected: the values with which it has one.
+    """
+    key, *others = keys.split()
+    default = _rows()[key].default
+    return Rule(
+        keys,
+        lambda config: _at(config, key, default) != default and not unless(config),
+        f"{key} has no effect with this {' and '.join(others)}",
+        f"remove {key}, or {remedy}",
+        expected,
+    )
+
+
+COMMAND_LINE = "command line"
+_NEXT_LINE = "\n" + " " * 12
+
+
+def raise_all(mistakes: Sequence[ConfigError]) -> None:
+    """Raise one error for all mistakes, of several with a line each; without any do nothing."""
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        lines = list(dict.fromkeys(map(_line, mistakes)))
+        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=_NEXT_LINE.join(lines))
+
+
+def _line(mistake: ConfigError) -> str:
+    where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
+    got = "" if not mistake.got or "=" in where else f" ({mistake.got})"
+    return f"{where or mistake.got}{got if where else ''}: {mistake.message}; {mistake.remedy}"
+
 
 def check(config: RunConfig, rules: Iterable[Rule]) -> None:
-    """Raise the first error in `config`.
+    """Raise one error with every rule that a configuration breaks."""
+    raise_all([rule.error(config) for rule in rules if rule.broken(config)])
 
-    Raises:
-        ConfigError: a value is out of its bounds, or a rule is broken.
-    """
-    _check_bounds(config, "")
-    for rule in rules:
-        if rule.broken(config):
-            keys, values = rule.keys.split(), vars(config)
-            loss_key = "loss.terms" if config.loss.terms else "loss.kind"
-            raise ConfigError(
-                rule.why.format(**values),
-                where=", ".join(loss_key if key == LOSS else key for key in keys),
-                got=", ".join(_value(config, key) for key in keys),
-                expected=rule.expected.format(**values),
-                remedy=rule.remedy.format(**values),
-            )
+
+def _at(config: RunConfig, key: str, absent: Any = None) -> Any:
+    """Return the value of a key; `absent` for one of an adapter without an adapter."""
+    if key.startswith("model.adapter.") and config.model.adapter is None:
+        return absent
+    return reduce(getattr, key.split("."), config)
+
+
+def _value(config: RunConfig, key: str) -> str:
+    return "+".join(config.loss.kinds) if key == LOSS else as_written(_at(config, key))
 
 
 def as_written(value: Any) -> str:
@@ -227,78 +262,6 @@ def as_written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
-def _value(config: RunConfig, key: str) -> str:
-    return "+".join(config.loss.kinds) if key == LOSS else as_written(reduce(getattr, key.split("."), config))
-
-
-def _check_bounds(section: Any, prefix: str) -> None:
-    for field in fields(section):
-        for where, value in _entries(prefix + field.name, getattr(section, field.name)):
-            if is_dataclass(value):
-                _check_bounds(value, f"{where}.")
-            else:
-                _check_value(where, value, field)
-
-
-def _entries(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list):
-        yield from ((f"{where}[{index}]", entry) for index, entry in enumerate(value))
-    else:
-        yield where, value
-
-
-def _unlike_pattern(where: str, value: str, declared: Declaration) -> ConfigError:
-    """Return the error for a text that does not match its pattern, with the accepted one that is like it."""
-    if declared.pattern.startswith("["):  # it names characters, not values
-        return ConfigError(
-            f"{where} has other characters than it may have",
-            where=where,
-            got=repr(value),
-            expected=declared.accepts,
-            remedy="write it with these characters, or remove the key",
-        )
-    words = re.findall(r"[\w-]+", declared.accepts)
-    named = [word for word in words if re.fullmatch(declared.pattern, word)]
-    # The last part of a path, and the names of other trainers.
-    own = PurePath(value).name
-    found = [own] if re.fullmatch(declared.pattern, own) else likely(own, named)
-    return ConfigError(
-        f"{where} has no such value",
-        where=where,
-        got=repr(value),
-        expected=declared.accepts,
-        remedy=f"did you mean {found[0]}?" if found else "write one of these, or remove the key",
-    )
-
-
-def _has_no_home(path: str) -> bool:
-    return path.startswith("~") and os.path.expanduser(path) == path  # noqa: PTH111 (no error)
-
-
-def _check_value(where: str, value: Any, field: Field[Any]) -> None:
-    declared = declaration(field)
-    if declared.filled and isinstance(value, str) and not value.strip():
-        raise ConfigError(
-            f"{where} is empty", where=where, got=repr(value), remedy="write a value, or remove the key"
-        )
-    if declared.filled and isinstance(value, str) and _has_no_home(value):
-        raise ConfigError(
-            f"{where} begins with ~, and this home folder is not known",
-            where=where,
-            got=value,
-            expected="~/ for your own home folder, or ~ with the name of a user",
-            remedy="write the whole path",
-        )
-    if declared.pattern and isinstance(value, str) and not re.fullmatch(declared.pattern, value):
-        raise _unlike_pattern(where, value, declared)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not declared.bounds.contain(value):
-        null = " or null" if type(None) in get_args(field.type) else ""
-        expected = str(declared.bounds) or "a finite number"
-        raise ConfigError(
-            f"{where} is out of range",
-            where=where,
-            got=f"{value:g}",
-            expected=expected + null,
-            remedy=f"choose {where} in that range" + (null and ", or null"),
-        )
+def entry_of(where: str) -> str:
+    """Return a name as the table of keys has it: `data.train[].path` for `data.train[0].path`."""
+    return re.sub(r"\[\d*\]", "[]", where)

@@ -1,22 +1,25 @@
-"""The keys of `loss.router`."""
+"""The keys of `loss`, and the facts of each kind."""
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Literal
 
-from omegaconf import MISSING
+from pydantic import BeforeValidator, Field
 
-from dpo_dist.config.fields import key, section
+from dpo_dist.config.fields import key, schema, section
 
 OF_MODEL = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
 
 
-@dataclass(frozen=True)
+Positive = Annotated[int, Field(strict=True, gt=0)]
+
+
+@schema
 class RouterConfig:
     """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
 
-    aux_coefficient: int | float | str | None = key(
+    aux_coefficient: Literal["model"] | Positive | Annotated[float, Field(strict=True, gt=0)] | None = key(
         None,
         "Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; "
         "null: without it.",
@@ -24,7 +27,7 @@ class RouterConfig:
         accepts="model, a number above 0, or null",
     )
     z_coefficient: float | None = key(
-        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", above=0, added=True
+        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", gt=0, added=True
     )
 
     @property
@@ -203,66 +206,65 @@ def kinds_using(option: str) -> list[LossKind]:
     return [kind for kind, facts in KINDS.items() if option in facts.options]
 
 
-@dataclass(frozen=True)
+@schema
 class LossTermConfig:
     """One summand of `loss.terms`."""
 
-    kind: LossKind = key(MISSING, "Kind of the summand.")
-    weight: float = key(1.0, "Its weight in the sum.", other_than=0)
+    kind: LossKind = key(..., "Kind of the summand.")
+    weight: float = key(1.0, "Its weight in the sum.")
 
 
-@dataclass(frozen=True)
+Term = Annotated[
+    LossTermConfig, BeforeValidator(lambda entry: {"kind": entry} if isinstance(entry, str) else entry)
+]
+
+
+@schema
 class SyncReferenceConfig:
     """TR-DPO: a live reference model that follows the policy (arXiv 2404.09656)."""
 
-    every: int | None = key(
-        None, "Steps between updates of the live reference; null: no updates.", at_least=1
-    )
-    mixup: float = key(0.6, "Share of the policy's weights in the updated reference.", above=0, at_most=1)
+    every: int | None = key(None, "Steps between updates of the live reference; null: no updates.", ge=1)
+    mixup: float = key(0.6, "Share of the policy's weights in the updated reference.", gt=0, le=1)
 
 
-@dataclass(frozen=True)
+@schema
 class LossConfig:
     """The loss, its options and its sums."""
 
     kind: LossKind = key(
         LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute evaluate doctor"
     )
-    beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
+    beta: float = key(0.1, "Strength of the pull toward the reference model.", gt=0)
     label_smoothing: float | None = key(
         None,
         "Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3.",
-        at_least=0,
-        below=0.5,  # from a half on the loss would prefer the rejected response
+        ge=0,
+        lt=0.5,  # from a half on the loss would prefer the rejected response
     )
     divergence: Divergence = key(Divergence.reverse_kl, "f-divergence that turns log-ratios into scores.")
-    alpha_coefficient: float = key(0.5, "Order of `divergence=alpha`.", at_least=-10, at_most=10)
+    alpha_coefficient: float = key(0.5, "Order of `divergence=alpha`.", ge=-10, le=10)
     length_average: bool = key(True, "`ipo`: divide log-ratios by the response's tokens.")
     bco_delta: BcoDelta = key(BcoDelta.zero, "`bco_pair`: reward shift.")
     discopop_tau: float = key(
         0.05,
         "`discopop`: temperature of the blend of its two losses.",
-        above=0,
-        at_most=1,  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
+        gt=0,
+        le=1,  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
     )
     dpop_lambda: float = key(
-        50.0, "`dpop`: weight of the penalty on a chosen response below the reference.", at_least=0
+        50.0, "`dpop`: weight of the penalty on a chosen response below the reference.", ge=0
     )
-    offset_alpha: float = key(1.0, "`odpo`: weight of the score gap's logarithm.", at_least=0)
-    simpo_gamma: float = key(0.5, "`simpo`: target margin.", at_least=0)
-    orpo_lambda: float = key(0.1, "`orpo`: weight of the odds-ratio term.", at_least=0)
-    cpo_nll_weight: float = key(
-        1.0, "`cpo`: weight of the chosen response's mean negative log-prob.", at_least=0
-    )
-    beta_alpha: float = key(0.6, "`beta_dpo`: how much beta follows the batch's margin.", at_least=0)
-    beta_momentum: float = key(
-        0.9, "`beta_dpo`: momentum of the moving average of margins.", at_least=0, below=1
-    )
+    offset_alpha: float = key(1.0, "`odpo`: weight of the score gap's logarithm.", ge=0)
+    simpo_gamma: float = key(0.5, "`simpo`: target margin.", ge=0)
+    orpo_lambda: float = key(0.1, "`orpo`: weight of the odds-ratio term.", ge=0)
+    cpo_nll_weight: float = key(1.0, "`cpo`: weight of the chosen response's mean negative log-prob.", ge=0)
+    beta_alpha: float = key(0.6, "`beta_dpo`: how much beta follows the batch's margin.", ge=0)
+    beta_momentum: float = key(0.9, "`beta_dpo`: momentum of the moving average of margins.", ge=0, lt=1)
     ld_alpha: float | None = key(
         None,
         "Weight of tokens past the length of the pair's shortest response (arXiv 2409.06411); null: 1.",
-        at_least=0,
-        at_most=1,
+        ge=0,
+        le=1,
     )
     weighting: Weighting = key(
         Weighting.none, "Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."
@@ -270,10 +272,9 @@ class LossConfig:
     reference_free: bool = key(
         False, "Take the reference's log-probs as 0.", verbs="train precompute evaluate"
     )
-    terms: list[Any] = key(
+    terms: list[Term] = key(
         [],
         "Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`.",
-        of=LossTermConfig,
         verbs="train precompute evaluate doctor",
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)

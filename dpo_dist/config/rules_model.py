@@ -3,8 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from dpo_dist.config.keys import Rule
-from dpo_dist.config.losses import SyncReferenceConfig
+from dpo_dist.config.keys import Rule, unused
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -16,7 +15,7 @@ from dpo_dist.config.schema import (
     ReferenceMode,
     RunConfig,
 )
-from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.config.verb_options import ExportedWeights
 
 _LOADED = (ReferenceMode.cached, ReferenceMode.live)
 _STORED = (ReferenceMode.cached,)
@@ -113,21 +112,18 @@ def _of_adapter(
 
 
 EXPORT_RULES = (
-    Rule(
-        "export.merge model.adapter",
-        lambda c: c.export.merge and c.model.adapter is None,
-        "the run trains all weights, so there is no adapter to merge",
-        "remove export.merge",
+    unused("export.merge model.adapter", lambda c: c.model.adapter is not None, "train an adapter"),
+    unused(
+        "export.weights trainer.ema_decay", lambda c: c.trainer.ema_decay is not None, "set trainer.ema_decay"
     ),
-    Rule(
-        "export.average export.checkpoint",
-        lambda c: bool(c.export.average) and c.export.checkpoint != ExportConfig.checkpoint,
-        "export.average names what is exported, so export.checkpoint has no effect",
-        "remove one of them",
+    unused(
+        "export.checkpoint export.average",
+        lambda c: not c.export.average,
+        "remove one of them: export.average names what is exported",
     ),
     Rule(
         "export.average export.merge export.weights",
-        lambda c: bool(c.export.average) and (c.export.merge or c.export.weights is not ExportConfig.weights),
+        lambda c: bool(c.export.average) and (c.export.merge or c.export.weights is not ExportedWeights.last),
         "export.average takes whole models, so export.merge and export.weights have no effect on it",
         "export each checkpoint with export.merge or export.weights first, and name the folders",
     ),
@@ -177,17 +173,13 @@ ADAPTER_RULES = (
         "write names in brackets, or remove the key",
         "a list such as [embed_tokens,lm_head]",
     ),
-    _of_adapter(
-        "revision path",
-        lambda adapter: adapter.revision is not None and adapter.path is None,
-        "model.adapter.revision has no effect without model.adapter.path",
-        "set model.adapter.path too, or remove model.adapter.revision",
-    ),
-    _of_adapter(
-        "on_top path",
-        lambda adapter: adapter.on_top and adapter.path is None,
-        "model.adapter.on_top has no effect without model.adapter.path",
-        "set model.adapter.path too, or remove model.adapter.on_top",
+    *(
+        unused(
+            f"model.adapter.{option} model.adapter.path",
+            lambda c: c.model.adapter is None or c.model.adapter.path is not None,
+            "set model.adapter.path too",
+        )
+        for option in ("revision", "on_top")
     ),
     _of_adapter(
         "on_top variant",
@@ -224,7 +216,9 @@ ADAPTER_RULES = (
     Rule(
         "model.adapter.variant model.quantization",
         lambda c: (
-            c.model.quantization is Quantization.int8 and c.model.adapter.variant is AdapterVariant.dora
+            c.model.quantization is Quantization.int8
+            and c.model.adapter is not None
+            and c.model.adapter.variant is AdapterVariant.dora
         ),
         "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
         "set model.quantization=nf4, or another model.adapter.variant",
@@ -234,13 +228,10 @@ ADAPTER_RULES = (
 
 def _unused_in_mode(option: str) -> Rule:
     modes = MODES_USING[option]
-    return Rule(
+    return unused(
         f"reference.{option} reference.mode",
-        lambda c: (
-            getattr(c.reference, option) != getattr(ReferenceConfig, option) and c.reference.mode not in modes
-        ),
-        f"reference.{option} has no effect with reference.mode={{reference.mode}}",
-        f"remove reference.{option}",
+        lambda c: c.reference.mode in modes,
+        "choose another reference.mode",
         f"reference.mode={' or '.join(modes)}",
     )
 
@@ -266,24 +257,11 @@ _MODE = (
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
-    Rule(
-        "reference.path reference.mode",
-        lambda c: c.reference.mode is ReferenceMode.adapter and c.reference.path is not None,
-        "with its adapter off, the policy is its base model, so reference.path has no effect",
-        "remove reference.path, or choose reference=cached",
-    ),
-    Rule(
-        "reference.offload reference.mode",
-        lambda c: c.reference.mode is ReferenceMode.adapter and c.reference.offload is not Offload.none,
-        "the reference model is the policy itself and cannot be offloaded alone",
-        "remove reference.offload, or set parallelism.offload_parameters",
-    ),
     *(_unused_in_mode(option) for option in MODES_USING),
-    Rule(
+    unused(
         "reference.revision reference.path",
-        lambda c: c.reference.revision is not None and c.reference.path is None,
-        "reference.revision has no effect without reference.path",
-        "set reference.path too, or model.revision for both",
+        lambda c: c.reference.path is not None or c.reference.mode not in _LOADED,
+        "set reference.path too; model.revision is for both",
     ),
     Rule(
         "reference.numerics reference.audit_pairs",
@@ -300,11 +278,10 @@ _PLACEMENT = (
         "offload to NVMe needs a folder on the device",
         "set reference.nvme_path to a folder on a local disk of every node",
     ),
-    Rule(
-        "reference.offload reference.nvme_path",
-        lambda c: c.reference.offload is not Offload.nvme and c.reference.nvme_path is not None,
-        "reference.nvme_path has no effect without offload to nvme",
-        "remove reference.nvme_path, or set reference.offload=nvme",
+    unused(
+        "reference.nvme_path reference.offload",
+        lambda c: c.reference.offload is Offload.nvme or c.reference.mode not in _LOADED,
+        "set reference.offload=nvme",
     ),
     Rule(
         "model.compile reference.offload",
@@ -351,13 +328,10 @@ def _sync(key: str, broken: Callable[[RunConfig], bool], why: str, remedy: str, 
 
 
 _SYNC = (
-    Rule(
+    unused(
         "loss.sync_reference.mixup loss.sync_reference.every",
-        lambda c: (
-            c.loss.sync_reference.every is None and c.loss.sync_reference.mixup != SyncReferenceConfig.mixup
-        ),
-        "loss.sync_reference.mixup has no effect without loss.sync_reference.every",
-        "set loss.sync_reference.every, or remove mixup",
+        lambda c: c.loss.sync_reference.every is not None,
+        "set loss.sync_reference.every",
     ),
     _sync(
         "reference.mode",

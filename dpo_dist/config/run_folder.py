@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -54,26 +55,29 @@ LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
 
 
+class At:
+    """A path below the `path` of the instance."""
+
+    def __init__(self, below: str) -> None:
+        self._below = below
+
+    def __get__(self, folder: Any, _: type) -> Path:
+        below: Path = folder.path / self._below
+        return below
+
+
 @dataclass(frozen=True)
 class EvaluationFolder:
     """The files of one evaluation."""
 
     path: Path
 
-    @property
-    def results(self) -> Path:
-        """Metrics of all pairs and of each label, with intervals."""
-        return self.path / "evaluation.json"
-
-    @property
-    def scores(self) -> Path:
-        """Rewards and log-probs of every pair."""
-        return self.path / "scores.jsonl"
-
-    @property
-    def evaluated(self) -> Path:
-        """The model, the pairs and the reference of the evaluation."""
-        return self.path / "evaluated.json"
+    results = At("evaluation.json")
+    """Metrics of all pairs and of each label, with intervals."""
+    scores = At("scores.jsonl")
+    """Rewards and log-probs of every pair."""
+    evaluated = At("evaluated.json")
+    """The model, the pairs and the reference of the evaluation."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -95,30 +99,16 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, git commit and hardware."""
-        return self.path / "environment.json"
-
-    @property
-    def state(self) -> Path:
-        """Outcome of the last start and digests of its inputs."""
-        return self.path / "run_state.json"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the start that is running."""
-        return self.path / ".lock"
-
-    @property
-    def logs(self) -> Path:
-        """The folder of the log files."""
-        return self.path / "logs"
+    config = At("config.yaml")
+    """The resolved configuration."""
+    environment = At("environment.json")
+    """Versions, git commit and hardware."""
+    state = At("run_state.json")
+    """Outcome of the last start and digests of its inputs."""
+    lock = At(".lock")
+    """Locked by the start that is running."""
+    logs = At("logs")
+    """The folder of the log files."""
 
     def bad_step(self, step: int) -> Path:
         """Return the file about a step that was skipped because it was not finite."""
@@ -136,73 +126,40 @@ class RunFolder:
         """Return the file with the stacks of a rank's threads, written if a run hangs."""
         return self.logs / f"rank-{rank}.stacks.txt"
 
-    @property
-    def metrics(self) -> Path:
-        """The folder of the next four files."""
-        return self.path / "dpo_metrics"
-
-    @property
-    def log_history(self) -> Path:
-        """The metrics rows as JSON."""
-        return self.metrics / "log_history.json"
-
-    @property
-    def metrics_table(self) -> Path:
-        """The metrics rows as CSV."""
-        return self.metrics / "training_metrics.csv"
-
-    @property
-    def summary(self) -> Path:
-        """The summary of a run that has ended."""
-        return self.metrics / "summary.json"
-
-    @property
-    def curves(self) -> Path:
-        """The plot of the metrics."""
-        return self.metrics / "training_curves.png"
-
-    @property
-    def report(self) -> Path:
-        """The self-contained page about the run."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the committed checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The trained model."""
-        return self.path / "model"
+    metrics = At("dpo_metrics")
+    """The folder of the next four files."""
+    log_history = At("dpo_metrics/log_history.json")
+    """The metrics rows as JSON."""
+    metrics_table = At("dpo_metrics/training_metrics.csv")
+    """The metrics rows as CSV."""
+    summary = At("dpo_metrics/summary.json")
+    """The summary of a run that has ended."""
+    curves = At("dpo_metrics/training_curves.png")
+    """The plot of the metrics."""
+    report = At("report.html")
+    """The self-contained page about the run."""
+    checkpoints = At("checkpoints")
+    """The folder of the committed checkpoints."""
+    model = At("model")
+    """The trained model."""
 
     def exported(self, name: str) -> Path:
         """Return the model folder that `export` writes from a checkpoint of this name."""
         return self.path / "exported" / name
 
-    @property
-    def wandb_id(self) -> Path:
-        """The id of the W&B run; the other files in its folder are wandb's own."""
-        return self.path / "wandb" / "run_id.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The folder of TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def samples(self) -> Path:
-        """The folder of the responses to held-out prompts during training."""
-        return self.path / "samples"
+    wandb_id = At("wandb/run_id.txt")
+    """The id of the W&B run; the other files in its folder are wandb's own."""
+    tensorboard = At("tensorboard")
+    """The folder of TensorBoard's event files."""
+    samples = At("samples")
+    """The folder of the responses to held-out prompts during training."""
 
     def samples_file(self, step: int) -> Path:
         """Return the file of the policy's responses after a step."""
         return self.samples / f"{checkpoint_name(step)}.jsonl"
 
-    @property
-    def samples_reference(self) -> Path:
-        """The responses of the reference, from which a resumed run reads them."""
-        return self.samples / "reference.jsonl"
+    samples_reference = At("samples/reference.jsonl")
+    """The responses of the reference, from which a resumed run reads them."""
 
     @property
     def evaluation(self) -> EvaluationFolder:
@@ -213,109 +170,55 @@ class RunFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
 
-    @property
-    def comparison(self) -> Path:
-        """The folder of a comparison of models; the next five are in it."""
-        return self.path / "comparison"
-
-    @property
-    def comparison_answers(self) -> Path:
-        """The responses of all models, prompt by prompt."""
-        return self.comparison / "answers.jsonl"
-
-    @property
-    def comparison_results(self) -> Path:
-        """KL, scores, win rates and style of the models."""
-        return self.comparison / "comparison.json"
-
-    @property
-    def comparison_page(self) -> Path:
-        """The same as a self-contained page."""
-        return self.comparison / "comparison.html"
-
-    @property
-    def comparison_parts(self) -> Path:
-        """Finished parts of the work, by the digest of the settings that define them."""
-        return self.comparison / "parts"
-
-    @property
-    def comparison_models(self) -> Path:
-        """Model folders written from checkpoints."""
-        return self.comparison / "models"
-
-    @property
-    def doctor_report(self) -> Path:
-        """The findings of the doctor about the data, as JSON."""
-        return self.path / "doctor" / "doctor.json"
-
-    @property
-    def doctor_page(self) -> Path:
-        """The same as a self-contained page."""
-        return self.path / "doctor" / "doctor.html"
-
-    @property
-    def pairs(self) -> Path:
-        """The folder of preference records and samples; the next five are in it."""
-        return self.path / "pairs"
-
-    @property
-    def pairs_file(self) -> Path:
-        """The preference records, unless `pairs.output` names another file."""
-        return self.pairs / "pairs.jsonl"
-
-    @property
-    def pairs_samples(self) -> Path:
-        """Every response that models gave to the prompts, with its scores."""
-        return self.pairs / "samples.jsonl"
-
-    @property
-    def pairs_parts(self) -> Path:
-        """Finished parts of the work, by the digest of the settings that define them."""
-        return self.pairs / "parts"
-
-    @property
-    def pairs_judgements(self) -> Path:
-        """The log of a labelling session."""
-        return self.pairs / "judgements.jsonl"
-
-    @property
-    def pairs_agreement(self) -> Path:
-        """Agreement of the annotators."""
-        return self.pairs / "agreement.json"
-
-    @property
-    def rounds(self) -> Path:
-        """The folder of the rounds; the next two files are in it."""
-        return self.path / "rounds"
-
-    @property
-    def rounds_config(self) -> Path:
-        """The configuration that the rounds share."""
-        return self.rounds / "config.yaml"
-
-    @property
-    def rounds_summary(self) -> Path:
-        """Scores and trainings of all rounds."""
-        return self.rounds / "rounds.json"
+    comparison = At("comparison")
+    """The folder of a comparison of models; the next five are in it."""
+    comparison_answers = At("comparison/answers.jsonl")
+    """The responses of all models, prompt by prompt."""
+    comparison_results = At("comparison/comparison.json")
+    """KL, scores, win rates and style of the models."""
+    comparison_page = At("comparison/comparison.html")
+    """The same as a self-contained page."""
+    comparison_parts = At("comparison/parts")
+    """Finished parts of the work, by the digest of the settings that define them."""
+    comparison_models = At("comparison/models")
+    """Model folders written from checkpoints."""
+    doctor_report = At("doctor/doctor.json")
+    """The findings of the doctor about the data, as JSON."""
+    doctor_page = At("doctor/doctor.html")
+    """The same as a self-contained page."""
+    pairs = At("pairs")
+    """The folder of preference records and samples; the next five are in it."""
+    pairs_file = At("pairs/pairs.jsonl")
+    """The preference records, unless `pairs.output` names another file."""
+    pairs_samples = At("pairs/samples.jsonl")
+    """Every response that models gave to the prompts, with its scores."""
+    pairs_parts = At("pairs/parts")
+    """Finished parts of the work, by the digest of the settings that define them."""
+    pairs_judgements = At("pairs/judgements.jsonl")
+    """The log of a labelling session."""
+    pairs_agreement = At("pairs/agreement.json")
+    """Agreement of the annotators."""
+    rounds = At("rounds")
+    """The folder of the rounds; the next two files are in it."""
+    rounds_config = At("rounds/config.yaml")
+    """The configuration that the rounds share."""
+    rounds_summary = At("rounds/rounds.json")
+    """Scores and trainings of all rounds."""
 
     def round(self, number: int) -> "RunFolder":
         """Return the folder of a round, which is the run directory of its sampling."""
         return RunFolder(self.rounds / str(number))
 
-    @property
-    def round_result(self) -> Path:
-        """The finished stages of a round, in its folder."""
-        return self.path / "round.json"
+    round_result = At("round.json")
+    """The finished stages of a round, in its folder."""
 
     @property
     def training(self) -> "RunFolder":
         """The run directory of a round's training, in the round's folder."""
         return RunFolder(self.path / "train")
 
-    @property
-    def policy(self) -> Path:
-        """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
-        return self.path / "policy"
+    policy = At("policy")
+    """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
 
 
 _MOST_SUGGESTED = 3

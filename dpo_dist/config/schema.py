@@ -7,27 +7,35 @@ not part of the digest that names the run directory.
 """
 
 from copy import copy
-from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Literal
 
-from omegaconf import MISSING
+from pydantic import Field
 
-from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, declaration, key, section
+from dpo_dist.config.data import DataConfig, Source
+from dpo_dist.config.fields import (
+    EVERY_VERB,
+    VERBS_WITH_DATA,
+    Filled,
+    facts_of,
+    fields_of,
+    key,
+    schema,
+    section,
+)
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verb_options import CompareConfig, DoctorConfig, ExportConfig, PairsConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 
 
-@dataclass(frozen=True)
+@schema
 class FolderConfig:
     """The run directory, and whether to resume the run in it."""
 
-    dir: str | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.", filled=True)
+    dir: Filled | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.")
     name: str = key("run", "Name of the run, for its directory and for reports.")
-    root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
+    root: Filled = key("output", "Folder of run directories, encoded data and the reference store.")
     resume: Resume = key(
         Resume.auto,
         "`auto`: resume if there is a checkpoint; `must`: error without one; "
@@ -39,7 +47,7 @@ class FolderConfig:
 ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])
 
 
-@dataclass(frozen=True)
+@schema
 class ConsoleConfig:
     """Messages and progress on the screen."""
 
@@ -49,7 +57,7 @@ class ConsoleConfig:
         "objects, one a line, on standard output.",
     )
     seconds: float = key(
-        30.0, "Seconds between two lines about progress, in the log and in plain output.", above=0
+        30.0, "Seconds between two lines about progress, in the log and in plain output.", gt=0
     )
 
 
@@ -59,7 +67,7 @@ DEFAULT_PROJECT = "dpo_dist"
 """Project of runs without `tracking.project`."""
 
 
-@dataclass(frozen=True)
+@schema
 class TrackingConfig:
     """Weights & Biases; the report of the run."""
 
@@ -72,56 +80,53 @@ class TrackingConfig:
     price_per_gpu_hour: float | None = key(
         None,
         "Price of one GPU for an hour, in any currency, for the cost in `report.html`; null: no cost.",
-        at_least=0,
+        ge=0,
     )
     samples: int = key(
         8,
         "Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent.",
-        at_least=0,
-        at_most=1000,
+        ge=0,
+        le=1000,
     )
     also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`.")
 
 
-@dataclass(frozen=True)
+@schema
 class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
     prompts: int = key(
-        0, "Prompts of the evaluation data that the policy responds to at evaluations; 0: none.", at_least=0
+        0, "Prompts of the evaluation data that the policy responds to at evaluations; 0: none.", ge=0
     )
-    every: int = key(
-        1, "Evaluations between samples; the last evaluation of a run always has them.", at_least=1
-    )
-    max_new_tokens: int = key(256, "Most tokens of a response.", at_least=1)
-    temperature: float = key(0.7, "Temperature of sampling; 0: the likeliest token each time.", at_least=0)
+    every: int = key(1, "Evaluations between samples; the last evaluation of a run always has them.", ge=1)
+    max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
+    temperature: float = key(0.7, "Temperature of sampling; 0: the likeliest token each time.", ge=0)
     batch_tokens: int = key(
         16384,
         "Most tokens of a batch of one process: its rows times the longest prompt with its response.",
-        at_least=1,
+        ge=1,
     )
 
 
-@dataclass(frozen=True)
+@schema
 class EvaluationConfig:
     """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
 
-    model: Any = key(
+    model: str | list[str] | None = key(
         None,
         "Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this "
         "configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`.",
         accepts="a path, or a list of paths",
     )
-    data: list[Any] = key(
+    data: list[Source] = key(
         [],
         "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run.",
-        of=SourceConfig,
     )
     resamples: int = key(
         1000,
         "Resamples of the prompts for 95 % confidence intervals, also of training's last evaluation; "
         "0: no intervals.",
-        at_least=0,
+        ge=0,
         verbs="train evaluate",
     )
 
@@ -137,7 +142,7 @@ LearningRateSchedule = StrEnum(
 OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
 
 
-@dataclass(frozen=True)
+@schema
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
@@ -147,7 +152,7 @@ class OptimConfig:
         "`quantization` extra). Master weights are float32 with both.",
         added=True,
     )
-    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
+    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", gt=0)
     schedule: LearningRateSchedule = key(
         LearningRateSchedule.cosine,
         "Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that "
@@ -157,48 +162,54 @@ class OptimConfig:
     warmup_ratio: float = key(
         0.1,
         "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
-        at_least=0,
-        at_most=1,
+        ge=0,
+        le=1,
     )
     warmup_steps: int | None = key(
         None,
         "Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio.",
-        at_least=0,
+        ge=0,
         added=True,
     )
     min_lr_ratio: float = key(
         0.0,
         "Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last.",
-        at_least=0,
-        below=1,
+        ge=0,
+        lt=1,
         added=True,
     )
-    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
-    betas: list[float] = key([0.9, 0.999], "Decay rates of both moments.", at_least=0, below=1)
-    eps: float = key(1e-8, "Added to the root of the second moment.", above=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", above=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay.", ge=0)
+    betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
+        [0.9, 0.999],
+        "Decay rates of both moments.",
+        accepts="two numbers, >= 0 and < 1: [0.9,0.999]",
+        min_length=2,
+        max_length=2,
+    )
+    eps: float = key(1e-8, "Added to the root of the second moment.", gt=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", gt=0)
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
 _OR_OWN = ", or that of the adapter that is continued."
 
 
-@dataclass(frozen=True)
+@schema
 class AdapterConfig:
     """Low-rank matrices, trained in place of the model's own weights.
 
     Keys whose null has a meaning are null only in an adapter that is continued.
     """
 
-    r: int | None = key(None, f"Rank; null: 16{_OR_OWN}", null_means=16, at_least=1)
+    r: int | None = key(None, f"Rank; null: 16{_OR_OWN}", null_means=16, ge=1)
     alpha: float | None = key(
         None,
         f"Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32{_OR_OWN}",
         null_means=32.0,
-        above=0,
+        gt=0,
     )
     dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
-    target_modules: Any = key(
+    target_modules: str | list[str] | None = key(
         None,
         f"`all-linear` (all but the output layer), or a list of names; null: `all-linear`{_OR_OWN}",
         accepts="all-linear, a list in brackets: [q_proj,v_proj], or null",
@@ -209,12 +220,11 @@ class AdapterConfig:
         f"`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`{_OR_OWN}",
         null_means=AdapterVariant.lora,
     )
-    path: str | None = key(
+    path: Filled | None = key(
         None,
         "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
         "policy starts as the two, which are the reference too, and continues to train it.",
         added=True,
-        filled=True,
     )
     revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
     on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
@@ -223,7 +233,7 @@ class AdapterConfig:
         f"Initial matrices: `default` (a random A, B = 0), `gaussian` (A normal); null: `default`{_OR_OWN}",
         added=True,
         accepts="default, gaussian, or null",
-        pattern=r"default|gaussian",
+        pattern=r"^(default|gaussian)$",
         null_means="default",
     )
     modules_to_save: list[str] | None = key(
@@ -238,9 +248,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.continues:
             return
-        for field in fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, copy(declaration(field).null_means))
+        for name, field in fields_of(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, copy(facts_of(field).null_means))
 
     @property
     def continues(self) -> bool:
@@ -258,15 +268,16 @@ ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
 
+Every = Annotated[int, Field(strict=True, ge=2)]
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
 
 
-@dataclass(frozen=True)
+@schema
 class ModelConfig:
     """The policy."""
 
-    path: str = key(MISSING, "Folder or hub name of the model to train.", filled=True)
+    path: Filled = key(NO_MODEL, "Folder or hub name of the model to train.")
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
     dtype: Dtype = key(
         Dtype.bf16, "`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."
@@ -277,7 +288,7 @@ class ModelConfig:
         free=True,
         verbs="train precompute evaluate compare",
     )
-    gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
+    gradient_checkpointing: Literal["none", "full"] | Every = key(
         "none",
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
         free=True,
@@ -293,7 +304,7 @@ class ModelConfig:
     mlp_tile_tokens: int | None = key(
         None,
         "Tokens of a tile of an MLP; its wide activations exist for one tile at a time. null: no tiles.",
-        at_least=1,
+        ge=1,
         free=True,
         verbs="train precompute evaluate",
     )
@@ -306,10 +317,9 @@ class ModelConfig:
         free=True,
         verbs="train precompute evaluate",
     )
-    adapter: Any = key(
+    adapter: AdapterConfig | None = key(
         None,
         "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
-        of=AdapterConfig,
         verbs=VERBS_WITH_DATA,  # compare and pairs with quantized weights too
     )
     quantization: Quantization | None = key(
@@ -320,7 +330,7 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
 
 
-@dataclass(frozen=True)
+@schema
 class ReferenceConfig:
     """The source of the reference model's log-probs."""
 
@@ -329,10 +339,9 @@ class ReferenceConfig:
         "`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter "
         "off), `none`; `auto`: `none`, `adapter` or `cached`, by loss and model.",
     )
-    path: str | None = key(
+    path: Filled | None = key(
         None,
         "Folder or hub name of the reference model; null: `model.path`.",
-        filled=True,
         verbs="train precompute evaluate doctor",
     )
     revision: str | None = key(
@@ -349,27 +358,26 @@ class ReferenceConfig:
     numerics: Numerics = key(
         Numerics.strict, "`tolerant` reuses log-probs of other kernels or versions and measures their drift."
     )
-    nvme_path: str | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True, filled=True)
-    store: str = key(
+    nvme_path: Filled | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True)
+    store: Filled = key(
         "${run.root}/reference",
         "Folder of stored log-probs, shared by runs.",
         free=True,
-        filled=True,
         verbs=VERBS_WITH_DATA,
     )
     micro_batch_tokens: int | None = key(
         None,
         "Tokens of a micro-batch while the store is filled; null: 4 times `trainer.micro_batch_tokens`.",
-        at_least=1,
+        ge=1,
         free=True,
     )
-    rows_per_shard: int = key(4096, "Entries of one file of the store.", at_least=1, free=True)
+    rows_per_shard: int = key(4096, "Entries of one file of the store.", ge=1, free=True)
     audit_pairs: int = key(
-        16, "Pairs whose reference log-probs are computed again as a check.", at_least=0, free=True
+        16, "Pairs whose reference log-probs are computed again as a check.", ge=0, free=True
     )
 
 
-@dataclass(frozen=True)
+@schema
 class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
@@ -385,35 +393,33 @@ class ParallelismConfig:
     sequence_parallel: int = key(
         1,
         "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
-        at_least=1,
+        ge=1,
         added=True,
     )
     timeout_seconds: int = key(
         600,
         "Most seconds to wait for another process.",
-        at_least=1,
-        at_most=10**7,
+        ge=1,
+        le=10**7,
         verbs="train precompute evaluate compare pairs",
     )
 
 
-@dataclass(frozen=True)
+@schema
 class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
 
-    global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
+    global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", ge=1)
     micro_batch_tokens: int = key(
         8192,
         "Most tokens of a micro-batch; gradient accumulation follows from it.",
-        at_least=1,
+        ge=1,
         free=True,
         verbs="train precompute evaluate",
     )
-    epochs: float = key(1.0, "Passes over the training data.", above=0)
-    max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
-    eval_every: int = key(
-        0, "Steps between evaluations; 0: at the end only.", at_least=0, free=True, verbs="train"
-    )
+    epochs: float = key(1.0, "Passes over the training data.", gt=0)
+    max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", ge=1)
+    eval_every: int = key(0, "Steps between evaluations; 0: at the end only.", ge=0, free=True, verbs="train")
     eval_at_start: bool | None = key(
         None,
         "Evaluate before the first step; null: where there are evaluation data, and without a forward of the "
@@ -422,24 +428,23 @@ class TrainerConfig:
         verbs="train",
     )
     save_every: int = key(
-        100, "Steps between checkpoints; 0: at the end only.", at_least=0, free=True, verbs="train"
+        100, "Steps between checkpoints; 0: at the end only.", ge=0, free=True, verbs="train"
     )
     keep_last: int = key(
         2,
         "Checkpoints to keep; 0: one while the run trains, none once it is complete.",
-        at_least=0,
+        ge=0,
         free=True,
         verbs="train",
     )
-    keep_best: str | None = key(
+    keep_best: Filled | None = key(
         None,
         "Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best "
         "value, and the best are kept beside `keep_last`; null: none.",
-        filled=True,
         free=True,
         verbs="train",
     )
-    keep_best_count: int = key(1, "Best checkpoints to keep.", at_least=1, free=True, verbs="train")
+    keep_best_count: int = key(1, "Best checkpoints to keep.", ge=1, free=True, verbs="train")
     keep_best_direction: Direction | None = key(
         None, "Values of `keep_best` that are the best; null: as known of it.", free=True, verbs="train"
     )
@@ -458,12 +463,12 @@ class TrainerConfig:
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
-        at_least=0,
+        ge=0,
         free=True,
         verbs="train",
     )
     seed: int = key(
-        0, "Seed of data order and of an adapter's start.", at_least=0, verbs="train precompute evaluate"
+        0, "Seed of data order and of an adapter's start.", ge=0, verbs="train precompute evaluate"
     )
     deterministic: bool = key(
         False,
@@ -474,7 +479,7 @@ class TrainerConfig:
     max_bad_steps: int = key(
         3,
         "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
-        at_least=0,
+        ge=0,
         added=True,
         verbs="train",
     )
@@ -482,24 +487,24 @@ class TrainerConfig:
         None,
         "Share that the moving average of the trained weights keeps of itself in a step; `export` writes "
         "it from a checkpoint with `export.weights=ema`; null: none.",
-        above=0,
-        below=1,
+        gt=0,
+        lt=1,
         added=True,
         verbs="train",
     )
     stop_after_steps: int | None = key(
         None,
         "Steps of this start after which the run saves and exits with code 75.",
-        at_least=1,
+        ge=1,
         free=True,
         verbs="train",
     )
     max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, verbs="train"
+        None, "Seconds after which the run saves and exits with code 75.", gt=0, free=True, verbs="train"
     )
 
 
-@dataclass(frozen=True)
+@schema
 class RunConfig:
     """One run, resolved and frozen."""
 

@@ -2,11 +2,11 @@
 
 import importlib.machinery
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -15,8 +15,7 @@ import yaml
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import read_small, text_digest
-from dpo_dist.foundation.text import HIDDEN
+from dpo_dist.foundation.files import text_digest
 
 LOSS_FUNCTION = "loss.function"
 
@@ -95,32 +94,27 @@ def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[...
 
 
 def _source_file(module: str, key: str) -> Path:
-    path = [str(Path.cwd()), *sys.path]
-    spec = None
-    parts = module.split(".")
-    for length in range(1, len(parts) + 1):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:length]), path)
-        if spec is None:
-            break
-        path = list(spec.submodule_search_locations or [])
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    importlib.invalidate_caches()
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(module) if "." not in module else find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        remedy = f"start in the folder of {parts[0]}, or add that folder to PYTHONPATH; on every node"
-        if parts[-1] == "py":
-            remedy = f"write the module without .py: {key}={module.removesuffix('.py')}:..."
         raise ConfigError(
             f"the module of {key} is not found",
             where=key,
             got=f"{module}, searched for in {Path.cwd()} and on Python's path",
             expected="a module with a source file",
-            remedy=remedy,
+            remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH; on "
+            "every node; write the module without .py",
         )
     return Path(spec.origin)
 
 
 @cache
 def _executed(found: UserFunction) -> Callable[..., Any]:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     spec = importlib.util.spec_from_file_location(found.module, found.file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -167,8 +161,6 @@ _DOORS = {
     "pairs.function": "Python code of the judge is run",
 }
 _CODE_OF_HYDRA = ("defaults", "hydra")
-_MOST_BYTES = 2**24
-_MOST_LEVELS = 50
 
 
 def open_doors(config: RunConfig) -> list[str]:
@@ -185,44 +177,22 @@ def read_config(file: Path) -> str:
     """Return the text of a config.yaml.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read, or has more than 16 MiB, which take minutes to parse.
+        OSError, UnicodeDecodeError: it cannot be read.
     """
-    return read_small(file, _MOST_BYTES).decode()
-
-
-def yaml_values(text: str) -> Any:
-    """Return the values of a YAML text, of which none is named twice and few levels are nested.
-
-    References (`*NAME`) of references can make a short text an endless value.
-
-    Raises:
-        ValueError, yaml.YAMLError: it has references, is nested deeper than any run writes, or is no YAML.
-    """
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has references (*NAME), which no run writes")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MOST_LEVELS:
-            raise ValueError("its values are nested deeper than a run writes them")
-    return yaml.safe_load(text)
+    return file.read_text(encoding="utf-8")
 
 
 def written_values(text: str) -> dict[str, Any]:
     """Return the values of a config.yaml, which has nothing to be evaluated.
 
     Raises:
-        ValueError, yaml.YAMLError: as `yaml_values`, or it has no keys, interpolations or parts of Hydra.
+        ValueError, yaml.YAMLError: it has no keys, or interpolations or parts of Hydra, which no run writes.
     """
-    content = yaml_values(text)
+    content = yaml.safe_load(text)
     if not isinstance(content, dict):
         raise ValueError("it has no keys")
-    for name in _CODE_OF_HYDRA:
-        if name in content:
-            raise ValueError(f"it has the key {name}, which no run writes")
-    for key, value in _leaves(content, ""):
-        if "${" in f"{key}{value}":
-            raise ValueError(f"{key or 'a key'} has an interpolation (${{...}}), which no run writes")
+    if "${" in text or not content.keys().isdisjoint(_CODE_OF_HYDRA):
+        raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
     return content
 
 
@@ -237,72 +207,17 @@ def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) 
     Raises:
         ConfigError: it does.
     """
-    for key, value in _leaves(content, ""):
-        if value and key in _DOORS and key not in given:
+    for key, meaning in _DOORS.items():
+        section, _, name = key.partition(".")
+        inner = content.get(section)
+        if isinstance(inner, dict) and (value := inner.get(name)) and key not in given:
             raise ConfigError(
-                f"the configuration of this run asks to run code: {_DOORS[key]}",
+                f"the configuration of this run asks to run code: {meaning}",
                 where=str(file),
                 got=f"{key}={_written(value)}",
                 expected="a run directory without code, or the option on the command line",
                 remedy=f"add {key}={_written(value)} to the command if you trust this code",
             )
-
-
-def check_places(
-    content: Mapping[str, Any], made: Collection[str], given: Collection[str], file: Path
-) -> None:
-    """Check that the folders that a command makes were not chosen by a config.yaml that is read back.
-
-    Args:
-        content: of the file.
-        made: the keys of these folders.
-        given: the keys on the command line.
-        file: for the error.
-
-    Raises:
-        ConfigError: one would be made outside of the working directory.
-    """
-    here = Path.cwd()
-    for key, value in _leaves(content, ""):
-        if key not in made or key in given or not isinstance(value, str):
-            continue
-        folder = Path(os.path.realpath(os.path.expanduser(value)))  # noqa: PTH111 (no error for an unknown user)
-        if not folder.is_dir() and not folder.is_relative_to(here):
-            raise ConfigError(
-                "the configuration of this run names a folder that does not exist",
-                where=f"{file}: {key}",
-                got=value,
-                expected="a folder that exists, or one below the working directory",
-                remedy=f"add {key}=FOLDER to the command",
-            )
-
-
-def check_not_hidden(content: Mapping[str, Any], file: Path) -> None:
-    """Check that the model of a config.yaml can be found: its path may have been hidden as a secret.
-
-    Raises:
-        ConfigError: it was.
-    """
-    for key, value in _leaves(content, ""):
-        if key == "model.path" and HIDDEN in str(value):
-            raise ConfigError(
-                "the configuration of this run has no path of the model: a part of it was hidden as a secret",
-                where=f"{file}: {key}",
-                got=str(value),
-                remedy="write the path into this file, or write the command of the run: model.path=... and "
-                "its other keys",
-            )
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, key)
-    else:
-        yield key, value
 
 
 def _written(value: Any) -> str:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Override
 
-from dpo_dist.config.keys import Rule, check, read_by, readers, run_keys
-from dpo_dist.config.overrides import COMMAND_LINE, given_keys
+from dpo_dist.config.keys import COMMAND_LINE, Rule, check, read_by, readers, run_keys
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
@@ -57,26 +56,29 @@ def keys_of(verb: str, *, trains: bool = False) -> list[str]:
     return [name for name in run_keys() if verbs & set(readers(name))]
 
 
-def check_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> None:
-    """Check that a verb reads every key of its command line.
+def not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list[ConfigError]:
+    """Return an error for each override whose key a verb does not read.
 
-    Raises:
-        ConfigError: it does not read one; experiments may have such keys, as they serve several verbs.
+    Files and experiments may have such keys, as they serve several verbs.
     """
-    own = keys_of(verb, trains=trains)
+    own, mistakes = keys_of(verb, trains=trains), []
     for override in overrides:
-        for given in sorted(given_keys([override])):
-            key = given.partition("[")[0]
-            if key == "reference" and isinstance(override.value(), str):  # a preset, which is about the mode
-                key = "reference.mode"
+        group, value = override.key_or_group, override.value()
+        given = [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
+        for key in (name.partition("[")[0] for name in given):
+            if key == "reference":  # a preset, which is about the mode
+                key = "reference.mode"  # noqa: PLW2901
             if key in own or key not in run_keys():  # `experiment` is no key
                 continue
             same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
             expected = " or ".join(same)
             remedy = f"did you mean {expected}?" if same else "remove it:"
-            raise ConfigError(
-                f"{verb} does not read {key}",
-                where=f"{COMMAND_LINE}: {override.input_line}",
-                expected=expected,
-                remedy=f"{remedy} {read_by(key)}",
+            mistakes.append(
+                ConfigError(
+                    f"{verb} does not read {key}",
+                    where=f"{COMMAND_LINE}: {override.input_line}",
+                    expected=expected,
+                    remedy=f"{remedy} {read_by(key)}",
+                )
             )
+    return mistakes

@@ -85,8 +85,9 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
     given: dict[str, Any] = {"r": adapter.r, "alpha": adapter.alpha, "variant": adapter.variant}
     read: dict[str, Any] = {"r": own.r, "alpha": own.alpha, "variant": own.variant}
     other = {key: value for key, value in given.items() if value not in (None, read[key])}
-    if isinstance(adapter.target_modules, list) and _differ(adapter.target_modules, own.target_modules):
-        other["target_modules"], read["target_modules"] = adapter.target_modules, _last(own.target_modules)
+    given_layers, layers = adapter.target_modules, own.target_modules
+    if isinstance(given_layers, list) and isinstance(layers, list) and _differ(given_layers, layers):
+        other["target_modules"], read["target_modules"] = given_layers, _last(layers)
     saved: list[str] = own.modules_to_save or []
     if adapter.modules_to_save is not None and _differ(adapter.modules_to_save, saved):
         other["modules_to_save"], read["modules_to_save"] = adapter.modules_to_save, _last(saved)

@@ -100,7 +100,8 @@ def add_adapter(
         ConfigError: a target names no linear layer of the model, or its output layer, or one that peft takes
             for experts; a module to train in full is none of the model; `start` is no adapter of the model.
     """
-    adapter: AdapterConfig = config.adapter
+    adapter = config.adapter
+    assert adapter is not None
     causal_lm = model.causal_lm
     # Before there are the linear layers of another adapter.
     targets = [] if adapter.target_modules is None else target_layers(causal_lm, adapter)
@@ -270,9 +271,9 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
         if module in trained and name not in saved
     ]
-    if adapter.target_modules == "all-linear":
+    if not isinstance(adapter.target_modules, list):
         return layers
-    targets: list[str] = adapter.target_modules
+    targets = adapter.target_modules
     for target in targets:
         if not any(_matches(name, target) for name in layers):
             short = sorted({name.rpartition(".")[2] for name in layers})

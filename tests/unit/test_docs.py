@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.keys import key_types
+from dpo_dist.config.keys import run_keys
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
@@ -22,7 +22,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
 ]
-KEYS = key_types(RunConfig)
+KEYS = run_keys()
 SECTIONS = "|".join(name for name in KEYS if "." not in name)
 
 

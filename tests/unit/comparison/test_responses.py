@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.load import compose, resolve
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.generation.pairs.prompts import PromptList
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
@@ -53,7 +53,7 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
 def responses_folder(tmp_path: Path, *overrides: str) -> str:
     """The name of the folder of a model's finished responses."""
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
-    config = resolve(compose(lines), lines, verb="compare")
+    config = load_run_config(lines, verb="compare")
     model = compared_models([f"{name}={tmp_path}/model" for name in "ab"])[0]
     prompts = PromptList(tmp_path / "prompts.jsonl", 1, 16, "digest", array("q", [0]))
     stages: Any = SimpleNamespace(finish=lambda *_: None)

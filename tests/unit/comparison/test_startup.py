@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.command_line import divide
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -82,13 +81,9 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
 
 
 def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> None:
-    (line,) = divide([f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"]).overrides
+    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
     found = check_comparison(config(models, line))
     assert [model.name for model in found] == ["a", "run", "b c"]
-    assert divide(["data.train=[{path: a=b}]", "loss.beta=0.2"]).overrides == [
-        "data.train=[{path: a=b}]",
-        "loss.beta=0.2",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
-"""The configuration of a run that exists stands in for a command line that repeats it."""
+"""The config.yaml of a run stands in for its command; it evaluates nothing and opens no door."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dpo_dist.config.command_line import divide, with_former_run
-from dpo_dist.config.load import compose, load_run_config, resolve, to_yaml
+from dpo_dist.config.command_line import divide, former_values
+from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_code import open_doors
 from dpo_dist.foundation.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 
 
-def evaluated(*arguments: str) -> RunConfig:
-    with with_former_run(divide(arguments)) as whole:
-        return resolve(compose(whole.overrides, whole.own_folder), whole.overrides, whole.own_folder)
+def evaluated(*words: str) -> RunConfig:
+    arguments = divide(words)
+    return load_run_config(arguments.words, former=former_values(arguments))
 
 
 def write_run(folder: Path, *overrides: str) -> RunConfig:
@@ -62,7 +64,7 @@ def test_a_configuration_without_its_comment_is_used(tmp_path: Path) -> None:
     assert evaluated(f"run.dir={tmp_path}/run") == config
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n", b"model: {", b"\0", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"model: {", b"\0", b"\xff"])
 def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
@@ -70,3 +72,51 @@ def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="configuration of this run cannot be read") as found:
         evaluated(f"run.dir={tmp_path}/run")
     assert found.value.where == str(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run:\n  name: ${oc.env:DB_PASSWORD}\n",
+        "data:\n  train:\n  - path: ${oc.env:DB_PASSWORD}\n",
+        "run:\n  name: !!python/object/apply:os.system [touch trace]\n",
+        "defaults:\n- override /hydra/launcher: evil\n",
+        "hydra:\n  callbacks:\n    a:\n      _target_: os.system\n",
+        "run:\n  _target_: os.system\n",
+        "# @package model\npath: m\ntrust_remote_code: true\n",
+        "model.trust_remote_code: true\n",
+    ],
+)
+def test_nothing_in_a_config_of_a_run_is_evaluated(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "canary")
+    (tmp_path / "config.yaml").write_text(text)
+    for read in (lambda: evaluated(f"run.dir={tmp_path}"), lambda: from_yaml(text)):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.trust_remote_code", "true"),
+        ("loss.function", "tests.support.own_loss:hinge"),
+        ("pairs.function", "tests.support.own_judge:judge"),
+    ],
+)
+def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    values: dict[str, dict[str, object]] = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
+    values.setdefault(section, {})[name] = yaml.safe_load(value)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="asks to run code") as raised:
+        evaluated(f"run.dir={tmp_path}")
+    assert f"add {key}={value} to the command" in raised.value.remedy
+
+
+def test_open_doors_are_named() -> None:
+    assert open_doors(load_run_config(RUN)) == []
+    lines = open_doors(load_run_config([*RUN, "model.trust_remote_code=true"]))
+    assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]

@@ -83,9 +83,8 @@ def test_the_help_of_a_verb_begins_with_the_verb() -> None:
     text = usage(
         "python -m dpo_dist.compare",
         compare.__doc__ or "",
-        {"--help": "this text"},
-        group_folders(),
         keys_of("compare"),
+        group_folders(),
     )
     assert text.startswith("usage: python -m dpo_dist.compare ")
     assert "\nCompare models: `python -m dpo_dist.compare 'compare.models=[" in text
@@ -113,10 +112,10 @@ def test_presets_are_listed() -> None:
     [
         ("loss.betta", "did you mean loss.beta?"),
         ("learning_rate", "write optim.lr=..."),
-        ("data.train.wieght", "did you mean weight?"),
+        ("data.train.wieght", "did you mean data.train[].weight?"),
         ("data.train[0].max_samples", "did you mean limit?"),
-        ("model.adapter.rank", "did you mean r?"),
-        ("seed", "did you mean trainer.seed?"),
+        ("model.adapter.rank", "write model.adapter.r=..."),
+        ("seed", "write trainer.seed=..."),
         ("nothing", "the sections are run, model, "),
     ],
 )

@@ -10,10 +10,9 @@ import pytest
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import run_digest
-from dpo_dist.config.keys import key_types
-from dpo_dist.config.load import compose, config_dir, from_yaml, load_run_config, resolve, to_yaml
+from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.schema import NO_MODEL, Dtype, Offload, ReferenceMode, RunConfig, TrainerConfig
+from dpo_dist.config.schema import NO_MODEL, Dtype, Offload, ReferenceMode, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.support.own_loss import OWN
 
@@ -98,12 +97,6 @@ def test_every_experiment_composes(experiment: str) -> None:
     assert load_run_config([*([] if alone else RUN), f"+experiment={experiment}"]).run.name != "run"
 
 
-def test_every_key_has_a_type() -> None:
-    for key, hint in key_types(RunConfig).items():
-        assert hint is not None, key
-    assert key_types(RunConfig)["loss.beta"] is float
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -147,17 +140,15 @@ def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
         ("loss.beta=true", "a number"),
         ("loss.beta=null", "a number"),
         ("trainer.max_steps=1.5", "a whole number or null"),
-        ("model.gradient_checkpointing=maybe", "none, full, or n of 2 or more"),
-        ("model.gradient_checkpointing=1", "none, full, or n of 2 or more"),
+        ("model.gradient_checkpointing=maybe", "none, full, or a whole number"),
+        ("model.gradient_checkpointing=1", "none, full, or a whole number"),
         ("loss.router.aux_coefficient=own", "model, a number above 0, or null"),
         ("loss.router.aux_coefficient=0", "model, a number above 0, or null"),
         ("model.trust_remote_code=maybe", "true or false"),
         ("data.train=a.jsonl", "a list in brackets: [a,b]"),
         ("data.train=[{path: a, limit: many}]", "a whole number or null"),
-        ("data.train=[3]", "a path, a hub name or a mapping with path"),
-        ("optim.betas=[a,b]", "a number"),
+        ("data.train=[3]", "a mapping with path"),
         ("loss.kind=sigmoyd", "one of sigmoid, "),
-        ("loss.kind=dpo", "one of sigmoid, "),
         ("loss=simpoo", "one of simpo, "),
         ("+experiment=qwen", "one of qwen7b"),
         ("+experiment=[qwen,smoke]", "one of qwen7b"),
@@ -170,14 +161,12 @@ def test_a_wrong_value_names_the_expected_one(override: str, expected: str) -> N
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
-        ("experiment=qwen7b", "write +experiment=qwen7b"),
-        ("+loss.beta=0.2", "write loss.beta=0.2"),
         ("trainer.seed=1,2", "one job for each value"),
         ("loss=3", "choose one of aot, aot_unpaired"),
         ("loss.beta", "quotes"),
         ("loss.beta=[1", "quotes"),
-        ("data.train=[{limit: 3}]", "set data.train[0].path"),
-        ("loss.terms=[{weight: 1}]", "set loss.terms[0].kind"),
+        ("data.train=[{limit: 3}]", "write path: "),
+        ("loss.terms=[{weight: 1}]", "write kind: "),
     ],
 )
 def test_a_misused_override_gets_a_remedy(override: str, remedy: str) -> None:
@@ -186,8 +175,8 @@ def test_a_misused_override_gets_a_remedy(override: str, remedy: str) -> None:
 
 def test_a_missing_model_lists_the_presets() -> None:
     with pytest.raises(ConfigError, match=r"model\.path is not set") as caught:
-        resolve(compose([]), verb="train")
-    assert "qwen2_5_7b" in caught.value.remedy
+        load_run_config(["data.train=[a.jsonl]"], verb="train")
+    assert "model=NAME" in caught.value.remedy
 
 
 def test_an_unknown_interpolation_names_its_key() -> None:
@@ -196,8 +185,8 @@ def test_an_unknown_interpolation_names_its_key() -> None:
 
 def test_an_unknown_name_in_a_term_has_its_index() -> None:
     error = error_of("loss.terms=[{kind: sigmoid},{kin: sft}]")
-    assert error.where == "loss.terms[1].kin"
-    assert (error.expected, error.remedy) == ("loss.terms[1].kind", "did you mean kind?")
+    assert error.message == "there is no key 'loss.terms[1].kin'"
+    assert error.remedy == "did you mean loss.terms[1].kind?"
 
 
 # Presets of the command line and of an experiment
@@ -289,8 +278,5 @@ def test_an_option_that_the_mode_does_not_use_is_an_error() -> None:
 
 
 def test_a_verb_can_work_without_a_model() -> None:
-    composed = compose(["data.train=[a.jsonl]"])
-    assert resolve(composed, verb="doctor").model.path == NO_MODEL
-    with pytest.raises(ConfigError, match=r"model\.path"):
-        resolve(composed, verb="train")
-    assert resolve(compose(RUN), verb="doctor").model.path == "m"
+    assert load_run_config(["data.train=[a.jsonl]"], verb="doctor").model.path == NO_MODEL
+    assert load_run_config(RUN, verb="doctor").model.path == "m"

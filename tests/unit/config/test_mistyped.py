@@ -1,19 +1,15 @@
-"""Mistyped command lines, and options of other trainers, get one block with the correction."""
+"""Mistakes in a command, and options of other trainers, are one error with an answer to each."""
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.config.command_line import divide
-from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.keys import key_types, run_keys
-from dpo_dist.config.load import compose, load_run_config, resolve
-from dpo_dist.config.names import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verbs import keys_of
+from dpo_dist.config.keys import run_keys
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.names import answer_to, foreign_names, key_of
 from dpo_dist.foundation.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
@@ -21,13 +17,11 @@ SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
 # A command line as typed, and a part of the error.
 MISTYPED = [
-    # A group takes one preset.
     ("loss=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("data=[hh_rlhf,ultrafeedback]", "data.train="),
     ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
-    ("tracking.also=[tensorbord]", "did you mean tensorboard?"),
-    ("tracking.also=[wandb]", "one of tensorboard"),
+    ("tracking.also=[wandb]", "one of tensorboard, mlflow"),
     ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
     ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
     ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
@@ -37,63 +31,16 @@ MISTYPED = [
     ("optim=sgd", "one of adamw, adamw_8bit"),
     ("parallelism=deepspeed", "did you mean parallelism=zero3?"),
     ("tracking=none", "one of off, wandb"),
-    ("+experiment=qwen7b +experiment=smoke", "write '+experiment=[qwen7b,smoke]'"),
     ("loss=sigmoid,ipo", "one job for each value"),
-    # Names of other trainers.
-    ("learning_rate=1e-5", "write optim.lr=1e-5"),
-    ("optim.learning_rate=1e-5", "write optim.lr=1e-5"),
-    ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
-    ("--learning_rate 1e-5", "write optim.lr=1e-5"),
-    ("--learning-rate=1e-5", "write optim.lr=1e-5"),
-    ("trainer.save_steps=100", "write trainer.save_every=100"),
-    ("eval_steps=100", "write trainer.eval_every=100"),
-    ("eval_on_start=true", "write trainer.eval_at_start=true"),
-    ("logging_steps=5", "write trainer.log_every=5"),
-    ("batch_size=4", "write trainer.global_batch_pairs=4"),
-    ("per_device_train_batch_size=1", "trainer.global_batch_pairs"),
-    ("compare.judge=org/model", "set pairs.reward_model"),
-    ("generate_during_eval=true", "set samples.prompts=16"),
-    ("report_to=wandb", "tracking.wandb=auto"),
-    ("deepspeed=ds.json", "parallelism=zero3"),
-    ("lora_rank=8", "model.adapter={r: 16"),
-    ("'model.adapter={rank: 8}'", "did you mean r?"),
-    ("model_name_or_path=org/name", "write model.path=org/name"),
-    ("loss.type=ipo", "write loss=ipo"),
-    ("loss.loss_type=dpo", "write loss=sigmoid"),
-    ("cutoff_len=512", "write data.max_length=512"),
-    ("train=x.jsonl", "write 'data.train=[x.jsonl]'"),
-    ("data.path=x", "write 'data.train=[x]'"),
-    ("output_dir=out/a", "write run.dir=out/a"),
-    ("bf16=true", "model.dtype=bf16"),
-    ("fp16=true", "set model.dtype=fp16"),
-    ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
-    ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant_with_warmup"),
-    ("optim.schedule=cosine_with_min_lr", "optim.schedule=cosine? with optim.min_lr_ratio=0.1 for a floor"),
-    ("optim.warmup_ratio=0.1 optim.warmup_steps=5", "the length of the warm-up is given twice"),
-    ("pure_bf16=true", "an update below 2^-9 of a weight is lost"),
-    ("optim.master_weights=false", "model.dtype=bf16 has float32 master weights"),
-    ("bf16=true optim.master_weight_dtype=bf16", "model.dtype=bf16"),
-    ("fp16=true pure_bf16=true", "fp16"),
-    ("+experiment=qwen7b optim.state_dtype=bf16", "an update below 2^-9 of a weight is lost"),
     ("optim=adamw_8bit stochastic_rounding=true", "an update below 2^-9 of a weight is lost"),
     ("optim.kind=adamw_bf16", "set optim.kind to one of these"),
     ("model.dtype=bf16_full", "set model.dtype to one of these"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
     ("optim=paged_adamw_32bit", "did you mean optim=adamw?"),
-    ("warmup_steps=10", "write optim.warmup_steps=10"),
-    ("min_lr=1e-7", "set optim.min_lr_ratio"),
-    ("min_lr_rate=0.1", "write optim.min_lr_ratio=0.1"),
     ("'data.train=[{file: a}]'", "did you mean path?"),
     ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
-    ("max_completion_length=128", "set data.max_length"),
-    ("val_size=0.1", "data.eval_share"),
-    ("dataset_train_split=train", "split of a source"),
-    ("torch_dtype=bfloat16", "write model.dtype=bf16"),
-    ("torch_dtype=auto", "write model.dtype=..."),
     ("reference=../base", "named by reference.path=../base"),
     ("hydra.run.dir=out", "run.dir sets the run directory"),
-    ("hydra.job.chdir=true", "has no effect"),
-    # A guess, if it is likely enough.
     ("+loss.foo=1", "the keys of loss are kind, beta, "),
     ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
     ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
@@ -101,43 +48,16 @@ MISTYPED = [
     ("foo=1", "the sections are run, model, "),
     ("lossbeta=1", "did you mean loss.beta?"),
     ("trainer.max_step=9", "did you mean trainer.max_steps?"),
-    # Overrides that Hydra cannot read, with the correct quoting.
-    ("model.path=~/m", "'~' needs quotes"),
     ("'data.train=[~/x, b.jsonl]'", "write 'data.train=[\"~/x\",b.jsonl]'"),
-    ("model.path=/tmp/modèle", "'è' needs quotes"),
-    ("model.path=a=b", "'=' needs quotes"),
-    ("'data.train=[a.jsonl,' 'b.jsonl]'", "put it in quotes: 'data.train=[a.jsonl, b.jsonl]'"),
-    ("loss.beta = 0.2", "write loss.beta=0.2, without spaces"),
-    ("loss.beta= 0.2", "write loss.beta=0.2, without spaces"),
-    ("loss.beta =0.2", "write loss.beta=0.2, without spaces"),
-    ("loss.beta:0.2", "write loss.beta=0.2"),
     ("--loss.beta=0.2", "write loss.beta=0.2"),
-    ("loss.beta=[1", "a bracket is not closed"),
-    ("loss.beta=0,2", "a decimal point is a dot: loss.beta=0.2"),
-    ("=3", "cannot be read"),
-    ("my.yaml", "--config-dir DIR +experiment=NAME"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
-    ("loss.beta=0.1,", "write loss.beta=0.1"),
-    ("'data.train=[{path=a.jsonl, limit=9}]'", "write 'data.train=[{path: a.jsonl, limit: 9}]'"),
-    ("'data.train=[{a.jsonl}]'", "a mapping {name: value}"),
     ("loss=ipo.yaml", "did you mean loss=ipo?"),
-    ("+experiment=conf/experiment/qwen7b.yaml", "did you mean +experiment=qwen7b?"),
     ("data.template_date=today", "write data.template_date=2024-07-26"),
-    ("'optim.betas=(0.9,0.95)'", "write 'optim.betas=[0.9,0.95]'"),
-    ('\'data.train=["a.jsonl" "b.jsonl"]\'', 'write \'data.train=["a.jsonl","b.jsonl"]\''),
-    # Values.
-    ("optim.betas=0.9", "write 'optim.betas=[0.9,0.999]'"),
-    ("data.eval=null", "write data.eval=[]"),
     ("trainer.max_steps=-1", "in that range, or null"),
-    ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "where:    loss.terms[1].kind"),
     ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "did you mean loss.terms[1].kind=sft?"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
     ("'data.train={path: a}'", "write 'data.train=[{path: a}]'"),
     ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
-    ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
-    ("data.eval.path=a.jsonl", "write 'data.eval=[{path: a.jsonl}]'"),
-    ("loss.terms.weight=2", "write 'loss.terms=[{kind: KIND, weight: 2}]'"),
-    ("data.train=[[a]]", "data.train[0] is not a source"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
     ("trainer.seed=1 trainer.seed=x", "where:    command line: trainer.seed=x"),
@@ -148,110 +68,131 @@ MISTYPED = [
     ("model.path=", "model.path is empty"),
     ("'data.train=[\"\"]'", "data.train[0].path is empty"),
     ("~loss.beta", "cannot be removed"),
-    ("model.adapter.r=8", "+model.adapter.r="),
-    ("loss=[simpo]", "write loss=simpo"),
-    ("loss.kind=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
-    ("data.train+=[b.jsonl]", "the whole list: 'data.train=[FIRST,SECOND]'"),
     ("data.truncation=left", "did you mean data.truncation=keep_end?"),
     ("data.on_bad_record=skip", "did you mean data.on_bad_record=drop?"),
     ("tracking.wandb=on", "did you mean tracking.wandb=online?"),
-    ("model.gradient_checkpointing=all", "set model.gradient_checkpointing=full"),
-    ("model.adapter.rank=8", "write 'model.adapter={r: 8}'"),
     ("'model.adapter={target_modules: all}'", "write target_modules: all-linear"),
-    ("parallelism.stage=3", "choose parallelism=zero3"),
-    ("trainer.devices=8", "options of the launcher come before -m"),
-    ("+exp=qwen7b", "write +experiment=NAME"),
-    # Experts, long sequences, adapters, exports.
-    ("router_aux_loss_coef=0.01", "write loss.router.aux_coefficient=0.01"),
-    ("moe_aux_loss_coef=0.01", "write loss.router.aux_coefficient=0.01"),
-    ("loss.router.aux_loss_coef=0.01", "write loss.router.aux_coefficient=0.01"),
-    ("output_router_logits=true", "set loss.router.aux_coefficient=model"),
-    ("activation_offloading=true", "write model.activation_offload=true"),
-    ("context_parallel_size=2", "write parallelism.sequence_parallel=2"),
-    ("tiled_mlp=true", "set model.mlp_tile_tokens=2048"),
-    ("rope_scaling=yarn", "set it in its config.json"),
-    ("use_dora=true", "'model.adapter={variant: dora}'"),
-    ("loraplus_lr_ratio=16", "have the rate optim.lr"),
-    ("freeze_trainable_layers=2", "'model.adapter={r: 16}'"),
-    ("bnb_4bit_quant_type=nf4", "set model.quantization=nf4"),
-    ("ref_model_adapters=sft", "the adapter it started from"),
-    ("merge_and_unload=true", "export.merge=true"),
-    ("export_dir=out", "write export.output=out"),
-    ("export_size=2", "at most 5 GB"),
-    ("use_ema=true", "set trainer.ema_decay=0.99"),
-    ("ema_decay=0.99", "write trainer.ema_decay=0.99"),
-    ("expert_parallel_size=2", "parallelism=zero3 shards weights"),
-    ("loss.router.aux_coefficient=true", "to model, a number above 0, or null"),
-    ("loss.router.aux_coefficient=auto", "set loss.router.aux_coefficient=model"),
-    ("loss.router.aux_coef=0.1", "write loss.router.aux_coefficient=0.1"),
-    ("loss.router.z_coef=0.001", "write loss.router.z_coefficient=0.001"),
     ("loss.router.z_coefficient=model", "set loss.router.z_coefficient to a number"),
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
     ("loss.aux_coefficient=0.01", "did you mean loss.router.aux_coefficient?"),
-    ("export.dtype=float16", "did you mean fp16?"),
-    ("export.dtype=half", "did you mean fp16?"),
-    ("export.dtype=torch.bfloat16", "did you mean bf16?"),
-    ("export.dtype=float", "did you mean fp32?"),
     ("export.dtype=fp8", "bf16, fp16 or fp32"),
     ("model.dtype=torch.float16", "did you mean model.dtype=fp16?"),
     ("model.dtype=32", "did you mean model.dtype=fp32?"),
-    ("export.checkpoint=out/checkpoints/step-000100/", "did you mean step-000100?"),
-    ("export.checkpoint=last", "did you mean latest?"),
     ("export.checkpoint=3", "such as step-000100"),
-    ("export.out=x", "write export.output=x"),
-    ("export.verify=false", "write export.check=false"),
-    ("export.max_shard_size=5GB", "at most 5 GB"),
     ("export.average=step-000100", "write 'export.average=[step-000100]'"),
-    ("'model.adapter={use_dora: true}'", "write variant: dora in its place"),
-    ("'model.adapter={rslora: true}'", "write variant: rslora in its place"),
-    ("'model.adapter={init: gausian}'", "did you mean gaussian?"),
-    ("'model.adapter={adapter_path: a}'", "did you mean path?"),
-    ("'model.adapter={additional_target: [lm_head]}'", "did you mean modules_to_save?"),
     ("'model.adapter={path: a, init: gaussian}'", "remove model.adapter.init"),
-    ("'model.adapter={alhpa: 16}'", "did you mean alpha?"),
-    ("'model.adapter={ontop: true}'", "did you mean on_top?"),
-    ("model.adapter=sft/adapter", "write 'model.adapter={path: sft/adapter}'"),
-    ("pissa_init=true", "not offered: an adapter starts as default or gaussian"),
-    ("optim.loss_scale=1024", "the loss scale of model.dtype=fp16 is dynamic"),
     ("optim.schedule=inv_sqrt", "did you mean optim.schedule=inverse_sqrt?"),
     ("optim.kind=adamw8bit", "did you mean optim.kind=adamw_8bit?"),
-    ("parallelism.ulysses=2", "write parallelism.sequence_parallel=2"),
-    ("parallelism.context_parallel=2", "write parallelism.sequence_parallel=2"),
-    ("parallelism.expert_parallel=2", "parallelism=zero3 shards weights"),
-    ("trainer.ema_rate=0.99", "write trainer.ema_decay=0.99"),
-    ("trainer.ema_every=10", "takes in the weights of every step"),
     ("trainer.ema_decay=1", "choose trainer.ema_decay in that range"),
-    # Options.
-    ("--check=1", "takes no value"),
-    ("--multirun", "(one job) for each value"),
-    ("--cfg jobb", "write --cfg job"),
-    ("--config-dir", "write --config-dir VALUE"),
     ("--config-dir nowhere", "--config-dir is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
-    ("--config my.yaml", "+experiment=NAME"),
-    ("--config-path conf", "--config-dir DIR"),
-    ("--config-name mine", "+experiment=NAME"),
     ("--cfg job --resolve", "prints resolved values"),
-    ("--dry-run", "--check checks"),
-    ("--num_processes 2", "options of the launcher come before -m"),
+    # Values of other trainers are kept.
+    ("lora_rank=8", "write model.adapter.r=8"),
+    ("lora_alpha=16", "write model.adapter.alpha=16"),
+    ("lora_dropout=0.05", "remove it: an adapter has no dropout"),
+    ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
+    ("model.adapter.rank=8", "write model.adapter.r=8"),
+    ("adam_beta1=0.8", "write 'optim.betas=[0.8,0.999]'"),
+    ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
+    ("gradient_checkpointing=true", "write model.gradient_checkpointing=full"),
+    ("gradient_checkpointing=false", "write model.gradient_checkpointing=none"),
+    ("torch_dtype=bfloat16", "write model.dtype=bf16"),
+    ("torch_dtype=auto", "write model.dtype=..."),
+    ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
+    ("dpo_loss_type=dpo", "write loss=sigmoid"),
+    ("pref_ftx=0.1", "{kind: sft, weight: 0.1}"),
+    ("dataset_path=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("max_samples=9", "'data.train=[{path: pairs.jsonl, limit: 9}]'"),
+    ("val_size=0.1", "write data.eval_share=0.1"),
+    ("seed=3", "write trainer.seed=3"),
+    ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("--learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("--learning_rate 1e-5", "write optim.lr=1e-5"),
+    ("--gradient_checkpointing", "write model.gradient_checkpointing=full"),
+    ("--loss.beta=0.2", "write loss.beta=0.2"),
+    ("'data.train=[{file: a}]'", "did you mean path?"),
+    ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
+    ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
+    ("data.eval.path=a.jsonl", "write 'data.eval=[{path: a.jsonl}]'"),
+    ("loss.terms.weight=2", "write 'loss.terms=[{kind: KIND, weight: 2}]'"),
+    ("tracking.also=[wandb]", "one of tensorboard"),
+    ("pissa_init=true", "not offered: an adapter starts as default or gaussian"),
+    ("--seed 42", "write trainer.seed=42"),
+    # Quotes and spaces: one hint.
+    ("model.path=~/m", "write 'model.path=\"~/m\"'"),
+    ("model.path=/tmp/modèle", "write 'model.path=\"/tmp/modèle\"'"),
+    ("model.path=a=b", "write 'model.path=\"a=b\"'"),
+    ("'data.train=[~/x, b.jsonl]'", "write 'data.train=[\"~/x\",b.jsonl]'"),
+    ("'data.train=[a.jsonl,' 'b.jsonl]'", "write 'data.train=[a.jsonl, b.jsonl]'"),
+    ("loss.beta = 0.2", "write loss.beta=0.2;"),
+    ("loss.beta:0.2", "needs quotes"),
+    ("=3", "needs quotes"),
+    ("model.adapter=sft/adapter", "write model.adapter.path=sft/adapter"),
+    ("'model.adapter={alhpa: 16}'", "did you mean model.adapter.alpha?"),
+    ("export.checkpoint=out/checkpoints/step-000100/", "did you mean export.checkpoint=step-000100?"),
+    ("hydra.run.dir=out", "run.dir sets the run directory"),
+    ("--check=1", "ignored explicit argument"),
+    ("--cfg jobb", "invalid choice: 'jobb'"),
+    ("--config-dir", "expected one argument"),
 ]
+# Of a new user's trial: options of TRL, LLaMA-Factory, axolotl and open-instruct.
+TRIED = """
+plot_loss hub_model_id early_stopping_patience auto_find_batch_size dataset_config model_init_kwargs
+use_logits_to_keep lora_target_linear wandb_name wandb_project_name flash_attention saves_per_epoch
+evals_per_epoch special_tokens dpo_use_weighting strict mixer_list dataset_mixer_list tokenizer_name
+dpo_loss_type cache_logprobs reference_logprobs_cache_path concatenated_forward checkpointing_steps
+keep_last_n_checkpoints max_train_steps load_balancing_loss rl adapter seed lora_r lora_dropout
+"""
 
 
-def error_of(typed: str) -> ConfigError:
+def error_of(typed: str, *, verb: str = "", run: list[str] = RUN) -> ConfigError:
     try:
-        arguments = divide([*RUN, *shlex.split(typed)])
-        load_run_config(arguments.overrides, arguments.own_folder)
+        arguments = divide([*run, *shlex.split(typed)])
+        load_run_config(arguments.words, arguments.own_folder, verb=verb, mistakes=arguments.mistakes)
     except ConfigError as error:
         return error
     raise AssertionError(f"{typed} was accepted")
 
 
 @pytest.mark.parametrize(("typed", "text"), MISTYPED)
-def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> None:
+def test_a_mistake_gets_a_correction(typed: str, text: str) -> None:
     error = error_of(typed)
     assert text in error.block()
     assert error.remedy
     assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
+
+
+def test_all_mistakes_of_a_command_are_one_error() -> None:
+    foreign = """
+        --model_name_or_path org/m --dataset_path a.jsonl --output_dir out --learning_rate 5e-6 --beta 0.1
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --num_train_epochs 2
+        --gradient_checkpointing --bf16 true --max_length 512 --lora_r 8 --lora_alpha 16 --report_to wandb
+    """
+    error = error_of(
+        f"{foreign} loss.betta=1 trainer.max_steps=x optim.lr=0 loss=ipoo pairs.seed=3", verb="train"
+    )
+    lines = [line.strip().removeprefix("to do:").strip() for line in error.block().splitlines()]
+    assert lines[0] == "configuration error: this command has 19 mistakes"
+    assert len(lines) == 1 + 19
+    for line in (
+        "--learning_rate 5e-6: there is no option --learning_rate; write optim.lr=5e-6",
+        "--gradient_checkpointing: there is no option --gradient_checkpointing; "
+        "write model.gradient_checkpointing=full",
+        "loss.betta=1: there is no key 'loss.betta'; did you mean loss.beta?",
+        "trainer.max_steps=x: trainer.max_steps has the wrong type; "
+        "set trainer.max_steps to a whole number or null",
+        "optim.lr=0: optim.lr is out of range; choose optim.lr in that range",
+        "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
+        "pairs.seed=3: train does not read pairs.seed; did you mean trainer.seed? pairs reads pairs.seed",
+    ):
+        assert line in lines
+
+
+def test_all_rules_that_a_command_breaks_are_one_error() -> None:
+    error = error_of("loss.simpo_gamma=1 trainer.eval_every=5 data.max_prompt_length=2000")
+    assert error.message == "this command has 3 mistakes"
+    assert "remove loss.simpo_gamma" in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -262,7 +203,6 @@ def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> Non
         ("compare", "model=output/a", "named by 'compare.models=[output/a]'"),
         ("compare", "data=hard.jsonl", "named by 'data.eval=[hard.jsonl]'"),
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
-        ("evaluate", "evaluation.checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
         ("evaluate", "export.chekpoint=best", "remove it: export reads export.checkpoint"),
         ("compare", "learning_rate=1", "remove it: train reads optim.lr"),
         ("pairs", "learning_rate=1", "remove it: train reads optim.lr"),
@@ -270,65 +210,47 @@ def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> Non
         ("export", "output=foo", "write export.output=foo"),
         ("train", "output=foo", "write run.dir=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
-        ("compare", "samples=4", "compare does not read samples"),
-        ("train", "evaluation.data.weight=2", "remove it: evaluate reads evaluation.data"),
-        ("evaluate", "evaluation.data.weight=2", "write 'evaluation.data=[{path: PATH, weight: 2}]'"),
-        ("train", "--seed 42", "did you mean trainer.seed?"),
-        ("export", "--output foo", "write export.output=foo"),
-        ("compare", "--learning_rate 1", "remove it: train reads optim.lr"),
-        ("pairs", "samples=4", "did you mean pairs.samples? train reads samples"),
+        ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
     ],
 )
 def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
-    def read(line: list[str]) -> RunConfig:
-        return resolve(compose(divide(line, keys_of(verb)).overrides, verb=verb), verb=verb)
-
-    with pytest.raises(ConfigError) as found:
-        read([*RUN, *shlex.split(typed)])
-    assert text in found.value.block()
+    run = [] if verb == "compare" else RUN
+    assert text in error_of(typed, verb=verb, run=run).block()
 
 
-@pytest.mark.parametrize("typed", sorted({typed for typed, text in MISTYPED if " write " in f" {text}"}))
+@pytest.mark.parametrize("typed", sorted({typed for typed, text in MISTYPED if text.startswith("write ")}))
 def test_the_corrected_line_can_be_parsed(typed: str) -> None:
-    written = re.search(r"write (.*?)(, without|: the inner|;|$)", error_of(typed).remedy)
+    written = re.search(r"write (.*?)(;|$)", error_of(typed).remedy)
     assert written is not None
     for line in shlex.split(written[1]):
         if "=" in line:
             OverridesParser.create().parse_override(line)
 
 
-@pytest.mark.parametrize("alias", sorted({**KEY_ALIASES, **REMEDIES}))
-def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
-    text = KEY_ALIASES.get(alias) or REMEDIES[alias]
-    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", text)
-    files = (".jsonl", ".yaml")
-    assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
-    if alias not in key_types(RunConfig):
-        assert "there is no key" in error_of(f"{alias}=1").message
+@pytest.mark.parametrize("name", TRIED.split())
+def test_every_option_that_a_new_user_tried_has_an_answer(name: str) -> None:
+    assert "the sections are" not in error_of(f"{name}=1").remedy
 
 
-def test_aliases_in_a_source_are_names_of_a_source() -> None:
-    assert set(SOURCE_ALIASES.values()) <= set(key_types(SourceConfig))
-    assert set(SOURCE_ALIASES).isdisjoint(key_types(SourceConfig))
+def test_every_answer_names_keys_that_exist() -> None:
+    for name in foreign_names():
+        text = key_of(name) or answer_to(name) or ""
+        named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", text)
+        assert [key for key in named if key not in run_keys() and not key.endswith((".jsonl", ".yaml"))] == []
 
 
-@pytest.mark.parametrize(
-    "typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9", "trainer.mx=9"]
-)
+@pytest.mark.parametrize("typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9"])
 def test_no_guess_ends_a_run_early(typed: str) -> None:
-    assert "max_steps?" not in error_of(typed).remedy
-    assert "write trainer.max_steps" not in error_of(typed).remedy
+    assert "trainer.max_steps" not in error_of(typed).remedy
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
-    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "-c=job"])
-    assert arguments.overrides == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
-    assert arguments.options == {"--config-dir": ".", "--cfg": "job"}
-    config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
+    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "--cfg=job"])
+    assert arguments.words == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
+    assert (str(arguments.own_folder), arguments.options.cfg) == (".", "job")
+    config = load_run_config([*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
 
 
-def test_a_path_without_its_key_gets_the_keys_of_paths(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as found:
-        load_run_config([*RUN, str(tmp_path)])
-    assert f"run.dir={tmp_path}, " in found.value.block()
+def test_a_path_without_its_key_gets_the_keys_of_paths() -> None:
+    assert "write its key: run.dir=/tmp, " in error_of("/tmp").block()

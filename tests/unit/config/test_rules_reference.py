@@ -81,8 +81,8 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
     (NF4 | CACHED, "reference.quantization, model.quantization"),
     (NF4 | LIVE, "reference.quantization, model.quantization"),
     ({"reference.offload": "nvme"}, "reference.offload, reference.nvme_path"),
-    ({"reference.nvme_path": "/nvme"}, "reference.offload, reference.nvme_path"),
-    ({"reference.offload": "cpu", "reference.nvme_path": "/nvme"}, "reference.offload, reference.nvme_path"),
+    ({"reference.nvme_path": "/nvme"}, "reference.nvme_path, reference.offload"),
+    ({"reference.offload": "cpu", "reference.nvme_path": "/nvme"}, "reference.nvme_path, reference.offload"),
     (SFT | {"reference.nvme_path": "/nvme"}, "reference.nvme_path, reference.mode"),
     (SFT | NVME, "reference.offload, reference.mode"),
     (NVME | {"model.compile": True}, "model.compile, reference.offload"),
@@ -140,7 +140,7 @@ def test_sync_can_be_written_as_one_mapping() -> None:
         ("loss.sync_reference.evry=2", "loss.sync_reference.every"),
         ("loss.sync_reference={evry: 2}", "loss.sync_reference.every"),
         ("loss.sync_reference.every=often", "a whole number or null"),
-        ("reference.quantization=int4", "one of nf4, int8 or null"),
+        ("reference.quantization=int4", "one of int8, nf4 or null"),
     ],
 )
 def test_a_slip_names_the_intended_key_or_value(override: str, expected: Any) -> None:

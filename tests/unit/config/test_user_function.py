@@ -57,7 +57,7 @@ def test_a_module_written_with_its_suffix_is_corrected(folder: Path) -> None:
     (folder / "own_suffix.py").write_text(SOURCE)
     with pytest.raises(ConfigError) as caught:
         user_function("own_suffix.py:mine")
-    assert caught.value.remedy == "write the module without .py: loss.function=own_suffix:..."
+    assert "write the module without .py" in caught.value.remedy
 
 
 def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
