@@ -204,6 +204,9 @@ class LabelServer(ThreadingHTTPServer):
                 remedy="set another port, or 0 for a free one",
             ) from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing: a browser may close a connection at any time."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer

@@ -55,7 +55,9 @@ def check_rounds(config: RunConfig) -> None:
         ),
     ):
         if is_broken:
-            raise ConfigError("rounds cannot be done so", where=key, got=str(got), remedy=remedy)
+            raise ConfigError(
+                "rounds cannot be done with this setting", where=key, got=str(got), remedy=remedy
+            )
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
