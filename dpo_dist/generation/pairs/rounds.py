@@ -204,6 +204,7 @@ def _scores(row: Mapping[str, Any]) -> list[float | None]:
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
+
     Raises:
         DpoDistError: the rounds cannot start, or a stage has failed.
     """
