@@ -204,6 +204,9 @@ class LabelServer(ThreadingHTTPServer):
                 remedy="set another port, or 0 for a free one",
             ) from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing: a browser may close a connection at any time."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
@@ -331,6 +334,7 @@ def agreement_lines(found: Mapping[str, Any]) -> list[str]:
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement.
+
     Raises:
         DataError: a source cannot be read, or has no two responses to a prompt.
         ConfigError: the port is in use, another process serves this session, or the file of pairs exists and

@@ -55,7 +55,9 @@ def check_rounds(config: RunConfig) -> None:
         ),
     ):
         if is_broken:
-            raise ConfigError("rounds cannot be done so", where=key, got=str(got), remedy=remedy)
+            raise ConfigError(
+                "rounds cannot be done with this setting", where=key, got=str(got), remedy=remedy
+            )
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
@@ -193,6 +195,7 @@ def _scores(row: Mapping[str, Any]) -> list[float | None]:
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
+
     Raises:
         DpoDistError: the rounds cannot start, or a stage has failed.
     """

@@ -59,52 +59,40 @@ def test_scores_are_shares_of_won_comparisons() -> None:
     assert positions == {(second, first) for first, second in positions}
 
 
-def test_a_judge_that_prefers_a_position_says_nothing() -> None:
-    judgement, _ = judged(lambda *_: "The first one. [[A]]", SHORT, LONG)
-    assert judgement.scores == [0.5, 0.5]
-    assert judgement.counts["position_disagreements"] == 1
+THOUGHTS = "<think>[[B]] or [[A]]? It may be [[tie]].</think> I weighed [[A]], too. "
 
 
-def test_a_win_in_one_position_only_is_a_tie() -> None:
-    judgement, _ = judged(
-        lambda content, _: "[[A]]" if content["response_A"] == LONG else "[[tie]]", SHORT, LONG
-    )
-    assert judgement.scores == [0.5, 0.5]
-    assert judgement.counts["position_disagreements"] == 1
-
-
-def test_a_tie_in_both_positions_is_no_disagreement() -> None:
-    judgement, _ = judged(lambda *_: "[[tie]]", SHORT, LONG)
-    assert judgement.scores == [0.5, 0.5]
-    assert judgement.counts["position_disagreements"] == 0
-
-
-def test_the_verdict_of_a_judge_that_thinks_aloud_is_its_last_mark() -> None:
-    def thinks(content: dict[str, Any], number: int) -> str:
-        verdict = longer_wins(content, number)
-        return f"<think>[[B]] or [[A]]? It may be [[tie]].</think> I weighed [[A]], too. {verdict}"
-
-    judgement, _ = judged(thinks, SHORT, LONG)
-    assert judgement.scores == [0.0, 1.0]
-
-
-def test_a_reply_that_is_cut_has_no_verdict() -> None:
-    body = {"choices": [{"message": {"content": "[[A]]? Or rather"}, "finish_reason": "length"}]}
-    judgement, _ = judged(lambda *_: (200, {}, json.dumps(body)), SHORT, LONG)
-    assert (judgement.scores, judgement.counts["unreadable"]) == ([None, None], 2)
-
-
-@pytest.mark.parametrize("reply", ["", "A is better", "[[A] or [B]]", "[[C]]", "[[a]]", "[A]", "{}"])
-def test_nonsense_is_counted_and_not_guessed(reply: str) -> None:
-    judgement, _ = judged(lambda *_: reply, SHORT, LONG)
-    assert judgement.scores == [None, None]
-    assert judgement.counts["unreadable"] == 2
-
-
-def test_a_reply_without_text_is_unreadable() -> None:
-    for body in ('{"choices": []}', '{"choices": [{"message": {"content": null}}]}'):
-        judgement, _ = judged(lambda *_, body=body: (200, {}, body), SHORT, LONG)
-        assert (judgement.scores, judgement.counts["unreadable"]) == ([None, None], 2)
+@pytest.mark.parametrize(
+    ("answer", "scores", "counts"),
+    [
+        (lambda *_: "The first one. [[A]]", [0.5, 0.5], {"position_disagreements": 1}),
+        (
+            lambda content, _: "[[A]]" if content["response_A"] == LONG else "[[tie]]",
+            [0.5, 0.5],
+            {"position_disagreements": 1},
+        ),
+        (lambda *_: "[[tie]]", [0.5, 0.5], {}),
+        (lambda content, number: THOUGHTS + longer_wins(content, number), [0.0, 1.0], {}),
+        *(
+            (lambda *_, reply=reply: reply, [None, None], {"unreadable": 2})
+            for reply in ("", "A is better", "[[A] or [B]]", "[[C]]", "[[a]]", "[A]", "{}")
+        ),
+        *(
+            (lambda *_, body=body: (200, {}, body), [None, None], {"unreadable": 2})
+            for body in (
+                '{"choices": []}',
+                '{"choices": [{"message": {"content": null}}]}',
+                '{"choices": [{"message": {"content": "[[A]]? Or"}, "finish_reason": "length"}]}',
+            )
+        ),
+    ],
+)
+def test_the_last_mark_in_both_positions_decides(
+    answer: Answer, scores: list[float | None], counts: dict[str, int]
+) -> None:
+    judgement, _ = judged(answer, SHORT, LONG)
+    assert judgement.scores == scores
+    assert +judgement.counts == {"requests": 2} | counts
 
 
 @pytest.mark.parametrize(

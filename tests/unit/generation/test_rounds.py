@@ -87,13 +87,9 @@ def test_the_first_reference_stays() -> None:
 def test_a_reference_of_the_users_own_is_kept_or_replaced() -> None:
     do("reference.path=other", "pairs.reference=first")
     do("reference.path=other", "pairs.reference=previous", "run.dir=run2")
+    do("loss=simpo", "pairs.reference=first", "run.dir=run3")
     trainings = [call["config"]["reference"]["path"] for call in calls() if call["verb"] == "train"]
-    assert trainings == ["other", "other", "other", None]
-
-
-def test_a_loss_without_reference_model_gets_none() -> None:
-    do("loss=simpo", "pairs.reference=first")
-    assert {call["config"]["reference"]["path"] for call in calls()} == {None}
+    assert trainings == ["other", "other", "other", None, None, None]
 
 
 def test_rounds_take_one_part_of_the_prompts_after_the_other() -> None:
@@ -304,6 +300,14 @@ def test_a_second_start_in_the_same_folder_is_refused() -> None:
         run_rounds(config(), lambda _: None, second)
 
 
+def test_shares_of_won_comparisons_have_no_mean() -> None:
+    endpoint = ("pairs.function=null", "pairs.endpoint.url=http://localhost:1/v1", "pairs.endpoint.model=m")
+    for verdicts, means in (("compare", [None, None]), ("grade", [0.25, 0.5])):
+        do(*endpoint, "pairs.rounds=1", f"pairs.endpoint.verdicts={verdicts}", f"run.dir={verdicts}")
+        rows = json.loads(Path(verdicts, "rounds/rounds.json").read_text())["rounds"]
+        assert [row["samples"]["mean_score"] for row in rows] == means
+
+
 def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
     row = {
         "responses": [{"content": "a", "score": 1.0}, {"content": "b", "score": 0.0}],
@@ -322,17 +326,6 @@ def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
     thought_file.write_text(json.dumps({"responses": thoughts, "unused": []}) + "\n")
     assert read_samples("policy", thought_file, is_relative=False)[0]["mean_score"] == 0.5
     assert read_samples("policy", file, is_relative=True)[0]["mean_score"] is None
-
-
-def test_shares_of_won_comparisons_have_no_mean() -> None:
-    endpoint = ("pairs.function=null", "pairs.endpoint.url=http://localhost:1/v1", "pairs.endpoint.model=m")
-    _, said = do(*endpoint, "pairs.rounds=1")
-    rows = json.loads(Path("run/rounds/rounds.json").read_text())["rounds"]
-    assert [row["samples"]["mean_score"] for row in rows] == [None, None]
-    assert not any("mean score 0" in line for line in said)
-    do(*endpoint, "pairs.rounds=1", "pairs.endpoint.verdicts=grade", "run.dir=run2")
-    rows = json.loads(Path("run2/rounds/rounds.json").read_text())["rounds"]
-    assert [row["samples"]["mean_score"] for row in rows] == [0.25, 0.5]
 
 
 # As accelerate does for one process: the launcher ends by a signal without its child.
