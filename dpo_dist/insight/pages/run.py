@@ -275,7 +275,7 @@ def _displacement(facts: PageFacts) -> Iterator[str]:
     if chosen is None or chosen.start - chosen.end < _LEAST_FALL:
         return
     yield (
-        f"{chosen.start:.2f} to {chosen.end:.2f} nats per token, so that a token is on average "
+        f"From {chosen.start:.2f} to {chosen.end:.2f} nats per token, so that a token is on average "
         f"{percent(math.exp(chosen.end - chosen.start))} as likely as before."
     )
     if rejected is not None:
@@ -345,8 +345,9 @@ def _reference(report: Fields) -> Iterator[str]:
     """Yield sentences about the reference log-probs and the check before the first step."""
     if not report:
         return
-    spent = f" in {duration(report['seconds'])}" if report.get("computed") and report.get("seconds") else ""
-    yield f"{describe_reference(report)}{spent}."
+    yield f"{describe_reference(report)}."
+    if report.get("computed") and report.get("seconds"):
+        yield f"Computing took {duration(report['seconds'])}."
     if drift := report.get("drift"):
         yield (
             f"Before the first step {counted(drift['responses'], 'log-prob')} were computed again: they "

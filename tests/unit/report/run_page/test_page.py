@@ -71,7 +71,7 @@ def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> Non
         ("Findings of the doctor", "error label leak plain"),
         ("Time", "training steps 1 h 10 min 95 %"),
         ("Time of a step by phase", "forward the policy's log-probs, and the loss 124.0 ms 24 %"),
-        ("Reference model", "cached: 840 log-probs computed, 3,000 reused in 1 min 24 s."),
+        ("Reference model", "cached: 840 log-probs computed, 3,000 reused. Computing took 1 min 24 s."),
         ("Reference model", "differ from the stored ones by 2e-9 nats per token on average"),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Repeat this run", "abc123, with 2 changed files"),
