@@ -27,7 +27,7 @@ _ARGUMENTS = ("arguments", "parameters")
 def parse_json(content: bytes) -> Any:
     """Parse JSON in UTF-8. Raises ValueError: it is none, an object has a key twice, or it is too deep."""
     try:
-        return _DECODER.decode(content.decode("utf-8-sig"))
+        return JSON.decode(content.decode("utf-8-sig"))
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
 
@@ -68,7 +68,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 # Roles that other programs write for those of chat templates.

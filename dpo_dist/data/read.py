@@ -3,16 +3,17 @@
 import contextlib
 import csv
 import io
+import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
-import ijson
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.messages import fault_of, parse_json, with_given_arguments
+from dpo_dist.data.messages import JSON, fault_of, parse_json, with_given_arguments
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import DataError, first_line
 
@@ -22,6 +23,9 @@ _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
 _MAX_CELL_CHARACTERS = 2**31 - 1
+_SPACES = re.compile(r"\s*")
+_LOOK_AHEAD = 16
+"""Characters behind which a number, an escape or a literal has ended that the end of a block may cut."""
 
 
 class Meter:
@@ -125,7 +129,7 @@ def _as_data_error(path: str) -> Iterator[None]:
     """Raise DataError for errors of the file system, of decompression and of parsing."""
     try:
         yield
-    except (OSError, ValueError, pyarrow.ArrowException, ijson.JSONError, csv.Error) as fault:
+    except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
             "the file cannot be read to its end",
             where=path,
@@ -176,8 +180,59 @@ def _array(stream: BinaryIO, path: str) -> Iterator[Any]:
             expected="one array of objects",
             remedy="rename a file with one object per line to .jsonl",
         )
-    elements: Iterator[Any] = ijson.items(stream, "item", use_float=True)
-    return elements
+    return iter(_Elements(io.TextIOWrapper(stream, "utf-8")))
+
+
+class _Elements:
+    """The elements of an array, parsed one at a time as lines of JSON, so that it may be larger than memory."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._text, self._at, self._is_whole = stream, "", 0, False
+
+    def __iter__(self) -> Iterator[Any]:
+        self._take()  # the bracket
+        if self._character() == "]":
+            self._take()
+        else:
+            yield self._element()
+            while (separator := self._take()) == ",":
+                yield self._element()
+            if separator != "]":
+                raise ValueError("no comma after an element")
+        if self._character():
+            raise ValueError("text after the array")
+
+    def _element(self) -> Any:
+        self._character()
+        while True:
+            try:
+                value, end = JSON.raw_decode(self._text, self._at)
+                is_cut = end > len(self._text) - _LOOK_AHEAD
+            except json.JSONDecodeError as fault:
+                is_cut = fault.pos > len(self._text) - _LOOK_AHEAD or fault.msg.startswith("Unterminated")
+                if self._is_whole or not is_cut:
+                    raise
+            if self._is_whole or not is_cut:
+                self._at = end
+                return value
+            self._read_on()
+
+    def _take(self) -> str:
+        found = self._character()
+        self._at += 1
+        return found
+
+    def _character(self) -> str:
+        """Skip spaces, and return the next character; "" at the end."""
+        while True:
+            self._at = _SPACES.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or self._is_whole:
+                return self._text[self._at : self._at + 1]
+            self._read_on()
+
+    def _read_on(self) -> None:
+        block = self._stream.read(_BLOCK_BYTES)
+        self._text, self._at, self._is_whole = self._text[self._at :] + block, 0, not block
 
 
 def _csv_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:

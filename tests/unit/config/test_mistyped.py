@@ -21,7 +21,6 @@ MISTYPED = [
     ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("data=[hh_rlhf,ultrafeedback]", "data.train="),
     ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
-    ("tracking.also=[wandb]", "one of tensorboard, mlflow"),
     ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
     ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
     ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
