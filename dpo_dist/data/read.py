@@ -25,7 +25,7 @@ _BATCH_RECORDS = 64
 _MAX_CELL_CHARACTERS = 2**31 - 1
 _SPACES = re.compile(r"\s*")
 _LOOK_AHEAD = 16
-"""Characters behind which a number, an escape or a literal has ended that the end of a block may cut."""
+"""Characters behind which a number, escape or literal has ended that the end of a block may cut."""
 
 
 class Meter:
