@@ -63,13 +63,13 @@ class ModelSlices:
         folder: name of their folder in a checkpoint.
         slices: of every weight that changes.
         step: number of updates of the optimizer.
-        states: optimizer states of each weight after the first step; 0: none.
+        states: size of the optimizer states after the first step, in sizes of the weights.
     """
 
     folder: str
     slices: Sequence[Slice]
     step: int = 0
-    states: int = 0
+    states: float = 0
 
     @property
     def bytes(self) -> int:
@@ -85,7 +85,7 @@ class ModelSlices:
     def full_bytes(self) -> int:
         """Return the size of the slices in every checkpoint after the first step."""
         weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if own.is_shared)
-        return weights * (1 + self.states)
+        return int(weights * (1 + self.states))
 
 
 class Sharded(Protocol):

@@ -106,8 +106,8 @@ class Averages:
             average.lerp_(master, 1 - self.decay)
 
 
-STATES_OF_ADAM = 2
-"""Tensors of a weight's size that the optimizer keeps beside its master weight."""
+STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
+"""Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight."""
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -443,7 +443,7 @@ class PolicyEngine:
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
-        self._averages = Averages({}, 0.0)
+        self._averages, self._kind = Averages({}, 0.0), optim.kind
         _check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
         if ema_decay is not None:
             self._averages = Averages.of(self._slices().masters(), ema_decay)
@@ -540,7 +540,7 @@ class PolicyEngine:
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        states = STATES_OF_ADAM + bool(self._averages.of_masters)
+        states = STATES_OF_ADAM[self._kind] + bool(self._averages.of_masters)
         return ModelSlices(SHARDS, list(slices), slices.step, states)
 
     def load_shards(self, folder: Path) -> None:

@@ -73,7 +73,8 @@ class Sizes:
 
 def _bytes_per_weight(config: RunConfig) -> int:
     """Return the bytes of a weight in a checkpoint: master weight, states, and moving average."""
-    return _MASTER_BYTES * (1 + STATES_OF_ADAM + (config.trainer.ema_decay is not None))
+    states = STATES_OF_ADAM[config.optim.kind]
+    return int(_MASTER_BYTES * (1 + states + (config.trainer.ema_decay is not None)))
 
 
 def check_disk_room(
