@@ -99,7 +99,8 @@ def _configuration() -> str:
         "like, with or without a line `# @package _global_`.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; experiments and files "
-        "may have it, as they serve several verbs.\n`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
+        "may have it, as they serve several verbs.\n"
+        "`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
         "take the command line of `train`;\n"
         "`export run.dir=...` refuses other values than those of its run.\n",
     ]
