@@ -71,9 +71,7 @@ class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
     train: list[Source] = key(
-        [],
-        "Training data: files, patterns, folders, hub datasets.",
-        verbs=VERBS_WITH_DATA,
+        [], "Training data: files, patterns, folders, hub datasets.", verbs=VERBS_WITH_DATA
     )
     eval: list[Source] = key([], "Evaluation data, in the same form.", verbs=_EVALUATED)
     eval_share: float = key(
@@ -91,10 +89,7 @@ class DataConfig:
         False, "Keep records whose prompt is in `eval` out of the training data.", added=True
     )
     max_length: int = key(
-        1024,
-        "Largest number of tokens of prompt and response together.",
-        ge=2,
-        verbs=VERBS_WITH_DATA,
+        1024, "Largest number of tokens of prompt and response together.", ge=2, verbs=VERBS_WITH_DATA
     )
     max_prompt_length: int | None = key(
         None,
@@ -115,9 +110,7 @@ class DataConfig:
         verbs=VERBS_WITH_DATA,
     )
     text_as_messages: bool = key(
-        False,
-        "Render plain-text prompts by the chat template, as a user turn.",
-        verbs=VERBS_WITH_DATA,
+        False, "Render plain-text prompts by the chat template, as a user turn.", verbs=VERBS_WITH_DATA
     )
     template: TextTemplate = key(
         TextTemplate.auto,

@@ -193,7 +193,7 @@ class _Command:
         for override in reversed(self.overrides):
             given = override.key_or_group
             if is_within(key, given) or is_within(given, key):
-                return f"{COMMAND_LINE}: {override.input_line}"
+                return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
         for name, values in reversed(self.sources):
             inner: Any = values
             for part in key.partition("[")[0].split("."):

@@ -119,8 +119,7 @@ class EvaluationConfig:
         accepts="a path, or a list of paths",
     )
     data: list[Source] = key(
-        [],
-        "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run.",
+        [], "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."
     )
     resamples: int = key(
         1000,
@@ -409,7 +408,9 @@ class ParallelismConfig:
 class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
 
-    global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", ge=1)
+    global_batch_pairs: int = key(
+        64, "Pairs of an optimizer step, over all processes.", verbs="train precompute", ge=1
+    )
     micro_batch_tokens: int = key(
         8192,
         "Most tokens of a micro-batch; gradient accumulation follows from it.",
@@ -417,55 +418,43 @@ class TrainerConfig:
         free=True,
         verbs="train precompute evaluate",
     )
-    epochs: float = key(1.0, "Passes over the training data.", gt=0)
-    max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", ge=1)
-    eval_every: int = key(0, "Steps between evaluations; 0: at the end only.", ge=0, free=True, verbs="train")
+    epochs: float = key(1.0, "Passes over the training data.", verbs="train precompute", gt=0)
+    max_steps: int | None = key(
+        None, "Length of the run in steps; null: by `epochs`.", verbs="train precompute", ge=1
+    )
+    eval_every: int = key(0, "Steps between evaluations; 0: at the end only.", ge=0, free=True)
     eval_at_start: bool | None = key(
         None,
         "Evaluate before the first step; null: where there are evaluation data, and without a forward of the "
         "policy where it starts as the reference.",
         free=True,
-        verbs="train",
     )
-    save_every: int = key(
-        100, "Steps between checkpoints; 0: at the end only.", ge=0, free=True, verbs="train"
-    )
+    save_every: int = key(100, "Steps between checkpoints; 0: at the end only.", ge=0, free=True)
     keep_last: int = key(
-        2,
-        "Checkpoints to keep; 0: one while the run trains, none once it is complete.",
-        ge=0,
-        free=True,
-        verbs="train",
+        2, "Checkpoints to keep; 0: one while the run trains, none once it is complete.", ge=0, free=True
     )
     keep_best: Filled | None = key(
         None,
         "Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best "
         "value, and the best are kept beside `keep_last`; null: none.",
         free=True,
-        verbs="train",
     )
-    keep_best_count: int = key(1, "Best checkpoints to keep.", ge=1, free=True, verbs="train")
+    keep_best_count: int = key(1, "Best checkpoints to keep.", ge=1, free=True)
     keep_best_direction: Direction | None = key(
-        None, "Values of `keep_best` that are the best; null: as known of it.", free=True, verbs="train"
+        None, "Values of `keep_best` that are the best; null: as known of it.", free=True
     )
     save_behind: bool = key(
         True,
         "Copy a checkpoint to host memory, if it has room, and write it while training continues.",
         free=True,
-        verbs="train",
     )
     check_disk_room: bool = key(
         True,
         "Before the first step, look for room for checkpoints and model on the file system of `run.dir`.",
         free=True,
-        verbs="train",
     )
     log_every: int = key(
-        1,
-        "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
-        ge=0,
-        free=True,
-        verbs="train",
+        1, "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.", ge=0, free=True
     )
     seed: int = key(
         0, "Seed of data order and of an adapter's start.", ge=0, verbs="train precompute evaluate"
@@ -481,7 +470,6 @@ class TrainerConfig:
         "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
         ge=0,
         added=True,
-        verbs="train",
     )
     ema_decay: float | None = key(
         None,
@@ -490,17 +478,12 @@ class TrainerConfig:
         gt=0,
         lt=1,
         added=True,
-        verbs="train",
     )
     stop_after_steps: int | None = key(
-        None,
-        "Steps of this start after which the run saves and exits with code 75.",
-        ge=1,
-        free=True,
-        verbs="train",
+        None, "Steps of this start after which the run saves and exits with code 75.", ge=1, free=True
     )
     max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", gt=0, free=True, verbs="train"
+        None, "Seconds after which the run saves and exits with code 75.", gt=0, free=True
     )
 
 
@@ -514,7 +497,7 @@ class RunConfig:
     loss: LossConfig = section(LossConfig, verbs="train evaluate")
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
-    trainer: TrainerConfig = section(TrainerConfig, verbs="train precompute")
+    trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")

@@ -22,9 +22,7 @@ class CompareConfig:
     )
     max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
     temperature: float = key(
-        1.0,
-        "Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias.",
-        ge=0,
+        1.0, "Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias.", ge=0
     )
     seed: int = key(0, "Seed of prompts, samples and intervals.", ge=0)
     batch_tokens: int = key(
@@ -153,10 +151,7 @@ class PeopleConfig:
 
     port: int = key(0, "Port of the page on 127.0.0.1; 0: a free one.", ge=0, le=65535)
     overlap: float = key(
-        0.2,
-        "Share of the comparisons that every annotator judges, for their agreement.",
-        ge=0,
-        le=1,
+        0.2, "Share of the comparisons that every annotator judges, for their agreement.", ge=0, le=1
     )
 
 
@@ -170,8 +165,7 @@ class PairsConfig:
         "responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people.",
     )
     output: Filled | None = key(
-        None,
-        "File of the pairs, .jsonl or .parquet; null: `<run.dir>/pairs/pairs.jsonl`.",
+        None, "File of the pairs, .jsonl or .parquet; null: `<run.dir>/pairs/pairs.jsonl`."
     )
     limit: int | None = key(
         None,
@@ -213,9 +207,7 @@ class PairsConfig:
         64, "Prompts of one part: after an interruption, finished parts are not repeated.", ge=1
     )
     reward_model: Filled | None = key(
-        None,
-        "Judge: folder or hub name of a sequence classification model with one output.",
-        verbs=JUDGING,
+        None, "Judge: folder or hub name of a sequence classification model with one output.", verbs=JUDGING
     )
     function: Filled | None = key(None, "Judge: your own function, as `module:function`.", verbs=JUDGING)
     endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
@@ -227,9 +219,7 @@ class PairsConfig:
     )
     prompt_part: int = key(0, "The part to use, of `prompt_parts`; with rounds, of the first round.", ge=0)
     rounds: int = key(
-        0,
-        "Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only.",
-        ge=0,
+        0, "Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only.", ge=0
     )
     reference: RoundReference = key(
         RoundReference.previous,

@@ -114,26 +114,6 @@ def test_written_configuration_reads_back_equal(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "meant"),
-    [
-        ("loss.betta=0.2", "loss.beta"),
-        ("beta=0.2", "loss.beta"),
-        ("lr=1e-5", "optim.lr"),
-        ("optim.learning_rate=1", "optim."),
-        ("+loss.gamma=1", "loss."),
-        ("++loss.gamma=1", "loss."),
-        ("training.epochs=2", "trainer.epochs"),
-        ("loss={betta: 1}", "loss.beta"),
-        ("data.train=[{path: a, limt: 3}]", "limit"),
-    ],
-)
-def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
-    error = error_of(override)
-    assert error.message.startswith("there is no key")
-    assert meant in error.remedy
-
-
-@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("loss.beta=abc", "a number"),
@@ -156,21 +136,6 @@ def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
 )
 def test_a_wrong_value_names_the_expected_one(override: str, expected: str) -> None:
     assert error_of(override).expected.startswith(expected)
-
-
-@pytest.mark.parametrize(
-    ("override", "remedy"),
-    [
-        ("trainer.seed=1,2", "one job for each value"),
-        ("loss=3", "choose one of aot, aot_unpaired"),
-        ("loss.beta", "quotes"),
-        ("loss.beta=[1", "quotes"),
-        ("data.train=[{limit: 3}]", "write path: "),
-        ("loss.terms=[{weight: 1}]", "write kind: "),
-    ],
-)
-def test_a_misused_override_gets_a_remedy(override: str, remedy: str) -> None:
-    assert remedy in error_of(override).remedy
 
 
 def test_a_missing_model_lists_the_presets() -> None:

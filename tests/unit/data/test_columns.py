@@ -88,7 +88,6 @@ def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
     ("options", "names"),
     [
         ({"columns": {"promt": "task"}}, ("promt", "chosen", "did you mean prompt")),
-        ({"columns": ["task"]}, ("mapping",)),
         ({"columns": {"prompt": 3}}, ("columns.prompt", "answers.good")),
         ({"columns": {"*": "task"}}, ("columns.*",)),
         ({"tags": {"role": "role"}}, ("role_tag",)),
