@@ -184,7 +184,7 @@ def _array(stream: BinaryIO, path: str) -> Iterator[Any]:
 
 
 class _Elements:
-    """The elements of an array, parsed one at a time as lines of JSON, so that it may be larger than memory."""
+    """Elements of an array, parsed one at a time as lines of JSON: it may be larger than memory."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._text, self._at, self._is_whole = stream, "", 0, False
