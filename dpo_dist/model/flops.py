@@ -25,7 +25,7 @@ _FORWARD_AND_BACKWARD = 6
 # A frozen weight has no gradient.
 _FORWARD_AND_INPUT_GRADIENT = 4
 # Time of a FLOP in attention and in the output layer relative to one in the layers' matrices: 1.37 and 0.88
-# by `python -m benchmarks schedule --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC). With them,
+# by least squares over timed micro-batches (40M Qwen2 shape, float32, one core of an AMD EPYC). With them,
 # the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9

@@ -97,7 +97,10 @@ def launcher(written: str | None) -> list[str]:
             return shlex.split(written)
         except ValueError as fault:
             got = f"{written}: {fault}"
-            raise ConfigError("the launcher is not a command", where="pairs.launcher", got=got) from None
+            remedy = "close its quotes"
+            raise ConfigError(
+                "the launcher is not a command", where="pairs.launcher", got=got, remedy=remedy
+            ) from None
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     several = torch.cuda.device_count() > 1

@@ -37,7 +37,7 @@ _PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
-_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

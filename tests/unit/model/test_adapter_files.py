@@ -119,7 +119,7 @@ def test_all_contradictions_in_numbers_are_one_error(sft: Path) -> None:
     """As of an experiment that has an adapter of its own."""
     with pytest.raises(ConfigError, match="has another r, alpha") as refused:
         check_start(AdapterConfig(path=str(sft), r=64, alpha=128), sft)
-    assert (refused.value.got, refused.value.expected) == ("64, 128", "4, 8.0")
+    assert (refused.value.got, refused.value.expected) == ("64, 128.0", "4, 8.0")
     assert "set model.adapter.r=null model.adapter.alpha=null" in refused.value.remedy
 
 

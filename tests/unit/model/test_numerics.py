@@ -1,7 +1,7 @@
 """The numerics profile of stored log-probs, and deterministic kernels."""
 
+import functools
 import os
-import sys
 from typing import Any
 
 import pytest
@@ -87,15 +87,15 @@ def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
 
 
 def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_kernels(monkeypatch)
     asked = []
     heads = Heads(6, 2, 40)
 
+    @functools.wraps(flash_attn_varlen_func)
     def record(*args: Any, deterministic: bool, **options: Any) -> Tensor:
         asked.append(deterministic)
         return flash_attn_varlen_func(*args, deterministic=deterministic, **options)
 
-    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
+    put_kernels(monkeypatch, flash_attn=record)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     check_kernel(AttentionBackend.flash_attention_2, CPU, heads, torch.float32)
     with deterministic_kernels(True):
