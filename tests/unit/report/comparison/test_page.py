@@ -84,8 +84,8 @@ def pair(**others: object) -> dict[str, Any]:
         (
             [model("base", None, 0.1), model("a", 5, 0.4), model("b", 3, 0.8, finished=0.0)],
             [win("base", "a", 0.3), win("base", "b", 0.1), win("a", "b", 0.2)],
-            "Not ranked, as no response ends: b. a has the highest score, 0.4 at a KL of 5 nats; its win rate "
-            "over base is 70 % [64, 76]. All others are clearly worse.",
+            "Not ranked, as no response ends: b. a has the highest score, 0.4 at a KL of 5 nats; "
+            "its win rate over base is 70 % [64, 76]. All others are clearly worse.",
         ),
         (
             [model("base", None, 0.1), model("a", 5, 0.4, finished=0.0)],
