@@ -90,8 +90,8 @@ def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
 def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:
     path = jsonl(tmp_path, TEXT, [], TEXT, TEXT)
     assert outcomes(read_records(SourceConfig(path=path, limit=3))) == [(1, ""), (2, "unparsable"), (3, "")]
-    with pytest.raises(ConfigError):
-        read_records(SourceConfig(path=path, limit=0))
+    with pytest.raises(ValueError, match="limit"):
+        SourceConfig(path=path, limit=0)
 
 
 def test_a_missing_file_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:

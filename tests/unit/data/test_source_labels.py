@@ -66,7 +66,7 @@ def test_an_own_label_is_kept_and_may_be_shared() -> None:
     assert source_labels(sources) == ["math", "math", "math-2", "pairs"]
 
 
-names = st.text(st.sampled_from("ab/.-_* é\n"), min_size=1, max_size=8)
+names = st.text(st.sampled_from("ab/.-_* é\n"), min_size=1, max_size=8).filter(str.strip)
 sources = st.builds(
     SourceConfig,
     names,
