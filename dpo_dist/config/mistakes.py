@@ -123,6 +123,8 @@ def unknown_key(
         is_strict: whether all other keys are refused, so that none of them is suggested.
     """
     mapping, _, name = key.rpartition(".")
+    if f"{mapping}[].{name}" in all_keys() and (not is_strict or mapping in own):
+        return _key_of_an_entry(mapping, name, value, where or key)
     above = all_keys().get(entry_of(mapping).removesuffix("[]"))
     kind = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in fields_of(kind)] if kind else list(run_keys())
@@ -150,6 +152,14 @@ def unknown_key(
     else:
         remedy = _keys_beside(key, known if kind else own if is_strict else known)
     return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
+
+
+def _key_of_an_entry(mapping: str, name: str, value: str, where: str) -> ConfigError:
+    """Return the error for a key of an entry of a list, written as if it were one of the list."""
+    first = next(option for option in all_keys() if option.startswith(f"{mapping}[].")).rpartition(".")[2]
+    before = "" if name == first else f"{first}: {first.upper()}, "
+    remedy = f"write '{mapping}=[{{{before}{name}: {value or '...'}}}]'; it is a key of an entry"
+    return ConfigError(f"there is no key '{mapping}.{name}'", where=where, expected=mapping, remedy=remedy)
 
 
 def _keys_beside(key: str, known: Iterable[str]) -> str:
