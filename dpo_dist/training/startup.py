@@ -210,7 +210,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     def remove() -> None:
         if os.environ.get("RANK", "0") != "0":
             return
-        if folder.path in made and not folder.checkpoints.exists():
+        if folder.path in made and not _exists(folder.checkpoints):
             shutil.rmtree(folder.path, ignore_errors=True)
         for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
             with contextlib.suppress(OSError):
