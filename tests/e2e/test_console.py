@@ -35,7 +35,11 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
 
     refused = run_verb("train", overrides(*evaluated, "loss.beta=0"))
     [error] = objects(refused.output)
-    assert (error["kind"], error["where"], error["exit_code"]) == ("error", "loss.beta", refused.code)
+    assert (error["kind"], error["where"], error["exit_code"]) == (
+        "error",
+        "command line: loss.beta=0",
+        refused.code,
+    )
     diverged = run_verb("train", overrides(*evaluated, "optim.lr=1e30", f"run.dir={tmp_path}/other"))
     assert [each["kind"] for each in objects(diverged.output)][-2:] == ["error", "summary"]
 
