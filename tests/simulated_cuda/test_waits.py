@@ -23,7 +23,7 @@ from tests.support.tiny_model import write_model
 
 STEPS, COUNTED = 4, 2  # of a run; the last of them, as DeepSpeed's first steps record the order of gathers
 FORWARDS = 7  # of the counted steps' micro-batches
-ROPES = 15  # of these forwards, where responses of each length have frequencies of their own
+ROPES = 15  # of the counted steps, where responses of each length have frequencies of their own
 AFTER = "after the last step"
 ADAPTER = "model.adapter={r:4} reference.mode=adapter"
 ROUTERS = "loss.router.aux_coefficient=0.1 loss.router.z_coefficient=0.01"
