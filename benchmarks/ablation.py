@@ -129,8 +129,9 @@ def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, statistics: S
     """Return the model's forward with every token through the head (`_all_logps`), prompts too."""
     if model.own_logits:  # the check at start
         return _forward(model, batch, statistics)
-    every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-    logps = _forward(model, replace(batch, predictors=every), statistics)
+    places = np.zeros((2, len(batch.input_ids)), dtype=np.int64)
+    places[1] = np.arange(len(batch.input_ids))
+    logps = _forward(model, replace(batch, target_places=places), statistics)
     return logps[batch.predictors, batch.targets]
 
 
@@ -214,7 +215,6 @@ def _pack_padded(pieces: Sequence[Sequences], keys: Any) -> PackedBatch:
     kept = is_real.repeat_interleave(batch.response_tokens)
     return replace(
         batch,
-        predictors=batch.predictors[kept],
         target_places=batch.target_places[:, kept.numpy()],
         targets=batch.targets[kept],
         response_tokens=batch.response_tokens[is_real],

@@ -43,10 +43,9 @@ class PackedBatch:
         input_ids: int64 [tokens].
         position_ids: int64 [tokens].
         layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
-        predictors: int64 [targets], index in `input_ids` of the token that predicts each target. The last
-            token of the prompt predicts the first token of every response.
-        target_places: int64 [2, targets], response and predictor of each target. Stays on the host, so
-            that targets are regrouped and shared among ranks without a wait for the device.
+        target_places: int64 [2, targets], response of each target, and index in `input_ids` of the token
+            that predicts it: the last token of the prompt predicts the first of every response. Stays on the
+            host, so that targets are regrouped and shared among ranks without a wait for the device.
         targets: int64 [targets], the completion tokens to score, response after response.
         response_tokens: int64 [responses], number of targets of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
@@ -66,7 +65,6 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     layout: tuple[tuple[int, ...], ...]
-    predictors: Tensor
     target_places: npt.NDArray[np.int64]
     targets: Tensor
     response_tokens: Tensor
@@ -93,6 +91,11 @@ class PackedBatch:
         return len(self.input_ids) if len(self.keys) else 0
 
     @property
+    def predictors(self) -> Tensor:
+        """Return int64 [targets]: the index in `input_ids` of the token that predicts each target."""
+        return copied_to(self.input_ids.device, self.target_places[1])
+
+    @property
     def rows(self) -> Tensor:
         """Return float32 [tokens]: the number of rows of the plain batch, one response each, with a token.
 
@@ -108,7 +111,6 @@ class PackedBatch:
         ends = self.response_tokens.cumsum(0).clamp(max=1)
         return replace(
             self,
-            predictors=self.predictors[:1],
             target_places=self.target_places[:, :1],
             targets=self.targets[:1],
             response_tokens=ends.diff(prepend=ends.new_zeros(1)),
@@ -130,7 +132,7 @@ class PackedBatch:
 
 
 def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
-    """Return a copy on `device`, transferred asynchronously from pinned memory."""
+    """Return the array on `device`: itself on the CPU, else a copy, asynchronous from pinned memory."""
     source = torch.from_numpy(array)
     return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source
 
@@ -170,7 +172,6 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
         input_ids=_int64(np.concatenate(inputs)),
         position_ids=_int64(np.concatenate(positions)),
         layout=tuple(layout),
-        predictors=_int64(target_places[1]),
         target_places=target_places,
         targets=_int64(np.concatenate(responses)[is_target]),
         response_tokens=_int64(_target_counts(responses, mask)),

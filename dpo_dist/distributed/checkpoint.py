@@ -75,7 +75,7 @@ class CheckpointSaver:
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged = set(damaged)
-        self._copy = HostCopy(world.device) if behind else None
+        self._copy, self._behind = HostCopy(world.device), behind
         self._say, self._has_said = say, False
         self._committed = committed
         self._pending: Writing | None = None
@@ -103,12 +103,12 @@ class CheckpointSaver:
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
         writing = Writing(temporary, folder, sum(world.gather(files.bytes)), world.rank)
         if not is_last and self._can_copy(files.models):
-            assert self._copy is not None
             files = replace(files, models=self._copy.of(files.models))
             writing.finish_behind(lambda: writing.write(files))
         else:
             with self._removed_on_error(writing):
-                world.together(lambda: writing.write(files))
+                world.together(lambda: writing.write(files, self._copy))
+            self._copy.close()  # host memory is short, or training ends
             writing.finish_behind(lambda: None)
         self._pending = writing
 
@@ -126,7 +126,7 @@ class CheckpointSaver:
 
     def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
         """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
-        if self._copy is None:
+        if not self._behind:
             return False
         has_room = self._copy.has_room(models, self._world)
         if not has_room and not self._has_said:
@@ -216,8 +216,7 @@ class CheckpointSaver:
         if pending is not None and not pending.is_whole(_LAST_SECONDS):
             log.warning("%s was not written yet: it is dropped", pending.folder)
             pending.remove()
-        if self._copy is not None:
-            self._copy.close()
+        self._copy.close()
         if self._run_directory is not None:
             os.close(self._run_directory)
             self._run_directory = None

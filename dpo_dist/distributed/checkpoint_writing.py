@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_dist.config.checkpoint_folders import STATE
 from dpo_dist.distributed.checkpoint_manifest import Entries, describe_files, write_part
+from dpo_dist.distributed.host_copy import HostCopy
 from dpo_dist.distributed.random_states import random_states, random_states_name
 from dpo_dist.distributed.slice_files import write_slices
 from dpo_dist.distributed.slices import ModelSlices
@@ -64,15 +65,21 @@ class Writing:
         self._written: list[Path] = []
         self._entries: Future[Entries] = Future()
 
-    def write(self, files: RankFiles) -> None:
+    def write(self, files: RankFiles, staging: HostCopy | None = None) -> None:
         """Write the files of this rank, which are not flushed to disk yet.
+
+        Args:
+            files: of this rank.
+            staging: memory through which tensors of a GPU are written.
 
         Raises:
             CheckpointError: they cannot be written.
         """
         with disk_errors(self.temporary, self._needed):
             for model in files.models:
-                self._written += write_slices(model, self.temporary, self._rank, lambda: self._is_wanted)
+                self._written += write_slices(
+                    model, self.temporary, self._rank, staging, lambda: self._is_wanted
+                )
             for name, text in files.texts.items():
                 self._written.append(self.temporary / name)
                 self._written[-1].write_text(text)

@@ -31,6 +31,10 @@ class HostCopy:
             needed[host] = needed.get(host, 0) + of_rank
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
+    def reserve(self, models: Sequence[ModelSlices]) -> None:
+        """Have room for a copy of any one of the models, so that none of them needs more memory."""
+        self._reserve(max((_copy_bytes([model]) for model in models), default=0))
+
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
         self._reserve(_copy_bytes(models))

@@ -27,7 +27,11 @@ _MOST = 2**48
 
 
 def write_slices(
-    model: ModelSlices, checkpoint: Path, rank: int, is_wanted: Callable[[], bool] = lambda: True
+    model: ModelSlices,
+    checkpoint: Path,
+    rank: int,
+    staging: HostCopy | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> list[Path]:
     """Write this rank's slices of a model and return their files.
 
@@ -35,6 +39,7 @@ def write_slices(
         model: with tensors that nothing changes meanwhile.
         checkpoint: the folder of the checkpoint.
         rank: of this process.
+        staging: memory through which the tensors of a GPU go, a file at a time.
         is_wanted: asked before every file; False ends the writing.
 
     Raises:
@@ -43,20 +48,23 @@ def write_slices(
     folder = checkpoint / model.folder
     folder.mkdir(exist_ok=True)
     files: list[Path] = []
-    devices = {tensor.device for own in model.slices for tensor in own.parts.values() if tensor.is_cuda}
-    with contextlib.closing(HostCopy(devices.pop() if devices else torch.device("cpu"))) as staging:
-        for batch in _batches(model.slices):
-            if not is_wanted():
-                break
-            files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
-            # One wait for the tensors of a file, not one for each of them.
-            on_host = staging.of([replace(model, slices=batch)])[0].slices if staging.is_cuda else batch
-            tensors = {f"{part}/{own.name}": tensor for own in on_host for part, tensor in own.parts.items()}
-            ranges = {own.name: [own.start, *own.shape] for own in batch}
-            try:
-                save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+    batches = [replace(model, slices=batch) for batch in _batches(model.slices)]
+    if not any(tensor.is_cuda for own in model.slices for tensor in own.parts.values()):
+        staging = None
+    if staging is not None:
+        staging.reserve(batches)
+    for batch in batches:
+        if not is_wanted():
+            break
+        files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
+        # One wait for the tensors of a file, not one for each of them.
+        slices = batch.slices if staging is None else staging.of([batch])[0].slices
+        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
+        ranges = {own.name: [own.start, *own.shape] for own in slices}
+        try:
+            save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     return files
 
 

@@ -105,7 +105,6 @@ class RotaryByLength:
                 input_ids=batch.input_ids[regrouped.tokens],
                 position_ids=batch.position_ids[regrouped.tokens],
                 layout=regrouped.layout,
-                predictors=copied_to(batch.input_ids.device, regrouped.predictors),
                 target_places=np.stack((batch.target_places[0], regrouped.predictors)),
             )
             parts = _parts(map(sum, regrouped.layout), regrouped.groups)

@@ -300,25 +300,9 @@ def _add_nccl() -> None:
 
 def _flash_attention(torch: Any) -> Any:
     """The kernels of variable-length attention, which demand what those of CUDA demand."""
-    host, device = torch.ops.simulated_cuda.on_host, torch.ops.simulated_cuda.on_device
+    from tests.support.kernels import by_segment  # imports torch
 
-    def attend(heads: list[Any], lengths: list[list[int]], window: list[int], scale: float | None) -> Any:
-        """Segment by segment; the last query of a segment is at the place of its last key."""
-        parts = []
-        of_queries, of_keys = lengths
-        split = (
-            tensor.transpose(0, 1).split(of_keys if n else of_queries, 1) for n, tensor in enumerate(heads)
-        )
-        for query, key, value in zip(*split, strict=True):
-            queries, keys = query.shape[1], key.shape[1]
-            earlier = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
-            left, right = (side if side >= 0 else keys + queries for side in window)
-            parts.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, (earlier <= left) & (earlier >= -right), scale=scale, enable_gqa=True
-                )
-            )
-        return torch.cat(parts, 1).transpose(0, 1)
+    host, device = torch.ops.simulated_cuda.on_host, torch.ops.simulated_cuda.on_device
 
     def checked(
         tensors: tuple[Any, ...], longest: tuple[int, int], is_causal: bool, **options: Any
@@ -344,13 +328,13 @@ def _flash_attention(torch: Any) -> Any:
             raise RuntimeError(f"flash attention takes {', '.join(lacking)} (simulated device)")
         sides = [options.get(f"window_size_{side}") for side in ("left", "right")]
         left, right = (-1 if side is None else side for side in sides)
-        window = [left, 0 if is_causal else right]
-        return [[host(tensor).float() for tensor in heads], lengths, window, options.get("scale")]
+        window = (left, 0 if is_causal else right)
+        return [[host(tensor).float() for tensor in heads], lengths, options.get("scale"), window]
 
     def forward(*given: Any, **options: Any) -> tuple[Any, ...]:
         tensors, (max_query, max_key, _dropout, is_causal, _debug) = given[:5], given[5:]
         query = tensors[0]
-        attended = attend(*checked(tensors, (max_query, max_key), is_causal, **options)).to(query.dtype)
+        attended = by_segment(*checked(tensors, (max_query, max_key), is_causal, **options)).to(query.dtype)
         sums = query.new_full((query.shape[1], len(query)), torch.nan, dtype=torch.float32)  # not used again
         nothing = query.new_empty(0)
         return device(attended), sums, query.new_empty(2, dtype=torch.uint64), nothing, nothing
@@ -360,7 +344,7 @@ def _flash_attention(torch: Any) -> Any:
         heads, *rest = checked(tensors, (max_query, max_key), is_causal, **options)
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad():  # a kernel is called below it
-            attended = attend([head.requires_grad_() for head in heads], *rest)
+            attended = by_segment([head.requires_grad_() for head in heads], *rest)
             gradients = torch.autograd.grad(attended, heads, host(slope).float())
         return tuple(device(gradient.to(slope.dtype)) for gradient in gradients)
 

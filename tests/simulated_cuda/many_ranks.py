@@ -40,16 +40,16 @@ class Step:
     """What rank 0 does in a step.
 
     Attributes:
-        weights: of the model, in elements.
-        tensors: of these weights.
+        matrices: number of elements of each weight that decays.
+        vectors: the same of the others.
         started: bytes of the device after the start.
         before_update: bytes after the backward of the third step, with gradients and the states of Adam.
         stepped: bytes after it.
         calls: collective calls of the third step in their order, with the bytes of the whole tensors.
     """
 
-    weights: int
-    tensors: int
+    matrices: list[int]
+    vectors: list[int]
     started: int
     before_update: int
     stepped: int
@@ -97,7 +97,8 @@ def step(model: Path, kind: ParallelismKind, ranks: int, dtype: Dtype = Dtype.bf
         loaded = load_packed(model, ModelConfig(dtype=dtype), 256, world.device)
         policy = PolicyEngine(loaded, optim, world)
         policy.train()
-        lengths = [getattr(weight, "ds_numel", weight.numel()) for weight in loaded.parameters()]
+        shapes = [getattr(weight, "ds_shape", weight.shape) for weight in loaded.parameters()]
+        lengths = [[shape.numel() for shape in shapes if (len(shape) > 1) is many] for many in (True, False)]
         batch = pack_unkeyed(random_pairs(_PAIRS)).to(world.device)
         used = [torch.cuda.memory_allocated()]
         for _ in range(3):  # in the second, DeepSpeed's ranks compare the order in which they gather
@@ -108,7 +109,7 @@ def step(model: Path, kind: ParallelismKind, ranks: int, dtype: Dtype = Dtype.bf
         used.append(torch.cuda.memory_allocated())
         policy.free()
         stop_world()
-    return Step(sum(lengths), len(lengths), *(count - before for count in used), calls.found)
+    return Step(*lengths, *(count - before for count in used), calls.found)
 
 
 def main() -> None:

@@ -12,9 +12,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from tests.support.launch import Finished
 
 SOURCE = Path(__file__).with_name("device.cpp")
 _FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DUSE_DISTRIBUTED")
-_PRELOADED = ["dpo_dist.training.run", "transformers.models.qwen2.modeling_qwen2", "tests.support.preloaded"]
+_PRELOADED = [
+    *("dpo_dist.training.run", "transformers.models.qwen2.modeling_qwen2"),
+    *("tests.support.kernels", "tests.support.preloaded"),
+]
 _parent = forkserver.ForkServer()
 Prepare = Callable[[], None]
 
@@ -57,6 +59,10 @@ def build() -> Path:
             built = library.with_suffix(".new")
             subprocess.run(["g++", *_FLAGS, str(SOURCE), "-o", str(built), *headers, *linked], check=True)
             built.replace(library)
+        library.touch()
+        for other in folder.glob("*.so"):  # of other sources or versions, not used for a day
+            if other.stat().st_mtime < library.stat().st_mtime - 86_400:
+                other.unlink()
     return library
 
 
@@ -108,10 +114,17 @@ def start_simulated(
     """
     screen.touch()
     variables = environment(devices=processes, **wanted)
+    begin = partial(_begin, prepare)
     with _parent_with_device():
         return warm.start_module(
-            warm.context, module, arguments, variables, processes, launch.ROOT, screen, prepare
+            warm.context, module, arguments, variables, processes, launch.ROOT, screen, begin
         )
+
+
+def _begin(prepare: Prepare | None) -> None:
+    mock.patch("dpo_dist.report.recorder.draw_curves").start()  # a fifth of a short run, without the device
+    if prepare is not None:
+        prepare()
 
 
 def run_simulated(verb: str, overrides: list[str], *, seconds: float = 240, **started: Any) -> Finished:
@@ -125,19 +138,3 @@ def run_module(module: str, arguments: list[str], *, seconds: float = 240, **sta
         screen = Path(temporary) / "screen"
         code = warm.wait(start_simulated(module, arguments, screen, **started), seconds)
         return Finished(code, screen.read_text(encoding="utf-8"))
-
-
-def signal_simulated(
-    overrides: list[str], number: int, when: Callable[[], bool], seconds: float = 240
-) -> Finished:
-    """Train on one device, send a signal as soon as `when()` is true, and wait for the end."""
-    with tempfile.TemporaryDirectory() as temporary:
-        screen = Path(temporary) / "screen"
-        [process] = start_simulated("dpo_dist.train", overrides, screen)
-        deadline = time.monotonic() + seconds
-        while not when():
-            assert process.is_alive(), screen.read_text()
-            assert time.monotonic() < deadline, screen.read_text()
-            time.sleep(0.01)
-        os.kill(process.pid, number)
-        return Finished(warm.wait([process], seconds), screen.read_text(encoding="utf-8"))

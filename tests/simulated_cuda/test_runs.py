@@ -1,8 +1,12 @@
 """What a run computes on CUDA is what it computes on the CPU, in every way of computing it."""
 
+import json
+import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,23 +14,27 @@ import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.e2e.test_evaluate import scores
 from tests.simulated_cuda import device
-from tests.simulated_cuda.runs import run_simulated, signal_simulated
+from tests.simulated_cuda.runs import run_simulated
 from tests.support.cpu_adam import CPUAdamInPyTorch
 from tests.support.invented import write_pairs
+from tests.support.killed_runs import assert_same_run
 from tests.support.launch import Finished, history, row_name, run_state, train
+from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 PEAK = "memory/peak_allocated_bytes"
 SAMPLED = [
-    *("trainer.eval_every=1", "samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"),
+    *("trainer.eval_every=2", "samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"),
     "trainer.max_steps=2",
 ]
 BASES = {
     "full": SAMPLED,
     "lora": [*SAMPLED, "model.adapter={r: 4}", "optim.lr=5e-3"],
     "bf16": [*SAMPLED, "model.dtype=bf16"],
-    "long": ["trainer.max_steps=6", "trainer.save_every=1"],
+    "saved": ["trainer.max_steps=4", "trainer.save_every=1"],
+    "rows": [*SAMPLED, "model.trust_remote_code=true", "reference.mode=live"],
 }
 """The runs on the CPU, each the expectation of several on CUDA."""
 ACTIVATIONS = "model.gradient_checkpointing=2 model.activation_offload=true"
@@ -40,6 +48,7 @@ WAYS = {
         (2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),
         (1, "kind=ddp", "reference.mode=live"),
     ),
+    "rows": ((1, "kind=ddp", ""),),  # the policy's are padded, the reference computes them one by one
 }
 """By base: processes, keys of `parallelism`, other keys."""
 CASES = [
@@ -51,14 +60,17 @@ CASES = [
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simulated")
     write_model(folder / "policy", seed=1)
+    ship_code(write_model(folder / "padded", seed=1), "state")
+    ship_code(write_model(folder / "single", seed=2), "rows")
     write_pairs(folder / "train.jsonl", 12, seed=3)
     write_pairs(folder / "eval.jsonl", 3, seed=4)
     return folder
 
 
-def command(assets: Path, run: Path, *extra: str) -> list[str]:
+def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
+    models = {"model": "padded", "reference": "single"} if base == "rows" else {"model": "policy"}
     return [
-        f"model.path={assets}/policy",
+        *(f"{role}.path={assets}/{folder}" for role, folder in models.items()),
         "model.dtype=fp32",
         f"data.train=[{assets}/train.jsonl]",
         f"data.eval=[{assets}/eval.jsonl]",
@@ -70,6 +82,7 @@ def command(assets: Path, run: Path, *extra: str) -> list[str]:
         "trainer.global_batch_pairs=5",
         "trainer.micro_batch_tokens=256",
         "tracking.wandb=off",
+        *BASES[base],
         *extra,
     ]
 
@@ -78,7 +91,7 @@ def on_cpu(assets: Path, base: str) -> Path:
     """The run folder of a base on the CPU; trained once."""
     run = assets / f"{base}_on_cpu"
     if not run.exists():
-        train(command(assets, run, *BASES[base]))
+        train(command(assets, run, base))
     return run
 
 
@@ -115,16 +128,32 @@ def test_every_way_of_computing_is_that_of_the_cpu(
 ) -> None:
     wanted, run = on_cpu(assets, base), tmp_path / "run"
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
-    overrides = command(assets, run, *BASES[base], *keys)
+    overrides = command(assets, run, base, *keys)
     assert_on_cuda(run_simulated("train", overrides, processes=processes, prepare=stand_in_for_cpu_adam))
     assert_as_on_cpu(run, wanted)
     assert samples(run) == samples(wanted)
 
 
+def numbers(pair: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in pair.items() if isinstance(value, float)}
+
+
+def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
+    run = on_cpu(assets, "full")
+    wanted = [numbers(pair) for pair in scores(run)]
+    (run / "evaluation" / "scores.jsonl").unlink()
+    ended = run_simulated("evaluate", [f"run.dir={run}"], report=tmp_path)
+    assert ended.code == 0, ended.output
+    [report] = tmp_path.iterdir()
+    assert json.loads(report.read_text())["peak_bytes"] > 0, "on CUDA"
+    for pair, expected in zip(scores(run), wanted, strict=True):
+        assert numbers(pair) == pytest.approx(expected, rel=1e-5, abs=5e-6)
+
+
 def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
     """With the variable-length attention of GPUs, which the CPU does not have."""
     run = tmp_path / "run"
-    ended = run_simulated("train", command(assets, run, *BASES["bf16"]))
+    ended = run_simulated("train", command(assets, run, "bf16"))
     assert_on_cuda(ended)
     exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
     for key in ("loss", "eval_loss", "logps/chosen", "logps/rejected", "grad_norm"):
@@ -135,14 +164,38 @@ def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
         assert 0 < on_cuda <= 3 * on_host, (key, on_cuda, on_host)
 
 
+def signal_in_an_update(number: int, run: Path) -> None:
+    """As soon as there is a checkpoint to go on from."""
+
+    def after_update(*_: object) -> None:
+        if (run / "checkpoints" / "latest").exists():
+            hook.remove()
+            os.kill(os.getpid(), number)
+
+    hook = register_optimizer_step_post_hook(after_update)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(assets: Path, tmp_path: Path) -> None:
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    overrides = {
+        run: command(assets, run / "run", "saved", "parallelism.kind=ddp") for run in (whole, killed)
+    }
+    assert_on_cuda(run_simulated("train", overrides[whole]))
+    assert_as_on_cpu(whole / "run", on_cpu(assets, "saved"))
+    kill = partial(signal_in_an_update, signal.SIGKILL, killed / "run")
+    assert_on_cuda(run_simulated("train", overrides[killed], prepare=kill), -signal.SIGKILL)
+    assert_on_cuda(run_simulated("train", overrides[killed]))
+    assert_same_run(killed, whole)
+
+
 def test_sigterm_saves_and_the_run_goes_on_with_other_parallelism(assets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = command(assets, run, *BASES["long"])
-    stopped = signal_simulated(overrides, signal.SIGTERM, (run / "checkpoints" / "step-000001").is_dir)
-    assert_on_cuda(stopped, 75)
-    assert 0 < run_state(run)["step"] < 6
+    overrides = command(assets, run, "saved")
+    terminate = partial(signal_in_an_update, signal.SIGTERM, run)
+    assert_on_cuda(run_simulated("train", overrides, prepare=terminate), 75)
+    assert 0 < run_state(run)["step"] < 4
     assert_on_cuda(run_simulated("train", [*overrides, "parallelism.kind=ddp"]))
-    assert_as_on_cpu(run, on_cpu(assets, "long"))
+    assert_as_on_cpu(run, on_cpu(assets, "saved"))
 
 
 def full_after_the_first_step() -> None:
@@ -152,10 +205,10 @@ def full_after_the_first_step() -> None:
 
 def test_memory_that_ends_in_the_second_step_is_an_error_with_a_remedy(assets: Path, tmp_path: Path) -> None:
     ended = run_simulated(
-        "train", command(assets, tmp_path / "run", *BASES["long"]), prepare=full_after_the_first_step
+        "train", command(assets, tmp_path / "run", "saved"), prepare=full_after_the_first_step
     )
     assert_on_cuda(ended, 2)
     assert "GPU memory is exhausted" in ended.output
-    assert ("step 1/6" in ended.output, "step 2/6" in ended.output) == (True, False), ended.output
+    assert ("step 1/4" in ended.output, "step 2/4" in ended.output) == (True, False), ended.output
     assert re.search(r"to do: .*trainer.micro_batch_tokens", ended.output), ended.output
     assert "Traceback" not in ended.output

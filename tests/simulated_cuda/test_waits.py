@@ -22,6 +22,8 @@ from tests.support.launch import history
 from tests.support.tiny_model import write_model
 
 STEPS, COUNTED = 4, 2  # of a run; the last of them, as DeepSpeed's first steps record the order of gathers
+FORWARDS = 7  # of the counted steps' micro-batches
+ROPES = 15  # of the counted steps, where responses of each length have frequencies of their own
 AFTER = "after the last step"
 ADAPTER = "model.adapter={r:4} reference.mode=adapter"
 ROUTERS = "loss.router.aux_coefficient=0.1 loss.router.z_coefficient=0.01"
@@ -30,6 +32,7 @@ WAYS = {
     "ddp, a live reference, experts": (1, "experts", f"parallelism.kind=ddp reference.mode=live {ROUTERS}"),
     "zero2, an adapter, a coupled loss": (1, "dense", f"parallelism.kind=zero2 loss.kind=aot {ADAPTER}"),
     "two ranks share sequences, experts": (2, "experts", f"parallelism.sequence_parallel=2 {ROUTERS}"),
+    "dynamic rope, no reference": (1, "dynamic", "parallelism.kind=ddp loss.kind=simpo reference.mode=none"),
 }
 """Processes, model and other keys."""
 
@@ -43,43 +46,58 @@ ITEM, PAGEABLE = "aten::_local_scalar_dense", "copy to device, pageable"
 PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"
 NORM: Place = ("optimizer", ITEM, "deepspeed/runtime/utils.py is_invalid_grad_norm")
 MASK: Place = ("optimizer", PAGEABLE, "deepspeed/runtime/utils.py mask_nan_or_inf_with_val_inplace")
-ZERO3: tuple[Place, ...] = (
-    ("backward", "stream", "deepspeed/runtime/zero/stage3.py independent_gradient_partition_epilogue"),
-    ("optimizer", PAGEABLE, "deepspeed/runtime/zero/stage3.py get_grad_norm_direct"),
-    NORM,
-)
-ZERO2 = "deepspeed/runtime/zero/stage_1_and_2.py"
-OF_DEEPSPEED: dict[str, tuple[Place, ...]] = {
-    # A rank alone does not gather weights: it copies them, and waits for that in each layer.
-    "zero3, a cached reference": (
-        *ZERO3,
-        ("forward", "stream", f"{PARTITIONS} wait"),
-        ("optimizer", "stream", f"{PARTITIONS} wait"),
-    ),
-    "ddp, a live reference, experts": (
-        ("reference", "stream", f"{PARTITIONS} wait"),
-        ("optimizer", ITEM, "deepspeed/runtime/utils.py clip_tensors_by_global_norm"),
-        MASK,
-        NORM,
-    ),
-    "zero2, an adapter, a coupled loss": (
-        ("backward", "device", f"{ZERO2} independent_gradient_partition_epilogue"),
-        ("optimizer", ITEM, f"{ZERO2} has_overflow"),
-        MASK,
-        NORM,
-    ),
-    "two ranks share sequences, experts": (
-        *ZERO3,
-        ("optimizer", "device", f"{PARTITIONS} _allgather_params_coalesced"),
-    ),
+STAGE3 = "deepspeed/runtime/zero/stage3.py"
+ZERO3: dict[Place, int] = {
+    ("backward", "stream", f"{STAGE3} independent_gradient_partition_epilogue"): FORWARDS,
+    ("optimizer", PAGEABLE, f"{STAGE3} get_grad_norm_direct"): 2 * COUNTED,  # one for each group of weights
+    NORM: COUNTED,
 }
-"""Its optimizer step reads the gradient's norm, and the end of its backward waits for its own streams."""
+DDP: dict[Place, int] = {
+    ("optimizer", ITEM, "deepspeed/runtime/utils.py clip_tensors_by_global_norm"): COUNTED,
+    MASK: COUNTED,
+    NORM: COUNTED,
+}
+ZERO2 = "deepspeed/runtime/zero/stage_1_and_2.py"
+OF_LIBRARIES: dict[str, dict[Place, int]] = {
+    # A rank alone does not gather weights: it copies them, and waits for that in each part of the model.
+    "zero3, a cached reference": {
+        **ZERO3,
+        ("forward", "stream", f"{PARTITIONS} wait"): 13 * FORWARDS,
+        ("optimizer", "stream", f"{PARTITIONS} wait"): COUNTED,
+    },
+    "ddp, a live reference, experts": {
+        **DDP,
+        ("reference", "stream", f"{PARTITIONS} wait"): 2 * FORWARDS,
+    },
+    "zero2, an adapter, a coupled loss": {
+        ("backward", "device", f"{ZERO2} independent_gradient_partition_epilogue"): FORWARDS,
+        ("optimizer", ITEM, f"{ZERO2} has_overflow"): COUNTED,
+        MASK: COUNTED,
+        NORM: 2 * COUNTED,
+    },
+    "two ranks share sequences, experts": {
+        **ZERO3,
+        ("optimizer", "device", f"{PARTITIONS} _allgather_params_coalesced"): COUNTED,
+    },
+    "dynamic rope, no reference": {
+        **DDP,
+        # The host compares the length with that of the frequencies, and copies numbers to compute others.
+        ("forward", ITEM, "transformers/modeling_rope_utils.py dynamic_frequency_update"): 2 * ROPES,
+        ("forward", PAGEABLE, "transformers/modeling_rope_utils.py _compute_dynamic_ntk_parameters"): 2
+        * ROPES,
+    },
+}
+"""DeepSpeed reads the gradient's norm in the optimizer, and waits for its own streams after the backward."""
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("waits")
     write_model(folder / "dense", seed=1)
+    config = write_model(folder / "dynamic", seed=1) / "config.json"
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    changed = {"rope_parameters": rope, "max_position_embeddings": 64}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
     write_moe(folder / "experts", "qwen3_moe")
     tiny.qwen().save_pretrained(folder / "experts")
     write_pairs(folder / "train.jsonl", 12, seed=3)
@@ -131,7 +149,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
     ]
     ended = run_simulated("train", overrides, processes=processes, prepare=count_by_phase, report=reports)
     assert ended.code == 0, ended.output
-    wanted = PLANNED | dict.fromkeys(OF_DEEPSPEED[way], mock.ANY)
+    wanted = PLANNED | OF_LIBRARIES[way]
     files = [*reports.iterdir()]
     assert len(files) == processes
     for file in files:

@@ -2,8 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -32,7 +31,39 @@ def masked_attention(
     return (weights @ value).transpose(0, 1)
 
 
-def _by_segment(
+def by_segment(
+    heads: tuple[Tensor, Tensor, Tensor],
+    lengths: Sequence[Sequence[int]],
+    scale: float | None,
+    window_size: tuple[int, int] = (-1, 0),
+    softcap: float = 0.0,
+    *,
+    is_bottom_right: bool = True,
+) -> Tensor:
+    """Compute the result of a variable-length kernel, as flash-attn documents it.
+
+    `lengths` are those of the segments of queries and of keys. Query i sees the keys from
+    i + keys - queries - window_size[0] to i + keys - queries + window_size[1], both included; -1 is no limit.
+    The cap is of scores that are multiplied by the scale. Before version 2.1 (`is_bottom_right` false) the
+    first query was at the first key.
+    """
+    of_queries, of_keys = lengths
+    split = (tensor.split(of_keys if n else of_queries) for n, tensor in enumerate(heads))
+    outputs = []
+    for part in zip(*split, strict=True):
+        queries, keys = len(part[0]), len(part[1])
+        assert queries > 0
+        ends = torch.arange(queries)[:, None] + (keys - queries if is_bottom_right else 0)
+        mask = torch.ones(queries, keys, dtype=torch.bool)
+        if window_size[0] >= 0:
+            mask &= torch.arange(keys) >= ends - window_size[0]
+        if window_size[1] >= 0:
+            mask &= torch.arange(keys) <= ends + window_size[1]
+        outputs.append(masked_attention(part, mask, scale, softcap))
+    return torch.cat(outputs)
+
+
+def _checked(
     heads: tuple[Tensor, Tensor, Tensor],
     cumulative: tuple[Tensor, Tensor],
     longest: tuple[int, int],
@@ -42,36 +73,17 @@ def _by_segment(
     *,
     is_bottom_right: bool = True,
 ) -> Tensor:
-    """Compute the result of a variable-length kernel, as flash-attn documents it.
-
-    Query i sees the keys from i + keys - queries - window_size[0] to i + keys - queries + window_size[1],
-    both included; -1 is no limit. The cap is of scores that are multiplied by the scale. Before version 2.1
-    (`is_bottom_right` false) the first query was at the first key.
-    """
+    """Return `by_segment` of what a kernel takes."""
     query, key, value = heads
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
     assert query.shape[-1] % 8 == 0
     assert all(tensor.stride(-1) == 1 and tensor.dtype == query.dtype for tensor in heads)
     assert all(bounds.dtype == torch.int32 and bounds.device == query.device for bounds in cumulative)
     assert all(bounds[0] == 0 and bounds.is_contiguous() for bounds in cumulative)
-    query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)
-    assert longest[0] == max(stop - start for start, stop in query_bounds)
-    assert longest[1] == max(stop - start for start, stop in key_bounds)
-    assert query_bounds[-1][1] == len(query)
-    assert key_bounds[-1][1] == len(key)
-    outputs = []
-    for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
-        queries, keys = stop - start, key_stop - key_start
-        assert queries > 0
-        ends = torch.arange(queries)[:, None] + (keys - queries if is_bottom_right else 0)
-        mask = torch.ones(queries, keys, dtype=torch.bool)
-        if window_size[0] >= 0:
-            mask &= torch.arange(keys) >= ends - window_size[0]
-        if window_size[1] >= 0:
-            mask &= torch.arange(keys) <= ends + window_size[1]
-        part = (query[start:stop], key[key_start:key_stop], value[key_start:key_stop])
-        outputs.append(masked_attention(part, mask, scale, softcap))
-    return torch.cat(outputs)
+    lengths = [bounds.diff().tolist() for bounds in cumulative]
+    assert list(longest) == list(map(max, lengths))
+    assert [len(query), len(key)] == list(map(sum, lengths))
+    return by_segment(heads, lengths, scale, window_size, softcap, is_bottom_right=is_bottom_right)
 
 
 def varlen_of_torch_2_13(
@@ -93,7 +105,7 @@ def varlen_of_torch_2_13(
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
+    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def varlen_of_torch_2_11(
@@ -111,7 +123,7 @@ def varlen_of_torch_2_11(
 ) -> Tensor:
     """The same where it knows no groups of heads."""
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
+    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def varlen_of_torch_2_10(
@@ -150,7 +162,7 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    return _by_segment(
+    return _checked(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
@@ -166,7 +178,7 @@ def top_left_varlen(
     """A kernel whose causal mask begins at the first key."""
     cumulative, longest = lengths[:2], lengths[2:]
     heads = (query, key, value)
-    return _by_segment(heads, cumulative, longest, scale, window_size, is_bottom_right=False)
+    return _checked(heads, cumulative, longest, scale, window_size, is_bottom_right=False)
 
 
 def top_left_flash(

@@ -65,5 +65,5 @@ def test_a_dummy_has_weight_0() -> None:
 def test_all_tensors_of_a_batch_move_to_a_device() -> None:
     batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 5
     assert {tensor.device.type for tensor in tensors} == {"meta"}
