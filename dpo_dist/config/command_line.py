@@ -168,8 +168,9 @@ def _run(
     errors: _Errors,
     about: str,
 ) -> int:
-    arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments, verb, about, has_check=check is not None)) is not None:
+    own = keys_of(verb, trains=verb == "pairs")  # with rounds it trains
+    arguments = divide(sys.argv[1:], own)
+    if (text := _answer(arguments, verb, about, own, has_check=check is not None)) is not None:
         if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -213,12 +214,14 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _answer(arguments: Arguments, verb: str, about: str, *, has_check: bool) -> str | None:
+def _answer(
+    arguments: Arguments, verb: str, about: str, own: Collection[str], *, has_check: bool
+) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
     key = arguments.options.get("--help")
-    folders, own = group_folders(arguments.own_folder), keys_of(verb, trains=verb == "pairs")
+    folders = group_folders(arguments.own_folder)
     if key:
         return explain(key, folders, own)
     options = {

@@ -67,9 +67,16 @@ def unknown_key(
     of_verb = [name for name in own if name.partition(".")[2] == key]
     if same is not None and len(of_verb) == 1:
         same = of_verb[0]  # `output` of export is no other name of run.dir
+    whole, _, name = key.rpartition(".")
+    is_of_entry = f"{whole}[].{name}" in all_keys()
     found = [same] if same else [] if words else likely(key, own) or likely(key, known)
+    found = [whole] if is_of_entry else found
     if is_strict and found and set(own).isdisjoint(found):
         remedy = f"remove it: {read_by(found[0])}"
+    elif is_of_entry:
+        first = next(iter(key_types(all_keys()[whole].of)))
+        before = "" if name == first else f"{first}: {first.upper()}, "
+        remedy = f"write '{whole}=[{{{before}{name}: {value or '...'}}}]'; it is a key of an entry"
     elif same is not None:
         type_words = _accepted(same, known[same])
         expected = f"{same}, {type_words}" if type_words else same

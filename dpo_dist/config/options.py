@@ -1,6 +1,6 @@
 """Divide a command line into options and overrides; refuse options that would be ignored."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +49,8 @@ class Arguments:
         return Path(self.options["--config-dir"]) if "--config-dir" in self.options else None
 
 
-def divide(arguments: Sequence[str]) -> Arguments:
-    """Divide a command line into options and overrides, in any order.
+def divide(arguments: Sequence[str], own: Collection[str] = ()) -> Arguments:
+    """Divide a command line into options and overrides, in any order; errors suggest keys of `own`.
 
     Raises:
         ConfigError: an option does not exist, or lacks its value.
@@ -66,7 +66,7 @@ def divide(arguments: Sequence[str]) -> Arguments:
         name, equals, value = argument.partition("=")
         option = _LONG.get(name, name)
         if option not in OPTIONS:
-            raise _unknown_option(name, value if equals else "".join(rest[:1]))
+            raise _unknown_option(name, value if equals else "".join(rest[:1]), own)
         takes = OPTIONS[option].value
         if equals and not takes:
             raise ConfigError(
@@ -139,13 +139,17 @@ def _check_values(options: dict[str, str]) -> None:
         )
 
 
-def _unknown_option(name: str, value: str) -> ConfigError:
+def _unknown_option(name: str, value: str, own: Collection[str]) -> ConfigError:
     plain = name.lstrip("-").replace("-", "_")
     value = "" if value.startswith("-") else value
     if plain in run_keys():
         remedy = f"write {assignment(plain, value, run_keys()[plain])}"
-    elif alias_of(plain, KEY_ALIASES) or alias_of(plain, REMEDIES):
-        remedy = unknown_key(plain, value).remedy
+    elif (
+        alias_of(plain, KEY_ALIASES)
+        or alias_of(plain, REMEDIES)
+        or any(key.endswith(f".{plain}") for key in own)
+    ):
+        remedy = unknown_key(plain, value, own=own, is_strict=bool(own)).remedy
     elif name.startswith("--") and (found := likely(name, OPTIONS)):
         remedy = f"did you mean {found[0]}?"
     else:

@@ -32,9 +32,8 @@ def headline(results: Results) -> str:
     unended = [model for model in results.models if results.quality(model) and not _ends(model)]
     if unended and not _ranked(results):
         return "No response of any model ends within compare.max_new_tokens: no model is called the best."
-    return " ".join(
-        [_of_ranked(results), *([f"Not ranked, as no response ends: {_names(unended)}."] if unended else [])]
-    )
+    not_ranked = [f"Not ranked, as no response ends: {_names(unended)}."] if unended else []
+    return " ".join([*not_ranked, _of_ranked(results)])
 
 
 def _of_ranked(results: Results) -> str:

@@ -13,6 +13,7 @@ from dpo_dist.config.keys import key_types, run_keys
 from dpo_dist.config.load import compose, load_run_config, resolve
 from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verbs import keys_of
 from dpo_dist.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
@@ -133,6 +134,9 @@ MISTYPED = [
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
     ("'data.train={path: a}'", "write 'data.train=[{path: a}]'"),
     ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
+    ("data.eval.path=a.jsonl", "write 'data.eval=[{path: a.jsonl}]'"),
+    ("loss.terms.weight=2", "write 'loss.terms=[{kind: KIND, weight: 2}]'"),
     ("data.train=[[a]]", "data.train[0] is not a source"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
@@ -268,12 +272,20 @@ def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> Non
         ("train", "output=foo", "write run.dir=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples=4", "compare does not read samples"),
+        ("train", "evaluation.data.weight=2", "remove it: evaluate reads evaluation.data"),
+        ("evaluate", "evaluation.data.weight=2", "write 'evaluation.data=[{path: PATH, weight: 2}]'"),
+        ("train", "--seed 42", "did you mean trainer.seed?"),
+        ("export", "--output foo", "write export.output=foo"),
+        ("compare", "--learning_rate 1", "remove it: train reads optim.lr"),
         ("pairs", "samples=4", "did you mean pairs.samples? train reads samples"),
     ],
 )
 def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
+    def read(line: list[str]) -> RunConfig:
+        return resolve(compose(divide(line, keys_of(verb)).overrides, verb=verb), verb=verb)
+
     with pytest.raises(ConfigError) as found:
-        resolve(compose([*RUN, *shlex.split(typed)], verb=verb), verb=verb)
+        read([*RUN, *shlex.split(typed)])
     assert text in found.value.block()
 
 

@@ -99,12 +99,17 @@ def test_the_headline(
     [
         (
             (0.9, 0.9, 0.0),
-            "a has the highest score, 0.4 at a KL of 5 nats; its win rate over base is 70 % [64, 76]. Not "
-            "ranked, as no response ends: b.",
+            "Not ranked, as no response ends: b. a has the highest score, 0.4 at a KL of 5 nats; its win "
+            "rate over base is 70 % [64, 76].",
         ),
         (
             (0.9, 0.0, 0.0),
-            "No model does better than base on average. Not ranked, as no response ends: a and b.",
+            "Not ranked, as no response ends: a and b. No model does better than base on average.",
+        ),
+        (
+            (0.0, 0.9, 0.0),
+            "Not ranked, as no response ends: base and b. a has the highest score, 0.4 at a KL of 5 nats; "
+            "its win rate over base is 70 % [64, 76].",
         ),
         (
             (0.0, 0.0, 0.0),

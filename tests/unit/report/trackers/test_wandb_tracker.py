@@ -90,6 +90,9 @@ def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path:
     axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
     assert axes == {"train/global_step"}
     assert {"train/*", "eval/*"} < metrics.keys()
+    assert not any(metric.HasField("summary") for metric in metrics.values()), (
+        "plain last values also meanwhile"
+    )
     summary = {
         item.key or "/".join(item.nested_key): item.value_json
         for record in records_of(run_dir, "summary")
