@@ -134,7 +134,10 @@ class PackedBatch:
 def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     """Return the array on `device`: itself on the CPU, else a copy, asynchronous from pinned memory."""
     source = torch.from_numpy(array)
-    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source
+    if device.type != "cuda":
+        return source
+    # CUDA would gather the elements of a strided array in pageable memory.
+    return source.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:

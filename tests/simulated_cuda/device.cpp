@@ -403,7 +403,9 @@ void communicate_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack
 
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   if (self.is_cuda() != source.is_cuda() && self.numel() > 0) {
-    const bool pinned = is_pinned((self.is_cuda() ? source : self).storage().data());
+    const Tensor& host = self.is_cuda() ? source : self;
+    // From memory with gaps CUDA first gathers the elements, in pageable memory.
+    const bool pinned = is_pinned(host.storage().data()) && host.is_non_overlapping_and_dense();
     const std::string kind = self.is_cuda() ? "copy to device" : "copy to host";
     // One without non_blocking waits, of pinned memory too. One with it waits for pageable memory, which CUDA's debug
     // mode does not see.

@@ -123,6 +123,7 @@ def start_simulated(
 
 def _begin(prepare: Prepare | None) -> None:
     mock.patch("dpo_dist.report.recorder.draw_curves").start()  # a fifth of a short run, without the device
+    mock.patch("dpo_dist.distributed.slice_files._FILE_BYTES", 2**16).start()  # several files for each rank
     if prepare is not None:
         prepare()
 
