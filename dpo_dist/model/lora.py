@@ -379,11 +379,6 @@ def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
     return tuple(names[module] for module in pair)
 
 
-def shared_weights(causal_lm: Any) -> tuple[str, ...]:
-    """Return the names of the weights of embeddings and output layer if they are one weight, else none."""
-    return tuple(f"{name}.weight" for name in _shared_pair(causal_lm))
-
-
 def _original(module: Any) -> Any:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 

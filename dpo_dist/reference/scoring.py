@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -221,10 +220,6 @@ class ReferenceProvider(Protocol):
         """Attach log-probs that need no forward pass, on the host; thread-safe. By default there are none."""
         return batch
 
-    def mapped_files(self) -> Iterable[Path]:
-        """Return the files whose values `attach` reads from memory maps. By default there are none."""
-        return ()
-
     def token_logps(self, batch: PackedBatch) -> Tensor | None:
         """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
 
@@ -275,10 +270,6 @@ class StoredReference(ReferenceProvider):
         values = np.concatenate(self.store.read(batch.keys))
         scored = values if batch.mask is None else values[batch.mask]
         return replace(batch, reference_logps=torch.from_numpy(scored))
-
-    def mapped_files(self) -> Iterable[Path]:
-        """Return the shards of the store."""
-        return [self.store.root / name for name in self.store.shards]
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Return the log-probs that `attach` looked up."""

@@ -148,11 +148,6 @@ def damaged_entries(shard: Shard) -> npt.NDArray[np.int64]:
     return np.array(damaged, dtype=np.int64)
 
 
-def has_its_entries(file: Path) -> bool:
-    """Return whether a shard has the entries of its name; their values are verified at every look-up."""
-    return open_shard(file) is not None
-
-
 def is_intact(values: Values, tokens: int, check: int) -> bool:
     """Return True if an entry's values are complete and match their checksum."""
     return len(values) == tokens and zlib.crc32(values.data) == check
