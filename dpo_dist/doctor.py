@@ -15,7 +15,6 @@ from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.insight.doctor.rules import check_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
@@ -33,7 +32,6 @@ def main(config: RunConfig) -> int:
             remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
         )
     check_needs(config, "doctor")
-    check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
     benchmark = None

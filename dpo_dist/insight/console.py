@@ -140,6 +140,7 @@ def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
 
 
+_LINE_SECONDS = 30.0
 _REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0
 _BAR_WIDTH = 24
@@ -388,7 +389,7 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
         settings: the section `console`.
     """
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(objects, settings.seconds)
+        return JsonScreen(objects, _LINE_SECONDS)
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
@@ -401,7 +402,7 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
     def print_timed(line: str) -> None:
         print_line(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}")
 
-    return LineScreen(print_timed, settings.seconds, print_line)
+    return LineScreen(print_timed, _LINE_SECONDS, print_line)
 
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
@@ -422,9 +423,7 @@ class Console:
         seconds: shortest time between two lines about progress in the log.
     """
 
-    def __init__(
-        self, screen: Screen | None, errors: Screen | None = None, seconds: float = ConsoleConfig.seconds
-    ):
+    def __init__(self, screen: Screen | None, errors: Screen | None = None, seconds: float = _LINE_SECONDS):
         self._screen = screen
         self._errors = errors or screen
         self._log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
@@ -540,7 +539,7 @@ class Console:
 def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
     """Return a console that prints to `stream`, and JSON objects to standard output."""
     screen = open_screen(SafeStream(stream), SafeStream(output_of_objects()), settings)
-    return Console(screen, seconds=settings.seconds)
+    return Console(screen)
 
 
 def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
@@ -601,7 +600,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
         faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
             screen = open_screen(messages, objects, settings)
-            console = Console(screen if rank == "0" else None, screen, settings.seconds)
+            console = Console(screen if rank == "0" else None, screen)
             with _logging_to(sys.stderr), console.until_end():
                 yield console
         except BaseException as error:

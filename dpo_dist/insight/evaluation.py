@@ -128,6 +128,7 @@ def _of_equal_outcomes(share: float, lowest: float, prompts: int) -> tuple[float
 
 ALL = "all"
 """The name of the results of all pairs."""
+RESAMPLES = 1000
 _SHARES = ("rewards/accuracies", "rewards/both_fall")
 Mask = npt.NDArray[np.bool_]
 

@@ -26,7 +26,7 @@ from dpo_dist.model.architectures import quantized_weights, recorded_arrangement
 from dpo_dist.model.attention import check_kernels, choose_backend
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import checkpoint_layers, use_liger
-from dpo_dist.model.memory import offload_inputs, tile_mlps
+from dpo_dist.model.memory import offload_inputs
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
@@ -298,8 +298,6 @@ def load_packed(
     if config.activation_offload:
         offload_inputs(causal_lm)
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
-    if config.mlp_tile_tokens is not None:
-        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
 

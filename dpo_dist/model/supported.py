@@ -14,7 +14,7 @@ from dpo_dist.model.architectures import ARCHITECTURES, few_positions, recorded_
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers
 from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
-from dpo_dist.model.memory import check_offload, find_mlps
+from dpo_dist.model.memory import check_offload
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.sdpa import not_causal
 from dpo_dist.model.ulysses import cannot_be_shared, check_heads
@@ -217,8 +217,6 @@ def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | 
         ConfigError: it has no such modules.
     """
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    if config.mlp_tile_tokens is not None:
-        find_mlps(causal_lm)
     if adapter is not None:
         targets = target_layers(causal_lm, adapter)
         if not adapter.continues:

@@ -93,8 +93,6 @@ def check_disk_room(
     Raises:
         ConfigError: it has not.
     """
-    if not config.trainer.check_disk_room:
-        return
     folder = RunFolder.of(config)
 
     def work() -> str:
@@ -111,8 +109,7 @@ def check_disk_room(
                 f"{size(needed - disk.free)} too few",
                 expected=f"{size(needed)}, for checkpoints of {size(sizes.checkpoint)}, up to {added} more "
                 f"at a time than there are, and a model of {size(sizes.model)}",
-                remedy="make room, set run.dir to another disk, or lower trainer.keep_last; "
-                "trainer.check_disk_room=false for a file system that grows",
+                remedy="make room, set run.dir to another disk, or lower trainer.keep_last",
             )
         return ""
 
@@ -127,7 +124,7 @@ def _needed(sizes: Sizes, there: int, steps_done: int, steps: int, trainer: Trai
     """
     if steps_done >= steps:  # only the model is missing
         return 0, sizes.model
-    kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
+    kept = max(1, trainer.keep_last) + bool(trainer.keep_best)
     borders = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
     saves = 1 + sum((steps - 1) // every - steps_done // every for every in borders if every)
     added = max(1, min(saves, kept + 1 - there))
@@ -223,7 +220,6 @@ def open_saver(
         parts,
         world,
         () if start.checkpoint is None else start.checkpoint.damaged,
-        behind=config.trainer.save_behind,
         say=console.say,
         committed=lambda step: write_state(folder, RunState(RunOutcome.started, step, identity)),
     )

@@ -23,7 +23,7 @@ def find_members(config: RunConfig) -> list[Path]:
         ConfigError: one is no model folder, or is named twice, or the configuration is not that of the run.
     """
     _check_configuration(existing_run(RunFolder.of(config).path), config)
-    members = [Path(name).expanduser() for name in config.export.average]
+    members = [Path(member.path).expanduser() for member in config.export.average]
     for folder in members:
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(
@@ -38,7 +38,7 @@ def find_members(config: RunConfig) -> list[Path]:
             "a member of the average is named twice",
             where="export.average",
             got=as_written(config.export.average),
-            remedy="remove one of its names; export.average_weights gives members different weights",
+            remedy="remove one of them, and give the other a weight: {path: FOLDER, weight: 2}",
         )
     return members
 

@@ -29,6 +29,7 @@ from dpo_dist.training.start import write_on_main
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import StepTotals, gather_pairs
 
+MOST_BAD_STEPS = 3  # in a row
 _BAD_AT_THE_END = 1
 """One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
 
@@ -108,7 +109,7 @@ class StepGuard:
 
     def end(self, totals: StepTotals, position: Position) -> DivergedError | None:
         """Return the error that ends the run after this step, if it must; the same on all ranks."""
-        most, steps = self.config.trainer.max_bad_steps, self.inputs.sampler.steps
+        most, steps = MOST_BAD_STEPS, self.inputs.sampler.steps
         is_last, skipped = position.step == steps, position.bad_steps + position.overflows
         allowed = min(most, _BAD_AT_THE_END) if is_last else most
         if is_last and skipped == steps and not position.bad_in_a_row:
@@ -126,7 +127,7 @@ class StepGuard:
             where=f"the pairs of this step: {RunFolder.of(self.config).bad_step(step)}",
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: {row}, "
             f"of this run: {position.bad_steps}",
-            expected=f"at most {allowed} in a row here (trainer.max_bad_steps; {_BAD_AT_THE_END} at the end)",
+            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs; the checkpoints "
             "before it are complete",
         )

@@ -158,7 +158,7 @@ def best_after(
     if step > 0 and math.isfinite(row.get(metric, math.nan)):
         kept.append(BestCheckpoint(metric, step, row[metric]))
     sign = -1 if direction_of(trainer) is Direction.highest else 1
-    return sorted(kept, key=lambda one: (sign * one.value, one.step))[: trainer.keep_best_count]
+    return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
 
 
 def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
@@ -215,7 +215,7 @@ class Loop:
         """
         self.clock.enter("other")
         trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
-        if eval_set is not None and trainer.eval_at_start is not False and position.step == 0:
+        if eval_set is not None and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
@@ -356,7 +356,7 @@ class Loop:
             margins = Histogram.of(found.values.margin)
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         samples = self.samples
-        if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
+        if samples is not None:
             measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)

@@ -311,7 +311,7 @@ def _check_start(
     console: Console,
 ) -> dict[str, Any]:
     """Run the step-0 check if the policy starts as the reference model; return its report. Collective."""
-    if not (reference.is_policys_start and config.reference.audit_pairs):
+    if not reference.is_policys_start:
         return {}
     policy.train(False)
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
@@ -321,8 +321,7 @@ def _check_start(
 
 def _is_start_known(config: RunConfig, reference: Reference) -> bool:
     """Return whether the evaluation before the first step needs no forward of the policy."""
-    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
-    return reference.is_policys_start and not needs_forward
+    return reference.is_policys_start and config.loss.weighting is not Weighting.wpo
 
 
 def _open_recorder(

@@ -321,7 +321,7 @@ def _check_models(config: RunConfig) -> None:
     if policy is not None:
         check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
-        _described_model(config.reference.path, config.reference.revision, "reference.path")
+        _described_model(config.reference.path, None, "reference.path")
 
 
 def _local_start_adapter(config: RunConfig) -> Path | None:
@@ -330,7 +330,7 @@ def _local_start_adapter(config: RunConfig) -> Path | None:
     if adapter is None or adapter.path is None:
         return None
     if not Path(adapter.path).expanduser().is_dir():
-        local_model_folder(adapter.path, adapter.revision, "model.adapter.path")  # raises for a missing one
+        local_model_folder(adapter.path, None, "model.adapter.path")  # raises for a missing one
         check_cached_offline(adapter.path, "model.adapter.path")
         return None
     return start_folder(config.model)

@@ -38,7 +38,6 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     usual = overrides(
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.eval_every=2",
-        "trainer.eval_at_start=true",
         "optim.lr=1e-2",
         *extra,
     )
@@ -83,7 +82,7 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     reference = [f"reference.path={other}"] if is_other else []
     usual = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "optim.lr=1e-2", *reference)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train([*usual, *SAMPLES, "trainer.eval_at_start=true", f"run.dir={whole}"])
+    train([*usual, *SAMPLES, f"run.dir={whole}"])
     stopped = run_verb("train", [*usual, "trainer.stop_after_steps=2"], processes=2)
     assert "stopped after step 2" in stopped.output, stopped.output
     resumed = train([*usual, *SAMPLES], processes=2)
@@ -102,7 +101,6 @@ def test_a_kill_while_samples_are_generated_changes_no_sample(
     usual = overrides(
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.eval_every=2",
-        "trainer.eval_at_start=true",
         "trainer.save_every=1",
         *long,
     )

@@ -25,7 +25,7 @@ from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
-from tests.support.launch import ROOT, assert_same_history, history, run_verb, summary, train
+from tests.support.launch import ROOT, assert_same_history, constants, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows, media_rows
 
@@ -102,6 +102,10 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
     assert ended["peak_memory_bytes"] > 0
 
 
+def _false(*_: object) -> bool:
+    return False
+
+
 @pytest.mark.parametrize(
     ("options", "is_known"),
     [
@@ -118,7 +122,9 @@ def test_the_log_begins_with_the_values_before_the_first_step(
     """Those of the reference where the policy starts as it, without entropies, which need a forward."""
     usual = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=1", *options)
     train(usual, processes=2)
-    train([*usual, "trainer.eval_at_start=true", f"run.dir={tmp_path}/measured"])
+    command = [*usual, f"run.dir={tmp_path}/measured"]
+    known = constants(**{"dpo_dist.training.run._is_start_known": _false})
+    assert run_verb("train", command, prepare=known).code == 0
     start, *rows = history(tmp_path / "run")
     measured, *others = history(tmp_path / "measured")
     needs_forward = {key for key in measured if "entropy" in key or key == "eval_tokens"}
@@ -131,8 +137,6 @@ def test_the_log_begins_with_the_values_before_the_first_step(
         assert (start["eval_rewards/margins"], start["eval_rewards/accuracies"]) == (0.0, 0.5)
         assert start["eval_loss"] == pytest.approx(math.log(2))
     assert_same_history(rows, others, relative=1e-5)
-    train([*usual, "trainer.eval_at_start=false", f"run.dir={tmp_path}/without"])
-    assert history(tmp_path / "without") == others
 
 
 def test_transformers_loads_the_model_with_its_trained_log_probs(

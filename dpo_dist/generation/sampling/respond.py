@@ -217,7 +217,7 @@ def open_generator(
     if engine is Engine.vllm:
         return VllmGenerator(responder, config.model)
     causal_lm = load_responder(responder.source, config.model, device)
-    return TransformersGenerator(causal_lm, responder.stop_ids, config.pairs.batch_tokens)
+    return TransformersGenerator(causal_lm, responder.stop_ids)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class TransformersGenerator:
 
     causal_lm: Any
     stop_ids: Collection[int]
-    batch_tokens: int
+    batch_tokens: int = 32768
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Return a sample for each request, in their order."""

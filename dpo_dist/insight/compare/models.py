@@ -59,7 +59,7 @@ from dpo_dist.insight.compare.responses import (
 )
 from dpo_dist.insight.compare.results import Tally, comparison
 from dpo_dist.insight.compare.start import KEY, Compared, Kind
-from dpo_dist.insight.evaluation import Resampling
+from dpo_dist.insight.evaluation import RESAMPLES, Resampling
 from dpo_dist.model.folder import hub_commit
 
 DIFFERING = "differing "
@@ -188,8 +188,10 @@ def _config_of_run(checkpoint: Path) -> RunConfig:
         ) from None
 
 
+PART_PROMPTS = 16
+"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
 _REMEDY = (
-    "lower compare.batch_tokens or compare.max_new_tokens; each process loads whole models onto its GPU: "
+    "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
 )
 
@@ -200,7 +202,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     Raises:
         DpoDistError: data, a model or the judge cannot be used, or no prompt is left.
     """
-    folder, settings = RunFolder.of(config), config.compare
+    folder = RunFolder.of(config)
     # Two starts would write the same parts.
     remedy = "wait until it ends, or set another run.dir"
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
@@ -209,7 +211,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
         world.on_main(lambda: held.enter_context(only))
         world.on_main(lambda: announce_replaced(folder, models, screen))
         prompts = world.on_main(
-            lambda: open_prompts(write_held_out(parts, config, screen.say), settings.part_prompts),
+            lambda: open_prompts(write_held_out(parts, config, screen.say), PART_PROMPTS),
             screen.heartbeat("reading prompts"),
         )
         judge: dict[str, Any] | None = None
@@ -270,12 +272,11 @@ def _judged(
     """Return the finished judgements."""
     settings = {"responses": [parts.folder.name for parts in responses], "judge": judge}
     parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
-    budget = replace(config.pairs, batch_tokens=config.compare.batch_tokens)
     work = compare_texts if compares(config.pairs) else score_texts
 
     @cache
     def opened() -> Judge:
-        return open_judge(replace(config, pairs=budget), stages.world.device, stages.world.size)
+        return open_judge(config, stages.world.device)
 
     def part(index: int) -> list[Row]:
         rows = zip(*(map(Answers.of, own.read(index)) for own in responses), strict=True)
@@ -309,7 +310,7 @@ def _write(
                 got="; ".join(line.strip() for line in describe_counts(counts)),
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
-    found = comparison(tally, Resampling(settings.resamples, settings.seed))
+    found = comparison(tally, Resampling(RESAMPLES, 0))
     results = {
         "base": speakers[0].name,
         "prompts": tally.prompts,
@@ -330,7 +331,6 @@ def _write(
         "sampling": {
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_new_tokens,
-            "seed": settings.seed,
         },
         "version": dpo_dist.__version__,
     }

@@ -50,11 +50,14 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 
+BATCH_TOKENS = 16384
+"""Most tokens of a batch of one process: its rows times the longest prompt with its response."""
+
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
     """Write `compare.prompts` different prompts of the evaluation data to a file named by its content.
 
-    They are chosen by a hash of `compare.seed` and the prompt, and written in the order of the data.
+    They are chosen by a hash of the prompt, and written in the order of the data.
     """
     wanted = config.compare.prompts
     chosen: list[tuple[int, int, str]] = []  # the smallest hashes, negated: a heap pops its smallest entry
@@ -64,7 +67,7 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
         if bytes.fromhex(key) in seen:
             continue
         seen.add(bytes.fromhex(key))
-        rank = -int(text_digest(f"{config.compare.seed} {key}"), 16)
+        rank = -int(text_digest(f"0 {key}"), 16)
         if len(chosen) < wanted or rank > chosen[0][0]:
             heapq.heappush(chosen, (rank, index, _line(record, label)))
             if len(chosen) > wanted:
@@ -137,7 +140,7 @@ class Speaker:
         self.compared, self.source = compared, source
         self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
         self.name, settings = compared.name, config.compare
-        self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+        self._sampling = Sampling(settings.max_new_tokens, settings.temperature)
 
     @cached_property
     def responder(self) -> Responder:
@@ -150,7 +153,6 @@ class Speaker:
             self._config.model,
             gradient_checkpointing="none",
             activation_offload=False,
-            mlp_tile_tokens=None,
             adapter=None,
             compile=False,
             liger=False,
@@ -170,8 +172,7 @@ class Speaker:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         """Return a sample for each request, in their order."""
         with self._packed.unpacked() as causal_lm:
-            budget = self._config.compare.batch_tokens
-            return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
+            return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
 
     def responses(self) -> Parts:
         """Return the finished responses of this model; collective.
@@ -212,8 +213,7 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in responses.read(index)]
-            budget, device = self._config.compare.batch_tokens, self._stages.world.device
-            found = response_logps(self._packed, rows, budget, device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS, self._stages.world.device)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {of}" + ("" if of == self.name else f"'s responses under {self.name}")

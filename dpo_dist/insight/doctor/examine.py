@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,7 +27,7 @@ from dpo_dist.insight.doctor.findings import DoctorReport, Finding, Level, Sourc
 from dpo_dist.insight.doctor.margins import StoreUse, compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.prepare import Prepared, prepare
-from dpo_dist.insight.doctor.rules import Judge, most_serious_first
+from dpo_dist.insight.doctor.rules import RULES, Judge, most_serious_first
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import SourceTally, source_findings
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 
 Record = PreferenceRecord | BadRecord
+SHOWN_PAIRS = 4  # of each source, besides examples of findings
 
 
 def examine(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
     *,
-    thresholds: Mapping[str, float] | None = None,
     benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> DoctorReport:
@@ -54,10 +54,10 @@ def examine(
 
     Raises:
         DataError: a source cannot be read.
-        ConfigError: a threshold names no rule, or encoding is impossible with this tokenizer.
+        ConfigError: encoding is impossible with this tokenizer.
         PeerLostError: a process that encodes has died.
     """
-    judge = Judge.with_thresholds(thresholds or {})
+    judge = Judge(RULES)
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
     findings: list[Finding] = []
@@ -142,7 +142,7 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
 
     Raises:
-        ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.
+        ConfigError: the policy's tokenizer cannot be used.
         DataError: a source cannot be read, or changes meanwhile.
     """
     sources = [resolved(source) for source in (*config.data.train, *config.data.eval)]
@@ -155,19 +155,18 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
     report = examine(
         config.data,
         tokenizer,
-        thresholds=config.doctor.thresholds,
         benchmark=benchmark,
         progress=lambda source: counter(f"examining {source}", "record"),
     )
     store = None
     if prepared is not None:
-        judge = Judge.with_thresholds(config.doctor.thresholds or {})
+        judge = Judge(RULES)
         report, found, store = compare_with_store(config, report, prepared.sources, judge)
         found = [*_refusal_findings(prepared.refusals, report), *found, *report.findings]
         report = replace(report, findings=most_serious_first(found))
     shown: list[ShownPair] = []
     if config.doctor.texts:
-        shown = show_pairs(config.data, tokenizer, report.findings, config.doctor.shown_pairs)
+        shown = show_pairs(config.data, tokenizer, report.findings, SHOWN_PAIRS)
     for source, state in zip(sources, states, strict=True):
         if source_state(source) != state:
             raise changed_data(source)

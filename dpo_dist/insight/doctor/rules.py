@@ -1,10 +1,8 @@
 """The doctor's rules: level, threshold, text and remedy; docs/doctor.md describes the method of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import percent
 from dpo_dist.insight.doctor.findings import DataRule, Finding, Level
 
@@ -211,17 +209,10 @@ class Judge:
     """Applies rules.
 
     Attributes:
-        rules: by name, with the thresholds of the configuration.
+        rules: by name.
     """
 
     rules: Mapping[str, DataRule]
-
-    @classmethod
-    def with_thresholds(cls, thresholds: Mapping[str, float]) -> "Judge":
-        """Return a judge with other thresholds for some rules. Raises ConfigError for an unknown rule."""
-        check_thresholds(thresholds)
-        changed = {name: replace(RULES[name], threshold=float(value)) for name, value in thresholds.items()}
-        return cls(RULES | changed)
 
     def threshold(self, name: str) -> float:
         """Return the threshold of a rule."""
@@ -259,20 +250,6 @@ class Judge:
             return []
         text = f"{rule.text}: {detail}" if detail else rule.text
         return [Finding(name, rule.level, text, source, count, value, (), rule.remedy)]
-
-
-def check_thresholds(thresholds: Mapping[str, float]) -> None:
-    """Check that each threshold is of a rule. Raises ConfigError."""
-    unknown = [name for name in thresholds if name not in RULES]
-    if unknown:
-        near = get_close_matches(unknown[0], RULES, n=3)
-        raise ConfigError(
-            "the doctor has no such rule",
-            where="doctor.thresholds",
-            got=unknown[0],
-            expected="a rule of docs/doctor.md",
-            remedy=f"did you mean {' or '.join(near)}?" if near else "see docs/doctor.md",
-        )
 
 
 def most_serious_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:

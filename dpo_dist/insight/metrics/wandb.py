@@ -78,13 +78,9 @@ def _value(variable: str) -> str:
 
 def _run_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """Return arguments of `wandb.init`; wandb reads the variable of an argument that is None."""
-    tracking = config.tracking
     return {
-        "project": tracking.project or _value("WANDB_PROJECT") or DEFAULT_PROJECT,
-        "entity": tracking.entity,
-        "group": tracking.group,
-        "tags": tracking.tags or None,
-        "notes": tracking.notes or _value("WANDB_NOTES") or None,
+        "project": config.tracking.project or _value("WANDB_PROJECT") or DEFAULT_PROJECT,
+        "notes": _value("WANDB_NOTES") or None,
         "name": _value("WANDB_NAME") or name,
     }
 
@@ -322,7 +318,7 @@ class Tracker:
         run.summary.update({**last_and_best(self._rows), **without_secrets(summary)})
         sentence = summary.get("verdict", {}).get("sentence")
         if sentence is not None:
-            notes = self._tracking.notes or _value("WANDB_NOTES")
+            notes = _value("WANDB_NOTES")
             run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))
         if outcome == RunOutcome.preempted:
             run.mark_preempting()

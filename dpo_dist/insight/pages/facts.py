@@ -122,7 +122,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
 
     Args:
         folder: the run directory.
-        price: in place of `tracking.price_per_gpu_hour`.
+        price: of a GPU for an hour.
     """
     config = _fields(folder.config, yaml.safe_load)
     doctor = _fields(folder.doctor_report)
@@ -135,8 +135,6 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         rows, {**final_and_best(rows), **_still_true(summary, rows)}, doctor.get("findings") or []
     )
     evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
-    if price is None:
-        price = (config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(
         folder=folder,
         config=config,

@@ -8,7 +8,6 @@ import pytest
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.sources import source_labels
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import Level
@@ -259,22 +258,6 @@ def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
         for processes in (1, 2)
     ]
     assert reports[0].as_dict() == reports[1].as_dict()
-
-
-def test_a_threshold_changes_the_level(tmp_path: Path) -> None:
-    pairs = clean_pairs(20)
-    PLANTED["html_entity"](pairs[0])
-    levels = [
-        of_rule(examined(tmp_path, pairs, thresholds={"broken_text": share}), "broken_text")[0].level
-        for share in (0.2, 0.01)
-    ]
-    assert levels == [Level.note, Level.warning]
-
-
-def test_a_threshold_of_an_unknown_rule_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such rule") as caught:
-        examined(tmp_path, clean_pairs(1), thresholds={"duplicate": 0.1})
-    assert "duplicates" in str(caught.value)
 
 
 def test_sources_have_the_names_of_metrics(tmp_path: Path) -> None:

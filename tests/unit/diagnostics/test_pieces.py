@@ -11,7 +11,7 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.duplicates import near_groups
 from dpo_dist.insight.doctor.margins import ReferencePairs, margin_findings
-from dpo_dist.insight.doctor.rules import Judge
+from dpo_dist.insight.doctor.rules import RULES, Judge
 from dpo_dist.insight.doctor.sources import Reservoir, distribution
 from dpo_dist.insight.doctor.texts import signature
 from tests.support import tiny
@@ -53,9 +53,7 @@ def test_margins_of_the_reference() -> None:
     per_token[8] = (-2.9, -1)
     per_token[9] = (-0.2, -2.9)
     pairs = ReferencePairs(per_token[:, 0] * 40, per_token[:, 1] * 40, tokens, tokens)
-    facts, findings = margin_findings(
-        pairs, [f"a:{index}" for index in range(100)], "a", Judge.with_thresholds({})
-    )
+    facts, findings = margin_findings(pairs, [f"a:{index}" for index in range(100)], "a", Judge(RULES))
     found = {finding.rule: finding.examples for finding in findings}
     assert found == {"reference_disagrees": ("a:7", "a:8")}
     assert (facts["reference_disagrees"], facts["reference_solved"]) == (0.02, 0.01)
@@ -63,14 +61,14 @@ def test_margins_of_the_reference() -> None:
         ReferencePairs(*(np.empty(0),) * 2, *(np.empty(0, np.int64),) * 2),
         [],
         "a",
-        Judge.with_thresholds({}),
+        Judge(RULES),
     ) == ({}, [])
 
 
 def test_a_margin_of_a_single_token_is_within_noise() -> None:
     one = np.array([1])
     pairs = ReferencePairs(np.array([-5.0]), np.array([-0.1]), one, one)
-    assert margin_findings(pairs, ["a:1"], "a", Judge.with_thresholds({}))[1] == []
+    assert margin_findings(pairs, ["a:1"], "a", Judge(RULES))[1] == []
 
 
 def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) -> None:

@@ -89,15 +89,14 @@ def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], An
         ("deepseek_r1_distill", "add\n</think>\n\nfour", "subtract\n</think>\n\nzero"),
     ],
 )
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
 def test_thoughts_are_trained_as_they_were_generated(
-    tmp_path: Path, family: str, chosen: str, rejected: str, name: str
+    tmp_path: Path, family: str, chosen: str, rejected: str
 ) -> None:
     samples, ids, tokenizer = chatted(family, chosen, rejected)
     assert [sample.same_ids for sample in samples] == [True, True]
     sides = samples[0].response, samples[1].response
-    write(tmp_path / name, [pair_fields(CHAT, sides, None, {})])
-    (record,) = read_records(str(tmp_path / name))
+    write(tmp_path / "pairs.jsonl", [pair_fields(CHAT, sides, None, {})])
+    (record,) = read_records(str(tmp_path / "pairs.jsonl"))
     assert isinstance(record, PreferenceRecord)
     example = encode_pair(record, tokenizer, WIDE)
     assert isinstance(example, EncodedExample)

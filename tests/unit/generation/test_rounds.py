@@ -61,7 +61,7 @@ WHOLE = [("pairs", 1), ("train", 1), ("pairs", 2), ("train", 2), ("pairs", 3)]
 
 
 def test_each_policy_gives_the_next_samples_and_reference() -> None:
-    code, said = do("pairs.seed=7")
+    code, said = do("trainer.seed=7")
     assert code == ExitCode.completed
     assert order() == WHOLE
     sampling1, training1, sampling2, training2, last = (call["config"] for call in calls())
@@ -240,7 +240,7 @@ def test_other_settings_are_refused_in_the_same_folder() -> None:
     do()
     with pytest.raises(ConfigError, match=r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before"):
         do("loss.beta=0.2", "pairs.samples=8")
-    assert do("pairs.batch_tokens=99", "trainer.save_every=7")[0] == ExitCode.completed
+    assert do("trainer.save_every=7")[0] == ExitCode.completed
 
 
 def test_a_mistake_that_no_stage_survived_can_be_corrected() -> None:
@@ -257,7 +257,6 @@ def test_a_mistake_that_no_stage_survived_can_be_corrected() -> None:
     [
         ("pairs.method=scores", "pairs.method"),
         ("pairs.models=[other]", "pairs.models"),
-        ("pairs.output=x.jsonl", "pairs.output"),
         ("pairs.launcher=no-such-program", "pairs.launcher"),
         ('pairs.launcher="python \'x"', "pairs.launcher"),
     ],
@@ -275,7 +274,6 @@ def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
         ("pairs.launcher=python", "pairs.launcher"),
         ("pairs.reference=first", "pairs.reference"),
         ("pairs.prompt_part=1", "pairs.prompt_part"),
-        ("pairs.people.port=80", "pairs.people"),
     ],
 )
 def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:

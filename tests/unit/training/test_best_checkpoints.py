@@ -81,7 +81,7 @@ def test_metrics_of_evaluations_are_accepted(metric: str) -> None:
     ],
 )
 def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near: str) -> None:
-    config = run_of(f"trainer.keep_best={metric}", "trainer.keep_best_direction=highest", f"loss={loss}")
+    config = run_of(f"trainer.keep_best={metric}", f"loss={loss}")
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(config, ("math", "code"))
     assert near in error.value.expected

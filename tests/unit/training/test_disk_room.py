@@ -42,7 +42,6 @@ def check(run_dir: Path, steps_done: int = 0, steps: int = 100, **trainer: objec
         ({"save_every": 10}, 36),  # two kept, and the one that is written beside them
         ({"save_every": 10, "keep_last": 1}, 24),
         ({"save_every": 10, "keep_last": 0}, 24),
-        ({"save_every": 10, "keep_best": "eval_loss", "keep_best_count": 2}, 60),
         ({"save_every": 50}, 26),  # two in all, and the model beside them
         ({"save_every": 51}, 26),
         ({"save_every": 0}, 14),
@@ -63,7 +62,6 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
     with pytest.raises(ConfigError) as raised:
         check(tmp_path, **trainer)
     assert f"{gib - 1}.0 GiB free on the file system of {tmp_path}, 1.0 GiB too few" in raised.value.got
-    assert not check(tmp_path, **trainer, check_disk_room=False)
 
 
 @pytest.mark.parametrize(("keep_last", "gib"), [(1, 12), (2, 12), (3, 24)])
