@@ -103,10 +103,10 @@ def _visible(text: str) -> str:
 
 def _messages(prompt: Prompt) -> Messages:
     if not isinstance(prompt, str):
-        return prompt.messages() if isinstance(prompt, Dialogue) else prompt
+        return prompt
     text = "\n\n" + prompt.strip()
     if text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:"):
-        return Dialogue(text).messages()
+        return Dialogue(text)
     return (Message("user", prompt),)
 
 

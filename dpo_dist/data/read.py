@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.messages import JSON, fault_of, parse_json, with_given_arguments
+from dpo_dist.data.messages import JSON, fault_of, parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import DataError, first_line
 
@@ -117,6 +117,19 @@ def with_origins(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
 def table_records(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
     """Yield the rows of a table as `with_origins`, tool calls with the arguments that they were given."""
     return with_origins(map(with_given_arguments, values), path)
+
+
+_ARGUMENTS = ("arguments", "parameters")
+
+
+def with_given_arguments(value: Any) -> Any:
+    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    if isinstance(value, Mapping):
+        return {
+            name: without_nulls(item) if name in _ARGUMENTS else with_given_arguments(item)
+            for name, item in value.items()
+        }
+    return [with_given_arguments(item) for item in value] if isinstance(value, list) else value
 
 
 def _guarded(records: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:

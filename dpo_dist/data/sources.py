@@ -20,9 +20,9 @@ from dpo_dist.data.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.pair_fields import is_labelled
 from dpo_dist.data.read import KINDS, Meter, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
+from dpo_dist.data.responses import is_labelled
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link
 from dpo_dist.foundation.files import remembered_digest, text_digest
 
