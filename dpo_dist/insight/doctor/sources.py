@@ -135,7 +135,8 @@ class Source:
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
-        tokens, unique, prefix = self._sums["tokens"], self._sums["unique_tokens"], None
+        tokens, unique = self._sums["tokens"], self._sums["unique_tokens"]
+        prefix: dict[str, float] | None = None
         if tokens:
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
