@@ -306,7 +306,7 @@ class UntrainedParts:
 
 @lru_cache(maxsize=8)
 def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> UntrainedParts:
-    """Return `data.untrained`, compiled; `formatting` matches the tokens around turns if they are untrained."""
+    """Return `data.untrained`, compiled; `formatting` matches tokens around turns, if they are untrained."""
     at_start, opened = _NOTHING, []
     inside = [] if formatting is None else [formatting]
     begin, end = map(re.escape, THOUGHT_TAGS)
