@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import Filled, as_entry, key, schema, section
 
@@ -33,6 +33,11 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 class DoctorConfig:
     """The examination of the data by `python -m dpo_dist.doctor`."""
 
+    thresholds: dict[str, Annotated[float, Field(strict=True, ge=0)]] | None = key(
+        None,
+        "Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules.",
+        accepts="null or a mapping of rules to numbers of 0 or more: {duplicates: 0.05}",
+    )
     fail_on: FailOn = key(FailOn.warning, "Lowest level of a finding that makes the exit code 1.")
     benchmarks: list[str] = key(
         [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
@@ -92,7 +97,6 @@ class ExportConfig:
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
-Engine = StrEnum("Engine", ["auto", "vllm", "transformers"])
 DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
 RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
@@ -155,7 +159,6 @@ class PairsConfig:
     unfinished: DropOrKeep = key(
         DropOrKeep.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
     )
-    engine: Engine = key(Engine.auto, "Program that generates; `auto`: vLLM if it is installed.")
     reward_model: Filled | None = key(
         None, "Judge: folder or hub name of a sequence classification model with one output.", verbs=JUDGING
     )

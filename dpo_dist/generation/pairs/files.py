@@ -205,7 +205,7 @@ def write_results(
     counts: Counter[str],
     say: Callable[[str], None],
 ) -> None:
-    """Write pairs to a file, whole or not at all, and their summary; print the counts.
+    """Write pairs as JSON lines, whole or not at all, and their summary; print the counts.
 
     Args:
         file: of the pairs.

@@ -10,7 +10,6 @@ from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import (
     EndpointConfig,
-    Engine,
     PairsConfig,
     PairsMethod,
 )
@@ -23,7 +22,7 @@ _ALONE = (PairsMethod.scores, PairsMethod.people)
 _FROM_MODELS = (PairsMethod.samples, PairsMethod.delta)
 _OF_MODELS = (
     *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished"),
-    *("engine", "prompt_parts", "prompt_part"),
+    *("prompt_parts", "prompt_part"),
 )
 _OF_JUDGES = ("samples", "reward_model", "function", "endpoint")
 
@@ -128,13 +127,6 @@ def _check_models(config: RunConfig) -> None:
             where="pairs.samples",
             got=f"{pairs.samples} of one model",
             remedy="raise pairs.samples, or name two pairs.models",
-        )
-    if pairs.engine is Engine.vllm and config.model.quantization is not None:
-        raise ConfigError(
-            "vLLM does not quantize the models that respond",
-            where="pairs.engine, model.quantization",
-            got=f"vllm, {config.model.quantization}",
-            remedy="set pairs.engine=transformers, or remove model.quantization",
         )
     key = "pairs.models" if pairs.models else "model.path"
     for name in models:

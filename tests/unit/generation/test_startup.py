@@ -56,7 +56,7 @@ def test_an_option_without_effect_is_refused(overrides: list[str], said: str) ->
         ["pairs.method=scores", "pairs.select=best_random"],
         ["pairs.method=delta", "pairs.models=[a/b,c/d]"],
         ["pairs.method=delta", "model.path=a/b", "pairs.models=[a/b,c/d]", "model.revision=x"],
-        [*SAMPLED, "pairs.models=[a/b,c/d]", "pairs.engine=vllm"],
+        [*SAMPLED, "pairs.models=[a/b,c/d]"],
     ],
 )
 def test_an_option_with_effect_is_accepted(
