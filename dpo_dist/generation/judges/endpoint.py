@@ -38,7 +38,7 @@ class Reply(NamedTuple):
 
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
-_TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 _RETRIES = 6
 _MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
 
@@ -58,7 +58,7 @@ class Endpoint:
         self._client = openai.OpenAI(
             base_url=_checked(url),
             api_key=key or "none",
-            timeout=_TIMEOUT_SECONDS,
+            timeout=TIMEOUT_SECONDS,
             max_retries=retries,
         )
         self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}

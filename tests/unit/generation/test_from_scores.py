@@ -145,7 +145,7 @@ def test_records_without_scores_are_counted(tmp_path: Path) -> None:
 def test_without_a_pair_no_file_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair can be made"):
         make(tmp_path, SCORED, margin=100)
-    assert [file.name for file in tmp_path.iterdir()] == ["records.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs", "records.jsonl"]
 
 
 def test_a_file_of_other_settings_is_not_replaced(tmp_path: Path) -> None:

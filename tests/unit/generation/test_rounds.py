@@ -68,7 +68,7 @@ def test_each_policy_gives_the_next_samples_and_reference() -> None:
     assert [one["model"]["path"] for one in (sampling1, training1)] == ["base", "base"]
     assert sampling2["model"]["path"] == training2["model"]["path"] == "run/rounds/1/train/model"
     assert last["model"]["path"] == "run/rounds/2/train/model"
-    assert [one["pairs"]["seed"] for one in (sampling1, sampling2, last)] == [7, 8, 9]
+    assert [one["trainer"]["seed"] for one in (sampling1, sampling2, last)] == [7, 8, 9]
     assert [one["pairs"]["rounds"] for one in (sampling1, training1)] == [0, 0]
     assert training2["data"]["train"][0]["path"] == "run/rounds/2/pairs/pairs.jsonl"
     assert training2["reference"]["path"] is None
@@ -77,11 +77,9 @@ def test_each_policy_gives_the_next_samples_and_reference() -> None:
 
 
 def test_the_first_reference_stays() -> None:
-    do("pairs.reference=first", "model.revision=abc")
+    do("pairs.reference=first")
     *_, training2, _ = (call["config"] for call in calls())
     assert training2["reference"]["path"] == "base"
-    assert training2["reference"]["revision"] == "abc"
-    assert training2["model"]["revision"] is None
 
 
 def test_a_reference_of_the_users_own_is_kept_or_replaced() -> None:
@@ -186,13 +184,11 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch) -> None:
 
 
 def test_the_first_reference_of_adapters_is_the_first_base(monkeypatch) -> None:
-    quantized = ("model.quantization=nf4", "parallelism=ddp", "model.revision=abc")
+    quantized = ("model.quantization=nf4", "parallelism=ddp")
     _, training1, _, training2, _ = with_adapter(monkeypatch, "pairs.reference=first", *quantized)
     assert training1["reference"]["mode"] == "adapter"
     reference = training2["reference"]
-    assert [reference[key] for key in ("mode", "path", "revision", "quantization")] == [
-        *("cached", "base", "abc", "nf4")
-    ]
+    assert [reference[key] for key in ("mode", "path", "quantization")] == [*("cached", "base", "nf4")]
 
 
 def test_an_adapter_whose_merge_was_killed_is_merged_later(monkeypatch) -> None:
