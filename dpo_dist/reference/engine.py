@@ -72,9 +72,9 @@ def settle_engine(
     was_training = engine.model.training
     engine.model.eval()
     checked = CheckedModel(engine.model, engine.token_logps, world.device, max_length, key, agree)
-    settle(checked)
+    trial = settle(checked)
     if trains:
-        check_training(checked)
+        check_training(trial)
         if world.size > 1:
             check_use(checked)
     engine.model.train(was_training)
