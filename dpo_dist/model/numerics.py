@@ -75,7 +75,7 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
 
 def _minor(version: str) -> str:
     """Return a version without its patch: "2.12" of "2.12.1+cu126"."""
-    return ".".join(version.split("+")[0].split(".")[:2])
+    return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
