@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.rules import PREFIX, direction_of
+from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
