@@ -34,17 +34,17 @@ from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.insight.console import Console, Count
 from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.architectures import check_supported, training_notes
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import load_config, load_tokenizer
-from dpo_dist.model.router import router_loss, router_notes
-from dpo_dist.model.supported import (
+from dpo_dist.model.load import (
     check_device,
     check_modules,
     check_shared_tokens,
-    check_supported,
-    training_notes,
+    load_config,
+    load_tokenizer,
 )
+from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.schedule import check_warmup

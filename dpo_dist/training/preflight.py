@@ -20,11 +20,11 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.architectures import check_supported
 from dpo_dist.model.flops import without_weights
 from dpo_dist.model.folder import description_folder, is_adapter
-from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
 from dpo_dist.model.router import router_loss
-from dpo_dist.model.supported import check_modules, check_shared_tokens, check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.engine import check_same_vocabulary
 from dpo_dist.training.evaluate import with_stored_reference
