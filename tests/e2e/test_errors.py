@@ -131,7 +131,7 @@ def test_a_disk_too_small_for_the_result_is_one_block(
 ) -> None:
     (small_disk / "filler").write_bytes(bytes((600 - free_kib) * 1024))
     command = overrides(f"run.dir={small_disk}/run", "trainer.max_steps=1")
-    without = constants(**{"dpo_dist.training.checkpoints.check_disk_room": _unchecked})
+    without = constants(**{"dpo_dist.training.run.check_disk_room": _unchecked})
     ended = run_verb("train", command, prepare=None if is_checked else without)
     assert ended.code == 2, ended.output
     assert ended.output.count(text) == 1, ended.output
