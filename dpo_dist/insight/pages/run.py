@@ -44,7 +44,7 @@ def write_page(
 
     Args:
         folder: the run directory.
-        price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of the run.
+        price_per_gpu_hour: in any currency, for the cost.
         output: the page, in place of `report.html` in the run directory.
     """
     facts = read_facts(folder, price_per_gpu_hour)
