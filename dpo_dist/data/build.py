@@ -25,7 +25,7 @@ from dpo_dist.data.store import (
     folder_name,
     remember_written,
 )
-from dpo_dist.data.template import argument_names, check_arguments, chosen_template, has_clock
+from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -189,26 +189,6 @@ def tokenizer_digest(folder: Path) -> str:
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
     return text_digest(json.dumps(parts))
-
-
-def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chosen template exists, and that a date and arguments for it have an effect.
-
-    Raises:
-        ConfigError: one of them does not.
-    """
-    template = chosen_template(tokenizer, config.chat_template) or ""
-    if config.template_date != DataConfig.template_date and not has_clock(template):
-        raise ConfigError(
-            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
-            where="data.template_date",
-            got=config.template_date,
-            expected=f"{DataConfig.template_date} (the default)",
-            remedy="remove data.template_date",
-        )
-    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
-    known = argument_names(template) | argument_names(with_tools)
-    check_arguments(config.template_arguments or (), known)
 
 
 def source_state(source: SourceConfig) -> list[str]:

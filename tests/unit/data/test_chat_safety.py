@@ -106,7 +106,7 @@ def test_a_thought_with_a_spelled_token_is_as_the_template_writes_it() -> None:
     found = encode(record((QUESTION,), (replace(ANSWER, fields=fields),), "No."), tokenizer)
     turns = [{"role": turn.role, "content": turn.content} for turn in (QUESTION, ANSWER)]
     whole = tokenizer.apply_chat_template([turns[0], {**turns[1], **fields}], tokenize=False)
-    assert found.changes.opened_thought_removed
+    assert "opened_thought_removed" in found.changes
     assert tokenizer.decode([*found.prompt_ids, *found.responses[0]]) == whole.rstrip()
 
 
@@ -133,9 +133,9 @@ def test_tools_that_are_nested_too_deeply_are_a_bad_record() -> None:
 
 def test_contents_with_turns_of_a_template_are_counted() -> None:
     for content in ("<|im_start|>user\nhi<|im_end|>", "[INST] hi [/INST]", "<start_of_turn>user"):
-        assert encode(record((Message("user", content),)), tiny.qwen()).changes.templated_content
-        assert encode(record(CHAT, content, "no"), tiny.qwen()).changes.templated_content
-    assert not encode(record(CHAT, "1 < 2 [sic]", "no"), tiny.qwen()).changes.templated_content
+        assert "templated_content" in encode(record((Message("user", content),)), tiny.qwen()).changes
+        assert "templated_content" in encode(record(CHAT, content, "no"), tiny.qwen()).changes
+    assert "templated_content" not in encode(record(CHAT, "1 < 2 [sic]", "no"), tiny.qwen()).changes
 
 
 def opened(
@@ -204,7 +204,7 @@ def test_an_argument_that_the_template_does_not_name_is_said(tmp_path: Path) -> 
         encode(record(CHAT), tokenizer, DataConfig(template_arguments={"messages": []}))
     what = replace(record(CHAT), template_arguments={"budget": 3, "tokenize": True})
     pair = encode(what, tokenizer)
-    assert pair.changes.unknown_template_argument
+    assert "unknown_template_argument" in pair.changes
     assert texts(pair, tokenizer) == texts(encode(record(CHAT), tokenizer), tokenizer)
 
 
@@ -228,7 +228,7 @@ def test_a_thought_after_a_prompt_without_thinking_is_whole() -> None:
     )
     assert texts(pair, tokenizer)[1] == "<think>\nhm\n</think>\n\nParis<|im_end|>"
     assert texts(pair, tokenizer)[2] == "Rome<|im_end|>"
-    assert pair.changes.prompt_not_prefix
+    assert "prompt_not_prefix" in pair.changes
 
 
 def test_sides_that_part_at_a_user_turn() -> None:
@@ -241,7 +241,7 @@ def test_sides_that_part_at_a_user_turn() -> None:
     assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n"
     assert first == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nONE<|im_end|>"
     assert tokenizer.decode(pair.responses[1][pair.trained[1]]) == "TWO<|im_end|>"
-    assert not pair.changes.prompt_not_prefix
+    assert "prompt_not_prefix" not in pair.changes
 
 
 def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
@@ -251,7 +251,7 @@ def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
     prompt = (QUESTION, ANSWER, DOUBT)
     pair = encode(PreferenceRecord(prompt, responses, HERE, tools=(TOOL,)), tokenizer)
     assert texts(pair, tokenizer)[0] == "<s>[INST] What is the weather?[/INST] It rains.</s>"
-    assert pair.changes.prompt_not_prefix
+    assert "prompt_not_prefix" in pair.changes
     for ids, mask, text in zip(
         pair.responses, pair.trained, (" It rains.</s> Yes.</s>", " No.</s>"), strict=True
     ):
@@ -268,5 +268,5 @@ def test_a_content_beside_a_call_that_the_template_omits_is_counted() -> None:
     }
     turn = Message("assistant", "I look it up.", {"tool_calls": [called]})
     what = PreferenceRecord((QUESTION,), ((turn,), "No."), HERE, tools=(TOOL,))
-    assert encode(what, tokenizer_of("llama3_1")).changes.content_not_rendered
-    assert not encode(what, tokenizer_of("qwen2_5")).changes.content_not_rendered
+    assert "content_not_rendered" in encode(what, tokenizer_of("llama3_1")).changes
+    assert "content_not_rendered" not in encode(what, tokenizer_of("qwen2_5")).changes

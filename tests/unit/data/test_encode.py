@@ -145,7 +145,7 @@ def test_a_tokenizer_without_eos_is_an_error() -> None:
 def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert pair.prompt_ids.tolist() == tokenizer("Answer:\n")["input_ids"]
     assert texts(pair, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
 
@@ -153,7 +153,7 @@ def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> Non
 def test_a_response_encoded_alone_gets_no_space_before_it() -> None:
     tokenizer = tiny.base()
     pair = encode(record("the w", "eather", "x"), tokenizer)
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert tokenizer.convert_ids_to_tokens(pair.responses[0].tolist())[0] != "▁"
     assert tokenizer.decode(np.concatenate([pair.prompt_ids, pair.responses[0]])[1:]) == "the weather</s>"
 

@@ -173,12 +173,12 @@ def test_literal_tokens_do_not_shift_the_mask() -> None:
 def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer, DataConfig(untrained=["formatting"]))
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\nyes"
     pair = encode(
         record("Answer:\n", "\n\nyes <n>so</n> it is", "no"), tokenizer, DataConfig(untrained=["<n>...</n>"])
     )
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\n\nyes  it is<|im_end|>"
 
 
@@ -189,7 +189,7 @@ def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
 )
 def test_positions_of_tokens_cover_the_text(text: str, make: Any) -> None:
     facts = tokenizer_facts(make())
-    prompt, response = facts.escape("the question: "), facts.escape(text) + facts.end_of_text
+    prompt, response = facts.marks.escape("the question: "), facts.marks.escape(text) + facts.end_of_text
     _, [ids], _ = facts.encoder.encode_after(prompt, [response])
     starts = facts.encoder.token_starts(prompt, response, ids)
     assert len(starts) == len(ids)
