@@ -106,7 +106,6 @@ class ExportConfig:
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
-Engine = StrEnum("Engine", ["auto", "vllm", "transformers"])
 DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
 RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
@@ -164,9 +163,7 @@ class PairsConfig:
         "`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`: "
         "responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people.",
     )
-    output: Filled | None = key(
-        None, "File of the pairs, .jsonl or .parquet; null: `<run.dir>/pairs/pairs.jsonl`."
-    )
+    output: Filled | None = key(None, "File of the pairs, .jsonl; null: `<run.dir>/pairs/pairs.jsonl`.")
     limit: int | None = key(
         None,
         "Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: "
@@ -199,7 +196,6 @@ class PairsConfig:
         "Responses that training encodes as other tokens than were generated: `drop` or `keep` (counted).",
         added=True,
     )
-    engine: Engine = key(Engine.auto, "Program that generates; `auto`: vLLM if it is installed.")
     batch_tokens: int = key(
         32768, "Most tokens of a batch: its rows times the longest prompt with its response.", ge=1
     )

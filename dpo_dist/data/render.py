@@ -53,9 +53,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         if facts.chat is None and is_text:
             return _as_text(prompt.text, record.response_texts, facts, form)
         stripped = tuple(one.strip() if isinstance(one, str) else one for one in responses)
-        return _by_template(
-            replace(record, prompt=prompt.messages(), responses=stripped), facts, config, form
-        )
+        return _by_template(replace(record, responses=stripped), facts, config, form)
     if not isinstance(prompt, str):
         return _by_template(record, facts, config, "messages")
     as_messages = replace(record, prompt=(Message("user", prompt),))

@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.conftest import small_run
 from tests.support.killed_runs import KilledRuns
 
-KILLS = 10
+KILLS = 6
 STEPS = ["trainer.epochs=2", "trainer.save_every=1", "trainer.log_every=1", "optim.lr=1e-3"]
 SAMPLES = ["trainer.eval_every=3", "samples.prompts=2", "samples.max_new_tokens=4"]
 ADAPTER = "model.adapter={r: 4, alpha: 8, variant: %s}"

@@ -44,7 +44,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-QUANTIZED = ("model.quantization=nf4", "model.adapter={r: 4}", "parallelism=ddp")
 SAMPLES = ("pairs.method=samples", "pairs.function=rule:score", "pairs.samples=3")
 
 
@@ -163,10 +162,6 @@ def test_delta_pairs_prefer_the_first_model(place: Path) -> None:
         ([*SAMPLES, "pairs.endpoint.model=x"], "pairs.endpoint has no effect"),
         ([*SAMPLES, "pairs.reward_model=m"], "samples need one judge"),
         ([*SAMPLES, "data.train=[{path: prompts.jsonl, weight: 2}]"], "has no effect on pairs"),
-        (
-            [*SAMPLES, *QUANTIZED, "pairs.engine=vllm"],
-            "vLLM does not quantize",
-        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_an_error(place: Path, overrides: list[str], said: str) -> None:

@@ -16,12 +16,9 @@ from tests.support.launch import assert_same_history, history, train
 
 WAYS = {
     "one process, small budget": (1, ["trainer.micro_batch_tokens=256"]),
-    "one process, large budget, live": (1, ["trainer.micro_batch_tokens=8192", "reference.mode=live"]),
-    "two processes, small budget": (2, ["trainer.micro_batch_tokens=256"]),
     "two processes, large budget, live": (2, ["trainer.micro_batch_tokens=8192", "reference.mode=live"]),
     "two processes, zero2": (2, ["parallelism.kind=zero2"]),
     "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=full"]),
-    "two processes, every second layer checkpointed": (2, ["model.gradient_checkpointing=2"]),
     "two processes, compiled, checkpointed": (
         2,
         ["model.compile=true", "model.gradient_checkpointing=2"],

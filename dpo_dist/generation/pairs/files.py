@@ -3,12 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import pyarrow
-import pyarrow.parquet
 
 import dpo_dist
 from dpo_dist.config.data import DataConfig, SourceConfig
@@ -99,17 +95,7 @@ def good_records(
         say(line)
 
 
-_ROWS_PER_GROUP = 1024
-_TEXT = pyarrow.string()
-_MESSAGE_TYPES = {
-    **dict.fromkeys(("role", "content", "reasoning_content", "thinking"), _TEXT),
-    **dict.fromkeys(("tool_calls", "tool_call_id", "name"), _TEXT),
-    "loss_weight": pyarrow.int8(),
-}
-_MESSAGES = pyarrow.list_(pyarrow.struct(_MESSAGE_TYPES))
 _ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-_IN_JSON = ("tools", "chat_template_kwargs", "provenance", "tool_calls")
-"""Columns whose values have other fields in each record: a table would fill them up with nulls."""
 
 
 def pair_fields(
@@ -176,53 +162,9 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return number
 
 
-def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    number, writer, rows = 0, None, iter(records)
-    try:
-        while group := [dict(row) for row in islice(rows, _ROWS_PER_GROUP)]:
-            writer = writer or pyarrow.parquet.ParquetWriter(file, _schema(group[0]))
-            writer.write_table(pyarrow.Table.from_pylist([_flat(row) for row in group], schema=writer.schema))
-            number += len(group)
-    except (pyarrow.ArrowException, TypeError) as fault:
-        raise DataError(
-            "these records do not fit into one table",
-            where="pairs.output",
-            got=str(fault).splitlines()[0][:200],
-            remedy="name a file that ends with .jsonl",
-        ) from fault
-    finally:
-        if writer is not None:
-            writer.close()
-    return number
-
-
-def _schema(row: Mapping[str, Any]) -> pyarrow.Schema:
-    """Return all columns that a record may have: pyarrow drops a field that the schema does not have."""
-    content = _TEXT if isinstance(row["chosen"], str) else _MESSAGES
-    return pyarrow.schema(
-        {
-            **dict.fromkeys(("prompt", "chosen", "rejected"), content),
-            **dict.fromkeys(_IN_JSON[:3], _TEXT),
-            **dict.fromkeys(("score_chosen", "score_rejected"), pyarrow.float64()),
-        }
-    )
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record or a message with JSON texts in place of values that fit into no common column."""
-    return {
-        name: [_flat(turn) for turn in value]
-        if isinstance(value, list) and name not in _IN_JSON
-        else json.dumps(value, ensure_ascii=False, allow_nan=False)
-        if name in _IN_JSON
-        else value
-        for name, value in row.items()
-    }
-
-
 def summary_file(file: Path) -> Path:
     """Return the path of the summary of a file of pairs."""
-    return file.with_name(f"{file.name}.summary.json")  # pairs.jsonl and pairs.parquet may both exist
+    return file.with_name(f"{file.name}.summary.json")
 
 
 def check_output(file: Path, settings: Mapping[str, Any]) -> None:
@@ -265,7 +207,7 @@ def write_results(
     counts: Counter[str],
     say: Callable[[str], None],
 ) -> None:
-    """Write pairs to a .jsonl or .parquet file, whole or not at all, and their summary; print the counts.
+    """Write pairs as JSON lines, whole or not at all, and their summary; print the counts.
 
     Args:
         file: of the pairs.
@@ -275,12 +217,11 @@ def write_results(
         say: prints a line.
 
     Raises:
-        DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
+        DataError: there is no record.
     """
     try:
         with staged_file(file) as temporary:
-            write = _write_parquet if file.suffix == ".parquet" else write_lines
-            number = write(temporary, records)
+            number = write_lines(temporary, records)
             if not number:
                 raise DataError(
                     "no pair can be made",

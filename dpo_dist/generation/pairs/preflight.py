@@ -10,7 +10,7 @@ from pathlib import Path
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import Engine, PairsMethod
+from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import read_prompts
@@ -25,9 +25,7 @@ from dpo_dist.generation.pairs.rounds import check_rounds
 from dpo_dist.generation.pairs.start import output_file, responding_models
 from dpo_dist.generation.sampling.respond import (
     Responder,
-    chosen_engine,
     find_description,
-    lora_options,
     open_responder,
     usable_prompt,
 )
@@ -63,12 +61,8 @@ def rehearse_pairs(config: RunConfig) -> str:
         case PairsMethod.people:
             faults[""] = lambda record: None if len(record.responses) > 1 else "one_response"
         case PairsMethod.samples | PairsMethod.delta:
-            engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
-            lines.append(("engine", str(engine)))
             for name in responding_models(config):
                 responder = open_responder(find_description(name, config), config)
-                if engine is Engine.vllm:
-                    lora_options(responder.source.adapter)
                 lines.append(("model", describe_responder(responder)))
                 faults[f"{name}: "] = fault_of(responder, config.data, pairs.max_new_tokens)
     if pairs.method is PairsMethod.samples:

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import DropOrKeep, Engine, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
@@ -38,12 +38,10 @@ from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import (
     Answer,
     Answers,
-    Generator,
+    Generate,
     ModelSource,
     Numbers,
     Responder,
-    chosen_engine,
-    lora_options,
     open_generator,
     open_responder,
     respond,
@@ -246,7 +244,6 @@ class _FromModels:
 
     config: RunConfig
     prompts: PromptList
-    engine: Engine
     stages: Stages
 
     @property
@@ -267,7 +264,6 @@ class _FromModels:
             "prompts": self.prompts.digest,
             **rendering(self.config.data),
             **asdict(self.sampling),
-            "engine": str(self.engine),
             "dtype": str(self.config.model.dtype),
             "quantization": None if kind is None else str(kind),
         }
@@ -291,9 +287,9 @@ class _FromModels:
         own = {"part_prompts": self.prompts.part_prompts, "model": source.digest, "numbers": asdict(numbers)}
 
         @cache
-        def opened() -> tuple[Responder, Generator]:
+        def opened() -> tuple[Responder, Generate]:
             responder = open_responder(source, config)
-            return responder, open_generator(responder, self.engine, config, self.stages.world.device)
+            return responder, open_generator(responder, config, self.stages.world.device)
 
         def part(index: int) -> list[dict[str, Any]]:
             rows = respond(self.prompts.part(index), *opened(), self.sampling, numbers)
@@ -341,11 +337,8 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), pairs.part_prompts),
         screen.heartbeat("reading prompts"),
     )
-    engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
-    work = _FromModels(config, prompts, engine, stages)
+    work = _FromModels(config, prompts, stages)
     models = [stages.found(name, config) for name in responding_models(config)]
-    for model in models if engine is Engine.vllm else ():
-        lora_options(model.adapter)
     judge: dict[str, Any] = {}
     if pairs.method is PairsMethod.samples:
         judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
@@ -358,7 +351,7 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         return_memory()  # of the model: the next one needs it
     scores = work.scores(responses, judge) if judge else None
     return_memory()
-    facts = {"sampling": asdict(work.sampling), "engine": str(engine)} | ({"judge": judge} if judge else {})
+    facts = {"sampling": asdict(work.sampling)} | ({"judge": judge} if judge else {})
     results = Results(pairs, prompts, models, responses, scores, facts)
 
     def write() -> None:

@@ -11,7 +11,6 @@ from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import (
     EndpointConfig,
-    Engine,
     PairsConfig,
     PairSelection,
     PairsMethod,
@@ -21,12 +20,11 @@ from dpo_dist.data.sources import check_source
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
 
-OUTPUT_KINDS = (".jsonl", ".parquet")
 _ALONE = (PairsMethod.scores, PairsMethod.people)
 _FROM_MODELS = (PairsMethod.samples, PairsMethod.delta)
 _OF_MODELS = (
     *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished", "encoded_differently"),
-    *("engine", "batch_tokens", "part_prompts", "prompt_parts", "prompt_part"),
+    *("batch_tokens", "part_prompts", "prompt_parts", "prompt_part"),
 )
 _OF_JUDGES = ("samples", "reward_model", "function", "endpoint")
 
@@ -48,13 +46,12 @@ def check_pairs(config: RunConfig) -> None:
             expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
             remedy="correct one of them",
         )
-    if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
+    if pairs.output is not None and not pairs.output.endswith(".jsonl"):
         raise ConfigError(
-            "this kind of file cannot be written",
+            "pairs are written as JSON lines",
             where="pairs.output",
             got=pairs.output,
-            expected=f"a name that ends with {' or '.join(OUTPUT_KINDS)}",
-            remedy="rename the file",
+            remedy="let the name end with .jsonl",
         )
     _check_effects(config)
     if pairs.method in _FROM_MODELS:
@@ -92,14 +89,12 @@ def _check_effects(config: RunConfig) -> None:
     """Refuse keys that have no effect."""
     pairs, method = config.pairs, config.pairs.method
     with_method = f"with pairs.method={method}"
-    on_vllm = pairs.engine is Engine.vllm and pairs.reward_model is None
     for names, is_used, why in (
         (_OF_MODELS, method in _FROM_MODELS, with_method),
         (_OF_JUDGES, method is PairsMethod.samples, with_method),
         (("select", "margin"), method in (PairsMethod.samples, PairsMethod.scores), with_method),
         (("people",), method is PairsMethod.people, with_method),
         (("seed",), _is_random(pairs), "if nothing is drawn at random"),
-        (("batch_tokens",), not on_vllm, "on vLLM, which makes batches by itself"),
         (("top_p", "top_k"), pairs.temperature > 0, "with pairs.temperature=0"),
         (("launcher", "reference"), bool(pairs.rounds), "without pairs.rounds"),
     ):
@@ -158,13 +153,6 @@ def _check_models(config: RunConfig) -> None:
             where="pairs.samples",
             got=f"{pairs.samples} of one model",
             remedy="raise pairs.samples, or name two pairs.models",
-        )
-    if pairs.engine is Engine.vllm and config.model.quantization is not None:
-        raise ConfigError(
-            "vLLM does not quantize the models that respond",
-            where="pairs.engine, model.quantization",
-            got=f"vllm, {config.model.quantization}",
-            remedy="set pairs.engine=transformers, or remove model.quantization",
         )
     key = "pairs.models" if pairs.models else "model.path"
     for name in models:

@@ -1,11 +1,10 @@
 """Responses of one model to a part of the prompts, as rows: text, number, length, end."""
 
-import importlib.util
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_dist.config.data import DataConfig, Truncation
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.config.verb_options import Engine
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
@@ -24,8 +22,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
-from dpo_dist.model.adapter_files import ADAPTER_CONFIG
 from dpo_dist.model.folder import (
+    ADAPTER_CONFIG,
     check_adapter,
     description_folder,
     has_tokenizer,
@@ -186,113 +184,18 @@ def load_responder(source: ModelSource, config: ModelConfig, device: torch.devic
     return causal_lm.eval()
 
 
-class Generator(Protocol):
-    """A loaded model that generates."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        """Return a sample for each request, in their order."""
+Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
+"""Returns a sample for each request, in their order."""
 
 
-def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
-    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights."""
-    is_installed = importlib.util.find_spec("vllm") is not None
-    if engine is Engine.vllm and not is_installed:
-        raise ConfigError(
-            "vLLM is not installed",
-            where="pairs.engine",
-            got="vllm",
-            remedy="install it, or set pairs.engine=transformers",
-        )
-    if engine is not Engine.auto:
-        return engine
-    return (
-        Engine.vllm if is_installed and not quantized and torch.cuda.is_available() else Engine.transformers
-    )
-
-
-def open_generator(
-    responder: Responder, engine: Engine, config: RunConfig, device: torch.device
-) -> Generator:
-    """Load a responder's weights into an engine."""
-    if engine is Engine.vllm:
-        return VllmGenerator(responder, config.model)
+def open_generator(responder: Responder, config: RunConfig, device: torch.device) -> Generate:
+    """Load a responder's weights; return the function that generates with them."""
     causal_lm = load_responder(responder.source, config.model, device)
-    return TransformersGenerator(causal_lm, responder.stop_ids, config.pairs.batch_tokens)
 
+    def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        return generate(causal_lm, requests, sampling, responder.stop_ids, config.pairs.batch_tokens)
 
-@dataclass(frozen=True)
-class TransformersGenerator:
-    """Generates by transformers, in batches of at most `batch_tokens` tokens."""
-
-    causal_lm: Any
-    stop_ids: Collection[int]
-    batch_tokens: int
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        """Return a sample for each request, in their order."""
-        return generate(self.causal_lm, requests, sampling, self.stop_ids, self.batch_tokens)
-
-
-# Values that `max_lora_rank` of vLLM may have (`vllm.config.lora.MaxLoRARanks`, 0.14).
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def lora_options(adapter: Path | None) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM` about the folder of an adapter."""
-    if adapter is None:
-        return {"enable_lora": False}
-    content: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
-    rank = max([content.get("r") or 0, *(content.get("rank_pattern") or {}).values()])
-    refused = [kind for kind in ("use_dora", "modules_to_save") if content.get(kind)]
-    if refused or rank > _LORA_RANKS[-1]:
-        raise ConfigError(
-            "vLLM does not load an adapter of this kind",
-            where="pairs.models",
-            got=f"{adapter}: {', '.join(refused) or f'r={rank}'}",
-            remedy="set pairs.engine=transformers, or merge it: python -m dpo_dist.export export.merge=true",
-        )
-    return {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if rank <= limit)}
-
-
-class VllmGenerator:
-    """Generates by vLLM, which batches by itself; each sample has its own seed.
-
-    The arguments follow vLLM's documentation. This project's tests run it against a stub only.
-    """
-
-    def __init__(self, responder: Responder, config: ModelConfig):
-        import vllm  # noqa: PLC0415  (optional)
-        from vllm.lora.request import LoRARequest  # noqa: PLC0415
-
-        source = responder.source
-        self._stop_ids, self._parameters = responder.stop_ids, vllm.SamplingParams
-        self._adapter = None if source.adapter is None else LoRARequest("adapter", 1, str(source.adapter))
-        self._llm = vllm.LLM(
-            model=str(source.folder),
-            tokenizer=str(source.tokenizer_folder),
-            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype],
-            trust_remote_code=config.trust_remote_code,
-            **lora_options(source.adapter),
-            generation_config="vllm",  # no defaults of the model's folder
-        )
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        """Return a sample for each request, in their order."""
-        parameters = [
-            self._parameters(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k or -1,
-                max_tokens=sampling.max_new_tokens,
-                seed=request.seed(sampling) % 2**31,
-                stop_token_ids=sorted(self._stop_ids),
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests]
-        outputs = self._llm.generate(prompts, parameters, lora_request=self._adapter)
-        return [Sample.of(list(output.outputs[0].token_ids), self._stop_ids) for output in outputs]
+    return samples
 
 
 _FIELD = THOUGHT_FIELDS[0]
@@ -363,7 +266,7 @@ class Answers:
 def respond(
     records: Sequence[PreferenceRecord],
     responder: Responder,
-    generator: Generator,
+    generate_samples: Generate,
     sampling: Sampling,
     numbers: Numbers,
     *,
@@ -379,7 +282,7 @@ def respond(
         for number in wanted
     ]
     try:
-        samples = iter(generator.generate(requests, sampling))
+        samples = iter(generate_samples(requests, sampling))
     except NotFiniteError as fault:
         raise _not_finite(fault.request, records, responder.source.name) from fault
     rows = []

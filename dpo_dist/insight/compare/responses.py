@@ -191,7 +191,7 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             records, numbers = prompts.part(index), Numbers(0, 1)
-            rows = respond(records, self.responder, self, self._sampling, numbers, keeps_ids=True)
+            rows = respond(records, self.responder, self.generate, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
         self._stages.finish(f"responses of {self.name}", parts, part)

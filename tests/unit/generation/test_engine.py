@@ -1,9 +1,7 @@
-"""Arguments for vLLM (a stub), models with adapters, and a function as judge."""
+"""Models with adapters, and a function as judge."""
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,14 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.config.verb_options import Engine
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.judges.judge import FunctionJudge, Judgement, Question, describe_function
 from dpo_dist.generation.judges.score import score
-from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
+from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import (
     Answer,
-    chosen_engine,
     find_model,
-    lora_options,
     open_generator,
     open_responder,
 )
@@ -59,8 +54,8 @@ def test_an_adapter_responds_on_its_base(tmp_path: Path, adapter: Path) -> None:
     for name in (str(adapter), str(adapter.parent / "base")):
         source = find_model(name, config)
         responder = open_responder(source, config)
-        generator = open_generator(responder, Engine.transformers, config, torch.device("cpu"))
-        samples.append(generator.generate([REQUEST], Sampling(12)))
+        generator = open_generator(responder, config, torch.device("cpu"))
+        samples.append(generator([REQUEST], Sampling(12)))
         digests.append(source.digest)
     assert samples[0] != samples[1]
     assert digests[0] != digests[1]
@@ -74,64 +69,6 @@ def test_a_model_whose_responses_end_with_other_tokens_has_another_digest(tmp_pa
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 5]}))
     assert find_model(str(folder), config).digest != before
-
-
-def test_the_arguments_for_vllm(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, **arguments: Any) -> None:
-            seen["model"] = arguments
-
-        def generate(self, prompts: Any, parameters: Any, lora_request: Any) -> Any:
-            seen.update(prompts=prompts, parameters=parameters, lora=lora_request)
-            stop = parameters[0].stop_token_ids[0]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 6, stop])])]
-
-    vllm, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
-    request.LoRARequest = lambda *parts: parts  # type: ignore[attr-defined]
-    stubs = {"vllm": vllm, "vllm.lora": ModuleType("vllm.lora"), "vllm.lora.request": request}
-    for name, module in stubs.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    config = configured(tmp_path, adapter.parent / "base")
-    responder = open_responder(find_model(str(adapter), config), config)
-    generator = open_generator(responder, Engine.vllm, config, torch.device("cpu"))
-    assert generator.generate([REQUEST], Sampling(9, 0.7, 0.9, seed=2)) == [Sample([5, 6], True, 2)]
-    assert (seen["model"]["model"], seen["model"]["dtype"]) == (str(adapter.parent / "base"), "float32")
-    assert seen["model"]["enable_lora"]
-    assert seen["model"]["max_lora_rank"] == 8
-    assert seen["lora"] == ("adapter", 1, str(adapter))
-    assert seen["prompts"] == [{"prompt_token_ids": list(range(40, 50))}]
-    given = seen["parameters"][0]
-    assert (given.temperature, given.top_p, given.top_k, given.max_tokens) == (0.7, 0.9, -1, 9)
-    assert set(given.stop_token_ids) == responder.stop_ids
-
-
-@pytest.mark.parametrize(
-    ("content", "limit"),
-    [({"r": 17}, 32), ({"r": 4, "rank_pattern": {"q_proj": 65}}, 128), ({"r": 512}, 512)],
-)
-def test_vllm_makes_room_for_the_rank_of_an_adapter(
-    content: dict[str, Any], limit: int, tmp_path: Path
-) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    assert lora_options(tmp_path) == {"enable_lora": True, "max_lora_rank": limit}
-    assert lora_options(None) == {"enable_lora": False}
-
-
-@pytest.mark.parametrize("content", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"r": 600}])
-def test_an_adapter_that_vllm_does_not_load_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8} | content))
-    with pytest.raises(ConfigError, match="does not load") as raised:
-        lora_options(tmp_path)
-    assert next(iter(content)) in raised.value.got
-
-
-def test_vllm_that_is_not_installed_is_refused() -> None:
-    assert chosen_engine(Engine.auto) is Engine.transformers
-    with pytest.raises(ConfigError, match="not installed"):
-        chosen_engine(Engine.vllm)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +132,6 @@ def test_a_sharded_checkpoint_responds_as_the_whole_one(tmp_path: Path) -> None:
     samples = []
     for folder in (whole, sharded):
         responder = open_responder(find_model(str(folder), config), config)
-        generator = open_generator(responder, Engine.transformers, config, torch.device("cpu"))
-        samples.append(generator.generate([REQUEST], Sampling(12)))
+        generator = open_generator(responder, config, torch.device("cpu"))
+        samples.append(generator([REQUEST], Sampling(12)))
     assert samples[0] == samples[1]

@@ -38,9 +38,8 @@ def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, list[str]]:
     return file, said
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
-def test_the_trainer_reads_the_pairs_with_their_scores(tmp_path: Path, name: str) -> None:
-    file, _ = make(tmp_path, SCORED, PAIR, output=name)
+def test_the_trainer_reads_the_pairs_with_their_scores(tmp_path: Path) -> None:
+    file, _ = make(tmp_path, SCORED, PAIR)
     first, second = (record for record in read_records(str(file)) if isinstance(record, PreferenceRecord))
     assert (first.response_texts, first.scores) == (("b", "c"), (9.0, 1.0))
     assert [turn.content for turn in first.prompt] == ["name a colour"]  # type: ignore[union-attr]
@@ -127,31 +126,15 @@ HH = {
 }
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
-@pytest.mark.parametrize("records", [[CHAT] * 1030 + [WITH_TOOLS, CHAT], [HH, PLAIN]])
-def test_no_field_of_a_record_is_lost(tmp_path: Path, name: str, records: list[Any]) -> None:
-    file, _ = make(tmp_path, *records, output=name)
+@pytest.mark.parametrize("records", [[CHAT, WITH_TOOLS, CHAT], [HH, PLAIN]])
+def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> None:
+    file, _ = make(tmp_path, *records)
     for before, after in zip(
         read_records(str(tmp_path / "records.jsonl")), read_records(str(file)), strict=True
     ):
         assert isinstance(before, PreferenceRecord)
         assert isinstance(after, PreferenceRecord)
         assert replace(after, origin=before.origin) == before
-
-
-@pytest.mark.parametrize("records", [[PLAIN, SCORED], [SCORED, HH]])
-def test_texts_and_messages_are_refused_in_one_table(tmp_path: Path, records: list[Any]) -> None:
-    with pytest.raises(DataError, match="do not fit into one table"):
-        make(tmp_path, *records, output="pairs.parquet")
-    assert not (tmp_path / "pairs.parquet").exists()
-
-
-def test_files_of_two_kinds_have_each_a_summary(tmp_path: Path) -> None:
-    make(tmp_path, SCORED)
-    make(tmp_path, SCORED, margin=1, output="pairs.parquet")
-    make(tmp_path, SCORED)
-    with pytest.raises(ConfigError, match="other settings"):
-        make(tmp_path, SCORED, margin=1)
 
 
 def test_records_without_scores_are_counted(tmp_path: Path) -> None:

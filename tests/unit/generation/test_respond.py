@@ -36,9 +36,8 @@ def without_template() -> PreTrainedTokenizerFast:
 def sampled(text: str, *, finished: bool = True) -> tuple[Answer, list[int]]:
     tokenizer = without_template()
     ids = tokenizer(text)["input_ids"]
-    generator = SimpleNamespace(generate=lambda *_: [Sample(ids, finished)])
     responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
-    (row,) = respond([DIALOGUE], responder, generator, Sampling(50), Numbers(0, 1))  # type: ignore[arg-type]
+    (row,) = respond([DIALOGUE], responder, lambda *_: [Sample(ids, finished)], Sampling(50), Numbers(0, 1))
     return row.answers[0], ids
 
 
@@ -73,9 +72,9 @@ def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], An
     """Samples of a chat model with these texts, their tokens, and the tokenizer."""
     tokenizer = tokenizer_of(family)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    generator: Any = SimpleNamespace(generate=lambda *_: [Sample(each, True) for each in ids])
+    samples = [Sample(each, True) for each in ids]
     responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
-    (row,) = respond([CHAT], responder, generator, Sampling(50), Numbers(0, len(texts)))
+    (row,) = respond([CHAT], responder, lambda *_: samples, Sampling(50), Numbers(0, len(texts)))
     return row.answers, ids, tokenizer
 
 
@@ -89,15 +88,14 @@ def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], An
         ("deepseek_r1_distill", "add\n</think>\n\nfour", "subtract\n</think>\n\nzero"),
     ],
 )
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
 def test_thoughts_are_trained_as_they_were_generated(
-    tmp_path: Path, family: str, chosen: str, rejected: str, name: str
+    tmp_path: Path, family: str, chosen: str, rejected: str
 ) -> None:
     samples, ids, tokenizer = chatted(family, chosen, rejected)
     assert [sample.same_ids for sample in samples] == [True, True]
     sides = samples[0].response, samples[1].response
-    write(tmp_path / name, [pair_fields(CHAT, sides, None, {})])
-    (record,) = read_records(str(tmp_path / name))
+    write(tmp_path / "pairs.jsonl", [pair_fields(CHAT, sides, None, {})])
+    (record,) = read_records(str(tmp_path / "pairs.jsonl"))
     assert isinstance(record, PreferenceRecord)
     example = encode_pair(record, tokenizer, WIDE)
     assert isinstance(example, EncodedExample)
@@ -120,7 +118,7 @@ def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     source: Any = SimpleNamespace(name="my_model")
     responder = Responder(source, tokenizer, WIDE, frozenset(), None)
-    generator: Any = SimpleNamespace(generate=fail)
+    generator: Any = fail
     with pytest.raises(ConfigError) as caught:
         respond([CHAT], responder, generator, Sampling(5), Numbers(4, 2))
     assert caught.value.where == "my_model, sample 5 of the prompt of here:1"

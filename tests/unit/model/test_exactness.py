@@ -436,7 +436,7 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     model = settled(load(ship_code(folder, "dropout"), dtype))
     assert model.arrangement is PACKED
     with pytest.raises(ConfigError, match="others in training mode") as raised:
-        check_training(CheckedModel(model, model, CPU, 64))
+        check_training(settle(CheckedModel(model, model, CPU, 64)))
     assert "nats" in raised.value.got
 
 
@@ -452,10 +452,10 @@ def test_products_with_int8_weights_are_not_rounded_in_training_on_cpus(is_int8:
         return logps if model.training else 1.02 * logps - 0.02 * logps.mean()
 
     if is_int8:
-        check_training(CheckedModel(model, score, CPU, 64))
+        check_training(settle(CheckedModel(model, score, CPU, 64)))
     else:
         with pytest.raises(ConfigError, match="others in training mode"):
-            check_training(CheckedModel(model, score, CPU, 64))
+            check_training(settle(CheckedModel(model, score, CPU, 64)))
 
 
 def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
@@ -473,27 +473,14 @@ def test_a_model_that_fails_in_training_mode_is_refused(folder: Path) -> None:
         def agree(fault: str, _seconds: float | None = None) -> str:
             return fault or elsewhere
 
+        trial = settle(CheckedModel(model, model, CPU, 64))
+        trial.checked = dataclasses.replace(trial.checked, agree=agree)
         with pytest.raises(ConfigError, match="cannot score a sequence of tokens in training mode") as raised:
-            check_training(CheckedModel(model, model, CPU, 64, agree=agree))
+            check_training(trial)
         return raised.value
 
     assert "labels are missing" in check("labels are missing", "").got
     assert "an error of rank 1" in check("", "an error of rank 1").got
-
-
-def test_rounding_that_cannot_be_measured_explains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding of a model may be another kind of module than the trial can change."""
-    model, attend = in_16_bits("mistral", 0, sliding_window=16), SegmentAttention.__call__
-
-    def wrong(self: SegmentAttention, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        return attend(self, query, key, value, window_of(17, scores))
-
-    def missing() -> None:
-        raise NotImplementedError("no embedding")
-
-    monkeypatch.setattr(SegmentAttention, "__call__", wrong)
-    monkeypatch.setattr(model.causal_lm, "get_input_embeddings", missing)
-    assert settled(model).arrangement is PADDED
 
 
 def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
@@ -514,7 +501,7 @@ def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
 
 def test_a_model_without_noise_is_the_same_in_training_mode(folder: Path) -> None:
     model = settled(load(folder, Dtype.bf16))
-    check_training(CheckedModel(model, model, CPU, 64))
+    check_training(settle(CheckedModel(model, model, CPU, 64)))
     assert model.training
 
 
