@@ -11,7 +11,7 @@ from dpo_dist.generation.pairs.prompts import encode_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
 from tests.support.pairs import WIDE, encode, reason_against, texts
-from tests.unit.data.test_real_templates import ANSWER, CALL, DOUBT, QUESTION, RESULT, SYSTEM, Oracle, as_dict
+from tests.unit.data.test_real_templates import ANSWER, DOUBT, QUESTION, SYSTEM, Oracle, as_dict
 
 HERE = Origin("here", 1)
 OFF: dict[str, Any] = {"enable_thinking": False}
@@ -101,19 +101,6 @@ def encode_or_reason(record: PreferenceRecord, tokenizer: PreTrainedTokenizerFas
     return prompt, following, found.changes
 
 
-def test_special_tags_of_thoughts_are_written_by_the_assistant_only() -> None:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny._byte_level(["<|im_start|>", "<|im_end|>", "<think>", "</think>"]),
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
-        chat_template=tiny.CHATML,
-    )
-    opening = tokenizer.convert_tokens_to_ids("<think>")
-    found = encode(pair(SPELLED, "No.", prompt=(Message("user", "Why <think>?"),)), tokenizer)
-    assert found.responses[0].tolist().count(opening) == 1
-    assert opening not in found.prompt_ids
-
-
 def test_a_control_token_in_an_opened_thought_before_a_call_is_text() -> None:
     tokenizer = tokenizer_of("deepseekv3")
     called = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
@@ -190,13 +177,6 @@ def test_a_system_text_that_the_template_omits_is_counted() -> None:
     assert "content_not_rendered" not in encode(pair("a", "b"), without).changes
 
 
-@pytest.mark.parametrize("family", ["llama3_1", "gptoss", "mistral", "qwen3"])
-def test_a_result_that_the_template_writes_as_json_is_rendered(family: str) -> None:
-    result = replace(RESULT, content='{"rain": "Zürich\n"}')
-    record = pair("Rain.", "No.", prompt=(QUESTION, CALL, result))
-    assert "content_not_rendered" not in encode(record, tokenizer_of(family)).changes
-
-
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "mistral", "gptoss", "phi3", "smollm3"])
 def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None:
     tokenizer, record = tokenizer_of(family), pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
@@ -208,19 +188,3 @@ def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None
             "",
             "<|endoftext|>",
         )
-
-
-def test_a_template_may_refuse_a_response_after_an_assistant_turn() -> None:
-    record = pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
-    assert reason_against(record, tokenizer_of("gemma3")) == "template_rejected"
-
-
-@pytest.mark.parametrize("starting", [(), (DOUBT,)])
-@pytest.mark.parametrize(("family", "is_other"), [("qwen2_5", False), ("deepseek_r1_distill", True)])
-def test_a_prompt_alone_is_compared_with_that_before_several_turns(
-    starting: Messages, family: str, is_other: bool
-) -> None:
-    sides = tuple((*starting, ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "No."))
-    changes = encode(pair(*sides), tokenizer_of(family)).changes
-    # Only the generation prompt of DeepSeek-R1 opens a thought.
-    assert ("prompt_not_prefix" in changes) is (is_other and not starting)

@@ -62,13 +62,6 @@ def test_a_template_with_a_clock_gives_the_same_ids_tomorrow(monkeypatch: pytest
     assert dated.prompt_ids.tolist()[: len(expected)] == expected
 
 
-def test_every_directive_of_the_clock_is_pinned() -> None:
-    formats = "%Y-%m-%d|%B %-d, %Y|%A %H:%M:%S|%y %j|%-m"
-    tokenizer = tiny.with_template(tiny.qwen(), "{{ strftime_now('" + formats + "') }}" + tiny.CHATML)
-    prompt, *_ = texts(encode(record(CHAT), tokenizer, DataConfig(template_date="2025-03-04")), tokenizer)
-    assert prompt.startswith("2025-03-04|March 4, 2025|Tuesday 00:00:00|25 063|3<|im_start|>")
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -235,18 +228,6 @@ def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) 
     assert pair.prompt_ids.tolist() == [tokenizer.bos_token_id] * (ids[0] != tokenizer.bos_token_id) + ids
     assert [ids[-1] for ids in pair.responses] == [ids[-1] for ids in messages.responses]
     assert pair.prompt_ids.tolist().count(tokenizer.bos_token_id) == prompt.count(bos) + (not with_bos)
-
-
-def test_other_texts_do_not_change_with_an_applied_template() -> None:
-    plain = record("Q: why?\nA:", " so", " no")
-    assert ids_of(encode(plain, tiny.qwen(), APPLIED)) == ids_of(encode(plain, tiny.qwen(), WIDE))
-
-
-def test_marks_are_text_with_template_literal() -> None:
-    pair = encode(record(WRITTEN, "Paris", "Rome"), tiny.qwen())
-    assert tiny.qwen().decode(pair.prompt_ids) == WRITTEN
-    assert tiny.qwen().convert_tokens_to_ids("<|im_start|>") not in pair.prompt_ids
-    assert "templated_text" in pair.changes
 
 
 def opened(folder: Path, rows: list[dict[str, str]], template: TextTemplate) -> dict[str, Any]:
