@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
@@ -187,7 +187,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "truncation": config.truncation,
         "text_as_messages": config.text_as_messages,
         "template_applied": config.template is TextTemplate.applied,
-        "template_date": config.template_date,
+        "template_date": TEMPLATE_DATE,
         "template_arguments": config.template_arguments,
         "trained_roles": sorted(set(config.trained_roles)),
         "untrained": sorted(set(config.untrained)),

@@ -63,20 +63,8 @@ def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
 
 
 def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Check that the chosen template exists, and that a date and arguments for it have an effect.
-
-    Raises:
-        ConfigError: one of them does not.
-    """
+    """Check that the chosen template exists and names the arguments for it. Raises ConfigError."""
     template = chosen_template(tokenizer, config.chat_template) or ""
-    if config.template_date != DataConfig.template_date and _CLOCK not in template:
-        raise ConfigError(
-            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
-            where="data.template_date",
-            got=config.template_date,
-            expected=f"{DataConfig.template_date} (the default)",
-            remedy="remove data.template_date",
-        )
     with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
     check_arguments(config.template_arguments or (), argument_names(template) | argument_names(with_tools))
 
