@@ -54,13 +54,6 @@ _MODEL = (
         _ONE,
     ),
     Rule(
-        "model.compile model.mlp_tile_tokens",
-        lambda c: c.model.compile and c.model.mlp_tile_tokens is not None,
-        "a compiled MLP computes all tokens at once",
-        "set model.mlp_tile_tokens=null or model.compile=false",
-        _ONE,
-    ),
-    Rule(
         "model.compile model.quantization",
         lambda c: c.model.compile and c.model.quantization is not None,
         "torch.compile is not known to be exact with quantized weights",

@@ -300,13 +300,6 @@ class ModelConfig:
         free=True,
         verbs="train",
     )
-    mlp_tile_tokens: int | None = key(
-        None,
-        "Tokens of a tile of an MLP; its wide activations exist for one tile at a time. null: no tiles.",
-        ge=1,
-        free=True,
-        verbs="train precompute evaluate",
-    )
     compile: bool = key(
         False, "torch.compile in decoder layers.", free=True, verbs="train precompute evaluate"
     )

@@ -178,7 +178,6 @@ def _on_cpu(model: ModelConfig) -> ModelConfig:
         liger=False,
         compile=False,
         activation_offload=False,
-        mlp_tile_tokens=None,
     )
 
 

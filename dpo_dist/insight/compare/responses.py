@@ -150,7 +150,6 @@ class Speaker:
             self._config.model,
             gradient_checkpointing="none",
             activation_offload=False,
-            mlp_tile_tokens=None,
             adapter=None,
             compile=False,
             liger=False,

@@ -27,7 +27,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
     ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
-    ({"model.compile": True, "model.mlp_tile_tokens": 64}, "model.compile, model.mlp_tile_tokens"),
     ({"model.activation_offload": True}, "model.activation_offload, model.gradient_checkpointing"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
     ({"loss.router.aux_coefficient": "own"}, "loss.router.aux_coefficient"),

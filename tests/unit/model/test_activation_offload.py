@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import ARCHITECTURES
-from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.memory import check_offload, offload_inputs
+from dpo_dist.model.layers import check_offload, checkpoint_layers, offload_inputs
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
