@@ -190,7 +190,7 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
     """
     root = Path(folder)
     found = map(read_fingerprint, fingerprint_folders(root))
-    return [(each, LogpStore.read_only(root, [each])) for each in found if each is not None]
+    return [(each, LogpStore(root, [each])) for each in found if each is not None]
 
 
 def stored_pair_logps(

@@ -58,12 +58,7 @@ _STEPS_TO_DOUBLE = 1000
 
 @dataclass(frozen=True)
 class LossScale:
-    """A power of two, by which the loss of a step is multiplied.
-
-    Attributes:
-        value: the factor.
-        applied: updates since it last changed.
-    """
+    """A power of two, by which the loss of a step is multiplied, and the updates since it last changed."""
 
     value: float = START
     applied: int = 0
@@ -80,30 +75,6 @@ class LossScale:
     def can_fall(self) -> bool:
         """Whether a smaller scale may help against an overflow."""
         return self.value > _LOWEST
-
-
-@dataclass(frozen=True)
-class Averages:
-    """Averages of the flat float32 tensors that an optimizer updates, each on the device of its tensor.
-
-    Attributes:
-        of_masters: average by tensor, float32.
-        decay: share of the average that an update keeps.
-    """
-
-    of_masters: dict[Tensor, Tensor]
-    decay: float
-
-    @classmethod
-    def of(cls, masters: Iterable[Tensor], decay: float) -> "Averages":
-        """Return averages that begin with the values of this moment."""
-        return cls({master: master.detach().clone() for master in masters}, decay)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move each average towards its weights: decay * average + (1 - decay) * weight; not collective."""
-        for master, average in self.of_masters.items():
-            average.lerp_(master, 1 - self.decay)
 
 
 STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
@@ -191,9 +162,9 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
 
     DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
-    weights in that order. It keeps one record per model. A forward in another order discards the record, and
-    recording again takes two forwards without prefetch and several collective comparisons. A policy has
-    forwards of different orders: with gradients, without them, without its adapter, and in generation.
+    weights in that order. A forward in another order discards the record, and recording again takes two
+    forwards without prefetch and several collective comparisons. A policy has forwards of different orders:
+    with gradients, without them, without its adapter, and in generation.
 
     A forward of one kind can add weights to those that a module gathers in every kind: a layer reads the
     weights of its active adapter, and DeepSpeed registers them as the layer's own. Orders recorded before
@@ -305,14 +276,10 @@ def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
 
 
 def with_nvme(frozen: dict[str, Any], folder: Path, largest_shard: int) -> dict[str, Any]:
-    """Return `frozen_config` with its weights in `folder`, read when they are needed.
+    """Return `frozen_config`, with offload, with its weights in `folder`, which this process uses alone.
 
-    DeepSpeed reads shards into a few buffers in host memory, and fails where a shard is larger than a buffer.
-
-    Args:
-        frozen: from `frozen_config`, with offload.
-        folder: used by this process alone.
-        largest_shard: elements of the largest weight that one process has.
+    DeepSpeed reads shards into a few buffers in host memory, and fails where a shard is larger than a buffer
+    (`largest_shard` elements).
     """
     offload = frozen["zero_optimization"]["offload_param"]
     return _with_zero(
@@ -362,50 +329,81 @@ SHARDS = "engine"
 """The folder of the policy's slices in a checkpoint."""
 
 
-class FrozenEngine:
-    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
+class Engine:
+    """A model that scores micro-batches: as it is, or sharded by DeepSpeed."""
 
-    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
-        self.model, self._folder = model, folder
-        model.requires_grad_(False)
-        gather_at_once(model)
-        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
-        self._engine.eval()
+    def __init__(self, model: PackedCausalLM, engine: Any):
+        self.model, self._engine = model, engine
+
+    @property
+    def _shards_weights(self) -> bool:
+        shards = getattr(self._engine, "zero_optimization_partition_weights", None)
+        return shards is not None and bool(shards())
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return dist.get_world_size() > 1 and self._shards_weights
+
+    @property
+    def causal_lm(self) -> Any:
+        """Return the transformers model of the engine; its tensors may be sharded."""
+        return self.model.causal_lm
 
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
+        """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
         size = size_in_words(batch.layout, self.model.arrangement)
         with explain_out_of_memory(f"scoring {size}", REFERENCE_REMEDY):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
-    @property
-    def causal_lm(self) -> Any:
-        """Return the transformers model of the engine; its tensors are sharded."""
-        return self._engine.module.causal_lm
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates, `of_base` without the adapter.
 
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether each forward is collective: weights are gathered from all ranks."""
-        return dist.get_world_size() > 1 and bool(self._engine.zero_optimization_partition_weights())
+        Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
+        same number of forwards in the block.
+        """
+        with (
+            adapter_off(self.model) if of_base else contextlib.nullcontext(),
+            explain_out_of_memory(
+                "generating samples", "lower samples.batch_tokens or samples.max_new_tokens"
+            ),
+            self.model.unpacked() as causal_lm,
+            torch.no_grad(),
+        ):
+            yield causal_lm
+
+
+class FrozenEngine(Engine):
+    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
+
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
+        model.requires_grad_(False)
+        gather_at_once(model)
+        engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        engine.eval()
+        super().__init__(model, engine)
+        self._folder = folder
 
     @contextlib.contextmanager
     def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
-        if self._engine.zero_optimization_partition_weights():
+        """See `Engine.generating`."""
+        if self._shards_weights:
             record_gather_orders(self._engine, self._engine.optimizer)
-        with _generating(self._engine.module, of_base=of_base) as causal_lm:
+        with super().generating(of_base=of_base) as causal_lm:
             yield causal_lm
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         wait_for_device()
         self._engine.destroy()
-        for weight in self._engine.module.parameters():
+        weight: Any
+        for weight in self.model.parameters():
             if weight.nvme_swapper is not None:
                 weight.nvme_swapper.buffers = None
-        empty_module(self._engine.module)
+        empty_module(self.model)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
@@ -414,7 +412,7 @@ class FrozenEngine:
         return_memory()
 
 
-class PolicyEngine:
+class PolicyEngine(Engine):
     """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
     Args:
@@ -431,22 +429,24 @@ class PolicyEngine:
     def __init__(
         self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
     ):
-        self.model, self._world = model, world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         gather_at_once(model)
         reduce_at_once(model, zero["stage"])
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        self._engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
-        self._backwards, self._current = 0, ("", "")
-        if self._engine.zero_optimization_partition_weights():
+        engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
+        super().__init__(model, engine)
+        self._world, self._backwards, self._current = world, 0, ("", "")
+        if self._shards_weights:
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
-        self._averages, self._kind = Averages({}, 0.0), optim.kind
-        _check_lengths(self._engine.optimizer.optimizer, self._slices().masters())
+        self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
+        self._kind, self._ema_decay = optim.kind, ema_decay
+        masters = self._slices().masters()
+        _check_lengths(self._engine.optimizer.optimizer, masters)
         if ema_decay is not None:
-            self._averages = Averages.of(self._slices().masters(), ema_decay)
+            self._averages = {master: master.detach().clone() for master in masters}
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -469,28 +469,16 @@ class PolicyEngine:
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
         """Return `token_logps` of the base model, without the adapter."""
-        with adapter_off(self._engine.module):
+        with adapter_off(self.model):
             return self.token_logps(batch)
-
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether each forward is collective: weights are gathered from all ranks."""
-        return self._world.size > 1 and bool(self._engine.zero_optimization_partition_weights())
 
     @contextlib.contextmanager
     def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """Yield the transformers model in a state in which it generates.
-
-        Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
-        same number of forwards in the block.
-
-        Args:
-            of_base: generate without the adapter.
-        """
+        """See `Engine.generating`."""
         was_training = self._engine.training
         self.train(False)
         try:
-            with _generating(self._engine.module, of_base=of_base) as causal_lm:
+            with super().generating(of_base=of_base) as causal_lm:
                 yield causal_lm
         finally:
             self.train(was_training)
@@ -528,7 +516,8 @@ class PolicyEngine:
         if not is_applied:
             _drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
-        self._averages.update()
+        for master, average in self._averages.items():
+            average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def set_loss_scale(self, scale: LossScale | None) -> None:
@@ -540,7 +529,7 @@ class PolicyEngine:
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        states = STATES_OF_ADAM[self._kind] + bool(self._averages.of_masters)
+        states = STATES_OF_ADAM[self._kind] + bool(self._averages)
         return ModelSlices(SHARDS, list(slices), slices.step, states)
 
     def load_shards(self, folder: Path) -> None:
@@ -557,7 +546,7 @@ class PolicyEngine:
 
     def _slices(self) -> OptimizerSlices:
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
-        return OptimizerSlices(self._engine, names, self._world.rank, self._averages.of_masters)
+        return OptimizerSlices(self._engine, names, self._world.rank, self._averages)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks.
@@ -565,7 +554,7 @@ class PolicyEngine:
         Without an adapter, buffers and weights that the architecture does not train are among them.
         """
         is_adapted = bool(adapted_layers(self.causal_lm))
-        if self._engine.zero_optimization_partition_weights():
+        if self._shards_weights:
             weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
         else:
             weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
@@ -575,33 +564,17 @@ class PolicyEngine:
         added = dict(self.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
         return {name: tensor for name, tensor in whole.items() if name not in added}
 
-    @property
-    def causal_lm(self) -> Any:
-        """Return the transformers model of the engine; its tensors may be sharded."""
-        return self._engine.module.causal_lm
-
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         wait_for_device()
         optimizer = self._engine.optimizer
         self._engine.destroy()
-        empty(list(self._averages.of_masters.values()))
+        empty(list(self._averages.values()))
         empty(vars(optimizer))
         empty(vars(getattr(optimizer, "optimizer", optimizer)))
-        empty_module(self._engine.module)
+        empty_module(self.model)
         del self._engine
         return_memory()
-
-
-@contextlib.contextmanager
-def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
-    with (
-        adapter_off(model) if of_base else contextlib.nullcontext(),
-        explain_out_of_memory("generating samples", "lower samples.batch_tokens or samples.max_new_tokens"),
-        model.unpacked() as causal_lm,
-        torch.no_grad(),
-    ):
-        yield causal_lm
 
 
 def _drop_gradients(optimizer: Any) -> None:

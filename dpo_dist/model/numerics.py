@@ -45,23 +45,25 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         "attention": backend.value,
         "device": device.type,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
-        "transformers": transformers.__version__,
+        "torch": _minor(torch.__version__),
+        "transformers": _minor(transformers.__version__),
     }
     if backend is AttentionBackend.flash_attention_2:
-        profile["flash_attn"] = importlib.metadata.version("flash-attn")
+        profile["flash_attn"] = _minor(importlib.metadata.version("flash-attn"))
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"
     if config.quantization is not None:
-        version = importlib.metadata.version("bitsandbytes")
+        version = _minor(importlib.metadata.version("bitsandbytes"))
         profile["quantization"] = f"{config.quantization} by bitsandbytes {version}"
     if config.compile:
         profile["compile"] = "inductor"
     if config.liger:
-        profile["liger"] = importlib.metadata.version("liger-kernel")
+        profile["liger"] = _minor(importlib.metadata.version("liger-kernel"))
     if device.type == "cuda":
         matmul = torch.backends.cuda.matmul
-        profile["gpu"] = torch.cuda.get_device_name(device)
+        # Kernels are chosen by these, not by the name under which a GPU is sold.
+        gpu = torch.cuda.get_device_properties(device)
+        profile["gpu"] = f"sm_{gpu.major}{gpu.minor} with {gpu.multi_processor_count} multiprocessors"
         profile["cuda"] = str(torch.version.cuda)
         profile["bf16_reduction"] = str(matmul.allow_bf16_reduced_precision_reduction)
         if config.dtype is Dtype.fp16:
@@ -69,6 +71,11 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
     if device.type == "cpu":
         profile["cpu"] = torch.backends.cpu.get_cpu_capability()
     return profile
+
+
+def _minor(version: str) -> str:
+    """Return a version without its patch: "2.12" of "2.12.1+cu126"."""
+    return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:

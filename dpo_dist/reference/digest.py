@@ -4,6 +4,7 @@ Weights are digested as files, never as live tensors, which are empty under ZeRO
 `ModelFiles.check_unchanged` checks that no file has changed since the digest.
 """
 
+import contextlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -45,26 +46,19 @@ class ModelFiles:
         return text_digest(json.dumps(parts))
 
     def check_unchanged(self) -> None:
-        """Check after loading that no file has changed since it was digested.
-
-        A file that was replaced and put back counts as changed, because its times differ.
+        """Check after loading that no file has changed since it was digested; one put back has changed too.
 
         Raises:
             ReferenceModelError: a file has changed.
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             now = pool.map(_identity_or_none, self.identities)
-            changed = [
-                file.name
-                for (file, then), is_now in zip(self.identities.items(), now, strict=True)
-                if then != is_now
-            ]
-        if changed:
+        pairs = zip(self.identities.items(), now, strict=True)
+        if changed := [file.name for (file, then), is_now in pairs if then != is_now]:
             raise ReferenceModelError(
                 "the model's files changed while the model was loaded",
                 where=str(self.folder),
                 got=", ".join(changed),
-                expected="the files that were digested before",
                 remedy="start again when no process writes to the folder",
             )
 
@@ -94,16 +88,16 @@ def digest_model(
     code = [folder / CONFIG_FILE, *sorted(own_code)]
     weights = weight_files(folder) if with_weights else []
     added = [] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
-    files = [*code, *weights, *added]
+    names = {file: file.relative_to(folder).as_posix() for file in [*code, *weights]}
+    names |= {file: f"adapter/{file.name}" for file in added}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        known = dict(zip(files, pool.map(lambda f: _digest(f, memo), files), strict=True))
+        identities = dict(zip(names, pool.map(_identity, names), strict=True))
+        digests = dict(zip(names, pool.map(lambda file: remembered_digest(file, memo), names), strict=True))
     return ModelFiles(
         folder,
-        {_name(file, folder): known[file][1] for file in code}
-        | {f"adapter/{file.name}": known[file][1] for file in added}
-        | {"classes": _classes(folder, remote_code)},
-        {_name(file, folder): known[file][1] for file in weights},
-        {file: identity for file, (identity, _) in known.items()},
+        {names[file]: digests[file] for file in [*code, *added]} | {"classes": _classes(folder, remote_code)},
+        {names[file]: digests[file] for file in weights},
+        identities,
         adapter,
     )
 
@@ -121,11 +115,9 @@ def digest_on_every_node(
 
     Args:
         folder: the model folder; each node may have its own copy.
-        store: as in `digest_model`.
-        remote_code: as in `digest_model`.
+        store: as in `digest_model`; so are `remote_code` and `adapter`.
         loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
         while_waiting: called with the seconds so far.
-        adapter: as in `digest_model`.
 
     Returns:
         The digests of rank 0; `identities` is empty on ranks whose files another rank of their node checks.
@@ -145,38 +137,26 @@ def digest_on_every_node(
         return digest(with_weights=loads_whole)
 
     mine = world.together(digest_here, while_waiting)
-    _check_alike(main, world.gather((mine.code, mine.weights if loads_whole else main.weights)), world)
-    return replace(mine, weights=main.weights)
-
-
-def _check_alike(
-    main: ModelFiles, everywhere: list[tuple[dict[str, str], dict[str, str]]], world: World
-) -> None:
     wanted = main.code | main.weights
     differing = []
-    for rank, (code, weights) in enumerate(everywhere):
-        here = code | weights
-        names = sorted(name for name in wanted.keys() | here.keys() if wanted.get(name) != here.get(name))
-        if names:
+    for rank, here in enumerate(world.gather(mine.code | (mine.weights if loads_whole else main.weights))):
+        if names := sorted({name for name, _ in wanted.items() ^ here.items()}):
             differing.append(f"{world.peers[rank].host} (rank {rank}): {', '.join(names[:5])}")
     if differing:
         raise ReferenceModelError(
             "nodes have different files of the same model",
-            where=str(main.folder),
+            where=str(folder),
             got="; ".join(differing),
             expected=f"the files of {world.peers[0].host} (rank 0)",
             remedy="copy the same model to every node, or put it on a file system that all nodes share",
         )
+    return replace(mine, weights=main.weights)
 
 
 def model_label(path: str, folder: Path) -> str:
     """Return a model's name for people: its configured path, with the commit of a snapshot from the hub."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return f"{path}@{folder.name}" if is_snapshot else path
-
-
-def _name(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
 
 
 def _classes(folder: Path, remote_code: bool) -> str:
@@ -195,10 +175,9 @@ def _classes(folder: Path, remote_code: bool) -> str:
     return text
 
 
-def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
-    """Return a file's identity and the digest of its content, remembered or computed now."""
+def _identity(file: Path) -> str:
     try:
-        identity = file_identity(file)
+        return file_identity(file)
     except OSError as error:
         raise ConfigError(
             "a file of the model cannot be read",
@@ -206,11 +185,9 @@ def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
             got=str(error),
             remedy="check its permissions, or download the model again",
         ) from error
-    return identity, remembered_digest(file, memo)
 
 
 def _identity_or_none(file: Path) -> str | None:
-    try:
+    with contextlib.suppress(OSError):
         return file_identity(file)
-    except OSError:
-        return None
+    return None

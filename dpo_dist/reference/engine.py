@@ -1,25 +1,22 @@
 """The reference model, loaded for scoring: sharded, offloaded or quantized; freed when done."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.kernels import own_folder
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.processes import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
+    Engine,
     FrozenEngine,
     frozen_config,
     sharded_loading,
@@ -31,28 +28,11 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
 from dpo_dist.model.folder import has_tokenizer
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer
-from dpo_dist.model.lora import adapter_off, load_adapter
+from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.digest import ModelFiles
 
-
-class Engine(Protocol):
-    """A model that scores micro-batches."""
-
-    @property
-    def model(self) -> PackedCausalLM:
-        """Return the model."""
-        ...
-
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether each forward is collective."""
-        ...
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return log-probs of every target, float32 [targets]."""
-        ...
+log = logging.getLogger(__name__)
 
 
 def settle_engine(
@@ -65,8 +45,7 @@ def settle_engine(
         max_length: the longest prompt plus response, in tokens.
         world: of the ranks.
         key: the configuration key to name in an error.
-        trains: whether the model is trained; then its log-probs in training mode and, of several
-            ranks, the weights that sequences use are checked, too.
+        trains: also check its log-probs in training mode and, of several ranks, the weights in use.
 
     Raises:
         ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
@@ -85,7 +64,6 @@ def settle_engine(
                 "the model's forward fails on one rank, and the others wait for it",
                 where=key,
                 got=f"{world.peers[world.rank]}: {fault}",
-                expected="the same on all ranks",
                 remedy="see the traceback in this rank's log; compare devices, drivers and packages of the "
                 "hosts, and remove what depends on the rank from the model's own code",
             ) from None
@@ -105,15 +83,9 @@ def settle_engine(
 def check_same_vocabulary(
     folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
 ) -> None:
-    """Check that a model has the policy's token ids, for the same tokens.
+    """Check that the model of `key` has the policy's token ids, for the same tokens.
 
     Without a tokenizer in its folder only the number of ids is compared.
-
-    Args:
-        folder: of the model.
-        tokenizer: the policy's.
-        config: the policy's.
-        key: that names the model.
 
     Raises:
         ConfigError: the model has fewer token ids, or other tokens for them.
@@ -126,7 +98,6 @@ def check_same_vocabulary(
             f"the model of {key} has fewer token ids than the tokenizer of model.path",
             where=key,
             got=f"{folder} with {ids} token ids",
-            expected=f"at least {ids_needed}",
             remedy=f"set {key} to a model with the tokenizer of model.path",
         )
     if not has_tokenizer(folder):
@@ -139,12 +110,9 @@ def check_same_vocabulary(
             where=key,
             got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
             f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
-            expected="the tokenizer of model.path, which encoded the pairs",
             remedy=f"set {key} to a model with the tokenizer of model.path",
         )
 
-
-log = logging.getLogger(__name__)
 
 # With hidden size h, training keeps about 63 h bytes of activations per token and layer (measured;
 # arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps one
@@ -158,36 +126,15 @@ def scoring_tokens(config: RunConfig) -> int:
     return config.reference.micro_batch_tokens or _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
 
 
-class QuantizedReference:
+class QuantizedReference(Engine):
     """A quantized reference; ZeRO cannot shard it, so every rank has the whole model."""
 
     def __init__(self, model: PackedCausalLM):
-        self.model = model.eval()
-
-    @torch.no_grad()
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return float32 [targets]; with statistics [1 + n, targets]. Not collective."""
-        logps: Tensor = self.model(batch, tuple(statistics))
-        return logps
-
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether each forward is collective: never."""
-        return False
-
-    @contextlib.contextmanager
-    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
-        with (
-            adapter_off(self.model) if of_base else contextlib.nullcontext(),
-            self.model.unpacked() as causal_lm,
-            torch.no_grad(),
-        ):
-            yield causal_lm
+        super().__init__(model.eval(), model)
 
     def free(self) -> None:
         """Free its memory."""
-        del self.model
+        del self.model, self._engine
         return_memory()
 
 
@@ -235,27 +182,30 @@ def load_scored(
         ConfigError: the model cannot be loaded, or its log-probs are not exact.
     """
     log.info("loading a model to score from %s", folder)
-    engine = _loaded(folder, model_config, config, world, finish, key)
-    settle_engine(engine, config.data.max_length, world, key)
-    return engine
+    placement, length = config.reference, config.data.max_length
 
+    def load() -> PackedCausalLM:
+        model = load_packed(folder, model_config, length, world.device, key, world.sequence)
+        if finish is not None:
+            finish(model)
+        return model
 
-def _loaded(
-    folder: Path,
-    model_config: ModelConfig,
-    config: RunConfig,
-    world: World,
-    finish: Callable[[PackedCausalLM], None] | None,
-    key: str,
-) -> ReferenceEngine:
-    length = config.data.max_length
+    engine: ReferenceEngine
     if model_config.quantization is not None:
         with whole_loading(world):
-            model = load_packed(folder, model_config, length, world.device, key, world.sequence)
-            if finish is not None:
-                finish(model)
-            return QuantizedReference(model)
-    return _load_sharded(folder, model_config, config, world, finish, key)
+            engine = QuantizedReference(load())
+    else:
+        deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
+        if placement.nvme_path is not None:
+            own = own_folder(placement.nvme_path, world)
+            largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
+            deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
+        with sharded_loading(world, deepspeed_config):
+            model = load()
+        world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
+        engine = FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
+    settle_engine(engine, length, world, key)
+    return engine
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -267,28 +217,6 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
     engine = load_reference(files, config, world)
     world.together(files.check_unchanged)
     return engine
-
-
-def _load_sharded(
-    folder: Path,
-    model_config: ModelConfig,
-    config: RunConfig,
-    world: World,
-    finish: Callable[[PackedCausalLM], None] | None,
-    key: str,
-) -> FrozenEngine:
-    placement, length = config.reference, config.data.max_length
-    deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
-    if placement.nvme_path is not None:
-        own = own_folder(placement.nvme_path, world)
-        largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-        deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
-    with sharded_loading(world, deepspeed_config):
-        model = load_packed(folder, model_config, length, world.device, key, world.sequence)
-        if finish is not None:
-            finish(model)
-    world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-    return FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
 
 
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:

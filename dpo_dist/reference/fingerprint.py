@@ -4,13 +4,12 @@ The store has one folder for each fingerprint, named by its digest; entries in t
 exact token ids. Imports no torch.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.files import read_small
+from dpo_dist.foundation.files import read_small, text_digest
 
 # Raised when the code that computes log-probs changes their digits, which
 # tests/unit/reference/test_scoring_digits.py detects.
@@ -42,8 +41,7 @@ class ReferenceFingerprint:
     @property
     def name(self) -> str:
         """Folder name: digest of reference, profile and versions; 32 hex digits."""
-        content = json.dumps(self._identity(), sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return text_digest(json.dumps(self._identity(), sort_keys=True))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `space.json`."""
@@ -66,7 +64,7 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """
     try:
         content = json.loads(read_small(folder / FINGERPRINT_FILE))
-        found = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
+        found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
         return found if found.as_dict() == content and found.name == folder.name else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -4,6 +4,7 @@ Log-probs of every numerics profile of the reference are used: they differ by ro
 matter for statistics of the data.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.folder import description_folder
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance import fingerprint_folders
+from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
 
 _EXAMPLES_AT_ONCE = 1 << 12
@@ -66,41 +68,30 @@ def find_stored(config: RunConfig) -> LogpStore | None:
         if each.reference == digest and each.profile.get("quantization", "").split(" ")[0] == bits
     ]
     own.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
-    store = LogpStore.read_only(root, own) if own else None
-    return store if store is not None and len(store) else None
+    store = LogpStore(root, own) if own else None
+    return store or None  # its length counts
 
 
 def stored_sums(store: LogpStore, dataset: PreferenceDataset) -> StoredSums:
     """Return the summed log-probs of a dataset, as far as they are in `store`."""
-    nothing = np.full(len(dataset), np.nan)
-    found = StoredSums(nothing.copy(), nothing, *_token_counts(dataset))
-    for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
-        examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
-        responses = [dataset.response_range(index) for index in examples]
-        first = responses[0].start
-        values = store.find(np.asarray(dataset.keys[first : responses[-1].stop]))
-        for index, within in zip(examples, responses, strict=True):
-            masks = dataset.masks(index)
-            of_chosen, of_rejected = values[within.start - first], values[within.stop - 1 - first]
-            if of_chosen is not None:
-                found.chosen[index] = _sum(of_chosen, masks[:1])
-            if of_rejected is not None and len(within) > 1:
-                found.rejected[index] = _sum(of_rejected, masks[-1:])
-    return found
-
-
-def _token_counts(dataset: PreferenceDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the tokens that the loss counts in the first and the last response of each example."""
     counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
     stops = np.cumsum(counts)
     tokens = np.asarray(dataset.trained_tokens[:], dtype=np.int64)
-    return tokens[stops - counts], tokens[stops - 1]
+    chosen, rejected = np.full((2, len(dataset)), np.nan)
+    for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
+        examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
+        responses = [dataset.response_range(index) for index in examples]
+        found = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
+        for index, within in zip(examples, responses, strict=True):
+            values = list(itertools.islice(found, len(within)))
+            masks = dataset.masks(index) or (slice(None),) * len(values)
+            chosen[index] = _sum(values[0], masks[0])
+            rejected[index] = _sum(values[-1], masks[-1]) if len(values) > 1 else np.nan
+    return StoredSums(chosen, rejected, tokens[stops - counts], tokens[stops - 1])
 
 
-def _sum(values: npt.NDArray[np.float32], mask: tuple[npt.NDArray[np.bool_], ...]) -> float:
-    """Return the sum of per-token log-probs, of those in the mask if there is one."""
-    counted = values[mask[0]] if mask else values
-    return float(counted.sum(dtype=np.float64))
+def _sum(values: Values | None, counted: slice | npt.NDArray[np.bool_]) -> float:
+    return np.nan if values is None else float(values[counted].sum(dtype=np.float64))
 
 
 def describe_numerics(fingerprint: ReferenceFingerprint) -> str:

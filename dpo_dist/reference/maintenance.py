@@ -1,6 +1,5 @@
-"""Maintenance of a store: statistics, verification, garbage collection. Imports no torch."""
+"""Maintenance of a store: statistics, verification, garbage collection."""
 
-import contextlib
 import re
 import shutil
 import time
@@ -11,8 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import is_temporary, temporary_name
 from dpo_dist.reference.fingerprint import (
@@ -21,11 +18,10 @@ from dpo_dist.reference.fingerprint import (
     ReferenceFingerprint,
     read_fingerprint,
 )
-from dpo_dist.reference.shard import Shard, damaged_entries, list_shards, verified_shard
+from dpo_dist.reference.shard import list_shards, open_shard
 
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
-# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node, or
-# in a container with its own process numbers.
+# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node.
 _LEFTOVER_SECONDS = 24 * 3600
 
 
@@ -85,7 +81,9 @@ def fingerprint_folders(root: Path) -> list[Path]:
         content = sorted(root.iterdir())
     except OSError as error:
         raise _no_store(root, str(error.strerror)) from error
-    found = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and _is_of_store(path)]
+    named = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    # Encoded data have such names too.
+    found = [path for path in named if (path / FINGERPRINT_FILE).exists() or list_shards(path)]
     others = [path for path in content if path.name != MEMO_FOLDER and not is_temporary(path)]
     if others and not found:
         raise _no_store(root, f"{others[0].name} and no log-probs")
@@ -101,15 +99,6 @@ def _no_store(root: Path, got: str) -> ReferenceModelError:
     )
 
 
-def _is_of_store(folder: Path) -> bool:
-    """Return whether a folder with the name of a fingerprint is one: encoded data have such names too."""
-    try:
-        names = {path.name for path in folder.iterdir()}
-        return not names or FINGERPRINT_FILE in names or bool(list_shards(folder))
-    except (NotADirectoryError, FileNotFoundError):  # a file, or another process has deleted it
-        return False
-
-
 def take_inventory(root: Path) -> list[FingerprintInfo]:
     """Return all fingerprints of a store, the last used first. Reads keys, not values.
 
@@ -117,17 +106,13 @@ def take_inventory(root: Path) -> list[FingerprintInfo]:
         ReferenceModelError: the store does not exist.
         OSError: a folder cannot be read.
     """
-    found = []
-    for folder in fingerprint_folders(root):
-        with contextlib.suppress(FileNotFoundError):  # another process deletes it
-            found.append(_info(folder))
-    return sorted(found, key=lambda info: info.last_used, reverse=True)
+    return sorted(map(_info, fingerprint_folders(root)), key=lambda info: info.last_used, reverse=True)
 
 
 def _info(folder: Path) -> FingerprintInfo:
     files = [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        shards = [shard for shard in pool.map(_shard, files) if shard is not None]
+        shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
     described = folder / FINGERPRINT_FILE
     used = (described if described.exists() else folder).stat().st_mtime
     return FingerprintInfo(
@@ -136,18 +121,10 @@ def _info(folder: Path) -> FingerprintInfo:
         shards=len(shards),
         damaged=len(files) - len(shards),
         entries=sum(len(shard.keys) for shard in shards),
-        tokens=sum(len(shard.values) for shard in shards),
-        bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(path.stat().st_size for path in folder.iterdir()),
         last_used=datetime.fromtimestamp(used, UTC),
     )
-
-
-def _shard(file: Path) -> Shard | None:
-    """Return a shard, its values not read; None if it is damaged."""
-    try:
-        return verified_shard(file, np.memmap(file, dtype=np.uint8, mode="r"))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -160,11 +137,10 @@ class Verification:
 
 
 def verify_store(root: Path) -> Verification:
-    """Read every shard of the store `root` and check its name and all checksums.
+    """Read and verify every entry of a store.
 
     Raises:
         ReferenceModelError: the store does not exist.
-        OSError: a file cannot be read.
     """
     folders = fingerprint_folders(root)
     files = [folder / name for folder in folders for name in list_shards(folder)]
@@ -179,10 +155,10 @@ def verify_store(root: Path) -> Verification:
 
 def _check(file: Path) -> tuple[int, str]:
     """Return the number of intact entries of a shard, and its fault."""
-    shard = _shard(file)
+    shard = open_shard(file)
     if shard is None:
-        return (0, "no entry can be verified") if file.exists() else (0, "")
-    damaged = len(damaged_entries(shard))
+        return 0, "no entry can be verified"
+    damaged = shard.count_damaged()
     fault = f"{damaged} of {len(shard.keys)} entries are damaged" if damaged else ""
     return len(shard.keys) - damaged, fault
 
@@ -201,23 +177,38 @@ def find_garbage(root: Path, drop: Sequence[str], unused_days: float | None) -> 
 
     Args:
         root: `reference.store`.
-        drop: digests of references or fingerprints to delete, or their first digits.
+        drop: first digits of references or fingerprints to delete.
         unused_days: delete those that no run has opened for so long.
 
     Raises:
-        ConfigError: a digest matches no reference, or more than one.
+        ConfigError: digits match no reference, or more than one.
         ReferenceModelError: the store does not exist.
     """
     found = take_inventory(root)
-    dropped = {name for digits in drop for name in _matching(found, digits)}
-    oldest = None if unused_days is None else datetime.now(UTC) - timedelta(days=unused_days)
-    unwanted = [
-        info for info in found if info.name in dropped or (oldest is not None and info.last_used < oldest)
-    ]
+    unwanted = []
+    for digits in drop:
+        matching = [info for info in found if _has_digits(info, digits)]
+        references = {info.fingerprint.reference if info.fingerprint else info.name for info in matching}
+        if len(references) != 1:
+            raise ConfigError(
+                "a digest matches more than one reference" if matching else "a digest matches no reference",
+                where="--drop",
+                got=digits,
+                remedy="python -m dpo_dist.store info lists the digests",
+            )
+        unwanted += matching
+    if unused_days is not None:
+        oldest = datetime.now(UTC) - timedelta(days=unused_days)
+        unwanted += [info for info in found if info.last_used < oldest]
     places = [root, *(root / info.name for info in found)]
     temporary = (path for place in places for path in sorted(place.iterdir()) if is_temporary(path))
     leftovers = [path for path in temporary if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
-    return Garbage(root, unwanted, leftovers)
+    return Garbage(root, [info for info in found if info in unwanted], leftovers)
+
+
+def _has_digits(info: FingerprintInfo, digits: str) -> bool:
+    names = [info.name] if info.fingerprint is None else [info.name, info.fingerprint.reference]
+    return any(name.startswith(digits) for name in names)
 
 
 def remove(garbage: Garbage) -> None:
@@ -229,29 +220,10 @@ def remove(garbage: Garbage) -> None:
     for info in garbage.fingerprints:
         folder = garbage.root / info.name
         aside = temporary_name(folder)
-        with contextlib.suppress(FileNotFoundError):  # another gc was first
-            folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     for path in garbage.leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _matching(infos: list[FingerprintInfo], digits: str) -> list[str]:
-    """Return the names of the fingerprints that `digits` match: all of one reference, or a single one."""
-    by_reference = [
-        i for i in infos if i.fingerprint is not None and i.fingerprint.reference.startswith(digits)
-    ]
-    found = by_reference or [info for info in infos if info.name.startswith(digits)]
-    meant = {i.fingerprint.reference if by_reference and i.fingerprint else i.name for i in found}
-    if len(meant) != 1 or not digits:
-        raise ConfigError(
-            "a digest matches no reference" if not meant else "a digest matches more than one reference",
-            where="--drop",
-            got=digits,
-            expected="the digest of a reference or a fingerprint, or enough of its first digits",
-            remedy="python -m dpo_dist.store info lists them",
-        )
-    return [info.name for info in found]

@@ -1,12 +1,11 @@
 """Split the responses to score into rounds, each round across ranks, and score this rank's share."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -61,25 +60,15 @@ class Work:
         responses = slice(first, first + int(stops[-1]))
         return Work(pairs, stops, self.responses[responses], self.which[responses])
 
-    def select(self, wanted: npt.NDArray[np.bool_]) -> "Work":
-        """Return the responses where `wanted`, bool [responses], is true."""
-        numbers = np.repeat(np.arange(len(self)), np.diff(self.stops, prepend=0))[wanted]
-        distinct, counts = np.unique(numbers, return_counts=True)
-        return Work(self.pairs[distinct], np.cumsum(counts), self.responses[wanted], self.which[wanted])
-
-    def rounds(self, pairs: int, seed: int) -> Iterator["Work"]:
-        """Split into rounds of `pairs` pairs, in a random order given by `seed`."""
-        for number in np.random.default_rng(seed).permutation(-(-len(self) // pairs)).tolist():
-            yield self.part(number * pairs, (number + 1) * pairs)
+    def rounds(self, pairs: int) -> Iterator["Work"]:
+        """Split into rounds of `pairs` pairs."""
+        for start in range(0, len(self), pairs):
+            yield self.part(start, min(start + pairs, len(self)))
 
 
 @dataclass(frozen=True)
 class Round:
-    """Work that all ranks score before they write, and one rank's micro-batches of it.
-
-    Attributes:
-        micro_batches: numbers of pairs in `work`.
-    """
+    """Work that all ranks score before they write, and one rank's micro-batches of it: numbers of pairs."""
 
     work: Work
     micro_batches: list[list[int]]
@@ -112,7 +101,7 @@ def score_round(
     world: World,
     progress: Callable[[float], None],
     must_stop: Callable[[], bool],
-) -> tuple[Keys, list[Values]]:
+) -> tuple[Keys, list[Values], bool]:
     """Score this rank's micro-batches, the same number on every rank (law L2). Collective.
 
     Args:
@@ -120,19 +109,20 @@ def score_round(
         must_stop: collective; asked after each micro-batch whether to end without the others.
 
     Returns:
-        Keys uint64 [n, 2] and log-probs of this rank's responses; none if it does not lead its replica.
+        Keys uint64 [n, 2] and log-probs of this rank's responses, none if it does not lead its replica; and
+        whether the round was ended.
 
     Raises:
         DataError: token ids do not match the key that they would be stored under.
     """
-    forwards = _most_responses(world.gather(round_.responses))
-    most_batches = len(forwards)
-    dummies: list[list[int]] = [[]] * (most_batches - len(round_.micro_batches))
+    columns = itertools.zip_longest(*world.gather(round_.responses), fillvalue=0)
+    forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]
     damaged: list[int] = []
-    packed = _packed(dataset, round_.work, round_.micro_batches + dummies, forwards, damaged, world.device)
+    packed = _packed(dataset, round_, forwards, damaged, world.device)
     keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
     entries: list[Values] = []
     last: _ScoredBatch | None = None
+    is_stopped = False
     with prefetch(packed, _BATCHES_AHEAD) as batches:
         for number, batch in enumerate(batches, start=1):
             logps = score(batch.to(world.device))
@@ -141,39 +131,34 @@ def score_round(
                 # Read one batch late: the device computes the next one while this one's values are copied.
                 entries += last.entries() if last is not None else []
                 last = _ScoredBatch.of(batch, logps)
-            progress(number / most_batches)
-            if must_stop():
+            progress(number / len(forwards))
+            if is_stopped := must_stop():
                 break
     entries += last.entries() if last is not None else []
     world.together(lambda: _check_encoded(dataset, damaged))
-    return np.concatenate(keys), entries
-
-
-def _most_responses(of_ranks: Sequence[Sequence[int]]) -> list[int]:
-    """Return `PackedBatch.forwards` of each micro-batch, from the numbers of responses on every rank."""
-    columns = itertools.zip_longest(*of_ranks, fillvalue=0)
-    return [max(RESPONSES_OF_DUMMY, *column) for column in columns]
+    return np.concatenate(keys), entries, is_stopped
 
 
 def _packed(
     dataset: PreferenceDataset,
-    work: Work,
-    micro_batches: Iterable[list[int]],
+    round_: Round,
     forwards: Sequence[int],
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
-    """Pack micro-batches; if token ids do not match the keys, add the pairs to `damaged` and use a dummy.
+    """Pack as many micro-batches as `forwards` has numbers of responses; dummies where this rank has fewer.
 
-    The error is raised at the end of the round: until then all ranks score the same number of batches.
+    If token ids do not match the keys, the pairs are added to `damaged` and a dummy is used: until the end of
+    the round all ranks score the same number of batches.
     """
-    for numbers, most in zip(micro_batches, forwards, strict=True):
-        pairs = [work.part(number, number + 1) for number in numbers]
-        sequences = [dataset.sequences(int(pair.pairs[0]), pair.which.tolist()) for pair in pairs]
-        keys = dataset.keys[np.concatenate([work.responses[:0], *(pair.responses for pair in pairs)])]
+    dummies: list[list[int]] = [[]] * (len(forwards) - len(round_.micro_batches))
+    for numbers, most in zip(round_.micro_batches + dummies, forwards, strict=True):
+        parts = [round_.work.part(number, number + 1) for number in numbers]
+        sequences = [dataset.sequences(int(part.pairs[0]), part.which.tolist()) for part in parts]
+        keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
         is_whole = has_keys(sequences, keys)
         if not is_whole:
-            damaged += [int(work.pairs[number]) for number in numbers]
+            damaged += [int(round_.work.pairs[number]) for number in numbers]
         batch = pack(sequences, keys) if numbers and is_whole else dummy_batch()
         batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch

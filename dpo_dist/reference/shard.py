@@ -6,19 +6,18 @@ which the checksums cover: a shard copied from the folder of another fingerprint
 """
 
 import hashlib
-import itertools
-import json
 import logging
 import os
 import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_dist.foundation.files import staged_file
@@ -28,42 +27,52 @@ log = logging.getLogger(__name__)
 Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.float32]
 
-_Number = TypeVar("_Number", np.uint64, np.int64, np.float32)
-
-_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SUFFIX = ".safetensors"
-_MOST_TOKENS = 2**23
-_MOST_VALUES = 2**38
-"""Of an entry, and of a shard: more than any; forged ones would not fit into the index."""
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, memory-mapped.
+    """One verified shard, whose values are mapped when they are first asked for.
 
     Attributes:
+        file: of the shard.
         keys: uint64 [entries, 2].
         ends: int64 [entries], end offset of each entry in `values`.
         checks: int64 [entries], CRC-32 of each entry's values.
-        values: float32 [tokens]; shorter if the file is truncated.
-        bytes: size of the file.
     """
 
+    file: Path
     keys: Keys
     ends: npt.NDArray[np.int64]
     checks: npt.NDArray[np.int64]
-    values: Values
-    bytes: int
 
     @property
     def tokens(self) -> int:
-        """Number of values that a complete file has."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        """Number of values."""
+        return int(self.ends[-1])
 
-    @property
-    def is_truncated(self) -> bool:
-        """True if values are missing at the end."""
-        return len(self.values) < self.tokens
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.file.stat().st_size
+
+    @cached_property
+    def values(self) -> Values:
+        """float32 [tokens]: the last numbers of the file, as safetensors writes narrow numbers last."""
+        import torch  # noqa: PLC0415  (statistics of a store need no values)
+
+        # Unlike `numpy.memmap` this keeps no file open: shards may be thousands.
+        content: npt.NDArray[np.uint8] = torch.from_file(
+            str(self.file), False, self.bytes, dtype=torch.uint8
+        ).numpy()
+        content.flags.writeable = False
+        return content[len(content) - 4 * self.tokens :].view(np.float32)
+
+    def count_damaged(self) -> int:
+        """Return the number of entries whose values do not match their checksums."""
+        parts = np.split(self.values, self.ends[:-1])
+        return sum(zlib.crc32(part.data) != check for part, check in zip(parts, self.checks, strict=True))
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -78,14 +87,11 @@ def list_shards(folder: Path) -> list[str]:
 
 def list_foreign(folder: Path) -> list[str]:
     """Return files and folders that have a shard's suffix but are not shards."""
-    with os.scandir(folder) as entries:
-        alike = [entry for entry in entries if entry.name.endswith(_SUFFIX)]
-        return sorted(e.name for e in alike if not (_NAME.fullmatch(e.name) and e.is_file()))
+    return sorted({path.name for path in folder.glob(f"*{_SUFFIX}")} - set(list_shards(folder)))
 
 
-def shard_name(folder: str, keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]) -> str:
-    """Return a shard's file name: a digest of its folder's name, its keys, ends and checksums."""
-    digest = hashlib.blake2b(folder.encode(), digest_size=16)
+def _name(folder: Path, keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]) -> str:
+    digest = hashlib.blake2b(folder.name.encode(), digest_size=16)
     for array in (keys, ends, checks):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest() + _SUFFIX
@@ -102,94 +108,29 @@ def write_shard(folder: Path, keys: Keys, entries: Sequence[Values]) -> str:
     keys = np.ascontiguousarray(keys[order])
     ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
     checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
-    name = shard_name(folder.name, keys, ends, checks)
+    name = _name(folder, keys, ends, checks)
     with staged_file(folder / name) as temporary:
-        # Wider numbers come first in the file, so that a truncated one has lost values and no keys.
         tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
         save_file(tensors, temporary)
     return name
 
 
 def open_shard(file: Path) -> Shard | None:
-    """Map a shard and verify it by its name and folder; None, with a warning, if it is damaged or missing.
+    """Read and verify a shard's keys by its name and folder; None, with a warning, if they are others.
 
     Raises:
-        OSError: the file exists and cannot be mapped.
+        OSError: the file exists and cannot be read.
     """
     try:
-        return verified_shard(file, _map(file))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        log.warning("shard %s is damaged, its entries count as missing: %s", file, error)
+        with safe_open(file, "np") as opened:
+            keys, ends, checks = (opened.get_tensor(name) for name in ("keys", "ends", "checks"))
+        shard = Shard(file, keys.view(np.uint64).reshape(-1, 2), ends.view(np.int64), checks.view(np.int64))
+        if _name(file.parent, shard.keys, shard.ends, shard.checks) == file.name:
+            return shard
+        fault = "its keys do not match its name and folder"
+    except (FileNotFoundError, SafetensorError, ValueError, TypeError) as error:
+        fault = str(error)
+    except OSError as error:
+        raise OSError(f"{file}: {error}") from error
+    log.warning("shard %s is damaged, its entries count as missing: %s", file, fault)
     return None
-
-
-def verified_shard(file: Path, content: npt.NDArray[np.uint8]) -> Shard:
-    """Return the shard in `content`, the bytes of `file`.
-
-    Raises:
-        ValueError, KeyError, TypeError, OverflowError: the content does not match the name and folder.
-    """
-    shard = parse_shard(content)
-    if shard_name(file.parent.name, shard.keys, shard.ends, shard.checks) != file.name:
-        raise ValueError("its keys do not match its name and folder")
-    if shard.is_truncated:
-        log.warning("shard %s is truncated; only its complete entries are used", file)
-    return shard
-
-
-def damaged_entries(shard: Shard) -> npt.NDArray[np.int64]:
-    """Return the numbers of the entries whose values do not match their checksums."""
-    bounds = np.concatenate(([0], shard.ends)).tolist()
-    damaged = [
-        number
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
-        if not is_intact(shard.values[start:stop], stop - start, int(shard.checks[number]))
-    ]
-    return np.array(damaged, dtype=np.int64)
-
-
-def is_intact(values: Values, tokens: int, check: int) -> bool:
-    """Return True if an entry's values are complete and match their checksum."""
-    return len(values) == tokens and zlib.crc32(values.data) == check
-
-
-def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
-    """Return views of the tensors in a safetensors file; only the offsets of its header are used.
-
-    Raises:
-        ValueError, KeyError, TypeError, OverflowError: it is not a shard.
-    """
-    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8 : 8 + header_bytes].tobytes())
-
-    def tensor(name: str, dtype: type[_Number]) -> npt.NDArray[_Number]:
-        start, stop = header[name]["data_offsets"]
-        found = content[8 + header_bytes :][start:stop]
-        return found[: len(found) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(dtype)
-
-    shard = Shard(
-        tensor("keys", np.uint64).reshape(-1, 2),
-        tensor("ends", np.int64),
-        tensor("checks", np.int64),
-        tensor("values", np.float32),
-        len(content),
-    )
-    if not len(shard.keys) == len(shard.ends) == len(shard.checks):
-        raise ValueError("the numbers of keys, ends and checksums differ")
-    tokens = np.diff(shard.ends, prepend=0)
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= _MOST_TOKENS or shard.ends[-1] > _MOST_VALUES):
-        raise ValueError("the ends of its entries are no ends")
-    return shard
-
-
-def _map(file: Path) -> npt.NDArray[np.uint8]:
-    """Map the bytes of a file. Unlike `numpy.memmap` this keeps no file open: shards may be thousands."""
-    import torch  # noqa: PLC0415  (store maintenance starts without it)
-
-    size = file.stat().st_size
-    try:
-        content: npt.NDArray[np.uint8] = torch.from_file(str(file), False, size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be mapped: {error}") from error
-    content.flags.writeable = False
-    return content

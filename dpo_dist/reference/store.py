@@ -1,20 +1,19 @@
 """Reference log-probs on disk: append-only shards of entries, found by content key, verified when read.
 
-Shards are named by their content, so several jobs can fill one store at once. Opening a store reads
+Shards are named by their content, so that a shard is whole or absent whoever writes it. Opening a store reads
 everything except the values.
 """
 
-import contextlib
 import json
 import logging
 import os
 import socket
 import time
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +27,23 @@ from dpo_dist.reference.shard import (
     Keys,
     Shard,
     Values,
-    is_intact,
     list_foreign,
     list_shards,
     open_shard,
     write_shard,
 )
 
-_Number = TypeVar("_Number", np.uint64, np.int64, np.uint32)
+log = logging.getLogger(__name__)
 
+PATIENCE_SECONDS = 90
+"""How long another node's shard may stay invisible: NFS clients list a folder again after at most 60 s."""
+
+_RETRY_SECONDS = 1.0
 _KEYS_AT_ONCE = 1 << 16  # the entries of one look-up are Python objects
 
 
 class Index:
-    """Entries of many shards, sorted by the first words of their keys; 28 bytes each, values stay mapped.
+    """Entries of many shards, sorted by the first words of their keys; 36 bytes each, values stay mapped.
 
     Attributes:
         damaged: number of look-ups whose values did not match their checksum, by number of the shard.
@@ -50,96 +52,61 @@ class Index:
     def __init__(self, shards: Sequence[Shard]):
         self.damaged: Counter[int] = Counter()
         self._values = [shard.values for shard in shards]
-        tokens = [np.diff(shard.ends, prepend=0) for shard in shards]
-        shard_tokens = np.array([shard.tokens for shard in shards], dtype=np.int64)
-        # Offset of each shard's values in the concatenation of all shards.
-        self._first_values = np.cumsum(shard_tokens) - shard_tokens
-        # As many bits as the number of tokens of the longest entry takes.
-        self._token_bits = max((int(of.max(initial=0)) for of in tokens), default=0).bit_length()
-        assert int(shard_tokens.sum()).bit_length() + self._token_bits < 64, (
-            "4 TiB of entries of less than 8 million tokens fit"
-        )
-        # int64 [entries]: offset of an entry's values, shifted by `_token_bits`, plus its number of tokens.
-        spans = [
-            (shard.ends - of_entry + first_value) << self._token_bits | of_entry
-            for shard, of_entry, first_value in zip(shards, tokens, self._first_values, strict=True)
-        ]
-        first_words = _joined([shard.keys[:, 0] for shard in shards], np.uint64)
+        keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
+        stops = np.concatenate([np.empty(0, np.int64), *(shard.ends for shard in shards)])
+        tokens = [np.diff(shard.ends, prepend=0).astype(np.int32) for shard in shards]
+        checks = np.concatenate([np.empty(0, np.int64), *(shard.checks for shard in shards)])
+        numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.keys) for shard in shards])
         # Stable, so that of two entries of one key every rank takes the same: the one of the earlier shard.
-        order = np.argsort(first_words, kind="stable")
-        self._first_words = first_words[order]
-        self._second_words = _joined([shard.keys[:, 1] for shard in shards], np.uint64)[order]
-        self._spans = _joined(spans, np.int64)[order]
-        self._checks = _joined([shard.checks.astype(np.uint32) for shard in shards], np.uint32)[order]
+        order = np.argsort(keys[:, 0], kind="stable")
+        self._first_words, self._second_words = keys[order, 0], keys[order, 1]
+        self._shards, self._stops = numbers[order], stops[order]
+        self._tokens = np.concatenate([np.empty(0, np.int32), *tokens])[order]
+        self._checks = checks.astype(np.uint32)[order]
 
     def __len__(self) -> int:
         return len(self._first_words)
 
-    def has_keys(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which `keys` have an entry, intact or not; bool [n]. Reads almost no values."""
-        if not len(self):
-            return np.zeros(len(keys), dtype=np.bool_)
-        entries = np.searchsorted(self._first_words, keys[:, 0]).clip(max=len(self) - 1)
-        found: npt.NDArray[np.bool_] = self._first_words[entries] == keys[:, 0]
-        found &= self._second_words[entries] == keys[:, 1]
-        # Few are left: keys whose first word is also that of another key.
-        found[~found] = self.shards_of(keys[~found]) >= 0
-        return found
-
-    def shards_of(self, keys: Keys) -> Indices:
-        """Return the number of the shard with an intact entry of each key, -1 for none; int64 [n]."""
-        numbers: list[int] = []
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            _, shards = self.find(keys[start : start + _KEYS_AT_ONCE])
-            numbers += [-1 if shard is None else shard for shard in shards]
-        return np.array(numbers, dtype=np.int64)
-
-    def find(self, keys: Keys) -> tuple[list[Values | None], list[int | None]]:
-        """Return the values of each key and the number of their shard; None where no entry is intact."""
-        values: list[Values | None] = [None] * len(keys)
-        shards: list[int | None] = [None] * len(keys)
+    def _matches(self, keys: Keys, is_found: npt.NDArray[np.bool_]) -> Iterator[tuple[Indices, Indices]]:
+        """Yield indices of `keys` and of an entry of each: the earliest, then others until it is found."""
         wanted = np.arange(len(keys))
         entries = np.searchsorted(self._first_words, keys[:, 0])
-        # Entries with equal first words are neighbours: try the next one for keys that are not found yet.
         while len(wanted):
             inside = entries < len(self)
             wanted, entries = wanted[inside], entries[inside]
             alike = self._first_words[entries] == keys[wanted, 0]
             wanted, entries = wanted[alike], entries[alike]
             same = self._second_words[entries] == keys[wanted, 1]
-            self._load(entries[same], wanted[same].tolist(), values, shards)
-            left = np.array([values[number] is None for number in wanted.tolist()], dtype=np.bool_)
+            yield wanted[same], entries[same]
+            left = ~is_found[wanted]
             wanted, entries = wanted[left], entries[left] + 1
+
+    def has_keys(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return which `keys` have an entry, intact or not; bool [n]. Reads no values."""
+        found = np.zeros(len(keys), dtype=np.bool_)
+        for numbers, _ in self._matches(keys, found):
+            found[numbers] = True
+        return found
+
+    def find(self, keys: Keys) -> tuple[list[Values | None], Indices]:
+        """Return the values of each key and the number of their shard; None and -1 if none is intact."""
+        values: list[Values | None] = [None] * len(keys)
+        shards, is_found = np.full(len(keys), -1), np.zeros(len(keys), dtype=np.bool_)
+        for numbers, entries in self._matches(keys, is_found):
+            columns = (self._shards, self._stops, self._tokens, self._checks)
+            rows = zip(numbers.tolist(), *(column[entries].tolist() for column in columns), strict=True)
+            for number, shard, stop, tokens, check in rows:
+                found = self._values[shard][stop - tokens : stop]
+                if zlib.crc32(found.data) == check:
+                    values[number], shards[number], is_found[number] = found, shard, True
+                else:
+                    self.damaged[shard] += 1
         return values, shards
 
-    def _load(
-        self, entries: Indices, numbers: list[int], values: list[Values | None], shards: list[int | None]
-    ) -> None:
-        """Set `values` and `shards` at `numbers` to those of `entries`, if they are intact."""
-        spans, checks = self._spans[entries], self._checks[entries]
-        starts = spans >> self._token_bits
-        in_shards = np.searchsorted(self._first_values, starts, side="right") - 1
-        starts -= self._first_values[in_shards]
-        stops = starts + (spans & ((1 << self._token_bits) - 1))
-        columns = (numbers, in_shards.tolist(), starts.tolist(), stops.tolist(), checks.tolist())
-        for number, shard, start, stop, check in zip(*columns, strict=True):
-            found = self._values[shard][start:stop]
-            if is_intact(found, stop - start, check):
-                values[number], shards[number] = found, shard
-            else:
-                self.damaged[shard] += 1
-
-
-def _joined(arrays: Sequence[npt.NDArray[_Number]], dtype: type[_Number]) -> npt.NDArray[_Number]:
-    return np.concatenate([np.empty(0, dtype=dtype), *arrays])
-
-
-log = logging.getLogger(__name__)
-
-PATIENCE_SECONDS = 90
-"""How long another node's shard may stay invisible: NFS clients list a folder again after at most 60 s."""
-
-_RETRY_SECONDS = 1.0
+    def shards_of(self, keys: Keys) -> Indices:
+        """Return the number of the shard with an intact entry of each key, -1 for none; int64 [n]."""
+        parts = [keys[start : start + _KEYS_AT_ONCE] for start in range(0, len(keys), _KEYS_AT_ONCE)]
+        return np.concatenate([np.empty(0, np.int64), *(self.find(part)[1] for part in parts)])
 
 
 class LogpStore:
@@ -147,7 +114,8 @@ class LogpStore:
 
     An entry has one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
     (`data.encode.response_key`). Shards are named by their path below the root. Entries of the store's own
-    fingerprint are preferred to those of compatible ones.
+    fingerprint are preferred to those of compatible ones. Without `names` all shards are opened that exist;
+    nothing is written.
 
     Attributes:
         root: the store's folder (`reference.store`).
@@ -155,22 +123,22 @@ class LogpStore:
         folder: where the store's own shards are.
         shards: size in bytes of each shard in this view, by name.
         damaged: shards that fail verification; all their entries count as missing.
-        foreign: files among the store's own shards that are not shards; known if all shards were opened.
+        foreign: files among the store's own shards that are not shards; known after `open` without names.
     """
 
-    def __init__(self, root: Path, fingerprints: Sequence[ReferenceFingerprint], names: Iterable[str]):
-        self.root = root
-        self.fingerprints = fingerprints
+    def __init__(
+        self, root: Path, fingerprints: Sequence[ReferenceFingerprint], names: Iterable[str] | None = None
+    ):
+        self.root, self.fingerprints = root, fingerprints
         self.folder = root / fingerprints[0].name
-        names = list(names)
+        self.foreign: list[str] = []
+        names = list(self.list_now() if names is None else names)
         with ThreadPoolExecutor(max_workers=8) as pool:
             opened = dict(zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True))
         shards = {name: shard for name, shard in opened.items() if shard is not None}
         self.shards = {name: shard.bytes for name, shard in shards.items()}
         self.damaged = [name for name in opened if name not in shards]
-        self.foreign: list[str] = []
-        self._names = list(shards)
-        self._index = Index(list(shards.values()))
+        self._names, self._index = list(shards), Index(list(shards.values()))
 
     @classmethod
     def open(
@@ -180,28 +148,21 @@ class LogpStore:
         names: Sequence[str] | None = None,
         compatible: Sequence[ReferenceFingerprint] = (),
     ) -> "LogpStore":
-        """Open the entries of `fingerprint`.
+        """Open the entries of `fingerprint`, and those of `compatible` ones where it has none.
 
-        Args:
-            root: `reference.store`.
-            fingerprint: of the reference, its numerics and the scoring code.
-            names: the shards to open; None opens all that exist now, and creates the folder.
-            compatible: fingerprints whose entries are used where `fingerprint` has none, in this order.
+        Without `names`, the folders are marked as used, and created if they are missing.
 
         Raises:
             ReferenceModelError: the folder cannot be created or read.
         """
         fingerprints = [fingerprint, *compatible]
         try:
-            if names is not None:
-                return cls(root, fingerprints, names)
-            for each in fingerprints:
-                _mark_used(root / each.name, each)
-            store = cls(root, fingerprints, _list_shards(root, fingerprints))
-            store.foreign = [f"{fingerprint.name}/{name}" for name in list_foreign(store.folder)]
-            for name in store.foreign:
-                log.warning("%s is not a shard of the reference store and is ignored", root / name)
-            return store
+            if names is None:
+                for each in fingerprints:
+                    _mark_used(root / each.name, each)
+            store = cls(root, fingerprints, names)
+            if names is None:
+                store.foreign = [f"{fingerprint.name}/{name}" for name in list_foreign(store.folder)]
         except OSError as error:
             raise ReferenceModelError(
                 "the reference store cannot be opened",
@@ -209,11 +170,9 @@ class LogpStore:
                 got=f"{root / fingerprint.name}: {error}",
                 remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
-
-    @classmethod
-    def read_only(cls, root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> "LogpStore":
-        """Open all entries of `fingerprints` without creating or changing a file."""
-        return cls(root, fingerprints, _list_shards(root, fingerprints))
+        for name in store.foreign:
+            log.warning("%s is not a shard of the reference store and is ignored", root / name)
+        return store
 
     def reopen(self, names: Sequence[str] | None = None) -> "LogpStore":
         """Open other shards of the same store; as `open`."""
@@ -221,10 +180,7 @@ class LogpStore:
         return LogpStore.open(self.root, own, names, compatible)
 
     def wait_for(self, shards: Mapping[str, int]) -> "LogpStore":
-        """Open these shards; waits a little for those that this node does not see completely yet.
-
-        Args:
-            shards: size in bytes of each shard, by name.
+        """Open these shards, of these sizes; waits a little for those that this node does not see yet.
 
         Raises:
             ReferenceModelError: a shard does not appear, or not with its size.
@@ -242,7 +198,6 @@ class LogpStore:
                     "shards of reference log-probs that this run uses cannot be read",
                     where=f"reference.store on {socket.gethostname()}",
                     got=f"{len(unseen)} of {len(shards)} missing or damaged: {self.root / unseen[0]}",
-                    expected=f"shards that every node sees within {PATIENCE_SECONDS} seconds",
                     remedy="put reference.store on a file system that every node sees, and start again; "
                     "missing log-probs are computed before training",
                 )
@@ -250,8 +205,9 @@ class LogpStore:
             self.list_now()  # listing a folder makes a network file system's client look for new files
 
     def list_now(self) -> list[str]:
-        """Return the names of all shards that exist now, in this view or not."""
-        return _list_shards(self.root, self.fingerprints)
+        """Return the names of all shards that exist now, in this view or not, the own ones first."""
+        folders = [each.name for each in self.fingerprints if (self.root / each.name).is_dir()]
+        return [f"{folder}/{name}" for folder in folders for name in list_shards(self.root / folder)]
 
     def check_writable(self) -> None:
         """Check, before hours of scoring, that entries can be stored.
@@ -293,7 +249,7 @@ class LogpStore:
 
     def find(self, keys: Keys) -> list[Values | None]:
         """Return the log-probs of each key, float32 [completion tokens]; None if missing or damaged."""
-        return list(self._index.find(keys)[0])
+        return self._index.find(keys)[0]
 
     def read(self, keys: Keys) -> list[Values]:
         """Return the log-probs of each key, float32 [completion tokens].
@@ -302,26 +258,20 @@ class LogpStore:
             ReferenceModelError: an entry is missing or damaged.
         """
         entries = []
-        for key, values in zip(keys, self._index.find(keys)[0], strict=True):
+        for key, values in zip(keys, self.find(keys), strict=True):
             if values is None:
+                damaged = ", ".join(self.damaged_entries)
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
-                    got=f"entry {key[0]:016x}{key[1]:016x}{self._damage()}",
+                    got=f"entry {key[0]:016x}{key[1]:016x}" + (f"; damaged: {damaged}" if damaged else ""),
                     remedy="start the same command again: missing log-probs are computed before training",
                 )
             entries.append(values)
         return entries
 
-    def _damage(self) -> str:
-        names = ", ".join(self.damaged_entries)
-        return f"; damaged: {names}" if names else ""
-
     def write(self, keys: Keys, entries: Sequence[Values]) -> str:
-        """Append entries as one shard, whole or not at all; visible to stores opened afterwards.
-
-        Returns:
-            The shard's name.
+        """Append entries as one shard, whole or not at all, and return its name; later stores see it.
 
         Raises:
             ReferenceModelError: it cannot be written, or a value is not finite.
@@ -345,6 +295,14 @@ class LogpStore:
             ) from error
 
 
+def first_of_each(keys: Keys) -> Indices:
+    """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    new = np.ones(len(keys), dtype=np.bool_)
+    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    return order[new]
+
+
 def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     """Set the time of last use of a folder, and write its `space.json` if missing; warn if it is read-only.
 
@@ -354,23 +312,12 @@ def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     try:
         if read_fingerprint(folder) is not None:
             os.utime(folder / FINGERPRINT_FILE)
-            return
-        if (folder / FINGERPRINT_FILE).exists():
-            log.warning("%s is damaged and is written again", folder / FINGERPRINT_FILE)
-        write_text(folder / FINGERPRINT_FILE, json.dumps(fingerprint.as_dict(), indent=1))
+        else:
+            write_text(folder / FINGERPRINT_FILE, json.dumps(fingerprint.as_dict(), indent=1))
     except OSError as error:
         if not folder.is_dir():
             raise
         log.warning("the reference store is read, but cannot be written: %s", error)
-
-
-def _list_shards(root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> list[str]:
-    """Return the shards of `fingerprints` by their path below `root`, in the order of the fingerprints."""
-    names = []
-    for fingerprint in fingerprints:
-        with contextlib.suppress(FileNotFoundError):  # removed, or never created
-            names += [f"{fingerprint.name}/{name}" for name in list_shards(root / fingerprint.name)]
-    return names
 
 
 def _folder_of(name: str) -> str:

@@ -34,18 +34,16 @@ from dpo_dist.reference.engine import (
     scored_model,
     scoring_tokens,
 )
-from dpo_dist.reference.fill import (
+from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.numerics import (
     OWN_NUMERICS,
-    FillReport,
     Reused,
-    StoreFiller,
     agree_on_numerics,
-    check_complete,
     count_reused,
-    count_unused,
+    difference,
     find_compatible,
 )
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import (
     AdapterReference,
     LiveReference,
@@ -340,7 +338,8 @@ def _stored_reference(
         The provider, the report for summary.json, and the examples for the step-0 check.
     """
     fingerprint = _fingerprint(config, files, world)
-    compatible = _compatible(config, fingerprint, inputs, world, console)
+    found = world.on_main(lambda: find_compatible(Path(config.reference.store), fingerprint))
+    compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
     engines: list[ReferenceEngine] = []
 
@@ -353,6 +352,12 @@ def _stored_reference(
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
     filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard, stops)
     report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
+    if found and not compatible and report["computed"]:
+        others = "; ".join(difference(fingerprint, other) for other in found)
+        console.say(
+            f"reference: the store has log-probs of this model of other numerics ({others}); "
+            "reference.numerics=tolerant uses them"
+        )
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)
@@ -384,27 +389,6 @@ def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> Referenc
     profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     return ReferenceFingerprint(files.digest, profile, label)
-
-
-def _compatible(
-    config: RunConfig,
-    own: ReferenceFingerprint,
-    inputs: Inputs | EvaluationInputs,
-    world: World,
-    console: Console,
-) -> list[ReferenceFingerprint]:
-    """Return the fingerprints of other numerics to use; a strict run only prints their number. Collective."""
-    root = Path(config.reference.store)
-    compatible = world.on_main(lambda: find_compatible(root, own))
-    if config.reference.numerics is Numerics.tolerant or not compatible:
-        return compatible
-    unused = world.on_main(lambda: count_unused(root, own, compatible, inputs.visited))
-    if unused.entries:
-        console.say(
-            f"reference: {unused.entries:,} of the log-probs to compute are stored under other numerics "
-            f"({'; '.join(unused.differences)}); reference.numerics=tolerant uses them"
-        )
-    return []
 
 
 def _fill(

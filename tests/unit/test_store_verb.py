@@ -106,8 +106,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
         "no entry can be verified",
     ),
     "header": (lambda f: flip(f, 8), [], "no entry can be verified"),
-    "cut": (lambda f: cut(f, f.stat().st_size - 5), [1, 4], "1 of 3 entries are damaged"),
-    "cut in the index": (lambda f: cut(f, 150), [], "no entry can be verified"),
+    "cut": (lambda f: cut(f, f.stat().st_size - 5), [], "no entry can be verified"),
     "empty": (lambda f: cut(f, 0), [], "no entry can be verified"),
 }
 

@@ -2,10 +2,12 @@
 
 import functools
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
@@ -27,8 +29,9 @@ FP32 = ModelConfig(dtype=Dtype.fp32)
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every package, and a GPU."""
-    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9.1.2")
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: h200)
 
 
 def test_profiles_differ_where_log_probs_can() -> None:
@@ -45,12 +48,19 @@ def test_profiles_differ_where_log_probs_can() -> None:
 def test_a_profile_names_the_version_of_every_kernel() -> None:
     assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["cpu"] == torch.backends.cpu.get_cpu_capability()
     flash = numerics_of(ModelConfig(), AttentionBackend.flash_attention_2, CPU)
-    assert flash["flash_attn"] == "flash-attn 9"
+    assert flash["flash_attn"] == "flash-attn 9.1"
     assert "flash_attn" not in numerics_of(ModelConfig(), AttentionBackend.varlen, CPU)
     liger = numerics_of(ModelConfig(liger=True), AttentionBackend.varlen, CUDA)
-    assert (liger["liger"], liger["gpu"]) == ("liger-kernel 9", "NVIDIA H200")
+    assert (liger["liger"], liger["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
     quantized = numerics_of(ModelConfig(quantization=Quantization.nf4), AttentionBackend.sdpa, CPU)
-    assert quantized["quantization"] == "nf4 by bitsandbytes bitsandbytes 9"
+    assert quantized["quantization"] == "nf4 by bitsandbytes bitsandbytes 9.1"
+
+
+def test_a_patch_release_changes_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    for package in (torch, transformers):
+        monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
+    assert numerics_of(FP32, AttentionBackend.sdpa, CPU) == before
 
 
 @pytest.mark.usefixtures("_installed")

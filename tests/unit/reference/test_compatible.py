@@ -13,15 +13,8 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.fill import (
-    Profile,
-    agree_on_numerics,
-    count_reused,
-    count_unused,
-    difference,
-    find_compatible,
-)
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.numerics import Profile, agree_on_numerics, count_reused, difference, find_compatible
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import dataset_of
 
@@ -87,18 +80,6 @@ def test_the_most_similar_fingerprint_is_first(tmp_path: Path) -> None:
     write(tmp_path, SDPA, [1])
     assert find_compatible(tmp_path, OWN) == [SDPA, OLD_SDPA]
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
-
-
-def test_entries_that_a_strict_run_does_not_use_are_counted(
-    tmp_path: Path, dataset: PreferenceDataset
-) -> None:
-    visited = [(dataset, np.array([0, 1])), (dataset, np.array([2, 3]))]
-    write(tmp_path, OWN, [0])
-    assert count_unused(tmp_path, OWN, [], visited).entries == 0
-    write(tmp_path, SDPA, [0, 1, 9])
-    write(tmp_path, OLD_SDPA, [1, 5])
-    unused = count_unused(tmp_path, OWN, [SDPA, OLD_SDPA], visited)
-    assert (unused.entries, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
 
 
 def test_reused_entries_are_counted_and_their_pairs_audited(

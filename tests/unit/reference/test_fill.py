@@ -1,5 +1,6 @@
 """A fill computes exactly the missing log-probs and stores each under the key of its own response."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.store import Index, LogpStore
+from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
 
@@ -109,7 +111,9 @@ def test_every_response_gets_its_own_values(
     report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard)
     assert (report.hits, report.computed) == (0, sum(RESPONSES) - 1)
     assert scorer.responses == report.computed
-    assert scorer.progress[-1] == (len(indices), len(indices))
+    assert (scorer.progress[0], scorer.progress[-1]) == ((0, 6), (6, 6))
+    assert scorer.progress == sorted(scorer.progress)
+    assert len({done for done, _ in scorer.progress}) > 3, "it advances within a round"
     assert_filled(tmp_path, dataset, indices)
 
 
@@ -151,53 +155,33 @@ def test_at_most_one_scored_round_is_not_written_yet(
     assert all(round_ - 1 <= written <= round_ for round_, written in enumerate(shards))
 
 
-class OtherJob(Scorer):
-    """While it scores its first batch, another job fills the store for the pairs `indices`."""
-
-    def __init__(self, root: Path, dataset: PreferenceDataset, indices: list[int], world: World) -> None:
-        super().__init__()
-        self._start = lambda: fill(root, dataset, indices, world, entries_per_shard=2)[0]
-        self.report = FillReport()
-
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        if not self.responses:
-            self.report = self._start()
-        return super().__call__(batch)
-
-
-@pytest.mark.parametrize("theirs", [[0, 1, 2, 3, 4, 5], [2, 5], [1]])
-def test_responses_that_another_job_stores_meanwhile_are_not_computed(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, theirs: list[int]
+def test_a_fill_waits_for_the_one_of_another_job(
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    indices = list(range(len(RESPONSES)))
-    other = OtherJob(tmp_path, dataset, theirs, world)
-    report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard=2, scorer=other)
-    distinct = sum(RESPONSES) - 1
-    assert report.hits + report.computed == distinct
-    assert report.computed == scorer.responses
-    first_round = max(RESPONSES)
-    assert distinct <= report.computed + other.report.computed <= distinct + first_round
-    assert scorer.progress[-1] == (len(indices), len(indices))
-    assert_filled(tmp_path, dataset, indices)
+    """It finds then what the other one has stored, and computes the rest."""
+    folder = LogpStore.open(tmp_path, FINGERPRINT).folder
+    with contextlib.ExitStack() as other:
+        other.enter_context(locked(folder / "fill.lock", "fills", ""))
+
+        def end(_seconds: float) -> None:
+            values = logps_of(torch.from_numpy(dataset.sequences(0).responses[0])).numpy()
+            LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[:1], [values])
+            other.close()
+
+        monkeypatch.setattr(fill_module.time, "sleep", end)
+        report, scorer = fill(tmp_path, dataset, [0, 2], world)
+    assert (report.hits, report.computed, scorer.responses) == (1, 4, 4)
+    assert_filled(tmp_path, dataset, [0, 2])
 
 
-def test_a_round_partly_stored_by_another_job_is_computed_in_part(
+def test_a_fill_that_waits_for_another_job_can_be_stopped(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    """Another job stores one response of a pair."""
-    [response] = dataset.response_indices(np.array([2]))[1:2]
-
-    class Neighbour(Scorer):
-        def __call__(self, batch: PackedBatch) -> Tensor:
-            if not self.responses:
-                values = logps_of(torch.from_numpy(dataset.sequences(2).responses[1])).numpy()
-                LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[[response]], [values])
-            return super().__call__(batch)
-
-    for _ in range(2):
-        report, _ = fill(tmp_path, dataset, [0, 2], world, entries_per_shard=2, scorer=Neighbour())
-        assert report.hits + report.computed == 5
-        assert_filled(tmp_path, dataset, [0, 2])
+    folder, request = LogpStore.open(tmp_path, FINGERPRINT).folder, StopRequest()
+    request.ask("SIGTERM")
+    filler = dataclasses.replace(filler_of(tmp_path, world), stops=Stops(request, world))
+    with locked(folder / "fill.lock", "fills", ""), pytest.raises(StoppedError, match="while another job"):
+        filler.fill(dataset, np.arange(2), no_progress)
 
 
 def test_damaged_files_are_reported_and_their_entries_computed_again(
@@ -206,17 +190,16 @@ def test_damaged_files_are_reported_and_their_entries_computed_again(
     indices = list(range(len(RESPONSES)))
     fill(tmp_path, dataset, indices, world, entries_per_shard=4)
     first, second, third = sorted(tmp_path.glob("*/*.safetensors"))
-    first.write_bytes(first.read_bytes()[:-1])
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1  # a value of its last entry
+    first.write_bytes(content)
     second.write_bytes(b"")
     (third.parent / "x.safetensors").write_bytes(b"")
-    # The keys of the first shard are complete, but not the values of its last entry.
     left = len(LogpStore.open(tmp_path, FINGERPRINT)) - 1
     report, scorer = fill(tmp_path, dataset, indices, world)
-    assert report.damaged == {
-        f"{FINGERPRINT.name}/{name}" for name in (first.name, second.name, "x.safetensors")
-    }
-    assert report.computed == sum(RESPONSES) - 1 - left
-    assert scorer.responses == report.computed
+    names = (first.name, second.name, "x.safetensors")
+    assert report.damaged == {f"{FINGERPRINT.name}/{name}" for name in names}
+    assert report.computed == scorer.responses == sum(RESPONSES) - 1 - left
     assert_filled(tmp_path, dataset, indices)
 
 
@@ -255,16 +238,6 @@ def test_a_round_that_cannot_be_written_is_an_error(
     assert len(LogpStore.open(tmp_path, FINGERPRINT).shards) == broken
 
 
-def test_progress_has_its_total_at_the_start_and_advances_within_a_round(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    indices = list(range(len(RESPONSES)))
-    _, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard=4096)
-    assert scorer.progress[0] == (0, len(indices))
-    assert scorer.progress == sorted(scorer.progress)
-    assert len({done for done, _ in scorer.progress}) > 3
-
-
 @pytest.mark.parametrize("flipped", [1, 1 << 30])
 @pytest.mark.parametrize("piece", [0, 1])
 def test_ids_that_changed_since_encoding_are_not_stored(
@@ -285,34 +258,6 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2], world)
     assert_filled(tmp_path, dataset, [0, 1, 2])
-
-
-def test_the_dataset_is_searched_once_even_if_jobs_share_rounds(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searches = []
-    search = PreferenceDataset.locate_responses
-
-    def counted(self: PreferenceDataset, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        searches.append(len(responses))
-        return search(self, responses)
-
-    class Neighbour(Scorer):
-        """Before each batch another job stores one response of the third and of the last pair."""
-
-        def __call__(self, batch: PackedBatch) -> Tensor:
-            for index in (2, 5):
-                response = dataset.response_indices(np.array([index]))[0]
-                values = logps_of(torch.from_numpy(dataset.sequences(index).responses[0])).numpy()
-                LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[[response]], [values])
-            return super().__call__(batch)
-
-    monkeypatch.setattr(PreferenceDataset, "locate_responses", counted)
-    indices = list(range(len(RESPONSES)))
-    report, _ = fill(tmp_path, dataset, indices, world, entries_per_shard=2, scorer=Neighbour())
-    assert report.hits, "a round was shared"
-    assert len(searches) == 1
-    assert_filled(tmp_path, dataset, indices)
 
 
 @pytest.fixture
@@ -360,25 +305,13 @@ def test_a_shard_that_appears_late_or_in_part_is_awaited(
 
 
 def test_completeness_is_checked_without_reading_values(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     filler = filler_of(tmp_path, world, entries_per_shard=2)
     filler.fill(dataset, np.arange(4), no_progress)
-    store = filler.open_filled()
-    monkeypatch.setattr(fill_module, "_KEYS_AT_ONCE", 3)
-    with monkeypatch.context() as patched:
-        patched.setattr(Index, "_load", lambda *_: pytest.fail("values were read"))
-        check_complete(store, dataset, np.arange(4), world)
-    keys = dataset.keys[dataset.response_indices(np.arange(len(dataset)))]
-    assert store.has_keys(keys).tolist() == store.contains(keys).tolist()
-    # Keys with the same first word.
-    other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
-    assert not store.has_keys(other).any()
-    values = [np.array([-1.0], dtype=np.float32)] * 2
-    LogpStore.open(tmp_path, FINGERPRINT).write(np.stack([other[0], other[1]]), values)
-    both = LogpStore.open(tmp_path, FINGERPRINT)
-    assert both.has_keys(np.concatenate([other[:2], keys[:2]])).all()
-    assert not LogpStore.open(tmp_path / "empty", FINGERPRINT).has_keys(keys).any()
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    check_complete(filler.open_filled(), dataset, np.arange(4), world)
 
 
 def test_an_incomplete_store_is_an_error_before_training(
