@@ -68,9 +68,9 @@ class VarlenAttention:
         segments = []
         for prompt, first, *rest in self.layout:
             segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
-        cumulative = [np.cumsum((0, *lengths), dtype=np.int32) for lengths in zip(*segments, strict=True)]
-        queries, keys = (copied_to(self.device, ends) for ends in cumulative)
-        return queries, keys, *(int(np.diff(ends).max()) for ends in cumulative)
+        queries, keys = (np.array(lengths, dtype=np.int32) for lengths in zip(*segments, strict=True))
+        ends = [copied_to(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)]
+        return ends[0], ends[1], int(queries.max()), int(keys.max())
 
     @cached_property
     def _key_indices(self) -> Tensor:
