@@ -367,9 +367,7 @@ class Engine:
         """
         with (
             adapter_off(self.model) if of_base else contextlib.nullcontext(),
-            explain_out_of_memory(
-                "generating samples", "lower samples.batch_tokens or samples.max_new_tokens"
-            ),
+            explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
             self.model.unpacked() as causal_lm,
             torch.no_grad(),
         ):

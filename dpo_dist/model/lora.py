@@ -96,7 +96,7 @@ def _add_new(
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
         modules_to_save=saved or None,
-        init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
+        init_lora_weights=True,
         task_type="CAUSAL_LM",
     )
     check_adaptable(causal_lm, targets)
