@@ -66,7 +66,7 @@ def check_kind(file: Path, path: str) -> None:
             where=path,
             got=file.suffix or "a name without an extension",
             expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy="convert or rename the file; one with a JSON object per line is a .jsonl",
+            remedy="convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
         )
 
 
