@@ -99,7 +99,8 @@ _COMPILE = (
 )
 
 OTHER_ROLE_NAMES = frozenset(
-    ["human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant", "observation", "tool_response", "function", "function_call", "tool_call"]
+    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
+    | {"observation", "tool_response", "function", "function_call", "tool_call"}
 )
 """Roles of datasets that are read as user, assistant or tool."""
 _ROLES = ("system", "user", "assistant", "tool")
