@@ -156,9 +156,7 @@ def _overview(results: Row, rates: Rates) -> Table:
             _name(model["name"], model["path"]),
             estimate(model["kl"], model["kl_interval"]),
             estimate(model["score"], model["score_interval"]),
-            "base"
-            if model["name"] == base
-            else estimate(*rates.get((model["name"], base), (None, None)), 100),
+            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
         ]
         for model in results["models"]
     ]
@@ -185,6 +183,10 @@ def _style(results: Row) -> Table:
     return ["model", *_STYLE.values()], rows
 
 
+def _rate(rate: tuple[float, Interval] | None) -> Markup:
+    return estimate(rate[0], rate[1], 100) if rate else Markup("")
+
+
 def _scale(metric: str) -> float:
     return 1 if metric in _NO_SHARES else 100
 
@@ -201,7 +203,7 @@ def _differences(results: Row, rates: Rates) -> Table:
         win = Markup("")
         if rate is not None:
             kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
-            win = Markup('<span class="{}">{}</span>').format(kind, estimate(*rate, 100))
+            win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
         cells = [win] if rates else []
         cells += [_difference(metric, row.get(metric), row.get(f"{metric}_interval")) for metric in metrics]
         rows.append([_name(second, f"minus {first}"), *cells])
