@@ -32,7 +32,6 @@ _WORKING_FOLDER = -100
 _EXCHANGE = 2
 
 
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
     with staged_file(path) as temporary:
