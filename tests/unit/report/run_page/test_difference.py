@@ -86,7 +86,7 @@ def test_verdicts_time_and_cost_are_side_by_side(runs: Runs) -> None:
         page.text.split("\n")[0]
     )
     assert "train seconds 1 h 10 min 2 h 20 min \u00d7 2 " in page.section("Results")
-    assert "cost 10.00 10.00 \u00d7 1" in page.section("Results")
+    assert "cost 8.00 8.00 \u00d7 1" in page.section("Results")
 
 
 def test_runs_have_the_names_that_distinguish_them() -> None:
