@@ -126,8 +126,7 @@ class World:
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
 
-        Args:
-            while_waiting: called on rank 0, for a line on the screen.
+        `while_waiting` is called on rank 0 meanwhile.
         """
         outcome: list[Any] = [None, None]
         try:
@@ -146,8 +145,7 @@ class World:
     def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank.
 
-        Args:
-            while_waiting: called on every rank while its own work lasts, for a line on the screen.
+        `while_waiting` is called on every rank while its own work lasts.
         """
         error: DpoDistError | None = None
         result: T | None = None
@@ -159,7 +157,6 @@ class World:
         first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
-        assert result is not None or error is None
         return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
@@ -215,10 +212,8 @@ class World:
         """End all processes if one of them ends inside the block; exactly one prints the error.
 
         Entry is collective, and so is exit without an error. An error that leaves the block has
-        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`.
-
-        Args:
-            reports: outputs, used also if the main thread is blocked.
+        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`. Reports are
+        used also if the main thread is blocked.
         """
         watcher = Watcher(self.peers, self.rank, self.control, self.timeout_seconds, reports or Reports())
         record = watcher.record
@@ -269,12 +264,7 @@ class GivenWay(Exception):  # noqa: N818  (no error)
 class Stops:
     """Every rank's request to stop, on which all ranks agree; methods are collective.
 
-    Args:
-        request: of this rank.
-        world: of the run.
-
-    Attributes:
-        agreed: the reasons of all ranks, once they were gathered.
+    `agreed` has the reasons of all ranks, once they were gathered.
     """
 
     def __init__(self, request: StopRequest, world: World):
