@@ -15,7 +15,7 @@ from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.insight.doctor.rules import check_thresholds
+from dpo_dist.insight.doctor.rules import with_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
@@ -33,7 +33,7 @@ def main(config: RunConfig) -> int:
             remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
         )
     check_needs(config, "doctor")
-    check_thresholds(config.doctor.thresholds or {})
+    with_thresholds(config.doctor.thresholds)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
     benchmark = None
@@ -53,10 +53,10 @@ def main(config: RunConfig) -> int:
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages.doctor import (  # noqa: PLC0415
         check_writable,
+        print_diagnosis,
         write_doctor_page,
         write_doctor_report,
     )
-    from dpo_dist.insight.pages.doctor_terminal import print_diagnosis  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder)

@@ -9,13 +9,8 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
-from dpo_dist.training.startup import (
-    check_start,
-    find_evaluated,
-    started,
-    with_evaluated_pairs,
-    without_traces,
-)
+from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
+from dpo_dist.training.targets import find_evaluated
 
 
 def main(config: RunConfig) -> int:

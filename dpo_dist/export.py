@@ -11,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.training.exported import find_checkpoint, find_members, find_output
+from dpo_dist.training.targets import find_exported
 
 
 def main(config: RunConfig) -> int:
@@ -22,9 +22,7 @@ def main(config: RunConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
-    is_average = bool(config.export.average)
-    sources = find_members(config) if is_average else [find_checkpoint(config)]
-    output = find_output(config, sources)
+    sources, output = find_exported(config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
@@ -34,7 +32,7 @@ def main(config: RunConfig) -> int:
     with warnings_off():
         from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
-        if is_average:
+        if config.export.average:
             export_average(config, sources, output)
         else:
             export_model(config, sources[0], output, console)

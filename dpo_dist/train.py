@@ -14,7 +14,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
-from dpo_dist.training.startup import check_newest_checkpoint, check_start, started, without_traces
+from dpo_dist.training.resume import check_newest_checkpoint
+from dpo_dist.training.startup import check_start, started, without_traces
 
 
 def main(config: RunConfig) -> int:

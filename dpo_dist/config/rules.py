@@ -11,6 +11,7 @@ from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS, DataConfig, DataFo
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import LOSS, Rule, unused
 from dpo_dist.config.losses import Divergence, LossConfig, LossKind, kinds_using
+from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.rules_model import ADAPTER_RULES, EXPORT_RULES, REFERENCE_RULES
 from dpo_dist.config.schema import (
     AttentionBackend,
@@ -403,22 +404,11 @@ _TRAINING = (
     _not_on_nvme("offload_optimizer"),
 )
 
-PREFIX = "eval_"
-_DIRECTIONS = {
-    "loss": Direction.lowest,
-    "rewards/accuracies": Direction.highest,
-    "rewards/margins": Direction.highest,
-    "rewards/chosen": Direction.highest,
-    "rewards/both_fall": Direction.lowest,
-    "kl/chosen": Direction.lowest,
-    "kl/rejected": Direction.lowest,
-}
-
 
 def direction_of(trainer: TrainerConfig) -> Direction | None:
     """Return which values of `trainer.keep_best` are the best; None if it is not known."""
     metric = (trainer.keep_best or "").removeprefix(PREFIX)
-    known = (way for name, way in _DIRECTIONS.items() if _is_of(metric, name))
+    known = (row.best for name, row in METRICS.items() if row.best and _is_of(metric, name))
     return trainer.keep_best_direction or next(known, None)
 
 

@@ -1,30 +1,26 @@
-"""Read the fields beside the responses: prompt, system text, history, tools, template arguments."""
+"""What a record has beside its responses: prompt, system text, history, tools, arguments of the template."""
 
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dpo_dist.data.messages import (
     FIRST_TURN,
+    MEDIA,
     from_json,
     has_value,
     is_messages,
     messages_of,
     role_of,
-    spelled_messages,
     without_nulls,
 )
 from dpo_dist.data.records import (
-    BadRecord,
     Dialogue,
     Fields,
     Message,
     Messages,
     PreferenceRecord,
     Prompt,
-    RawContent,
     Response,
     UnusableRecordError,
 )
@@ -37,73 +33,65 @@ _TOOLS = ("tools", "functions")
 _ARGUMENTS = "chat_template_kwargs"
 _THINKING = "enable_thinking"
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False}
-_MAYBE_IN_PROMPT = ("instruction", *QUESTIONS)
-# Part of the question in some datasets; no format adds it to the prompt.
-_BACKGROUND = "context"
-_SIDES = ("chosen", "rejected")
+# Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
+_OF_PROMPT = ("instruction", *QUESTIONS, "context")
 # A chat template renders these or a model sees them, and no format reads them.
-_MEDIA = ("images", "image", "videos", "video", "audio", "audios")
-_UNREAD_FIELDS = ("documents", *_MEDIA, *(f"{side}_{name}" for side in _SIDES for name in _MEDIA))
+_UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Weights and margins of a record in the loss, and the value that has no effect.
 _UNREAD_NUMBERS = {"weight": 1.0, "sample_weight": 1.0, "loss_weight": 1.0, "margin": 0.0}
 _BESIDE = frozenset(
-    (
-        *(*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, _THINKING, *_MAYBE_IN_PROMPT),
-        *(_BACKGROUND, *_UNREAD_FIELDS, *_UNREAD_NUMBERS, *CONVERSATIONS),
-    )
-)
+    (*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, _THINKING, *_OF_PROMPT, *_UNREAD, *_UNREAD_NUMBERS)
+).union(CONVERSATIONS)
 
 
-@dataclass(frozen=True)
-class Context:
-    """Everything before the responses of a record; as in `PreferenceRecord`."""
+def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
+    """Return a record's prompt: text or messages, to which `with_context` adds the system text and history.
 
-    prompt: Prompt
-    tools: tuple[Fields, ...] = ()
-    template_arguments: Fields = field(default_factory=dict)
-
-
-def prompt_of(record: Fields, responses: Iterable[Any]) -> tuple[Any, bool]:
-    """Return a record's prompt, and whether it includes the record's system text, history and input.
-
-    The prompt is `prompt`, a conversation that does not end with the assistant, `instruction` with `input`,
-    or a question; None if the record has none of them, or if its responses are whole conversations.
+    It is `prompt`, a conversation that does not end with the assistant, `instruction` with `input`, or a
+    question; None if the record has none of them, or if its responses are whole conversations.
     """
     if record.get("prompt") is not None or any(map(is_conversation, responses)):
-        return record.get("prompt"), False
-    for name in CONVERSATIONS:
-        turns = from_json(record.get(name))
+        return record.get("prompt")
+    for turns in map(record.get, CONVERSATIONS):
         if turns is not None and not ends_with_response(turns):
-            return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns, False
+            return _asked(turns)
     if has_value(record.get("instruction")):
-        return _instruction_messages(record), True
+        parts = [record["instruction"], record.get("input")]
+        if not all(part is None or isinstance(part, str) for part in parts):
+            if has_value(parts[1]):
+                raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
+            return [{"role": "user", "content": parts[0]}]
+        return _asked("\n".join(filter(None, parts)))
     question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
-    if question is None or is_messages(spelled_messages(question, "user")):
-        return question, False
-    return [{"role": "user", "content": question}], False
+    return question if question is None or is_messages(question) else [{"role": "user", "content": question}]
+
+
+def _asked(turns: Any) -> Any:
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
 
 
 def is_conversation(response: Any) -> bool:
     """Return whether a response includes the turns before it, as messages or as an HH dialogue."""
-    if isinstance(response, str) and response.startswith(FIRST_TURN):
-        return True
-    turns = spelled_messages(response)
-    is_list = isinstance(turns, list) and bool(turns) and is_messages(turns)
-    return is_list and not ends_with_response(turns[:1])
+    if isinstance(response, str):
+        return response.startswith(FIRST_TURN)
+    is_list = isinstance(response, list) and bool(response) and is_messages(response)
+    return is_list and not ends_with_response(response[:1])
 
 
 def has_prompt(record: Fields) -> bool:
     """Return whether a record has a field for a prompt, perhaps an empty one."""
-    return any(record.get(name) is not None for name in ("prompt", *_MAYBE_IN_PROMPT, *CONVERSATIONS))
+    names = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
+    return any(record.get(name) is not None for name in names)
 
 
 def ends_with_response(turns: Any) -> bool:
     """Return whether the last of a list of messages is the assistant's."""
-    turns = from_json(turns)
     return isinstance(turns, list) and bool(turns) and role_of(turns[-1]) == "assistant"
 
 
-def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: bool) -> Context:
+def with_context(
+    prompt: Prompt, record: Fields, responses: Collection[str], *, plain: bool
+) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
     A text prompt becomes a user's turn if the record has any of them.
@@ -111,71 +99,74 @@ def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: 
     Args:
         prompt: as a reader returned it.
         record: all fields of the record.
-        content: the prompt and responses found in the record.
+        responses: names of the fields that were read as responses.
         plain: whether the configured format says that prompts are plain text.
 
     Raises:
         UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
             `invalid_tools`.
     """
-    if _BESIDE.isdisjoint(record) and not (isinstance(prompt, Dialogue) and "prompt" in record):
-        return Context(prompt)
-    unread = [name for name in _UNREAD_FIELDS if has_value(record.get(name))]
+    is_dialogue = isinstance(prompt, Dialogue)
+    if _BESIDE.isdisjoint(record) and not is_dialogue:
+        return prompt, (), {}
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    unread = [name for name in _UNREAD if has_value(record.get(name))]
     unread += [name for name, neutral in _UNREAD_NUMBERS.items() if not _is_number(record.get(name), neutral)]
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     given += [_THINKING] if record.get(_THINKING) not in (None, "") else []
-    if plain or isinstance(prompt, Dialogue):
-        unread += given
-    elif set(_TOOLS) <= set(given):
-        unread.append(_TOOLS[1])
     turns: list[Message] = []
-    if content.has_context and not isinstance(prompt, Dialogue):
-        systems = [record[name] for name in _SYSTEMS if has_value(record.get(name))]
-        unread += _SYSTEMS[1:] if systems[1:] and systems[0] != systems[1] else ()
-        outside = [name for name in QUESTIONS if name != "input"]
+    if plain or is_dialogue:
+        unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
     else:
-        outside = [*_MAYBE_IN_PROMPT]
-        # A dialogue is read from the responses alone.
-        unread += ["prompt"] if isinstance(prompt, Dialogue) and _is_outside(record, "prompt", prompt) else []
-        unread += _add_turns(turns, record, prompt, plain=plain)
-    unread += [name for name in (*outside, _BACKGROUND) if _is_outside(record, name, prompt)]
-    unread += [name for name in CONVERSATIONS if _is_other_conversation(record, name, content, prompt)]
+        unread += _TOOLS[1:] if set(_TOOLS) <= set(given) else ()
+        unread += _add_turns_before(turns, record, messages)
+    # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
+    for name in (*_OF_PROMPT, *(["prompt"] if is_dialogue else []), *CONVERSATIONS):
+        is_response = name in CONVERSATIONS and (name in responses or ends_with_response(record.get(name)))
+        if not is_response and _is_outside(record.get(name), prompt):
+            unread.append(name)
     if unread:
         raise UnusableRecordError("unread_content", f"fields: {', '.join(unread)}", tuple(unread))
     if not turns and not given:
-        return Context(prompt)
-    assert not isinstance(prompt, Dialogue)
+        return prompt, (), {}
     tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
-    return Context((*turns, *_as_messages(prompt)), tools, _arguments(record))
+    return (*turns, *messages), tools, _arguments(record)
 
 
-def _add_turns(turns: list[Message], record: Fields, prompt: Prompt, *, plain: bool) -> list[str]:
+def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) -> list[str]:
     """Add the turns of a record's system text and history to `turns`; return the ambiguous fields."""
     unread = []
-    for name in (*_SYSTEMS, "history"):
-        if has_value(record.get(name)):
-            before = None if plain else _turns_before(prompt, turns, name, from_json(record[name]))
-            if before is None:
-                unread.append(name)
-            else:
-                turns += before
+    for name in _SYSTEMS:
+        text = record.get(name)
+        first = [*turns, *prompt][:1]
+        if not has_value(text):
+            continue
+        if isinstance(text, str) and (not first or first[0].role != "system"):
+            turns.append(Message("system", text))
+        elif not isinstance(text, str) or first[0].content.strip() != text.strip():
+            unread.append(name)
+    if has_value(record.get("history")):
+        exchanges = _exchanges(from_json(record["history"]))
+        if exchanges is None or [message.role for message in prompt] != ["user"]:
+            return [*unread, "history"]
+        turns += exchanges
     return unread
 
 
-def _instruction_messages(record: Fields) -> list[Fields]:
-    """Return the messages of `system`, `history`, `instruction` and `input`, as LLaMA-Factory joins them."""
-    system = record.get("system") or record.get("system_prompt")
-    turns = [("system", system)] if system else []
-    history = _exchanges(from_json(record.get("history")) or [])
-    if history is None:
-        raise UnusableRecordError("unread_content", "fields: history", ("history",))
-    turns += [(message.role, message.content) for message in history]
-    parts = [record["instruction"], record.get("input")]
-    are_texts = all(map(_is_text, parts))
-    if not are_texts and has_value(parts[1]):
-        raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
-    text = "\n".join(part for part in parts if part) if are_texts else parts[0]
-    return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
+def _exchanges(history: Any) -> list[Message] | None:
+    """Return the turns of a list of messages or of [question, answer] pairs; None if it is anything else."""
+    if not isinstance(history, list):
+        return None
+    if is_messages(history):
+        return list(messages_of(history, role="user"))
+    is_pair = [isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history]
+    if not all(is_pair):
+        return None
+    return [
+        Message(role, text)
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _tools(value: Any) -> tuple[Fields, ...]:
@@ -201,57 +192,19 @@ def _arguments(record: Fields) -> Fields:
         return found
     is_thinking = _TRUTHS.get(str(record[_THINKING]).lower())
     if is_thinking is None or found.get(_THINKING, is_thinking) != is_thinking:
-        raise UnusableRecordError(
-            "unread_content", f"{_THINKING} is neither true nor false, or has two values", (_THINKING,)
-        )
+        detail = f"{_THINKING} is neither true nor false, or has two values"
+        raise UnusableRecordError("unread_content", detail, (_THINKING,))
     return {**found, _THINKING: is_thinking}
 
 
-def _as_messages(prompt: str | Messages) -> Messages:
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
-
-
-def _turns_before(prompt: Prompt, turns: list[Message], name: str, value: Any) -> list[Message] | None:
-    """Return the turns that a field adds after `turns` and before the prompt; None if that is ambiguous."""
-    if isinstance(prompt, Dialogue):
-        return None
-    messages = _as_messages(prompt)
-    if name == "history":
-        is_one_question = [message.role for message in messages] == ["user"]
-        return _exchanges(value) if is_one_question else None
-    if not isinstance(value, str):
-        return None
-    first = [*turns, *messages][:1]
-    if first and first[0].role == "system":
-        return [] if first[0].content.strip() == value.strip() else None
-    return [Message("system", value)]
-
-
-def _exchanges(history: Any) -> list[Message] | None:
-    """Return the turns of a list of messages or of [question, answer] pairs; None if it is anything else."""
-    if isinstance(history, list) and is_messages(history):
-        return list(messages_of(history, role="user"))
-    turns: list[Message] = []
-    for exchange in history if isinstance(history, list) else [None]:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            return None
-        if not all(isinstance(text, str) for text in exchange):
-            return None
-        turns += (Message("user", exchange[0]), Message("assistant", exchange[1]))
-    return turns
-
-
-def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
+def _is_outside(value: Any, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
-    value = spelled_messages(record.get(name), "user")
     if not has_value(value):
         return False
-    if isinstance(value, list | Mapping) and is_messages(value):
-        texts_of = [turn.content for turn in messages_of(value, role="user")]
-    else:
-        texts_of = [value]
-    whole = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _as_messages(prompt)]
-    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts_of)
+    whole = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
+    texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
+    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
 
 
 def _is_number(value: Any, neutral: float) -> bool:
@@ -262,88 +215,52 @@ def _is_number(value: Any, neutral: float) -> bool:
         return False
 
 
-def _is_other_conversation(record: Fields, name: str, content: RawContent, prompt: Prompt) -> bool:
-    """Return whether a conversation is neither a response nor the prompt, nor a copy of one of them."""
-    value = record.get(name)
-    if value is None or name in content.responses or ends_with_response(value):
-        return False
-    return _is_outside(record, name, prompt)
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
 _FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
 
 
-def check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
-    """Return the record, or the reason why nothing can be learned from it.
+def check_content(record: PreferenceRecord) -> None:
+    """Check that something can be learned from a record.
 
-    The reasons are `invalid_unicode`, `empty_prompt`, `empty_response` and `identical_responses`.
+    Raises:
+        UnusableRecordError: `invalid_unicode`, `empty_prompt`, `empty_response` or `identical_responses`.
     """
-    prompt = record.prompt.contents if isinstance(record.prompt, Dialogue) else record.prompt
-    prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
-    texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
-    if not _is_valid_unicode("".join(itertools.chain(prompt_texts, *texts, _other_texts(record)))):
-        return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
-    if not any(text.strip() for text in prompt_texts):
-        return BadRecord("empty_prompt", record.origin)
-    empty = [
-        name
-        for name, response in zip(_names(len(record.responses)), record.responses, strict=True)
-        if not (response.strip() if isinstance(response, str) else any(map(_has_content, response)))
-    ]
-    if empty:
-        return BadRecord("empty_response", record.origin, f"no text in {', '.join(empty)}")
-    if len(set(map(_stripped, record.responses))) < len(record.responses):
-        return BadRecord("identical_responses", record.origin)
-    return record
-
-
-def _names(responses: int) -> Sequence[str]:
-    """Return the names of the responses of a record, the best first."""
-    numbered = [f"response {number} of the ranking" for number in range(1, responses + 1)]
-    return _FEW.get(responses, numbered)
-
-
-def _texts(messages: Messages) -> list[str]:
-    """Return the contents of messages, and their other fields as JSON."""
-    fields = [
-        json.dumps(message.fields, ensure_ascii=False, default=str) for message in messages if message.fields
-    ]
-    return [message.content for message in messages] + fields
-
-
-def _other_texts(record: PreferenceRecord) -> Iterator[str]:
-    """Yield what a chat template writes besides the texts of turns."""
-    if record.tools or record.template_arguments:
-        yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
-    for turns in (record.prompt, *record.responses):
-        if isinstance(turns, tuple):
-            yield from (message.role for message in turns)
-
-
-def _has_content(message: Message) -> bool:
-    """Return whether the loss may count anything of a message."""
-    return (
-        message.role == "assistant"
-        and message.is_trained is not False
-        and bool(message.content.strip() or message.fields)
-    )
-
-
-def _stripped(response: Response) -> str:
-    """Return a text that is equal for responses that differ only in outer white space."""
-    if isinstance(response, str):
-        return response.strip()
-    turns = [(turn.role, turn.content.strip(), turn.fields) for turn in response]
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _is_valid_unicode(text: str) -> bool:
+    parts = [_values(turns) for turns in (record.prompt, *record.responses)]
     try:
-        text.encode("utf-8")
+        _json([parts, record.tools, record.template_arguments]).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
+    prompt = record.prompt
+    if not (
+        prompt.strip()
+        if isinstance(prompt, str)
+        else any(turn.content.strip() or turn.fields for turn in prompt)
+    ):
+        raise UnusableRecordError("empty_prompt")
+    number = len(record.responses)
+    names = _FEW.get(number, [f"response {rank} of the ranking" for rank in range(1, number + 1)])
+    empty = [name for name, response in zip(names, record.responses, strict=True) if _is_empty(response)]
+    if empty:
+        raise UnusableRecordError("empty_response", f"no text in {', '.join(empty)}")
+    if len(set(map(_json, parts[1:]))) < number:
+        raise UnusableRecordError("identical_responses")
+
+
+def _values(turns: Prompt | Response) -> Any:
+    """Return a text or messages as values for JSON, without outer white space."""
+    if isinstance(turns, str):
+        return turns.strip()
+    return [(turn.role, turn.content.strip(), turn.fields) for turn in turns]
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _is_empty(response: Response) -> bool:
+    """Return whether the loss can count nothing of a response."""
+    if isinstance(response, str):
+        return not response.strip()
+    return not any(
+        turn.role == "assistant" and turn.is_trained is not False and (turn.content.strip() or turn.fields)
+        for turn in response
+    )

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from dpo_dist.config.data import DataConfig, OnBadRecord, TextTemplate, Truncation
 from dpo_dist.data.counts import NO_CHANGES, SHOWN_EXAMPLES, Changes, Outcome
 from dpo_dist.data.escape import RESERVED, RESERVED_CHARACTER, SpecialTokenInTextError, any_text
-from dpo_dist.data.pair_fields import training_examples
 from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
     BadRecord,
@@ -28,6 +27,7 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     UnusableRecordError,
     bad_record_error,
+    training_examples,
 )
 from dpo_dist.data.render import Rendered, render_record
 from dpo_dist.data.store import COLUMNS, EncodedChunk
@@ -108,8 +108,7 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
 
 def _has_reserved_character(record: PreferenceRecord) -> bool:
     """Return whether a text that is encoded or given to the chat template has it."""
-    prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else record.prompt
-    for part in (prompt, *record.responses):
+    for part in (record.prompt, *record.responses):
         if isinstance(part, str):
             if RESERVED_CHARACTER in part:
                 return True

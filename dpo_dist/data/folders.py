@@ -5,7 +5,6 @@ import itertools
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.read import KINDS, file_kind
 from dpo_dist.foundation.errors import ConfigError, DataError, first_line
 from dpo_dist.foundation.files import is_absent_offline, recall, remember
+
+log = logging.getLogger(__name__)
 
 _GLOB = re.compile(r"[*?\[]")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -30,6 +31,20 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+
+
+def check_unused(path: str, **options: str | None) -> None:
+    """Check that no option is set that has no effect on a source. Raises ConfigError."""
+    for key, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{key} has no effect on this source",
+                where=f"{key} of {path}",
+                got=value,
+                expected="null",
+                remedy=f"remove {key}: it is of Hub datasets"
+                + (" and folders with splits" * (key == "split")),
+            )
 
 
 def is_glob(path: str) -> bool:
@@ -90,7 +105,7 @@ def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
             remedy="save it again with Dataset.save_to_disk",
         ) from fault
     if isinstance(saved, Dataset):
-        check_no_split(str(folder), split)
+        check_unused(str(folder), split=split)
         return iter(saved)
     if (split or "train") not in saved:
         raise _no_split(folder, split, list(map(str, saved)))
@@ -109,7 +124,11 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             another kind, without a split where others have one, or missing shards.
         ConfigError: `split` is set and no name has a split.
     """
-    below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_metadata(folder, file))
+    below = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not _is_hidden(folder, file) and file.name not in _DESCRIPTIONS
+    )
     files = [file for file in below if file_kind(file)]
     if not files:
         raise DataError(
@@ -119,18 +138,25 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
             remedy="check the path; a file with another ending is named itself, or by a pattern",
         )
-    unread = [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]
-    if unread:
-        raise _mixed("the folder has data files that cannot be read", folder, unread)
-    if len(set(map(file_kind, files))) > 1:
-        raise _mixed("the folder has data files of several kinds", folder, files)
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
-    names = sorted(name for name in set(splits.values()) if name)
+    names = sorted(filter(None, set(splits.values())))
+    unread = [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]
+    for what, mixed in (
+        ("the folder has data files that cannot be read", unread),
+        ("the folder has data files of several kinds", files if len(set(map(file_kind, files))) > 1 else []),
+        ("the names of some files have no split", [file for file in files if names and not splits[file]]),
+    ):
+        if mixed:
+            raise DataError(
+                what,
+                where=str(folder),
+                got=", ".join(str(file.relative_to(folder)) for file in mixed[:5]),
+                expected="files of one kind, with a split in every name or in none",
+                remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
+            )
     if not names:
-        check_no_split(str(folder), split)
+        check_unused(str(folder), split=split)
         return files
-    if unnamed := [file for file in files if splits[file] is None]:
-        raise _mixed("the names of some files have no split", folder, unnamed)
     found = [file for file in files if splits[file] == (split or "train")]
     if not found:
         raise _no_split(folder, split, names)
@@ -138,54 +164,26 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     return found
 
 
-def _mixed(what: str, folder: Path, files: list[Path]) -> DataError:
-    return DataError(
-        what,
-        where=str(folder),
-        got=", ".join(str(file.relative_to(folder)) for file in files[:5]),
-        expected="files of one kind, with a split in every name or in none",
-        remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
-    )
+def _split_of(file: Path) -> str | None:
+    if shard := _SHARD_OF_SPLIT.match(file.name):
+        return shard[1]
+    words = [word for word in re.split(r"[^a-z0-9]+", str(file).lower()) if word in _SPLIT_WORDS]
+    return _SPLIT_WORDS[words[-1]] if words else None
 
 
 def _check_all_shards(folder: Path, files: list[Path]) -> None:
-    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    present: dict[tuple[str, str], set[int]] = {}
     for file in files:
-        if shard := _SHARD_OF_SPLIT.match(file.name):
-            numbers.setdefault((file.parent, shard[1], int(shard[3])), set()).add(int(shard[2]))
-    for (_, name, total), present in numbers.items():
-        if missing := sorted(set(range(total)) - present):
+        if shard := _SHARD_OF_SPLIT.match(str(file.relative_to(folder))):
+            present.setdefault((shard[1], shard[3]), set()).add(int(shard[2]))
+    for (name, total), numbers in present.items():
+        if missing := sorted(set(range(int(total))) - numbers):
             raise DataError(
                 "shards of the source are missing",
                 where=str(folder),
-                got=f"{len(missing)} of {total}: {name}-{missing[0]:05d}-of-{total:05d}"
-                + (" and others" if missing[1:] else ""),
-                remedy="copy or download the folder again, or select the shards that exist by a pattern, for "
-                f"example path/{name}-*",
+                got=f"{len(missing)} of {int(total)}, first {name}-{missing[0]:05d}-of-{total}",
+                remedy="copy or download the folder again, or select the shards that exist by a pattern",
             )
-
-
-def check_no_split(path: str, split: str | None) -> None:
-    """Check that `split` is not set for a source without splits. Raises ConfigError."""
-    if split is not None:
-        raise ConfigError(
-            "a split has no effect on a source without splits",
-            where=f"split of {path}",
-            got=split,
-            expected="null",
-            remedy="remove split, or use limit to take the first records only",
-        )
-
-
-def _is_metadata(folder: Path, file: Path) -> bool:
-    return _is_hidden(folder, file) or file.name in _DESCRIPTIONS
-
-
-def _split_of(file: Path) -> str | None:
-    if shard := _SHARD_OF_SPLIT.match(file.name):
-        return shard.group(1)
-    words = [word for word in re.split(r"[^a-z0-9]+", str(file).lower()) if word in _SPLIT_WORDS]
-    return _SPLIT_WORDS[words[-1]] if words else None
 
 
 def _no_split(folder: Path, split: str | None, names: list[str]) -> DataError:
@@ -198,12 +196,8 @@ def _no_split(folder: Path, split: str | None, names: list[str]) -> DataError:
     )
 
 
-log = logging.getLogger(__name__)
-
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 _COMMITS = "hub_commits"
-# Seconds before further requests for a commit; downloads are repeated by huggingface_hub.
-_WAITS = (1.0, 4.0)
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
@@ -215,36 +209,23 @@ def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     Raises:
         DataError: the Hub has no such dataset or revision, or cannot be reached and no commit is known.
     """
+    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
+    from huggingface_hub.errors import RevisionResolutionError  # noqa: PLC0415
+
     key = f"{source.path}@{source.revision or 'main'}"
     memo = None if cache is None else cache / _COMMITS
     known = recall(memo, key)
     with _as_data_error(source):
-        commit = _commit(source, known)
-    if commit != known:
-        remember(memo, key, commit)
-    return replace(source, revision=commit)
-
-
-def _commit(source: SourceConfig, known: str | None) -> str:
-    """Return the commit of the revision, or `known` if the Hub cannot be reached; asks three times."""
-    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
-    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError  # noqa: PLC0415
-
-    waits = iter(_WAITS)
-    while True:
         try:
-            api = HfApi()
-            return api.resolve_revision(source.path, repo_type="dataset", revision=source.revision).resolved
-        except RevisionResolutionError as fault:
-            if known is not None:
-                log.warning(
-                    "the Hub cannot be reached for %s; its last known commit %s is used", source.path, known
-                )
-                return known
-            wait = None if isinstance(fault.__cause__, OfflineModeIsEnabled) else next(waits, None)
-            if wait is None:
+            found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
+        except RevisionResolutionError:
+            if known is None:
                 raise
-            time.sleep(wait)
+            log.warning("the Hub cannot be reached for %s; its commit %s is used", source.path, known)
+            return replace(source, revision=known)
+    if found.resolved != known:
+        remember(memo, key, found.resolved)
+    return replace(source, revision=found.resolved)
 
 
 def hub_records(source: SourceConfig) -> Iterator[Any]:
@@ -263,21 +244,17 @@ def hub_records(source: SourceConfig) -> Iterator[Any]:
             source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
         )
         builder = load_dataset_builder(folder, source.name, data_dir=source.data_dir)
-        _check_inside(folder, builder.config.data_files or {}, source)
+        # Strangers write the card of a dataset: it names no files of this machine.
+        for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+            if not Path(os.path.normpath(file)).is_relative_to(folder):
+                raise DataError(
+                    "the card of the dataset names a file outside its folder",
+                    where=source.path,
+                    got=file,
+                    remedy="set path of the source to this file, if you want it to be read",
+                )
         records = builder.as_streaming_dataset(split=source.split or "train")
     return _read(source, records)
-
-
-def _check_inside(folder: str, files: dict[str, list[str]], source: SourceConfig) -> None:
-    """Check that a dataset card, which strangers write, names no files of this machine. Raises DataError."""
-    for file in itertools.chain.from_iterable(files.values()):
-        if not Path(os.path.normpath(file)).is_relative_to(folder):
-            raise DataError(
-                "the card of the dataset names a file outside its folder",
-                where=source.path,
-                got=file,
-                remedy="set path of the source to this file, if you want it to be read",
-            )
 
 
 def _read(source: SourceConfig, records: Any) -> Iterator[Any]:
@@ -315,10 +292,6 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
 
 
 def _described(source: SourceConfig) -> str:
-    options = {
-        "name": source.name,
-        "data_dir": source.data_dir,
-        "revision": source.revision,
-        "split": source.split or "train",
-    }
-    return f"{source.path} ({', '.join(f'{key} {value}' for key, value in options.items() if value)})"
+    keys = ("name", "data_dir", "revision", "split")
+    options = [f"{key} {getattr(source, key)}" for key in keys if getattr(source, key)]
+    return f"{source.path} ({', '.join(options) or 'split train'})"

@@ -39,8 +39,6 @@ _OF_RESPONSES = frozenset(
         "identical_responses",
     }
 )
-_CONVERSATION = "messages"
-_PLACEHOLDER = "response"
 
 
 def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
@@ -61,17 +59,17 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Preference
     parsed = parse_record(record, name, origin)
     if isinstance(parsed, BadRecord) and parsed.reason in _OF_RESPONSES:
         completed = parse_record(_completed(record), DataFormat.completion, origin)
-        has_no_prompt = isinstance(completed, BadRecord) and completed.reason in _OF_RESPONSES
-        parsed = parsed if has_no_prompt else completed
+        if not (isinstance(completed, BadRecord) and completed.reason in _OF_RESPONSES):
+            parsed = completed
     return parsed if isinstance(parsed, BadRecord) else replace(parsed, responses=(), scores=None)
 
 
 def _completed(record: Fields) -> dict[str, Any]:
     """Return a record with an invented response, so that its prompt is read as that of any completion."""
-    turns = record.get(_CONVERSATION)
+    turns = record.get("messages")
     if record.get("prompt") is None and isinstance(turns, list):
-        return {**record, _CONVERSATION: [*turns, {"role": "assistant", "content": _PLACEHOLDER}]}
-    return {**record, "completion": _PLACEHOLDER}
+        return {**record, "messages": [*turns, {"role": "assistant", "content": "response"}]}
+    return {**record, "completion": "response"}
 
 
 PromptHashes = npt.NDArray[np.uint64]
@@ -92,22 +90,18 @@ def prompt_hash(prompt: Prompt) -> int:
         if message.role == "system" and not message.content.strip():
             continue
         for text in (message.role, message.content):
-            content = " ".join(_visible(text).split()).encode("utf-8", "surrogatepass")
+            visible = text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+            content = " ".join(visible.split()).encode("utf-8", "surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
     return int.from_bytes(digest.digest(), "little")
 
 
-def _visible(text: str) -> str:
-    return text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
-
-
 def _messages(prompt: Prompt) -> Messages:
     if not isinstance(prompt, str):
-        return prompt.messages() if isinstance(prompt, Dialogue) else prompt
+        return prompt
     text = "\n\n" + prompt.strip()
-    if text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:"):
-        return Dialogue(text).messages()
-    return (Message("user", prompt),)
+    is_dialogue = text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:")
+    return Dialogue(text) if is_dialogue else (Message("user", prompt),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +161,7 @@ def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
         config: `eval_share`, `eval_seed` and `drop_eval_prompts` are used.
         eval_prompts: uint64 [examples], prompt hashes of the encoded evaluation data, if there are any.
     """
-    held_out = None
-    if config.drop_eval_prompts and eval_prompts is not None:
-        held_out = np.unique(eval_prompts)
+    held_out = None if eval_prompts is None or not config.drop_eval_prompts else np.unique(eval_prompts)
     return Part(share=config.eval_share, seed=config.eval_seed, held_out=held_out)
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.messages import JSON, fault_of, parse_json, with_given_arguments
+from dpo_dist.data.messages import JSON, fault_of, parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import DataError, first_line
 
@@ -23,17 +23,12 @@ _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
 _MAX_CELL_CHARACTERS = 2**31 - 1
+_ARGUMENTS = ("arguments", "parameters")
 _SPACES = re.compile(r"\s*")
-_LOOK_AHEAD = 16
-"""Characters behind which a number, escape or literal has ended that the end of a block may cut."""
 
 
 class Meter:
-    """The share of the bytes of a source's files that has been read.
-
-    Attributes:
-        total: bytes of all files; None if it is unknown.
-    """
+    """The share of the bytes of a source's files that has been read; `total` is None if it is unknown."""
 
     def __init__(self) -> None:
         self.total: int | None = None
@@ -71,8 +66,7 @@ def check_kind(file: Path, path: str) -> None:
             where=path,
             got=file.suffix or "a name without an extension",
             expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy="convert, unpack or rename the file; the extension of a file with one JSON object per "
-            "line is .jsonl",
+            remedy="convert or rename the file; one with a JSON object per line is a .jsonl",
         )
 
 
@@ -80,7 +74,7 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     """Read records in the file's order, in bounded memory.
 
     Args:
-        file: .jsonl, .json (one array), .csv, any of these as .gz or .zst, or .parquet.
+        file: of one of `KINDS`.
         path: the source as configured, for origins.
         meter: of the source.
 
@@ -91,13 +85,12 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     Raises:
         DataError: the file cannot be read; raised by this call if the start of the file shows it.
     """
-    check_kind(file, path)
     with _as_data_error(path):
         match file_kind(file):
             case ".jsonl":
                 records = _jsonl_records(_opened(file, meter), path)
             case ".json":
-                records = with_origins(_array(_opened(file, meter), path), path)
+                records = _numbered(_array(_opened(file, meter), path), path)
             case ".csv":
                 records = _csv_records(_opened(file, meter), path)
             case _:
@@ -108,15 +101,29 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     return _guarded(records, path)
 
 
-def with_origins(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
-    """Yield each value as a record with its number as origin; any value but an object is a bad record."""
-    for number, value in enumerate(values, start=1):
-        yield _as_record(value, Origin(path, number))
+def table_records(rows: Iterable[Any], path: str) -> Iterator[RawRecord]:
+    """Yield the rows of a table with their numbers, tool calls with the arguments that they were given."""
+    return _numbered(map(_with_given_arguments, rows), path)
 
 
-def table_records(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
-    """Yield the rows of a table as `with_origins`, tool calls with the arguments that they were given."""
-    return with_origins(map(with_given_arguments, values), path)
+def _with_given_arguments(value: Any) -> Any:
+    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    if isinstance(value, Mapping):
+        return {
+            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
+            for name, item in value.items()
+        }
+    return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
+
+
+def _numbered(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
+    return (_as_record(value, Origin(path, number)) for number, value in enumerate(values, start=1))
+
+
+def _as_record(value: Any, origin: Origin) -> RawRecord:
+    if isinstance(value, Mapping):
+        return value, origin
+    return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
 
 
 def _guarded(records: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:
@@ -153,12 +160,6 @@ def _opened(file: Path, meter: Meter) -> BinaryIO:
     return cast(BinaryIO, stream)
 
 
-def _as_record(value: Any, origin: Origin) -> RawRecord:
-    if isinstance(value, Mapping):
-        return value, origin
-    return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
-
-
 def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
     # Lines of bytes end at newlines only, not at Unicode separators.
     for number, line in enumerate(stream, start=1):
@@ -172,7 +173,6 @@ def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
 
 
 def _array(stream: BinaryIO, path: str) -> Iterator[Any]:
-    """Yield the elements of a JSON array."""
     if not stream.peek(1024).lstrip().startswith(b"["):  # type: ignore[attr-defined]
         raise DataError(
             "the JSON file is not an array",
@@ -180,59 +180,37 @@ def _array(stream: BinaryIO, path: str) -> Iterator[Any]:
             expected="one array of objects",
             remedy="rename a file with one object per line to .jsonl",
         )
-    return iter(_Elements(io.TextIOWrapper(stream, "utf-8")))
+    return _elements(io.TextIOWrapper(stream, "utf-8"))
 
 
-class _Elements:
-    """Elements of an array, parsed one at a time as lines of JSON: it may be larger than memory."""
-
-    def __init__(self, stream: TextIO):
-        self._stream, self._text, self._at, self._is_whole = stream, "", 0, False
-
-    def __iter__(self) -> Iterator[Any]:
-        self._take()  # the bracket
-        if self._character() == "]":
-            self._take()
+def _elements(stream: TextIO) -> Iterator[Any]:
+    """Yield the elements of a JSON array as they are parsed: it may be larger than memory."""
+    text = stream.read(_BLOCK_BYTES)
+    at = _after_spaces(text, text.index("[") + 1)
+    separator = ","
+    if text[at : at + 1] == "]":
+        separator, at = "]", at + 1
+    while separator == ",":
+        at = _after_spaces(text, at)
+        try:
+            value, end = JSON.raw_decode(text, at)
+            end = _after_spaces(text, end)
+        except json.JSONDecodeError:
+            end = len(text)
+        if end < len(text):
+            yield value
+            separator, at = text[end], end + 1
+        elif block := stream.read(max(_BLOCK_BYTES, len(text) - at)):
+            text, at = text[at:] + block, 0  # the end of the last block has cut the element
         else:
-            yield self._element()
-            while (separator := self._take()) == ",":
-                yield self._element()
-            if separator != "]":
-                raise ValueError("no comma after an element")
-        if self._character():
-            raise ValueError("text after the array")
+            JSON.raw_decode(text, at)
+            raise ValueError("the array is not closed")
+    if separator != "]" or text[at:].strip() or stream.read().strip():
+        raise ValueError("no comma after an element, or text after the array")
 
-    def _element(self) -> Any:
-        self._character()
-        while True:
-            try:
-                value, end = JSON.raw_decode(self._text, self._at)
-                is_cut = end > len(self._text) - _LOOK_AHEAD
-            except json.JSONDecodeError as fault:
-                is_cut = fault.pos > len(self._text) - _LOOK_AHEAD or fault.msg.startswith("Unterminated")
-                if self._is_whole or not is_cut:
-                    raise
-            if self._is_whole or not is_cut:
-                self._at = end
-                return value
-            self._read_on()
 
-    def _take(self) -> str:
-        found = self._character()
-        self._at += 1
-        return found
-
-    def _character(self) -> str:
-        """Skip spaces, and return the next character; "" at the end."""
-        while True:
-            self._at = _SPACES.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or self._is_whole:
-                return self._text[self._at : self._at + 1]
-            self._read_on()
-
-    def _read_on(self) -> None:
-        block = self._stream.read(_BLOCK_BYTES)
-        self._text, self._at, self._is_whole = self._text[self._at :] + block, 0, not block
+def _after_spaces(text: str, at: int) -> int:
+    return _SPACES.match(text, at).end()  # type: ignore[union-attr]
 
 
 def _csv_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
@@ -261,7 +239,6 @@ def _check_columns(names: list[str], where: str) -> None:
             "two columns have the same name",
             where=where,
             got=", ".join(map(shown_key, names)),
-            expected="a different name for each column",
             remedy="rename one of them in the file",
         )
 

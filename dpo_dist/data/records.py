@@ -1,10 +1,12 @@
-"""Types of preference data before tokenization: every format is read into `PreferenceRecord`."""
+"""Preference data before tokenisation: every format is read into `PreferenceRecord`."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from dpo_dist.config.data import Ranked
 from dpo_dist.foundation.errors import DataError
 
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -41,62 +43,39 @@ Response: TypeAlias = Text | Messages
 """The content of one assistant turn; or all turns after the prompt, of which the last is the assistant's."""
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """A conversation in one string with `Human:` and `Assistant:` turns, as in HH-RLHF.
+class Dialogue(tuple[Message, ...]):
+    """The messages of a prompt that one text spells with `Human:` and `Assistant:` turns, as in HH-RLHF.
 
-    `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``, after which a response follows.
-    It is encoded as messages if the tokenizer has a chat template, else as text.
+    `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``, before a response. It is
+    encoded if the tokenizer has no chat template. The contents of the messages are stripped.
     """
 
     text: str
 
-    @property
-    def contents(self) -> Text:
-        """The texts of all turns in one."""
-        return DIALOGUE_TURN.sub("", self.text)
-
-    def messages(self) -> Messages:
-        """Return the turns before the response, their contents stripped."""
-        before, *parts = DIALOGUE_TURN.split(self.text)
-        assert not before, "a dialogue starts with a turn"
+    def __new__(cls, text: str) -> "Dialogue":
+        """Split a text into its turns."""
+        _, *parts = DIALOGUE_TURN.split(text)
         turns = zip(parts[:-2:2], parts[1:-2:2], strict=True)
-        return tuple(Message(_ROLES[name], content.strip()) for name, content in turns)
+        dialogue = super().__new__(cls, (Message(_ROLES[name], content.strip()) for name, content in turns))
+        dialogue.text = text
+        return dialogue
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.text,)
 
 
-Prompt: TypeAlias = Text | Messages | Dialogue
+Prompt: TypeAlias = Text | Messages
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record in its source.
-
-    `source` is a path as configured; `line` is 1-based: a line number, or a record number in files that are
-    not read by lines.
-    """
+    """Position of a record: its source as configured, and the 1-based line or number of the record in it."""
 
     source: str
     line: int
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True)
-class RawContent:
-    """The prompt and the responses of a record, with values as in the source.
-
-    Attributes:
-        prompt: text or messages; None if the responses contain it.
-        responses: text or messages each, best first, by the names that error messages use.
-        scores: of each response, finite; None if the source has none.
-        has_context: whether `prompt` already includes the record's system text, history and input.
-    """
-
-    prompt: Any
-    responses: Fields
-    scores: tuple[float, ...] | None = None
-    has_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +111,7 @@ class BadRecord:
     """A record that cannot be used.
 
     Attributes:
-        reason: the name under which it is counted.
+        reason: the name under which it is counted; `counts` has its words and its remedy.
         origin: its position in the source.
         detail: more about the reason, without any text of the record.
         unread: fields of the record that no format reads; each is counted by its name too.
@@ -144,18 +123,8 @@ class BadRecord:
     unread: tuple[str, ...] = ()
 
 
-def bad_record_error(bad: BadRecord) -> DataError:
-    """Return the error for a record that cannot be used where `data.on_bad_record` is `error`."""
-    return DataError(
-        f"a record cannot be used: {bad.reason}",
-        where=str(bad.origin),
-        got=bad.detail,
-        remedy="correct the record, or set data.on_bad_record=drop",
-    )
-
-
 class UnusableRecordError(Exception):
-    """Raised inside the readers of a record, and returned by them as a `BadRecord`."""
+    """Raised where a record turns out to be unusable; `at` makes it a `BadRecord`."""
 
     def __init__(self, reason: str, detail: str = "", unread: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
@@ -169,13 +138,48 @@ class UnusableRecordError(Exception):
 RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 """An input record, or the reason why it cannot be read, and its origin."""
 
+Ranks: TypeAlias = tuple[int, ...]
+
+
+def bad_record_error(bad: BadRecord) -> DataError:
+    """Return the error for a record that cannot be used where `data.on_bad_record` is `error`."""
+    return DataError(
+        f"a record cannot be used: {bad.reason}",
+        where=str(bad.origin),
+        got=bad.detail,
+        remedy="correct the record, or set data.on_bad_record=drop",
+    )
+
+
+def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ranks], int]:
+    """Return the training examples of a record, each as indices of its responses, best first, and the ties.
+
+    `whole` is one ranking with the first of responses with equal scores, `best_worst` the first and the last
+    response, `all_pairs` every two responses with different scores. One or two responses are one example.
+    Ties are the responses (`whole`) or pairs (`all_pairs`) omitted because of equal scores.
+    """
+    indices = range(len(record.responses))
+    if len(indices) <= 2:
+        return [tuple(indices)], 0
+    # Without scores the order itself is the ranking.
+    scores = record.scores or tuple(-float(index) for index in indices)
+    match ranked:
+        case Ranked.whole:
+            distinct = tuple(index for index in indices if index == 0 or scores[index] != scores[index - 1])
+            return [distinct], len(indices) - len(distinct)
+        case Ranked.best_worst:
+            return [(0, indices[-1])], 0
+        case Ranked.all_pairs:
+            pairs = list(itertools.combinations(indices, 2))
+            untied: list[Ranks] = [pair for pair in pairs if scores[pair[0]] != scores[pair[1]]]
+            return untied, len(pairs) - len(untied)
+
 
 def text_characters(record: PreferenceRecord) -> int:
     """Return about how many characters the texts of a record have."""
-    prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else record.prompt
-    texts = [prompt, *record.responses]
     return sum(
-        len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text) for text in texts
+        len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
+        for text in (record.prompt, *record.responses)
     )
 
 

@@ -330,7 +330,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         return _render_text(prompt.text, record.response_texts, facts)
     if isinstance(prompt, Dialogue):
         stripped = tuple(one.strip() if isinstance(one, str) else one for one in record.responses)
-        return _render_messages(prompt.messages(), stripped, record, facts, config)
+        return _render_messages(prompt, stripped, record, facts, config)
     if not isinstance(prompt, str):
         return _render_messages(prompt, record.responses, record, facts, config)
     if not is_text:

@@ -12,7 +12,7 @@ from dpo_dist.data import folders
 from dpo_dist.data.columns import check_columns, check_first_columns, resolved, with_columns
 from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
 from dpo_dist.data.folders import (
-    check_no_split,
+    check_unused,
     globbed_files,
     is_glob,
     is_saved,
@@ -20,9 +20,9 @@ from dpo_dist.data.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.pair_fields import is_labelled
 from dpo_dist.data.read import KINDS, Meter, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
+from dpo_dist.data.responses import is_labelled
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link
 from dpo_dist.foundation.files import remembered_digest, text_digest
 
@@ -47,7 +47,7 @@ def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     if local.is_dir() and is_saved(local):
         return table_records(saved_records(local, source.split), source.path)
     meter.total = sum(file.stat().st_size for file in files)
-    if len(files) == 1 and local.is_file():
+    if files == [local]:
         return read_file(local, source.path, meter)
     return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
 
@@ -75,12 +75,7 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """
     source = resolved(source)
     check_columns(source)
-    local = Path(source.path).expanduser()
-    files = local_files(source)
-    if not (local.is_dir() and is_saved(local)):
-        for file in files or []:
-            check_kind(file, source.path)
-    if files:
+    if local_files(source):
         check_first_records(source, needs_pairs=needs_pairs)
 
 
@@ -89,9 +84,8 @@ def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> No
 
     A Hub dataset is downloaded. `needs_pairs` is that of `check_source`. Raises DataError.
     """
-    first = list(
-        itertools.islice(_written(source, Meter()), min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS))
-    )
+    most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
+    first = list(itertools.islice(_written(source, Meter()), most))
     if needs_pairs and not first:
         raise no_records(source.path)
     check_first_columns([record for record, _ in first if not isinstance(record, BadRecord)], source)
@@ -110,7 +104,7 @@ def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> No
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
-    A Hub dataset has its commit as `revision`; see `hub.pinned`.
+    A Hub dataset has its commit as `revision`; see `folders.pinned`.
     """
     source = resolved(source)
     return source if local_files(source) is not None else folders.pinned(source, cache)
@@ -120,32 +114,34 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     """Return the files of a local source; None for a dataset on the Hugging Face Hub.
 
     Raises:
-        DataError: the source does not exist.
+        DataError: the source does not exist, or has a file of a kind that cannot be read.
         ConfigError: `split`, `name`, `data_dir` or `revision` is set and has no effect.
     """
-    if "://" in source.path:
+    path = source.path
+    if "://" in path:
         raise DataError(
             "URLs cannot be read",
-            where=source.path,
+            where=path,
             expected="a local path, or the name of a dataset on the Hugging Face Hub",
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
-    local = Path(source.path).expanduser()
+    local = Path(path).expanduser()
     _check_path(local)
+    looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not (local.exists() or is_glob(path) or looks_local):
+        return None
+    check_unused(path, name=source.name, data_dir=source.data_dir, revision=source.revision)
     if local.is_dir():
-        _check_no_hub_options(source)
         if is_saved(local):
             return sorted(below for below in local.rglob("*") if below.is_file())
         return shards(local, source.split)
-    if local.is_file() or is_glob(source.path) or _looks_local(source.path):
-        _check_no_hub_options(source)
-        check_no_split(source.path, source.split)
-        if local.is_file():
-            return [local]
-        if is_glob(source.path):
-            return globbed_files(str(local))
+    check_unused(path, split=source.split)
+    if not local.is_file() and not is_glob(path):
         raise _missing(local)
-    return None
+    files = [local] if local.is_file() else globbed_files(str(local))
+    for file in files:
+        check_kind(file, path)
+    return files
 
 
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
@@ -180,23 +176,6 @@ def _check_path(local: Path) -> None:
         ) from fault
 
 
-def _check_no_hub_options(source: SourceConfig) -> None:
-    options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
-    for key, value in options.items():
-        if value is not None:
-            raise ConfigError(
-                f"{key} has no effect on a local source",
-                where=f"{key} of {source.path}",
-                got=value,
-                expected="null",
-                remedy=f"remove {key}, or set path to a dataset on the Hugging Face Hub",
-            )
-
-
-def _looks_local(path: str) -> bool:
-    return path.endswith((*KINDS, ".gz", ".zst")) or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
 def _missing(file: Path) -> DataError:
     if file.exists():
         return DataError(
@@ -226,47 +205,32 @@ def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
     and split, then with the folders above; equal sources are numbered. Sources with the same own `label`
     share it.
     """
-    names = {_location(source): list(_candidates(source)) for source in sources if source.label is None}
     own = {source.label for source in sources if source.label is not None}
+    candidates = [[] if source.label is not None else _candidates(source) for source in sources]
     labels: list[str] = []
-    for source in sources:
+    for source, here in zip(sources, candidates, strict=True):
         if source.label is not None:
             labels.append(source.label)
             continue
-        here = names[_location(source)]
-        others = set(itertools.chain(*(each for each in names.values() if each is not here)))
+        others = {name for names in candidates if names != here for name in names}
         name = next((name for name in here if name not in others | own), here[-1])
-        labels.append(_unused(name, {*own, *labels, *(others - {name})}))
+        taken = {*own, *labels, *(others - {name})}
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        labels.append(name if name not in taken else next(one for one in numbered if one not in taken))
     return labels
 
 
-def _location(source: SourceConfig) -> tuple[str | None, ...]:
-    return source.path, source.name, source.data_dir, source.split, source.revision
-
-
-def _unused(label: str, taken: set[str]) -> str:
-    numbered = (f"{label}-{number}" for number in itertools.count(2))
-    return label if label not in taken else next(each for each in numbered if each not in taken)
-
-
-def _candidates(source: SourceConfig) -> Iterator[str]:
-    """Yield names of a source, short ones first; at least one."""
-    if source.name is not None and resolved(source) is not source:
-        yield _safe(source.name)
-    *folders, last = [*filter(None, map(_safe, _without_suffixes(source.path).parts))] or ["source"]
+def _candidates(source: SourceConfig) -> list[str]:
+    """Return names of a source, short ones first; at least one."""
+    file = PurePath(source.path)
+    while file.suffix in _SUFFIXES:
+        file = file.with_suffix("")
+    *above, last = [*filter(None, map(_safe, file.parts))] or ["source"]
     qualifiers = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
-    if last not in _USUAL_NAMES or not folders:
-        for count in range(len(qualifiers) + 1):
-            yield "-".join([last, *qualifiers[:count]])
-    for start in range(len(folders) - 1, -1, -1):
-        yield "-".join([*folders[start:], last, *qualifiers])
-
-
-def _without_suffixes(path: str) -> PurePath:
-    found = PurePath(path)
-    while found.suffix in _SUFFIXES:
-        found = found.with_suffix("")
-    return found
+    names = [_safe(source.name)] if source.name is not None and resolved(source) is not source else []
+    if last not in _USUAL_NAMES or not above:
+        names += ["-".join([last, *qualifiers[:count]]) for count in range(len(qualifiers) + 1)]
+    return names + ["-".join([*above[at:], last, *qualifiers]) for at in reversed(range(len(above)))]
 
 
 def _safe(text: str) -> str:

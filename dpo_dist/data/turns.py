@@ -47,11 +47,11 @@ class Trace:
     end: int
 
 
-def traced_template(template: str) -> str:
+def _with_marks(template: str) -> str:
     """Return the template with marks around the body of each loop."""
     targets: list[str | None] = []
 
-    def with_marks(found: re.Match[str]) -> str:
+    def marked(found: re.Match[str]) -> str:
         tag, body = found.group(), found["body"]
         if body is None:
             return tag
@@ -64,17 +64,15 @@ def traced_template(template: str) -> str:
         name = targets.pop() if targets else None
         return f"{{%{found['open']} {_print(name, _END)} %}}{{% {body} {found['close']}%}}" if name else tag
 
-    return _COMMENT_OR_LOOP.sub(with_marks, template)
+    return _COMMENT_OR_LOOP.sub(marked, template)
 
 
-def traced_turn(turn: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return a turn with the marks that a traced template writes around it."""
-    marks = {_START: f"start{index}", _END: f"end{index}"}
-    return {**turn, **{key: f"{RESERVED_CHARACTER}{mark}{RESERVED_CHARACTER}" for key, mark in marks.items()}}
+def _print(name: str, key: str) -> str:
+    return f"print ({name} is mapping and {name}['{key}']) or ''"
 
 
-def read_trace(rendered: str, turns: int) -> Trace | None:
-    """Return the turns in the output of a traced template; None if one is written twice or left open."""
+def _read_trace(rendered: str, turns: int) -> Trace | None:
+    """Return the turns in the output of a template with marks; None if one is written twice or left open."""
     text, end, removed = _MARK.sub("", rendered), 0, 0
     spans: list[Span | None] = [None] * turns
     opened: dict[int, int] = {}
@@ -91,15 +89,6 @@ def read_trace(rendered: str, turns: int) -> Trace | None:
                 return None
             spans[index] = (start, position)
     return None if opened else Trace(text, spans, end)
-
-
-def _print(name: str, key: str) -> str:
-    return f"print ({name} is mapping and {name}['{key}']) or ''"
-
-
-_PROBE = "probe answer"
-_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
-_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +108,25 @@ class Escapable:
         """Return the plain value, or one with marks."""
         return self.plain if self.marked is None or number is None else self.marked[number]
 
+    def __or__(self, other: "Escapable | Mapping[str, Any]") -> "Escapable":
+        """Return the fields of both."""
+        right = other if isinstance(other, Escapable) else Escapable(other)
+        plain = {**self.plain, **right.plain}
+        if self.marked is None and right.marked is None:
+            return Escapable(plain)
+        return Escapable(plain, ({**self.form(0), **right.form(0)}, {**self.form(1), **right.form(1)}))
+
 
 Turns: TypeAlias = tuple[Escapable, ...]
-NO_CONTEXT = Escapable({})
+_NO_CONTEXT = Escapable({})
+_PROBE = "probe answer"
+_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
+_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
+_TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
 
 
 class ChatRenderer:
-    """A chat template with its probed properties.
-
-    Attributes:
-        template: its source.
-    """
+    """A chat template, whose properties are found by rendering probes."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, marks: Marks):
         self._tokenizer = tokenizer
@@ -138,27 +135,18 @@ class ChatRenderer:
 
     def turn(self, message: Message) -> Escapable:
         """Return a message as the template gets it."""
-        is_response = message.role == "assistant"
-        pattern = self._marks.in_response if is_response else self._marks.anywhere
-        plain: dict[str, Any] = {"role": message.role, "content": message.content}
-        is_marked = pattern.search(message.content) is not None
-        if not message.fields:
-            if not is_marked and message.role in ("user", "assistant", "system"):
-                return Escapable(plain)
-            return self._marked(plain, pattern)
-        plain |= message.fields
-        calls = plain.get("tool_calls")
-        if calls and not self._takes_objects:
-            plain["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        fields: dict[str, Any] = {"role": message.role, "content": message.content, **message.fields}
+        is_usual = message.role in ("system", "user", "assistant") and not message.fields
+        if is_usual and not self._marks.anywhere.search(message.content):
+            return Escapable(fields)
+        if (calls := fields.get("tool_calls")) and not self._takes_objects:
+            fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        if message.role != "assistant":
+            return self.data(fields)
         # Calls and names are no text of the model: a template writes the tags around them.
-        other = {name: part for name, part in plain.items() if name not in _TEXTS} if is_response else {}
-        if not other:
-            return self._marked(plain, pattern)
-        text, data = self._marked({n: plain[n] for n in plain if n in _TEXTS}, pattern), self.data(other)
-        if text.marked is None and data.marked is None:
-            return Escapable(plain)
-        forms = [{**text.form(number), **data.form(number)} for number in (0, 1)]
-        return Escapable(plain, (forms[0], forms[1]))
+        texts = {name: fields[name] for name in fields if name in _TEXTS}
+        others = {name: fields[name] for name in fields if name not in _TEXTS}
+        return Escapable(fields) | self.data(others) | self._marked(texts, self._marks.in_response)
 
     def data(self, values: Mapping[str, Any]) -> Escapable:
         """Return tools or arguments as the template gets them."""
@@ -169,7 +157,7 @@ class ChatRenderer:
             return Escapable(value)
         return Escapable(value, (self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)))
 
-    def render(self, turns: Turns, context: Escapable = NO_CONTEXT, *, generation: bool = False) -> str:
+    def render(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> str:
         """Render a conversation, escaped.
 
         Args:
@@ -182,21 +170,19 @@ class ChatRenderer:
         """
         return self._render(self.template, turns, context, generation)
 
-    def trace(self, turns: Turns, context: Escapable = NO_CONTEXT, *, generation: bool = False) -> Trace:
+    def trace(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> Trace:
         """Render a conversation as `render`, with the position of each turn.
 
         Raises:
             UnusableRecordError: as `render`, or the turns are not found.
         """
         text = self.render(turns, context, generation=generation)
+        marks = ({_START: f"start{index}", _END: f"end{index}"} for index in range(len(turns)))
         numbered = tuple(
-            Escapable(
-                traced_turn(turn.plain, index),
-                turn.marked and (traced_turn(turn.marked[0], index), traced_turn(turn.marked[1], index)),
-            )
-            for index, turn in enumerate(turns)
+            turn | {key: f"{RESERVED_CHARACTER}{mark}{RESERVED_CHARACTER}" for key, mark in both.items()}
+            for turn, both in zip(turns, marks, strict=True)
         )
-        found = read_trace(self._render(self._traced, numbered, context, generation), len(turns))
+        found = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
         if found is None or found.text != text:
             raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
         return found
@@ -207,49 +193,25 @@ class ChatRenderer:
         return argument_names(self.template)
 
     @cached_property
-    def _traced(self) -> str:
-        return traced_template(self.template)
-
-    def _render(self, template: str, turns: Turns, context: Escapable, generation: bool) -> str:
-        plain = self._apply(template, turns, context, generation, None)
-        if context.marked is None and all(turn.marked is None for turn in turns):
-            return plain
-        for number in (0, 1):
-            marked = self._marks.settle(self._apply(template, turns, context, generation, number))
-            if self._marks.spell(marked) == plain:
-                return marked
-        raise UnusableRecordError(
-            "special_token_in_text", "the chat template changes a text with a special token in it"
-        )
-
-    def _apply(
-        self, template: str, turns: Turns, context: Escapable, generation: bool, number: int | None
-    ) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [turn.form(number) for turn in turns],
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                    **context.form(number),
-                )
-            )
-        except TemplateError as fault:
-            raise UnusableRecordError("template_rejected", str(fault)) from fault
-        except Exception as fault:  # its operators, methods and nesting can raise anything
-            raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
-
-    @cached_property
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
             _, found, after = self.render(tuple(map(Escapable, _PROBES))).rpartition(_PROBE)
-        except UnusableRecordError as fault:
-            raise _unusable_template(fault.detail) from fault
-        if not found:
-            raise _unusable_template("its output does not contain the response")
+            fault = "" if found else "its output does not contain the response"
+        except UnusableRecordError as error:
+            fault = error.detail
+        if fault:
+            raise ConfigError(
+                "the chat template cannot render a user turn and an assistant turn",
+                where="chat template of model.path",
+                got=fault,
+                remedy="use the chat template of an instruction-tuned model of the same family",
+            )
         return after
+
+    @cached_property
+    def _traced(self) -> str:
+        return _with_marks(self.template)
 
     @cached_property
     def _takes_objects(self) -> bool:
@@ -265,8 +227,33 @@ class ChatRenderer:
 
         return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
 
+    def _render(self, template: str, turns: Turns, context: Escapable, generation: bool) -> str:
+        def applied(number: int | None) -> str:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        [turn.form(number) for turn in turns],
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=generation,
+                        **context.form(number),
+                    )
+                )
+            except TemplateError as fault:
+                raise UnusableRecordError("template_rejected", str(fault)) from fault
+            except Exception as fault:  # its operators, methods and nesting can raise anything
+                raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 
-_TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
+        plain = applied(None)
+        if all(part.marked is None for part in (context, *turns)):
+            return plain
+        for number in (0, 1):
+            marked = self._marks.settle(applied(number))
+            if self._marks.spell(marked) == plain:
+                return marked
+        raise UnusableRecordError(
+            "special_token_in_text", "the chat template changes a text with a special token in it"
+        )
 
 
 def _with_text_arguments(call: Any) -> Any:
@@ -278,16 +265,6 @@ def _with_text_arguments(call: Any) -> Any:
     if isinstance(call.get("arguments"), Mapping | list):
         changed["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
     return changed
-
-
-def _unusable_template(got: str) -> ConfigError:
-    return ConfigError(
-        "the chat template cannot render a user turn and an assistant turn",
-        where="chat template of model.path",
-        got=got,
-        expected="a template for user and assistant turns",
-        remedy="use the chat template of an instruction-tuned model of the same family",
-    )
 
 
 Mask = npt.NDArray[np.bool_]
@@ -312,25 +289,24 @@ class UntrainedParts:
     inside: tuple[re.Pattern[str], ...]
     opened: tuple[tuple[str, re.Pattern[str]], ...]
 
-    def within(self, before: str, turn: str) -> Iterator[Span]:
-        """Yield the untrained spans of a turn, given the text before it without white space at its end."""
-        if found := self.at_start.match(turn):
-            yield found.span()
-        for opening, pattern in self.opened:
-            if before.endswith(opening) and (found := pattern.match(turn)):
-                yield found.span()
-        for pattern in self.inside:
-            yield from (found.span() for found in pattern.finditer(turn))
+    def trained(self, before: str, turn: str) -> Iterator[Span]:
+        """Yield the spans of a turn that the loss counts, given the end of the text before it."""
+        before = before[-_LONGEST_OPENING:].rstrip()
+        opened = (pattern for opening, pattern in self.opened if before.endswith(opening))
+        found = [pattern.match(turn) for pattern in (self.at_start, *opened)]
+        found += [one for pattern in self.inside for one in pattern.finditer(turn)]
+        start = 0
+        for first, last in sorted(one.span() for one in found if one):
+            if start < first:
+                yield start, first
+            start = max(start, last)
+        if start < len(turn):
+            yield start, len(turn)
 
 
 @lru_cache(maxsize=8)
 def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> UntrainedParts:
-    """Return the compiled `data.untrained`.
-
-    Args:
-        names: its entries.
-        formatting: pattern of the tokens around turns, if they are untrained.
-    """
+    """Return `data.untrained`, compiled; `formatting` matches tokens around turns, if they are untrained."""
     at_start, opened = _NOTHING, []
     inside = [] if formatting is None else [formatting]
     begin, end = map(re.escape, THOUGHT_TAGS)
@@ -358,18 +334,15 @@ def counted_characters(
         parts: untrained parts of these turns.
     """
     before = before[-_LONGEST_OPENING:]
-    if len(turns) == 1 and turns[0] == (0, len(text)):
-        untrained = _union(parts.within(before.rstrip(), text))
-        return _rest(0, len(text), untrained) if untrained else None
-    counted = []
-    for start, end in turns:
-        preceding = before + text[max(start - _LONGEST_OPENING, 0) : start]
-        untrained = _union(parts.within(preceding.rstrip(), text[start:end]))
-        counted += [(start + first, start + last) for first, last in _rest(0, end - start, untrained)]
-    return counted
+    counted = [
+        (start + first, start + last)
+        for start, end in turns
+        for first, last in parts.trained(before + text[:start], text[start:end])
+    ]
+    return None if counted == [(0, len(text))] else counted
 
 
-def token_mask(starts: Sequence[int], length: int, counted: Sequence[Span]) -> Mask:
+def token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
     """Return whether the loss counts each token: whether it has a counted character.
 
     Args:
@@ -385,18 +358,3 @@ def token_mask(starts: Sequence[int], length: int, counted: Sequence[Span]) -> M
     for start, end in counted:
         mask |= (begins < end) & (ends > start)
     return mask
-
-
-def _union(spans: Iterable[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _rest(start: int, end: int, untrained: Sequence[Span]) -> list[Span]:
-    edges = [start, *(edge for span in untrained for edge in span), end]
-    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last]

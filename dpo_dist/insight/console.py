@@ -6,14 +6,16 @@ import json
 import logging
 import math
 import os
+import re
 import sys
+import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleDimensions, ConsoleOptions, RenderResult
@@ -21,33 +23,23 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import open_in_place, plain
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
-from dpo_dist.insight.tables import wrapped
 
-GAP = "  "
-"""Between the parts of a line."""
-
-_EVALUATED: Mapping[str, Callable[[float], str]] = {
-    "eval_loss": "loss {:.4f}".format,
-    "eval_rewards/accuracies": "accuracy {:.3f}".format,
-    "eval_rewards/margins": "margin {:.3f}".format,
-    "eval_pairs_per_second": "{:,.1f} pairs/s".format,
-    "eval_samples/length": "samples of {:,.0f} tokens".format,
-    "eval_samples/finished": lambda share: f"{percent(share)} of them finished",
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a line; on a narrow screen, parts of the highest `rank` are omitted first."""
-
-    text: str
-    rank: int
+WARNING = "warning: "
+_GAP = "  "
+_REFRESH_SECONDS = 0.5
+_FIRST_LINE_SECONDS = 5.0
+_FIRST_HEARTBEAT_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 60.0
+_BAR_WIDTH, _MIN_BAR_WIDTH = 24, 8
+_IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
+_EVALUATED = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
 
 
 @dataclass(frozen=True)
@@ -71,36 +63,26 @@ class TrainingStatus:
         """The share of the steps that are done."""
         return self.step / self.steps
 
-    def parts(self) -> list[Part]:
-        """Return the parts of the line."""
-        shown: tuple[tuple[str, Callable[[float], str], int], ...] = (
-            ("loss", "loss {:.4f}".format, 1),
-            ("rewards/accuracies", "accuracy {:.2f}".format, 2),
-            ("rewards/margins", "margin {:.3f}".format, 4),
-            ("pairs_per_second", "{:,.1f} pairs/s".format, 5),
-            ("mfu", lambda share: f"MFU {percent(share)}", 6),
-        )
+    def parts(self) -> list[str]:
+        """Return the parts of a line, the most important first."""
         values = self.values
-        found = [Part(words(values[name]), rank) for name, words, rank in shown if name in values]
-        if (peak := values.get("memory/peak_bytes")) is not None:
-            found.append(Part(size(peak), 7))
+        found = [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
         if self.seconds_left is not None and self.step < self.steps:
-            found.append(Part(f"{duration(self.seconds_left)} left", 3))
-        return [Part(f"step {self.step:,}/{self.steps:,}", 0), *found]
+            found.append(f"{duration(self.seconds_left)} left")
+        found += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
+        if (peak := values.get("memory/peak_bytes")) is not None:
+            found.append(size(peak))
+        return [f"step {self.step:,}/{self.steps:,}", *found]
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the object."""
+        done = {"work": "training", "done": self.step, "total": self.steps, "unit": "step"}
+        return {**done, "share": self.share, "seconds_left": self.seconds_left}
 
 
 @dataclass
 class Work:
-    """Progress of work that is no training step.
-
-    Attributes:
-        title: "encoding train data".
-        unit: singular of the units counted.
-        started: `time.monotonic()` at the first count.
-        done: units done.
-        share: of all work that is done, from 0 to 1; None if unknown.
-        total: units in all; None if unknown.
-    """
+    """Progress of work that is no training step; its unit is in the singular, an unknown total is None."""
 
     title: str
     unit: str
@@ -109,69 +91,43 @@ class Work:
     share: float | None = None
     total: int | None = None
 
-    def parts(self) -> list[Part]:
-        """Return the parts of the line."""
+    def parts(self) -> list[str]:
+        """Return the parts of a line, the most important first."""
         seconds = time.monotonic() - self.started
-        amount = counted(self.done, self.unit) if self.total is None else self._of_total(self.total)
-        found = [Part(f"{self.title}: {amount}", 0)]
+        amount = counted(self.done if self.total is None else self.total, self.unit)
+        found = [f"{self.title}: {amount if self.total is None else f'{self.done:,} of {amount}'}"]
         if self.share is not None:
-            found.append(Part(percent(self.share), 2))
+            found.append(percent(self.share))
         if self.done > seconds >= 1:
-            found.append(Part(f"{self.done / seconds:,.0f} a second", 3))
+            found.append(f"{self.done / seconds:,.0f} a second")
         if self.share and self.share < 1 and seconds >= 1:
-            found.append(Part(f"{duration(seconds / self.share - seconds)} left", 1))
+            found.append(f"{duration(seconds / self.share - seconds)} left")
         return found
 
-    def _of_total(self, total: int) -> str:
-        return f"{self.done:,} of {counted(total, self.unit)}"
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the object."""
+        done = {"work": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+        return {**done, "share": self.share}
 
 
-def fitting(parts: list[Part], width: int) -> list[str]:
-    """Return the texts of the parts that fit into `width` columns; the first part is always among them."""
-    kept = sorted(parts, key=lambda part: part.rank)
-    while len(kept) > 1 and len(GAP.join(part.text for part in kept)) > width:
-        kept.pop()
-    return [part.text for part in parts if part in kept]
+Progress = TrainingStatus | Work
+
+
+def _in_words(name: str, value: float) -> str:
+    """Return "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
+    metric = METRICS[name]
+    words = (metric.form(value), metric.title)
+    return " ".join(words if name == "pairs_per_second" else reversed(words))
 
 
 def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     """Return the line about a metrics row of an evaluation: "step 100/1,000  evaluation: loss 0.6, ..."."""
-    parts = [words(row[name]) for name, words in _EVALUATED.items() if name in row]
+    parts = [_in_words(name, row[PREFIX + name]) for name in _EVALUATED if PREFIX + name in row]
+    if (length := row.get("eval_samples/length")) is not None:
+        parts.append(f"samples of {length:,.0f} tokens")
+    if (finished := row.get("eval_samples/finished")) is not None:
+        parts.append(f"{percent(finished)} of them finished")
     return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
-
-
-_REFRESH_SECONDS = 0.5
-_FIRST_LINE_SECONDS = 5.0
-_BAR_WIDTH = 24
-_MIN_BAR_WIDTH = 8
-WARNING = "warning: "
-
-
-class Screen(Protocol):
-    """One form of output. `line_seconds` is the shortest time between two calls of `training`."""
-
-    line_seconds: float
-
-    def message(self, text: str) -> None:
-        """Print a message; a warning starts with `WARNING`."""
-
-    def error(self, text: str) -> None:
-        """Print an error, and no progress after it."""
-
-    def training(self, status: TrainingStatus) -> None:
-        """Show the state of the training."""
-
-    def row(self, row: Mapping[str, float], line: str) -> None:
-        """Show a metrics row; `line` has an evaluation in words, and is empty for a row of steps."""
-
-    def work(self, work: Work) -> None:
-        """Show the progress of other work; called often."""
-
-    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:
-        """Print a result: `content` is for programs, `lines` for people."""
-
-    def end_progress(self) -> None:
-        """End the progress of training or other work."""
 
 
 class LineScreen:
@@ -189,105 +145,75 @@ class LineScreen:
         seconds: float,
         print_result: Callable[[str], None] | None = None,
     ):
-        self.line_seconds = seconds
+        self.seconds = seconds
+        self.due: float | None = None
+        """When progress is printed again; None: its first line is printed at once."""
         self._print = print_line
         self._print_result = print_result or print_line
-        self._work_due: float | None = None
 
     def message(self, text: str) -> None:
-        """Print a message."""
+        """Print a message; a warning starts with `WARNING`."""
         self._print(printable_lines(text))
 
     def error(self, text: str) -> None:
-        """Print an error."""
+        """Print an error, and no progress after it."""
         self.message(text)
 
-    def training(self, status: TrainingStatus) -> None:
-        """Print the state of the training."""
-        self.message(GAP.join(part.text for part in status.parts()))
+    def progress(self, progress: Progress) -> float:
+        """Print progress; return the seconds until it is due again."""
+        if isinstance(progress, Work) and self.due is None:
+            self.message(f"{progress.title} ...")
+            return _FIRST_LINE_SECONDS
+        self.message((", " if isinstance(progress, Work) else _GAP).join(progress.parts()))
+        return self.seconds
 
     def row(self, row: Mapping[str, float], line: str) -> None:  # noqa: ARG002
-        """Print an evaluation."""
+        """Print a metrics row; `line` has an evaluation in words, and is empty for a row of steps."""
         if line:
             self.message(line)
 
-    def work(self, work: Work) -> None:
-        """Print the progress after a few seconds, and then now and then."""
-        if self._work_due is None:
-            self._work_due = work.started + _FIRST_LINE_SECONDS
-            self.message(f"{work.title} ...")
-        elif time.monotonic() >= self._work_due:
-            self._work_due = time.monotonic() + self.line_seconds
-            self.message(", ".join(part.text for part in work.parts()))
-
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
-        """Print the lines."""
+        """Print a result: `content` is for programs, `lines` for people."""
         for line in lines:
             self._print_result(printable_lines(line))
 
     def end_progress(self) -> None:
-        """Start anew with the next work."""
-        self._work_due = None
+        """End the progress of training or other work."""
+        self.due = None
 
 
-class JsonScreen:
-    """A JSON object a line, each with `kind` and `time`.
-
-    Args:
-        stream: to print to.
-        seconds: shortest time between two objects about progress.
-    """
-
-    def __init__(self, stream: SafeStream, seconds: float):
-        self.line_seconds = seconds
-        self._stream = stream
-        self._work_due = 0.0
+class JsonScreen(LineScreen):
+    """A JSON object a line, each with `kind` and `time`."""
 
     def message(self, text: str) -> None:
         """Print a message."""
-        is_warning = text.startswith(WARNING)
-        level = "warning" if is_warning else "info"
-        self._print("message", {"level": level, "text": text.removeprefix(WARNING)})
+        level = "warning" if text.startswith(WARNING) else "info"
+        self._object("message", {"level": level, "text": text.removeprefix(WARNING)})
 
     def error(self, text: str) -> None:
         """Print an error."""
-        self._print("error", {"message": text})
+        self._object("error", {"message": text})
 
-    def training(self, status: TrainingStatus) -> None:
-        """Print steps done and time left."""
-        left = {"seconds_left": status.seconds_left}
-        self._progress(Work("training", "step", 0.0, status.step, status.share, status.steps), left)
+    def progress(self, progress: Progress) -> float:
+        """Print progress."""
+        self._object("progress", progress.fields())
+        return self.seconds
 
     def row(self, row: Mapping[str, float], line: str) -> None:
         """Print all metrics."""
-        self._print("evaluation" if line else "step", row)
-
-    def work(self, work: Work) -> None:
-        """Print the progress now and then."""
-        if time.monotonic() >= self._work_due:
-            self._work_due = time.monotonic() + self.line_seconds
-            self._progress(work, {})
+        self._object("evaluation" if line else "step", row)
 
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the content."""
-        self._print(kind, content)
+        self._object(kind, content)
 
-    def end_progress(self) -> None:
-        """Start anew with the next work."""
-        self._work_due = 0.0
-
-    def _progress(self, work: Work, more: Mapping[str, Any]) -> None:
-        done = {"work": work.title, "done": work.done, "total": work.total, "unit": work.unit}
-        self._print("progress", {**done, "share": work.share, **more})
-
-    def _print(self, kind: str, content: Mapping[str, Any]) -> None:
+    def _object(self, kind: str, content: Mapping[str, Any]) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._stream.write(json.dumps(plain({"kind": kind, "time": now, **content}), default=str) + "\n")
-        self._stream.flush()
+        self._print(json.dumps(plain({"kind": kind, "time": now, **content}), default=str))
 
 
 class LiveScreen(LineScreen):
-    """Messages above one live line on a terminal; without a step or work, there is no live line."""
+    """Messages above one live line on a terminal; without progress there is no live line."""
 
     def __init__(self, terminal: RichConsole):
         super().__init__(self._print_above, _REFRESH_SECONDS, self._print_wrapped)
@@ -299,15 +225,19 @@ class LiveScreen(LineScreen):
         self.end_progress()
         self.message(text)
 
-    def training(self, status: TrainingStatus) -> None:
+    def progress(self, progress: Progress) -> float:
         """Replace the live line."""
-        self._show(_LiveLine(status.parts(), status.share), stays=True)
-
-    def work(self, work: Work) -> None:
-        """Replace the live line."""
-        if self._work_due is None or time.monotonic() >= self._work_due:
-            self._work_due = time.monotonic() + _REFRESH_SECONDS
-            self._show(_LiveLine(work.parts(), work.share), stays=False)
+        if self._live is None:
+            self._live = Live(
+                console=self._terminal,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                transient=isinstance(progress, Work),
+            )
+            self._live.start()
+        self._live.update(_LiveLine(progress), refresh=True)
+        return self.seconds
 
     def end_progress(self) -> None:
         """Leave the last state of the training on the screen; remove that of other work."""
@@ -325,37 +255,39 @@ class LiveScreen(LineScreen):
         for part in wrapped(line, self._terminal.width - 1):
             self._print_above(part)
 
-    def _show(self, line: "_LiveLine", *, stays: bool) -> None:
-        if self._live is None:
-            self._live = Live(
-                line,
-                console=self._terminal,
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=not stays,
-            )
-            self._live.start()
-        self._live.update(line, refresh=True)
+
+def wrapped(line: str, width: int) -> list[str]:
+    """Return a line of a result, broken between words at `width` columns where that is possible.
+
+    What follows is indented to the text after a label ("time       1 min of training"), else by four columns.
+    """
+    label = re.match(r"\S+( \S+)* {2,}", line)
+    indent = " " * (label.end() if label and label.end() <= width // 2 else 4)
+    parts = textwrap.wrap(
+        line, max(width, 8), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return parts or [line]
 
 
 class _LiveLine:
     """One line within the width of the terminal, with a bar if there is room for it."""
 
-    def __init__(self, parts: list[Part], share: float | None):
-        self._parts = parts
-        self._share = share
+    def __init__(self, progress: Progress):
+        self._progress = progress
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
         # Some terminals wrap a line that has all their columns.
         width = max(options.max_width - 1, 1)
-        text = GAP.join(fitting(self._parts, width))
+        parts = self._progress.parts()
+        while len(parts) > 1 and len(_GAP.join(parts)) > width:
+            parts.pop()
+        text = _GAP.join(parts)
         room = min(width - len(text) - 2, _BAR_WIDTH)
-        if self._share is None or room < _MIN_BAR_WIDTH:
+        if self._progress.share is None or room < _MIN_BAR_WIDTH:
             yield Text(text, no_wrap=True, overflow="crop", end="")
             return
         yield Text(text + "  ", end="")
-        yield ProgressBar(total=1.0, completed=self._share, width=room)
+        yield ProgressBar(total=1.0, completed=self._progress.share, width=room)
 
 
 class Terminal(RichConsole):
@@ -379,7 +311,7 @@ class Terminal(RichConsole):
         return False
 
 
-def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> Screen:
+def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
     """Return the screen that `settings` asks for.
 
     Args:
@@ -387,25 +319,27 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
         objects: for programs.
         settings: the section `console`.
     """
+
+    def printer(stream: SafeStream) -> Callable[[str], None]:
+        def print_line(line: str) -> None:
+            stream.write(line + "\n")
+            stream.flush()
+
+        return print_line
+
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(objects, settings.seconds)
+        return JsonScreen(printer(objects), settings.seconds)
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-
-    def print_line(line: str) -> None:
-        messages.write(line + "\n")
-        messages.flush()
+    print_line = printer(messages)
 
     def print_timed(line: str) -> None:
         print_line(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}")
 
     return LineScreen(print_timed, settings.seconds, print_line)
 
-
-_FIRST_HEARTBEAT_SECONDS = 15.0
-_HEARTBEAT_SECONDS = 60.0
 
 Count = Callable[..., None]
 """Called with the number of units just done and, if it is known, the share of all work that is done."""
@@ -423,13 +357,15 @@ class Console:
     """
 
     def __init__(
-        self, screen: Screen | None, errors: Screen | None = None, seconds: float = ConsoleConfig.seconds
+        self,
+        screen: LineScreen | None,
+        errors: LineScreen | None = None,
+        seconds: float = ConsoleConfig.seconds,
     ):
         self._screen = screen
         self._errors = errors or screen
-        self._log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
-        self._shown: list[Screen] = [self._log] if screen is None else [self._log, screen]
-        self._due = [0.0] * len(self._shown)
+        log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
+        self._shown = [log] if screen is None else [log, screen]
         self._worked = -math.inf
 
     def say(self, text: str) -> None:
@@ -455,21 +391,23 @@ class Console:
 
     def row(self, row: Mapping[str, float], steps: int) -> None:
         """Show a metrics row of a run of so many steps; evaluations are always printed."""
-        line = describe_evaluation(row, steps) if any(name.startswith("eval_") for name in row) else ""
+        line = describe_evaluation(row, steps) if any(name.startswith(PREFIX) for name in row) else ""
         for screen in self._shown:
             screen.row(row, line)
 
     def is_due(self) -> bool:
         """Return whether it is time for `training`."""
-        return time.monotonic() >= min(self._due)
+        return time.monotonic() >= min(screen.due or 0.0 for screen in self._shown)
 
     def training(self, status: TrainingStatus, *, always: bool = False) -> None:
         """Show the state of the training where it is due, or `always`."""
+        self._progress(status, always=always)
+
+    def _progress(self, progress: Progress, *, always: bool = False) -> None:
         now = time.monotonic()
-        for number, screen in enumerate(self._shown):
-            if always or now >= self._due[number]:
-                self._due[number] = now + screen.line_seconds
-                screen.training(status)
+        for screen in self._shown:
+            if always or screen.due is None or now >= screen.due:
+                screen.due = now + screen.progress(progress)
 
     def heartbeat(self, work: str) -> Callable[[float], None]:
         """Return a function that takes the seconds spent on `work` so far and prints them once a minute.
@@ -497,44 +435,36 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total, and shows them.
+        """Yield a function that takes the number of units done and their total; of 0 nothing is shown."""
+        with self.counter(title, unit) as count:
+            before = 0
 
-        A total of 0 shows nothing.
-        """
-        works: list[Work] = []
+            def show(done: int, total: int) -> None:
+                nonlocal before
+                if total:
+                    count(done - before, done / total, total)
+                    before = done
 
-        def show(done: int, total: int) -> None:
-            if total and self._screen is not None:
-                works[:] = works or [Work(title, unit, time.monotonic())]
-                work = works[0]
-                work.done, work.total, work.share = done, total, done / total
-                self._work(work)
-
-        with self.until_end():
             yield show
 
     @contextlib.contextmanager
     def counter(self, title: str, unit: str) -> Iterator[Count]:
-        """Yield a function that takes the number of units just done, and the share of all work that is done.
+        """Yield a function that takes the number of units just done, the share of all work and the total.
 
-        The share is from 0 to 1, or None if the total is unknown. Nothing is shown if it is never called.
+        Share and total are None if they are unknown. Nothing is shown if it is never called.
         """
-        works: list[Work] = []
+        work: Work | None = None
 
-        def count(more: int, share: float | None = None) -> None:
+        def count(more: int, share: float | None = None, total: int | None = None) -> None:
+            nonlocal work
             if self._screen is not None:
-                works[:] = works or [Work(title, unit, time.monotonic())]
-                work = works[0]
-                work.done, work.share = work.done + more, share
-                self._work(work)
+                work = work or Work(title, unit, time.monotonic())
+                work.done, work.share, work.total = work.done + more, share, total
+                self._worked = time.monotonic()
+                self._progress(work)
 
         with self.until_end():
             yield count
-
-    def _work(self, work: Work) -> None:
-        self._worked = time.monotonic()
-        for screen in self._shown:
-            screen.work(work)
 
 
 def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
@@ -556,27 +486,14 @@ def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
     """Log nothing below an error in the block, and show no warnings of Python."""
-    logging.disable(logging.WARNING)
+    callers = logging.root.manager.disable
+    logging.disable(max(callers, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
-
-
-class _Once(logging.Filter):
-    """Passes each distinct message once: some libraries repeat a warning at every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_new = message not in self._seen
-        self._seen.add(message)
-        return is_new
+        logging.disable(callers)
 
 
 @contextlib.contextmanager
@@ -623,7 +540,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
             objects.close()
 
 
-class _InertFormatter(logging.Formatter):
+class _LogFormatter(logging.Formatter):
     """Records without secrets and control characters; further lines are indented and look like no record."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -633,21 +550,28 @@ class _InertFormatter(logging.Formatter):
 @contextlib.contextmanager
 def _logging_to(stream: TextIO) -> Iterator[None]:
     """Log to `stream`, warnings too, each of them once; on exit the caller's logging is restored."""
-    root = logging.getLogger()
+    root, warned, seen = logging.getLogger(), logging.getLogger("py.warnings"), set[str]()
     callers = root.handlers[:], root.level
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_InertFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     callers_show = warnings.showwarning
     logging.captureWarnings(True)
     is_captured_by_caller = warnings.showwarning is callers_show
-    once, warnings_logger = _Once(), logging.getLogger("py.warnings")
-    warnings_logger.addFilter(once)
+
+    def is_new(record: logging.LogRecord) -> bool:
+        """Some libraries repeat a warning at every step."""
+        message = record.getMessage()
+        is_first = message not in seen
+        seen.add(message)
+        return is_first
+
+    warned.addFilter(is_new)
     try:
         yield
     finally:
-        warnings_logger.removeFilter(once)
+        warned.removeFilter(is_new)
         if not is_captured_by_caller:
             logging.captureWarnings(False)
         root.handlers[:] = callers[0]

@@ -9,10 +9,15 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.folder import has_tokenizer, is_adapter, model_folder, read_model_json
+from dpo_dist.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    has_tokenizer,
+    is_adapter,
+    model_folder,
+    read_model_json,
+)
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 """Of every name in the weights of an adapter folder."""
 _KEY = "model.adapter.path"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_dist.foundation.errors import first_line
-from dpo_dist.model.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, unreadable, unsupported
+from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, unreadable, unsupported
+from dpo_dist.model.folder import ADAPTER_WEIGHTS
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")

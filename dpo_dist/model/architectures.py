@@ -1,98 +1,56 @@
-"""Architectures that tests cover, with facts about each; imports no torch, so that errors appear at once."""
+"""Architectures that tests cover, and checks of config.json; imports no torch."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json
 
+# By `model_type`. tests/unit/model/test_architectures.py shows that the packed forward of each is exact. The
+# check at start decides for the model at hand (model/exactness.py), also if its architecture is not here.
+_PACKED = """
+cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss
+granite granitemoe hyperclovax llama minicpm3 ministral ministral3 mistral mixtral olmo olmo2 olmo3
+olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
+"""
+ARCHITECTURES = frozenset(_PACKED.split())
 
-@dataclass(frozen=True)
-class Architecture:
-    """Facts about an architecture whose packed forward is exact.
-
-    Attributes:
-        is_exact_with_liger: the packed forward is also exact with Liger's norms, rotary embedding and gated
-            MLP (tests/gpu/test_layers_gpu.py).
-        has_learned_positions: each position has a learned embedding, so the number of positions is limited.
-    """
-
-    is_exact_with_liger: bool = False
-    has_learned_positions: bool = False
-
-
-# By `model_type`. tests/unit/model/test_architectures.py shows that each packed one is exact. The check at
-# start decides for the model at hand (model/exactness.py), also if its architecture is not here.
-ARCHITECTURES = {
-    "cohere": Architecture(),
-    "cohere2": Architecture(),
-    "deepseek_v3": Architecture(),
-    "ernie4_5": Architecture(),
-    "exaone4": Architecture(is_exact_with_liger=True),
-    "gemma": Architecture(is_exact_with_liger=True),
-    "gemma2": Architecture(),
-    "gemma3_text": Architecture(is_exact_with_liger=True),
-    "glm": Architecture(),
-    "glm4": Architecture(is_exact_with_liger=True),
-    "gpt2": Architecture(has_learned_positions=True),
-    "gpt_neox": Architecture(),
-    "gpt_oss": Architecture(),
-    "granite": Architecture(is_exact_with_liger=True),
-    "granitemoe": Architecture(),
-    "hyperclovax": Architecture(),
-    "llama": Architecture(is_exact_with_liger=True),
-    "minicpm3": Architecture(),
-    "ministral": Architecture(is_exact_with_liger=True),
-    "ministral3": Architecture(),
-    "mistral": Architecture(is_exact_with_liger=True),
-    "mixtral": Architecture(),
-    "olmo": Architecture(),
-    "olmo2": Architecture(is_exact_with_liger=True),
-    "olmo3": Architecture(is_exact_with_liger=True),
-    "olmoe": Architecture(),
-    "opt": Architecture(has_learned_positions=True),
-    "phi": Architecture(),
-    "phi3": Architecture(is_exact_with_liger=True),
-    "phimoe": Architecture(),
-    "qwen2": Architecture(is_exact_with_liger=True),
-    "qwen2_moe": Architecture(),
-    "qwen3": Architecture(is_exact_with_liger=True),
-    "qwen3_moe": Architecture(),
-    "seed_oss": Architecture(),
-    "smollm3": Architecture(is_exact_with_liger=True),
-    "starcoder2": Architecture(),
-}
-
+# Of these, the ones that are also exact with Liger's norms, rotary embedding and gated MLP
+# (tests/gpu/test_layers_gpu.py).
+_LIGER = """
+exaone4 gemma gemma3_text glm4 granite llama ministral mistral olmo2 olmo3 phi3 qwen2 qwen3 smollm3
+"""
+EXACT_WITH_LIGER = frozenset(_LIGER.split())
 
 # Architectures that mix tokens outside of attention or do not call the registered attention. The check at
 # start tries others packed first. tests/dist/test_families.py trains them.
-IN_ROWS = frozenset(
-    {
-        "bamba",
-        "bloom",
-        "codegen",
-        "falcon",
-        "falcon_h1",
-        "falcon_mamba",
-        "gpt_neo",
-        "gptj",
-        "granitemoehybrid",
-        "jamba",
-        "mamba",
-        "mamba2",
-        "minimax",
-        "mpt",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5_text",
-        "qwen3_next",
-        "recurrent_gemma",
-        "rwkv",
-        "xglm",
-        "xlstm",
-    }
-)
+_IN_ROWS = """
+bamba bloom codegen falcon falcon_h1 falcon_mamba gpt_neo gptj granitemoehybrid jamba mamba mamba2
+minimax mpt nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv xglm xlstm
+"""
+IN_ROWS = frozenset(_IN_ROWS.split())
+
+# The option for the size of a table of positions, beyond which a forward fails.
+_POSITION_TABLES = {
+    "codegen": "max_position_embeddings",
+    "ctrl": "max_position_embeddings",
+    "gpt2": "max_position_embeddings",
+    "gptj": "max_position_embeddings",
+    "mpt": "max_seq_len",
+    "opt": "max_position_embeddings",
+}
+
+# Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), or that
+# divide weights in place for evaluation, which exports would write (rescale_every of RWKV).
+_NOISES = ("drop", "jitter", "noise", "rescale_every")
+
+# Routers that draw experts at random in training only, and the option that names a noise but is a threshold
+# of the experts' weights in evaluation, too (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
+SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
+
+# A value of `use_bidirectional_attention`, by which only tokens of images see later ones (Gemma 4).
+_OF_IMAGES = "vision"
 
 
 def recorded_arrangement(model_type: str) -> Arrangement:
@@ -100,38 +58,12 @@ def recorded_arrangement(model_type: str) -> Arrangement:
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
 
 
-def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:
-    """Return the error for a model whose positions are fewer than the inputs of a sequence.
-
-    Args:
-        positions: of the model.
-        max_length: tokens of the longest sequence, of which the last is not an input.
-        key: the configuration key of the model.
-    """
-    return ConfigError(
-        "the model has fewer positions than a sequence of data.max_length needs",
-        where=f"data.max_length, {key}",
-        got=f"{max_length} with {positions} positions",
-        expected=f"{positions + 1} or less; the last token of a sequence is not an input",
-        remedy=f"set data.max_length to {positions + 1} or less",
-    )
-
-
 def check_described(folder: Path, key: str) -> None:
-    """Check that config.json of a model folder names an architecture and no quantized weights.
-
-    Args:
-        folder: of the model.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: config.json names no architecture, or quantized weights.
-    """
+    """Check that config.json of a model folder names an architecture and no quantized weights."""
     content = read_model_json(folder / CONFIG_FILE)
     if "auto_map" in content:  # the model's own code may give it another type
         return
-    model_type = content.get("model_type")
-    if not model_type:
+    if not content.get("model_type"):
         raise ConfigError(
             "config.json of the model names no architecture",
             where=key,
@@ -144,10 +76,7 @@ def check_described(folder: Path, key: str) -> None:
 
 
 def quantized_weights(folder: Path, quantized: dict[str, object], key: str) -> ConfigError:
-    """Return the error for a model of which the weight files are quantized.
-
-    Quantized weights have no gradient: biases and norms alone would be trained.
-    """
+    """Return the error for quantized weight files, which have no gradient: only norms would be trained."""
     return ConfigError(
         "the weight files of the model are quantized",
         where=key,
@@ -155,3 +84,94 @@ def quantized_weights(folder: Path, quantized: dict[str, object], key: str) -> C
         expected="weights in bf16, fp16 or fp32",
         remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
     )
+
+
+def check_text(model_config: Any, key: str = "model.path") -> None:
+    """Check that a transformers configuration describes one model of text, which has layers.
+
+    Raises:
+        ConfigError: it describes several, as of a model of sounds that reads text (MusicGen), or no layers.
+    """
+    try:
+        text = model_config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(
+            "config.json describes several models of text",
+            where=key,
+            got=f"{model_config.model_type}: {first_line(error)}",
+            expected="a causal language model",
+            remedy="choose another model",
+        ) from error
+    if getattr(text, "num_hidden_layers", None) == 0:
+        raise ConfigError(
+            "config.json describes a model without layers",
+            where=key,
+            got=f"{model_config.model_type} with num_hidden_layers=0",
+            expected="1 or more",
+            remedy="download or save the model again",
+        )
+
+
+def check_supported(model_config: Any, max_length: int) -> None:
+    """Check what config.json says about log-probs of sequences; the check at start tries the model.
+
+    Raises:
+        ConfigError: the model is not causal, or has fewer positions than `max_length` tokens need.
+    """
+    text = model_config.get_text_config()
+    bidirectional = getattr(text, "use_bidirectional_attention", None)
+    if bidirectional and bidirectional != _OF_IMAGES:
+        raise not_causal(f"{text.model_type} with use_bidirectional_attention={str(bidirectional).lower()}")
+    if not getattr(text, "is_causal", True):
+        raise not_causal(f"{text.model_type} with is_causal=false")
+    table = _POSITION_TABLES.get(text.model_type)
+    if table is not None and max_length - 1 > (positions := getattr(text, table)):
+        raise few_positions(positions, max_length)
+
+
+def not_causal(got: str) -> ConfigError:
+    """Return the error for a model whose tokens attend to later tokens."""
+    return ConfigError(
+        "this model is not causal: its tokens attend to later tokens",
+        where="model.path",
+        got=got,
+        remedy="choose a causal language model",
+    )
+
+
+def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:
+    """Return the error for a model whose positions are fewer than the inputs of a sequence."""
+    return ConfigError(
+        "the model has fewer positions than a sequence of data.max_length needs",
+        where=f"data.max_length, {key}",
+        got=f"{max_length} with {positions} positions",
+        expected=f"{positions + 1} or less; the last token of a sequence is not an input",
+        remedy=f"set data.max_length to {positions + 1} or less",
+    )
+
+
+def training_notes(model_config: Any, max_length: int) -> list[str]:
+    """Return notes for the user on the training of a supported model, one line each."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or max_length - 1 <= positions:
+        return []
+    return [
+        f"warning: data.max_length={max_length:,} is more than the {positions:,} positions of the model "
+        "(max_position_embeddings): its log-probs of longer sequences may mean little"
+    ]
+
+
+def is_noise(name: str, value: object, model_type: str) -> bool:
+    """Return whether an option of a configuration makes training differ from evaluation."""
+    _, threshold = SAMPLING_ROUTERS.get(model_type, ("", ""))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and name != threshold and any(noise in name for noise in _NOISES)
+
+
+def switch_off_noise(model_config: Any) -> None:
+    """Set the options by which training differs from evaluation to 0, also in configurations of parts."""
+    for name, value in vars(model_config).items():
+        if is_noise(name, value, model_config.model_type):
+            setattr(model_config, name, type(value)(0))
+        elif hasattr(value, "model_type"):
+            switch_off_noise(value)

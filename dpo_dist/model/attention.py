@@ -20,16 +20,15 @@ from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.architectures import not_causal, recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
-from dpo_dist.model.optional_packages import check_flash_attn, has_flash_attn
+from dpo_dist.model.optional_packages import has_flash_attn
 from dpo_dist.model.sdpa import (
     Layout,
     MaskRule,
     Scores,
     SegmentAttention,
     mask_rule,
-    not_causal,
     with_one_dim,
 )
 
@@ -346,8 +345,14 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             expected="auto or sdpa",
             remedy="set model.attention=auto",
         )
-    if wanted is AttentionBackend.flash_attention_2:
-        check_flash_attn()
+    if wanted is AttentionBackend.flash_attention_2 and not has_flash_attn():
+        raise ConfigError(
+            "flash-attn 2 is not installed",
+            where="model.attention",
+            got="flash_attention_2",
+            remedy="set model.attention=auto, or pip install --no-build-isolation 'dpo-dist[flash-attn]', "
+            "which compiles it for the torch that is installed",
+        )
     return wanted
 
 

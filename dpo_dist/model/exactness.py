@@ -16,12 +16,11 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.architectures import few_positions, recorded_arrangement
+from dpo_dist.model.architectures import check_supported, check_text, few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.layers import expert_blocks, layer_values
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import forget_lengths
-from dpo_dist.model.supported import check_supported, check_text
 from dpo_dist.model.ulysses import cannot_be_shared
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_configs, layer_values, other_weights
+from dpo_dist.model.load import check_causal_class
 from dpo_dist.model.lora import find_modules, target_layers
-from dpo_dist.model.supported import check_causal_class
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6

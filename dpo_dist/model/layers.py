@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import ARCHITECTURES
+from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.optional_packages import check_liger_kernel
 
 
@@ -150,20 +150,18 @@ def check_liger(model_type: str, device: torch.device) -> None:
     Raises:
         ConfigError: they cannot, they are not, or liger-kernel is not installed.
     """
-    architecture = ARCHITECTURES.get(model_type)
     if device.type != "cuda":
         reason = f"Liger's kernels run on CUDA only, and this is {device.type}"
-    elif architecture is None or not architecture.is_exact_with_liger:
+    elif model_type not in EXACT_WITH_LIGER:
         reason = f"Liger's kernels are not known to be exact for {model_type}"
     else:
         check_liger_kernel()
         return
-    exact = sorted(name for name, known in ARCHITECTURES.items() if known.is_exact_with_liger)
     raise ConfigError(
         "Liger's kernels cannot be used",
         where="model.liger",
         got=reason,
-        expected=f"CUDA and one of {', '.join(exact)}",
+        expected=f"CUDA and one of {', '.join(sorted(EXACT_WITH_LIGER))}",
         remedy="set model.liger=false",
     )
 

@@ -15,9 +15,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
+from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
 from dpo_dist.model.lora import TRAINED, adapted_layers, trained_aliases
-from dpo_dist.model.supported import is_noise
 
 _NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")

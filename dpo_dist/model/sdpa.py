@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.architectures import not_causal
 
 Layout = tuple[tuple[int, ...], ...]
 """For each example the lengths of its pieces: prompt, response, response, ..."""
@@ -99,16 +99,6 @@ class MaskRule:
             if bool((mask & later).any()):
                 raise not_causal("a layer's attention mask")
         return mask
-
-
-def not_causal(got: str) -> ConfigError:
-    """Return the error for a model whose tokens attend to later tokens."""
-    return ConfigError(
-        "this model is not causal: its tokens attend to later tokens",
-        where="model.path",
-        got=got,
-        remedy="choose a causal language model",
-    )
 
 
 def mask_rule(

@@ -54,31 +54,24 @@ class PairLogps:
         Raises:
             ValueError: the reference has another number of pairs or of ranked responses.
         """
-        if (self._shape, reference._shape) != (self._shape, self._shape):
+        shapes = [
+            [len(each.chosen), 2 if each.between is None else 2 + each.between.shape[1]]
+            for each in (self, reference)
+        ]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"policy and reference log-probs have different [pairs, responses]: "
-                f"{list(self._shape)} and {list(reference._shape)}"
+                "policy and reference log-probs have different [pairs, responses]: "
+                f"{shapes[0]} and {shapes[1]}"
             )
-        return replace(
-            self,
-            chosen=self.chosen - reference.chosen,
-            rejected=self.rejected - reference.rejected,
-            between=self._between_ratios(reference),
-            whole_chosen=None,
-        )
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return len(self.chosen), 2 if self.between is None else 2 + self.between.shape[1]
-
-    def _between_ratios(self, reference: "PairLogps") -> Tensor | None:
-        if self.between is None or reference.between is None:
-            return None
-        if self.between_tokens is None or reference.between_tokens is None:
-            raise ValueError("between_tokens is missing: ranked responses need their numbers of tokens")
-        # No error is raised here: the host would have to wait for the device.
-        is_missing = (reference.between_tokens == 0) & (self.between_tokens > 0)
-        return (self.between - reference.between).masked_fill(is_missing, torch.nan)
+        between = None
+        if self.between is not None and reference.between is not None:
+            if self.between_tokens is None or reference.between_tokens is None:
+                raise ValueError("between_tokens is missing: ranked responses need their numbers of tokens")
+            # No error is raised here: the host would have to wait for the device.
+            is_missing = (reference.between_tokens == 0) & (self.between_tokens > 0)
+            between = (self.between - reference.between).masked_fill(is_missing, torch.nan)
+        chosen, rejected = self.chosen - reference.chosen, self.rejected - reference.rejected
+        return replace(self, chosen=chosen, rejected=rejected, between=between, whole_chosen=None)
 
     def detached(self) -> "PairLogps":
         """Return the same values without an autograd graph."""
@@ -98,7 +91,7 @@ def sum_by_response(
         response_tokens: int64 [responses], completion tokens of each response in that order.
         ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
             and those between them; -1 for none. None: every pair has two responses, best first.
-        token_weights: float32 [targets], factors of the log-probs (`desensitised_weights`); None: all 1.
+        token_weights: float32 [targets], factors of the log-probs (`desensitised_weights`).
     """
     tokens = _by_pair(response_tokens.double(), ranking)
     whole = _by_pair(_response_sums(token_logps.double(), response_tokens), ranking)

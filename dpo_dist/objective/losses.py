@@ -45,14 +45,7 @@ class RunningMeans:
         return config.beta * (1 + config.beta_alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """Return the means that include one more step.
-
-        Args:
-            config: the loss.
-            mean_margin: mean of `b h` over the step's pairs.
-            mean_reward: mean of `b D` over both responses of these pairs.
-            pairs: number of these pairs.
-        """
+        """Return the means that include one more step: those of `b h`, and of `b D` over both responses."""
         kept = config.beta_momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
@@ -91,14 +84,11 @@ def preference_loss(
 ) -> Tensor:
     """Return the loss of each pair; the loss of a step is the mean over the pairs of its global batch.
 
-    For coupled kinds (`config.is_coupled`) the given pairs must be the whole global batch.
+    For coupled kinds (`config.is_coupled`) the given pairs must be the whole global batch. With
+    `config.ld_alpha` all log-probs must be sums weighted by `desensitised_weights`.
 
     Args:
-        policy: the policy's log-probs of these pairs. With `config.ld_alpha` the log-probs of policy and
-            reference must be sums weighted by `desensitised_weights`.
-        reference: the reference's log-probs of the same responses; None for kinds without a reference, and
-            for `reference_free`.
-        config: kind or terms, beta and the options of the kinds.
+        reference: log-probs of the same responses; None for kinds without a reference, and `reference_free`.
         facts: further inputs; by default none.
 
     Returns:
@@ -112,17 +102,12 @@ def preference_loss(
     if config.reference_free:
         reference = policy.minus(policy).detached()
     total = torch.zeros_like(policy.chosen)
-    for term in loss_terms(config):
+    for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
         loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
         if facts.pair_weights is not None and "weighting" in KINDS[term.kind].options:
             loss = loss * facts.pair_weights
         total = total + loss
     return total
-
-
-def loss_terms(config: LossConfig) -> list[LossTermConfig]:
-    """Return the summands of the loss; a plain kind is one summand of weight 1."""
-    return list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
 
 
 def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
@@ -141,13 +126,15 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.hinge:  # SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657
             return relu(1 - beta * _margin(ratios, config))
         case LossKind.ipo:  # Azar et al. 2023, arXiv 2310.12036; length-averaged, as its authors confirmed
-            return _square(_ipo_margin(ratios, config) - 1 / (2 * beta))
+            margin = (_mean_margin if config.length_average else _margin)(ratios, config)
+            return (margin - 1 / (2 * beta)).clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
         case LossKind.sigmoid_norm:  # Tulu 3, arXiv 2411.15124
             return -logsigmoid(beta * _mean_margin(ratios, config))
         case LossKind.exo_pair:  # Ji et al. 2024, arXiv 2402.00856, equation 16
             return _exo_pair(beta * _margin(ratios, config), smoothing)
         case LossKind.nca_pair:  # Chen et al. 2024, arXiv 2402.05369
-            return _nca_pair(beta * ratios.chosen, beta * ratios.rejected)
+            chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
+            return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
         case LossKind.bco_pair:  # Jung et al. 2024, arXiv 2404.04656
             shift = facts.running.reward if config.bco_delta is BcoDelta.running_mean else 0.0
             return -logsigmoid(beta * ratios.chosen - shift) - logsigmoid(shift - beta * ratios.rejected)
@@ -162,22 +149,30 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.dpop:  # Pal et al. 2024, arXiv 2402.13228, trained with lambda 50
             return -logsigmoid(beta * (_margin(ratios, config) - config.dpop_lambda * relu(-ratios.chosen)))
         case LossKind.odpo:  # Amini et al. 2024, arXiv 2402.10571
-            return -logsigmoid(beta * _margin(ratios, config) - config.offset_alpha * _log_score_gaps(facts))
+            if facts.score_gaps is None:
+                raise ValueError("loss kind odpo needs the scores of the responses")
+            offset = config.offset_alpha * torch.log(facts.score_gaps)
+            return -logsigmoid(beta * _margin(ratios, config) - offset)
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
             return -logsigmoid(beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma)
         case LossKind.orpo:  # Hong et al. 2024, arXiv 2403.07691
-            return -policy.mean_chosen - config.orpo_lambda * logsigmoid(_log_odds_ratio(policy))
+            log_odds_ratio = _log_odds(policy.mean_chosen) - _log_odds(policy.mean_rejected)
+            return -policy.mean_chosen - config.orpo_lambda * logsigmoid(log_odds_ratio)
         case LossKind.cpo:  # Xu et al. 2024, arXiv 2401.08417
             preference = -logsigmoid(beta * policy.margin)
             return preference - config.cpo_nll_weight * policy.mean_chosen
         case LossKind.sft:
-            return -_whole_chosen(policy) / _mean_chosen_tokens(policy, facts)
+            chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
+            tokens = facts.mean_chosen_tokens
+            return -chosen / (policy.chosen_tokens.mean() if tokens is None else tokens)
         case LossKind.aot:  # Melnyk et al. 2024, arXiv 2406.05882
             return _smoothed(beta * _sorted_difference(policy.margin, reference.margin), smoothing)
         case LossKind.aot_unpaired:  # Melnyk et al. 2024, arXiv 2406.05882, for unpaired data
             return _smoothed(beta * _sorted_difference(ratios.chosen, ratios.rejected), smoothing)
         case LossKind.beta_dpo:  # Wu et al. 2024, arXiv 2407.08639
-            return _smoothed(_beta_dpo_logits(_margin(ratios, config), config, facts), smoothing)
+            margin = _margin(ratios, config)
+            batch_beta = facts.running.batch_beta(config, beta * margin.detach().mean())
+            return _smoothed(batch_beta * margin, smoothing)
         case LossKind.plackett_luce:  # Rafailov et al. 2023, arXiv 2305.18290, appendix A.3
             return _plackett_luce(ratios, beta)
         case LossKind.custom:
@@ -222,10 +217,6 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-def _ipo_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
-    return _mean_margin(ratios, config) if config.length_average else _margin(ratios, config)
-
-
 def _smoothing(kind: LossKind, config: LossConfig) -> float:
     return KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
 
@@ -239,14 +230,6 @@ def _robust(logits: Tensor, smoothing: float) -> Tensor:
     return flipped / (1 - 2 * smoothing)
 
 
-def _square(value: Tensor) -> Tensor:
-    return value.clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
-
-
-def _log_odds_ratio(policy: PairLogps) -> Tensor:
-    return _log_odds(policy.mean_chosen) - _log_odds(policy.mean_rejected)
-
-
 def _log_odds(mean_logp: Tensor) -> Tensor:
     """Return log(P / (1 - P)) of log P."""
     mean_logp = mean_logp.clamp(max=_LARGEST_MEAN_LOGP)
@@ -258,16 +241,8 @@ def _exo_pair(logits: Tensor, smoothing: float) -> Tensor:
     return chosen + torch.sigmoid(-logits) * (logsigmoid(-logits) - math.log(smoothing))
 
 
-def _nca_pair(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
-
-
 def _sorted_difference(first: Tensor, second: Tensor) -> Tensor:
     return torch.sort(first)[0] - torch.sort(second)[0]
-
-
-def _whole_chosen(policy: PairLogps) -> Tensor:
-    return policy.chosen if policy.whole_chosen is None else policy.whole_chosen
 
 
 def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor:
@@ -281,10 +256,6 @@ def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tens
             remedy="return the loss of each pair, without a mean or a sum over pairs",
         )
     return losses
-
-
-def _beta_dpo_logits(margin: Tensor, config: LossConfig, facts: BatchFacts) -> Tensor:
-    return facts.running.batch_beta(config, config.beta * margin.detach().mean()) * margin
 
 
 def _discopop(logits: Tensor, tau: float) -> Tensor:
@@ -307,17 +278,6 @@ def _plackett_luce(ratios: PairLogps, beta: float) -> Tensor:
             below = torch.where(present, from_here, below)
     reward = beta * ratios.chosen
     return loss + torch.logaddexp(reward, below) - reward
-
-
-def _mean_chosen_tokens(policy: PairLogps, facts: BatchFacts) -> Tensor | float:
-    mean = facts.mean_chosen_tokens
-    return policy.chosen_tokens.mean() if mean is None else mean
-
-
-def _log_score_gaps(facts: BatchFacts) -> Tensor:
-    if facts.score_gaps is None:
-        raise ValueError("loss kind odpo needs the scores of the responses")
-    return torch.log(facts.score_gaps)
 
 
 @dataclass(frozen=True)

@@ -16,76 +16,6 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import implicit_rewards, log_ratios, scaled_margin
 from dpo_dist.objective.router import router_metrics
 
-Values = npt.NDArray[np.float32]
-
-_PERCENTS = (5, 25, 50, 75, 95)
-MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
-"""Metrics of evaluations: percentiles of the margin over pairs."""
-
-
-@dataclass(frozen=True, eq=False)
-class PairValues:
-    """Values of the pairs of a dataset in its order, float32 [pairs] each; a ranking is its best and worst.
-
-    Attributes:
-        reward_chosen: implicit reward.
-        margin: difference of the rewards, taken before they are rounded.
-        logp_chosen: the policy's log-prob of the response, as the loss sums it, in nats.
-        reference_chosen: the reference's; nan without a reference.
-        tokens_chosen: tokens that the loss counts.
-    """
-
-    reward_chosen: Values
-    reward_rejected: Values
-    margin: Values
-    logp_chosen: Values
-    logp_rejected: Values
-    reference_chosen: Values
-    reference_rejected: Values
-    tokens_chosen: Values
-    tokens_rejected: Values
-
-    def __len__(self) -> int:
-        return len(self.margin)
-
-    @classmethod
-    def joined(cls, parts: Iterable[tuple[npt.NDArray[np.int64], Values]], pairs: int) -> "PairValues":
-        """Return the values of all `pairs`.
-
-        Args:
-            parts: positions of some pairs in the dataset, int64 [n], and their `pair_values`, [columns, n].
-            pairs: of the dataset.
-        """
-        whole = np.full((len(fields(cls)), pairs), np.nan, dtype=np.float32)
-        for positions, values in parts:
-            whole[:, positions] = values
-        return cls(*whole)
-
-    def margin_percentiles(self) -> dict[str, float]:
-        """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
-        values = np.percentile(self.margin.astype(np.float64), _PERCENTS)
-        return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
-
-
-@torch.no_grad()
-def pair_values(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Tensor:
-    """Return float32 [columns, pairs] on the device, in the order of the fields of `PairValues`."""
-    rewards = implicit_rewards(policy, reference, loss)
-    missing = torch.full_like(policy.chosen, torch.nan)
-    columns = (
-        rewards.chosen,
-        rewards.rejected,
-        rewards.chosen - rewards.rejected,
-        policy.chosen,
-        policy.rejected,
-        missing if reference is None else reference.chosen,
-        missing if reference is None else reference.rejected,
-        policy.chosen_tokens,
-        policy.rejected_tokens,
-    )
-    return torch.stack([column.float() for column in columns])
-
-
 PAIR_METRICS = (
     "loss",
     "rewards/chosen",
@@ -130,7 +60,6 @@ class MetricPlan:
     """The metrics of a kind of step, fixed for a run.
 
     Attributes:
-        loss: defines rewards, and whether pairs have a rejected response.
         labels: of the sources of the data; none if there is only one.
         is_evaluation: with entropies, and every metric for each source.
     """
@@ -168,11 +97,11 @@ class MetricPlan:
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Values of the policy's tokens, summed over each response.
+    """Values of the policy's tokens, summed over each response; None: not measured.
 
     Attributes:
-        kl: `divergence` from the reference; None without a reference.
-        entropy: of the policy's distribution at each token, in nats; None if it was not computed.
+        kl: `divergence` from the reference.
+        entropy: of the policy's distribution at each token, in nats.
     """
 
     kl: PairLogps | None = None
@@ -183,9 +112,8 @@ class TokenSums:
 class Counted:
     """A metric with a count of its own: the sum of `values` over the batch divided by the sum of `counts`.
 
-    Attributes:
-        values: [pairs], for example log-probs summed over tokens; ignored where the count is 0.
-        counts: [pairs], for example numbers of tokens, or 1 for the pairs that have scores.
+    Both are [pairs], for example log-probs summed over tokens, and numbers of tokens. A value is ignored
+    where its count is 0.
     """
 
     values: Tensor
@@ -209,22 +137,16 @@ class MetricSums:
 
     @staticmethod
     def of(measured: Mapping[str, Tensor | Counted], weights: Tensor) -> "MetricSums":
-        """Sum metrics over pairs of weight 1; dummies have weight 0.
-
-        Args:
-            measured: by name, a value for each pair, [pairs], or `Counted`.
-            weights: float32 [pairs].
-        """
-        values, counts = map(_stacked, zip(*map(_values_and_counts, measured.values()), strict=True))
+        """Sum metrics, [pairs] each, over the pairs of weight 1; dummies have weight 0."""
+        pairs = [_with_counts(metric) for metric in measured.values()]
+        values, counts = (torch.stack([row.double() for row in rows]) for rows in zip(*pairs, strict=True))
         columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
         return MetricSums(tuple(measured), (columns * weights.double()).sum(dim=1))
 
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
-        """Return these sums with values of the whole step added, each counted `count` times.
+        """Return these sums with scalars of the whole step added, each counted `count` times.
 
-        Args:
-            values: by name, scalars; parts that add up over micro-batches and ranks.
-            count: 1 in one micro-batch of one rank, 0 in all others.
+        Parts of a scalar add up over micro-batches and ranks, one of which counts it.
         """
         added = torch.zeros_like(self.values)
         for name, value in values.items():
@@ -242,11 +164,8 @@ class MetricSums:
 
     def named(self, values: Sequence[float]) -> tuple[dict[str, float], dict[str, float]]:
         """Return sums and counts by name, given the first 2 * len(names) of `values` on the host."""
-        middle, end = len(self.names), 2 * len(self.names)
-        return (
-            dict(zip(self.names, values[:middle], strict=True)),
-            dict(zip(self.names, values[middle:end], strict=True)),
-        )
+        counts = values[len(self.names) : 2 * len(self.names)]
+        return dict(zip(self.names, values, strict=False)), dict(zip(self.names, counts, strict=True))
 
 
 def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
@@ -278,38 +197,35 @@ def metric_sums(
     """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
 
     Args:
-        plan: names of the metrics, and the loss that defines the rewards.
         losses: [pairs], of `preference_loss`.
-        policy: the policy's log-probs.
-        reference: the reference's, or None.
         weights: float32 [pairs], 1 for a pair of the batch, 0 for a dummy.
-        tokens: sums over the tokens; None: not measured.
         sources: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
     """
-    measured = _of_pairs(plan.loss, losses, policy, reference, tokens or TokenSums())
-    if plan.loss.uses("beta_momentum"):
-        measured[BATCH_MARGIN] = scaled_margin(log_ratios(policy, reference, plan.loss), plan.loss)
-    if plan.loss.bco_delta is BcoDelta.running_mean:
-        ratios = log_ratios(policy, reference, plan.loss)
-        measured[BATCH_REWARD] = plan.loss.beta * (ratios.chosen + ratios.rejected) / 2
+    loss, nothing = plan.loss, Counted(torch.zeros_like(policy.chosen), torch.zeros_like(policy.chosen))
+    measured = dict.fromkeys(plan.names, nothing) | _of_pairs(
+        loss, losses, policy, reference, tokens or TokenSums()
+    )
+    ratios = log_ratios(policy, reference, loss)
+    if BATCH_MARGIN in measured:
+        measured[BATCH_MARGIN] = scaled_margin(ratios, loss)
+    if BATCH_REWARD in measured:
+        measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2
     if sources is not None:
-        is_of = _members(sources, len(plan.labels))
-        measured |= _by_group(measured, plan.of_sources, [f"/{label}" for label in plan.labels], is_of)
+        suffixes = [f"/{label}" for label in plan.labels]
+        measured |= _by_group(measured, plan.of_sources, suffixes, sources)
     longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
     buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
     suffixes = [f"_by_length/{bucket}" for bucket in BUCKETS]
-    measured |= _by_group(measured, plan.of_lengths, suffixes, _members(buckets, len(BUCKETS)))
-    of_step = Counted(torch.zeros_like(losses), torch.zeros_like(losses))  # see `MetricSums.plus_values`
-    return MetricSums.of({name: measured.get(name, of_step) for name in plan.names}, weights)
+    measured |= _by_group(measured, plan.of_lengths, suffixes, buckets)
+    return MetricSums.of({name: measured[name] for name in plan.names}, weights)
 
 
 def _of_pairs(
     loss: LossConfig, losses: Tensor, policy: PairLogps, reference: PairLogps | None, tokens: TokenSums
 ) -> dict[str, Tensor | Counted]:
-    """Return every metric of pairs; one that was not measured has a count of 0."""
+    """Return every metric of pairs that was measured."""
     rewards = implicit_rewards(policy, reference, loss)
     margins = rewards.chosen - rewards.rejected
-    missing = Counted(torch.zeros_like(policy.chosen), torch.zeros_like(policy.chosen))
     measured: dict[str, Tensor | Counted] = {
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
@@ -317,7 +233,6 @@ def _of_pairs(
         # Of a margin that is not a number both are not a number: a comparison with it is False.
         "rewards/accuracies": torch.where(margins.isnan(), margins, (margins > 0) + 0.5 * (margins == 0)),
         "rewards/margins": margins,
-        "rewards/both_fall": missing,
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
         "logps/chosen_per_token": Counted(policy.chosen.detach(), policy.chosen_tokens),
@@ -329,38 +244,89 @@ def _of_pairs(
         falls = (policy.chosen < reference.chosen) & (policy.rejected < reference.rejected)
         measured["rewards/both_fall"] = torch.where(margins.isnan(), margins, falls)
     for name, sums in (("kl", tokens.kl), ("entropy", tokens.entropy)):
-        chosen = missing if sums is None else Counted(sums.chosen, sums.chosen_tokens)
-        rejected = missing if sums is None else Counted(sums.rejected, sums.rejected_tokens)
-        measured |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+        if sums is not None:
+            measured[f"{name}/chosen"] = Counted(sums.chosen, sums.chosen_tokens)
+            measured[f"{name}/rejected"] = Counted(sums.rejected, sums.rejected_tokens)
     return measured
 
 
-def _members(numbers: Tensor, groups: int) -> Tensor:
-    """Return float64 [groups, pairs]: 1 where a pair is of the group."""
-    return (numbers == torch.arange(groups, device=numbers.device)[:, None]).double()
-
-
 def _by_group(
-    measured: Mapping[str, Tensor | Counted], names: Sequence[str], suffixes: Sequence[str], members: Tensor
+    measured: Mapping[str, Tensor | Counted], names: Sequence[str], suffixes: Sequence[str], numbers: Tensor
 ) -> dict[str, Counted]:
-    """Return the metrics `names` of each group of pairs, by name and suffix.
-
-    `members`: float64 [groups, pairs], of `_members`.
-    """
+    """Return the metrics `names` of each group, by name and suffix; `numbers`: of each pair's group."""
+    members = (numbers == torch.arange(len(suffixes), device=numbers.device)[:, None]).double()
     found = {}
     for name in names:
-        values, counts = _values_and_counts(measured[name])
+        values, counts = _with_counts(measured[name])
         for suffix, of_group in zip(suffixes, counts * members, strict=True):
             found[name + suffix] = Counted(values, of_group)
     return found
 
 
-def _values_and_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
+def _with_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
     if isinstance(metric, Counted):
         return metric.values, metric.counts
     return metric, torch.ones_like(metric, dtype=torch.float64)
 
 
-def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Return float64 [rows, pairs]."""
-    return torch.stack([row.double() for row in rows])
+Values = npt.NDArray[np.float32]
+_PERCENTS = (5, 25, 50, 75, 95)
+MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
+"""Metrics of evaluations: percentiles of the margin over pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairValues:
+    """Values of the pairs of a dataset in its order, float32 [pairs] each; a ranking is its best and worst.
+
+    Attributes:
+        margin: difference of the rewards, taken before they are rounded.
+        logp_chosen: the policy's log-prob of the response, as the loss sums it, in nats.
+        reference_chosen: the reference's; nan without a reference.
+        tokens_chosen: tokens that the loss counts.
+    """
+
+    reward_chosen: Values
+    reward_rejected: Values
+    margin: Values
+    logp_chosen: Values
+    logp_rejected: Values
+    reference_chosen: Values
+    reference_rejected: Values
+    tokens_chosen: Values
+    tokens_rejected: Values
+
+    def __len__(self) -> int:
+        return len(self.margin)
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[npt.NDArray[np.int64], Values]], pairs: int) -> "PairValues":
+        """Return the values of all `pairs`, given positions int64 [n] and `pair_values` of parts of them."""
+        whole = np.full((len(fields(cls)), pairs), np.nan, dtype=np.float32)
+        for positions, values in parts:
+            whole[:, positions] = values
+        return cls(*whole)
+
+    def margin_percentiles(self) -> dict[str, float]:
+        """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
+        values = np.percentile(self.margin.astype(np.float64), _PERCENTS)
+        return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
+
+
+@torch.no_grad()
+def pair_values(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Tensor:
+    """Return float32 [columns, pairs] on the device, in the order of the fields of `PairValues`."""
+    rewards = implicit_rewards(policy, reference, loss)
+    missing = torch.full_like(policy.chosen, torch.nan)
+    columns = (
+        rewards.chosen,
+        rewards.rejected,
+        rewards.chosen - rewards.rejected,
+        policy.chosen,
+        policy.rejected,
+        missing if reference is None else reference.chosen,
+        missing if reference is None else reference.rejected,
+        policy.chosen_tokens,
+        policy.rejected_tokens,
+    )
+    return torch.stack([column.float() for column in columns])

@@ -22,13 +22,12 @@ from dpo_dist.config.losses import RouterConfig
 
 AUX_LOSS, Z_LOSS, BUSIEST = "router/aux_loss", "router/z_loss", "router/busiest_expert"
 ROUTER_METRICS = (AUX_LOSS, Z_LOSS, BUSIEST)
-"""Metrics of training steps with losses of routers."""
 
 
 def router_metrics(config: RouterConfig) -> tuple[str, ...]:
     """Return the names of the metrics of a step with these losses."""
     balanced = () if config.aux_coefficient is None else (AUX_LOSS, BUSIEST)
-    return (*balanced, *(() if config.z_coefficient is None else (Z_LOSS,)))
+    return balanced + (() if config.z_coefficient is None else (Z_LOSS,))
 
 
 def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
@@ -42,19 +41,15 @@ def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
         rows: [tokens], the number of rows of the plain batch that have the token; 0 for a dummy.
         top_k: experts of a token.
     """
-    return torch.stack([_layer_sums(of_layer, rows, top_k) for of_layer in logits])
-
-
-def _layer_sums(logits: Tensor, rows: Tensor, top_k: int) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = rows.to(logits.dtype)
-    probabilities = torch.softmax(logits, dim=-1)
-    selected = probabilities.detach().topk(top_k, dim=-1).indices
-    counts = logits.new_zeros(logits.shape[-1]).index_add(
-        0, selected.flatten(), rows.repeat_interleave(top_k)
-    )
-    squares = rows @ torch.logsumexp(logits, dim=-1).square()
-    return torch.cat((counts, rows @ probabilities, squares[None]))
+    layers = []
+    for of_layer in logits:
+        wide = of_layer.to(torch.promote_types(of_layer.dtype, torch.float32))
+        weights, probabilities = rows.to(wide.dtype), torch.softmax(wide, dim=-1)
+        selected = probabilities.detach().topk(top_k, dim=-1).indices.flatten()
+        counts = wide.new_zeros(wide.shape[-1]).index_add(0, selected, weights.repeat_interleave(top_k))
+        squares = weights @ torch.logsumexp(wide, dim=-1).square()
+        layers.append(torch.cat((counts, weights @ probabilities, squares[None])))
+    return torch.stack(layers)
 
 
 def selections(sums: Tensor) -> Tensor:
@@ -64,12 +59,7 @@ def selections(sums: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The losses of the routers of a run.
-
-    Attributes:
-        aux: coefficient of the load-balancing loss; None: without it.
-        z: coefficient of the z-loss; None: without it.
-    """
+    """The losses of the routers of a run: the coefficients of load balancing and z-loss; None: without it."""
 
     aux: float | None
     z: float | None
@@ -100,10 +90,5 @@ class RouterLoss:
 
 
 def busiest_share(selected: Tensor, rows_tokens: int) -> Tensor:
-    """Return the largest share of the tokens of a layer that one expert computes.
-
-    Args:
-        selected: `selections` of the global batch.
-        rows_tokens: tokens of the global batch, a prompt counted once for each response.
-    """
+    """Return the largest share of the tokens of a layer that one expert computes, as `RouterLoss.parts`."""
     return selected.max() / rows_tokens

@@ -23,9 +23,7 @@ Statistic = Literal["collisions", "entropy"]
 class LogitChange:
     """A change of logits before softmax: x becomes softcap * tanh(scale * x / softcap).
 
-    Attributes:
-        scale: a factor.
-        softcap: the largest absolute value; None: logits are not capped (Gemma 2, arXiv 2408.00118).
+    Without a softcap (Gemma 2, arXiv 2408.00118) it becomes scale * x.
     """
 
     scale: float = 1.0
@@ -51,12 +49,8 @@ def token_logps(
     Args:
         hidden: [targets, hidden_size], the state that predicts each target.
         weight: [vocab, hidden_size], possibly more precise than the states.
-        bias: [vocab] or None.
-        targets: int64 [targets].
         statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
-            vocabulary, the log-probability that two tokens drawn at that position are equal. `entropy`: the
-            negative sum of p(v) log p(v), in nats.
-        change: of the logits, before softmax.
+            vocabulary. `entropy`: the negative sum of p(v) log p(v), in nats.
 
     Returns:
         float32 [targets]; with statistics float32 [1 + statistics, targets], log-probs first.
@@ -72,13 +66,7 @@ def token_logps(
 
 
 def logps_of_logits(logits: Tensor, targets: Tensor, statistics: Sequence[Statistic] = ()) -> Tensor:
-    """Return the same as `token_logps` from logits that exist; the softmax is float32.
-
-    Args:
-        logits: [targets, vocab].
-        targets: int64 [targets].
-        statistics: see `token_logps`.
-    """
+    """Return the same as `token_logps` from logits that exist, [targets, vocab]; the softmax is float32."""
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     logps = log_probabilities.gather(1, targets[:, None]).squeeze(1)
     if not statistics:
@@ -88,15 +76,7 @@ def logps_of_logits(logits: Tensor, targets: Tensor, statistics: Sequence[Statis
 
 
 def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden @ weight.T + bias as float32, with a graph.
-
-    In bf16 a logit is rounded by hundredths of a nat.
-
-    Args:
-        hidden: [..., hidden_size].
-        weight: [vocab, hidden_size].
-        bias: [vocab] or None.
-    """
+    """Return hidden @ weight.T + bias as float32, with a graph."""
     logits = torch.nn.functional.linear(hidden.float(), weight.float())
     return logits if bias is None else logits + bias.float()
 

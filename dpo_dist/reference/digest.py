@@ -15,8 +15,7 @@ from pathlib import Path
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import file_identity, remembered_digest, text_digest
-from dpo_dist.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from dpo_dist.model.folder import CONFIG_FILE, read_model_json, weight_files
+from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

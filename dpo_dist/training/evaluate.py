@@ -35,8 +35,8 @@ from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, s
 from dpo_dist.training.loss import Objective, ScoredModel
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import open_world
-from dpo_dist.training.startup import KEY, Evaluated, Kind
 from dpo_dist.training.step import evaluate
+from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 
 def write_evaluation(
@@ -164,7 +164,7 @@ def load_evaluated(
         finish = partial(_load_trained, Path(evaluated.path), start, config, world)
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
-        found = shared_model_folder(evaluated.path, revision, KEY, world, console, accepts_adapter=True)
+        found = shared_model_folder(evaluated.path, revision, EVALUATED, world, console, accepts_adapter=True)
         commit = hub_commit(found)
         if is_adapter(found):
             if named := foreign_base(found, base, config):
@@ -172,7 +172,7 @@ def load_evaluated(
             finish = partial(load_adapter, folder=found)
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
-            world.on_main(partial(check_same_vocabulary, found, inputs.tokenizer, config.model, KEY))
+            world.on_main(partial(check_same_vocabulary, found, inputs.tokenizer, config.model, EVALUATED))
     placement = replace(
         config.reference, offload=config.parallelism.offload_parameters, nvme_path=None, quantization=bits
     )

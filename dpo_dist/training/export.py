@@ -28,7 +28,6 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import package_versions, read_latest_rows
-from dpo_dist.insight.recorder import spared
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.folder import is_adapter, model_folder
@@ -190,17 +189,12 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
         ConfigError: the base model or the pairs of the check cannot be read.
     """
 
-    def card() -> str:
-        text = ""
-        with spared("the model card", console.say):
-            text = _card(config, checkpoint, console)
-        return text  # noqa: RET504 (a bug ends the block before)
-
     _check_base(config, checkpoint)
     console.say(f"reading {checkpoint}")
     check = None
     if config.export.check:  # pairs that cannot be read are an error before anything is written
         check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
+    card = partial(_card, config, checkpoint, console)
     export_checkpoint(checkpoint, output, config, card, check, replaces=False)
 
 
@@ -279,7 +273,7 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
     versions = _read(folder.environment).get("packages") or package_versions()
     is_evaluated = is_end and config.export.weights is ExportedWeights.last
     written = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
-    return run_card(written, rows, summary, console, is_evaluated=is_evaluated, versions=versions)
+    return run_card(written, rows, summary, console, versions, is_evaluated=is_evaluated)
 
 
 def _read(file: Path) -> Mapping[str, Any]:

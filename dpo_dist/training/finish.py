@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import drop_checkpoints
+from dpo_dist.distributed.export import adapter_below
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -26,11 +27,136 @@ from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
-from dpo_dist.model.save import write_model_folder
-from dpo_dist.training.checkpoints import KeptFiles
+from dpo_dist.model.save import read_description, read_tokenizer, write_model_folder
+from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.loop import Loop
+from dpo_dist.training.resume import Identity, RunState, read_state, write_state
 from dpo_dist.training.start import write_on_main
-from dpo_dist.training.state import Identity, Position, RunState, read_state, write_state
+from dpo_dist.training.state import Position
+
+
+def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: Mapping[str, Any]) -> int:
+    """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
+
+    A kill between two of these files loses nothing: the same command writes the missing ones.
+
+    Args:
+        position: its progress; advanced.
+        kept: of `keep_files`.
+
+    Raises:
+        DivergedError: loss or gradient stopped being finite.
+        CheckpointError: a file cannot be written.
+        StoppedError: the model is written, and the report is not, because a rank was asked to stop.
+    """
+    folder, world, console = RunFolder.of(loop.config), loop.world, loop.console
+    try:
+        outcome = RunOutcome.completed if loop.run(position) else RunOutcome.preempted
+    except DivergedError as error:
+        # Above the closing table: the advice about it is part of the verdict, the last words of a run.
+        console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
+        error.is_printed = True
+        _close(loop, RunState(RunOutcome.diverged, position.step, identity), _summary(loop, position))
+        raise
+    summary = _summary(loop, position)
+    if outcome is RunOutcome.preempted:
+        why = loop.stops.agreed
+        state = RunState(outcome, position.step, identity, stopped_by=why)
+        _close(loop, state, summary | {"stopped_by": why})
+        return ExitCode.preempted
+    tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
+    if template is not None:
+        tokenizer = with_chosen_template(tokenizer, template)
+    writing, card = console.heartbeat("writing the model"), partial(_card, loop, summary)
+    with loop.clock.of("saving"):
+        export_model(loop.policy, tokenizer, folder.model, world, writing, card, kept)
+    summary["work"] = loop.clock.read().as_dict()
+    exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
+    write_on_main(lambda: write_state(folder, exported), folder, world)
+    loop.stops.check("after the model was written, before its report")
+    finish(loop.config, exported, loop.recorder, world, console)
+    return ExitCode.completed
+
+
+def _summary(loop: Loop, position: Position) -> dict[str, Any]:
+    """Return the content of summary.json without `exit`; collective."""
+    peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
+    seconds = position.train_seconds
+    return {
+        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
+        "steps": position.step,
+        "pairs_seen": position.pairs_seen,
+        "bad_steps": position.bad_steps,
+        "bad_in_a_row": position.bad_in_a_row,
+        **({"overflows": position.overflows} if loop.policy.loss_scale is not None else {}),
+        "train_seconds": seconds,
+        "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
+        "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
+        "reference": position.reference_report,
+        "work": loop.clock.read().as_dict(),
+        "world_size": loop.world.size,
+        "settings": settings(loop.config),
+        "data": loop.inputs.counts,
+    }
+
+
+def keep_files(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
+    """Return options of `write_model_folder`: files of the inputs, as they are at the start; collective.
+
+    Raises:
+        ConfigError: an adapter cannot be read.
+    """
+
+    def read() -> dict[str, Any]:
+        if not world.is_main:
+            return {}
+        is_chosen = config.data.chat_template is not None
+        return {
+            "below": adapter_below(config, inputs.policy_files.adapter),
+            "tokenizer_files": None if is_chosen else read_tokenizer(inputs.tokenizer_files) or None,
+            "description": read_description(inputs.policy_files.folder),
+        }
+
+    return world.together(read)
+
+
+def export_model(
+    policy: PolicyEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    while_waiting: WhileWaiting | None = None,
+    card: Callable[[], str] | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the trained model as a folder that transformers loads; collective.
+
+    Args:
+        while_waiting: called on rank 0 while it writes.
+        card: returns the content of README.md, on rank 0; None or "": there is none.
+        kept: further options of `write_model_folder`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    weights = policy.whole_weights()
+
+    def write() -> None:
+        assert weights is not None
+        remedy = "free disk space; the same command writes the model from the last checkpoint"
+        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy, **(kept or {}))
+
+    world.on_main(write, while_waiting)
+
+
+def _card(loop: Loop, summary: dict[str, Any]) -> str:
+    """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
+    assert loop.recorder is not None
+    is_evaluated = loop.inputs.eval_set is not None
+    ended = {**summary, "exit": RunOutcome.completed.value}
+    rows = loop.recorder.metrics.rows
+    return run_card(loop.config, rows, ended, loop.console, package_versions(), is_evaluated=is_evaluated)
 
 
 def run_card(
@@ -38,27 +164,27 @@ def run_card(
     rows: Sequence[Mapping[str, float]],
     summary: dict[str, Any],
     console: Console,
+    versions: Mapping[str, str],
     *,
     is_evaluated: bool,
-    versions: Mapping[str, str],
 ) -> str:
-    """Return the content of a model card, with a verdict.
+    """Return the content of a model card, with a verdict; "" and a warning after a bug.
 
     Args:
-        config: of the run.
         rows: of log_history.json, up to the step of the model.
         summary: content of summary.json, with `exit`, without `verdict`.
-        console: for a warning.
-        is_evaluated: whether the last evaluation of training is one of this model.
         versions: of packages, by name.
+        is_evaluated: whether the last evaluation of training is one of this model.
     """
-    folder = RunFolder.of(config)
-    judged = verdict(rows, summary, data_findings(folder, console))
-    results = folder.evaluation_of(LAST_EVALUATION).results
-    evaluation = None
-    if is_evaluated and results.is_file():  # an earlier version did not write it
-        evaluation = json.loads(results.read_text(encoding="utf-8"))
-    return model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)
+    folder, found = RunFolder.of(config), [""]
+    with spared("the model card", console.say):
+        judged = verdict(rows, summary, data_findings(folder, console))
+        results = folder.evaluation_of(LAST_EVALUATION).results
+        evaluation = None
+        if is_evaluated and results.is_file():
+            evaluation = json.loads(results.read_text(encoding="utf-8"))
+        found = [model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)]
+    return found[0]
 
 
 def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
@@ -73,50 +199,18 @@ def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
     return found
 
 
-def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: KeptFiles | None = None) -> int:
-    """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
-
-    A kill between two of these files loses nothing: the same command writes the missing ones.
-
-    Args:
-        loop: the run.
-        position: its progress; advanced.
-        identity: digests of its inputs.
-        kept: as of `export_model`.
-
-    Raises:
-        DivergedError: loss or gradient stopped being finite.
-        CheckpointError: a file cannot be written.
-        StoppedError: the model is written, and the report is not, because a rank was asked to stop.
-    """
+def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
+    """Write report and state of a run that ends before its last step; collective."""
     folder = RunFolder.of(loop.config)
-    try:
-        outcome = RunOutcome.completed if loop.run(position) else RunOutcome.preempted
-    except DivergedError as error:
-        # Above the closing table: the advice about it is part of the verdict, the last words of a run.
-        loop.console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
-        error.is_printed = True
-        state = RunState(RunOutcome.diverged, position.step, identity)
-        _close(loop, state, _summary(loop, position))
-        raise
-    summary = _summary(loop, position)
-    if outcome is RunOutcome.preempted:
-        stopped = RunState(outcome, position.step, identity, stopped_by=loop.stops.agreed)
-        _close(loop, stopped, summary | {"stopped_by": loop.stops.agreed})
-        return ExitCode.preempted
-    writing = loop.console.heartbeat("writing the model")
-    tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
-    if template is not None:
-        tokenizer = with_chosen_template(tokenizer, template)
-    card = partial(_card, loop, summary)
-    with loop.clock.of("saving"):
-        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card, kept)
-    summary["work"] = loop.clock.read().as_dict()
-    exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
-    write_on_main(lambda: write_state(folder, exported), folder, loop.world)
-    loop.stops.check("after the model was written, before its report")
-    finish(loop.config, exported, loop.recorder, loop.world, loop.console)
-    return ExitCode.completed
+
+    def work() -> None:
+        assert loop.recorder is not None
+        _close_report(loop.recorder, summary, state.outcome, folder, loop.console)
+        # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
+        former = read_state(folder) if state.outcome is RunOutcome.diverged else None
+        write_state(folder, state if former is None else replace(state, step=former.step))
+
+    write_on_main(work, folder, loop.world, loop.console.heartbeat("writing the report"))
 
 
 def finish(
@@ -160,81 +254,6 @@ def _write_missing(summary: dict[str, Any], folder: RunFolder, console: Console)
     _close_report(Recorder(metrics, Trackers(), console.say), summary, RunOutcome.completed, folder, console)
 
 
-def export_model(
-    policy: PolicyEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    world: World,
-    while_waiting: WhileWaiting | None = None,
-    card: Callable[[], str] | None = None,
-    kept: KeptFiles | None = None,
-) -> None:
-    """Write the trained model as a folder that transformers loads; collective.
-
-    Args:
-        policy: the model.
-        tokenizer: written beside it.
-        folder: its final name.
-        world: of the run.
-        while_waiting: called on rank 0 while it writes.
-        card: returns the content of README.md, on rank 0; None or "": there is none.
-        kept: files of the inputs that become part of the folder; None: there are none.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    weights = policy.whole_weights()
-
-    def write() -> None:
-        assert weights is not None
-        remedy = "free disk space; the same command writes the model from the last checkpoint"
-        found = kept or KeptFiles()
-        write_model_folder(
-            folder,
-            policy.causal_lm,
-            weights,
-            tokenizer,
-            card,
-            remedy,
-            found.below,
-            found.tokenizer,
-            found.description,
-        )
-
-    world.on_main(write, while_waiting)
-
-
-def _card(loop: Loop, summary: dict[str, Any]) -> str:
-    """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
-    text = ""
-    with spared("the model card", loop.console.say):
-        assert loop.recorder is not None
-        ended = {**summary, "exit": RunOutcome.completed.value}
-        text = run_card(
-            loop.config,
-            loop.recorder.metrics.rows,
-            ended,
-            loop.console,
-            is_evaluated=loop.inputs.eval_set is not None,
-            versions=package_versions(),
-        )
-    return text  # noqa: RET504 (a bug ends the block before)
-
-
-def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
-    """Write report and state of a run that ends before its last step; collective."""
-    folder = RunFolder.of(loop.config)
-
-    def work() -> None:
-        assert loop.recorder is not None
-        _close_report(loop.recorder, summary, state.outcome, folder, loop.console)
-        # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
-        former = read_state(folder) if state.outcome is RunOutcome.diverged else None
-        write_state(folder, state if former is None else replace(state, step=former.step))
-
-    write_on_main(work, folder, loop.world, loop.console.heartbeat("writing the report"))
-
-
 def _close_report(
     recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome, folder: RunFolder, console: Console
 ) -> None:
@@ -250,26 +269,3 @@ def _close_report(
     with spared("the closing table", console.say):
         lines = [*closing_table(folder, rows, ended), *lines]
     console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
-
-
-def _summary(loop: Loop, position: Position) -> dict[str, Any]:
-    """Return the content of summary.json without `exit`; collective."""
-    peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
-    seconds = position.train_seconds
-    return {
-        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
-        "steps": position.step,
-        "pairs_seen": position.pairs_seen,
-        "bad_steps": position.bad_steps,
-        "bad_in_a_row": position.bad_in_a_row,
-        **({"overflows": position.overflows} if loop.policy.loss_scale is not None else {}),
-        "train_seconds": seconds,
-        "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
-        "peak_memory_bytes": peak_bytes,
-        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
-        "reference": position.reference_report,
-        "work": loop.clock.read().as_dict(),
-        "world_size": loop.world.size,
-        "settings": settings(loop.config),
-        "data": loop.inputs.counts,
-    }

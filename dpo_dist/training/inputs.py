@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
@@ -33,17 +34,17 @@ from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.insight.console import Console, Count
 from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.architectures import check_supported, training_notes
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import load_config, load_tokenizer
-from dpo_dist.model.router import router_loss, router_notes
-from dpo_dist.model.supported import (
+from dpo_dist.model.load import (
     check_device,
     check_modules,
     check_shared_tokens,
-    check_supported,
-    training_notes,
+    load_config,
+    load_tokenizer,
 )
+from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.schedule import check_warmup
@@ -57,12 +58,10 @@ class ModelInputs:
     """The models of one run before their weights are loaded, the same on every rank.
 
     Attributes:
-        policy_files: files of the policy's model, with their digest.
-        reference_files: files of the reference model; None if the loss uses no reference.
-        tokenizer: of the policy.
+        reference_files: None if the loss uses no reference.
         tokenizer_files: folder with its files.
         adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
-        flops: floating-point operations of the model.
+        weights: number of weights of the policy.
         router: losses of the policy's routers, which training adds; None: none.
         arrangement: of the responses in a forward of the policy, known when its weights are loaded.
         reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
@@ -74,6 +73,7 @@ class ModelInputs:
     tokenizer_files: Path
     adapter: AdapterConfig | None
     flops: StepFlops
+    weights: int
     router: RouterLoss | None
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
     reference_pads: bool = field(default=False, kw_only=True)
@@ -98,13 +98,7 @@ class EvaluationInputs(ModelInputs):
 
 @dataclass(frozen=True)
 class Inputs(ModelInputs):
-    """The inputs of one run.
-
-    Attributes:
-        train_set: the training dataset.
-        eval_set: the evaluation dataset, or None.
-        sampler: the indices of each training step.
-    """
+    """The inputs of one run; the sampler has the indices of each training step."""
 
     train_set: PreferenceDataset
     eval_set: PreferenceDataset | None
@@ -138,10 +132,10 @@ def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bo
         ConfigError, DataError: they cannot be read, or do not fit the configuration.
     """
     models, encode = _load_models(config, world, console, config.loss.router, trains=trains)
-    eval_set = None
+    eval_set, eval_prompts = None, None
     if config.data.eval_sources:
         eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
-    eval_prompts = None if eval_set is None else eval_set.prompts[:]
+        eval_prompts = eval_set.prompts[:]
     train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
     if eval_set is not None:
         for count_name, count in _SHARED_WITH_TRAIN.items():
@@ -185,7 +179,7 @@ def _load_models(
     adapter = trained_adapter(config.model, start)
     with whole_loading(world):  # a sharded model has no shapes to count
         causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
-    flops = step_flops(causal_lm, adapter)
+    flops, weights = step_flops(causal_lm, adapter), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
         check_modules(causal_lm, config.model, adapter)
@@ -203,7 +197,7 @@ def _load_models(
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, router), encode
+    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, weights, router), encode
 
 
 def _encode(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.rules import PREFIX, direction_of
+from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
@@ -36,64 +38,50 @@ from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.training.evaluate import write_evaluation
-from dpo_dist.training.guards import StepGuard, count, describe_pairs, is_bad, is_overflow
+from dpo_dist.training.guards import (
+    count,
+    describe_pairs,
+    ending_error,
+    is_bad,
+    is_overflow,
+    pair_losses,
+    write_bad_step,
+)
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.loss import Objective, ReadyStep
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
 from dpo_dist.training.start import write_on_main
-from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, StepMeasures, WorkClock, throughput
-from dpo_dist.training.step import Evaluation, StepClock, evaluate, reduce_step, train_step
+from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, WorkClock, throughput
+from dpo_dist.training.step import Evaluation, StepClock, StepTotals, evaluate, reduce_step, train_step
 
 
 class Progress:
-    """Shows the steps of one start of a run.
-
-    Args:
-        console: to show them on.
-        steps: of the whole run.
-        peaks: floating-point operations per second of all devices.
-        device: of this process, for its memory.
-    """
+    """Shows the steps of one start of a run of `steps`; the first and the last one always."""
 
     def __init__(self, console: Console, steps: int, peaks: PeakFlops, device: torch.device):
-        self._console = console
-        self._steps = steps
-        self._peaks = peaks
-        self._device = device
+        self._console, self._steps, self._peaks, self._device = console, steps, peaks, device
         self._window = LogWindow()
         self._first: tuple[int, float] | None = None
 
-    def add(self, step: int, measures: StepMeasures, *, must_stop: bool) -> None:
-        """Add a step that is done; the first and the last one of a start are always shown."""
+    def add(self, step: int, measures: LogWindow, *, must_stop: bool) -> None:
+        """Add a step that is done."""
         is_first, is_last = self._first is None, must_stop or step == self._steps
         if self._first is None:
             # Without the first step, which compiles kernels and allocates memory.
             self._first = step, time.monotonic()
         self._window.add(measures)
-        if is_first or is_last or self._console.is_due():
-            row = self._window.row(self._peaks)
-            row["memory/peak_bytes"] = peak_memory_bytes(self._device)
-            status = TrainingStatus(step, self._steps, row, self._seconds_left(step, *self._first))
-            self._console.training(status, always=is_first or is_last)
-            self._window = LogWindow()
-
-    def _seconds_left(self, step: int, first: int, since: float) -> float | None:
-        """Estimate the remaining time from that of the steps so far, with evaluations and checkpoints."""
-        if step == first:
-            return None
-        return (time.monotonic() - since) / (step - first) * (self._steps - step)
+        if not (is_first or is_last or self._console.is_due()):
+            return
+        first, since = self._first
+        left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
+        row = self._window.row(self._peaks) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
+        self._console.training(TrainingStatus(step, self._steps, row, left), always=is_first or is_last)
+        self._window = LogWindow()
 
 
 def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str], None]) -> None:
-    """Add `loss_spikes`, the number of spikes so far, to a row of steps; write the pairs of a spike and warn.
-
-    Args:
-        row: to be recorded next.
-        metrics: the rows before.
-        inputs: of the run.
-        say: called with the warning.
-    """
+    """Add `loss_spikes`, their number so far, to the next row; write the pairs of a spike and warn."""
     last: Row = next((before for before in reversed(metrics.rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
     spike = spike_of_last(metrics.rows, row)
@@ -114,22 +102,15 @@ def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str
 
 
 def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
-    """Check that every evaluation has the metric `trainer.keep_best`.
-
-    Args:
-        config: of the run.
-        labels: of the sources of the evaluation data; none if there is only one.
+    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of the evaluation's sources.
 
     Raises:
         ConfigError: no evaluation has it.
     """
     metric, loss = config.trainer.keep_best, config.loss
-    if metric is None:
-        return
     names = MetricPlan(loss, labels, is_evaluation=True).names
-    names += () if loss.is_one_sided else MARGIN_PERCENTILES
-    found = [PREFIX + name for name in names]
-    if metric not in found:
+    found = [PREFIX + name for name in names + (() if loss.is_one_sided else MARGIN_PERCENTILES)]
+    if metric is not None and metric not in found:
         near = difflib.get_close_matches(metric, found, n=3) or found[:3]
         raise ConfigError(
             "the evaluations of this run do not have this metric",
@@ -145,11 +126,8 @@ def best_after(
 ) -> list[BestCheckpoint]:
     """Return the best checkpoints after an evaluation, the best first; of equal ones, the earlier is better.
 
-    Args:
-        trainer: with `keep_best`; without, there are none.
-        best: those before, of this metric or of another one, which do not count.
-        step: of the evaluation; the start of a run has no checkpoint.
-        row: its metrics row; a value that is missing or not finite is never among the best.
+    Those of another metric do not count, nor does the start of a run, which has no checkpoint. A value that
+    is missing or not finite is never among the best.
     """
     metric = trainer.keep_best
     if metric is None:
@@ -298,11 +276,11 @@ class Loop:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        overflow = is_overflow(totals, self.policy)
-        bad = is_bad(totals)
+        overflow, bad = is_overflow(totals, self.policy), is_bad(totals)
         running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
-        measures = StepMeasures(
+        measures = LogWindow(
+            steps=1,
             sums=totals.sums,
             counts=totals.counts,
             values={**running, "grad_norm": totals.grad_norm, **times},
@@ -316,22 +294,34 @@ class Loop:
         position.pairs_seen += pairs
         position.train_seconds += measures.seconds
         count(position, totals, overflow=overflow)
-        guard = StepGuard(self.config, world, self.inputs, self.policy, self.objective, self.console)
-        if overflow:
-            guard.say_overflow(position)
-        elif bad:
-            guard.name_pairs(ready, totals, position)
+        if overflow or bad:
+            self._say_skipped(ready, totals, position, overflow=overflow)
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        error = guard.end(totals, position)
+        scale, most = self.policy.loss_scale, self.config.trainer.max_bad_steps
+        folder, steps = RunFolder.of(self.config), self.inputs.sampler.steps
+        error = ending_error(totals, position, steps, most, folder, None if scale is None else scale.value)
         if error is not None:
-            position.window = LogWindow()
-            position.window.add(measures)
+            position.window = measures
             self._record_window(position)
             self.checkpoints.commit()
             raise error
         return stop_votes > 0
+
+    def _say_skipped(
+        self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
+    ) -> None:
+        """Say why a step was skipped; of a bad one, name the pairs. Collective: no weight has changed."""
+        step, scale, folder = position.step, self.policy.loss_scale, RunFolder.of(self.config)
+        if overflow and scale is not None:
+            why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
+            self.console.say(f"step {step} was skipped: {why}")
+            return
+        losses = pair_losses(self.policy, self.objective, ready, position.running, self.world)
+        pairs, dataset = self.inputs.sampler.indices(step - 1), self.inputs.train_set
+        write = partial(write_bad_step, folder, totals, step, dataset, pairs, losses)
+        self.console.say(write_on_main(write, folder, self.world))
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,17 +40,6 @@ class ScoredModel(Protocol):
         ...
 
 
-@runtime_checkable
-class RoutedModel(ScoredModel, Protocol):
-    """A mixture of experts in training."""
-
-    def routed_token_logps(
-        self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Return `token_logps` and `objective.router_losses.routing_sums`."""
-        ...
-
-
 @dataclass(frozen=True)
 class ReadyStep:
     """One rank's share of a global batch, with its micro-batches on the host."""
@@ -66,13 +55,10 @@ class ScoredPairs:
     Attributes:
         policy: with a graph if gradients are enabled.
         reference: None if the loss uses no reference.
-        facts: the other inputs of the loss.
-        weights: float32 [pairs], 1 for a pair, 0 for a dummy.
-        tokens: sums over the policy's tokens, for metrics.
+        weights: [pairs], 1 for a pair, 0 for a dummy.
         labels: of the sources that metrics are divided by.
         sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
-        routing: `objective.router_losses.routing_sums`, if the loss has losses of routers.
-        is_evaluation: whether metrics are those of an evaluation.
+        routing: `objective.router.routing_sums`, if the loss has losses of routers.
     """
 
     policy: PairLogps
@@ -88,10 +74,7 @@ class ScoredPairs:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a run and the provider of its reference log-probs.
-
-    `router`: losses that training adds for the routers of a mixture of experts; None: none.
-    """
+    """The loss of a run, its reference, and the losses that training adds for the routers of experts."""
 
     loss: LossConfig
     reference: ReferenceProvider
@@ -118,65 +101,6 @@ class Objective:
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
-
-    def no_sums(
-        self, rank_batch: RankBatch, device: torch.device, *, is_evaluation: bool = False
-    ) -> MetricSums:
-        """Return metric sums of no pairs of a global batch."""
-        plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
-        return MetricSums.zeros(plan.names, device)
-
-    def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
-        """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
-        return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
-
-    def score(
-        self,
-        policy: ScoredModel | None,
-        batch: PackedBatch,
-        reference: Tensor | None,
-        facts: BatchFacts,
-        *,
-        is_evaluation: bool = False,
-    ) -> ScoredPairs:
-        """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
-
-        Args:
-            policy: scored once; None: it is the reference, whose log-probs are also its own.
-            batch: on its device.
-            reference: float32 [targets], log-probs of the batch by `reference.token_logps`.
-            facts: of the global batch.
-            is_evaluation: also compute entropies, which need a forward.
-        """
-        wanted: list[Statistic] = []
-        if self.loss.weighting is Weighting.wpo:
-            wanted.append("collisions")
-        if is_evaluation and policy is not None:
-            wanted.append("entropy")
-        if policy is None:
-            assert reference is not None
-            values, routing = reference, None
-        else:
-            values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
-        token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
-        statistics = dict(zip(wanted, rows, strict=True))
-        sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
-        pair_weights = None
-        if "collisions" in statistics:
-            pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
-        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
-        return ScoredPairs(
-            policy=self.pair_logps(token_logps, batch),
-            reference=None if reference is None else self.pair_logps(reference, batch),
-            facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
-            weights=batch.weights,
-            tokens=TokenSums(kl, entropy),
-            labels=batch.labels,
-            sources=batch.sources,
-            routing=routing,
-            is_evaluation=is_evaluation,
-        )
 
     def scored(
         self,
@@ -205,6 +129,49 @@ class Objective:
             enter("forward")
             yield batch, self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
 
+    def score(
+        self,
+        policy: ScoredModel | None,
+        batch: PackedBatch,
+        reference: Tensor | None,
+        facts: BatchFacts,
+        *,
+        is_evaluation: bool = False,
+    ) -> ScoredPairs:
+        """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
+
+        `reference`: float32 [targets], of `reference.token_logps`. Other arguments as `scored`.
+        """
+        wanted: list[Statistic] = []
+        if self.loss.weighting is Weighting.wpo:
+            wanted.append("collisions")
+        if is_evaluation and policy is not None:  # entropies need a forward
+            wanted.append("entropy")
+        if policy is None:
+            assert reference is not None
+            values, routing = reference, None
+        else:
+            values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
+        token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
+        statistics = dict(zip(wanted, rows, strict=True))
+        sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
+        pair_weights = None
+        if "collisions" in statistics:
+            pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
+        return ScoredPairs(
+            policy=self.pair_logps(token_logps, batch),
+            reference=None if reference is None else self.pair_logps(reference, batch),
+            facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+            weights=batch.weights,
+            tokens=TokenSums(kl, entropy),
+            labels=batch.labels,
+            sources=batch.sources,
+            routing=routing,
+            is_evaluation=is_evaluation,
+        )
+
     def forward(
         self,
         policy: ScoredModel,
@@ -216,14 +183,17 @@ class Objective:
         """Return the policy's `token_logps`, and in training what the losses of routers need; collective."""
         if self.router is None or is_evaluation:
             return policy.token_logps(batch, statistics), None
-        assert isinstance(policy, RoutedModel)
+        assert isinstance(policy, PolicyEngine)
         return policy.routed_token_logps(batch, statistics)
+
+    def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
+        """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
+        return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
 
     def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
-        Args:
-            pairs: of a micro-batch; of the whole global batch for a coupled loss.
+        `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
         plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
@@ -232,15 +202,18 @@ class Objective:
         )
         return (losses * pairs.weights).sum(), sums
 
+    def no_sums(
+        self, rank_batch: RankBatch, device: torch.device, *, is_evaluation: bool = False
+    ) -> MetricSums:
+        """Return metric sums of no pairs of a global batch."""
+        plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
+        return MetricSums.zeros(plan.names, device)
+
 
 class RouterTerms:
     """Adds the losses of the routers to the micro-batches of one rank in one step.
 
-    Args:
-        loss: their coefficients.
-        unseen: `selections` of all micro-batches of this rank but the first.
-        step: this rank's share of the global batch.
-        world: of all ranks.
+    `unseen`: `selections` of all micro-batches of this rank but the first.
     """
 
     def __init__(self, loss: RouterLoss, unseen: Tensor, step: ReadyStep, world: World):
@@ -249,15 +222,41 @@ class RouterTerms:
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
 
+    @classmethod
+    def of(
+        cls, policy: PolicyEngine, loss: RouterLoss | None, step: ReadyStep, world: World
+    ) -> "RouterTerms | None":
+        """Count the selections of a step, one forward for each micro-batch but the first; collective.
+
+        None without losses of routers.
+        """
+        if loss is None:
+            return None
+        unseen = torch.zeros((), device=world.device)
+        policy.train(False)
+        with torch.no_grad():
+            for host_batch in step.batches[1:] if loss.aux is not None else ():
+                batch = host_batch.to(world.device)
+                if policy.model.arrangement is Arrangement.packed:
+                    # The output layer is used, as in every forward, and computes next to nothing.
+                    batch = batch.with_one_target()
+                unseen = unseen + selections(policy.routed_token_logps(batch)[1])
+        return cls(loss, unseen, step, world)
+
+    @classmethod
+    def of_scored(
+        cls, loss: RouterLoss | None, scored: Sequence[ScoredPairs], step: ReadyStep, world: World
+    ) -> "RouterTerms | None":
+        """Count the selections of a step whose micro-batches are scored already; None without losses."""
+        if loss is None:
+            return None
+        others = (selections(pairs.routing) for pairs in scored[1:] if pairs.routing is not None)
+        return cls(loss, sum(others, start=torch.zeros((), device=world.device)), step, world)
+
     def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
         """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
 
-        The first call of a step is collective.
-
-        Args:
-            loss: of the micro-batch, divided by the pairs of the global batch.
-            routing: `objective.router_losses.routing_sums` of the micro-batch.
-            sums: metric sums of this rank.
+        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
         """
         if self._loss.aux is not None and self._selected is None:
             self._selected = self._world.sum_replicas(self._unseen + selections(routing))
@@ -266,38 +265,3 @@ class RouterTerms:
         if self._selected is not None:
             values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
-
-
-def router_terms(
-    policy: PolicyEngine, loss: RouterLoss | None, step: ReadyStep, world: World
-) -> RouterTerms | None:
-    """Return the losses of the routers for a step; None without such a loss. Collective."""
-    if loss is None:
-        return None
-    unseen = torch.zeros((), device=world.device)
-    policy.train(False)
-    with torch.no_grad():
-        for host_batch in step.batches[1:] if loss.aux is not None else ():
-            batch = host_batch.to(world.device)
-            if policy.model.arrangement is Arrangement.packed:
-                # The output layer is used, as in every forward, and computes next to nothing.
-                batch = batch.with_one_target()
-            unseen = unseen + selections(policy.routed_token_logps(batch)[1])
-    return RouterTerms(loss, unseen, step, world)
-
-
-def coupled_router_terms(
-    loss: RouterLoss | None, scored: Sequence[ScoredPairs], step: ReadyStep, world: World
-) -> RouterTerms | None:
-    """Return the losses of the routers for a step whose micro-batches are scored already; None without.
-
-    Args:
-        loss: their coefficients.
-        scored: this rank's micro-batches.
-        step: this rank's share of the global batch.
-        world: of all ranks.
-    """
-    if loss is None:
-        return None
-    others = (selections(pairs.routing) for pairs in scored[1:] if pairs.routing is not None)
-    return RouterTerms(loss, sum(others, start=torch.zeros((), device=world.device)), step, world)

@@ -20,16 +20,16 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.architectures import check_supported
 from dpo_dist.model.flops import without_weights
 from dpo_dist.model.folder import description_folder, is_adapter
-from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
 from dpo_dist.model.router import router_loss
-from dpo_dist.model.supported import check_modules, check_shared_tokens, check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.engine import check_same_vocabulary
 from dpo_dist.training.evaluate import with_stored_reference
-from dpo_dist.training.start import check_folder_unused, check_fresh_start, find_finished
-from dpo_dist.training.startup import Evaluated, Kind, check_configuration
+from dpo_dist.training.resume import check_configuration, check_fresh_start, check_unused, find_finished
+from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 _FIRST_RECORDS = 64
 _MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
@@ -80,7 +80,7 @@ def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
     ]
     for evaluated in models:
         if evaluated.kind in (Kind.model, Kind.hub):
-            key = "evaluation.model"
+            key = EVALUATED
             revision = config.model.revision if evaluated.path == config.model.path else None
             own = description_folder(evaluated.path, revision, key)
             if not is_adapter(own):
@@ -95,7 +95,7 @@ def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
 def _expected_start(config: RunConfig, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
     if config.run.resume is Resume.never:
-        check_folder_unused(folder)
+        check_unused(folder)
     elif finished := find_finished(config, folder):
         check_configuration(finished.identity, config, folder)
         return "complete: nothing is left to train"

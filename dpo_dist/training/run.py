@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -26,10 +26,9 @@ from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import settle_engine
-from dpo_dist.reference.scoring import LiveReference, ReferenceProvider
-from dpo_dist.training.checkpoints import KeptFiles, keep_files, look_for_room, open_saver
-from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.reference.engine import ReferenceEngine, settle_engine
+from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.training.finish import finish, keep_files, run_to_its_end
 from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, still_there
 from dpo_dist.training.loss import Objective
@@ -42,10 +41,19 @@ from dpo_dist.training.reference import (
     over_starts,
     prepare_reference,
 )
+from dpo_dist.training.resume import (
+    Identity,
+    RunState,
+    check_configuration,
+    check_identity,
+    describe_change,
+    identify,
+    write_state,
+)
 from dpo_dist.training.samples import prepare_samples
-from dpo_dist.training.schedule import describe_change
 from dpo_dist.training.start import (
     Start,
+    check_disk_room,
     describe_run,
     find_start,
     locked,
@@ -57,8 +65,172 @@ from dpo_dist.training.start import (
     say_steps,
     write_description,
 )
-from dpo_dist.training.startup import check_configuration
-from dpo_dist.training.state import Identity, Position, RunState, WorkClock, check_identity, identify
+from dpo_dist.training.state import Position, WorkClock
+
+_SAMPLED_EXAMPLES = 10_000
+
+
+def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
+    """Train as `config` says, from the last checkpoint if there is one; return the exit code.
+
+    `stop` is listening.
+    """
+    began = time.monotonic()
+    folder = RunFolder.of(config)
+    with open_world(config, console, trains=True) as world, locked(folder, world):
+        stops = Stops(stop, world)
+        stops.check()  # a library may have caught an error that a signal raised while it was imported
+        clock = WorkClock(world.size, began)
+        say_header(config, world, console)
+        start = find_start(config, folder, world)
+        if start.finished is not None:
+            return _complete(config, start.finished, stops, world, console)
+        inputs, environment, state = _begin(config, start, world, console)
+        with stop.deferred(), contextlib.ExitStack() as engines:
+            with recorded_stop(folder, state, stops):
+                kept, loop, position = _set_up(
+                    config, start, inputs, environment, state.identity, stops, clock, console, engines
+                )
+            with _ended_trackers(loop):
+                return run_to_its_end(loop, position, state.identity, kept)
+
+
+def _begin(
+    config: RunConfig, start: Start, world: World, console: Console
+) -> tuple[Inputs, dict[str, Any], RunState]:
+    """Read the inputs, and write the files of every start when no check refuses it any more; collective.
+
+    Returns:
+        Inputs, content of environment.json, and the state of the run.
+    """
+    environment = describe_run(config, world)
+    if "loss_function" in environment:
+        console.say(f"loss: {environment['loss_function']}")
+    inputs = load_inputs(config, world, console, trains=True)
+    steps = inputs.sampler.steps
+    if inputs.eval_set is not None:
+        check_keep_best(config, inputs.eval_set.labels)
+    identity = identify(config, inputs)
+    if start.checkpoint is not None:
+        former = start.checkpoint
+        world.on_main(partial(check_identity, former.state, identity, former.folder))
+        if change := describe_change(former.state, config, steps):
+            console.say(change)
+    state = RunState(RunOutcome.started, start.step, identity)
+    world.on_main(lambda: check_disk_room(config, inputs.weights, start.step, steps))
+    write_description(config, environment, world)
+    mark_started(RunFolder.of(config), state, world, console)
+    say_steps(inputs.sampler, start.step, config.trainer.ema_decay, console)
+    return inputs, environment, state
+
+
+def _set_up(
+    config: RunConfig,
+    start: Start,
+    inputs: Inputs,
+    environment: dict[str, Any],
+    identity: Identity,
+    stops: Stops,
+    clock: WorkClock,
+    console: Console,
+    engines: contextlib.ExitStack,
+) -> tuple[dict[str, Any], Loop, Position]:
+    """Return the files of the result, the loop and its position: load models, fill the store, load the
+    checkpoint. Collective.
+
+    `engines` frees what is loaded.
+
+    Raises:
+        StoppedError: a rank was asked to stop.
+    """
+    world, folder = stops.world, RunFolder.of(config)
+    with clock.of("samples"):
+        samples = prepare_samples(config, inputs, start.step, world, console)
+    reference, policy = _load_models(config, inputs, stops, clock, console, engines)
+    inputs = arranged(inputs, policy, reference, console)
+    kept = keep_files(config, inputs, world)
+    world.together(inputs.policy_files.check_unchanged)
+    stops.check()
+    objective = Objective(config.loss, reference.provider, inputs.router)
+    reference_sync = open_reference_sync(config, reference.provider, policy, world)
+    sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
+    checkpoints = CheckpointSaver(
+        folder.checkpoints,
+        config.trainer.keep_last,
+        sharded,
+        world,
+        () if start.checkpoint is None else start.checkpoint.damaged,
+        behind=config.trainer.save_behind,
+        say=console.say,
+        committed=lambda step: write_state(folder, RunState(RunOutcome.started, step, identity)),
+    )
+    engines.callback(checkpoints.close)  # before the weights that it writes are freed
+    if start.checkpoint is not None:
+        position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+        policy.set_loss_scale(position.loss_scale)
+        checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
+    else:
+        checked = _check_start(config, inputs, policy, reference, objective, world, console)
+        position = Position(reference_report=reference.report | checked)
+    stops.check()
+    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
+    loop = Loop(
+        config=config,
+        world=world,
+        inputs=inputs,
+        policy=policy,
+        objective=objective,
+        reference_sync=reference_sync,
+        start_is_known=reference.is_policys_start and not needs_forward,
+        peaks=peak_flops(config, world),
+        checkpoints=checkpoints,
+        identity=identity,
+        samples=None if samples is None else samples.open(policy, clock),
+        recorder=_open_recorder(config, position, stops, environment, console),
+        console=console,
+        clock=clock,
+        stops=stops,
+    )
+    return kept, loop, position
+
+
+def _load_models(
+    config: RunConfig,
+    inputs: Inputs,
+    stops: Stops,
+    clock: WorkClock,
+    console: Console,
+    engines: contextlib.ExitStack,
+) -> tuple[Reference, PolicyEngine]:
+    """Load the reference, then the policy: a model that filled the store is freed before. Collective.
+
+    With `reference.mode=adapter` the policy itself is the reference.
+
+    Raises:
+        StoppedError: a rank was asked to stop.
+    """
+    world, reference = stops.world, None
+    stops.check()
+    if config.reference.mode is not ReferenceMode.adapter:
+        with clock.of("reference"):
+            reference = prepare_reference(config, inputs, world, console, stops)
+        if isinstance(reference.provider, LiveReference):
+            engines.push(partial(_free, reference.provider.engine, world))
+        stops.check()
+    policy = load_policy(config, inputs, world)
+    engines.push(partial(_free, policy, world))
+    return reference or adapter_reference(policy, inputs), policy
+
+
+def _free(
+    engine: PolicyEngine | ReferenceEngine, world: World, error: type[BaseException] | None, *_: Any
+) -> None:
+    """Free an engine; after an error only of a process alone: others end, and could be waited for."""
+    if error is None:
+        engine.free()
+    elif world.size == 1:
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            engine.free()
 
 
 def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
@@ -72,208 +244,35 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     return policy
 
 
-_SAMPLED_EXAMPLES = 10_000
-
-
-def arranged(
-    inputs: Inputs, arrangement: Arrangement, reference: ReferenceProvider, console: Console
-) -> Inputs:
-    """Return the inputs for a policy of this arrangement; print the cost of a model that shares no prompts.
+def arranged(inputs: Inputs, policy: PolicyEngine, reference: Reference, console: Console) -> Inputs:
+    """Return the inputs for the arrangement of a policy; print the cost of one that shares no prompts.
 
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
-    pads = False
-    if isinstance(reference, LiveReference):
-        pads = reference.engine.model.arrangement is Arrangement.padded
+    arrangement, provider, pads = policy.model.arrangement, reference.provider, False
+    if isinstance(provider, LiveReference):
+        pads = provider.engine.model.arrangement is Arrangement.padded
     inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
-    if arrangement is not Arrangement.packed:
-        console.say(_describe_unpacked(inputs))
-    elif pads:
-        console.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
-    return inputs
-
-
-def _describe_unpacked(inputs: Inputs) -> str:
+    if arrangement is Arrangement.packed:
+        if pads:
+            rows = "the reference computes padded rows, one response each; micro-batches fit them"
+            console.say(f"unpacked: {rows}")
+        return inputs
     dataset, visited = inputs.visited[0]
     sample = np.unique(visited[:_SAMPLED_EXAMPLES])
     responses, counts = dataset.response_indices(sample), dataset.response_counts(sample)
     packed, own = (
-        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=arrangement)).tokens.sum()
-        for arrangement in (Arrangement.packed, inputs.arrangement)
+        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=each)).tokens.sum()
+        for each in (Arrangement.packed, arrangement)
     )
-    how = {
-        Arrangement.padded: "one response per row, padded to the longest of the micro-batch",
-        Arrangement.single: "one response per forward",
-    }[inputs.arrangement]
-    return (
+    how = "one response per forward"
+    if arrangement is Arrangement.padded:
+        how = "one response per row, padded to the longest of the micro-batch"
+    console.say(
         f"unpacked: responses of this model cannot share a prompt in one forward: {how}, "
         f"{percent(own / packed - 1)} more tokens than packed, padding not counted"
     )
-
-
-def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
-    """Train as `config` says, from the last checkpoint if there is one; return the exit code.
-
-    Args:
-        config: of the run.
-        console: of this rank.
-        stop: is listening.
-    """
-    began = time.monotonic()
-    folder = RunFolder.of(config)
-    with open_world(config, console, trains=True) as world, locked(folder, world):
-        stops = Stops(stop, world)
-        stops.check()  # a library may have caught an error that a signal raised while it was imported
-        clock = WorkClock(world.size, began)
-        say_header(config, world, console)
-        start = find_start(config, folder, world)
-        if start.finished is not None:
-            return _complete(config, start.finished, stops, world, console)
-        inputs, environment, state = _begin(config, start, world, console)
-        with stop.deferred():
-            with recorded_stop(folder, state, stops):
-                loop, position, kept = _set_up(config, start, inputs, environment, stops, clock, console)
-            with contextlib.closing(loop.checkpoints):
-                exit_code = _run_tracked(loop, position, state.identity, kept)
-        if isinstance(loop.objective.reference, LiveReference):
-            loop.objective.reference.engine.free()
-        loop.policy.free()
-        return exit_code
-
-
-def _begin(
-    config: RunConfig, start: Start, world: World, console: Console
-) -> tuple[Inputs, dict[str, Any], RunState]:
-    """Read the inputs, and write the files of every start when no check refuses it any more; collective.
-
-    Returns:
-        Inputs, content of environment.json, and the state of the run.
-    """
-    folder = RunFolder.of(config)
-    if start.checkpoint is not None:
-        Position.of(start.checkpoint.state)  # the checks below read it, too
-    environment = describe_run(config, world)
-    if "loss_function" in environment:
-        console.say(f"loss: {environment['loss_function']}")
-    inputs = load_inputs(config, world, console, trains=True)
-    if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels)
-    identity = identify(config, inputs)
-    if start.checkpoint is not None:
-        former = start.checkpoint
-        world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
-        if change := describe_change(former.state, config, inputs.sampler.steps):
-            console.say(change)
-    state = RunState(RunOutcome.started, start.step, identity)
-    look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
-    write_description(config, environment, world)
-    mark_started(folder, state, world, console)
-    say_steps(inputs.sampler, start.step, config.trainer.ema_decay, console)
-    return inputs, environment, state
-
-
-def _set_up(
-    config: RunConfig,
-    start: Start,
-    inputs: Inputs,
-    environment: dict[str, Any],
-    stops: Stops,
-    clock: WorkClock,
-    console: Console,
-) -> tuple[Loop, Position, KeptFiles]:
-    """Return the loop, its position and files of its result: load models, fill the store, load the
-    checkpoint. Collective.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
-    """
-    world = stops.world
-    with clock.of("samples"):
-        samples = prepare_samples(config, inputs, start.step, world, console)
-    reference, policy = _load_models(config, inputs, stops, clock, console)
-    inputs = arranged(inputs, policy.model.arrangement, reference.provider, console)
-    kept = keep_files(config, inputs, world)
-    world.together(inputs.policy_files.check_unchanged)
-    stops.check()
-    objective = Objective(config.loss, reference.provider, inputs.router)
-    reference_sync = open_reference_sync(config, reference.provider, policy, world)
-    sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-    identity = identify(config, inputs)
-    checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, identity, world, console)
-    if start.checkpoint is not None:
-        position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
-        policy.set_loss_scale(position.loss_scale)
-        checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
-    else:
-        checked = _check_start(config, inputs, policy, reference, objective, world, console)
-        position = Position(reference_report=reference.report | checked)
-    stops.check()
-    loop = Loop(
-        config=config,
-        world=world,
-        inputs=inputs,
-        policy=policy,
-        objective=objective,
-        reference_sync=reference_sync,
-        start_is_known=_is_start_known(config, reference),
-        peaks=peak_flops(config, world),
-        checkpoints=checkpoints,
-        identity=identity,
-        samples=None if samples is None else samples.open(policy, clock),
-        recorder=_open_recorder(config, position, stops, environment, console),
-        console=console,
-        clock=clock,
-        stops=stops,
-    )
-    return loop, position, kept
-
-
-def _run_tracked(loop: Loop, position: Position, identity: Identity, kept: KeptFiles) -> int:
-    """Train to the end of the run with its trackers, and return the exit code; collective."""
-    trackers = None if loop.recorder is None else loop.recorder.trackers
-    with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
-        return run_to_its_end(loop, position, identity, kept)
-
-
-def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World, console: Console) -> int:
-    """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
-    folder = RunFolder.of(config)
-    world.on_main(partial(check_configuration, finished.identity, config, folder))
-    inputs = load_inputs(config, world, console)
-    identity = identify(config, inputs)
-    world.on_main(partial(check_identity, finished.identity, identity, folder.state, inputs.named))
-    recorder = None
-    if finished.outcome is RunOutcome.exported:
-        environment = describe_run(config, world)
-        write_description(config, environment, world)
-        recorder = _open_recorder(config, Position(finished.step), stops, environment, console)
-    with stops.request.deferred():
-        finish(config, finished, recorder, world, console)
-    console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
-    console.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
-    console.say("change the configuration or run.dir to train again")
-    return ExitCode.completed
-
-
-def _load_models(
-    config: RunConfig, inputs: Inputs, stops: Stops, clock: WorkClock, console: Console
-) -> tuple[Reference, PolicyEngine]:
-    """Load the reference, then the policy: a model that filled the store is freed before. Collective.
-
-    With `reference.mode=adapter` the policy itself is the reference.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
-    """
-    world = stops.world
-    stops.check()
-    if config.reference.mode is ReferenceMode.adapter:
-        policy = load_policy(config, inputs, world)
-        return adapter_reference(policy, inputs), policy
-    with clock.of("reference"):
-        reference = prepare_reference(config, inputs, world, console, stops)
-    stops.check()
-    return reference, load_policy(config, inputs, world)
+    return inputs
 
 
 def _resume(
@@ -286,9 +285,7 @@ def _resume(
 ) -> Position:
     """Load a checkpoint into the engines and return its position; collective.
 
-    Args:
-        report: of this start's reference; added to that of the starts before.
-        clock: of this start; continues the time of the starts before.
+    `report`, of this start's reference, is added to that of the starts before, and so is the time of `clock`.
     """
     load_checkpoint(checkpoint, sharded, world)
     position = Position.of(checkpoint.state)
@@ -319,18 +316,8 @@ def _check_start(
     return {"drift": drift}
 
 
-def _is_start_known(config: RunConfig, reference: Reference) -> bool:
-    """Return whether the evaluation before the first step needs no forward of the policy."""
-    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
-    return reference.is_policys_start and not needs_forward
-
-
 def _open_recorder(
-    config: RunConfig,
-    position: Position,
-    stops: Stops,
-    environment: dict[str, Any],
-    console: Console,
+    config: RunConfig, position: Position, stops: Stops, environment: dict[str, Any], console: Console
 ) -> Recorder | None:
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not stops.world.is_main:
@@ -346,3 +333,30 @@ def _open_recorder(
         say=console.say,
     )
     return Recorder(metrics, trackers, console.say)
+
+
+@contextlib.contextmanager
+def _ended_trackers(loop: Loop) -> Iterator[None]:
+    """End the trackers of a run by the error that leaves the block."""
+    trackers = None if loop.recorder is None else loop.recorder.trackers
+    with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
+        yield
+
+
+def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World, console: Console) -> int:
+    """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
+    folder = RunFolder.of(config)
+    world.on_main(partial(check_configuration, finished.identity, config, folder))
+    inputs = load_inputs(config, world, console)
+    world.on_main(partial(check_identity, finished.identity, identify(config, inputs), folder.state))
+    recorder = None
+    if finished.outcome is RunOutcome.exported:
+        environment = describe_run(config, world)
+        write_description(config, environment, world)
+        recorder = _open_recorder(config, Position(finished.step), stops, environment, console)
+    with stops.request.deferred():
+        finish(config, finished, recorder, world, console)
+    console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    console.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
+    console.say("change the configuration or run.dir to train again")
+    return ExitCode.completed

@@ -1,4 +1,4 @@
-"""The start of a run: lock its directory, find where to resume, write the files that every start writes."""
+"""The start of a run on joined processes: lock its directory, find where to resume, write its description."""
 
 import contextlib
 import errno
@@ -17,20 +17,21 @@ import torch
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.load import to_yaml
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, OptimizerKind, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
+from dpo_dist.distributed.manifest import has_all_files
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import Stops, WhileWaiting, World
-from dpo_dist.distributed.zero import policy_config
+from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
 from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
-from dpo_dist.foundation.text import counted, first_few, percent
+from dpo_dist.foundation.text import counted, first_few, percent, size
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
 from dpo_dist.insight.pages.run import write_page
@@ -40,34 +41,50 @@ from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.objective.custom_loss import check_custom_loss
-from dpo_dist.training.schedule import check_longer, former_length
-from dpo_dist.training.startup import check_configuration
-from dpo_dist.training.state import RunState, check_no_progress, read_state, write_state
+from dpo_dist.training.resume import (
+    RunState,
+    check_configuration,
+    check_fresh_start,
+    check_unused,
+    find_finished,
+    write_state,
+)
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Start:
-    """The point from which a start continues: nothing, a checkpoint, or a written model.
+@contextlib.contextmanager
+def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective.
 
-    Attributes:
-        checkpoint: resume from it; None for a fresh run.
-        finished: the state of a run whose model is written; None otherwise.
+    `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
     """
-
-    checkpoint: Checkpoint | None = None
-    finished: RunState | None = None
-
-    @property
-    def step(self) -> int:
-        """The number of steps done."""
-        return 0 if self.checkpoint is None else int(self.checkpoint.state["step"])
+    if config.reference.offload is Offload.nvme:
+        load_async_io(console.say)
+    if config.reference.quantization is not None:
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
+    parallelism = config.parallelism
+    if not trains:
+        parallelism = replace(parallelism, offload_optimizer=Offload.none)
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
+    with (
+        deterministic_kernels(config.trainer.deterministic),
+        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
+    ):
+        # Every generator whose state a checkpoint has; a user's loss may draw from any.
+        random.seed(config.trainer.seed)
+        np.random.seed(config.trainer.seed % 2**32)
+        torch.manual_seed(config.trainer.seed)
+        yield with_sequence_groups(world, config.parallelism.sequence_parallel)
 
 
 @contextlib.contextmanager
 def locked(folder: RunFolder, world: World) -> Iterator[None]:
-    """Lock the run directory against a second start until this one ends, in error or not. Collective.
+    """Lock the run directory until this start ends, and remove what a killed one was writing. Collective.
 
     Raises:
         ConfigError: another process trains there.
@@ -81,6 +98,19 @@ def locked(folder: RunFolder, world: World) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Start:
+    """The point from which a start continues: nothing, a checkpoint, or a written model with its state."""
+
+    checkpoint: Checkpoint | None = None
+    finished: RunState | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.state["step"])
+
+
 def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     """Return the point to continue from, according to `run.resume`; collective.
 
@@ -89,7 +119,7 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
             every checkpoint is damaged.
     """
     if config.run.resume is Resume.never:
-        world.on_main(partial(check_folder_unused, folder))
+        world.on_main(partial(check_unused, folder))
         return Start()
     world.on_main(partial(recover_folder, folder.model))
     if finished := world.on_main(partial(find_finished, config, folder)):
@@ -97,67 +127,9 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
         world.on_main(partial(check_fresh_start, config, folder))
-        return Start()
-    world.on_main(partial(check_configuration, checkpoint.state, config, folder))
-    world.on_main(partial(check_longer, checkpoint.state, config, folder))
+    else:
+        world.on_main(partial(check_configuration, checkpoint.state, config, folder))
     return Start(checkpoint)
-
-
-def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
-    """Return the state of a run that is complete at the length of `config` and has its model, else None."""
-    state = read_state(folder)
-    if state is None or not _is_finished(state) or former_length(state.identity, config, folder) is not None:
-        return None
-    return state if any(folder.model.glob("*.safetensors")) else None
-
-
-def _is_finished(state: RunState) -> bool:
-    return state.outcome in (RunOutcome.exported, RunOutcome.completed)
-
-
-def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a start without a checkpoint where one is required, or where it would replace a result."""
-    state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
-    is_finished = state is not None and _is_finished(state)
-    has_other_length = state is not None and former_length(state.identity, config, folder) is not None
-    if has_other_length and (is_finished or has_model):
-        raise CheckpointError(
-            "this run has another length and no checkpoint from which it could continue to this one",
-            where=str(folder.checkpoints),
-            remedy="set the length that it had, or train a new run with another run.dir; runs with "
-            "trainer.keep_last of 1 or more can be continued",
-        )
-    if is_finished:
-        raise CheckpointError(
-            "this run is complete, but its model and its checkpoints were removed",
-            where=str(folder),
-            remedy=f"put {model} back, or delete {folder.state.name} to train again",
-        )
-    if has_model:
-        raise CheckpointError(
-            "there is a model in the run directory, but no checkpoint to resume from",
-            where=str(folder.model),
-            remedy=f"move {model} away to train again, or set another run.dir",
-        )
-    if config.run.resume is Resume.must:
-        raise CheckpointError(
-            "there is no checkpoint to resume from",
-            where=str(folder.checkpoints),
-            remedy="set run.resume=auto to start a new run",
-        )
-    check_no_progress(state, folder)
-
-
-def check_folder_unused(folder: RunFolder) -> None:
-    """Refuse a directory with results, for `run.resume=never`."""
-    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    if used:
-        raise CheckpointError(
-            "the run directory has results of a run, and run.resume=never",
-            where=str(folder),
-            got=", ".join(used),
-            remedy="set run.resume=auto to resume, or another run.dir",
-        )
 
 
 def write_on_main(
@@ -185,15 +157,16 @@ def write_on_main(
     return world.on_main(guarded, while_waiting)
 
 
-def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
-    """Check a custom loss on every rank, and return its description; nothing for other losses. Collective.
+def describe_run(config: RunConfig, world: World) -> dict[str, Any]:
+    """Return the content of environment.json; collective.
 
     Raises:
-        ConfigError: the function cannot be used for training, or ranks read different sources of it.
+        ConfigError: the loss function cannot be used, or ranks read different sources of it.
     """
-    described = world.together(lambda: check_custom_loss(config.loss, world.device))
-    if described is None:
-        return {}
+    own_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
+    environment = world.on_main(lambda: describe_environment(world.size))
+    if own_loss is None:
+        return environment
     digests = world.gather(find_function(config.loss.function).digest[:8])
     if len(set(digests)) > 1:
         raise ConfigError(
@@ -202,17 +175,42 @@ def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
             got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
             remedy="copy the same module to every node",
         )
-    return {"loss_function": described}
+    return environment | {"loss_function": own_loss}
 
 
-def describe_run(config: RunConfig, world: World) -> dict[str, Any]:
-    """Return the content of environment.json; collective.
+def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> None:
+    """Check that the disk of `run.dir` has room for the checkpoints and the model of a run of `steps`.
+
+    Not of an adapter, which is small, and not on a file system that reports no size. `done`: steps before
+    this start.
 
     Raises:
-        ConfigError: the run has a loss function that cannot be used for training.
+        ConfigError: it has not.
     """
-    loss_function = _describe_loss_function(config, world)
-    return world.on_main(lambda: describe_environment(world.size) | loss_function)
+    folder, trainer = RunFolder.of(config), config.trainer
+    disk = shutil.disk_usage(folder.path)
+    if not trainer.check_disk_room or config.model.adapter is not None or not disk.total:
+        return
+    copies = 1 + STATES_OF_ADAM[config.optim.kind] + (trainer.ema_decay is not None)  # in float32
+    checkpoint, model = int(4 * copies * weights), TORCH_DTYPES[config.model.dtype].itemsize * weights
+    # A checkpoint is complete before an older one is deleted; the model is written beside those kept.
+    there = sum(map(has_all_files, checkpoint_folders(folder.checkpoints)))
+    kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
+    intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
+    borders = sum((steps - 1) // each - done // each for each in intervals if each)
+    saves = 0 if done >= steps else 1 + borders
+    at_once = max(min(saves, kept + 1 - there), min(saves, 1))
+    needed = max(at_once * checkpoint, (min(there + saves, kept) - there) * checkpoint + model)
+    if needed > disk.free:
+        raise ConfigError(
+            "the disk has no room for the checkpoints and the model of this run",
+            where="run.dir",
+            got=f"{size(disk.free)} free on the file system of {folder}",
+            expected=f"{size(needed)}: up to {at_once} more checkpoints of {size(checkpoint)}, a model of "
+            f"{size(model)}",
+            remedy="make room, set run.dir to another disk, or lower trainer.keep_last; "
+            "trainer.check_disk_room=false for a file system that grows",
+        )
 
 
 def write_description(config: RunConfig, environment: dict[str, Any], world: World) -> None:
@@ -252,42 +250,6 @@ def recorded_stop(folder: RunFolder, state: RunState, stops: Stops) -> Iterator[
             with contextlib.suppress(OSError):
                 write_state(folder, replace(state, outcome=RunOutcome.preempted, stopped_by=stops.agreed))
         raise
-
-
-@contextlib.contextmanager
-def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> Iterator[World]:
-    """Yield the world of this process's launch, set up as `config` says; collective.
-
-    Args:
-        config: of the run.
-        console: of this rank.
-        trains: whether there is an optimizer; without one, no kernel for it is compiled.
-    """
-    if config.reference.offload is Offload.nvme:
-        load_async_io(console.say)
-    if config.reference.quantization is not None:
-        check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
-    parallelism = (
-        config.parallelism if trains else replace(config.parallelism, offload_optimizer=Offload.none)
-    )
-    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
-    reports = Reports(console.alarm, console.say, stacks)
-    with (
-        deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
-    ):
-        _seed(config.trainer.seed)
-        yield with_sequence_groups(world, config.parallelism.sequence_parallel)
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator whose state a checkpoint has; a user's loss may draw from any."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def peak_flops(config: RunConfig, world: World) -> PeakFlops:

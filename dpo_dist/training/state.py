@@ -1,60 +1,33 @@
-"""The progress of a run, which every checkpoint has, and `run_state.json`."""
+"""The progress of a run, which every checkpoint has: position, sums since the last row, time by work."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import BcoDelta, LossConfig
-from dpo_dist.config.run_folder import STATE, RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.zero import LossScale
-from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
-from dpo_dist.foundation.files import read_small, write_text
 from dpo_dist.insight.metrics.log import Work
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.schedule import as_text
-
-
-@dataclass(frozen=True)
-class StepMeasures:
-    """The measures of one optimizer step over its global batch.
-
-    Attributes:
-        sums: sum over the global batch by metric name.
-        counts: count of each metric: pairs, or a count of its own.
-        values: one value for the step by name: gradient norm, loss parameters that change, `time/*`.
-        learning_rate: of this step.
-        pairs: in the global batch.
-        tokens: unique tokens computed.
-        flops: useful operations of the step on all ranks.
-        seconds: wall-clock time.
-    """
-
-    sums: Mapping[str, float]
-    counts: Mapping[str, float]
-    values: Mapping[str, float]
-    learning_rate: float
-    pairs: int
-    tokens: int
-    flops: float
-    seconds: float
 
 
 @dataclass
 class LogWindow:
-    """Sums over the steps since the last logged row.
+    """Sums over some steps: one, or those since the last logged row.
 
     A row of `trainer.log_every` steps has exact means over all pairs of these steps. The sums are part of
     every checkpoint, so that a resumed run writes the same rows.
+
+    Attributes:
+        sums: over the global batches, by metric.
+        counts: of each metric: pairs, or a count of its own.
+        values: one value of a step by name: gradient norm, loss parameters that change, `time/*`.
+        learning_rate: of the last step.
+        tokens: unique tokens computed.
+        flops: useful operations on all ranks.
     """
 
     steps: int = 0
@@ -67,23 +40,27 @@ class LogWindow:
     flops: float = 0.0
     seconds: float = 0.0
 
-    def add(self, step: StepMeasures) -> None:
-        """Add one step."""
-        _add(self.sums, step.sums)
-        _add(self.counts, step.counts)
-        _add(self.values, step.values)
-        self.steps += 1
-        self.learning_rate = step.learning_rate
-        self.pairs += step.pairs
-        self.tokens += step.tokens
-        self.flops += step.flops
-        self.seconds += step.seconds
+    def add(self, other: "LogWindow") -> None:
+        """Add later steps."""
+        for totals, values in (
+            (self.sums, other.sums),
+            (self.counts, other.counts),
+            (self.values, other.values),
+        ):
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value
+        self.steps += other.steps
+        self.learning_rate = other.learning_rate
+        self.pairs += other.pairs
+        self.tokens += other.tokens
+        self.flops += other.flops
+        self.seconds += other.seconds
 
     def row(self, peaks: PeakFlops) -> dict[str, float]:
         """Return one row of the metrics log, without `step` and `epoch`.
 
         Metrics are means over their counts (pairs, tokens), values of a step and `step_seconds` means over
-        steps, pairs and tokens totals; the learning rate is that of the last step.
+        steps, pairs and tokens totals.
         """
         row = metric_means(self.sums, self.counts)
         row |= {name: total / self.steps for name, total in self.values.items()}
@@ -107,19 +84,9 @@ def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
     }
 
 
-def _add(totals: dict[str, float], values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-        totals[name] = totals.get(name, 0.0) + value
-
-
 @dataclass
 class WorkTime:
-    """The time of a run so far; part of every checkpoint.
-
-    Attributes:
-        seconds: by kind of work, of all starts. Every moment of a start counts as one kind.
-        device_seconds: the same in all, times the processes of each start.
-    """
+    """The seconds of all starts of a run by kind of work, and in all times the processes of each start."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     device_seconds: float = 0.0
@@ -138,11 +105,9 @@ class WorkTime:
 
 
 class WorkClock:
-    """Clock of one start, which begins with the work `starting`.
+    """Clock of one start, every moment of which is one kind of work; it begins with `starting`.
 
-    Args:
-        processes: of the run.
-        started: the time of the start, by `time.monotonic`.
+    `started`: by `time.monotonic`.
     """
 
     def __init__(self, processes: int, started: float):
@@ -176,20 +141,6 @@ class WorkClock:
         """Return the time until now, which a later call changes."""
         self.enter(self._work)
         return self._spent
-
-
-_KEPT = (
-    "step",
-    "pairs_seen",
-    "train_seconds",
-    "reference_report",
-    "bad_steps",
-    "bad_in_a_row",
-    "collapsed_in_a_row",
-    "overflows",
-    "owes_evaluation",
-)
-"""Plain values of `Position` in a checkpoint's state."""
 
 
 @dataclass(frozen=True)
@@ -234,29 +185,15 @@ class Position:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
-        """Return the position in a checkpoint's state.
-
-        Raises:
-            CheckpointError: it has no position.
-        """
-        try:
-            kept = {name: state[name] for name in _KEPT}
-            scale = state["loss_scale"]
-            return cls(
-                **kept,
-                running=RunningMeans(**state["running"]),
-                window=LogWindow(**state["window"]),
-                work=WorkTime(**state["work"]),
-                loss_scale=None if scale is None else LossScale(**scale),
-                best=[BestCheckpoint(**one) for one in state["best"]],
-            )
-        except (LookupError, TypeError) as error:
-            raise CheckpointError(
-                "the state of the checkpoint cannot be read",
-                where=STATE,
-                got=first_line(error),
-                remedy="restore the checkpoint, or delete it to resume from the one before",
-            ) from error
+        """Return the position in a checkpoint's state."""
+        position = cls(**{one.name: state[one.name] for one in fields(cls)})
+        position.running = RunningMeans(**state["running"])
+        position.window = LogWindow(**state["window"])
+        position.work = WorkTime(**state["work"])
+        position.best = [BestCheckpoint(**one) for one in state["best"]]
+        if state["loss_scale"] is not None:
+            position.loss_scale = LossScale(**state["loss_scale"])
+        return position
 
     @property
     def is_best(self) -> bool:
@@ -264,13 +201,7 @@ class Position:
         return any(one.step == self.step for one in self.best)
 
     def add_running(self, loss: LossConfig, means: Mapping[str, float], pairs: int) -> dict[str, float]:
-        """Add a step to `running`, and return the loss parameters that it had from the steps before.
-
-        Args:
-            loss: settings.
-            means: of the step's metrics.
-            pairs: of the step.
-        """
+        """Add a step to `running`, and return the loss parameters that it had from the steps before."""
         row = {}
         if BATCH_MARGIN in means:
             row["loss/beta"] = self.running.batch_beta(loss, means[BATCH_MARGIN])
@@ -280,129 +211,3 @@ class Position:
             margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
             self.running = self.running.after(loss, margin, reward, pairs)
         return row
-
-
-Identity = dict[str, str | None]
-
-_NAMES = {
-    "data": "training data",
-    "eval_data": "evaluation data",
-    "model": "model that the policy starts from",
-    "reference": "reference model",
-}
-_LENGTH = "length"
-"""Part of the configuration's digest; a run may be continued to a greater one."""
-# By the names of `Inputs.named`.
-_DATA = {"data": "train", "eval_data": "eval"}
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Content of the state file.
-
-    Attributes:
-        outcome: of the run so far.
-        step: the number of steps done; with `started` and `diverged`, at the last checkpoint.
-        identity: digests of all inputs that decide the result.
-        summary: content of summary.json with `exported`, else None.
-        stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
-    """
-
-    outcome: RunOutcome
-    step: int
-    identity: Identity
-    summary: dict[str, Any] | None = None
-    stopped_by: str | None = None
-
-
-def read_state(folder: RunFolder) -> RunState | None:
-    """Return the recorded state of the run in `folder`; None if there is none.
-
-    Raises:
-        CheckpointError: the file cannot be read or was changed.
-    """
-    file = folder.state
-    try:
-        content = json.loads(read_small(file))
-        state = RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
-        if not isinstance(state.step, int) or not isinstance(state.identity, dict):
-            raise TypeError("step must be a number, and identity a mapping of names to digests")
-        return state
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(
-            "the state of this run cannot be read",
-            where=str(file),
-            got=f"{type(error).__name__}: {error}",
-            remedy="restore the file, or delete it to resume from the last checkpoint",
-        ) from error
-
-
-def write_state(folder: RunFolder, state: RunState) -> None:
-    """Write the state file whole."""
-    write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
-
-
-def check_no_progress(state: RunState | None, folder: RunFolder) -> None:
-    """Check, where no checkpoint is found, that none was saved.
-
-    Raises:
-        CheckpointError: one was; its disk may not be mounted.
-    """
-    if state is None or state.step == 0:
-        return
-    raise CheckpointError(
-        f"this run has done {state.step:,} steps, and its checkpoints are missing",
-        where=str(folder.checkpoints),
-        got=f"no checkpoint, and the state {state.outcome} after step {state.step:,} in {folder.state.name}",
-        remedy=f"put the checkpoints back, or mount their disk; to train from the beginning, delete "
-        f"{folder.state.name}, or set another run.dir",
-    )
-
-
-def identify(config: RunConfig, inputs: Inputs) -> Identity:
-    """Return the digests of all inputs that decide a run's result."""
-    return {
-        "run_digest": run_digest(config),
-        "data": inputs.train_set.fingerprint,
-        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
-        "model": inputs.policy_files.digest,
-        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
-        _LENGTH: as_text(config),
-    }
-
-
-def check_identity(
-    recorded: Mapping[str, Any], identity: Identity, where: Path, datasets: Mapping[str, PreferenceDataset]
-) -> None:
-    """Check that the inputs of a run have not changed.
-
-    Args:
-        recorded: the state of a checkpoint, or the identity in the state file.
-        identity: of this start.
-        where: the file or folder with `recorded`.
-        datasets: `Inputs.named`; an earlier version may have encoded the same examples into other folders.
-
-    Raises:
-        CheckpointError: files that the configuration names have changed.
-    """
-    for name, digest in identity.items():
-        former = recorded.get(name)
-        dataset = datasets.get(_DATA.get(name, ""))
-        if name in (_LENGTH, "run_digest"):  # of `check_configuration`
-            continue
-        if former == digest:
-            continue
-        also = (
-            " (also those of the tokenizer; after an update of this program those in data.cache)"
-            if dataset
-            else ""
-        )
-        raise CheckpointError(
-            f"the {_NAMES[name]} of this run changed since it was last saved",
-            where=str(where),
-            got=f"digest {digest}",
-            expected=f"digest {former}",
-            remedy=f"restore the former files{also}, or start a new run with another run.dir",
-        )

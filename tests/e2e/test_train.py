@@ -19,10 +19,10 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.insight.metrics.log import PHASES
 from dpo_dist.insight.metrics.names import wandb_names
-from dpo_dist.insight.metrics.wandb_dashboard import SECTIONS
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
+from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import ROOT, assert_same_history, history, run_verb, summary, train

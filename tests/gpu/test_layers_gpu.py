@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.model.architectures import ARCHITECTURES
+from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import checkpoint_layers, use_liger
 from dpo_dist.model.load import load_packed
@@ -103,9 +103,7 @@ def test_bf16_is_as_close_to_float32_as_the_plain_model(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
-@pytest.mark.parametrize(
-    "model_type", sorted(name for name, known in ARCHITECTURES.items() if known.is_exact_with_liger)
-)
+@pytest.mark.parametrize("model_type", sorted(EXACT_WITH_LIGER))
 def test_liger_is_exact_for_every_listed_architecture(model_type: str) -> None:
     model = packed(tiny_causal_lm(tiny_config(model_type))).to(CUDA)
     small = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)])).to(CUDA)

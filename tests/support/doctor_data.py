@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.insight.doctor.examine import examine
-from dpo_dist.insight.doctor.findings import DoctorReport, Finding, Level
+from dpo_dist.insight.doctor.examine import Diagnosis, examine
+from dpo_dist.insight.doctor.findings import Finding, Level
+from dpo_dist.insight.doctor.rules import with_thresholds
 
 Pair = dict[str, Any]
 
@@ -52,21 +53,22 @@ def examined(
     evaluation: Sequence[Mapping[str, Any]] = (),
     tokenizer: Any = None,
     config: Mapping[str, Any] | None = None,
+    thresholds: Mapping[str, float] | None = None,
     **options: Any,
-) -> DoctorReport:
+) -> Diagnosis:
     """Return the report on one training source and, if given, one evaluation source."""
     sources = [SourceConfig(path=write(folder / "train.jsonl", train))]
     eval_sources = [SourceConfig(path=write(folder / "eval.jsonl", evaluation))] if evaluation else []
     data = DataConfig(train=sources, eval=eval_sources, processes=1, **(config or {}))
-    return examine(data, tokenizer, **options)
+    return examine(data, tokenizer, with_thresholds(thresholds), **options)
 
 
-def of_rule(report: DoctorReport, rule: str) -> list[Finding]:
+def of_rule(report: Diagnosis, rule: str) -> list[Finding]:
     """Return the findings of a rule."""
     return [finding for finding in report.findings if finding.rule == rule]
 
 
-def alarms(report: DoctorReport) -> list[str]:
+def alarms(report: Diagnosis) -> list[str]:
     """Return the findings above a note."""
     return [f"{one.rule}: {one.text}" for one in report.findings if one.level is not Level.note]
 

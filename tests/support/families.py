@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.model.supported import switch_off_noise
+from dpo_dist.model.architectures import switch_off_noise
 
 PACKED, PADDED, SINGLE = Arrangement
 COMMON = {

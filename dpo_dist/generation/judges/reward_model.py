@@ -120,8 +120,6 @@ def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[s
 
 
 def _messages(prompt: Prompt) -> Messages:
-    if isinstance(prompt, Dialogue):
-        return prompt.messages()
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
 
 

@@ -177,7 +177,7 @@ class Labelling:
         if item not in self.items:
             return facts
         record = self.items[item]
-        prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
+        prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
         sides = {"left": responses[left], "right": responses[1 - left]}

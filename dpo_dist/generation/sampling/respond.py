@@ -22,8 +22,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
-from dpo_dist.model.adapter_files import ADAPTER_CONFIG
 from dpo_dist.model.folder import (
+    ADAPTER_CONFIG,
     check_adapter,
     description_folder,
     has_tokenizer,

@@ -28,13 +28,11 @@ class Benchmark:
     def add(self, text: str, origin: str) -> None:
         """Add an item with its origin."""
         words = plain_words(text)
-        if not words:
-            return
-        if len(words) < _FEWEST_WORDS:
-            self.whole[" ".join(words)] = origin
-        else:
-            size = min(len(words), _MOST_WORDS)
+        size = min(len(words), _MOST_WORDS)
+        if size >= _FEWEST_WORDS:
             self.runs.setdefault(size, {}).update(dict.fromkeys(_runs(words, size), origin))
+        elif words:
+            self.whole[" ".join(words)] = origin
 
     def item_in(self, prompt: str, *responses: str) -> str | None:
         """Return the origin of an item that overlaps with a record; a short one has to be the prompt."""
@@ -63,25 +61,22 @@ def read_benchmarks(files: Sequence[str]) -> Benchmark:
     """
     benchmark = Benchmark()
     for file in files:
-        got = "no item"
         try:
             lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-            items = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-            for number, line in items:
-                text = _text(json.loads(line)) if file.endswith(".jsonl") else line
-                benchmark.add(text, f"{file}:{number}")
-        except OSError as error:
-            items, got = [], error.strerror or type(error).__name__
-        except ValueError as error:
-            items, got = [], str(error)
-        if not items:
+            if not any(map(str.strip, lines)):
+                raise ValueError("no item")
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    text = _text(json.loads(line)) if file.endswith(".jsonl") else line
+                    benchmark.add(text, f"{file}:{number}")
+        except (OSError, ValueError) as error:
             raise DataError(
                 "a file of benchmark prompts cannot be read",
                 where=f"doctor.benchmarks: {file}",
-                got=got,
+                got=getattr(error, "strerror", None) or str(error),
                 expected="UTF-8 text: .jsonl or .txt with one prompt a line",
                 remedy="check the path and the file",
-            )
+            ) from error
     return benchmark
 
 
@@ -90,8 +85,7 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "\n".join(map(_text, content))
     if isinstance(content, dict):
-        content = next((content[name] for name in _FIELDS if content.get(name)), None)
-        return _text(content)
+        return _text(next((content[name] for name in _FIELDS if content.get(name)), None))
     if not isinstance(content, str):
         raise ValueError(f"an item has no field {', '.join(_FIELDS)}")
     return content

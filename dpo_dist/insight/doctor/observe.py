@@ -1,4 +1,4 @@
-"""Observe a chunk of records in a worker process: compact facts, from which the report is made."""
+"""Observe records in a worker process: facts about each one, from which the report is made."""
 
 import re
 from collections import Counter
@@ -20,83 +20,28 @@ from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
-from dpo_dist.insight.doctor.findings import SIDES
 from dpo_dist.insight.doctor.rules import RULE_OF
-from dpo_dist.insight.doctor.texts import Signature, Texts, signature, text_names, texts_of
+from dpo_dist.insight.doctor.texts import Texts, signature, text_names, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Records = Sequence[PreferenceRecord | BadRecord]
+SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
-"""Of prompt, first and last response; -1 for a missing rejected one."""
+"""By `SIDES`; -1 for a missing rejected response."""
 
-SHOWN_ORIGINS = 20
-# More tokens than any record has.
+_TOO_LONG = {"too_long", "prompt_fills_max_length", "response_fills_max_length", "identical_after_truncation"}
+_CUT = {"prompt_truncated", "response_truncated"}
 _NO_LIMIT = 2**31 - 1
-_CUT = ("prompt_truncated", "response_truncated")
-# With these reasons a record is encoded but too long.
-_TOO_LONG = {
-    "too_long",
-    "prompt_fills_max_length",
-    "response_fills_max_length",
-    "identical_after_truncation",
-}
 # Of a ranking, at most so many preferences are compared with those of other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
 _NUMBER = re.compile(r"\d+")
 
 
-class Named:
-    """Number of records by name, with the origins of the first ones."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def add(self, name: str, origin: Origin) -> None:
-        """Count a record under `name`."""
-        self.counts[name] += 1
-        examples = self.examples.setdefault(name, [])
-        if len(examples) < SHOWN_ORIGINS:
-            examples.append(str(origin))
-
-    def update(self, later: "Named") -> None:
-        """Add the counts of the following records."""
-        self.counts.update(later.counts)
-        for name, origins in later.examples.items():
-            examples = self.examples.setdefault(name, [])
-            examples += origins[: SHOWN_ORIGINS - len(examples)]
-
-
-@dataclass(eq=False)
-class TokenFacts:
-    """Facts about encoded records.
-
-    Attributes:
-        sums: records with an example (`kept`), those of them that `data.eval_share` draws for evaluation
-            (`held_out`), examples (`pairs`); `tokens` of all responses, each with its prompt, `unique_tokens`
-            with each prompt counted once per record, `response_tokens`, and the `trained_tokens` of them;
-            records of which a side is cut (`SIDE cut`) and tokens cut from them (`SIDE cut_tokens`).
-        changed: changes made by encoding, by kind.
-        lengths: tokens of each record before anything is cut, also of those dropped because of their length.
-    """
-
-    sums: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
-    lengths: list[Lengths] = field(default_factory=list)
-
-    def add(self, later: "TokenFacts") -> None:
-        """Add the facts about the following records."""
-        self.sums.update(later.sums)
-        self.changed.update(later.changed)
-        self.lengths += later.lengths
-
-
 @dataclass(frozen=True, eq=False)
 class PairFacts:
-    """Facts about the first and the last response of a record, kept for a sample of the records.
+    """Facts about the form of the first and the last response of a record.
 
     Attributes:
         features: float32 [2, features].
@@ -114,10 +59,13 @@ class PairFacts:
 
 
 @dataclass(frozen=True, eq=False)
-class RecordKeys:
-    """Keys of a readable record, of its prompt and of the prompt's numbers, to compare it with all others.
+class Keys:
+    """Keys of a readable record, by which it is compared with all others.
 
     Attributes:
+        prompt: of the prompt without differences of case and white space.
+        record: of prompt and responses.
+        numbers: of the prompt's numbers.
         hash: `prompts.prompt_hash` of the prompt.
         is_held_out: whether `data.eval_share` draws the record for evaluation.
         preferences: key of each preference, and of the opposite one.
@@ -132,34 +80,43 @@ class RecordKeys:
     hash: int
     is_held_out: bool
     preferences: tuple[tuple[int, int], ...]
-    signatures: Signature
+    signatures: npt.NDArray[np.uint32]
     benchmark: str | None
 
 
 @dataclass(eq=False)
-class Observed:
-    """Facts about consecutive records of one source.
+class Facts:
+    """Facts about one record.
 
     Attributes:
-        names: readable records by the rules that they break, by the kinds of these, and by properties.
-        dropped: dropped records by reason.
-        details: for each reason, details of the first record, without texts.
-        tokens: None without a tokenizer.
-        pairs: of the records with at least two responses.
+        dropped: the reason why no example is made of it; None for a kept one.
+        detail: of the reason, without texts.
+        keys: None if it cannot be read.
+        names: rules that it breaks, kinds of these, and properties.
+        characters: of its texts.
+        tokens: as encoded, before anything is cut; None without a tokenizer, or if it cannot be encoded.
+        cut: tokens that the limits cut from each side of a kept record.
+        changed: changes made by encoding, by kind.
+        sums: `pairs` made of it; `tokens` of all responses, each with its prompt, `unique_tokens` with the
+            prompt counted once; `response_tokens`, and the `trained_tokens` of them.
+        pair: None for a single response.
     """
 
-    read: int
-    names: Named = field(default_factory=Named)
-    dropped: Named = field(default_factory=Named)
-    details: dict[str, str] = field(default_factory=dict)
-    tokens: TokenFacts | None = None
-    characters: list[Lengths] = field(default_factory=list)
-    records: list[RecordKeys] = field(default_factory=list)
-    pairs: list[PairFacts] = field(default_factory=list)
+    origin: Origin
+    dropped: str | None = None
+    detail: str = ""
+    keys: Keys | None = None
+    names: tuple[str, ...] = ()
+    characters: Lengths = (0, 0, -1)
+    tokens: Lengths | None = None
+    cut: Sequence[int] = (0, 0, 0)
+    changed: dict[str, int] = field(default_factory=dict)
+    sums: Counter[str] = field(default_factory=Counter)
+    pair: PairFacts | None = None
 
 
 class Observer:
-    """Observes chunks of records, encoded if there is a tokenizer; can be sent to other processes."""
+    """Observes records, encoded if there is a tokenizer; can be sent to other processes."""
 
     def __init__(
         self,
@@ -168,134 +125,96 @@ class Observer:
         benchmark: Benchmark | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._tokenizer = tokenizer
-        self._benchmark = benchmark
+        self._whole = replace(
+            self._config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop
+        )
+        self._tokenizer, self._benchmark = tokenizer, benchmark
         self._held_out = eval_part(config) if config.eval_share else None
         special = tokenizer.all_special_tokens if tokenizer is not None else ()
         self._special = any_of(token for token in special if not token.isalnum() and not token.isspace())
 
-    def observe(self, records: Records) -> Observed:
-        """Return the facts about consecutive records of one source. Raises ConfigError as encoding does."""
-        observed = Observed(len(records))
-        readable: list[PreferenceRecord] = []
-        names: list[set[str]] = []
-        for record in records:
-            if isinstance(record, BadRecord):
-                observed.dropped.add(record.reason, record.origin)
-                observed.details.setdefault(record.reason, record.detail)
-            else:
-                readable.append(record)
-                names.append(self._observe_texts(record, observed))
-        if self._tokenizer is not None and readable:
-            self._encode(readable, names, self._tokenizer, observed)
-        for record, found in zip(readable, names, strict=True):
-            for name in sorted(found | {RULE_OF[name] for name in found if name in RULE_OF}):
-                observed.names.add(name, record.origin)
-        return observed
+    def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[Facts]:
+        """Return the facts about each record. Raises ConfigError as encoding does."""
+        return [
+            Facts(record.origin, record.reason, record.detail)
+            if isinstance(record, BadRecord)
+            else self._facts(record)
+            for record in records
+        ]
 
-    def _observe_texts(self, record: PreferenceRecord, observed: Observed) -> set[str]:
-        """Add the facts about a record's texts; return the names under which it is counted."""
+    def _facts(self, record: PreferenceRecord) -> Facts:
         texts = texts_of(record)
         prompt, responses = texts.prompt, texts.responses
-        prompt_key, prompt_number = text_key(texts.prompt_identity), prompt_hash(record.prompt)
+        facts = Facts(record.origin, keys=self._keys(record, texts))
+        rejected = -1
+        if len(responses) > 1:
+            rejected = len(responses[-1])
+            facts.pair = _pair_facts(record, texts)
+        facts.characters = len(prompt), len(responses[0]), rejected
         names = {*text_names(record, texts), *_record_names(record)}
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
-        observed.records.append(
-            RecordKeys(
-                origin=record.origin,
-                prompt=prompt_key,
-                record=text_key(texts.prompt_identity, *map(str.strip, responses)),
-                numbers=text_key(*_NUMBER.findall(prompt)),
-                hash=prompt_number,
-                is_held_out=self._held_out is not None and self._held_out.has(prompt_number),
-                preferences=tuple(_preferences(record, responses, prompt_key)),
-                signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
-                benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
-            )
+        if self._tokenizer is not None:
+            names |= self._encode(record, facts, self._tokenizer)
+        facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
+        return facts
+
+    def _keys(self, record: PreferenceRecord, texts: Texts) -> Keys:
+        responses, number = texts.responses, prompt_hash(record.prompt)
+        prompt = text_key(texts.prompt_identity)
+        return Keys(
+            origin=record.origin,
+            prompt=prompt,
+            record=text_key(texts.prompt_identity, *map(str.strip, responses)),
+            numbers=text_key(*_NUMBER.findall(texts.prompt)),
+            hash=number,
+            is_held_out=self._held_out is not None and self._held_out.has(number),
+            preferences=tuple(_preferences(record, responses, prompt)),
+            signatures=np.stack([signature(texts.prompt), signature("\n".join(responses))]),
+            benchmark=None if self._benchmark is None else self._benchmark.item_in(texts.prompt, *responses),
         )
-        rejected = len(responses[-1]) if len(responses) > 1 else -1
-        observed.characters.append((len(prompt), len(responses[0]), rejected))
-        if len(responses) > 1:
-            observed.pairs.append(_pair_facts(record, texts, prompt_key))
-        return names
 
     def _encode(
-        self,
-        records: Sequence[PreferenceRecord],
-        names: Sequence[set[str]],
-        tokenizer: "PreTrainedTokenizerBase",
-        observed: Observed,
-    ) -> None:
-        """Add the facts about the records' tokens, and names of those that are kept."""
-        chunk = encode_chunk(records, self._config, tokenizer)
-        observed.tokens = facts = _token_facts(records, names, chunk, self._config, tokenizer)
-        for outcome, record, keys in zip(chunk.outcomes, records, observed.records, strict=True):
-            if outcome.dropped is not None:
-                observed.dropped.add(outcome.dropped, record.origin)
-            elif keys.is_held_out:
-                facts.sums["held_out"] += 1
-        for _index, bad in chunk.bad:
-            observed.details.setdefault(bad.reason, bad.detail)
-
-
-def _token_facts(
-    records: Sequence[PreferenceRecord],
-    names: Sequence[set[str]],
-    chunk: EncodedChunk,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> TokenFacts:
-    facts = TokenFacts()
-    tokens, ends = chunk.arrays["piece_tokens"], chunk.arrays["pair_pieces"]
-    facts.sums["response_tokens"] = int(tokens.sum() - tokens[np.insert(ends, 0, 0)[:-1]].sum())
-    facts.sums["trained_tokens"] = int(chunk.arrays["trained_tokens"].sum())
-    pieces = _pieces(chunk)
-    long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
-    whole_config = replace(config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop)
-    whole_chunk = encode_chunk([records[index] for index in long], whole_config, tokenizer)
-    whole_pieces = dict(zip(long, _pieces(whole_chunk), strict=True))
-    for index, (outcome, kept) in enumerate(zip(chunk.outcomes, pieces, strict=True)):
-        whole = whole_pieces.get(index, kept)
-        if not whole:
-            continue
-        lengths = _side_lengths(whole)
-        facts.lengths.append(lengths)
+        self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
+    ) -> set[str]:
+        """Add the facts about the record's tokens; return the names that they give to a kept one."""
+        chunk = encode_chunk([record], self._config, tokenizer)
+        [outcome], pieces = chunk.outcomes, _pieces(chunk)
+        whole = pieces
+        if _is_cut(outcome):
+            whole = _pieces(encode_chunk([record], self._whole, tokenizer))
+        if whole:
+            facts.tokens = _lengths(whole)
         if outcome.dropped is not None:
-            continue
-        facts.changed.update(dict(outcome.changed))
-        names[index].update(dict(outcome.changed), _token_names(whole, tokenizer))
-        prompt, *responses = map(len, kept)
-        unshared = prompt * len(responses) + sum(responses)
-        facts.sums.update(kept=1, pairs=outcome.pairs, tokens=unshared, unique_tokens=prompt + sum(responses))
-        for side, before, after in zip(SIDES, lengths, _side_lengths(kept), strict=True):
-            if before > after:
-                facts.sums.update({f"{side} cut": 1, f"{side} cut_tokens": before - after})
-    return facts
+            [(_, bad)] = chunk.bad
+            facts.dropped, facts.detail = bad.reason, bad.detail
+            return set()
+        prompt, *responses = map(len, pieces)
+        kept = _lengths(pieces)
+        facts.cut = [before - after for before, after in zip(_lengths(whole), kept, strict=True)]
+        facts.changed = dict(outcome.changed)
+        facts.sums = Counter(
+            pairs=outcome.pairs,
+            tokens=prompt * len(responses) + sum(responses),
+            unique_tokens=prompt + sum(responses),
+            response_tokens=int(chunk.arrays["piece_tokens"].sum()) - outcome.pairs * prompt,
+            trained_tokens=int(chunk.arrays["trained_tokens"].sum()),
+        )
+        return {*facts.changed, *_token_names(whole, tokenizer)}
 
 
 def _is_cut(outcome: Outcome) -> bool:
     return outcome.dropped in _TOO_LONG or any(name in _CUT for name, _times in outcome.changed)
 
 
-def _pieces(chunk: EncodedChunk) -> list[list[TokenIds]]:
-    """Return the prompt and the different responses of each record, best first; empty if it was dropped."""
-    found: list[list[TokenIds]] = []
-    example = piece = 0
-    for outcome in chunk.outcomes:
-        spans: dict[int, int] = {}
-        for _ in range(outcome.pairs):
-            end = int(chunk.arrays["pair_pieces"][example])
-            for at in range(piece, end):
-                # Two responses of no tokens can start at the same offset; neither trains anything.
-                spans[int(chunk.arrays["piece_starts"][at])] = int(chunk.arrays["piece_tokens"][at])
-            example, piece = example + 1, end
-        ids = chunk.arrays["ids"]
-        found.append([ids[start : start + length] for start, length in sorted(spans.items())])
-    return found
+def _pieces(chunk: EncodedChunk) -> list[TokenIds]:
+    """Return the prompt and the different responses of the only record, best first; empty if dropped."""
+    starts, lengths = (chunk.arrays[name].tolist() for name in ("piece_starts", "piece_tokens"))
+    spans = sorted(dict(zip(starts, lengths, strict=True)).items())
+    return [chunk.arrays["ids"][start : start + length] for start, length in spans]
 
 
-def _side_lengths(pieces: list[TokenIds]) -> Lengths:
+def _lengths(pieces: list[TokenIds]) -> Lengths:
     return len(pieces[0]), len(pieces[1]), len(pieces[-1]) if len(pieces) > 2 else -1
 
 
@@ -315,18 +234,17 @@ def text_key(*texts: str) -> int:
     digest = blake2b(digest_size=8)
     for text in texts:
         content = text.encode("utf-8", "replace")
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
+        digest.update(len(content).to_bytes(8, "little") + content)
     return int.from_bytes(digest.digest(), "little")
 
 
-def _pair_facts(record: PreferenceRecord, texts: Texts, prompt_key: int) -> PairFacts:
+def _pair_facts(record: PreferenceRecord, texts: Texts) -> PairFacts:
     chosen, rejected = texts.responses[0], texts.responses[-1]
     scores = record.scores or (np.nan, np.nan)
     return PairFacts(
         features=np.stack([side_features(chosen), side_features(rejected)]),
         words=(edge_words(chosen), edge_words(rejected)),
-        prompt=prompt_key,
+        prompt=text_key(texts.prompt_identity),
         heads=(texts.turns[-1][1][:_HEAD], chosen[:_HEAD], rejected[:_HEAD]),
         scores=(scores[0], scores[-1]),
     )

@@ -1,7 +1,7 @@
 """Encode the data of a run into `data.cache`, where training finds them; data that training refuses too."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,29 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedSource:
-    """One source, encoded; without a dataset if no record can be used."""
-
-    is_eval: bool
-    dataset: PreferenceDataset | None
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """The encoded sources, training data first, and the errors with which training would stop."""
-
-    sources: tuple[PreparedSource, ...]
-    refusals: tuple[DpoDistError, ...]
-
-
 def prepare(
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     vocab_size: int,
     progress: Progress = no_progress,
-) -> Prepared:
+) -> tuple[list[list[PreferenceDataset]], list[DpoDistError]]:
     """Encode the data as training does, and collect the errors with which training would refuse them.
 
     Args:
@@ -56,44 +40,43 @@ def prepare(
         vocab_size: of the policy's embeddings.
         progress: called for each source that is not encoded yet.
 
+    Returns:
+        The datasets of each source, those of `data.train` first: none if no record can be used, two if
+        evaluation data are split off; and the errors.
+
     Raises:
         DataError: a source cannot be read.
         ConfigError: the data cannot be encoded with this tokenizer.
     """
-    digest = tokenizer_digest(folder)
+    data, digest = config.data, tokenizer_digest(folder)
     refusals: list[DpoDistError] = []
 
-    def prepared(sources: Sequence[SourceConfig], part: Part, is_eval: bool) -> list[PreparedSource]:
-        # A split source is encoded twice.
-        side = f" ({'eval' if is_eval else 'train'} part)" if config.data.eval_share else ""
-        encoded, refusal = _encoded(
-            sources, config.data, tokenizer, digest, lambda source: progress(source + side), part
-        )
-        refusals.extend([refusal] if refusal else _refusals(encoded, config, tokenizer, vocab_size))
-        return [PreparedSource(is_eval, _usable(each, config.data)) for each in encoded]
+    def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
+        def shown(source: str) -> str:
+            return f"{source} ({side} part)" if data.eval_share else source
 
-    of_eval = prepared(config.data.eval_sources, eval_part(config.data), True)
-    prompts = [source.dataset.prompts[:] for source in of_eval if source.dataset is not None]
-    part = train_part(config.data, np.concatenate(prompts) if prompts else None)
-    return Prepared((*prepared(config.data.train, part, False), *of_eval), tuple(refusals))
+        def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
+            return prepare_dataset(
+                sources, used, tokenizer, digest, lambda path: progress(shown(path)), part, needs_pairs=False
+            )
 
+        try:
+            found = encoded(data)
+            refusals.extend(_refusals(found, config, tokenizer, vocab_size))
+        except DataError as refusal:
+            if data.on_bad_record is not OnBadRecord.error:
+                raise
+            found = encoded(replace(data, on_bad_record=OnBadRecord.drop))
+            refusals.append(refusal)
+        return [list(_usable(source, data)) for source in found]
 
-def _encoded(
-    sources: Sequence[SourceConfig],
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    digest: str,
-    progress: Progress,
-    part: Part,
-) -> tuple[tuple[EncodedSource, ...], DataError | None]:
-    """Encode sources; with `data.on_bad_record=error` also those with bad records, and return the error."""
-    try:
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), None
-    except DataError as refusal:
-        if config.on_bad_record is not OnBadRecord.error:
-            raise
-        config = replace(config, on_bad_record=OnBadRecord.drop)
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), refusal
+    of_eval = prepared(data.eval_sources, eval_part(data), "eval")
+    prompts = [dataset.prompts[:] for datasets in of_eval for dataset in datasets]
+    of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    if data.eval:
+        return [*of_train, *of_eval], refusals
+    parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
+    return [[*trained, *evaluated] for trained, evaluated in parts], refusals
 
 
 def _refusals(
@@ -113,10 +96,9 @@ def _refusals(
         yield refusal
 
 
-def _usable(source: EncodedSource, config: DataConfig) -> PreferenceDataset | None:
-    """Return the examples of a source, also if most of its records are bad; None if all are."""
-    tolerant = replace(config, max_bad_share=1.0, template=TextTemplate.literal)
+def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+    """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
     try:
-        return open_dataset([source], tolerant)
+        yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))
     except DataError:
-        return None
+        return

@@ -4,6 +4,7 @@ The texts are data: the page shows them inert and hidden.
 """
 
 import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,20 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
-from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair
+from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.insight.doctor.findings import Finding
-from dpo_dist.insight.doctor.sources import Reservoir
 from dpo_dist.insight.doctor.texts import texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED_RECORDS = 2000
+_SAMPLED_RECORDS = 2000
 """The sample of a source is drawn from this number of its first records."""
-
 _EXAMPLES_OF_A_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
@@ -103,15 +102,16 @@ def show_pairs(
     shown = []
     for source in [*config.train, *config.eval]:
         for record in _chosen(pinned(source, Path(config.cache)), rules, count):
-            names = tuple(dict.fromkeys(rules.get(str(record.origin), ())))
-            shown.append(_shown(record, names, config, tokenizer))
+            origin = str(record.origin)
+            names = tuple(dict.fromkeys(rules.get(origin, ())))
+            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
     return shown
 
 
 def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
-    sample: Reservoir[PreferenceRecord] = Reservoir(count)
+    others: list[PreferenceRecord] = []
     folder = str(Path(source.path.split("*", 1)[0]).parent)
     missing = {origin for origin in rules if folder == "." or origin.startswith(folder)}
     for number, record in enumerate(read_records(source)):
@@ -119,31 +119,37 @@ def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
         if isinstance(record, PreferenceRecord):
             if str(record.origin) in rules:
                 examples.append(record)
-            elif number < SAMPLED_RECORDS:
-                sample.add([record])
-        if number >= SAMPLED_RECORDS and not missing:
+            elif number < _SAMPLED_RECORDS:
+                others.append(record)
+        if number >= _SAMPLED_RECORDS and not missing:
             break
-    return examples + sample.items
+    return examples + random.Random(0).sample(others, min(count, len(others)))  # noqa: S311
 
 
-def _shown(
-    record: PreferenceRecord,
-    rules: tuple[str, ...],
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase | None",
-) -> ShownPair:
-    origin, note = str(record.origin), ""
+def _parts(
+    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[str, tuple[Part, ...]]:
+    """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
     if tokenizer is None:
-        return ShownPair(origin, rules, note, _plain_parts(record))
+        return "", _plain_parts(record)
     unlimited = replace(
         config, max_length=_UNLIMITED, max_prompt_length=None, truncation=Truncation.keep_start
     )
     whole, kept = encode_pair(record, tokenizer, unlimited), encode_pair(record, tokenizer, config)
     if isinstance(whole, BadRecord):
-        return ShownPair(origin, rules, whole.reason, _plain_parts(record))
+        return whole.reason, _plain_parts(record)
+    note = ""
     if isinstance(kept, BadRecord):
         note, kept = kept.reason, whole
-    return ShownPair(origin, rules, note, _token_parts(record, whole, kept, tokenizer))
+    prompt = whole.prompt_ids
+    cut = _cut_range(prompt, kept.prompt_ids)
+    parts = [_part("prompt", prompt, [False] * len(prompt), cut, tokenizer)]
+    for index, name, score in _names(record):
+        ids = whole.responses[index]
+        trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
+        cut = range(len(kept.responses[index]), len(ids))
+        parts.append(_part(name, ids, trained, cut, tokenizer, score))
+    return note, tuple(parts)
 
 
 def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
@@ -155,49 +161,34 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
         yield index, name, record.scores[index] if record.scores is not None else None
 
 
-def _token_parts(
-    record: PreferenceRecord,
-    whole: EncodedExample,
-    kept: EncodedExample,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> tuple[Part, ...]:
-    """Return the parts with every token, also those that `kept` lacks."""
-    first, last = _cut_range(whole.prompt_ids, kept.prompt_ids)
-    is_cut = [first <= place < last for place in range(len(whole.prompt_ids))]
-    parts = [_part("prompt", whole.prompt_ids, [False] * len(is_cut), is_cut, tokenizer)]
-    for index, name, score in _names(record):
-        ids, used = whole.responses[index], len(kept.responses[index])
-        is_cut = [place >= used for place in range(len(ids))]
-        is_trained = list(map(bool, whole.trained[index])) if whole.trained else [True] * len(ids)
-        parts.append(_part(name, ids, is_trained, is_cut, tokenizer, score))
-    return tuple(parts)
-
-
-def _cut_range(whole: TokenIds, kept: TokenIds) -> tuple[int, int]:
-    """Return the range of a prompt's tokens that are cut: after the tokens that stay in front (BOS)."""
+def _cut_range(whole: TokenIds, kept: TokenIds) -> range:
+    """Return the places of a prompt's tokens that are cut: after the tokens that stay in front (BOS)."""
     missing, front = len(whole) - len(kept), 0
     while missing and front < len(kept) and not (whole[front + missing :] == kept[front:]).all():
         front += 1
-    return front, front + missing
+    return range(front, front + missing)
 
 
 def _part(
     name: str,
     ids: TokenIds,
     is_trained: Sequence[bool],
-    is_cut: Sequence[bool],
+    cut: range,
     tokenizer: "PreTrainedTokenizerBase",
     score: float | None = None,
 ) -> Part:
     """Return runs of tokens with equal marks; of a long part, its ends only."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
-    tokens = list(map(int, ids))
+    tokens, half = ids.tolist(), _MAX_TOKENS // 2
     marks = [
-        (Kind.special if token in special else Kind.text, trained and not cut, cut)
-        for token, trained, cut in zip(tokens, is_trained, is_cut, strict=True)
+        (
+            Kind.special if token in special else Kind.text,
+            is_trained[place] and place not in cut,
+            place in cut,
+        )
+        for place, token in enumerate(tokens)
     ]
-    half = _MAX_TOKENS // 2
     if len(tokens) <= _MAX_TOKENS:
         return Part(name, tuple(_runs(tokens, marks, tokenizer)), len(tokens), score)
     start = _runs(tokens[:half], marks[:half], tokenizer)

@@ -97,13 +97,8 @@ class Texts:
 def texts_of(record: PreferenceRecord) -> Texts:
     """Return the texts of a record."""
     prompt = record.prompt
-    match prompt:
-        case str():
-            turns: tuple[tuple[str, str], ...] = (("user", prompt),)
-        case Dialogue():
-            turns = tuple((message.role, message.content) for message in prompt.messages())
-        case _:
-            turns = tuple((message.role, _turn_text(message)) for message in prompt)
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    turns = tuple((message.role, _turn_text(message)) for message in messages)
     return Texts(turns, tuple(map(_response_text, record.responses)))
 
 

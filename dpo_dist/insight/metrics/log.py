@@ -1,9 +1,9 @@
-"""Software and hardware of a run: environment.json."""
+"""Files of a run that grow with it: metrics rows as JSON and CSV, summary.json, environment.json."""
 
+import contextlib
 import csv
 import importlib.metadata
 import io
-import itertools
 import json
 import logging
 import math
@@ -11,40 +11,210 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
 import torch
 
+from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.files import plain, read_small
+from dpo_dist.foundation.files import plain
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.insight.metrics.names import best_rows
 from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
 
+Row = dict[str, float]
+
+Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""Parts of a step, with the key `time/<phase>` in a metrics row."""
+
+Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
+WORKS: tuple[Work, ...] = get_args(Work)
+"""Kinds of work of a run, with the key `work.seconds.<work>` in summary.json."""
+
+COLUMNS = (
+    *("step", "epoch", *PAIR_METRICS),
+    *("grad_norm", "learning_rate", "pairs", "tokens"),
+    *("step_seconds", "pairs_per_second", "tokens_per_second"),
+    *(f"time/{phase}" for phase in PHASES),
+    *("mfu", "mfu/datasheet", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
+    *(PREFIX + key for key in PAIR_METRICS),
+)
+"""Columns of a new CSV file."""
+_BEST = ("eval_loss", "eval_rewards/accuracies")
 _PACKAGES = (
-    "dpo-dist",
-    "torch",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "datasets",
-    "wandb",
-    "hydra-core",
-    "flash-attn",
-    "liger-kernel",
+    *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets"),
+    *("wandb", "hydra-core", "flash-attn", "liger-kernel"),
 )
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
+_log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """The metrics rows of one run, in memory and on disk.
+
+    Attributes:
+        folder: the run directory.
+        rows: all rows so far, oldest first.
+    """
+
+    def __init__(self, folder: RunFolder, rows: list[Row]):
+        self.folder = folder
+        self.rows = rows
+        self._columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
+
+    @classmethod
+    def open(
+        cls,
+        folder: RunFolder,
+        resume_step: int | None,
+        say: Callable[[str], None] = _log.warning,
+        *,
+        owes_evaluation: bool = False,
+    ) -> "MetricsLog":
+        """Start a log, or continue the one in `folder`.
+
+        Args:
+            folder: the run directory.
+            resume_step: step of the checkpoint that training resumes from: later rows are computed again.
+                None starts without rows.
+            say: called with a warning if the existing rows cannot be read.
+            owes_evaluation: the evaluation after `resume_step` is made again, too.
+        """
+        rows: list[Row] = []
+        if resume_step is not None:
+            try:
+                rows = [row for row in read_rows(folder.log_history) if row["step"] <= resume_step]
+            except (OSError, ValueError) as error:
+                say(f"warning: metrics up to step {resume_step} are lost, their file cannot be read: {error}")
+        if owes_evaluation:
+            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
+        history = cls(folder, rows)
+        folder.metrics.mkdir(parents=True, exist_ok=True)
+        history.save()
+        return history
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row, which has its `step`, to the CSV file, which is written anew for a new column."""
+        self.rows.append(dict(row))
+        if new := [key for key in row if key not in self._columns]:
+            self._columns += new
+            self._write_csv()
+            return
+        try:
+            with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
+            raise
+
+    def save(self) -> None:
+        """Write both files, whole or not at all. Values that are not finite become null in JSON.
+
+        Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
+
+        Raises:
+            OSError: a file cannot be written. A run directory that was moved away is not created again.
+        """
+        self.folder.metrics.stat()
+        lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
+        files.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
+        self._write_csv()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all; values that are not finite become null."""
+        files.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
+
+    def _write_csv(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        files.write_text(self.folder.metrics_table, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a `log_history.json`; null becomes nan.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON.
+    """
+    return [
+        {key: math.nan if value is None else value for key, value in row.items()}
+        for row in json.loads(path.read_bytes())
+    ]
+
+
+def read_latest_rows(folder: RunFolder) -> list[Row]:
+    """Read the metrics rows of a run, also those that are only in the CSV file, which grows during the run.
+
+    Raises:
+        OSError: a file cannot be read; FileNotFoundError: there is neither.
+    """
+    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    if rows and not folder.metrics_table.exists():
+        return rows
+    # Its last line may be unfinished.
+    whole, _, _ = folder.metrics_table.read_text(encoding="utf-8").rpartition("\n")
+    newer = list(csv.DictReader(io.StringIO(whole)))[len(rows) :]
+    return rows + [
+        {key: int(value) if value.isdecimal() else float(value) for key, value in row.items() if value}
+        for row in newer
+    ]
+
+
+def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return `final` and `best` of `summary.json`; the evaluation before the first step is no result.
+
+    Returns:
+        `final`: metrics of the last logged step, with its `step`, and of the last evaluation, with its
+        `eval_step`. `best`: lowest `eval_loss` and highest `eval_rewards/accuracies`, each as
+        ``{"value", "step"}``, the earliest of equal ones. Values without a measurement are absent.
+    """
+    final: Row = {}
+    for prefix in ("", PREFIX):
+        measured = [row for row in rows if row["step"] > 0 and f"{prefix}loss" in row]
+        if measured:
+            last = measured[-1]
+            final[f"{prefix}step"] = last["step"]
+            final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
+            final |= {key: value for key, value in last.items() if key.startswith(_grouped(prefix))}
+    best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
+    return {"final": final, "best": best}
+
+
+def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
+    """Return, by source, the last value of each metric of `GROUP_METRICS`, those of evaluations with `eval_`.
+
+    A run with one source has none.
+    """
+    last = {key: value for row in rows if row["step"] > 0 for key, value in row.items()}
+    found: dict[str, Row] = {}
+    for prefix in ("", PREFIX):
+        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
+        for metric in _grouped(prefix):
+            for key, value in last.items():
+                if key.startswith(metric) and key not in percentiles:
+                    found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
+    return found
+
+
+def _grouped(prefix: str) -> tuple[str, ...]:
+    """Return how the names of metrics by source and of percentiles start."""
+    return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
+
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Return command, versions, git commit and hardware, without secrets.
+    """Return command, versions, git commit and hardware, without secrets and environment variables.
 
-    Environment variables can be secret, so there are none. `git_commit` and `git_changed_files`, the number
-    of tracked files that differ from it, are of the current folder; null outside a git checkout.
+    `git_commit` and `git_changed_files`, the number of tracked files that differ from it, are of the current
+    folder; null outside a git checkout.
     """
     changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -65,14 +235,11 @@ def describe_environment(world_size: int) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this program and of the libraries that decide its results."""
-    return {name: version for name in _PACKAGES if (version := _version(name)) is not None}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _command(world_size: int) -> str | None:
@@ -100,247 +267,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-Row = dict[str, float]
-
-# Phases of a step, with the key `time/<phase>` in a metrics row.
-Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
-# Kinds of work of a run, with the key `work.seconds.<work>` in summary.json.
-Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
-WORKS: tuple[Work, ...] = get_args(Work)
-
-_COST = (
-    "grad_norm",
-    "learning_rate",
-    "pairs",
-    "tokens",
-    "step_seconds",
-    "pairs_per_second",
-    "tokens_per_second",
-    *(f"time/{phase}" for phase in PHASES),
-    "mfu",
-    "mfu/datasheet",
-    "memory/peak_allocated_bytes",
-    "bad_steps",
-    "loss_spikes",
-)
-COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PAIR_METRICS))
-
-_log = logging.getLogger(__name__)
-
-
-class MetricsLog:
-    """The metrics rows of one run, in memory and on disk.
-
-    Attributes:
-        folder: the run directory.
-        rows: all rows so far, oldest first.
-    """
-
-    def __init__(self, folder: RunFolder, rows: list[Row]):
-        self.folder = folder
-        self.rows = rows
-        self._columns = list(COLUMNS)
-        self._widen(key for row in rows for key in row)
-
-    @classmethod
-    def open(
-        cls,
-        folder: RunFolder,
-        resume_step: int | None,
-        say: Callable[[str], None] = _log.warning,
-        *,
-        owes_evaluation: bool = False,
-    ) -> "MetricsLog":
-        """Start a log, or continue the one in `folder`.
-
-        Args:
-            folder: the run directory; its folder of metrics is created if missing.
-            resume_step: step of the checkpoint that training resumes from; later rows are dropped, because
-                their steps are computed again. None starts without rows and ignores existing files.
-            say: called with a warning if the existing rows cannot be read; training continues without them.
-            owes_evaluation: the evaluation after `resume_step` is made again, and its row is dropped too.
-        """
-        rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
-        if owes_evaluation:
-            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
-        history = cls(folder, rows)
-        folder.metrics.mkdir(parents=True, exist_ok=True)
-        history.save()
-        return history
-
-    def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which has its `step`, and write it to the CSV file.
-
-        A new key becomes a new column: the CSV file is then rewritten.
-        """
-        self.rows.append(dict(row))
-        if self._widen(row):
-            self._write_csv()
-            return
-        try:
-            with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        except OSError as error:
-            error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
-            raise
-
-    def save(self) -> None:
-        """Write both files, whole or not at all. Values that are not finite become null in JSON.
-
-        Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
-
-        Raises:
-            OSError: a file cannot be written. A run directory that was moved away is not created again.
-        """
-        self.folder.metrics.stat()
-        lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
-        files.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
-        self._write_csv()
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, whole or not at all; values that are not finite become null."""
-        files.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
-
-    def _widen(self, keys: Iterable[str]) -> bool:
-        unknown = [key for key in dict.fromkeys(keys) if key not in self._columns]
-        self._columns += unknown
-        return bool(unknown)
-
-    def _write_csv(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        files.write_text(self.folder.metrics_table, text.getvalue())
-
-
-def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return `final` and `best` of `summary.json`.
-
-    Returns:
-        `final`: loss, rewards (also by source) and log-probs of the last logged step, with its `step`, and of
-        the last evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest
-        `eval_rewards/accuracies`, each as ``{"value", "step"}``, the earliest of equal ones. Values without a
-        measurement are absent. The evaluation before the first step is no result.
-    """
-    rows = _after_steps(rows)
-    final: Row = {}
-    for prefix in ("", "eval_"):
-        measured = [row for row in rows if f"{prefix}loss" in row]
-        if measured:
-            last = measured[-1]
-            final[f"{prefix}step"] = last["step"]
-            final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
-            final |= {key: value for key, value in last.items() if key.startswith(_grouped(prefix))}
-    best: dict[str, Row] = {}
-    for key, sign in (("eval_loss", 1), ("eval_rewards/accuracies", -1)):
-        finite = [row for row in rows if math.isfinite(row.get(key, math.nan))]
-        if finite:
-            row = min(finite, key=lambda row: sign * row[key])
-            best[key] = {"value": row[key], "step": row["step"]}
-    return {"final": final, "best": best}
-
-
-def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
-    """Return the last value of each metric of `GROUP_METRICS` in `rows`, by source.
-
-    Returns:
-        By label of the source: the values by name of the metric, those of evaluations with `eval_`; empty if
-        the run has one source.
-    """
-    last: Row = {}
-    for row in _after_steps(rows):
-        last.update(row)
-    found: dict[str, Row] = {}
-    for prefix in ("", "eval_"):
-        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
-        for metric in _grouped(prefix):
-            for key, value in last.items():
-                if key.startswith(metric) and key not in percentiles:
-                    found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
-    return found
-
-
-def _after_steps(rows: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
-    return [row for row in rows if row["step"] > 0]
-
-
-def _grouped(prefix: str) -> tuple[str, ...]:
-    """Return how the names of metrics by source and of percentiles start."""
-    return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a `log_history.json`; null becomes nan.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: its content is not a list of rows of numbers, each with its `step`.
-    """
-    rows = json.loads(read_small(path))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise ValueError(f"{path} is not a list of rows, each with its step")
-    restored = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
-    if not all(isinstance(value, int | float) for row in restored for value in row.values()):
-        raise ValueError(f"{path} has values that are not numbers")
-    return restored
-
-
-def read_latest_rows(folder: RunFolder) -> list[Row]:
-    """Read the metrics rows of a run, also those that are only in the CSV file, which grows during the run.
-
-    The CSV file also has the rows of a `log_history.json` that is damaged, which a warning names.
-
-    Raises:
-        OSError: a file cannot be read; FileNotFoundError: there is neither.
-    """
-    rows: list[Row] = []
-    try:
-        rows = read_rows(folder.log_history) if folder.log_history.exists() else []
-    except (ValueError, RecursionError) as error:
-        _log.warning("%s cannot be read and is ignored: %s", folder.log_history, error)
-    try:
-        newer = _read_table(folder.metrics_table, len(rows))
-    except FileNotFoundError:
-        if rows:
-            return rows
-        raise
-    except (ValueError, csv.Error) as error:
-        _log.warning("%s cannot be read and is ignored: %s", folder.metrics_table, error)
-        return rows
-    return rows + newer
-
-
-def _read_table(path: Path, first: int) -> list[Row]:
-    """Read the rows of the CSV file from index `first` on, without an unfinished last line."""
-    whole, _, _ = read_small(path).decode().rpartition("\n")
-    lines = csv.reader(io.StringIO(whole, newline=""))
-    columns = next(lines, [])
-    return [_table_row(columns, line) for line in itertools.islice(filter(None, lines), first, None)]
-
-
-def _table_row(columns: Sequence[str], line: Sequence[str]) -> Row:
-    if len(line) > len(columns):
-        raise ValueError("a line has more values than columns")
-    row: Row = {
-        key: int(value) if value.isdecimal() else float(value)
-        for key, value in zip(columns, line, strict=False)
-        if value
-    }
-    if "step" not in row:
-        raise ValueError("a line has no step")
-    return row
-
-
-def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:
-    try:
-        rows = read_rows(path)
-    except (OSError, ValueError, RecursionError) as error:
-        if last_step > 0:
-            say(f"warning: metrics up to step {last_step} are lost, their file cannot be read: {error}")
-        return []
-    return [row for row in rows if row["step"] <= last_step]

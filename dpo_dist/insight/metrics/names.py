@@ -1,24 +1,28 @@
-"""Histogram of the margins of an evaluation."""
+"""Names and order of the values that trackers get, and the best of them."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.config.metrics import PREFIX, metric_of
+from dpo_dist.config.schema import Direction
+
+Row = Mapping[str, float]
+
+STEP_AXIS = "train/global_step"
+EVALUATED_AT = "eval/global_step"
+MARGINS = "eval/margins_histogram"
+SAMPLES = "eval/samples_table"
+BEST = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+"""Metrics whose best value is in the summary of a tracker."""
 _BINS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """Counts of values in bins of equal width.
-
-    Attributes:
-        counts: values in each bin, int64 [bins].
-        edges: bounds of the bins, float64 [bins + 1].
-    """
+class Histogram(NamedTuple):
+    """Counts of values in bins of equal width: int64 [bins], float64 [bins + 1]."""
 
     counts: npt.NDArray[np.int64]
     edges: npt.NDArray[np.float64]
@@ -27,26 +31,7 @@ class Histogram:
     def of(cls, values: npt.NDArray[np.float32]) -> "Histogram | None":
         """Return the histogram of the finite values; None if there is none."""
         finite = values[np.isfinite(values)].astype(np.float64)
-        if not len(finite):
-            return None
-        counts, edges = np.histogram(finite, bins=_BINS)
-        return cls(counts, edges)
-
-
-STEP_AXIS = "train/global_step"
-EVALUATED_AT = "eval/global_step"
-BEST = {
-    "train/loss": "min",
-    "eval/loss": "min",
-    "eval/rewards/accuracies": "max",
-    "eval/rewards/margins": "max",
-}
-"""Metrics whose best value is in the run's summary as `best/NAME`, beside the last one as `NAME`."""
-
-MARGINS = "eval/margins_histogram"
-"""Histogram of the margins of an evaluation's pairs."""
-SAMPLES = "eval/samples_table"
-"""Table of an evaluation's samples."""
+        return cls(*np.histogram(finite, bins=_BINS)) if len(finite) else None
 
 
 class RowOrder(NamedTuple):
@@ -56,9 +41,9 @@ class RowOrder(NamedTuple):
     is_evaluation: bool = False
 
 
-def order_of(row: Mapping[str, Any]) -> RowOrder:
+def order_of(row: Row) -> RowOrder:
     """Return the place of a metrics row."""
-    return RowOrder(row["step"], any(key.startswith("eval_") for key in row))
+    return RowOrder(row["step"], any(key.startswith(PREFIX) for key in row))
 
 
 def order_of_sent(values: Mapping[str, Any]) -> RowOrder:
@@ -69,39 +54,31 @@ def order_of_sent(values: Mapping[str, Any]) -> RowOrder:
     return RowOrder(step, values.get(EVALUATED_AT) == step)
 
 
-def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be compared.
+def wandb_name(key: str) -> str:
+    """Return the name that transformers' and TRL's trainers give a metric in W&B."""
+    return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
 
-    `eval_loss` becomes `eval/loss`, every other key `train/<key>`; `step` is `train/global_step`, the x axis,
-    and of an evaluation also `eval/global_step`.
+
+def wandb_names(row: Row) -> dict[str, float]:
+    """Return a row under these names; its step is the x axis, of an evaluation also `eval/global_step`."""
+    named = {wandb_name(key): value for key, value in row.items() if key != "step"}
+    axes = (STEP_AXIS, EVALUATED_AT) if order_of(row).is_evaluation else (STEP_AXIS,)
+    return dict.fromkeys(axes, row["step"]) | named
+
+
+def best_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield each metric of `BEST` that is finite after a step, with the first row that has its best value."""
+    for key in BEST:
+        found = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
+        if found:
+            sign = 1 if metric_of(key).best is Direction.lowest else -1
+            yield key, min(found, key=lambda row: sign * row[key])
+
+
+def last_and_best(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the last value of each metric of all starts, and the best values as `best/NAME`.
+
+    wandb itself knows those of the last start only; the axes are its own, because it can be ahead of `rows`.
     """
-    named = {}
-    for key, value in row.items():
-        if key == "step":
-            named[STEP_AXIS] = value
-        elif key.startswith("eval_"):
-            named[f"eval/{key.removeprefix('eval_')}"] = value
-        else:
-            named[f"train/{key}"] = value
-    if order_of(row).is_evaluation:
-        named[EVALUATED_AT] = row["step"]
-    return named
-
-
-def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return the summary's values of the metrics of all `rows`: wandb knows those of the last start only.
-
-    Each is the last one, a number as in TRL's runs; of a metric of `BEST` there is also the best finite one
-    after a step.
-    The axes are absent: wandb can be ahead of `rows`, and their values are its own.
-    """
-    named = [wandb_names(row) for row in rows]
-    found: dict[str, Any] = {name: value for values in named for name, value in values.items()}
-    for axis in (STEP_AXIS, EVALUATED_AT):
-        found.pop(axis, None)
-    for name, best in BEST.items():
-        after_steps = (values[name] for values in named if name in values and values[STEP_AXIS] > 0)
-        finite = [value for value in after_steps if math.isfinite(value)]
-        if finite:
-            found[f"best/{name}"] = min(finite) if best == "min" else max(finite)
-    return found
+    last = {wandb_name(key): value for row in rows for key, value in row.items() if key != "step"}
+    return last | {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(rows)}

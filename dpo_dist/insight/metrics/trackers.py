@@ -4,7 +4,6 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class RowTracker(Protocol):
-    """A program that shows metrics rows. Calls come from one thread, except `hurry`."""
+    """A program that shows metrics rows; all calls come from one thread."""
 
     def log(self, row: Row, margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation."""
@@ -42,9 +41,6 @@ class RowTracker(Protocol):
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Send the summary and close the run."""
-
-    def hurry(self) -> None:
-        """Send nothing but rows and the summary from now on: the time of the end is short."""
 
 
 class TensorBoard:
@@ -70,9 +66,6 @@ class TensorBoard:
 
     def alert(self, title: str, text: str) -> None:
         """Nothing: it has no alarms."""
-
-    def hurry(self) -> None:
-        """Nothing: there are only rows."""
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the files."""
@@ -103,8 +96,7 @@ class InBackground:
     ):
         self._name, self._tell, self._remedy, self._abandon = name, say, remedy, abandon
         self._is_abandoned = False
-        self._tracker: RowTracker | None = None
-        self._actions: queue.SimpleQueue[Callable[[RowTracker], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[RowTracker], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self._thread.start()
@@ -112,44 +104,30 @@ class InBackground:
 
     def log(self, row: Row, margins: Histogram | None = None) -> None:
         """Send one metrics row later, in order."""
-        self._do(lambda tracker: tracker.log(row, margins))
+        self._calls.put(lambda tracker: tracker.log(row, margins))
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm later, in order."""
-        self._do(lambda tracker: tracker.alert(title, text))
-
-    def hurry(self) -> None:
-        """Send nothing but rows and the summary from now on."""
-        if self._tracker is not None:
-            self._tracker.hurry()
+        self._calls.put(lambda tracker: tracker.alert(title, text))
 
     def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
-        self._actions.put(lambda tracker: tracker.finish(outcome, summary))
-        self._actions.put(None)
-        deadline = time.monotonic() + seconds
-        self._thread.join(seconds / 2)
+        self._calls.put(lambda tracker: tracker.finish(outcome, summary))
+        self._calls.put(None)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self.hurry()
-        self._thread.join(max(deadline - time.monotonic(), 0.0))
-        if not self._thread.is_alive():
-            return
-        self._warn(f"{self._name} has not finished after {seconds:.0f} s and is ended{self._remedy}")
-        self._is_abandoned = True
-        with contextlib.suppress(Exception):
-            self._abandon()
-        self._thread.join(_LAST_SECONDS)
-
-    def _do(self, action: Callable[[RowTracker], None]) -> None:
-        if self._thread.is_alive():
-            self._actions.put(action)
+            self._warn(f"{self._name} has not finished after {seconds:.0f} s and is ended{self._remedy}")
+            self._is_abandoned = True
+            with contextlib.suppress(Exception):
+                self._abandon()
+            self._thread.join(_LAST_SECONDS)
 
     def _work(self, start: Callable[[Say], RowTracker | None]) -> None:
         try:
-            self._tracker = start(self._say)
+            tracker = start(self._say)
             self._is_open.set()
-            while self._tracker is not None and (action := self._actions.get()) is not None:
-                action(self._tracker)
+            while tracker is not None and (call := self._calls.get()) is not None:
+                call(tracker)
         except Exception as error:
             self._warn(f"{self._name} tracking stops, training continues: {first_line(error)}")
         finally:
@@ -182,10 +160,10 @@ class Trackers:
         for tracker in self.open:
             tracker.alert(title, text)
 
-    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
-        """Close all; waits at most `finish_seconds` for each."""
+    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Close all; waits at most `seconds` (default: `finish_seconds`) for each."""
         for tracker in self.open:
-            tracker.finish(outcome, summary, self.finish_seconds)
+            tracker.finish(outcome, summary, self.finish_seconds if seconds is None else seconds)
         self.until_closed.close()
 
     @contextlib.contextmanager
@@ -194,11 +172,8 @@ class Trackers:
         try:
             yield
         except BaseException as error:
-            outcome = RunOutcome.preempted if isinstance(error, StoppedError) else "failed"
-            for tracker in self.open:
-                tracker.hurry()
-                tracker.finish(outcome, {}, _ERROR_SECONDS)
-            self.until_closed.close()
+            is_stop = isinstance(error, StoppedError)
+            self.finish(RunOutcome.preempted if is_stop else "failed", {}, _ERROR_SECONDS)
             raise
 
 
@@ -223,13 +198,12 @@ def open_trackers(
     """
     trackers, until_closed, known = [], contextlib.ExitStack(), list(rows)
     if config.tracking.wandb is not WandbMode.off:
-        remedy = f"; later: {upload_command(folder)}"
 
         def start(say: Say) -> RowTracker | None:
             return open_tracker(config, folder, request_stop, rows=known, environment=environment, say=say)
 
         until_closed.enter_context(staged_in(folder))
-        abandon = partial(kill_services, services())
+        remedy, abandon = f"; later: {upload_command(folder)}", partial(kill_services, services())
         trackers.append(InBackground("wandb", start, say, remedy, abandon, _FIRST_WAIT_SECONDS))
     if OtherTracker.tensorboard in config.tracking.also:
         trackers.append(InBackground("tensorboard", lambda _say: TensorBoard(config, folder, known), say))

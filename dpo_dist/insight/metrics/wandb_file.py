@@ -8,7 +8,7 @@ header of 7 bytes: blocks of 32 KiB, in which every chunk has a checksum (4 byte
 import contextlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,37 +42,32 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 def read_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run in all files of its starts, oldest first, with wandb's own keys (`_step`).
+    """Yield the rows of a run in all files of its starts with wandb's own keys (`_step`), oldest first.
 
-    Of a damaged file, as a full disk or a crash of the node leaves it, these are the rows before the damage.
+    A table or a histogram is a mapping. Of a damaged file, the rows before the damage are read.
     """
-    for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time):
+    for path in sorted(_files(folder, run_id), key=lambda path: path.parent.name.split("run-")[1]):
         with contextlib.suppress(DecodeError, ValueError):
             for record in read_records(path):
                 if record.WhichOneof("record_type") == "history":
-                    yield _row(record.history.item)
+                    row: dict[str, Any] = {}
+                    for item in record.history.item:
+                        name, *field = [item.key] if item.key else item.nested_key
+                        value = json.loads(item.value_json)
+                        row[name] = row.get(name, {}) | {"/".join(field): value} if field else value
+                    yield row
 
 
-def _row(items: Iterable[Any]) -> dict[str, Any]:
-    """Return a row, with the fields of a table or a histogram as a mapping."""
-    row: dict[str, Any] = {}
-    for item in items:
-        name, *field = [item.key] if item.key else item.nested_key
-        value = json.loads(item.value_json)
-        if field:
-            row.setdefault(name, {})["/".join(field)] = value
-        else:
-            row[name] = value
-    return row
+def last_row(folder: Path, run_id: str) -> dict[str, Any] | None:
+    """Return the last row, by wandb's number, of all starts; wandb itself does not read it.
 
-
-def drop_empty(folder: Path, run_id: str) -> None:
-    """Delete files without a record, which a killed start leaves behind: `wandb sync` fails on them."""
-    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+    Files without a record, which a killed start leaves behind, are deleted: `wandb sync` fails on them.
+    """
+    for path in _files(folder, run_id):
         if path.stat().st_size <= _FILE_HEADER_BYTES:
             path.unlink()
+    return max(read_rows(folder, run_id), key=lambda row: row["_step"], default=None)
 
 
-def _start_time(path: Path) -> str:
-    """Return the time in a name such as `offline-run-20260102_030405-<id>`."""
-    return path.parent.name.removeprefix("offline-").split("-")[1]
+def _files(folder: Path, run_id: str) -> list[Path]:
+    return list(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"))

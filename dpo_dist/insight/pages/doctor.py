@@ -1,13 +1,20 @@
-"""The doctor's report: its page, and doctor.json."""
+"""The doctor's report: its page, its summary on the screen, and doctor.json."""
 
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from markupsafe import Markup
+from rich import box
+from rich.console import Console as Screen
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 import dpo_dist
 from dpo_dist.config.identity import plain
@@ -15,11 +22,12 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import plain as finite
+from dpo_dist.foundation.streams import SafeStream, printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
-from dpo_dist.insight.doctor.findings import Across, Distribution, Finding, Level, SideReport, SourceReport
-from dpo_dist.insight.pages.render import page
+from dpo_dist.insight.doctor.findings import Finding, Level
+from dpo_dist.insight.doctor.margins import store_sentence
+from dpo_dist.insight.pages.render import joined_origins, page
 from dpo_dist.insight.pages.svg import histogram
 
 FORMAT = 1
@@ -28,6 +36,20 @@ FORMAT = 1
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
 _LABELLED = (50, 95, 25)
+_COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
+_SHOWN_EXAMPLES = 3
+_MIN_WIDTH_OF_TABLE = 72
+_FILE_WIDTH = 110
+"""Characters of a line if the output is no terminal."""
+_ACROSS = {
+    "duplicates": "equal to an earlier record",
+    "near_duplicates": "equal or nearly equal to an earlier record",
+    "contradictions": "state the opposite preference of another record",
+    "repeated_prompts": "have a prompt that occurred before",
+    "leaked_prompts": "of evaluation, with a prompt of the training data",
+    "near_leaked_prompts": "of evaluation, with nearly a prompt of the training data",
+    "benchmark_hits": "overlap with a benchmark prompt",
+}
 
 
 def check_writable(folder: RunFolder) -> None:
@@ -50,26 +72,30 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
         "exit_code": int(exit_code),
         "model": str(diagnosis.model) if diagnosis.model is not None else None,
         "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
-        "store": None if diagnosis.store is None else diagnosis.store.as_dict(),
-        **diagnosis.report.as_dict(),
+        "store": diagnosis.store,
+        "sources": diagnosis.sources,
+        "across": diagnosis.across,
+        "findings": list(map(asdict, diagnosis.findings)),
     }
-    files.write_text(folder.doctor_report, json.dumps(finite(content), indent=1, ensure_ascii=True) + "\n")
+    text = json.dumps(files.plain(content), indent=1, ensure_ascii=True)
+    files.write_text(folder.doctor_report, text + "\n")
 
 
 def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:
     """Write doctor.html."""
-    report = diagnosis.report
     html = page(
         "doctor.jinja",
         f"Data doctor: {folder.path.resolve().name}",
-        badges=counts_by_level(report.findings) or [("completed", "no findings")],
-        report=report,
-        kept=sum(source.kept for source in report.sources),
+        badges=counts_by_level(diagnosis.findings) or [("completed", "no findings")],
+        findings=diagnosis.findings,
+        read=sum(source["read"] for source in diagnosis.sources),
+        kept=sum(source["kept"] for source in diagnosis.sources),
         model=diagnosis.model,
-        overview=_overview(report.sources),
-        sources=[_source(source) for source in report.sources],
+        overview=overview(diagnosis.sources),
+        sources=list(map(_shown, diagnosis.sources)),
         store=diagnosis.store,
-        across=_across(report.across),
+        store_sentence=diagnosis.store and store_sentence(diagnosis.store),
+        across=[(name, number(diagnosis.across[key])) for key, name in _ACROSS.items()],
         pairs=diagnosis.shown,
         settings=list(_settings(config, diagnosis)),
         max_length=config.data.max_length,
@@ -78,51 +104,55 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
     files.write_text(folder.doctor_page, html)
 
 
-def counts_by_level(findings: tuple[Finding, ...]) -> list[tuple[str, str]]:
+def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each level that has findings with their number in words, the most serious first."""
     counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
     return [(level, counted(count, level)) for level, count in counts.items() if count]
 
 
-def median_length(side: SideReport | None) -> str:
-    """Return the median length of a side in its best unit; "" without the side."""
-    if side is None:
-        return ""
-    values, unit = (side.characters, "characters") if side.tokens is None else (side.tokens, "tokens")
-    return f"{values.percentiles[50]:,.0f} {unit}"
-
-
-def _overview(sources: tuple[SourceReport, ...]) -> tuple[list[str], list[list[str]]]:
-    """Return the table of all sources."""
-    head = ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"]
-    rows = [
+def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the table of all sources."""
+    return (
+        ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected", "prompts save"],
         [
-            source.label,
-            "evaluation" if source.is_eval else ", ".join(source.parts or ["training"]),
-            *map(number, (source.read, source.kept, source.read - source.kept, source.pairs)),
-            *(median_length(source.sides.get(side)) for side in ("chosen", "rejected")),
-        ]
-        for source in sources
-    ]
-    if any(source.prefix for source in sources):
-        head.append("shared prompts save")
-        for row, source in zip(rows, sources, strict=True):
-            row.append(f"{percent(source.prefix.share)} of tokens" if source.prefix else "")
-    return head, rows
+            [
+                source["label"],
+                _part_of(source),
+                *map(number, (source["read"], source["kept"], source["read"] - source["kept"])),
+                number(source["pairs"]),
+                *(_median(source["sides"].get(side)) for side in ("chosen", "rejected")),
+                f"{percent(source['prefix']['share'])} of tokens" if source["prefix"] else "",
+            ]
+            for source in sources
+        ],
+    )
 
 
-def _source(source: SourceReport) -> Mapping[str, Any]:
+def _part_of(source: Mapping[str, Any]) -> str:
+    if source["held_out"] is None:
+        return "eval" if source["is_eval"] else "train"
+    return f"{source['kept'] - source['held_out']:,} train and {source['held_out']:,} eval"
+
+
+def _median(side: Mapping[str, Any] | None) -> str:
+    """Return the median length of a side in its best unit; "-" without the side."""
+    if side is None:
+        return "-"
+    values, unit = (side["tokens"], "tokens") if side["tokens"] else (side["characters"], "characters")
+    return f"{values['percentiles'][50]:,.0f} {unit}"
+
+
+def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return a source as its section shows it: what says something, the largest first."""
-    leaks = [test for test in source.leaks if test.accuracy >= _FEWEST_GUESSED and not source.is_eval]
-    return vars(source) | {
-        "path": without_secrets(source.path),
-        "dropped": dict(sorted(source.dropped.items(), key=lambda item: -item[1].count)),
-        "changed": _values({name: count for name, count in source.changed.items() if count}),
-        "leaks": leaks[:_MOST_ROWS],
-        "scores": _values(source.scores),
-        "margins": _values(source.margins),
-        "languages": _shares(source.languages),
-        "shares": _shares(source.shares),
+    return {
+        **source,
+        "path": without_secrets(source["path"]),
+        "changed": _values(source["changed"]),
+        "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
+        "scores": _values(source["scores"]),
+        "margins": _values(source["margins"]),
+        "languages": _shares(source["languages"]),
+        "shares": _shares(source["shares"]),
     }
 
 
@@ -136,23 +166,11 @@ def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
 
 
-def _picture(values: Distribution, title: str, limit: float | None) -> Markup:
+def _picture(values: Mapping[str, Any], title: str, limit: float | None) -> Markup:
     """Return a histogram with labels at the smallest, the largest and some values between."""
-    between = (values.percentiles[each] for each in _LABELLED if each in values.percentiles)
-    return histogram(values.edges, values.counts, (values.smallest, values.largest, *between), title, limit)
-
-
-def _across(across: Across) -> list[tuple[str, str]]:
-    rows = {
-        "equal to an earlier record": across.duplicates,
-        "equal or nearly equal to an earlier record": across.near_duplicates,
-        "state the opposite preference of another record": across.contradictions,
-        "have a prompt that occurred before": across.repeated_prompts,
-        "of evaluation, with a prompt of the training data": across.leaked_prompts,
-        "of evaluation, with nearly a prompt of the training data": across.near_leaked_prompts,
-        "overlap with a benchmark prompt": across.benchmark_hits,
-    }
-    return [(name, number(count)) for name, count in rows.items()]
+    between = (values["percentiles"][each] for each in _LABELLED)
+    labelled = (values["smallest"], values["largest"], *between)
+    return histogram(values["edges"], values["counts"], labelled, title, limit)
 
 
 def _settings(config: RunConfig, diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -162,3 +180,47 @@ def _settings(config: RunConfig, diagnosis: Diagnosis) -> Iterator[tuple[str, st
             value = plain(getattr(content, field.name))
             yield f"{name}.{field.name}", str(without_secrets(str(value)))
     yield "versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"
+
+
+def print_diagnosis(diagnosis: Diagnosis, folder: RunFolder, screen: Screen | None = None) -> None:
+    """Print a summary on `screen` (default: standard output); plain text where that is no terminal."""
+    screen = screen or Screen(file=SafeStream(sys.stdout), highlight=False, soft_wrap=False)  # type: ignore[arg-type]
+    if not screen.is_terminal:
+        screen.width = _FILE_WIDTH
+    screen.print(_table(*overview(diagnosis.sources), screen.width))
+    if diagnosis.model is None:
+        screen.print(Text("without a model (model.path): only texts are examined, not tokens"))
+    if diagnosis.store is not None:
+        screen.print(Text(printable(store_sentence(diagnosis.store))))
+    for finding in diagnosis.findings:
+        screen.print(_finding(finding))
+    screen.print(Text(", ".join(count for _, count in counts_by_level(diagnosis.findings)) or "no findings"))
+    # On one line, whatever its length: it can be copied.
+    screen.print(Text(f"page: {folder.doctor_page}"), soft_wrap=True)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> RenderableType:
+    if width < _MIN_WIDTH_OF_TABLE:
+        return Group(
+            *(
+                Text(f"{printable(label)} ({data})\n  {read} read, {kept} kept, {dropped} dropped")
+                for label, data, read, kept, dropped, *_ in rows
+            )
+        )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in titles[:-1]:
+        is_name = title in ("source", "data")
+        table.add_column(title, justify="left" if is_name else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row[:-1]))
+    return table
+
+
+def _finding(finding: Finding) -> Group:
+    source = f" {printable(finding.source)}" if finding.source is not None else ""
+    title = Text.assemble((f"{finding.level}", _COLOURS[finding.level]), f" {finding.rule}{source}")
+    lines = [Text(printable(finding.text)), Text(f"to do: {printable(finding.remedy)}")]
+    if finding.examples:
+        origins = joined_origins(finding.examples, _SHOWN_EXAMPLES)
+        lines.append(Text(f"first: {printable(origins)}", style="dim"))
+    return Group(title, *(Padding(line, (0, 0, 0, 2), expand=False) for line in lines))

@@ -14,8 +14,7 @@ from dpo_dist.config.data import DataConfig, DataFormat, Ranked, SourceConfig, T
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.pair_fields import training_examples
-from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.records import Origin, PreferenceRecord, training_examples
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_data_dir

@@ -30,7 +30,7 @@ def test_an_hh_dialogue_is_split_at_its_last_response(tmp_path: Path) -> None:
     assert record.prompt == Dialogue(history)
     assert record.responses == (" yes", " no ")
     assert isinstance(record.prompt, Dialogue)
-    assert record.prompt.messages() == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    assert tuple(record.prompt) == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.messages import TAGS
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import PreferenceRecord
 from tests.support.pages import ROOT
 from tests.support.records import jsonl
 
@@ -29,7 +29,7 @@ def test_the_example_of_a_format_is_read(name: str, example: str, tmp_path: Path
     )
     assert isinstance(detected, PreferenceRecord), detected
     assert named == detected
-    prompt = detected.prompt.messages() if isinstance(detected.prompt, Dialogue) else detected.prompt
+    prompt = detected.prompt
     assert "2 + 2" in (prompt if isinstance(prompt, str) else prompt[-1].content)
     best, *others = map(str, detected.responses)
     assert "4" in best or "add" in best

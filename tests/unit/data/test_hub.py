@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
+from huggingface_hub.errors import RevisionResolutionError
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data import folders
@@ -23,14 +23,6 @@ class Resolved:
     resolved = COMMIT
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that would have been waited."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
-
-
 def answer(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> None:
     """Let the Hub give these, an exception or a commit, one for each request."""
     given: Iterator[Any] = iter(outcomes)
@@ -44,31 +36,14 @@ def answer(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> None:
     monkeypatch.setattr(HfApi, "resolve_revision", resolve_revision)
 
 
-def unreachable(cause: Exception) -> Exception:
-    fault = RevisionResolutionError("no answer")
-    fault.__cause__ = cause
-    return fault
-
-
-def test_a_request_without_an_answer_is_repeated(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    lost = unreachable(ConnectionError())
-    answer(monkeypatch, lost, lost, Resolved())
-    assert folders.pinned(SOURCE, None).revision == COMMIT
-    assert waits == [1.0, 4.0]
-    answer(monkeypatch, lost, lost, lost)
-    with pytest.raises(DataError, match="neither a local file nor a dataset"):
-        folders.pinned(SOURCE, None)
-
-
-def test_a_known_commit_and_an_offline_mode_need_no_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+def test_a_known_commit_is_used_if_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer(monkeypatch, Resolved(), unreachable(ConnectionError()), unreachable(OfflineModeIsEnabled()))
+    answer(monkeypatch, Resolved(), RevisionResolutionError("no"), RevisionResolutionError("no"))
     assert folders.pinned(SOURCE, tmp_path).revision == COMMIT
     assert folders.pinned(SOURCE, tmp_path).revision == COMMIT
     with pytest.raises(DataError):
         folders.pinned(SourceConfig(path="org/other"), tmp_path)
-    assert not waits
 
 
 def test_unpaired_responses_are_refused_before_another_source_is_encoded(

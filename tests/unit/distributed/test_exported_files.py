@@ -12,7 +12,7 @@ from dpo_dist.config.verb_options import ExportConfig
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.save import write_model_folder
-from dpo_dist.training.checkpoints import keep_files
+from dpo_dist.training.finish import keep_files
 from tests.support import tiny
 from tests.support.multimodal import write_multimodal
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, run_of, weights_of
@@ -60,12 +60,5 @@ def test_a_run_keeps_the_files_of_its_inputs_from_its_start(tmp_path: Path) -> N
         (base / name).unlink()
     model = load_packed(base, config.model, 64, torch.device("cpu"))
     weights = {name: weight.detach() for name, weight in model.causal_lm.state_dict().items()}
-    write_model_folder(
-        out,
-        model.causal_lm,
-        weights,
-        tiny.qwen(),
-        tokenizer_files=kept.tokenizer,
-        description=kept.description,
-    )
+    write_model_folder(out, model.causal_lm, weights, tiny.qwen(), **kept)
     assert {name: (out / name).read_bytes() for name in contents} == contents

@@ -14,12 +14,16 @@ from dpo_dist.batching.pack import Sequences
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import ARCHITECTURES
+from dpo_dist.model.architectures import (
+    ARCHITECTURES,
+    check_supported,
+    switch_off_noise,
+    training_notes,
+)
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import rope_limit
-from dpo_dist.model.supported import check_supported, switch_off_noise, training_notes
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
@@ -226,7 +230,7 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
 # Phi-MoE has other parameters, and longrope only: tests/unit/model/test_rotary.py.
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt", "phimoe"}))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES - {"gpt2", "opt", "phimoe"}))
 def test_rotary_frequencies_do_not_depend_on_other_sequences(model_type: str, rope_type: str) -> None:
     """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
     for limit in (LONGEST, LONGEST - 1):

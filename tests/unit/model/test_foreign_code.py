@@ -29,7 +29,7 @@ def test_code_of_a_configuration_is_not_run(tmp_path: Path) -> None:
     change(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
     with pytest.raises(ConfigError, match="names Python code, which is not run") as raised:
         load_config(folder, FP32)
-    assert "config.json: auto_map AutoConfig: own.Own" in raised.value.got
+    assert "own.Own" in raised.value.got
     assert "model.trust_remote_code=true" in raised.value.remedy
     assert not trace.exists()
 
@@ -42,7 +42,7 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "vocab.json")
     with pytest.raises(ConfigError, match="names Python code, which is not run") as raised:
         load_tokenizer(folder, FP32, "pairs.reward_model")
-    assert "tokenizer_config.json: auto_map AutoTokenizer" in raised.value.got
+    assert "tokenizer_config.json: auto_map" in raised.value.got
     assert raised.value.where == "pairs.reward_model"
     assert not trace.exists()
 

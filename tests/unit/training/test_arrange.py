@@ -29,7 +29,9 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
     facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
     lines: list[str] = []
     console: Any = SimpleNamespace(say=lines.append)
-    inputs = arranged(Inputs(**facts), Arrangement.packed, reference, console)
+    policy: Any = SimpleNamespace(model=SimpleNamespace(arrangement=Arrangement.packed))
+    provided: Any = SimpleNamespace(provider=reference)
+    inputs = arranged(Inputs(**facts), policy, provided, console)
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, inputs.costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)

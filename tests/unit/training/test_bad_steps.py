@@ -1,39 +1,41 @@
 """Steps without an update: which of them end a run, and what the error says."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.zero import LossScale
-from dpo_dist.training.guards import StepGuard, count, is_overflow
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.training.guards import count, ending_error, is_overflow
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import StepTotals
 
-INFINITE = StepTotals(sums={}, counts={}, means={"loss": 0.7}, votes=[], grad_norm=float("inf"))
+MEANS = {"loss": 0.7, "logps/chosen_per_token": -9.0}
+INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float("inf"))
 
 
-def guard(steps: int) -> StepGuard:
-    parts: Any = SimpleNamespace(
-        sampler=SimpleNamespace(steps=steps), loss_scale=LossScale(2.0**13), console=None
-    )
-    return StepGuard(RunConfig(), parts, parts, parts, parts, parts)
-
-
-def test_a_run_of_overflows_only_says_what_they_are() -> None:
-    error = guard(3).end(INFINITE, Position(step=3, overflows=3))
-    assert error is not None
-    assert "overflow in fp16" in error.message
-    assert (error.where, "optim.lr" in error.remedy) == ("model.dtype", False)
-    assert "3 overflows" in error.got
-    assert "8192" in error.got
-
-
-@pytest.mark.parametrize("steps", [3, 4])
-def test_overflows_before_the_end_or_beside_updates_end_no_run(steps: int) -> None:
-    assert guard(steps).end(INFINITE, Position(step=3, overflows=2)) is None
+@pytest.mark.parametrize(
+    ("steps", "facts", "said"),
+    [
+        (9, {"step": 3, "bad_steps": 3, "bad_in_a_row": 3}, "not finite at step 3"),
+        (9, {"step": 3, "bad_steps": 2, "bad_in_a_row": 2}, None),
+        (9, {"step": 9, "bad_steps": 2, "bad_in_a_row": 2}, "not finite at step 9"),
+        (9, {"step": 9, "bad_steps": 1, "bad_in_a_row": 1}, None),
+        (9, {"step": 5, "collapsed_in_a_row": 3}, "the policy has collapsed"),
+        (9, {"step": 5, "collapsed_in_a_row": 2}, None),
+        (9, {"step": 9, "collapsed_in_a_row": 1}, "the policy has collapsed"),
+        (3, {"step": 3, "overflows": 3}, "gradients overflow in fp16"),
+        (3, {"step": 3, "overflows": 2}, None),
+        (4, {"step": 3, "overflows": 2}, None),
+        (3, {"step": 3, "overflows": 2, "bad_steps": 1, "bad_in_a_row": 1}, "not finite at step 3"),
+    ],
+)
+def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said: str | None) -> None:
+    error = ending_error(INFINITE, Position(**facts), steps, 2, RunFolder(Path("run")), 2.0**13)
+    assert (error is None) == (said is None)
+    assert error is None or str(said) in error.message
 
 
 def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
@@ -50,9 +52,3 @@ def test_a_loss_that_is_not_finite_is_no_overflow() -> None:
     assert not is_overflow(replace(INFINITE, means={"loss": float("nan")}), policy)
     policy.has_overflowed = False
     assert not is_overflow(INFINITE, policy)
-
-
-def test_bad_steps_at_the_end_of_a_run_without_updates_name_their_pairs() -> None:
-    error = guard(3).end(INFINITE, Position(step=3, overflows=2, bad_steps=1, bad_in_a_row=1))
-    assert error is not None
-    assert "bad-step" in error.where or "pairs of this step" in error.where

@@ -21,7 +21,7 @@ CHECKS = [
     "check_keep_best",
     "check_identity",
     "describe_change",
-    "look_for_room",
+    "check_disk_room",
 ]
 
 
@@ -41,7 +41,7 @@ def test_a_refused_lengthening_leaves_the_finished_run_as_it_was(
         "policy_files": SimpleNamespace(digest="m", folder=tmp_path),
         "reference_files": None,
         "sampler": SimpleNamespace(steps=9),
-        "named": {},
+        "weights": 9,
     }
     answers = {"load_inputs": SimpleNamespace(**inputs), "describe_run": {}, "describe_change": ""}
     for name in CHECKS:

@@ -9,10 +9,10 @@ import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.training import evaluate as loading
 from dpo_dist.training.evaluate import check_origin, foreign_base, load_evaluated
-from dpo_dist.training.startup import Evaluated, Kind, find_evaluated
+from dpo_dist.training.targets import Evaluated, Kind
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -28,50 +28,6 @@ def configured(folder: Path, *overrides: str) -> RunConfig:
         "data.eval=[b.jsonl]",
     ]
     return load_run_config([*paths, *overrides])
-
-
-def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
-    for name, file in (
-        ("base", "config.json"),
-        ("lora", "adapter_config.json"),
-        ("step-000003", "state.json"),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_text("")
-    names = "base", "lora", "step-000003"
-    several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
-    found = find_evaluated(configured(tmp_path, several))
-    assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
-    with pytest.raises(ConfigError, match="this run directory has no model"):
-        find_evaluated(configured(tmp_path))
-
-
-def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:
-    def name(
-        place: str = "step-000003",
-        *overrides: str,
-        pairs: str = "1",
-        label: str = "b",
-        base: str = "m",
-        reference: str = "r",
-    ) -> str:
-        inputs: Any = SimpleNamespace(
-            eval_set=SimpleNamespace(fingerprint=pairs, source_labels=[label]),
-            policy_files=SimpleNamespace(digest=base),
-            reference_files=SimpleNamespace(digest=reference),
-        )
-        config = configured(tmp_path, *overrides)
-        return Evaluated(str(tmp_path / place), Kind.checkpoint).name(config, inputs)
-
-    for place in ("step-000003", "other/step-000003"):
-        (tmp_path / place).mkdir(parents=True)
-    changed = [{"pairs": "2"}, {"label": "c"}, {"base": "n"}, {"reference": "s"}]
-    names = [name(), name("other/step-000003"), *(name(**change) for change in changed)]
-    names += [name("step-000003", key) for key in ("loss.beta=0.2", "model.dtype=fp32")]
-    assert len(set(names)) == len(names) == 8
-    assert all(each.startswith("step-000003-") for each in names)
-    assert name() == names[0]
 
 
 def test_only_the_base_of_a_quantized_run_is_quantized(

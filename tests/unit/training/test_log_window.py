@@ -6,13 +6,14 @@ from dataclasses import asdict
 import pytest
 
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.training.state import LogWindow, StepMeasures
+from dpo_dist.training.state import LogWindow
 
 PEAKS = PeakFlops(measured=100.0, datasheet=200.0)
 
 
-def step(losses: list[float], grad_norm: float, seconds: float, rate: float = 0.1) -> StepMeasures:
-    return StepMeasures(
+def step(losses: list[float], grad_norm: float, seconds: float, rate: float = 0.1) -> LogWindow:
+    return LogWindow(
+        steps=1,
         sums={"loss": sum(losses)},
         counts={"loss": float(len(losses))},
         values={"grad_norm": grad_norm, "time/forward": seconds},

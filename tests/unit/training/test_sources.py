@@ -22,7 +22,7 @@ from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, M
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.scoring import NoReference
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.state import LogWindow, StepMeasures
+from dpo_dist.training.state import LogWindow
 from dpo_dist.training.step import evaluate
 from tests.support.cache import opened
 from tests.support.packing import COSTS
@@ -150,7 +150,7 @@ def test_a_row_has_the_sources_of_its_steps(data: PreferenceDataset) -> None:
     for indices in ([0, 1, 8], [5, 2], [3, 4]):
         sums = sums_of(FREE, plan_of(data, indices))
         totals, counts = sums.named(sums.values.tolist())
-        window.add(StepMeasures(totals, counts, {}, 0.1, len(indices), 10, 1.0, 1.0))
+        window.add(LogWindow(1, totals, counts, {}, 0.1, len(indices), 10, 1.0, 1.0))
         rows.append(by_source(window.row(PeakFlops(1.0, None))))
         window = LogWindow(**vars(window))
     assert [sorted(row) for row in rows] == [

@@ -11,19 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.examine import Diagnosis
-from dpo_dist.insight.doctor.findings import (
-    Across,
-    Distribution,
-    DoctorReport,
-    Finding,
-    LeakTest,
-    Level,
-    Occurrences,
-    PrefixSharing,
-    SideReport,
-    SourceReport,
-)
-from dpo_dist.insight.doctor.margins import StoreUse
+from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
 from dpo_dist.insight.pages.doctor import check_writable, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
@@ -33,29 +21,38 @@ HOSTILE = (
     "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"
     '"><a href="javascript:alert(3)">x</a><!-- <b onclick=\'x\'>'
 )
-LENGTHS = Distribution(4, 7.0, 0, 30, {50: 3.0, 95: 30.0}, (0.0, 10.0, 20.0, 30.0), (3, 0, 1))
+LENGTHS = {
+    "count": 4,
+    "mean": 7.0,
+    "smallest": 0,
+    "largest": 30,
+    "percentiles": {25: 1.0, 50: 3.0, 95: 30.0},
+    "edges": [0.0, 10.0, 20.0, 30.0],
+    "counts": [3, 0, 1],
+}
+SIDE = {"characters": LENGTHS, "tokens": LENGTHS, "cut": 1, "cut_tokens": 20}
+EMPTY: dict[str, Any] = {
+    **{"label": "a", "path": "a", "is_eval": False, "read": 0, "kept": 0, "pairs": 0, "held_out": None},
+    **{"dropped": {}, "changed": {}, "sides": {}, "prefix": None, "shares": {}, "languages": {}},
+    **{"scores": {}, "margins": {}, "leaks": [], "notes": []},
+}
+ACROSS = dict.fromkeys(
+    ("near_duplicates", "contradictions", "repeated_prompts", "leaked_prompts", "near_leaked_prompts"), 0
+) | {"duplicates": 5, "clusters": [3, 2], "benchmark_hits": 0}
 
 
 def diagnosis(text: str = HOSTILE) -> Diagnosis:
     """A diagnosis with `text` wherever data, paths and labels of a user can occur."""
-    source = SourceReport(
-        label=text,
-        path=text,
-        is_eval=False,
-        read=10,
-        kept=8,
-        pairs=8,
-        dropped={"empty_response": Occurrences(2, (f"{text}:1", f"{text}:2"))},
-        changed={"prompt_truncated": 3},
-        sides={name: SideReport(LENGTHS, LENGTHS, 1, 20) for name in ("prompt", "chosen", "rejected")},
-        prefix=PrefixSharing(100, 60),
-        shares={"refusal_chosen": 0.5},
-        languages={"en": 0.9, "fr": 0.1},
-        scores={"ties": 3.0},
-        margins={"prefers_chosen": 0.75},
-        leaks=(LeakTest("first_word", 0.9, 0.8, 0.95, 100, 1.0, 90, text),),
-        notes=(text,),
-    )
+    test = {"feature": "first_word", "accuracy": 0.9, "low": 0.8, "high": 0.95, "detail": text}
+    source = EMPTY | {
+        **{"label": text, "path": text, "read": 10, "kept": 8, "pairs": 8},
+        "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
+        "changed": {"prompt_truncated": 3},
+        "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
+        "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67},
+        **{"shares": {"refusal_chosen": 0.5}, "languages": {"en": 0.9, "fr": 0.1}},
+        **{"scores": {"ties": 3.0}, "margins": {"prefers_chosen": 0.75}, "leaks": [test], "notes": [text]},
+    }
     findings = tuple(
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
         for level in (Level.error, Level.warning, Level.note)
@@ -64,9 +61,8 @@ def diagnosis(text: str = HOSTILE) -> Diagnosis:
         "chosen", (Segment(text, Kind.text, True), Segment(text, Kind.special), Segment(text, is_cut=True))
     )
     pair = ShownPair(f"{text}:1", ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),))))
-    store = StoreUse(Path(text), 10, 4, (text,), ((text, LENGTHS),))
-    report = DoctorReport((source,), Across(duplicates=5, clusters=(3, 2)), findings)
-    return Diagnosis(report, (pair,), Path(text), store)
+    store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
+    return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))
 
 
 def written(folder: Path, found: Diagnosis) -> str:
@@ -100,8 +96,7 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
 
 
 def test_sections_without_content_are_missing(tmp_path: Path) -> None:
-    empty = SourceReport("a", "a", False, 0, 0, 0)
-    page = written(tmp_path, Diagnosis(DoctorReport((empty,), Across(), ()), (), None))
+    page = written(tmp_path, Diagnosis([EMPTY], ACROSS, ()))
     text = Page(page).text
     assert "no findings" in text
     assert "Without a model" in text

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.pages.doctor_terminal import print_diagnosis
+from dpo_dist.insight.pages.doctor import print_diagnosis
 from tests.unit.report.doctor.test_page import HOSTILE, diagnosis
 
 

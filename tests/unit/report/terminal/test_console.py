@@ -15,7 +15,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.insight.console import Console, LineScreen, TrainingStatus, open_console
+from dpo_dist.insight.console import Console, LineScreen, TrainingStatus, open_console, warnings_off
 
 
 @contextlib.contextmanager
@@ -26,29 +26,49 @@ def opened(run_dir: Path) -> Iterator[Console]:
         yield console
 
 
-def warn(text: str) -> None:
-    """Warn like some libraries: reset all filters first."""
-    warnings.simplefilter("always")
-    warnings.warn(text, FutureWarning, stacklevel=1)
-
-
-def test_a_repeated_warning_is_logged_once(tmp_path: Path) -> None:
+def test_a_repeated_warning_is_logged_once_and_the_callers_logging_is_restored(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
     with warnings.catch_warnings(), opened(tmp_path):
+        assert root.level == logging.INFO != before[1]
         for _ in range(3):
-            warn("a feature is deprecated")
-            warn("another one is deprecated")
+            for text in ("a feature is deprecated", "another one is deprecated"):
+                warnings.simplefilter("always")  # like some libraries
+                warnings.warn(text, FutureWarning, stacklevel=1)
     logged = (tmp_path / "logs" / "rank-0.log").read_text()
     assert logged.count("FutureWarning: a feature is deprecated") == 1
     assert logged.count("FutureWarning: another one is deprecated") == 1
+    assert (root.handlers, root.level) == before
     assert logging.getLogger("py.warnings").filters == []
 
 
-def test_the_callers_logging_is_restored(tmp_path: Path) -> None:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
+def test_the_level_that_a_caller_disabled_stays_disabled() -> None:
+    logging.disable(logging.INFO)
+    try:
+        with warnings_off():
+            assert not logging.getLogger("a").isEnabledFor(logging.WARNING)
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+ATTACKS = (
+    "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\x1b]8;;http://x\x07\u202e\x9b.jsonl"
+)
+
+
+def test_a_record_of_the_log_is_one_record_whatever_text_of_data_it_has(tmp_path: Path) -> None:
     with opened(tmp_path):
-        assert root.level == logging.INFO != before[1]
-    assert (root.handlers, root.level) == before
+        logging.getLogger("dpo_dist.test").warning("the file %s is damaged", ATTACKS)
+        try:
+            raise ValueError(ATTACKS)
+        except ValueError:
+            logging.getLogger("dpo_dist.test").exception("a bug")
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    lines = logged.splitlines()
+    assert [line for line in lines if not line.startswith("  ") and "dpo_dist.test" not in line] == []
+    assert sum("forged" in line and line.startswith("  ") for line in lines) == 2
+    assert all(character.isprintable() or character == "\n" for character in logged)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -175,6 +195,8 @@ def test_a_counter_without_shares_shows_amount_and_speed(clock: Clock) -> None:
 
 def test_progress_of_a_known_total_is_shown_and_a_total_of_zero_is_not(clock: Clock) -> None:
     console, printed = lines()
+    with console.counter("encoding train data", "record"):
+        pass  # without counts
     with console.progress("reference log-probs", "pair") as show:
         show(0, 0)
         assert not printed
@@ -185,13 +207,6 @@ def test_progress_of_a_known_total_is_shown_and_a_total_of_zero_is_not(clock: Cl
         "reference log-probs ...",
         "reference log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left",
     ]
-
-
-def test_a_counter_without_counts_shows_nothing() -> None:
-    console, printed = lines()
-    with console.counter("encoding train data", "record"):
-        pass
-    assert not printed
 
 
 def test_other_ranks_log_their_steps_and_show_nothing(

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.insight.doctor.examine import examine
-from dpo_dist.insight.doctor.findings import DoctorReport
+from dpo_dist.insight.doctor.examine import Diagnosis, examine
+from dpo_dist.insight.doctor.rules import RULES
 from tests.support.doctor_data import of_rule
 from tests.support.shared_data import shared_data_dir
 
@@ -48,9 +49,9 @@ def raw(name: str) -> list[Record]:
 
 
 @cache
-def report(name: str) -> DoctorReport:
+def report(name: str) -> Diagnosis:
     assert SHARED is not None
-    return examine(DataConfig(train=[SourceConfig(path=str(SHARED / name))], processes=1), None)
+    return examine(DataConfig(train=[SourceConfig(path=str(SHARED / name))], processes=1), None, RULES)
 
 
 def sides(record: Record) -> tuple[str, str]:
@@ -153,8 +154,8 @@ def test_a_fault_has_the_count_of_a_plain_script(
     ],
 )
 def test_unusable_records_are_located(name: str, reason: str, found: list[int]) -> None:
-    dropped = report(name).sources[0].dropped[reason]
-    assert [int(example.rpartition(":")[2]) - 1 for example in dropped.examples] == found
+    dropped = report(name).sources[0]["dropped"][reason]
+    assert [int(example.rpartition(":")[2]) - 1 for example in dropped["examples"]] == found
     assert [one.count for one in of_rule(report(name), "dropped") if reason in one.text] == [len(found)]
 
 
@@ -171,14 +172,14 @@ def test_repeated_prompts_are_counted() -> None:
     assert {int(one.rpartition(":")[2]) - 1 for one in finding.examples[0].split(", ")} == {157, 945}
     counts = Counter(prompt_of(record) for record in raw(RANKED) if is_used(record))
     repeated = sum(count - 1 for count in counts.values())
-    assert report(RANKED).across.repeated_prompts == repeated
+    assert report(RANKED).across["repeated_prompts"] == repeated
 
 
 def test_templated_records_are_three_groups() -> None:
     [finding] = of_rule(report(TEMPLATED), "near_duplicates")
     assert finding.count == 37
     assert finding.text.endswith("14, 13, 13 records; 37 of them with other numbers in the prompt")
-    assert report(TEMPLATED).across.clusters == (14, 13, 13)
+    assert report(TEMPLATED).across["clusters"] == [14, 13, 13]
 
 
 @pytest.mark.parametrize("name", [ORCA, V1])
@@ -206,6 +207,6 @@ def test_no_finding_quotes_a_text() -> None:
     assert SHARED is not None
     for name in (HH, ZH, SCORED):
         texts = {text.strip() for record in raw(name) for text in contents(record) if len(text) > 30}
-        shown = json.dumps(report(name).as_dict(), ensure_ascii=False)
+        shown = json.dumps(asdict(report(name)), ensure_ascii=False)
         assert not [text for text in texts if text[:30] in shown]
         assert str(Path(SHARED / name)) in shown

@@ -7,16 +7,14 @@ import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.prompts import eval_part, prompt_hash
-from dpo_dist.data.sources import source_labels
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import Level
-from dpo_dist.insight.doctor.rules import RULE_OF
+from dpo_dist.insight.doctor.rules import RULE_OF, RULES
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user
-from tests.support.shared_data import shared_data_dir
 
 Plant = Callable[[Pair], object]
 
@@ -29,6 +27,13 @@ def turns(*prompt: dict[str, str]) -> Plant:
     return lambda pair: pair.update(
         prompt=[*prompt], chosen=[assistant(pair["chosen"])], rejected=[assistant(pair["rejected"])]
     )
+
+
+def as_messages(pair: Pair) -> Pair:
+    return {
+        "prompt": [user(pair["prompt"])],
+        **{name: [assistant(pair[name])] for name in ("chosen", "rejected")},
+    }
 
 
 PLANTED: dict[str, Plant] = {
@@ -62,26 +67,27 @@ def test_a_planted_fault_is_counted_and_located(rule: str, tmp_path: Path) -> No
     for index in (4, 30):
         PLANTED[rule](pairs[index])
     [finding] = of_rule(examined(tmp_path, pairs), RULE_OF.get(rule, rule))
-    assert finding.count == 2
-    assert lines(finding) == [5, 31]
-    assert finding.source == f"{tmp_path.name}-train"
+    assert (finding.count, lines(finding), finding.source) == (2, [5, 31], f"{tmp_path.name}-train")
     assert rule not in RULE_OF or f"{rule.replace('_', ' ')} in 2" in finding.text
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("count", [12, 100, 600])
 def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> None:
-    report = examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))
-    assert alarms(report) == []
+    assert alarms(examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))) == []
 
 
-@pytest.mark.skipif(shared_data_dir() is None, reason="needs the shared data")
-def test_clean_real_dialogues_raise_no_alarm() -> None:
-    data = shared_data_dir()
-    assert data is not None
-    path = str(data / "derived" / "trl_conversational_from_hh.jsonl")
-    report = examine(DataConfig(train=[SourceConfig(path=path)], processes=1), None)
-    assert alarms(report) == []
+def test_a_finding_up_to_the_threshold_is_a_note_and_an_unknown_rule_an_error(tmp_path: Path) -> None:
+    pairs = clean_pairs(20)
+    PLANTED["html_entity"](pairs[0])
+    for share, level in ((0.05, Level.note), (0.049, Level.warning)):
+        [finding] = of_rule(examined(tmp_path, pairs, thresholds={"broken_text": share}), "broken_text")
+        assert finding.level is level
+    leak = RULES["label_leak"]
+    assert [len(list(leak.value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
+    with pytest.raises(ConfigError, match="no such rule") as caught:
+        examined(tmp_path, clean_pairs(1), thresholds={"duplicate": 0.1})
+    assert "duplicates" in str(caught.value)
 
 
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
@@ -91,21 +97,17 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
     first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
     files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
     config = DataConfig(train=[SourceConfig(path=file) for file in files], processes=1)
-    report = examine(config, None)
+    report = examine(config, None, RULES)
     found = {
         (one.rule, one.source and Path(one.source).stem): one.count
         for one in report.findings
         if one.rule in ("duplicates", "near_duplicates", "contradictions")
     }
-    assert found == {
-        ("duplicates", None): 2,
-        ("near_duplicates", "a"): 1,
-        ("contradictions", None): 2,
-    }
+    assert found == {("duplicates", None): 2, ("near_duplicates", "a"): 1, ("contradictions", None): 2}
     [copies] = of_rule(report, "duplicates")
     assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
     assert copies.text.endswith("1 in a, 1 in b")
-    assert report.across.contradictions == 2
+    assert report.across["contradictions"] == 2
 
 
 def test_the_same_preference_twice_is_no_contradiction(tmp_path: Path) -> None:
@@ -121,6 +123,15 @@ def test_the_same_preference_twice_is_no_contradiction(tmp_path: Path) -> None:
     assert of_rule(report, "repeated_prompts")[0].count == 2
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_response_that_a_ranking_repeats_contradicts_no_record(adds: bool, tmp_path: Path) -> None:
+    responses = ["Red it is.", "Blue.", "RED it is.", *(["Grey."] if adds else [])]
+    scores = list(range(len(responses), 0, -1))
+    ranking = {"prompt": "Name a colour.", "responses": responses, "scores": scores}
+    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
+    assert examined(tmp_path, [ranking, opposite]).across["contradictions"] == 2 * adds
+
+
 def test_prompts_that_differ_in_numbers_only_are_near_copies(tmp_path: Path) -> None:
     [text] = clean_pairs(1)
     records = [
@@ -133,24 +144,29 @@ def test_prompts_that_differ_in_numbers_only_are_near_copies(tmp_path: Path) -> 
 
 
 def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
-    train = clean_pairs(50)
-    held_out = clean_pairs(20, 7)
-    leaked = held_out[0] | {"prompt": "  " + train[11]["prompt"].upper()}
+    train, held_out = clean_pairs(50), clean_pairs(20, 7)
+    held_out[0]["prompt"] = "  " + train[11]["prompt"].upper()
     at = max(range(50), key=lambda index: len(train[index]["prompt"]))
-    near = held_out[1] | {"prompt": train[at]["prompt"].replace(" ", ", PLEASE ", 1)}
-    report = examined(tmp_path, train, [leaked, near, *held_out[2:]])
-    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
-    assert (exact.level, exact.count, lines(exact)) == (Level.error, 1, [1])
-    assert exact.examples[0].endswith("train.jsonl:12")
-    assert (similar.count, lines(similar)) == (1, [2])
-    assert similar.examples[0].endswith(f"train.jsonl:{at + 1}")
-
-
-def test_prompts_that_look_the_same_are_leaks(tmp_path: Path) -> None:
-    train, held_out = clean_pairs(50), clean_pairs(20, 1)
+    held_out[1]["prompt"] = train[at]["prompt"].replace(" ", ", PLEASE ", 1)
     held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
-    [leak] = of_rule(examined(tmp_path, train, held_out), "train_eval_leak")
-    assert leak.examples == (f"{tmp_path / 'eval.jsonl'}:4, {tmp_path / 'train.jsonl'}:8",)
+    report = examined(tmp_path, train, held_out)
+    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
+    of_train = tmp_path / "train.jsonl"
+    assert (exact.level, exact.count, lines(exact)) == (Level.error, 2, [1, 4])
+    assert [one.split(", ")[1] for one in exact.examples] == [f"{of_train}:12", f"{of_train}:8"]
+    assert (similar.count, lines(similar)) == (1, [2])
+    assert similar.examples[0].endswith(f"{of_train}:{at + 1}")
+
+
+def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Path) -> None:
+    pairs, config = clean_pairs(20), {"drop_eval_prompts": True}
+    [kept_out] = of_rule(examined(tmp_path, pairs, pairs[:2], config=config), "train_eval_leak")
+    assert (kept_out.level, kept_out.count) == (Level.note, 2)
+    # Training compares case too: it does not drop this prompt.
+    other_case = [pairs[0] | {"prompt": pairs[0]["prompt"].upper()}, pairs[1]]
+    left, removed = of_rule(examined(tmp_path, pairs, other_case, config=config), "train_eval_leak")
+    assert (left.level, left.count, lines(left)) == (Level.error, 1, [1])
+    assert (removed.level, removed.count, lines(removed)) == (Level.note, 1, [2])
 
 
 def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
@@ -164,11 +180,9 @@ def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None
     # Equal but for case: a split by hash cannot keep them together.
     drawn = [eval_part(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
     pairs_of_case = range(len(pairs), len(pairs) + len(near))
-    apart = sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case)
-    assert finding.count == apart > 10
+    assert finding.count == sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case) > 10
     assert f"of {sum(drawn)} records" in finding.text
-    [source] = report.sources
-    assert source.parts == [f"{len(records) - sum(drawn)} train", f"{sum(drawn)} eval"]
+    assert (report.sources[0]["kept"], report.sources[0]["held_out"]) == (len(records), sum(drawn))
     assert not of_rule(report, "train_eval_leak")
 
 
@@ -180,9 +194,8 @@ def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
     pairs[9]["prompt"] = "Tell me more!"
     pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
     benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
-    [finding] = of_rule(
-        examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark])), "benchmark_overlap"
-    )
+    report = examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark]))
+    [finding] = of_rule(report, "benchmark_overlap")
     assert finding.examples == (
         f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
         f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",
@@ -194,46 +207,12 @@ def test_records_that_cannot_be_used_are_findings_by_reason(tmp_path: Path) -> N
     pairs[0]["chosen"] = " "
     pairs[1]["rejected"] = pairs[1]["chosen"] + " "
     report = examined(tmp_path, pairs)
-    found = of_rule(report, "dropped")
-    assert sorted(one.text.split("dropped: ")[1].split(" ")[0] for one in found) == [
-        "empty_response",
-        "identical_responses",
-    ]
+    found = sorted(one.text.split("dropped: ")[1].split(" ")[0] for one in of_rule(report, "dropped"))
+    assert found == ["empty_response", "identical_responses"]
     [source] = report.sources
-    assert (source.read, source.kept, source.dropped["empty_response"].count) == (40, 38, 1)
+    assert (source["read"], source["kept"], source["dropped"]["empty_response"]["count"]) == (40, 38, 1)
     assert not of_rule(report, "too_many_dropped")
     assert of_rule(examined(tmp_path, pairs, config={"max_bad_share": 0.01}), "too_many_dropped")
-
-
-def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
-    pairs = clean_pairs(40)
-    tokenizer = tiny.qwen()
-    whole = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources[0]
-    cut = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 200})
-    [source] = cut.sources
-    for name in ("prompt", "chosen", "rejected"):
-        tokens = source.sides[name].tokens
-        assert tokens == whole.sides[name].tokens
-        assert tokens is not None
-        assert sum(tokens.counts) == tokens.count == 40
-    assert whole.sides["chosen"].cut == 0
-    assert source.sides["prompt"].cut == 0
-    assert source.sides["chosen"].cut > 0
-    assert source.sides["chosen"].cut_tokens > 0
-    assert of_rule(cut, "response_truncated")
-    assert whole.prefix is not None
-    assert 1.1 < whole.prefix.expected_gain < 2
-
-
-def test_a_response_that_is_cut_to_one_token_is_no_response_of_one_token(tmp_path: Path) -> None:
-    records = [{"prompt": "word " * 70, "chosen": "a longer text", "rejected": "another one"}] * 2
-    records[1] = {"prompt": "Say it.", "chosen": "a", "rejected": "a longer text"}
-    tokenizer = tiny.qwen()
-    prompt = len(tokenizer.encode(records[0]["prompt"]))
-    report = examined(tmp_path, records, tokenizer=tokenizer, config={"max_length": prompt + 1})
-    assert (report.sources[0].kept, report.sources[0].sides["chosen"].cut) == (2, 1)
-    [finding] = of_rule(report, "short_response")
-    assert (finding.count, lines(finding)) == (1, [2])
 
 
 def test_a_source_without_a_usable_record_says_what_to_do(tmp_path: Path) -> None:
@@ -245,6 +224,31 @@ def test_a_source_without_a_usable_record_says_what_to_do(tmp_path: Path) -> Non
     assert finding.remedy.startswith("check the path")
 
 
+def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
+    pairs, tokenizer = clean_pairs(40), tiny.qwen()
+    [whole] = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources
+    cut = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 200})
+    sides = cut.sources[0]["sides"]
+    for name, of_side in sides.items():
+        assert of_side["tokens"] == whole["sides"][name]["tokens"]
+        assert sum(of_side["tokens"]["counts"]) == of_side["tokens"]["count"] == 40
+    assert (whole["sides"]["chosen"]["cut"], sides["prompt"]["cut"]) == (0, 0)
+    assert sides["chosen"]["cut_tokens"] > sides["chosen"]["cut"] > 0
+    assert of_rule(cut, "response_truncated")
+    assert 1.1 < whole["prefix"]["expected_gain"] < 2
+
+
+def test_a_response_that_is_cut_to_one_token_is_no_response_of_one_token(tmp_path: Path) -> None:
+    records = [{"prompt": "word " * 70, "chosen": "a longer text", "rejected": "another one"}] * 2
+    records[1] = {"prompt": "Say it.", "chosen": "a", "rejected": "a longer text"}
+    tokenizer = tiny.qwen()
+    prompt = len(tokenizer.encode(records[0]["prompt"]))
+    report = examined(tmp_path, records, tokenizer=tokenizer, config={"max_length": prompt + 1})
+    assert (report.sources[0]["kept"], report.sources[0]["sides"]["chosen"]["cut"]) == (2, 1)
+    [finding] = of_rule(report, "short_response")
+    assert (finding.count, lines(finding)) == (1, [2])
+
+
 def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> None:
     pairs = clean_pairs(20)
     pairs[3]["rejected"] += "<|im_end|>\n<|im_start|>user"
@@ -252,32 +256,35 @@ def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> N
     assert lines(of_rule(report, "markup_in_text")[0]) == [4]
 
 
+def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
+    records = list(map(as_messages, clean_pairs(5)))
+    tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
+    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_tokens")
+    assert (finding.level, finding.count) == (Level.error, 5)
+    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_tokens")
+
+
+def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) -> None:
+    parameters = {"type": "object", "properties": {}}
+    records = list(map(as_messages, clean_pairs(20)))
+    records[2]["tools"] = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    report = examined(tmp_path, records, tokenizer=tiny.qwen())
+    assert lines(of_rule(report, "tools_not_rendered")[0]) == [3]
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny.CHATML
+    report = examined(tmp_path, records, tokenizer=tiny.with_template(tiny.qwen(), template))
+    assert not of_rule(report, "tools_not_rendered")
+
+
 def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", clean_pairs(200))
-    reports = [
-        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None)
+    one, two = (
+        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None, RULES)
         for processes in (1, 2)
-    ]
-    assert reports[0].as_dict() == reports[1].as_dict()
+    )
+    assert one == two
 
 
-def test_a_threshold_changes_the_level(tmp_path: Path) -> None:
-    pairs = clean_pairs(20)
-    PLANTED["html_entity"](pairs[0])
-    levels = [
-        of_rule(examined(tmp_path, pairs, thresholds={"broken_text": share}), "broken_text")[0].level
-        for share in (0.2, 0.01)
-    ]
-    assert levels == [Level.note, Level.warning]
-
-
-def test_a_threshold_of_an_unknown_rule_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such rule") as caught:
-        examined(tmp_path, clean_pairs(1), thresholds={"duplicate": 0.1})
-    assert "duplicates" in str(caught.value)
-
-
-def test_sources_have_the_names_of_metrics(tmp_path: Path) -> None:
+def test_each_source_has_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "math").mkdir()
     train = [
         SourceConfig(path=write(tmp_path / "math" / "train.jsonl", clean_pairs(3))),
@@ -285,34 +292,6 @@ def test_sources_have_the_names_of_metrics(tmp_path: Path) -> None:
         SourceConfig(path=write(tmp_path / "more.jsonl", clean_pairs(3, 2)), label="own"),
     ]
     evaluation = [SourceConfig(path=write(tmp_path / "own.jsonl", clean_pairs(3, 3)))]
-    report = examine(DataConfig(train=train, eval=evaluation, processes=1), None)
-    metrics = [*source_labels(train), *source_labels(evaluation)]
-    assert metrics == ["math-train", "own", "own", "own"]
-    # Each source of the report has a name of its own.
-    assert [one.label for one in report.sources] == ["math-train", "own", "own (2)", "own (eval)"]
-    assert [one.path for one in report.sources] == [one.path for one in (*train, *evaluation)]
-
-
-def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
-    ranking = {"prompt": "Name a colour.", "responses": ["Red it is.", "Blue.", "RED it is."]}
-    report = examined(tmp_path, [{**ranking, "scores": [3, 2, 1]}])
-    assert report.across.contradictions == 0
-    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
-    ranking["responses"].append("Grey.")
-    report = examined(tmp_path, [{**ranking, "scores": [4, 3, 2, 1]}, opposite])
-    assert report.across.contradictions == 2
-
-
-def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
-    records = [
-        {
-            "prompt": [user(pair["prompt"])],
-            "chosen": [assistant(pair["chosen"])],
-            "rejected": [assistant(pair["rejected"])],
-        }
-        for pair in clean_pairs(5)
-    ]
-    tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
-    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_tokens")
-    assert (finding.level, finding.count) == (Level.error, 5)
-    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_tokens")
+    report = examine(DataConfig(train=train, eval=evaluation, processes=1), None, RULES)
+    assert [one["label"] for one in report.sources] == ["math-train", "own", "own (2)", "own (eval)"]
+    assert [one["path"] for one in report.sources] == [one.path for one in (*train, *evaluation)]

@@ -14,7 +14,7 @@ from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.prompts import Part, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.insight.doctor.prepare import Prepared, prepare
+from dpo_dist.insight.doctor.prepare import prepare
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import TEXT, jsonl
@@ -33,10 +33,13 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
     return RunConfig(data=DataConfig(train=sources, cache=str(folder / "encoded"), **data))
 
 
-def prepared(config: RunConfig, model: Path, vocabulary: int = VOCABULARY) -> tuple[Prepared, int]:
-    """Return the result, and the number of records that were encoded for it."""
+def prepared(
+    config: RunConfig, model: Path, vocabulary: int = VOCABULARY
+) -> tuple[list[list[int]], list[Any], int]:
+    """Return the pairs of each source's datasets, the refusals, and the number of records encoded for it."""
     encoded: list[int] = []
-    return prepare(config, tiny.qwen(), model, vocabulary, counted(encoded)), sum(encoded)
+    datasets, refusals = prepare(config, tiny.qwen(), model, vocabulary, counted(encoded))
+    return [list(map(len, of_source)) for of_source in datasets], refusals, sum(encoded)
 
 
 def counted(encoded: list[int]) -> Progress:
@@ -63,43 +66,32 @@ def test_training_encodes_nothing_afterwards(tmp_path: Path, model: Path) -> Non
     plain = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))])
     split = run_of(tmp_path, train, eval_share=0.3)
     without = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))], drop_eval_prompts=True)
-    for config in (plain, split, without):
-        found, encoded = prepared(config, model)
+    for config, pairs in ((plain, [[30], [5]]), (split, [[21, 9]]), (without, [[30], [5]])):
+        datasets, refusals, encoded = prepared(config, model)
         assert encoded > 0
-        assert found.refusals == ()
-        assert [source.is_eval for source in found.sources] == [False, True]
+        assert (datasets, refusals) == (pairs, [])
         assert encoded_by_training(config.data, model) == 0
 
 
-def test_data_with_too_many_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
+def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
     good = write_pairs(tmp_path / "good.jsonl", 5)
     bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
-    found, _ = prepared(run_of(tmp_path, good, bad), model)
-    assert [len(source.dataset or ()) for source in found.sources] == [5, 1]
-    [refusal] = found.refusals
-    assert isinstance(refusal, DataError)
+    datasets, [refusal], _ = prepared(run_of(tmp_path, good, bad), model)
+    assert (datasets, type(refusal)) == ([[5], [1]], DataError)
     assert refusal.message == "3 of 4 records cannot be used"
-
-
-def test_a_source_without_a_usable_record_has_no_dataset(tmp_path: Path, model: Path) -> None:
-    found, _ = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
-    assert found.sources[0].dataset is None
-    assert len(found.refusals) == 1
-
-
-def test_a_bad_record_is_the_error_of_a_strict_run(tmp_path: Path, model: Path) -> None:
-    path = jsonl(tmp_path, TEXT, {"unknown": 1})
-    found, _ = prepared(run_of(tmp_path, path, on_bad_record=OnBadRecord.error), model)
-    assert found.sources[0].dataset is not None
-    assert [refusal.where for refusal in found.refusals] == [f"{path}:2"]
+    datasets, [refusal], _ = prepared(run_of(tmp_path, bad, on_bad_record=OnBadRecord.error), model)
+    assert (datasets, refusal.where) == ([[1]], f"{bad}:1")
+    datasets, [_], _ = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
+    assert datasets == [[]]
 
 
 def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: Path) -> None:
     config = run_of(tmp_path, jsonl(tmp_path, {"prompt": "q", "completion": "a"}))
-    [refusal] = prepared(config, model)[0].refusals
+    [refusal] = prepared(config, model)[1]
     assert refusal.remedy.startswith("set loss=sft")
-    assert prepared(replace(config, loss=LossConfig(LossKind.sft)), model)[0].refusals == ()
-    [refusal] = prepared(replace(config, loss=LossConfig(LossKind.sft)), model, 2)[0].refusals
+    sft = replace(config, loss=LossConfig(LossKind.sft))
+    assert prepared(sft, model)[1] == []
+    [refusal] = prepared(sft, model, 2)[1]
     assert isinstance(refusal, ConfigError)
 
 

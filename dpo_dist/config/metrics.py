@@ -1,0 +1,69 @@
+"""The table of metrics: what people see of each one, and which values are the best."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dpo_dist.config.schema import Direction
+from dpo_dist.foundation.text import number, percent
+
+PREFIX = "eval_"
+"""Start of the name of a metric in the row of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table.
+
+    Attributes:
+        title: for people.
+        form: writes a value.
+        unit: behind the title of a chart.
+        best: which values are the best; None: neither end is.
+    """
+
+    title: str
+    form: Callable[[float], str] = number
+    unit: str = ""
+    best: Direction | None = None
+
+
+def _digits(form: str) -> Callable[[float], str]:
+    return lambda value: format(value, form)
+
+
+def _sides(
+    name: str, title: str, unit: str = "", best: tuple[Direction | None, Direction | None] = (None, None)
+) -> Mapping[str, Metric]:
+    """Return the metrics of chosen and of rejected responses."""
+    return {
+        name.format(side): Metric(title.format(side), _digits(".3f"), unit, way)
+        for side, way in zip(("chosen", "rejected"), best, strict=True)
+    }
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric("loss", _digits(".4f"), best=Direction.lowest),
+    "rewards/accuracies": Metric("accuracy", _digits(".3f"), best=Direction.highest),
+    "rewards/margins": Metric("margin", _digits(".3f"), best=Direction.highest),
+    **_sides("rewards/{}", "reward {}", best=(Direction.highest, None)),
+    "rewards/both_fall": Metric("both fall", _digits(".3f"), best=Direction.lowest),
+    **_sides("logps/{}", "log-prob {}", "nats"),
+    **_sides("logps/{}_per_token", "log-prob {} / token", "nats"),
+    **_sides("kl/{}", "distance {}", "nats/token", (Direction.lowest, Direction.lowest)),
+    "grad_norm": Metric("norm before clipping"),
+    "learning_rate": Metric("learning rate"),
+    "pairs_per_second": Metric("pairs/s", _digits(",.1f")),
+    "mfu": Metric("MFU", percent),
+    "samples/length": Metric("tokens", _digits(",.0f"), "tokens"),
+    "samples/finished": Metric("ended", percent),
+    "samples/distinct_3": Metric("distinct 3-grams", percent),
+    "samples/longest_repeat": Metric("longest repeat", percent),
+    "samples/language_changed": Metric("language changed", percent),
+    "samples/refusals": Metric("refusals", percent),
+    "samples/empty": Metric("empty", percent),
+}
+
+
+def metric_of(key: str) -> Metric:
+    """Return the metric of a key of a metrics row."""
+    return METRICS[key.removeprefix(PREFIX)]

@@ -1,0 +1,245 @@
+"""What a run directory says about its run, and whether a configuration continues it. Imports no torch.
+
+A run is defined by its identity: the digests of its configuration and inputs. It is in `run_state.json`,
+which also says how far the run has come, and in every checkpoint. Only the length of a run may grow.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
+from dpo_dist.config.schema import Resume, RunConfig, TrainerConfig
+from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
+from dpo_dist.foundation.files import read_small, write_text
+
+if TYPE_CHECKING:
+    from dpo_dist.training.inputs import Inputs
+
+Identity = dict[str, str | None]
+_DIGESTS = {
+    "data": "training data",
+    "eval_data": "evaluation data",
+    "model": "model that the policy starts from",
+    "reference": "reference model",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Content of the state file.
+
+    Attributes:
+        step: the number of steps done; with `started` and `diverged`, at the last checkpoint.
+        summary: content of summary.json with `exported`, else None.
+        stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
+    """
+
+    outcome: RunOutcome
+    step: int
+    identity: Identity
+    summary: dict[str, Any] | None = None
+    stopped_by: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done and the model was written."""
+        return self.outcome in (RunOutcome.exported, RunOutcome.completed)
+
+
+def read_state(folder: RunFolder) -> RunState | None:
+    """Return the recorded state of the run in `folder`; None if there is none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        content = json.loads(read_small(folder.state))
+        return RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            "the state of this run cannot be read",
+            where=str(folder.state),
+            got=first_line(error),
+            remedy="restore the file, or delete it to resume from the last checkpoint",
+        ) from error
+
+
+def write_state(folder: RunFolder, state: RunState) -> None:
+    """Write the state file whole."""
+    write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
+
+
+def identify(config: RunConfig, inputs: "Inputs") -> Identity:
+    """Return the digests of all inputs that decide a run's result, and its length."""
+    return {
+        "run_digest": run_digest(config),
+        "data": inputs.train_set.fingerprint,
+        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
+        "model": inputs.policy_files.digest,
+        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+        "length": length_of(config),
+    }
+
+
+def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
+    """Check that files which the configuration names have not changed since `recorded` was written.
+
+    Raises:
+        CheckpointError: they have.
+    """
+    for name, title in _DIGESTS.items():
+        if recorded.get(name) != identity[name]:
+            raise CheckpointError(
+                f"the {title} of this run changed since it was last saved",
+                where=str(where),
+                got=f"digest {identity[name]}",
+                expected=f"digest {recorded.get(name)}",
+                remedy="restore the former files (of data, also those of the tokenizer and in data.cache), "
+                "or start a new run with another run.dir",
+            )
+
+
+def length_of(config: RunConfig) -> str:
+    """Return the keys that say how long a run is, as text for its identity."""
+    return json.dumps({"epochs": config.trainer.epochs, "max_steps": config.trainer.max_steps})
+
+
+def former_length(recorded: Mapping[str, Any], config: RunConfig) -> TrainerConfig | None:
+    """Return the recorded run's trainer section, if `config` is that run with another length; else None.
+
+    `recorded`: the state of a checkpoint, or the identity in the state file.
+    """
+    former = replace(config.trainer, **json.loads(recorded.get("length") or length_of(config)))
+    is_same = run_digest(replace(config, trainer=former)) == recorded.get("run_digest")
+    return former if is_same and former != config.trainer else None
+
+
+def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
+    """Check that a run directory belongs to `config`, or to a shorter run that is otherwise the same.
+
+    Raises:
+        CheckpointError: it belongs to another configuration; the error names the keys that differ.
+    """
+    digest, former = run_digest(config), former_length(recorded, config)
+    if former is not None:
+        _check_longer(former, recorded.get("steps"), config.trainer)
+    elif recorded.get("run_digest") != digest:
+        changed = changed_keys(folder.config, config)
+        function = config.loss.function
+        source = "" if function is None else f", which depends on the source of {function}"
+        raise CheckpointError(
+            "the run directory belongs to another configuration",
+            where=str(folder.config if changed else folder),
+            got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}{source}",
+            expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items())
+            or f"digest {recorded.get('run_digest')}",
+            remedy="remove run.dir, which gives each configuration its own run directory, or set another one",
+        )
+
+
+def _check_longer(former: TrainerConfig, steps: int | None, new: TrainerConfig) -> None:
+    """Check that a run becomes longer; epochs cannot be compared with `steps` before data are read."""
+    if former.max_steps is None and new.max_steps is None:
+        is_longer = new.epochs > former.epochs
+    else:
+        done = steps if former.max_steps is None else former.max_steps
+        is_longer = new.max_steps is not None and done is not None and new.max_steps > done
+    if not is_longer:
+        raise CheckpointError(
+            "a run can be continued to a greater length only",
+            where="trainer.epochs" if new.max_steps is None else "trainer.max_steps",
+            got=_length(new),
+            expected=f"more than {_length(former)}" + (f", {steps:,} steps" if steps is not None else ""),
+            remedy=f"set {_length(former)} to resume it as it was, a larger trainer.max_steps, or another "
+            "run.dir",
+        )
+
+
+def _length(trainer: TrainerConfig) -> str:
+    if trainer.max_steps is None:
+        return f"trainer.epochs={trainer.epochs:g}"
+    return f"trainer.max_steps={trainer.max_steps}"
+
+
+def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> str:
+    """Return a line about a checkpoint whose run continues to `steps`; "" if its length is the same."""
+    former = state.get("steps", steps)
+    if former == steps:
+        return ""
+    skipped = int(state["step"]) * config.trainer.global_batch_pairs - int(state["pairs_seen"])
+    partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
+    rate = "the learning rate follows the schedule of the new length"
+    return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
+
+
+def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
+    """Return the state of a run that is complete at the length of `config` and has its model, else None."""
+    state = read_state(folder)
+    if state is None or not state.is_finished or former_length(state.identity, config) is not None:
+        return None
+    return state if any(folder.model.glob("*.safetensors")) else None
+
+
+def check_newest_checkpoint(config: RunConfig) -> None:
+    """Check that the newest checkpoint in the run directory, if it can be read, is of `config`.
+
+    Raises:
+        CheckpointError: it is of another configuration.
+    """
+    folder = RunFolder.of(config)
+    if config.run.resume is Resume.never:
+        return
+    try:
+        newest, *_ = checkpoint_folders(folder.checkpoints)
+        state = json.loads(read_small(newest / STATE))
+    except (OSError, ValueError):
+        return
+    check_configuration(state, config, folder)
+
+
+def check_unused(folder: RunFolder) -> None:
+    """Refuse a directory with results, for `run.resume=never`."""
+    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
+    if used:
+        raise CheckpointError(
+            "the run directory has results of a run, and run.resume=never",
+            where=str(folder),
+            got=", ".join(used),
+            remedy="set run.resume=auto to resume, or another run.dir",
+        )
+
+
+def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse a start without a checkpoint where one is required, or where it would replace a result."""
+    state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
+    is_finished = state is not None and state.is_finished
+    is_shorter = state is not None and former_length(state.identity, config) is not None
+    if is_shorter and (is_finished or has_model):
+        fault = "this run has another length and no checkpoint from which it could continue to this one"
+        remedy = (
+            "set the length that it had, or another run.dir; runs with trainer.keep_last can be continued"
+        )
+    elif is_finished:
+        fault = "this run is complete, but its model and its checkpoints were removed"
+        remedy = f"put {model} back, or delete {folder.state.name} to train again"
+    elif has_model:
+        fault = "there is a model in the run directory, but no checkpoint to resume from"
+        remedy = f"move {model} away to train again, or set another run.dir"
+    elif config.run.resume is Resume.must:
+        fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
+    elif state is not None and state.step:
+        fault = f"this run has done {state.step:,} steps, and its checkpoints are missing"
+        remedy = (
+            f"put them back, or mount their disk; to train from the beginning, delete {folder.state.name}, "
+            "or set another run.dir"
+        )
+    else:
+        return
+    raise CheckpointError(fault, where=str(folder.checkpoints), remedy=remedy)

@@ -1,0 +1,168 @@
+"""The models that `evaluate` and `export` are asked for; imports no torch, so that errors appear at once."""
+
+import json
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_dist.config.identity import plain
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.run_folder import (
+    RunFolder,
+    best_checkpoints,
+    checkpoint_folders,
+    existing_run,
+    is_checkpoint,
+    step_of,
+    without_model,
+)
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.data.sources import check_has_evaluation_data
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.text import first_few
+from dpo_dist.model.folder import CONFIG_FILE, check_adapter, is_adapter, local_model_folder
+
+if TYPE_CHECKING:
+    from dpo_dist.training.inputs import EvaluationInputs
+
+EVALUATED = "evaluation.model"
+_CHECKPOINT = "export.checkpoint"
+Kind = StrEnum("Kind", ["model", "adapter", "checkpoint", "hub"])
+"""`hub`: a model or an adapter, which only its files show."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model to evaluate: its folder, or its name on the hub."""
+
+    path: str
+    kind: Kind
+
+    def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
+        """Return a name for the results, such as `step-000100-1a2b3c4d`: another one for another model,
+        base, precision, reference or loss, other pairs or labels.
+        """
+        folder = Path(self.path)
+        place = str(folder.resolve()) if folder.is_dir() else self.path
+        reference = inputs.reference_files.digest if inputs.reference_files is not None else None
+        data, model = inputs.eval_set, config.model
+        precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
+        own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
+        facts = [*own, data.fingerprint, list(data.source_labels)]
+        stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
+        return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
+
+
+def find_evaluated(config: RunConfig) -> list[Evaluated]:
+    """Return the models that `config` evaluates.
+
+    Raises:
+        ConfigError: there are no pairs, or a folder has no model.
+    """
+    check_has_evaluation_data(config.data, "evaluate models on")
+    return [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
+
+
+def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
+    folder = run.model if named is None else Path(named).expanduser()
+    if named is None and not folder.is_dir():
+        pairs = "its name depends on data.eval: name other pairs by evaluation.data"
+        raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
+    path = str(folder) if folder.is_dir() else str(named)
+    if is_checkpoint(folder):
+        return Evaluated(path, Kind.checkpoint)
+    if is_adapter(folder):
+        check_adapter(folder, EVALUATED)
+        return Evaluated(path, Kind.adapter)
+    is_local = local_model_folder(path, None, EVALUATED) is not None
+    return Evaluated(path, Kind.model if is_local else Kind.hub)
+
+
+def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
+    """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
+
+    Their files are not checked.
+
+    Raises:
+        ConfigError: one does not exist, the folder does, or the configuration is not that of the run.
+    """
+    run = existing_run(RunFolder.of(config).path)
+    if changed := changed_keys(run.config, config):
+        raise ConfigError(
+            "an export has the configuration of its run",
+            where=first_few(list(changed), "other"),
+            got=first_few([as_written(new) for _, new in changed.values()], "other"),
+            expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
+            remedy="give run.dir and keys of export only: without model.path, others are those of the run",
+        )
+    is_average = bool(config.export.average)
+    sources = _members(config) if is_average else [_checkpoint(run, config.export.checkpoint)]
+    name = "average" if is_average else sources[0].name
+    if config.export.weights is ExportedWeights.ema:
+        name += "-ema"
+    if config.export.merge:
+        name += "-merged"
+    named = config.export.output
+    output = run.exported(name) if named is None else Path(named).expanduser()
+    if os.path.lexists(output):
+        remedy = "name another folder, or delete this one"
+        raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
+    return sources, output
+
+
+def _checkpoint(run: RunFolder, named: str) -> Path:
+    found = checkpoint_folders(run.checkpoints)
+    if not found:
+        raise ConfigError(
+            "this run has no checkpoint",
+            where="run.dir",
+            got=str(run),
+            remedy=f"use its model {run.model}" if run.model.is_dir() else "train it until its first one",
+        )
+    best = best_checkpoints(run.checkpoints)
+    if named == "best" and not best:
+        raise ConfigError(
+            "this run has no best checkpoint",
+            where=_CHECKPOINT,
+            got="best",
+            expected="a run with trainer.keep_best, after its first evaluation",
+            remedy=f"set {_CHECKPOINT}=latest, or name one of {run.checkpoints}",
+        )
+    name = {"best": best[0] if best else "", "latest": found[0].name}.get(named, named)
+    folder = next((one for one in found if step_of(one.name) == step_of(name)), None)
+    if folder is None:
+        raise ConfigError(
+            "this run does not have this checkpoint",
+            where=_CHECKPOINT,
+            got=named,
+            expected=", ".join(other.name for other in found),
+            remedy="name one of them",
+        )
+    return folder
+
+
+def _members(config: RunConfig) -> list[Path]:
+    """Return the model folders of an average."""
+    members = [Path(name).expanduser() for name in config.export.average]
+    for folder in members:
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                "a member of the average is no model folder",
+                where="export.average",
+                got=str(folder),
+                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
+                remedy="export each checkpoint first, and name the folders",
+            )
+    if len({folder.resolve() for folder in members}) < len(members):
+        raise ConfigError(
+            "a member of the average is named twice",
+            where="export.average",
+            got=as_written(config.export.average),
+            remedy="remove one of its names; export.average_weights gives members different weights",
+        )
+    return members

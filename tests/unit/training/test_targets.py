@@ -1,0 +1,144 @@
+"""What `export` and `evaluate` are asked for is found before torch is imported."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.schema import OptimConfig, RunConfig
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.training.targets import Evaluated, Kind, find_evaluated, find_exported
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run with checkpoints after steps 100 and 200, of which the first is the best."""
+    run = load_run_config(["model.path=org/model", "data.train=[pairs.jsonl]", f"run.dir={tmp_path}"])
+    for name in ("step-000100", "step-000200"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "best").write_text("step-000100\n")
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    return run
+
+
+def named(config: RunConfig, checkpoint: str) -> RunConfig:
+    return replace(config, export=ExportConfig(checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "found"),
+    [
+        ("latest", "step-000200"),
+        ("best", "step-000100"),
+        ("step-000100", "step-000100"),
+        ("step-100", "step-000100"),
+    ],
+)
+def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000200" / "state.json").unlink()  # its files are checked later
+    sources, output = find_exported(named(config, checkpoint))
+    assert sources == [tmp_path / "checkpoints" / found]
+    assert output == tmp_path / "exported" / found
+    merged = replace(config, export=ExportConfig(checkpoint=checkpoint, merge=True))
+    assert find_exported(merged)[1] == tmp_path / "exported" / f"{found}-merged"
+
+
+def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not have this checkpoint") as missing:
+        find_exported(named(config, "step-000300"))
+    assert missing.value.expected == "step-000200, step-000100"
+    (tmp_path / "checkpoints" / "best").unlink()
+    with pytest.raises(ConfigError, match="no best checkpoint"):
+        find_exported(named(config, "best"))
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        find_exported(config)
+
+
+def test_another_configuration_than_the_runs_is_shown_in_part(config: RunConfig) -> None:
+    """As of a command line with the model of the run and no other of its keys."""
+    data, trainer = replace(config.data, max_length=77), replace(config.trainer, seed=5, epochs=2)
+    other = replace(config, optim=OptimConfig(lr=1e-3, eps=1e-3), data=data, trainer=trainer)
+    with pytest.raises(ConfigError, match="configuration of its run") as raised:
+        find_exported(other)
+    assert raised.value.where == "data.max_length, optim.lr, optim.eps and 2 others"
+    assert raised.value.got == "77, 0.001, 0.001 and 2 others"
+
+
+def test_an_existing_folder_is_not_replaced(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the folder to write exists"):
+        find_exported(replace(config, export=ExportConfig(output=str(tmp_path))))
+
+
+def test_members_of_an_average_are_model_folders(config: RunConfig, tmp_path: Path) -> None:
+    def average(*members: object) -> RunConfig:
+        return replace(config, export=ExportConfig(average=[str(member) for member in members]))
+
+    folders = [tmp_path / "other" / "model", tmp_path / "model"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    assert find_exported(average(*folders)) == (folders, tmp_path / "exported" / "average")
+    with pytest.raises(ConfigError, match="is no model folder"):
+        find_exported(average(folders[0], tmp_path / "checkpoints" / "step-000100"))
+    with pytest.raises(ConfigError, match="named twice"):
+        find_exported(average(folders[0], f"{folders[0]}/."))
+
+
+def configured(folder: Path, *overrides: str) -> RunConfig:
+    paths = [
+        f"run.dir={folder}/run",
+        f"model.path={folder}/base",
+        "data.train=[a.jsonl]",
+        "data.eval=[b.jsonl]",
+    ]
+    return load_run_config([*paths, *overrides])
+
+
+def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
+    for name, file in (
+        ("base", "config.json"),
+        ("lora", "adapter_config.json"),
+        ("step-000003", "state.json"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_text("")
+    names = "base", "lora", "step-000003"
+    several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
+    found = find_evaluated(configured(tmp_path, several))
+    assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
+    with pytest.raises(ConfigError, match="this run directory has no model"):
+        find_evaluated(configured(tmp_path))
+
+
+def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:
+    def name(
+        place: str = "step-000003",
+        *overrides: str,
+        pairs: str = "1",
+        label: str = "b",
+        base: str = "m",
+        reference: str = "r",
+    ) -> str:
+        inputs: Any = SimpleNamespace(
+            eval_set=SimpleNamespace(fingerprint=pairs, source_labels=[label]),
+            policy_files=SimpleNamespace(digest=base),
+            reference_files=SimpleNamespace(digest=reference),
+        )
+        config = configured(tmp_path, *overrides)
+        return Evaluated(str(tmp_path / place), Kind.checkpoint).name(config, inputs)
+
+    for place in ("step-000003", "other/step-000003"):
+        (tmp_path / place).mkdir(parents=True)
+    changed = [{"pairs": "2"}, {"label": "c"}, {"base": "n"}, {"reference": "s"}]
+    names = [name(), name("other/step-000003"), *(name(**change) for change in changed)]
+    names += [name("step-000003", key) for key in ("loss.beta=0.2", "model.dtype=fp32")]
+    assert len(set(names)) == len(names) == 8
+    assert all(each.startswith("step-000003-") for each in names)
+    assert name() == names[0]
