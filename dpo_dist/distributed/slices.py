@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -47,11 +48,6 @@ class Slice:
     start: int
     parts: dict[str, Tensor]
 
-    @property
-    def is_shared(self) -> bool:
-        """Return whether other ranks can read ranges of the slice."""
-        return WEIGHT in self.parts
-
 
 @dataclass(frozen=True)
 class ModelSlices:
@@ -70,19 +66,24 @@ class ModelSlices:
     states: float = 0
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all slices, in their order."""
+        return [tensor for own in self.slices for tensor in own.parts.values()]
+
+    @property
     def bytes(self) -> int:
         """Return the size of the slices."""
-        return sum(tensor.nbytes for tensor in _tensors([self]))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def elements(self) -> int:
         """Return the number of elements of the weights."""
-        return sum(own.parts[WEIGHT].numel() for own in self.slices if own.is_shared)
+        return sum(own.parts[WEIGHT].numel() for own in self.slices if WEIGHT in own.parts)
 
     @property
     def full_bytes(self) -> int:
         """Return the size of the slices in every checkpoint after the first step."""
-        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if own.is_shared)
+        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if WEIGHT in own.parts)
         return int(weights * (1 + self.states))
 
 
@@ -111,11 +112,7 @@ _Flat = tuple[Tensor, list[_Range]]
 class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
-    Args:
-        engine: the DeepSpeed engine.
-        names: of the trained weights.
-        rank: of this process.
-        averages: of the `masters`; empty: there are none.
+    `names` are those of the trained weights; `averages` those of the `masters`, if there are any.
     """
 
     def __init__(
@@ -156,12 +153,7 @@ class OptimizerSlices:
         return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
-        """Create optimizer states that do not exist yet, to be filled, after `step` updates.
-
-        Args:
-            parts: of slices; those that are no states are ignored.
-            step: number of updates.
-        """
+        """Create optimizer states that do not exist yet, to be filled, after `step` updates."""
         inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
         if is_eight_bit(inner):
             for flat in self.masters() if step else []:
@@ -288,34 +280,33 @@ class HostCopy:
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
         """Return whether every host has memory for the copies of all its ranks; collective."""
-        missing = max(0, _copy_bytes(models) - self._buffer.nbytes)
+        missing = max(0, sum(map(_copy_bytes, models)) - self._buffer.nbytes)
         ranks = world.gather((world.host, missing, available_memory() if missing else 0))
-        needed: dict[str, int] = {}
+        needed = Counter[str]()
         for host, of_rank, _ in ranks:
-            needed[host] = needed.get(host, 0) + of_rank
+            needed[host] += of_rank
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
-        self.reserve(_copy_bytes(models))
-        places = self._places(models)
-        copied = [
-            replace(model, slices=[replace(own, parts=_copied(own, places)) for own in model.slices])
-            for model in models
-        ]
+        self.reserve(sum(map(_copy_bytes, models)))
+        copied, start = [], 0
+        for model in models:
+            slices = []
+            for own in model.slices:
+                parts = {}
+                for part, tensor in own.parts.items():
+                    place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+                    parts[part] = place.copy_(tensor, non_blocking=True)
+                    start += _aligned(tensor.nbytes)
+                slices.append(replace(own, parts=parts))
+            copied.append(replace(model, slices=slices))
         if self.is_cuda:
             torch.cuda.synchronize()
         return copied
 
-    def _places(self, models: Sequence[ModelSlices]) -> Iterator[Tensor]:
-        """Yield the place in the buffer of every tensor of the slices, in their order."""
-        start = 0
-        for tensor in _tensors(models):
-            yield self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
-            start += _aligned(tensor.nbytes)
-
     def reserve(self, count: int) -> None:
-        """Allocate `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
+        """Have room for `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
         if count <= self._buffer.nbytes:
             return
         self.close()
@@ -335,10 +326,6 @@ class HostCopy:
         self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
 
-def _copied(own: Slice, places: Iterator[Tensor]) -> dict[str, Tensor]:
-    return {part: next(places).copy_(tensor, non_blocking=True) for part, tensor in own.parts.items()}
-
-
 def _cuda() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
@@ -349,14 +336,8 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
 
 
-def _tensors(models: Sequence[ModelSlices]) -> Iterator[Tensor]:
-    for model in models:
-        for own in model.slices:
-            yield from own.parts.values()
-
-
-def _copy_bytes(models: Sequence[ModelSlices]) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in _tensors(models))
+def _copy_bytes(model: ModelSlices) -> int:
+    return sum(_aligned(tensor.nbytes) for tensor in model.tensors)
 
 
 def _aligned(count: int) -> int:
@@ -372,27 +353,23 @@ def write_slices(
 ) -> dict[str, FileEntry]:
     """Write this rank's slices of a model to disk and return sizes and digests of their files by name.
 
-    Args:
-        model: with tensors that nothing changes meanwhile.
-        checkpoint: the folder of the checkpoint.
-        rank: of this process.
-        staging: memory through which the tensors of a GPU go, a file at a time.
+    Nothing changes the tensors meanwhile. Those of a GPU go through the memory `staging`, a file at a time.
 
     Raises:
         OSError: a file cannot be written.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
     batches = [replace(model, slices=batch) for batch in _batches(model.slices)]
-    if not any(tensor.is_cuda for tensor in _tensors([model])):
+    if not any(tensor.is_cuda for tensor in model.tensors):
         staging = None
     if staging is not None:
-        staging.reserve(max(_copy_bytes([batch]) for batch in batches))
+        staging.reserve(max(map(_copy_bytes, batches)))
     entries = {}
     for number, batch in enumerate(batches):
         # One wait for the tensors of a file, not one for each of them.
         slices = batch.slices if staging is None else staging.of([batch])[0].slices
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in slices if own.is_shared}
+        ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         entries[name] = write_file(checkpoint / name, content)
@@ -401,11 +378,13 @@ def write_slices(
 
 def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
     batch: list[Slice] = []
+    size = 0
     for own in slices:
         batch.append(own)
-        if sum(tensor.nbytes for each in batch for tensor in each.parts.values()) >= _FILE_BYTES:
+        size += sum(tensor.nbytes for tensor in own.parts.values())
+        if size >= _FILE_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -478,34 +457,30 @@ class SavedSlices:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
             for own in slices:
-                if not own.is_shared:
-                    self._load_private(own, opened)
-                    continue
-                if self.shapes.get(own.name) != own.shape:
+                is_shared = WEIGHT in own.parts
+                if is_shared and self.shapes.get(own.name) != own.shape:
                     raise ValueError(f"{own.name} is missing or has another shape")
-                for part, tensor in own.parts.items():
-                    self._fill(tensor, f"{part}/{own.name}", own, opened)
+                for part, target in own.parts.items():
+                    key = f"{part}/{own.name}"
+                    if not is_shared:
+                        target.copy_(opened(self._file_of_private(key)).get_tensor(key))
+                        continue
+                    for start, stop, file in self._ranges[own.name]:
+                        first, last = max(own.start, start), min(own.start + target.numel(), stop)
+                        if first < last:
+                            saved = opened(file).get_slice(key)[first - start : last - start]
+                            target[first - own.start : last - own.start].copy_(saved)
 
-    def _load_private(self, own: Slice, opened: Callable[[str], Any]) -> None:
-        for part, tensor in own.parts.items():
-            key = f"{part}/{own.name}"
-            if key not in self._private:
-                raise CheckpointError(
-                    "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
-                    where=str(self.folder),
-                    got=f"no {key}",
-                    remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
-                    "continues on any number",
-                )
-            tensor.copy_(opened(self._private[key]).get_tensor(key))
-
-    def _fill(self, target: Tensor, key: str, own: Slice, opened: Callable[[str], Any]) -> None:
-        end = own.start + target.numel()
-        for start, stop, file in self._ranges[own.name]:
-            first, last = max(own.start, start), min(end, stop)
-            if first < last:
-                saved = opened(file).get_slice(key)[first - start : last - start]
-                target[first - own.start : last - own.start].copy_(saved)
+    def _file_of_private(self, key: str) -> str:
+        if key not in self._private:
+            raise CheckpointError(
+                "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
+                where=str(self.folder),
+                got=f"no {key}",
+                remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
+                "continues on any number",
+            )
+        return self._private[key]
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight.
