@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = write_difference((run, existing_run(given.other)), given.price, given.output)
     except DpoDistError as error:
         fault = error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fault = ConfigError(
             "the page cannot be written",
             where=str(given.output or given.run),
             got=str(error),
-            remedy="check permissions and free space, or write it elsewhere: --output page.html",
+            remedy="check the files of the run, permissions and free space, or set --output page.html",
         )
     else:
         print_line(f"report: {path}")
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
     output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    price = "price of a GPU for an hour, in place of tracking.price_per_gpu_hour"
+    price = "price of a GPU for an hour, in any currency, for the cost of the run"
     parser.add_argument("--price", type=_price, metavar="NUMBER", help=price)
     return parser
 

@@ -45,7 +45,7 @@ def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
 
 
 _LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
-REFERENCE_REMEDY = "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+REFERENCE_REMEDY = "lower trainer.micro_batch_tokens, or set reference.offload=cpu"
 """The settings to change if the reference model runs out of memory."""
 
 

@@ -176,7 +176,6 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
         "reference": {"store": text},
         "optim": {"lr": 1e-6},
         "trainer": {"global_batch_pairs": 64},
-        "tracking": {"price_per_gpu_hour": 2.5},
     }
     run.config.write_text(yaml.safe_dump(config))
     environment = {

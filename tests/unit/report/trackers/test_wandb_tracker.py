@@ -304,7 +304,7 @@ def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
     """W&B adds the command line itself, unless it has a secret."""
     monkeypatch.setenv("MY_PASSWORD", SECRET)
     monkeypatch.setattr(
-        sys, "argv", ["train", f"tracking.notes={SECRET}", "data.train=[ftp://me:word@host/a]"]
+        sys, "argv", ["train", f"tracking.project={SECRET}", "data.train=[ftp://me:word@host/a]"]
     )
     typed = list(sys.argv)
     tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
