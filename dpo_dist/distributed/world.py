@@ -40,7 +40,7 @@ WhileWaiting = Callable[[float], None]
 
 @dataclass(frozen=True)
 class World:
-    """The processes of the run, as one of them sees them. Methods are collective unless documented otherwise.
+    """The processes of the run, as one of them sees them. Methods, but properties, are collective.
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
     after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
@@ -59,32 +59,32 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, which writes and prints; not collective."""
+        """Return whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     @property
     def replicas(self) -> int:
-        """Return the number of replicas; not collective."""
+        """Return the number of replicas."""
         return self.size if self.sequence is None else self.size // self.sequence.ranks
 
     @property
     def replica(self) -> int:
-        """Return the number of this rank's replica; not collective."""
+        """Return the number of this rank's replica."""
         return self.rank if self.sequence is None else self.rank // self.sequence.ranks
 
     @property
     def leads(self) -> bool:
-        """Return whether this is the rank that counts and writes for its replica; not collective."""
+        """Return whether this is the rank that counts and writes for its replica."""
         return self.sequence is None or self.sequence.rank == 0
 
     @property
     def host(self) -> str:
-        """Return the name of this rank's host; not collective."""
+        """Return the name of this rank's host."""
         return self.peers[self.rank].host
 
     @property
     def is_first_of_host(self) -> bool:
-        """Return whether this is the lowest rank of its host; not collective."""
+        """Return whether this is the lowest rank of its host."""
         return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
@@ -161,7 +161,7 @@ class World:
 
     @contextlib.contextmanager
     def _shown(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
-        """Call `while_waiting` every few seconds during the block; not collective."""
+        """Call `while_waiting` every few seconds during the block."""
         if while_waiting is None:
             yield
             return

@@ -207,8 +207,8 @@ def find_garbage(root: Path, drop: Sequence[str], unused_days: float | None) -> 
 
 
 def _has_digits(info: FingerprintInfo, digits: str) -> bool:
-    names = [info.name] if info.fingerprint is None else [info.name, info.fingerprint.reference]
-    return any(name.startswith(digits) for name in names)
+    reference = info.fingerprint.reference if info.fingerprint else ""
+    return info.name.startswith(digits) or reference.startswith(digits)
 
 
 def remove(garbage: Garbage) -> None:
