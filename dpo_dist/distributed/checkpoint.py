@@ -226,15 +226,13 @@ class _Pending:
     bytes: int
     entries: Future[Entries] = field(default_factory=Future)
 
-    def write(
-        self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int, staging: HostCopy | None = None
-    ) -> None:
+    def write(self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int) -> None:
         """Write slices, which nothing changes meanwhile, and small files of this rank, and set `entries`."""
         try:
             entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
                 for model in models:
-                    entries |= write_slices(model, self.temporary, rank, staging)
+                    entries |= write_slices(model, self.temporary, rank)
                 for name, text in texts.items():
                     entries[name] = write_file(self.temporary / name, text.encode())
             self.entries.set_result(entries)
@@ -299,7 +297,7 @@ class CheckpointSaver:
             arguments = self._copy.of(models), texts, world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
-        pending.write(models, texts, world.rank, self._copy)
+        pending.write(models, texts, world.rank)
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks

@@ -289,7 +289,7 @@ class HostCopy:
 
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
-        self.reserve(sum(map(_copy_bytes, models)))
+        self._reserve(sum(map(_copy_bytes, models)))
         copied, start = [], 0
         for model in models:
             slices = []
@@ -305,7 +305,7 @@ class HostCopy:
             torch.cuda.synchronize()
         return copied
 
-    def reserve(self, count: int) -> None:
+    def _reserve(self, count: int) -> None:
         """Have room for `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
         if count <= self._buffer.nbytes:
             return
@@ -348,26 +348,15 @@ _FILE_BYTES = 2**28
 """Size at which a rank begins another file: about three times as much host memory is used at a time."""
 
 
-def write_slices(
-    model: ModelSlices, checkpoint: Path, rank: int, staging: HostCopy | None = None
-) -> dict[str, FileEntry]:
-    """Write this rank's slices of a model to disk and return sizes and digests of their files by name.
-
-    Nothing changes the tensors meanwhile. Those of a GPU go through the memory `staging`, a file at a time.
+def write_slices(model: ModelSlices, checkpoint: Path, rank: int) -> dict[str, FileEntry]:
+    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
 
     Raises:
         OSError: a file cannot be written.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
-    batches = [replace(model, slices=batch) for batch in _batches(model.slices)]
-    if not any(tensor.is_cuda for tensor in model.tensors):
-        staging = None
-    if staging is not None:
-        staging.reserve(max(map(_copy_bytes, batches)))
     entries = {}
-    for number, batch in enumerate(batches):
-        # One wait for the tensors of a file, not one for each of them.
-        slices = batch.slices if staging is None else staging.of([batch])[0].slices
+    for number, slices in enumerate(_batches(model.slices)):
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
