@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,14 +140,20 @@ def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
-def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_or_a_full_disk_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
 
-    def full(*_: Any) -> Tensor:
-        raise OSError(28, "No space left on device")
+    def check(exported: Exported) -> None:
+        assert (exported.folder / "model.safetensors").is_file()
+        raise CheckpointError("different", remedy="none")
 
-    monkeypatch.setattr("dpo_dist.distributed.export.write_weights", full)
+    with pytest.raises(CheckpointError, match="different"):
+        export_checkpoint(checkpoint, tmp_path / "out", config, check=check)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(checkpoint_export, "write_weights", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -336,16 +343,3 @@ def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Pa
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     with pytest.raises(ConfigError, match=r"only checkpoints of runs with trainer\.ema_decay"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
-
-
-def test_a_failed_check_leaves_nothing(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.fp32)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-
-    def check(exported: Exported) -> None:
-        assert (exported.folder / "model.safetensors").is_file()
-        raise CheckpointError("different", remedy="none")
-
-    with pytest.raises(CheckpointError, match="different"):
-        export_checkpoint(checkpoint, tmp_path / "out", config, check=check)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
