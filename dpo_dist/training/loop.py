@@ -347,7 +347,7 @@ class Loop:
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step, self.stops.give_way)
+            measured |= samples.at(position.step, self.policy, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
