@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = write_difference((run, existing_run(given.other)), given.price, given.output)
     except DpoDistError as error:
         fault = error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fault = ConfigError(
             "the page cannot be written",
             where=str(given.output or given.run),
             got=str(error),
-            remedy="check permissions and free space, or write it elsewhere: --output page.html",
+            remedy="check the files of the run, permissions and free space, or set --output page.html",
         )
     else:
         print_line(f"report: {path}")

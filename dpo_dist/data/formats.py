@@ -25,7 +25,6 @@ from dpo_dist.data.messages import (
     read_text,
     reader_of,
     spelled_messages,
-    with_turns,
 )
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import (
@@ -38,13 +37,9 @@ from dpo_dist.data.records import (
     shown_key,
 )
 from dpo_dist.data.responses import (
-    COMPARISONS,
     IGNORE,
     LISTS,
-    MESSAGE_SIDES,
-    RESPONSE_SIDES,
     SIDE_NAMES,
-    SIDES,
     UNPAIRED,
     Content,
     as_pair,
@@ -136,7 +131,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
-    record = _with_values(as_pair(with_turns(record)), name)
+    record = _with_values(as_pair(record), name)
     row = _detected(record) if name is DataFormat.auto else FORMATS[name]
     content = row.content(record)
     read = row.read or reader_of(content.prompt, content.responses)
@@ -162,13 +157,11 @@ class Format:
 
     Attributes:
         content: returns the prompt and the responses of a record. Raises UnusableRecordError.
-        fields: the usual fields, each tuple one variant; shown for a record that has no known format.
         read: reads the prompt and the responses; None: chosen by their types.
         matches: whether a record has this format; None: never detected, only configured by its name.
     """
 
     content: Callable[[Fields], Content]
-    fields: tuple[tuple[str, ...], ...]
     read: Reader | None = None
     matches: Callable[[Fields], bool] | None = None
 
@@ -187,24 +180,12 @@ def _detected(record: Fields) -> Format:
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
-    """Return `unknown_format` with the fields of the record and of the formats nearest to it."""
     if is_labelled(record):
         return UnusableRecordError("unpaired", UNPAIRED)
     kinds = {str: "text", list: "list", dict: "object", type(None): "null"}
     shown = [f"{shown_key(key)} ({kinds.get(type(value), 'value')})" for key, value in record.items()]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name, row in FORMATS.items():
-        for fields in row.fields:
-            names.setdefault(fields, []).append(name)
-    most = max(len(record.keys() & set(fields)) for fields in names)
-    nearest = [
-        f"{' or '.join(names[fields])}: {', '.join(fields)}"
-        for fields in names
-        if len(record.keys() & set(fields)) == most > 0
-    ]
-    hint = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
-    return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}{hint}")
+    return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
 
 _MAX_SHOWN_KEYS = 12
@@ -244,31 +225,16 @@ _SPELLED = {
     **dict.fromkeys(("prompt", *QUESTIONS, "context"), "user"),
     **dict.fromkeys(("completion", *SIDE_NAMES, "response"), "assistant"),
 }
-_PAIR_FIELDS = ("prompt", *SIDES)
-_QUESTION_PAIRS = (
-    ("system", "question", *SIDES),
-    ("system", "history", "question", *RESPONSE_SIDES[0]),
-    ("instruction", *RESPONSE_SIDES[1]),
-    ("query", "history", *RESPONSE_SIDES[2]),
-    *((*filter(None, [row.prompt]), *row.responses, row.winner) for row in COMPARISONS),
-)
-
 # Formats with `matches` exclude each other: a record that matches two of them is ambiguous.
 FORMATS: dict[DataFormat, Format] = {
-    DataFormat.text: Format(pair, (_PAIR_FIELDS,), read_text),
-    DataFormat.messages: Format(pair, (_PAIR_FIELDS, *MESSAGE_SIDES), read_messages),
-    DataFormat.hh: Format(pair, (SIDES,), read_hh),
-    DataFormat.implicit_prompt: Format(pair, (SIDES,), read_implicit),
-    DataFormat.alpaca: Format(_with("instruction"), (("instruction", "input", "history", "system", *SIDES),)),
-    DataFormat.sharegpt: Format(_with("conversations", "messages"), (("conversations", "tools", *SIDES),)),
+    DataFormat.text: Format(pair, read=read_text),
+    DataFormat.messages: Format(pair, read=read_messages),
+    DataFormat.hh: Format(pair, read=read_hh),
+    DataFormat.implicit_prompt: Format(pair, read=read_implicit),
+    DataFormat.alpaca: Format(_with("instruction")),
+    DataFormat.sharegpt: Format(_with("conversations", "messages")),
     # A pair in any of these.
-    DataFormat.auto: Format(pair, _QUESTION_PAIRS, matches=has_pair),
-    DataFormat.ranked: Format(
-        ranking,
-        (("prompt", "responses", "scores"), ("instruction", "input", "output", "history", "system")),
-        matches=has_ranking,
-    ),
-    DataFormat.completion: Format(
-        completion, (("prompt", "completion"), ("messages",)), matches=has_completion
-    ),
+    DataFormat.auto: Format(pair, matches=has_pair),
+    DataFormat.ranked: Format(ranking, matches=has_ranking),
+    DataFormat.completion: Format(completion, matches=has_completion),
 }

@@ -312,36 +312,6 @@ def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
     return rest | {"from": given, "value": value.get(content)}
 
 
-_ASKED = ("human", "user", "tool")
-_ANSWERED = ("assistant", "gpt", "bot")
-
-
-def with_turns(record: Fields) -> Fields:
-    """Return a record whose `conversation` is a list of `{human, assistant}` with the turns in `messages`."""
-    for name in ("conversation", "conversations"):
-        listed = record.get(name)
-        if isinstance(listed, list) and listed and all(map(_is_exchange, listed)):
-            if record.get("messages") is not None:
-                break
-            turns = [
-                {"role": role, "content": exchange[role]}
-                for exchange in listed
-                for role in (*_ASKED, *_ANSWERED)
-                if exchange.get(role) is not None
-            ]
-            return {other: record[other] for other in record if other != name} | {"messages": turns}
-    return record
-
-
-def _is_exchange(value: Any) -> bool:
-    """Return whether a value is an object of one question, or tool result, and one response."""
-    return (
-        isinstance(value, Mapping)
-        and value.keys() <= {*_ASKED, *_ANSWERED}
-        and all(len(value.keys() & side) == 1 for side in (_ASKED, _ANSWERED))
-    )
-
-
 Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
 """Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
 

@@ -31,17 +31,15 @@ class Content:
 
 # Pairs: the names of the chosen and the rejected side.
 SIDES = ("chosen", "rejected")
-MESSAGE_SIDES = (
+_ALL_SIDES = (
+    SIDES,
     ("chosen_messages", "rejected_messages"),
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),
-)
-RESPONSE_SIDES = (
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
     ("response", "rejected_response"),
 )
-_ALL_SIDES = (SIDES, *MESSAGE_SIDES, *RESPONSE_SIDES)
 # Fields of other kinds of records too: by themselves they are no pair.
 _SHARED_NAMES = ("messages", "response")
 SIDE_NAMES = frozenset(itertools.chain(*_ALL_SIDES)).difference(_SHARED_NAMES)
@@ -97,9 +95,10 @@ def _side_names(record: Fields) -> tuple[str, str]:
     if any(pair != pairs[0] for pair in pairs):
         shown = "; ".join(", ".join(names) for names in complete)
         raise UnusableRecordError("ambiguous_format", f"two pairs: {shown}; {IGNORE}")
-    partial = [names for names in _ALL_SIDES if any(record.get(name) is not None for name in names)]
-    named = [names for names in partial if record.keys() >= set(names)]
-    return (complete or named or partial or [SIDES])[0]
+    found = {
+        names: [name for name in names if record.get(name) is not None] for names in complete or _ALL_SIDES
+    }
+    return max(found, key=lambda names: (len(found[names]), len(record.keys() & {*names})))
 
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
@@ -129,7 +128,7 @@ class _Comparison:
     scores: tuple[str, str] | None = None
 
 
-COMPARISONS = (
+_COMPARISONS = (
     # PKU-SafeRLHF
     _Comparison("prompt", ("response_0", "response_1"), "better_response_id", ("0",), ("1",)),
     # SHP
@@ -163,7 +162,7 @@ def as_pair(record: Fields) -> Fields:
     Raises:
         UnusableRecordError: the better response is not named, or the record also has another pair.
     """
-    for row in COMPARISONS:
+    for row in _COMPARISONS:
         if row.winner in record and all(record.get(name) is not None for name in row.responses):
             break
     else:

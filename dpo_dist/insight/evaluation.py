@@ -1,12 +1,13 @@
-"""Calibration of the preferences that reward margins imply (Guo et al. 2017, arXiv 1706.04599)."""
+"""Results of an evaluation: metrics with intervals, calibration, scores of every pair."""
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,34 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.files import staged_file
 from dpo_dist.objective.metrics import BUCKETS, LENGTH_BORDERS, MetricPlan, PairValues
 
+Column = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Name = TypeVar("Name", bound=Hashable)
+
+ALL = "all"
+"""The name of the results of all pairs."""
+LEVEL = 0.95
+FEWEST_PROMPTS = 6
+"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
+and an interval of one outcome has no width."""
+_MOST_PROMPTS = 1 << 17
+"""Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
+_SHARES = ("rewards/accuracies", "rewards/both_fall")
 _BINS = 10
+_SCORES = {
+    "reward_chosen": "reward_chosen",
+    "reward_rejected": "reward_rejected",
+    "margin": "margin",
+    "logp_chosen": "logp_chosen",
+    "logp_rejected": "logp_rejected",
+    "reference_logp_chosen": "reference_chosen",
+    "reference_logp_rejected": "reference_rejected",
+}
+_LENGTHS = ("tokens_chosen", "tokens_rejected")
 
 
 def calibration(margins: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Return the reliability of the model's implied preferences.
+    """Return the reliability of the model's implied preferences (Guo et al. 2017, arXiv 1706.04599).
 
     By the Bradley-Terry model, a margin m means the probability sigmoid(m) that the chosen response is
     better. The model's own preference is the response with the larger reward, and its confidence in it
@@ -34,49 +58,32 @@ def calibration(margins: npt.NDArray[np.float32]) -> dict[str, Any]:
         half. `expected_calibration_error`: mean of abs(accuracy - confidence) of the bins, weighted by pairs;
         None without pairs in them. `not_a_number`: pairs whose margin is nan; they are in no bin.
     """
-    is_number = ~np.isnan(margins)
-    undefined = int(len(margins) - is_number.sum())
-    margins = margins[is_number]
-    values = np.abs(margins.astype(np.float64))
-    confidence = 1 / (1 + np.exp(-values))
+    undefined = int(np.isnan(margins).sum())
+    margins = margins[~np.isnan(margins)]
+    confidence = 1 / (1 + np.exp(-np.abs(margins.astype(np.float64))))
     right = (margins > 0) + 0.5 * (margins == 0)
     numbers = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(np.int64), _BINS - 1)
     bins, error = [], 0.0
-    for number in range(_BINS):
-        of_bin = numbers == number
-        if not of_bin.any():
-            continue
-        mean, accuracy = float(confidence[of_bin].mean()), float(right[of_bin].mean())
-        error += abs(accuracy - mean) * of_bin.mean()
+    for number in np.unique(numbers).tolist():
+        inside = numbers == number
+        mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
+        error += abs(accuracy - mean) * float(inside.mean())
         low, high = (0.5 + edge / (2 * _BINS) for edge in (number, number + 1))
         bins.append(
-            {"low": low, "high": high, "pairs": int(of_bin.sum()), "confidence": mean, "accuracy": accuracy}
+            {"low": low, "high": high, "pairs": int(inside.sum()), "confidence": mean, "accuracy": accuracy}
         )
-    return {
-        "bins": bins,
-        "expected_calibration_error": float(error) if bins else None,
-        "not_a_number": undefined,
-    }
-
-
-Column = npt.NDArray[np.float64]
-
-LEVEL = 0.95
-FEWEST_PROMPTS = 6
-"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
-and an interval of one outcome has no width."""
-_MOST_PROMPTS = 1 << 17
-"""Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
+    expected = error if bins else None
+    return {"bins": bins, "expected_calibration_error": expected, "not_a_number": undefined}
 
 
 def bootstrap_intervals(
-    measured: Mapping[str, tuple[Column, Column]],
+    measured: Mapping[Name, tuple[Column, Column]],
     prompts: npt.NDArray[np.uint64],
     seed: int = 0,
     resamples: int = 1000,
-    shares: Collection[str] = (),
-    differences: Collection[str] = (),
-) -> dict[str, tuple[float, float]]:
+    shares: Collection[Name] = (),
+    differences: Collection[Name] = (),
+) -> dict[Name, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
     Args:
@@ -114,22 +121,11 @@ def bootstrap_intervals(
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             found[name] = float(low), float(high)
             if (name in shares or name in differences) and low == high and low in (-1, 0, 1):
-                lowest = -1.0 if name in differences else 0.0
-                found[name] = _of_equal_outcomes(float(low), lowest, int(counted[index]))
+                # Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1.
+                squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+                width, lowest = squared / (counted[index] + squared), -1.0 if name in differences else 0.0
+                found[name] = max(float(low - width), lowest), min(float(low + width), 1.0)
     return found
-
-
-def _of_equal_outcomes(share: float, lowest: float, prompts: int) -> tuple[float, float]:
-    """Return Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1."""
-    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-    width = squared / (prompts + squared)
-    return max(share - width, lowest), min(share + width, 1.0)
-
-
-ALL = "all"
-"""The name of the results of all pairs."""
-_SHARES = ("rewards/accuracies", "rewards/both_fall")
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -168,46 +164,35 @@ def results(
         `intervals`, [low, high] of metrics that are means over pairs or tokens; and `calibration`, unless
         pairs have one response.
     """
-    whole = np.ones(len(values), dtype=np.bool_)
-    found = {ALL: _of_group(whole, values, prompts, plan, resampling)}
+    found = {ALL: _of_group(values, prompts, plan, resampling)}
     divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
     found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
-        name = results_name(label)
-        found[name] = _of_group(members, values, prompts, plan, resampling)
+        own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
         suffix = f"/{label}" if plan.labels else ""
-        found[name] |= {
+        found[results_name(label)] = _of_group(own, prompts[members], plan, resampling) | {
             f"eval_{metric}": means[metric + suffix] for metric in plan.of_sources if metric + suffix in means
         }
     return found
 
 
 def _of_group(
-    members: Mask,
-    values: PairValues,
-    prompts: npt.NDArray[np.uint64],
-    plan: MetricPlan,
-    resampling: Resampling,
+    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, resampling: Resampling
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
-    own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
-    measured = _measured(own, plan)
-    row = {
+    measured = _measured(values, plan)
+    shares = {name for name in measured if name.startswith(_SHARES)}
+    intervals = bootstrap_intervals(measured, prompts, resampling.seed, resampling.resamples, shares)
+    found: dict[str, Any] = {
         f"eval_{name}": float(column.sum() / counts.sum())
         for name, (column, counts) in measured.items()
         if counts.sum()
     }
-    shares = {name for name in measured if name.startswith(_SHARES)}
-    intervals = bootstrap_intervals(measured, prompts[members], resampling.seed, resampling.resamples, shares)
-    found: dict[str, Any] = {
-        **row,
-        "eval_pairs": len(own),
-        "eval_prompts": len(np.unique(prompts[members])),
-        "intervals": {f"eval_{name}": list(ends) for name, ends in intervals.items()},
-    }
-    if not plan.loss.is_one_sided and len(own):
-        found |= {f"eval_{name}": value for name, value in own.margin_percentiles().items()}
-        found["calibration"] = calibration(own.margin)
+    found |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
+    found["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
+    if not plan.loss.is_one_sided and len(values):
+        found |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
+        found["calibration"] = calibration(values.margin)
     return found
 
 
@@ -215,18 +200,16 @@ def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, C
     """Return values and counts of each pair by metric: those of `plan` that values of single pairs decide."""
     margins = values.margin
     is_missing = np.isnan(margins)  # a comparison with it is False
-    right = np.where(is_missing, np.nan, (margins > 0) + 0.5 * (margins == 0))
     falls = (values.logp_chosen < values.reference_chosen) & (
         values.logp_rejected < values.reference_rejected
     )
     ones = np.ones(len(values))
-    has_reference = np.isfinite(values.reference_chosen)
     columns: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
         "rewards/chosen": (values.reward_chosen, ones),
         "rewards/rejected": (values.reward_rejected, ones),
-        "rewards/accuracies": (right, ones),
+        "rewards/accuracies": (np.where(is_missing, np.nan, (margins > 0) + 0.5 * (margins == 0)), ones),
         "rewards/margins": (margins, ones),
-        "rewards/both_fall": (np.where(is_missing, np.nan, falls), has_reference),
+        "rewards/both_fall": (np.where(is_missing, np.nan, falls), np.isfinite(values.reference_chosen)),
         "logps/chosen": (values.logp_chosen, ones),
         "logps/rejected": (values.logp_rejected, ones),
         "logps/chosen_per_token": (values.logp_chosen, values.tokens_chosen),
@@ -234,30 +217,18 @@ def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, C
         "tokens/chosen": (values.tokens_chosen, ones),
         "tokens/rejected": (values.tokens_rejected, ones),
     }
-    buckets = np.digitize(np.maximum(values.tokens_chosen, values.tokens_rejected), LENGTH_BORDERS)
     found = {
         name: (column.astype(np.float64), counts.astype(np.float64))
         for name, (column, counts) in columns.items()
         if name in plan.of_pairs
     }
+    buckets = np.digitize(np.maximum(values.tokens_chosen, values.tokens_rejected), LENGTH_BORDERS)
     for name in plan.of_lengths:
         for number, bucket in enumerate(BUCKETS):
             inside = buckets == number
             own = np.where(inside, found[name][0], 0.0)  # a value that is not finite is of its bucket only
             found[f"{name}_by_length/{bucket}"] = own, inside.astype(np.float64)
     return found
-
-
-_NAMES = {
-    "reward_chosen": "reward_chosen",
-    "reward_rejected": "reward_rejected",
-    "margin": "margin",
-    "logp_chosen": "logp_chosen",
-    "logp_rejected": "logp_rejected",
-    "reference_logp_chosen": "reference_chosen",
-    "reference_logp_rejected": "reference_rejected",
-}
-_LENGTHS = ("tokens_chosen", "tokens_rejected")
 
 
 def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> None:
@@ -267,23 +238,14 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
     tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    labels = chain.from_iterable(map(repeat, dataset.source_labels, dataset.source_pairs))
     with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
-        for index, label in enumerate(_labels(dataset)):
+        for index, label in enumerate(labels):
             origin = dataset.origin(index)
-            record: dict[str, str | int | float | None] = {
-                "source": label,
-                "file": origin.source,
-                "line": origin.line,
+            scores = {name: float(vars(values)[column][index]) for name, column in _SCORES.items()}
+            record = {
+                **{"source": label, "file": origin.source, "line": origin.line},
+                **{name: score if math.isfinite(score) else None for name, score in scores.items()},
+                **{name: int(vars(values)[name][index]) for name in _LENGTHS},
             }
-            for name, column in _NAMES.items():
-                value = float(vars(values)[column][index])
-                record[name] = value if math.isfinite(value) else None
-            record |= {name: int(vars(values)[name][index]) for name in _LENGTHS}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _labels(dataset: PreferenceDataset) -> Iterator[str]:
-    """Yield the label of each example."""
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        for _ in range(pairs):
-            yield label

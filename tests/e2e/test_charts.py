@@ -1,4 +1,4 @@
-"""Charts of pages in a real browser: hover, keyboard, touch, switch of the axis, narrow, without script."""
+"""Charts of pages in a real browser: hover, keyboard, touch, narrow, without script."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ from tests.support.browser import Watched, chromium
 
 HOSTILE = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
 STEPS = list(range(10, 1010, 10))
-HOURS = [step**2 / 1e6 for step in STEPS]  # steps become slower
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +31,8 @@ def page_file(tmp_path_factory) -> Path:
         Line("evaluation", [0.5 if step % 250 == 0 else None for step in STEPS], "evaluation"),
     ]
     figures = [
-        chart("Loss", lines, STEPS, HOURS),
-        chart(HOSTILE, [Line(HOSTILE, [1e7 + step for step in STEPS], "raw")], STEPS, HOURS, HOSTILE),
+        chart("Loss", lines, STEPS),
+        chart(HOSTILE, [Line(HOSTILE, [1e7 + step for step in STEPS], "raw")], STEPS, HOSTILE),
         chart("Gradient norm", [Line("norm", [10.0**-step for step in range(100)], "raw")], STEPS, log=True),
     ]
     file = tmp_path_factory.mktemp("page") / "charts.html"
@@ -83,20 +82,6 @@ def test_hover_shows_the_values_at_a_step_in_all_charts(browser: Any, page_file:
     assert watched.requests == [page_file.as_uri()]
 
 
-def test_the_switch_shows_hours_in_all_charts_that_have_them(browser: Any, page_file: Path) -> None:
-    watched = opened(browser, page_file)
-    visible = watched.page.locator(".at-hours:visible"), watched.page.locator(".at-steps:visible")
-    assert [found.count() for found in visible] == [0, 3]
-    watched.page.get_by_label("hours").check()
-    assert [found.count() for found in visible] == [2, 1]
-    hover(watched, 0.25)
-    assert texts(watched)[0] == "step 500 · 0.25 h"
-    assert texts(watched, 2)[0] == "step 1,000"
-    watched.page.get_by_label("steps").check()
-    assert texts(watched) == LAST
-    assert watched.errors == []
-
-
 def test_the_keyboard_moves_from_step_to_step(browser: Any, page_file: Path) -> None:
     watched = opened(browser, page_file)
     watched.page.locator("figure").first.focus()
@@ -130,5 +115,3 @@ def test_a_narrow_page_is_not_wider_than_the_screen(browser: Any, page_file: Pat
 def test_without_script_the_charts_are_complete(browser: Any, page_file: Path) -> None:
     watched = opened(browser, page_file, java_script_enabled=False)
     assert texts(watched) == LAST
-    watched.page.get_by_label("hours").check()
-    assert watched.page.locator(".at-hours:visible").count() == 2

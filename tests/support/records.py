@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data import DataFormat, SourceConfig
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.config.data import DataFormat
+from dpo_dist.data.formats import parse_record
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 
 TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 
@@ -36,20 +36,15 @@ def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int,
     ]
 
 
-def read_one(
-    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
-) -> PreferenceRecord | BadRecord:
-    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
-    return record
-
-
-def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = read_one(folder, fields, format_)
+def good(fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    """Return a record that can be used."""
+    record = parse_record(fields, format_, Origin("here", 1))
     assert isinstance(record, PreferenceRecord), record
     return record
 
 
-def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
-    record = read_one(folder, fields, format_)
+def bad(fields: Any, format_: DataFormat = DataFormat.auto) -> BadRecord:
+    """Return why a record cannot be used."""
+    record = parse_record(fields, format_, Origin("here", 1))
     assert isinstance(record, BadRecord), record
-    return record.reason
+    return record

@@ -33,10 +33,37 @@ def describe(judge: dict[str, Any]) -> str:
     return f"{judge['model']} at {judge['url']}: {verdicts}"
 
 
+def compare_texts(
+    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
+) -> list[dict[str, Any]]:
+    """Return for each prompt `credits` of the first of every two models, and `counts` of the judge.
+
+    A credit is null without a usable verdict; the order is that of `itertools.combinations`. The judge is
+    asked only about two different texts that are not empty.
+    """
+    pairs = [list(itertools.combinations(own, 2)) for own in texts]
+    questions = [
+        Question(record, pair)
+        for record, own in zip(records, pairs, strict=True)
+        for pair in own
+        if without_judge(*pair) is None
+    ]
+    judgements, rows = iter(judge.judge(questions)), []
+    for own, own_pairs in zip(texts, pairs, strict=True):
+        counts, credited = Counter[str](), [without_judge(*pair) for pair in own_pairs]
+        for at, decided in enumerate(credited):
+            if decided is None:
+                judgement = next(judgements)
+                credited[at] = judgement.scores[0]
+                counts += judgement.counts
+        rows.append(_row([None] * len(own), credited, counts))
+    return rows
+
+
 def score_texts(
     records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
 ) -> list[dict[str, Any]]:
-    """Return `{"scores": [score or null of each model], "counts": {...}}` for each prompt.
+    """Return the same as `compare_texts`, with the `scores` of the models' responses, which decide credits.
 
     Equal responses are scored once; an empty one has no score.
     """
@@ -46,31 +73,16 @@ def score_texts(
     for own, asked in zip(texts, different, strict=True):
         judgement = next(judgements) if asked else Judgement([])
         scores = dict(zip(asked, judgement.scores, strict=True))
-        rows.append({"scores": [scores.get(text) for text in own], "counts": _positive(judgement.counts)})
+        scored = [(text, scores.get(text)) for text in own]
+        credited = [credit(*pair) for pair in itertools.combinations(scored, 2)]
+        rows.append(_row([score for _, score in scored], credited, judgement.counts))
     return rows
 
 
-def compare_texts(
-    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
-) -> list[dict[str, Any]]:
-    """Return `{"credits": [...], "counts": {...}}` for each prompt: credits of the first of every two models.
-
-    The order is that of `itertools.combinations`. The judge is asked only about two different texts that are
-    not empty.
-    """
-    rows: list[dict[str, Any]] = []
-    questions: list[tuple[int, int, Question]] = []
-    for index, (record, own) in enumerate(zip(records, texts, strict=True)):
-        pairs = list(itertools.combinations(own, 2))
-        own_credits = [without_judge(*pair) for pair in pairs]
-        open_pairs = [at for at, decided in enumerate(own_credits) if decided is None]
-        questions += [(index, at, Question(record, pairs[at])) for at in open_pairs]
-        rows.append({"credits": own_credits, "counts": Counter()})
-    judgements = judge.judge([question for *_, question in questions])
-    for (index, at, _), judgement in zip(questions, judgements, strict=True):
-        rows[index]["credits"][at] = judgement.scores[0]
-        rows[index]["counts"] += judgement.counts
-    return [row | {"counts": _positive(row["counts"])} for row in rows]
+def _row(
+    scores: Sequence[float | None], credited: Sequence[float | None], counts: Counter[str]
+) -> dict[str, Any]:
+    return {"scores": scores, "credits": credited, "counts": dict(sorted((+counts).items()))}
 
 
 def without_judge(first: str, second: str) -> float | None:
@@ -83,27 +95,10 @@ def without_judge(first: str, second: str) -> float | None:
     return WIN if has_first else LOSS
 
 
-def credit(first: str, second: str, scores: tuple[float | None, float | None]) -> float | None:
-    """Return the credit of the first response by its score; None if one of them has none."""
-    decided = without_judge(first, second)
-    one, other = scores
+def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
+    """Return the credit of the first response, each with its score; None if one of them has none."""
+    (text, one), (other_text, other) = first, second
+    decided = without_judge(text, other_text)
     if decided is not None or one is None or other is None:
         return decided
     return TIE if one == other else WIN if one > other else LOSS
-
-
-def all_credits(
-    texts: Sequence[str], scores: Sequence[float | None], verdicts: Sequence[float | None] | None
-) -> list[float | None]:
-    """Return the credit of the first of every two models, in the order of `itertools.combinations`.
-
-    `verdicts` are those of a judge that compares, in the same order; None: scores decide.
-    """
-    if verdicts is not None:
-        return list(verdicts)
-    pairs = itertools.combinations(zip(texts, scores, strict=True), 2)
-    return [credit(first, second, (one, other)) for (first, one), (second, other) in pairs]
-
-
-def _positive(counts: Counter[str]) -> dict[str, int]:
-    return {name: number for name, number in sorted(counts.items()) if number}

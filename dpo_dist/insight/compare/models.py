@@ -3,9 +3,9 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
-from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.manifest import MANIFEST
@@ -42,14 +41,7 @@ from dpo_dist.generation.pairs.preflight import (
 from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_key
 from dpo_dist.generation.sampling.respond import Answers, find_description, open_responder
 from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
-from dpo_dist.insight.compare.judging import (
-    all_credits,
-    compare_texts,
-    compares,
-    describe,
-    has_judge,
-    score_texts,
-)
+from dpo_dist.insight.compare.judging import compare_texts, compares, describe, has_judge, score_texts
 from dpo_dist.insight.compare.responses import (
     Row,
     Speaker,
@@ -57,137 +49,13 @@ from dpo_dist.insight.compare.responses import (
     shown_prompt,
     write_held_out,
 )
-from dpo_dist.insight.compare.results import Tally, comparison
+from dpo_dist.insight.compare.results import comparison
 from dpo_dist.insight.compare.start import KEY, Compared, Kind
 from dpo_dist.insight.evaluation import Resampling
 from dpo_dist.model.folder import hub_commit
 
-DIFFERING = "differing "
+_DIFFERING = "differing "
 """With a model's name, the count of prompts that it encodes as other tokens than the base."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The finished parts of all stages.
-
-    Attributes:
-        responses: of each model, the base first.
-        logps: of each model's responses under itself.
-        base_logps: the same under the base; None for a model with other tokens.
-        judged: of the judge; None without one.
-    """
-
-    responses: Sequence[Parts]
-    logps: Sequence[Parts]
-    base_logps: Sequence[Parts | None]
-    judged: Parts | None
-
-
-def answers(finished: Finished, prompts: PromptList, tally: Tally, counts: Counter[str]) -> Iterator[Row]:
-    """Yield the rows of `answers.jsonl`; count in `tally` and `counts`.
-
-    A prompt that a model cannot be asked has no row: it is counted by its reason.
-    """
-    with prompts.file.open("rb") as lines:
-        for index in range(prompts.parts):
-            records = prompts.part(index)
-            rows = zip(records, lines, *_columns(finished, index, len(records)), strict=False)
-            for record, line, asked, logps, base_logps, judged in rows:
-                counts.update(judged.get("counts", {}))
-                dropped = next((one.dropped for one in asked if one.dropped is not None), None)
-                if dropped is not None:
-                    counts[f"prompts_dropped_{dropped}"] += 1
-                    continue
-                scores = judged.get("scores", [None] * len(asked))
-                responses = {
-                    name: _response(*facts)
-                    for name, *facts in zip(tally.models, asked, logps, base_logps, scores, strict=True)
-                }
-                for name, one in zip(tally.models, asked, strict=True):
-                    counts[f"{DIFFERING}{name}"] += one.prompt_ids != asked[0].prompt_ids
-                texts = [response["text"] for response in responses.values()]
-                credited = (
-                    None if finished.judged is None else all_credits(texts, scores, judged.get("credits"))
-                )
-                tally.add(responses, credited)
-                yield _row(record, json.loads(line), responses, credited)
-
-
-def _columns(finished: Finished, index: int, prompts: int) -> Iterator[Sequence[Any]]:
-    """Yield what each stage has for the prompts of a part, of all models: answers, log-probs, judgements."""
-    yield list(zip(*(map(Answers.of, parts.read(index)) for parts in finished.responses), strict=True))
-    for stages in (finished.logps, finished.base_logps):
-        rows = (None if parts is None else parts.read(index) for parts in stages)
-        logps = ([None] * prompts if own is None else [row["logp"] for row in own] for own in rows)
-        yield list(zip(*logps, strict=True))
-    yield [{}] * prompts if finished.judged is None else finished.judged.read(index)
-
-
-def _response(asked: Answers, logp: float | None, base_logp: float | None, score: float | None) -> Row:
-    (answer,) = asked.answers
-    return {
-        "text": answer.content,
-        "tokens": answer.tokens,
-        "finished": answer.finished,
-        "logp": logp,
-        "base_logp": base_logp,
-        "logp_tokens": len(answer.ids),
-        "score": score,
-    }
-
-
-def _row(
-    record: PreferenceRecord,
-    facts: Mapping[str, Any],
-    responses: Mapping[str, Row],
-    credited: Sequence[float | None] | None,
-) -> Row:
-    row: Row = {
-        "prompt_id": prompt_key(record)[:16],
-        "prompt": shown_prompt(record.prompt),
-        "source": facts["source"],
-        "chosen": facts["chosen"],
-        "responses": responses,
-    }
-    if credited is not None:
-        pairs = zip(itertools.combinations(responses, 2), credited, strict=True)
-        row["verdicts"] = [{"first": one, "second": two, "credit": credit} for (one, two), credit in pairs]
-    return row
-
-
-def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
-    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
-    if model.kind is not Kind.checkpoint:
-        return model.location
-    checkpoint = Path(model.location).resolve()
-    digest = content_digest([checkpoint / MANIFEST])[:16]
-    written = folder / f"{checkpoint.parents[1].name}-{checkpoint.name}-{digest}"
-
-    if not stages.world.on_main(written.is_dir):
-        stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        stages.world.on_main(
-            lambda: export_checkpoint(checkpoint, written, _config_of_run(checkpoint)),
-            stages.screen.heartbeat(f"writing {written}"),
-        )
-    return str(written)
-
-
-def _config_of_run(checkpoint: Path) -> RunConfig:
-    """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    run = RunFolder(checkpoint.parents[1])
-    try:
-        found = from_yaml(read_config(run.config))
-        return replace(found, model=replace(found.model, trust_remote_code=False))
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError(
-            "the run of this checkpoint has no configuration",
-            where=KEY,
-            got=f"{run.config}: {getattr(fault, 'strerror', None) or fault}",
-            expected="a checkpoint in its run directory, beside config.yaml",
-            remedy="name a checkpoint in the directory of its run",
-        ) from None
-
-
 _REMEDY = (
     "lower compare.batch_tokens or compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
@@ -220,12 +88,10 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             location = whole_model(model, folder.comparison_models, stages)
             source = stages.found(location, config, KEY)
             speakers.append(Speaker(model, source, config, stages, parts, prompts))
-        finished = _finished(speakers, stages)
-        if judge is not None:
-            judged = _judged(finished.responses, judge, config, prompts, stages)
-            finished = replace(finished, judged=judged)
+        _speak(speakers, screen)
+        judged = None if judge is None else _judged(speakers, judge, config, prompts, stages)
         return world.on_main(
-            lambda: _write(finished, speakers, judge, config, prompts, screen),
+            lambda: _write(speakers, judge, judged, config, prompts, screen),
             screen.heartbeat("writing the comparison"),
         )
 
@@ -243,32 +109,60 @@ def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Scr
         )
 
 
-def _finished(speakers: Sequence[Speaker], stages: Stages) -> Finished:
-    """Finish the stages of models, with one model at a time in memory: the base last, to score the others."""
+def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
+    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
+    if model.kind is not Kind.checkpoint:
+        return model.location
+    checkpoint = Path(model.location).resolve()
+    digest = content_digest([checkpoint / MANIFEST])[:16]
+    written = folder / f"{checkpoint.parents[1].name}-{checkpoint.name}-{digest}"
+    if not stages.world.on_main(written.is_dir):
+        stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
+        stages.world.on_main(
+            lambda: export_checkpoint(checkpoint, written, _config_of_run(checkpoint)),
+            stages.screen.heartbeat(f"writing {written}"),
+        )
+    return str(written)
+
+
+def _config_of_run(checkpoint: Path) -> RunConfig:
+    """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
+    run = RunFolder(checkpoint.parents[1])
+    try:
+        found = from_yaml(read_config(run.config))
+        return replace(found, model=replace(found.model, trust_remote_code=False))
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(
+            "the run of this checkpoint has no configuration",
+            where=KEY,
+            got=f"{run.config}: {getattr(fault, 'strerror', None) or fault}",
+            expected="a checkpoint in its run directory, beside config.yaml",
+            remedy="name a checkpoint in the directory of its run",
+        ) from None
+
+
+def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
+    """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
     base, *others = speakers
-    responses: dict[str, Parts] = {}
-    own: dict[str, Parts] = {}
     for speaker in (*others, base):
-        responses[speaker.name] = speaker.responses()
-        own[speaker.name] = speaker.logps(responses[speaker.name], speaker.name)
+        speaker.respond()
+        speaker.logps = speaker.score(speaker)
         if speaker is not base:
             speaker.free()
-    under_base: list[Parts | None] = [own[base.name]]
+    base.base_logps = base.logps
     for speaker in others:
-        has_same = base.has_tokens_of(speaker)
-        if not has_same:
-            stages.screen.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
-        under_base.append(base.logps(responses[speaker.name], speaker.name) if has_same else None)
+        if base.has_tokens_of(speaker):
+            speaker.base_logps = base.score(speaker)
+        else:
+            screen.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
     base.free()
-    names = [speaker.name for speaker in speakers]
-    return Finished([responses[name] for name in names], [own[name] for name in names], under_base, None)
 
 
 def _judged(
-    responses: Sequence[Parts], judge: dict[str, Any], config: RunConfig, prompts: PromptList, stages: Stages
+    speakers: Sequence[Speaker], judge: dict[str, Any], config: RunConfig, prompts: PromptList, stages: Stages
 ) -> Parts:
     """Return the finished judgements."""
-    settings = {"responses": [parts.folder.name for parts in responses], "judge": judge}
+    settings = {"responses": [speaker.responses.folder.name for speaker in speakers], "judge": judge}
     parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
     budget = replace(config.pairs, batch_tokens=config.compare.batch_tokens)
     work = compare_texts if compares(config.pairs) else score_texts
@@ -278,54 +172,94 @@ def _judged(
         return open_judge(replace(config, pairs=budget), stages.world.device, stages.world.size)
 
     def part(index: int) -> list[Row]:
-        rows = zip(*(map(Answers.of, own.read(index)) for own in responses), strict=True)
+        rows = zip(*(map(Answers.of, speaker.responses.read(index)) for speaker in speakers), strict=True)
         texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
         # A prompt that a model cannot be asked is not judged.
-        asked = [own if len(own) == len(responses) else [] for own in texts]
+        asked = [own if len(own) == len(speakers) else [] for own in texts]
         return work(prompts.part(index), asked, opened())
 
     stages.finish("judgements", parts, part)
     return parts
 
 
+def _rows(
+    speakers: Sequence[Speaker], judged: Parts | None, prompts: PromptList, counts: Counter[str]
+) -> Iterator[Row]:
+    """Yield the rows of `answers.jsonl`; count in `counts`.
+
+    A prompt that a model cannot be asked has no row: it is counted by its reason.
+    """
+    names = [speaker.name for speaker in speakers]
+    with prompts.file.open("rb") as lines:
+        for index in range(prompts.parts):
+            records = prompts.part(index)
+            nothing: list[Row] = [{}] * len(records)
+            judgements = nothing if judged is None else judged.read(index)
+            rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
+            for record, line, row, judgement in zip(records, lines, rows, judgements, strict=False):
+                counts.update(judgement.get("counts", {}))
+                asked = [answers for answers, _ in row]
+                if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
+                    counts[f"prompts_dropped_{dropped}"] += 1
+                    continue
+                for name, answers in zip(names, asked, strict=True):
+                    counts[f"{_DIFFERING}{name}"] += answers.prompt_ids != asked[0].prompt_ids
+                scores = judgement.get("scores", [None] * len(speakers))
+                facts = json.loads(line)
+                found: Row = {
+                    "prompt_id": prompt_key(record)[:16],
+                    "prompt": shown_prompt(record.prompt),
+                    "source": facts["source"],
+                    "chosen": facts["chosen"],
+                    "responses": {
+                        name: response | {"score": score}
+                        for name, (_, response), score in zip(names, row, scores, strict=True)
+                    },
+                }
+                if judged is not None:
+                    pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
+                    found["verdicts"] = [
+                        {"first": first, "second": second, "credit": credit}
+                        for (first, second), credit in pairs
+                    ]
+                yield found
+
+
 def _write(
-    finished: Finished,
     speakers: Sequence[Speaker],
     judge: dict[str, Any] | None,
+    judged: Parts | None,
     config: RunConfig,
     prompts: PromptList,
     screen: Screen,
 ) -> dict[str, Any]:
     """Write both files and print what was dropped; on rank 0."""
-    folder, settings = RunFolder.of(config), config.compare
-    tally, counts = Tally([speaker.name for speaker in speakers]), Counter[str]()
+    folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
+    names = [speaker.name for speaker in speakers]
     collect_abandoned(folder.comparison)
     with staged_file(folder.comparison_answers) as temporary:
-        write_lines(temporary, answers(finished, prompts, tally, counts))
-        if not tally.prompts:  # the files of an earlier comparison stay
+        write_lines(temporary, _rows(speakers, judged, prompts, counts))
+        if not temporary.stat().st_size:  # the files of an earlier comparison stay
             raise DataError(
                 "no prompt can be used with every model",
                 where="data.eval",
                 got="; ".join(line.strip() for line in describe_counts(counts)),
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
-    found = comparison(tally, Resampling(settings.resamples, settings.seed))
+        with temporary.open("rb") as lines:
+            found = comparison(map(json.loads, lines), names, Resampling(settings.resamples, settings.seed))
+    for speaker, row in zip(speakers, found["models"], strict=True):
+        row |= {
+            "path": speaker.compared.path,
+            "digest": speaker.source.digest,
+            "revision": hub_commit(speaker.source.folder),
+            "prompts_encoded_differently": counts.pop(f"{_DIFFERING}{row['name']}", 0),
+        }
     results = {
-        "base": speakers[0].name,
-        "prompts": tally.prompts,
+        "base": names[0],
         "judge": None if judge is None else describe(judge),
         "judge_compares": judge is not None and compares(config.pairs),
         **found,
-        "models": [
-            row
-            | {
-                "path": speaker.compared.path,
-                "digest": speaker.source.digest,
-                "revision": hub_commit(speaker.source.folder),
-                "prompts_encoded_differently": counts.pop(f"{DIFFERING}{row['name']}", 0),
-            }
-            for speaker, row in zip(speakers, found["models"], strict=True)
-        ],
         "counts": dict(sorted(counts.items())),
         "sampling": {
             "temperature": settings.temperature,
@@ -336,7 +270,7 @@ def _write(
     }
     written: dict[str, Any] = plain(results)
     write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-    for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
+    for line in describe_counts(counts + Counter(prompts=found["prompts"])) if +counts else []:
         screen.say(line)
     return written
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.schema import RunConfig
@@ -56,19 +56,15 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
 
     They are chosen by a hash of `compare.seed` and the prompt, and written in the order of the data.
     """
-    wanted = config.compare.prompts
-    chosen: list[tuple[int, int, str]] = []  # the smallest hashes, negated: a heap pops its smallest entry
-    seen: set[bytes] = set()
-    for index, (record, label) in enumerate(_held_out(config, say)):
-        key = prompt_key(record)
-        if bytes.fromhex(key) in seen:
-            continue
-        seen.add(bytes.fromhex(key))
-        rank = -int(text_digest(f"{config.compare.seed} {key}"), 16)
-        if len(chosen) < wanted or rank > chosen[0][0]:
-            heapq.heappush(chosen, (rank, index, _line(record, label)))
-            if len(chosen) > wanted:
-                heapq.heappop(chosen)
+    wanted, seen = config.compare.prompts, set[str]()
+
+    def ranked() -> Iterator[tuple[str, int, str]]:
+        for index, (record, label) in enumerate(_held_out(config, say)):
+            if (key := prompt_key(record)) not in seen:
+                seen.add(key)
+                yield text_digest(f"{config.compare.seed} {key}"), index, _line(record, label)
+
+    chosen = heapq.nsmallest(wanted, ranked())
     if not chosen:
         raise DataError(
             "the evaluation data have no usable prompt",
@@ -123,7 +119,17 @@ Row = dict[str, Any]
 
 
 class Speaker:
-    """A model of the comparison; its weights are loaded when a process has its first part to do."""
+    """A model of the comparison; its weights are loaded when a process has its first part to do.
+
+    Attributes:
+        responses: finished, with token ids.
+        logps: of its responses under itself.
+        base_logps: the same under the base; None if that has other tokens.
+    """
+
+    responses: Parts
+    logps: Parts
+    base_logps: Parts | None = None
 
     def __init__(
         self,
@@ -134,9 +140,9 @@ class Speaker:
         folder: Path,
         prompts: PromptList,
     ):
-        self.compared, self.source = compared, source
+        self.compared, self.source, self.name = compared, source, compared.name
         self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
-        self.name, settings = compared.name, config.compare
+        settings = config.compare
         self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
 
     @cached_property
@@ -167,17 +173,8 @@ class Speaker:
         settle(CheckedModel(packed, packed, world.device, longest, KEY))
         return packed
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        """Return a sample for each request, in their order."""
-        with self._packed.unpacked() as causal_lm:
-            budget = self._config.compare.batch_tokens
-            return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
-
-    def responses(self) -> Parts:
-        """Return the finished responses of this model; collective.
-
-        Each row is of `respond`, with token ids. Models share the random numbers of a prompt.
-        """
+    def respond(self) -> None:
+        """Finish the responses; collective. Models share the random numbers of a prompt."""
         prompts, model = self._prompts, self._config.model
         settings = {
             "prompts": prompts.digest,
@@ -187,36 +184,39 @@ class Speaker:
             **asdict(self._sampling),
             "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],
         }
-        parts = Parts.of(self._folder, "responses", settings, prompts.parts)
+        self.responses = Parts.of(self._folder, "responses", settings, prompts.parts)
+
+        def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+            with self._packed.unpacked() as causal_lm:
+                budget = self._config.compare.batch_tokens
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
 
         def part(index: int) -> list[Row]:
             records, numbers = prompts.part(index), Numbers(0, 1)
-            rows = respond(records, self.responder, self.generate, self._sampling, numbers, keeps_ids=True)
+            rows = respond(records, self.responder, samples, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
-        self._stages.finish(f"responses of {self.name}", parts, part)
-        return parts
+        self._stages.finish(f"responses of {self.name}", self.responses, part)
 
-    def logps(self, responses: Parts, of: str) -> Parts:
-        """Return the finished log-probs of the model `of`'s responses under this model; collective.
+    def score(self, other: "Speaker") -> Parts:
+        """Return the finished log-probs of a model's responses under this model; collective.
 
         Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
         """
-        model = self._config.model
         settings = {
-            "responses": responses.folder.name,
+            "responses": other.responses.folder.name,
             "model": self.source.digest,
-            "attention": str(model.attention),
+            "attention": str(self._config.model.attention),
         }
         parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
 
         def part(index: int) -> list[Row]:
-            rows = [Answers.of(row) for row in responses.read(index)]
+            rows = [Answers.of(row) for row in other.responses.read(index)]
             budget, device = self._config.compare.batch_tokens, self._stages.world.device
-            found = response_logps(self._packed, rows, budget, device)
-            return [{"logp": logp} for logp in found]
+            return [{"logp": logp} for logp in response_logps(self._packed, rows, budget, device)]
 
-        title = f"log-probs of {of}" + ("" if of == self.name else f"'s responses under {self.name}")
+        title = f"log-probs of {other.name}"
+        title += "" if other is self else f"'s responses under {self.name}"
         self._stages.finish(title, parts, part)
         return parts
 
@@ -230,6 +230,24 @@ class Speaker:
         vars(self).pop("_packed", None)
         return_memory()
 
+    def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
+        """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
+        under = [None if parts is None else parts.read(index) for parts in (self.logps, self.base_logps)]
+        for at, row in enumerate(self.responses.read(index)):
+            answers = Answers.of(row)
+            logp, base_logp = (None if rows is None else rows[at]["logp"] for rows in under)
+            response = {}
+            for answer in answers.answers:
+                response = {
+                    "text": answer.content,
+                    "tokens": answer.tokens,
+                    "finished": answer.finished,
+                    "logp": logp,
+                    "base_logp": base_logp,
+                    "logp_tokens": len(answer.ids),
+                }
+            yield answers, response
+
 
 @torch.inference_mode()
 def response_logps(
@@ -237,7 +255,9 @@ def response_logps(
 ) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
     sequences = {
-        index: Sequences(_ids(row.prompt_ids), (_ids(row.answers[0].ids),))
+        index: Sequences(
+            np.array(row.prompt_ids, dtype=np.int32), (np.array(row.answers[0].ids, dtype=np.int32),)
+        )
         for index, row in enumerate(rows)
         if row.answers
     }
@@ -247,16 +267,8 @@ def response_logps(
     layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
     for part in consecutive_batches(layout, budget, packed.arrangement):
         batch = scored[part.start : part.stop]
-        packed_batch = _packed([sequences[at] for at in batch])
-        logps = packed(packed_batch.to(device)).double().cpu()
-        of_each = logps.split(packed_batch.response_tokens.tolist())
+        batched = pack([sequences[at] for at in batch], np.zeros((len(batch), 2), dtype=np.uint64))
+        logps = packed(batched.to(device)).double().cpu()
+        of_each = logps.split(batched.response_tokens.tolist())
         sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
     return [sums.get(index) for index in range(len(rows))]
-
-
-def _packed(sequences: Sequence[Sequences]) -> PackedBatch:
-    return pack(sequences, np.zeros((len(sequences), 2), dtype=np.uint64))
-
-
-def _ids(numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return np.array(numbers, dtype=np.int32)

@@ -1,7 +1,7 @@
 """Facts about a run that its page shows: the files of its directory, each read once."""
 
 import json
-import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,6 @@ import yaml
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
-from dpo_dist.insight.pages.charts import seconds_of_steps
 from dpo_dist.insight.verdict.facts import RunFacts
 
 Fields = Mapping[str, Any]
@@ -28,19 +27,15 @@ WORK_NAMES: Mapping[Work, str] = {
     "other": "the rest",
 }
 """Name of each kind of work for people."""
-
-_SAME = 1e-6
-_HOUR = 3600
-_OF_AN_END = frozenset(
-    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second", "work"}
-    | {"best_checkpoints"}
+_OF_AN_END = (
+    *("exit", "verdict", "final", "best", "best_checkpoints", "steps", "pairs_seen"),
+    *("train_seconds", "pairs_per_second", "work"),
 )
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PageFacts:
-    """The content of a run directory, without secrets; empty where a file is missing or cannot be read.
+    """The content of a run directory, without secrets; empty where a file is missing.
 
     Attributes:
         folder: the run directory.
@@ -91,15 +86,10 @@ class PageFacts:
         return int(self.summary.get("world_size") or self.environment.get("world_size") or 1)
 
     @property
-    def has_gpus(self) -> bool:
-        """Whether the run used GPUs."""
-        return bool(self.environment.get("gpus"))
-
-    @property
     def seconds_by_work(self) -> dict[str, float]:
         """Wall-clock seconds of the kinds of work above 0; before the end of a run those of its rows."""
         found = self.section("work").get("seconds") or {
-            "training": sum(seconds_of_steps(self.run.rows)),
+            "training": sum(seconds for _, seconds in timed_steps(self.run.rows)),
             "evaluation": sum(row.get("step_seconds", 0.0) for row in self.run.evaluations),
         }
         return {WORK_NAMES[work]: found[work] for work in WORKS if found.get(work, 0.0) > 0}
@@ -109,7 +99,7 @@ class PageFacts:
         """Hours of this work on all devices, with the number of devices of each start."""
         measured = self.section("work").get("device_seconds")
         seconds = self.devices * sum(self.seconds_by_work.values()) if measured is None else measured
-        return float(seconds) / _HOUR
+        return float(seconds) / 3600
 
     @property
     def cost(self) -> float | None:
@@ -117,65 +107,51 @@ class PageFacts:
         return None if self.price is None or not self.device_hours else self.price * self.device_hours
 
 
+def timed_steps(rows: Sequence[Mapping[str, float]]) -> list[tuple[Mapping[str, float], float]]:
+    """Return the rows of training steps with the seconds of the steps since the row before."""
+    timed = [row for row in rows if "step_seconds" in row]
+    before = [0.0, *(row["step"] for row in timed)]
+    return [
+        (row, row["step_seconds"] * (row["step"] - last)) for row, last in zip(timed, before, strict=False)
+    ]
+
+
 def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
-    """Read the files of a run directory; a warning names each that cannot be read.
+    """Read the files of a run directory.
 
     Args:
         folder: the run directory.
         price: in place of `tracking.price_per_gpu_hour`.
     """
-    config = _fields(folder.config, yaml.safe_load)
-    doctor = _fields(folder.doctor_report)
-    summary = _fields(folder.summary)
+    config, doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
     try:
         rows = read_latest_rows(folder)
     except FileNotFoundError:
         rows = []
-    run = RunFacts.of(
-        rows, {**final_and_best(rows), **_still_true(summary, rows)}, doctor.get("findings") or []
-    )
+    summary = _fields(folder.summary)
+    if rows and rows[-1]["step"] > summary.get("steps", math.inf):  # it was continued after this end
+        summary = {key: value for key, value in summary.items() if key not in _OF_AN_END}
+    run = RunFacts.of(rows, {**final_and_best(rows), **summary}, doctor.get("findings") or [])
     evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
-    if price is None:
-        price = (config.get("tracking") or {}).get("price_per_gpu_hour")
+    # A run that was continued and stopped has the file of an earlier evaluation.
+    last = run.evaluations[-1] if run.evaluations else {}
+    loss = (evaluation.get("all") or {}).get("eval_loss")
+    is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
     return PageFacts(
         folder=folder,
         config=config,
         environment=_fields(folder.environment),
         state=_fields(folder.state),
         run=run,
-        evaluation=evaluation if _is_last(evaluation, run) else {},
+        evaluation=evaluation if is_last else {},
         doctor=doctor,
-        price=price,
-    )
-
-
-def _still_true(summary: Fields, rows: Sequence[Mapping[str, float]]) -> Fields:
-    """Return the summary; of a run that was continued since, without the results of its earlier end."""
-    steps = summary.get("steps")
-    is_continued = bool(rows) and steps is not None and rows[-1]["step"] > steps
-    return {key: value for key, value in summary.items() if not (is_continued and key in _OF_AN_END)}
-
-
-def _is_last(evaluation: Fields, run: RunFacts) -> bool:
-    """Return whether an evaluation has the values of the last one of training.
-
-    A run that was continued and stopped has the file of an earlier evaluation.
-    """
-    row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
-    common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]
-    values = [(row.get(f"eval_{name}"), last[name]) for name in common]
-    return bool(common) and all(
-        own is not None and abs(own - value) <= _SAME * max(1.0, abs(value)) for own, value in values
+        price=(config.get("tracking") or {}).get("price_per_gpu_hour") if price is None else price,
     )
 
 
 def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
     """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
-    try:
-        found: Fields = without_secrets(dict(parse(path.read_text(encoding="utf-8")) or {}))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        _log.warning("%s cannot be read and is omitted from the report: %s", path, error)
-        return {}
+    found: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
@@ -23,13 +24,10 @@ from dpo_dist.insight.pages.samples import samples_of
 from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, evaluation_rows, last
 from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.objective.metrics import BUCKETS
 
-Table = tuple[str, list[str], list[list[object]]]
-"""Title, titles of the columns, and rows."""
+Table = tuple[list[str], list[list[object]]]
+"""Titles of the columns, and rows."""
 
-_ADVICE = ". Try: "
-_HALF = 0.5
 _LEAST_FALL = 0.05
 """Nats per token; a smaller fall of the chosen responses is usual and has no section."""
 _SECTIONS = {
@@ -43,18 +41,10 @@ _SECTIONS = {
     "repeat": "Repeat this run",
 }
 """Sections of the page with their titles, in their order."""
-_PARTS = {"train": "Training data", "eval": "Evaluation data"}
-_NO_CHANGES = frozenset({"read", "kept", "pairs"})
-_EVALUATION_COLUMNS = {
-    "step": "step",
-    "loss": "loss",
-    ACCURACY: "accuracy",
-    MARGIN: "margin",
-    "rewards/chosen": "reward chosen",
-    "rewards/rejected": "reward rejected",
-    "logps/chosen": "log-prob chosen",
-    "logps/rejected": "log-prob rejected",
-}
+_EVALUATION_COLUMNS = (
+    *("loss", ACCURACY, MARGIN, "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected"),
+)
 _MOST_EVALUATIONS = 20
 _PHASES: dict[Phase, str] = {
     "data": "waiting for the next batch",
@@ -85,6 +75,7 @@ def write_page(
         output: the page, in place of `report.html` in the run directory.
     """
     facts = read_facts(folder, price_per_gpu_hour)
+    parts = {"train": "Training data", "eval": "Evaluation data"}
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
@@ -95,11 +86,11 @@ def write_page(
         "curves": charts(facts.run.rows),
         "accuracy": _accuracy(facts),
         "displacement": list(_displacement(facts)),
-        "data": [_records(_PARTS[name], counts) for name, counts in facts.section("data").items() if counts],
+        "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
-        "speed": _work(facts.seconds_by_work),
-        "phases": _phases(facts.run.steps),
+        "speed": _shares(facts.seconds_by_work),
+        "phases": [(name, _PHASES[name], *rest) for name, *rest in _shares(_phases(facts.run.steps))],
         "reference": list(_reference(facts.section("reference"))),
         "repeat": _repeat(facts),
         "config": list(flat(facts.config)),
@@ -114,7 +105,7 @@ def write_page(
 
 def _about(facts: PageFacts) -> Iterator[str]:
     """Yield model, method, data and size of the run; nothing without a configuration."""
-    if facts.setting("model.path") is None:
+    if not facts.config:
         return
     adapter = facts.setting("model.adapter")
     weights = "all weights"
@@ -132,7 +123,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
             yield counted(pairs, noun)
     if steps := facts.summary.get("steps"):
         yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), 'pair')}"
-    unit = ("GPU", "GPUs") if facts.has_gpus else ("process", "processes")
+    unit = ("GPU", "GPUs") if facts.environment.get("gpus") else ("process", "processes")
     yield counted(facts.devices, *unit) + "."
 
 
@@ -143,7 +134,7 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
         return {}
     findings = []
     for found in judged["findings"]:
-        fact, _, advice = found["text"].partition(_ADVICE)
+        fact, _, advice = found["text"].partition(". Try: ")
         # The verdict's sentence has the facts of its own finding.
         fact = "" if fact in judged["sentence"] else fact
         findings.append({"headline": RULES[found["rule"]].text, "fact": fact, "advice": advice})
@@ -155,29 +146,27 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
 
 def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     """Yield label, value and remark of the main results that were measured."""
-    summary, final = facts.summary, facts.section("final")
+    summary, final, best = facts.summary, facts.section("final"), facts.section("best")
+    ends = facts.intervals(ALL)
+    remarks = {
+        key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
+        for key in (f"eval_{ACCURACY}", f"eval_{MARGIN}", "eval_loss")
+    }
+    for key, found in best.items():
+        remarks.setdefault(key, []).append(f"best {number(found['value'])} at step {number(found['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
-    pairs, margins = summary.get("pairs_seen"), _interval(facts, MARGIN)
+    pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
-        ("eval loss", final.get("eval_loss"), number, _best(facts, "eval_loss")),
-        (
-            "eval accuracy",
-            final.get(f"eval_{ACCURACY}"),
-            number,
-            "; ".join(filter(None, (_interval(facts, ACCURACY), _best(facts, f"eval_{ACCURACY}")))),
+        *(
+            (f"eval {METRICS[key.removeprefix('eval_')].title}", final.get(key), number, "; ".join(remark))
+            for key, remark in sorted(remarks.items())
         ),
-        ("eval margin", final.get(f"eval_{MARGIN}"), number, margins or "reward of chosen minus rejected"),
         *(
             ("best checkpoint", one["step"], number, f"step; {one['metric']} {number(one['value'])}")
             for one in summary.get("best_checkpoints", [])[:1]
         ),
-        (
-            "sampled responses that end",
-            last(facts.run.evaluations, "samples/finished"),
-            percent,
-            "by themselves, at the last evaluation",
-        ),
+        ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
         ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         ("pairs per second", summary.get("pairs_per_second"), number, ""),
@@ -190,27 +179,17 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
             yield label, form(value), small
 
 
-def _interval(facts: PageFacts, metric: str) -> str:
-    ends = facts.intervals(ALL).get(f"eval_{metric}")
-    return f"95 %: {number(ends[0])} to {number(ends[1])}" if ends else ""
-
-
-def _best(facts: PageFacts, metric: str) -> str:
-    best = facts.section("best").get(metric)
-    return f"best {number(best['value'])} at step {number(best['step'])}" if best else ""
-
-
 def _accuracy(facts: PageFacts) -> Mapping[str, Any]:
-    """Return accuracies and margins by source and by length, and the last evaluations."""
-    groups = [group for group in (_by_source(facts), _by_length(facts)) if group]
+    """Return accuracies and margins by source, and the last evaluations."""
+    by_source = _by_source(facts)
     evaluations = evaluation_rows(facts.run.rows)
     shown = evaluations[-_MOST_EVALUATIONS:]
-    if not groups and not shown:
+    if not by_source and not shown:
         return {}
     keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in shown)]
-    rows = [[number(row[key]) if key in row else "" for key in keys] for row in shown]
-    head = [_EVALUATION_COLUMNS[key] for key in keys]
-    return {"groups": groups, "evaluations": len(evaluations), "head": head, "rows": rows}
+    rows = [[number(row[key]) if key in row else "" for key in ("step", *keys)] for row in shown]
+    head = ["step", *(METRICS[key].title for key in keys)]
+    return {"by_source": by_source, "evaluations": len(evaluations), "head": head, "rows": rows}
 
 
 def _by_source(facts: PageFacts) -> Table | None:
@@ -236,24 +215,7 @@ def _by_source(facts: PageFacts) -> Table | None:
         remarks = [counted(pairs, "evaluation pair")] if pairs else []
         name = _named(label, remarks, ends.get(f"eval_{ACCURACY}"))
         lines.append([name, *(_cell(row.get(key), ends.get(key), key) for key in keys)])
-    return ("By source", ["source", *(titles[key] for key in keys)], lines) if keys else None
-
-
-def _by_length(facts: PageFacts) -> Table | None:
-    """Return a row for each bucket of lengths, if there are two: of the evaluation, else of training."""
-    ends = facts.intervals(ALL)
-    lines: list[list[object]] = []
-    for bucket in BUCKETS:
-        keys = [f"{metric}_by_length/{bucket}" for metric in (ACCURACY, MARGIN)]
-        values = [last(facts.run.last_rows, key) for key in keys]
-        if values[0] is not None:
-            name = f"{bucket.rstrip('-')} and more" if bucket.endswith("-") else bucket
-            cells = [
-                _cell(value, ends.get(f"eval_{key}"), key) for value, key in zip(values, keys, strict=True)
-            ]
-            lines.append([_named(name, [], ends.get(f"eval_{keys[0]}")), *cells])
-    head = ["tokens of the longer response", f"{facts.run.part} accuracy", f"{facts.run.part} margin"]
-    return ("By length", head, lines) if len(lines) > 1 else None
+    return (["source", *(titles[key] for key in keys)], lines) if keys else None
 
 
 def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> Markup:
@@ -265,7 +227,7 @@ def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> Markup
 
 def _named(label: str, remarks: list[str], ends: Sequence[float] | None) -> Markup:
     """Return the first cell of a row: its group with remarks."""
-    doubt = ["not better than guessing"] if ends and ends[0] <= _HALF <= ends[1] else []
+    doubt = ["not better than guessing"] if ends and ends[0] <= 1 / 2 <= ends[1] else []
     return part("macros.jinja", "named", label, ", ".join([*remarks, *doubt]))
 
 
@@ -291,20 +253,22 @@ def _displacement(facts: PageFacts) -> Iterator[str]:
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     """Return the numbers of read, kept, dropped and changed records of one of the datasets."""
-    read, kept = counts["read"], counts["kept"]
-    dropped = sorted((counts.get("dropped") or {}).items(), key=lambda item: -item[1])
-    rows = [(count, read, f"dropped: {in_words(name)}", f"dropped.{name}") for name, count in dropped]
-    rows += [
-        (count, kept, in_words(name), name)
-        for name, count in counts.items()
-        if isinstance(count, int) and name not in _NO_CHANGES
+    read, dropped = counts["read"], counts.get("dropped") or {}
+    rows = [
+        (count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
+        for name, count in sorted(dropped.items(), key=lambda item: -item[1])
     ]
-    sources = counts.get("sources") or []
+    rows += [
+        (count, counts["kept"], in_words(name), name)
+        for name, count in counts.items()
+        if isinstance(count, int) and name not in ("read", "kept", "pairs")
+    ]
     return {
         "title": title,
-        "read": read,
-        "kept": kept,
-        "pairs": counts.get("pairs"),
+        "pairs": None,
+        "examples": [],
+        "details": {},
+        **counts,
         "rows": [
             (
                 f"{count:,} ({percent(count / total)})",
@@ -313,32 +277,29 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
             for count, total, words, name in rows
             if count
         ],
-        "examples": counts.get("examples") or [],
-        "details": counts.get("details") or {},
         "sources": [
             (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
-            for each in sources
+            for each in counts.get("sources") or []
         ],
     }
 
 
-def _work(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def _shares(seconds: Mapping[Any, float]) -> list[tuple[Any, float, float]]:
     """Return each kind of work with its seconds and their share."""
-    return [(name, spent, spent / sum(seconds.values())) for name, spent in seconds.items()]
+    whole = sum(seconds.values()) or 1.0
+    return [(name, spent, spent / whole) for name, spent in seconds.items()]
 
 
-def _phases(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, float, float]]:
-    """Return each phase with its mean seconds over all logged steps, and its share of a step."""
+def _phases(rows: Sequence[Mapping[str, float]]) -> Mapping[Phase, float]:
+    """Return the mean seconds of each phase over all logged steps; empty without a measurement."""
     timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
     counts = [after - before for before, after in pairwise([0, *(row["step"] for row in timed)])]
-    seconds = {
+    return {
         phase: sum(row[f"time/{phase}"] * count for row, count in zip(timed, counts, strict=True))
         / sum(counts)
         for phase in PHASES
         if timed
     }
-    whole = sum(seconds.values()) or 1.0
-    return [(phase, _PHASES[phase], spent, spent / whole) for phase, spent in seconds.items()]
 
 
 def _reference(report: Fields) -> Iterator[str]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.run_folder import RunFolder, step_of
 from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.generation.text_facts import WORD, text_facts
 from dpo_dist.insight.pages.render import json_rows, part
@@ -151,30 +151,21 @@ REPEATED, DISTINCT, LONGER = 0.5, 0.5, 2.0
 _MOST_ROWS, _MOST_WORST, _MOST_SHOWN, _MOST_STEPS = 200, 6, 10, 8
 _MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
-_METRICS = {
-    "eval_samples/length": "tokens",
-    "eval_samples/finished": "ended",
-    "eval_samples/distinct_3": "distinct 3-grams",
-    "eval_samples/longest_repeat": "longest repeat",
-    "eval_samples/language_changed": "language changed",
-    "eval_samples/refusals": "refusals",
-    "eval_samples/empty": "empty",
-}
+_SAMPLED = [name for name in METRICS if name.startswith("samples/")]
 
 
 def faults(row: Row) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
     text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
-    is_repeated = facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT
+    ratio = tokens / of_reference if tokens and of_reference else 1.0
     found = {
         "is empty": facts.is_empty,
         "does not end": row["policy_finished"] is False,
-        "repeats itself": is_repeated,
+        "repeats itself": facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT,
+        f"is {ratio:.1f} times as long as the reference's": ratio >= LONGER,
     }
-    reasons = [reason for reason, applies in found.items() if applies]
-    ratio = tokens / of_reference if tokens and of_reference else 1.0
-    return [*reasons, f"is {ratio:.1f} times as long as the reference's"] if ratio >= LONGER else reasons
+    return [reason for reason, applies in found.items() if applies]
 
 
 def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
@@ -195,32 +186,24 @@ def samples_of(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> Map
 
     Responses are those of the reference and of the policy after the last, the previous and the first step.
     """
-    files = sample_files(folder)
-    steps = sorted(files, reverse=True)
-    rows = _rows(files[steps[0]]) if steps else []
-    if not rows:
-        return {}
-    earlier = {
-        step: {row["prompt_id"]: row for row in _rows(files[step])}
-        for step in dict.fromkeys([*steps[1:2], *steps[-1:]])
-        if step != steps[0]
+    files = {
+        step: file for file in folder.samples.glob("step-*.jsonl") if (step := step_of(file.stem)) is not None
     }
-    shown = (
-        Shown(
-            row["prompt"],
-            tuple(
-                _responses(row, steps[0], {step: of.get(row["prompt_id"]) for step, of in earlier.items()})
-            ),
-            "reference",
-            f"{row['source']}: {reason}",
-        )
-        for row, reason in choose(rows)
-    )
+    steps = sorted(files, reverse=True)
+    read = {step: list(islice(json_rows(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
+    if not steps or not read[steps[0]]:
+        return {}
+    by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
+    shown = []
+    for row, reason in choose(read[steps[0]]):
+        rows = {step: found.get(row["prompt_id"]) for step, found in sorted(by_prompt.items(), reverse=True)}
+        title = f"{row['source']}: {reason}"
+        shown.append(Shown(row["prompt"], tuple(_responses(row, rows)), "reference", title))
     items, omitted = prompt_items(shown, _SECTION_BYTES)
     head, table = _metrics_table(metrics)
     return {
         "step": steps[0],
-        "prompts": len(rows),
+        "prompts": len(read[steps[0]]),
         "file": files[steps[0]].name,
         "items": items,
         "omitted": omitted,
@@ -229,46 +212,32 @@ def samples_of(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> Map
     }
 
 
-def sample_files(folder: RunFolder) -> dict[int, Path]:
-    """Return the files of samples by step."""
-    names = ((re.fullmatch(r"step-(\d+)", file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
-    return {int(name[1]): file for name, file in names if name}
-
-
-def _rows(file: Path) -> list[Row]:
-    return list(filter(None, islice(json_rows(file), _MOST_ROWS)))
-
-
-def _responses(last: Row, step: int, earlier: Mapping[int, Row | None]) -> Iterator[Response]:
+def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
     """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
-    yield Response(
-        "reference", last["reference"], end_notes(last["reference_tokens"], last["reference_finished"])
-    )
+    notes = end_notes(last["reference_tokens"], last["reference_finished"])
+    yield Response("reference", last["reference"], notes)
     known = {last["reference"]}
-    for at, row in {step: last, **earlier}.items():
+    for step, row in rows.items():
         if row is last or (row is not None and row["policy"] not in known):
-            notes = end_notes(row["policy_tokens"], row["policy_finished"])
             known.add(row["policy"])
-            yield Response(f"step {at:,}", row["policy"], notes)
+            notes = end_notes(row["policy_tokens"], row["policy_finished"])
+            yield Response(f"step {step:,}", row["policy"], notes)
     yield Response("chosen", last["chosen"])
 
 
 def _metrics_table(metrics: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of the metrics of samples over some steps; of those that are ever above 0."""
-    rows = [row for row in metrics if any(key in row for key in _METRICS)]
-    if not rows:
-        return [], []
-    keys = [key for key in _METRICS if any(row.get(key, 0.0) > 0 for row in rows)]
-    of_reference = {key: rows[-1].get(key.replace("/", "/reference_")) for key in keys}
-    table = [["reference", *(_cell(key, of_reference[key]) for key in keys)]]
-    table += [
-        [number(row["step"]), *(_cell(key, row.get(key)) for key in keys)]
+    rows = [row for row in metrics if any(f"eval_{key}" in row for key in _SAMPLED)]
+    keys = [key for key in _SAMPLED if any(row.get(f"eval_{key}", 0.0) > 0 for row in rows)]
+    table = [
+        [number(row["step"]), *(_cell(row, key, f"eval_{key}") for key in keys)]
         for row in evenly(rows, _MOST_STEPS)
     ]
-    return ["step", *(_METRICS[key] for key in keys)], [line for line in table if any(line[1:])]
+    if rows:
+        of_reference = [_cell(rows[-1], key, f"eval_{key}".replace("/", "/reference_")) for key in keys]
+        table.insert(0, ["reference", *of_reference])
+    return ["step", *(METRICS[key].title for key in keys)], [line for line in table if any(line[1:])]
 
 
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if key.endswith("length") else percent(value)
+def _cell(row: Mapping[str, float], metric: str, key: str) -> str:
+    return METRICS[metric].form(row[key]) if key in row else ""

@@ -1,9 +1,9 @@
-"""Charts of pages as SVG, complete without a script: curves over steps and hours, a scatter, a histogram."""
+"""Charts of pages as SVG, complete without a script: curves over steps, a scatter, a histogram."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -78,35 +78,13 @@ class Axis:
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
         """Return coordinate and text of each tick."""
         ticks = self.ticks(whole=whole)
-        places = (round(self.place(tick), 1) for tick in ticks)
-        return list(zip(places, tick_texts(ticks, is_log=self.is_log), strict=True))
-
-
-def tick_texts(ticks: Sequence[float], *, is_log: bool = False) -> list[str]:
-    """Return the ticks as text, those of a linear axis with equally many digits: 0.25 and 0.50, 10k, 2e-6."""
-    largest = max(map(abs, ticks), default=0.0)
-    if is_log or (largest and not 1e-3 <= largest < 1e7):
-        return [number(tick) for tick in ticks]
-    scale, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
-    scaled = [tick / scale for tick in ticks]
-    texts: list[str] = []
-    for digits in range(6):
-        texts = [f"{tick:.{digits}f}" for tick in scaled]
-        if np.allclose([float(each) for each in texts], scaled, rtol=0, atol=1e-6 * largest / scale):
-            break
-    return [f"{each}{suffix}" if float(each) else "0" for each in texts]
+        return [(round(self.place(tick), 1), number(tick)) for tick in ticks]
 
 
 def smoothed(values: FloatArray) -> FloatArray:
-    """Return a moving mean: two passes of a centered mean over 6 % of the values.
+    """Return a moving mean, float64 [n]: two passes of a centred mean over 6 % of the values.
 
     Values that are not finite are in no mean and stay as they are.
-
-    Args:
-        values: float64 [n].
-
-    Returns:
-        float64 [n].
     """
     is_finite = np.isfinite(values)
     half = int(_SMOOTHED_SHARE * int(is_finite.sum()) / 2)
@@ -133,12 +111,7 @@ def evenly(rows: Sequence[Item], most: int) -> list[Item]:
 def kept_points(lines: Sequence[FloatArray], most: int) -> NDArray[np.int64]:
     """Return increasing indices of at most about `most` points that show the shape of all lines.
 
-    In each of equal parts of the curve the smallest and the largest value of every line are kept, and the
-    first and the last point of the curve.
-
-    Args:
-        lines: float64 [n] each; values that are not finite are no extremes.
-        most: number of points.
+    They are the ends, and in each of equal parts the smallest and the largest finite value of every line.
     """
     length = len(lines[0]) if lines else 0
     if length <= most:
@@ -174,45 +147,25 @@ class Line:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A line at the points of its chart that are drawn; a value that is not drawn is nan."""
+    """A line at the steps that are drawn: nan is a gap where there is a point."""
 
-    line: Line
+    label: str
+    role: Role
     color: str
-    style: str
+    is_light: bool
     values: FloatArray
     is_point: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, line: Line, color: str, style: str, *, is_log: bool) -> "_Drawn":
-        values = np.array([math.nan if value is None else value for value in line.values], dtype=np.float64)
-        values[~np.isfinite(values) | ((values <= 0) & is_log)] = math.nan
-        return cls(line, color, style, values, np.array([value is not None for value in line.values]))
-
-    @property
-    def is_shown(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.values)
 
     @property
     def last(self) -> int:
         return int(np.flatnonzero(self.is_point)[-1])
 
-    @property
-    def points(self) -> list[float | str | None]:
-        """The values for the script: None where there is no point, "" for a gap."""
-        return [
-            None if not is_point else "" if math.isnan(value) else float(f"{value:.6g}")
-            for value, is_point in zip(self.values.tolist(), self.is_point.tolist(), strict=True)
-        ]
+    def at(self, kept: NDArray[np.int64]) -> "_Drawn":
+        return replace(self, values=self.values[kept], is_point=self.is_point[kept])
 
 
 def chart(
-    title: str,
-    lines: Sequence[Line],
-    steps: Sequence[float],
-    hours: Sequence[float] | None = None,
-    unit: str = "",
-    *,
-    log: bool = False,
+    title: str, lines: Sequence[Line], steps: Sequence[float], unit: str = "", *, log: bool = False
 ) -> Markup:
     """Return a `<figure>` with one chart; empty if no line has a point.
 
@@ -222,100 +175,89 @@ def chart(
         title: plain text.
         lines: what is drawn, each with a value for each of `steps`.
         steps: increasing.
-        hours: training time at each step; with it the chart has a second horizontal axis, which the page's
-            switch selects.
         unit: of the values, plain text.
-        log: logarithmic axis; values that are not positive are gaps, which are counted below the chart.
+        log: logarithmic axis; values that are not positive are gaps.
     """
-    labels = list(dict.fromkeys(line.label for line in lines))
-    colors = {label: f"c{index % len(COLORS)}" for index, label in enumerate(labels)}
-    with_mean = {line.label for line in lines if line.role == "smooth"}
-    whole = [
-        _Drawn.of(
-            line,
-            colors[line.label],
-            "raw light" if line.role == "raw" and line.label in with_mean else line.role,
-            is_log=log,
-        )
-        for line in lines
-        if any(value is not None for value in line.values)
-    ]
+    whole = list(_drawn(lines, log))
     if not whole:
         return Markup("")
-    with_raw = {each.line.label for each in whole if each.line.role == "raw"}
-    shapes = [each.values for each in whole if each.line.role != "smooth" or each.line.label not in with_raw]
-    kept = np.union1d(kept_points(shapes, _MOST_POINTS), [each.last for each in whole])
-    drawn = [replace(each, values=each.values[kept], is_point=each.is_point[kept]) for each in whole]
-    shown = [value for each in drawn for value in each.values[each.is_shown].tolist()]
-    y_axis = Axis.around(shown, _BOTTOM, _TOP, is_log=log)
-    over = {"steps": np.asarray(steps, dtype=np.float64)[kept]}
-    if hours is not None:
-        over["hours"] = np.asarray(hours, dtype=np.float64)[kept]
-    x_axes = {name: _time_axis(x) for name, x in over.items()}
+    with_raw = {line.label for line in whole if line.role == "raw"}
+    shapes = [line.values for line in whole if line.role != "smooth" or line.label not in with_raw]
+    kept = np.union1d(kept_points(shapes, _MOST_POINTS), [line.last for line in whole])
+    drawn, x = [line.at(kept) for line in whole], np.asarray(steps, dtype=np.float64)[kept]
+    low, high = float(x.min()), float(x.max())
+    across = Axis(low, high if high > low else low + 1, _LEFT, _RIGHT)
+    shown = np.concatenate([line.values for line in drawn])
+    up = Axis.around(shown[np.isfinite(shown)].tolist(), _BOTTOM, _TOP, is_log=log)
     data = {
         "box": [_LEFT, _RIGHT, _TOP, _BOTTOM],
-        "yAxis": [y_axis.low, y_axis.high, y_axis.is_log],
-        **{name: x.tolist() for name, x in over.items()},
-        **{f"{name[:-1]}Axis": [axis.low, axis.high] for name, axis in x_axes.items()},
-        "lines": [each.points for each in drawn],
+        "xAxis": [across.low, across.high],
+        "yAxis": [up.low, up.high, up.is_log],
+        "steps": x.tolist(),
+        "lines": [_values(line) for line in drawn],
     }
     figure = {
         "title": title,
         "unit": unit,
-        "width": _WIDTH,
-        "height": _HEIGHT,
+        **{"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM},
         "scale": 1 / _FINE,
-        "left": _LEFT,
-        "right": _RIGHT,
-        "bottom": _BOTTOM,
-        "place": number(float(over["steps"][-1])),
-        "is_timed": hours is not None,
+        "place": number(high),
         "json": json.dumps(data, separators=(",", ":")),
-        "ticks": y_axis.marks(),
-        "groups": [
-            {
-                "name": f"at-{name}",
-                "label": "step" if name == "steps" else name,
-                "ticks": axis.marks(whole=name == "steps"),
-                "paths": [path for each in drawn for path in _paths(each, over[name], axis, y_axis)],
-            }
-            for name, axis in x_axes.items()
-        ],
-        "legend": _legend(drawn, over["steps"]),
+        "y_ticks": up.marks(),
+        "x_ticks": across.marks(whole=True),
+        "paths": [path for line in drawn for path in _paths(line, x, across, up)],
+        "legend": _legend(drawn, x),
         "gaps": _gaps(whole, log),
     }
     return part("svg.jinja", "chart", figure)
 
 
-def _time_axis(values: FloatArray) -> Axis:
-    low, high = float(values.min()), float(values.max())
-    return Axis(low, high if high > low else low + 1, _LEFT, _RIGHT)
+def _drawn(lines: Sequence[Line], log: bool) -> Iterator[_Drawn]:
+    """Yield the lines that have a point, with their colours."""
+    labels = list(dict.fromkeys(line.label for line in lines))
+    with_mean = {line.label for line in lines if line.role == "smooth"}
+    for line in lines:
+        is_point = np.array([value is not None for value in line.values])
+        values = np.array([math.nan if value is None else value for value in line.values], dtype=np.float64)
+        values[~np.isfinite(values) | ((values <= 0) & log)] = math.nan
+        if is_point.any():
+            color = f"c{labels.index(line.label) % len(COLORS)}"
+            is_light = line.role == "raw" and line.label in with_mean
+            yield _Drawn(line.label, line.role, color, is_light, values, is_point)
 
 
-def _paths(drawn: _Drawn, x: FloatArray, x_axis: Axis, y_axis: Axis) -> list[tuple[str, str]]:
+def _values(line: _Drawn) -> list[float | str | None]:
+    """Return the values for the script: None where there is no point, "" for a gap."""
+    return [
+        None if not is_point else "" if math.isnan(value) else float(f"{value:.6g}")
+        for value, is_point in zip(line.values.tolist(), line.is_point.tolist(), strict=True)
+    ]
+
+
+def _paths(line: _Drawn, x: FloatArray, across: Axis, up: Axis) -> list[tuple[str, str]]:
     """Return classes and data of the paths of a line; a gap interrupts it."""
     runs: list[list[str]] = [[]]
-    for at, value in zip(x[drawn.is_point].tolist(), drawn.values[drawn.is_point].tolist(), strict=True):
+    for at, value in zip(x[line.is_point].tolist(), line.values[line.is_point].tolist(), strict=True):
         if math.isnan(value):
             runs.append([])
         else:
-            runs[-1].append(f"{round(_FINE * x_axis.place(at))} {round(_FINE * y_axis.place(value))}")
+            runs[-1].append(f"{round(_FINE * across.place(at))} {round(_FINE * up.place(value))}")
     dots = "".join(f"M{point}h0" for run in runs for point in run)
-    line = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
-    if drawn.line.role == "spike":
-        return [(f"spike {drawn.color}", dots)]
-    paths = [(f"{drawn.style} {drawn.color}", line)]
-    if drawn.line.role == "evaluation":
-        return [*paths, (f"mark {drawn.color}", dots), ("hole", dots)]
-    is_short = drawn.is_point.sum() <= _FEW_POINTS
-    return [*paths, (f"dot {drawn.style} {drawn.color}", dots)] if is_short else paths
+    if line.role == "spike":
+        return [(f"spike {line.color}", dots)]
+    style = f"{line.role} {'light ' if line.is_light else ''}{line.color}"
+    path = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
+    if line.role == "evaluation":
+        return [(style, path), (f"mark {line.color}", dots), ("hole", dots)]
+    is_short = line.is_point.sum() <= _FEW_POINTS
+    return [(style, path), *([(f"dot {style}", dots)] if is_short else [])]
 
 
 def _legend(drawn: Sequence[_Drawn], steps: FloatArray) -> list[Mapping[str, Any]]:
     """Return an item for each label's curve and for each label's evaluations, with the last values."""
     items: dict[tuple[str, bool], list[int]] = {}
-    for index, each in enumerate(drawn):
-        items.setdefault((each.line.label, each.line.role == "evaluation"), []).append(index)
+    for index, line in enumerate(drawn):
+        items.setdefault((line.label, line.role == "evaluation"), []).append(index)
     return [
         {
             "color": drawn[indices[0]].color,
@@ -329,18 +271,18 @@ def _legend(drawn: Sequence[_Drawn], steps: FloatArray) -> list[Mapping[str, Any
     ]
 
 
-def _last_value(drawn: _Drawn, steps: FloatArray) -> str:
-    value = float(drawn.values[drawn.last])
+def _last_value(line: _Drawn, steps: FloatArray) -> str:
+    value = float(line.values[line.last])
     shown = "no value" if math.isnan(value) else number(value)
-    return shown if drawn.last == len(steps) - 1 else f"{shown} at step {number(float(steps[drawn.last]))}"
+    return shown if line.last == len(steps) - 1 else f"{shown} at step {number(float(steps[line.last]))}"
 
 
 def _gaps(lines: Sequence[_Drawn], log: bool) -> str:
     """Return a note that counts the values that are not drawn."""
     counts: Counter[str] = Counter()
-    for each in lines:
-        if each.line.role != "smooth":
-            counts[each.line.label] += int((each.is_point & ~each.is_shown).sum())
+    for line in lines:
+        if line.role != "smooth":
+            counts[line.label] += int((line.is_point & np.isnan(line.values)).sum())
     missing = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
     reason = "missing, not finite or not positive" if log else "missing or not finite"
     return f"{reason}: {missing}" if missing else ""
@@ -369,40 +311,27 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     if not points:
         return Markup("")
     left, right, top, bottom = 58, 704, 14, 304
-    across = Axis.around(
-        (end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0),
-        left,
-        right,
-        is_log=True,
-    )
+    widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
+    across = Axis.around(widths, left, right, is_log=True)
     heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
     up = Axis.around([*heights, *([level[0]] if level else [])], bottom, top)
-
-    def shown(index: int, point: Point) -> dict[str, object]:
-        x, y = round(across.place(point.x), 1), round(up.place(point.y), 1)
-        errors = ""
+    shown = []
+    for index, point in enumerate(points):
+        x, y, errors = round(across.place(point.x), 1), round(up.place(point.y), 1), ""
         if point.x_ends:
-            ends = [across.place(max(end, across.low)) for end in point.x_ends]
-            errors += f"M{ends[0]:.1f} {y}H{ends[1]:.1f}"
+            low, high = (across.place(max(end, across.low)) for end in point.x_ends)
+            errors += f"M{low:.1f} {y}H{high:.1f}"
         if point.y_ends:
-            errors += f"M{x} {up.place(point.y_ends[0]):.1f}V{up.place(point.y_ends[1]):.1f}"
+            low, high = map(up.place, point.y_ends)
+            errors += f"M{x} {low:.1f}V{high:.1f}"
         title = f"{point.label}: {number(point.x)}, {number(point.y)}"
         color = f"c{index % len(COLORS)}"
-        return {"x": x, "y": y, "errors": errors, "color": color, "label": point.label, "title": title}
-
+        shown.append({"x": x, "y": y, "errors": errors, "color": color, "label": point.label, "title": title})
     plot = {
-        "width": 720,
-        "height": 346,
-        "left": left,
-        "right": right,
-        "top": top,
-        "bottom": bottom,
-        "x_title": x_title,
-        "y_title": y_title,
-        "x_ticks": across.marks(),
-        "y_ticks": up.marks(),
+        **{"width": 720, "height": 346, "left": left, "right": right, "top": top, "bottom": bottom},
+        **{"x_title": x_title, "y_title": y_title, "x_ticks": across.marks(), "y_ticks": up.marks()},
         "level": (round(up.place(level[0]), 1), level[1]) if level else None,
-        "points": [shown(*each) for each in enumerate(points)],
+        "points": shown,
     }
     return part("svg.jinja", "scatter", plot)
 
@@ -441,12 +370,8 @@ def histogram(
             ticks.append((x, number(value, 3), anchor))
     is_marked = limit is not None and edges[0] <= limit <= edges[-1]
     plot = {
-        "width": width,
-        "height": bottom + 18,
-        "bottom": bottom,
-        "title": title,
-        "bars": bars,
-        "ticks": ticks,
+        **{"width": width, "height": bottom + 18, "bottom": bottom},
+        **{"title": title, "bars": bars, "ticks": ticks},
         "limit": (round(axis.place(shape(limit or 0)), 1), number(limit or 0, 3)) if is_marked else None,
     }
     return part("svg.jinja", "histogram", plot)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dpo_dist.config.losses import KINDS, LossKind, Weighting
 from dpo_dist.foundation import text
@@ -13,22 +13,17 @@ from dpo_dist.foundation.errors import RunOutcome
 
 Row = Mapping[str, float]
 Side = Literal["chosen", "rejected"]
-_EVALUATION = "eval_"
-_LOSS = "loss"
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9
 """Relative difference of means that only rounding makes different."""
-_START = dict.fromkeys(
-    ("sigmoid", "robust", "sigmoid_norm", "dpop", "aot", "aot_unpaired", "beta_dpo"), math.log(2)
-) | {
-    "hinge": 1.0,
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-    "nca_pair": 2 * math.log(2),
-    "bco_pair": 2 * math.log(2),
+_START = {
+    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop", "beta_dpo"), math.log(2)),
+    **dict.fromkeys(("aot", "aot_unpaired"), math.log(2)),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
+    **dict.fromkeys(("nca_pair", "bco_pair"), 2 * math.log(2)),
     "discopop": (1 + math.log(2)) / 2,
 }
 """Loss of every pair while the policy is the reference."""
@@ -36,8 +31,7 @@ _SQUARED_START = {"ipo": 0.25, "sppo_hard": 0.5}
 """The same, times beta squared."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """An accuracy and its number of pairs."""
 
     value: float
@@ -49,13 +43,11 @@ class Accuracy:
         return 1.5 / math.sqrt(self.pairs) if self.pairs else math.inf
 
 
-@dataclass(frozen=True)
-class MovedLogps:
+class MovedLogps(NamedTuple):
     """Log-probs of responses in nats per token, at the start and at the end.
 
-    Attributes:
-        is_of_same: whether they are of the same responses, those of the last row, under the reference and
-            under the policy. Otherwise they are those of the first and the last training row.
+    `is_of_same`: both are of the responses of the last row, under the reference and under the policy;
+    otherwise they are those of the first and the last training row.
     """
 
     start: float
@@ -87,7 +79,7 @@ class RunFacts:
     ) -> "RunFacts":
         """Return the facts of rows as in log_history.json."""
         evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
-        return cls(rows, [row for row in rows if _LOSS in row], evaluations, summary, data_findings)
+        return cls(rows, [row for row in rows if "loss" in row], evaluations, summary, data_findings)
 
     @property
     def last_rows(self) -> Sequence[Row]:
@@ -109,11 +101,6 @@ class RunFacts:
         """Whether the run did not reach its last step."""
         return self.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
 
-    def before(self, index: int) -> "RunFacts":
-        """Return the facts of the rows before `rows[index]`."""
-        summary = {**self.summary, "steps": int(self.rows[index]["step"])}
-        return RunFacts.of(self.rows[:index], summary, self.data_findings)
-
     def setting(self, key: str) -> Any:
         """Return a setting of the run, or None if the summary does not name it."""
         return (self.summary.get("settings") or {}).get(key)
@@ -123,9 +110,8 @@ class RunFacts:
         """Whether rewards and margins start at 0: there is a reference, which is the policy's start."""
         kinds = [term.get("kind") for term in self.setting("loss.terms") or ()] or [self.setting("loss.kind")]
         has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
-        return (
-            has_reference and not self.setting("loss.reference_free") and not self.setting("reference.path")
-        )
+        is_other = self.setting("loss.reference_free") or self.setting("reference.path")
+        return has_reference and not is_other
 
     @property
     def start_loss(self) -> float | None:
@@ -140,11 +126,6 @@ class RunFacts:
         if kind in _SQUARED_START and beta:
             return _SQUARED_START[kind] / float(beta) ** 2
         return _START.get(kind)
-
-    @property
-    def evaluated_pairs(self) -> int:
-        """Pairs of the last evaluation; 0 if unknown."""
-        return int(last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0))
 
     def recent(self, metric: str) -> list[float]:
         """Return the values of a metric in the last quarter of the steps."""
@@ -165,9 +146,8 @@ class RunFacts:
         rewards are not beta times a log-ratio.
         """
         beta = self.setting("loss.beta")
-        if not beta or self.setting("reference.path") is not None:
-            return None
-        if not any("rewards/both_fall" in row for row in self.rows):  # of a run with a reference only
+        has_reference = any("rewards/both_fall" in row for row in self.rows)
+        if not beta or not has_reference or self.setting("reference.path") is not None:
             return None
         tokens = dict(values(rows, f"tokens/{side}"))
         return [
@@ -197,6 +177,11 @@ class RunFacts:
                 found[label] = found.get(label, 0) + source.get("pairs", 0)
         return found
 
+    @property
+    def evaluated_pairs(self) -> int:
+        """Pairs of the last evaluation; 0 if unknown."""
+        return int(last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0))
+
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
         if not self.evaluations:
@@ -213,16 +198,14 @@ class RunFacts:
 
     def evaluated_sources(self) -> dict[str, Accuracy]:
         """Return the last evaluation accuracy of each source; empty if there is only one."""
-        found = {}
-        for label, pairs in self.pairs_of_labels("eval").items():
-            value = last(self.evaluations, f"{ACCURACY}/{label}")
-            if value is not None and pairs:
-                found[label] = Accuracy(value, pairs)
-        return found
+        return {
+            label: Accuracy(value, pairs)
+            for label, pairs in self.pairs_of_labels("eval").items()
+            if pairs and (value := last(self.evaluations, f"{ACCURACY}/{label}")) is not None
+        }
 
 
-@dataclass(frozen=True)
-class Spike:
+class Spike(NamedTuple):
     """A step whose loss is far above the median of those before."""
 
     step: int
@@ -236,15 +219,14 @@ def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
     A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
     them, and by more than that median and the first loss.
     """
-    logged = (float(row[_LOSS]) for row in reversed(rows) if finite(row, _LOSS) is not None)
+    logged = (float(row["loss"]) for row in reversed(rows) if finite(row, "loss") is not None)
     before = list(itertools.islice(logged, _SPIKE_ROWS))
-    loss = finite(row, _LOSS)
+    loss = finite(row, "loss")
     # Seldom true, and a median of every window is slow.
     if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
         return None
     usual = median(before)
-    first = next(row[_LOSS] for row in rows if finite(row, _LOSS) is not None)
-    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first))
+    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first(rows, "loss") or 0))
     return Spike(int(row["step"]), loss, usual) if loss - usual > least else None
 
 
@@ -265,9 +247,7 @@ def is_collapsed(row: Row) -> bool:
 def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
     return [
-        {key.removeprefix(_EVALUATION): value for key, value in row.items()}
-        for row in rows
-        if f"{_EVALUATION}{_LOSS}" in row
+        {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
     ]
 
 
@@ -303,21 +283,19 @@ def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
 
 def first(rows: Sequence[Row], key: str) -> float | None:
     """Return the first finite value of `key`, or None."""
-    found = values(rows, key)
-    return found[0][1] if found else None
+    return next((value for row in rows if (value := finite(row, key)) is not None), None)
 
 
 def last(rows: Sequence[Row], key: str) -> float | None:
     """Return the last finite value of `key`, or None."""
-    found = values(rows, key)
-    return found[-1][1] if found else None
+    return first(rows[::-1], key)
 
 
 def mean(rows: Iterable[Row], key: str) -> float | None:
     """Return the mean of the finite values of `key` over the pairs of the rows, or None."""
-    found = [(row[key], row.get("pairs", 0)) for row in rows if finite(row, key) is not None]
-    pairs = sum(weight for _, weight in found)
-    return sum(value * weight for value, weight in found) / pairs if pairs else None
+    rows = [row for row in rows if finite(row, key) is not None]
+    pairs = sum(row.get("pairs", 0) for row in rows)
+    return sum(row[key] * row.get("pairs", 0) for row in rows) / pairs if pairs else None
 
 
 def mean_over_time(rows: Iterable[Row], key: str) -> float | None:

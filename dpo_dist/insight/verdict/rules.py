@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -26,18 +26,12 @@ from dpo_dist.insight.verdict.facts import (
     values,
 )
 
-BOTH_FALL, CHOSEN_FALL = 0.5, 0.1
-"""Share of the pairs and nats per token of a displacement that is remarked."""
+MOST_FINDINGS = 5
+NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
 _FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""
-_FEWEST_PAIRS = 50
-"""Of a mean: that of few pairs is noise."""
-_VARIED_PAIRS = 200
-"""The same for losses that differ among pairs from the start."""
-_LOSS_RISE = 1.2
-_FALL, _EARLY = 1.0, 0.25
-"""Nats per token that chosen responses lose, within this share of the run."""
-_FAR_NATS = 1.0
+_FEWEST_PAIRS, _VARIED_PAIRS = 50, 200
+"""Of a mean: that of few pairs is noise; the second for losses that differ among pairs from the start."""
 _QUANTITIES = {
     "logps/chosen": "log-prob of chosen responses",
     "logps/rejected": "log-prob of rejected responses",
@@ -48,13 +42,10 @@ _QUANTITIES = {
 _DISTANCES = ("kl/", "eval_kl/")
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
-_LOWERS_CHOSEN = ("apo_down",)
-"""Losses that make chosen responses less likely by design."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """Rules of the doctor that name a feature which reveals the chosen response."""
+_REFERENCE = "samples/reference_"
 Find = Callable[[RunFacts], Iterator[str]]
-_SAMPLES, _REFERENCE = "samples/", "samples/reference_"
-NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
 
 
 @dataclass(frozen=True)
@@ -86,58 +77,6 @@ def _rule(
     return declared
 
 
-def _lost_weights(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause if the weights compute nothing usable any more, or never did."""
-    for index, row in enumerate(facts.rows):
-        # A divergence from the reference that float32 cannot hold is no fault of a step.
-        broken = [key for key in row if not math.isfinite(row[key]) and not key.startswith(_DISTANCES)]
-        if not broken:
-            continue
-        quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
-        before = facts.before(index)
-        yield (
-            f"{_cause_of_divergence(quantity, row, before)}; the {_QUANTITIES.get(quantity, quantity)} was "
-            f"the first value that is not finite, at step {_first_bad_step(facts, row)}; before it the loss "
-            f"was {number(last(before.steps, 'loss'))} and the gradient norm "
-            f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
-            f"{number(last([row, *before.steps], 'learning_rate'))}"
-        )
-        return
-    rows = [row for row in facts.steps if finite(row, "loss") is not None]
-    start = len(rows)
-    while start and is_collapsed(rows[start - 1]):
-        start -= 1
-    if start < len(rows):
-        yield (
-            f"the policy has collapsed: from step {rows[start]['step']:.0f} on the gradient is 0, and chosen "
-            f"responses have {number(rows[start]['logps/chosen_per_token'])} nats per token, as if all "
-            f"tokens were alike; before it the loss was {number(last(rows[:start], 'loss'))}, with "
-            f"optim.lr={number(facts.setting('optim.lr'))}"
-        )
-
-
-def _first_bad_step(facts: RunFacts, row: Row) -> int:
-    """Return the step of a row that is not finite; of the row that ends a run, the first skipped step."""
-    skipped = facts.summary.get("bad_in_a_row") or 1
-    return int(row["step"]) - (skipped - 1 if row is facts.rows[-1] and "loss" in row else 0)
-
-
-def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
-    """Return a sentence about the likeliest cause, given the facts before the row that is not finite."""
-    symptom = next(_signs_of_rate(before), None)
-    if symptom is not None:
-        return f"the learning rate is too high: {symptom}"
-    if "loss" not in row:
-        return "the evaluation data have pairs for which the policy gives no finite value"
-    if quantity.startswith("logps/"):
-        if before.steps:
-            return "an update damaged the weights: the learning rate is too high, or its warm-up too short"
-        return "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
-    if quantity == "loss":
-        return "the formula of the loss has no finite value for log-probs that are finite"
-    return "the backward overflows: loss and log-probs are finite, the gradient is not"
-
-
 @_rule(
     "diverged",
     "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; read "
@@ -160,26 +99,75 @@ def _diverged(facts: RunFacts) -> Iterator[str]:
         )
 
 
+def _lost_weights(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause if the weights compute nothing usable any more, or never did."""
+    for index, row in enumerate(facts.rows):
+        # A divergence from the reference that float32 cannot hold is no fault of a step.
+        broken = [key for key in row if not math.isfinite(row[key]) and not key.startswith(_DISTANCES)]
+        if broken:
+            yield _first_bad_value(facts, index, broken)
+            return
+    rows = [row for row in facts.steps if finite(row, "loss") is not None]
+    start = len(rows)
+    while start and is_collapsed(rows[start - 1]):
+        start -= 1
+    if start < len(rows):
+        yield (
+            f"the policy has collapsed: from step {rows[start]['step']:.0f} on the gradient is 0, and chosen "
+            f"responses have {number(rows[start]['logps/chosen_per_token'])} nats per token, as if all "
+            f"tokens were alike; before it the loss was {number(last(rows[:start], 'loss'))}, with "
+            f"optim.lr={number(facts.setting('optim.lr'))}"
+        )
+
+
+def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
+    """Return the likeliest cause of the first row with values that are not finite, and its place."""
+    row = facts.rows[index]
+    quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
+    # The row that ends a run has the last of several skipped steps.
+    ends = row is facts.rows[-1] and "loss" in row
+    step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
+    before = RunFacts.of(
+        facts.rows[:index], {**facts.summary, "steps": int(row["step"])}, facts.data_findings
+    )
+    if symptom := next(_signs_of_rate(before), None):
+        cause = f"the learning rate is too high: {symptom}"
+    elif "loss" not in row:
+        cause = "the evaluation data have pairs for which the policy gives no finite value"
+    elif quantity == "loss":
+        cause = "the formula of the loss has no finite value for log-probs that are finite"
+    elif not quantity.startswith("logps/"):
+        cause = "the backward overflows: loss and log-probs are finite, the gradient is not"
+    elif before.steps:
+        cause = "an update damaged the weights: the learning rate is too high, or its warm-up too short"
+    else:
+        cause = "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
+    return (
+        f"{cause}; the {_QUANTITIES.get(quantity, quantity)} was the first value that is not finite, at step "
+        f"{step}; before it the loss was {number(last(before.steps, 'loss'))} and the gradient norm "
+        f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
+        f"{number(last([row, *before.steps], 'learning_rate'))}"
+    )
+
+
 @_rule(
     "a wrong beta",
     "set loss.beta between 0.01 and 0.5",
     explains=("learning_rate_too_high", "does_not_generalise"),
 )
 def _beta_wrong(facts: RunFacts) -> Iterator[str]:
-    beta, nats, start = facts.setting("loss.beta"), facts.margin_nats(), first(facts.steps, "loss")
-    end = last(facts.steps, "loss")
+    beta, nats = facts.setting("loss.beta"), facts.margin_nats()
+    start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
         return
     change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
-    rise, fall = (
-        next(_rise_of_loss(facts), None),
-        max((fall for _, fall in _falls_of_chosen(facts)), default=9),
-    )
     if beta >= 1 and abs(nats) <= 5:
+        rise = next(_rise_of_loss(facts), None)
+        fall = max((fall for _, fall in _falls_of_chosen(facts)), default=math.inf)
         if end <= 0.01 * max(start, math.log(2)):
             loss = f"{start:.2g} -> {end:.2g}"
             yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
-        elif rise is not None and fall <= _FALL:
+        elif rise is not None and fall <= 1:
             yield f"loss.beta={number(beta)} is too large: {rise}, although {change}"
     elif nats >= 2 and (losses := _loss_that_stayed(facts)):
         yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
@@ -199,21 +187,20 @@ def _loss_that_stayed(facts: RunFacts) -> str | None:
     explains=("displacement",),
 )
 def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
-    signs = list(_signs_of_rate(facts))
-    if signs:
-        yield f"{'; '.join(signs)}, with optim.lr={number(facts.setting('optim.lr'))}"
+    if signs := "; ".join(_signs_of_rate(facts)):
+        yield f"{signs}, with optim.lr={number(facts.setting('optim.lr'))}"
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
     """Yield a clause for each sign; medians of the last quarter, as a spike that recovers is no sign."""
     yield from _rise_of_loss(facts)
-    falls = _falls_of_chosen(facts)
-    early = next((one for one in falls if one[1] > _FALL and one[0] <= _EARLY * facts.total_steps), None)
-    recent = [fall for step, fall in falls if step > 0.75 * facts.total_steps]
-    if early and recent and median(recent) > _FALL:
+    steps, falls = facts.total_steps, _falls_of_chosen(facts)
+    early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
+    recent = [fall for step, fall in falls if step > 0.75 * steps]
+    if early and recent and median(recent) > 1:
         yield (
             f"the log-prob of chosen responses fell by {early[1]:.2g} nats per token by step {early[0]:.0f} "
-            f"of {facts.total_steps:,}"
+            f"of {steps:,}"
         )
     yield from _distance(facts)
 
@@ -224,11 +211,10 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
         losses = pooled(facts.steps, "loss", _VARIED_PAIRS)
     recent = facts.recent("loss")
     pairs = sum(row.get("pairs", 0) for row in facts.steps if row["step"] > 0.75 * facts.total_steps)
-    if not losses or not recent or pairs < _FEWEST_PAIRS:
-        return
-    start, end = losses[0][1], median(recent)
-    if start > 0 and end > _LOSS_RISE * start:
-        yield f"the loss rose from {start:.3g} to {end:.3g}"
+    if losses and recent and pairs >= _FEWEST_PAIRS:
+        start, end = losses[0][1], median(recent)
+        if start > 0 and end > 1.2 * start:
+            yield f"the loss rose from {start:.3g} to {end:.3g}"
 
 
 def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
@@ -253,7 +239,7 @@ def _distance(facts: RunFacts) -> Iterator[str]:
     # Infinite: beyond float32. Evaluations have the same pairs; of steps some tokens can decide one row.
     typical = 1 if rows is facts.evaluations else max(3, len(distances) // 4)
     kl = median(distances[-typical:]) - (median(distances[:3]) if is_other else 0.0)
-    if kl > _FAR_NATS:
+    if kl > 1:
         shown = f"{kl:.2g} nats" if math.isfinite(kl) else "more nats than float32 can express"
         yield (
             f"the policy moved {shown} per token away from the reference on the rejected responses, with "
@@ -268,8 +254,11 @@ def _distance(facts: RunFacts) -> Iterator[str]:
     explains=("does_not_generalise", "learnt_nothing"),
 )
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
-    training, whole = facts.training_accuracy(), facts.accuracy()
-    if training is not None and _is_below_half(training):
+    def is_below_half(accuracy: Accuracy | None) -> bool:
+        return accuracy is not None and accuracy.value < min(0.45, 0.5 - accuracy.noise)
+
+    training = facts.training_accuracy()
+    if training is not None and is_below_half(training):
         yield (
             f"training accuracy is {training.value:.2f} on {training.pairs:,} pairs: the loss teaches the "
             "opposite of the labels"
@@ -277,20 +266,15 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         return
     if not facts.evaluations or facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
         return
-    candidates = {} if whole is None else {"": whole}
-    candidates |= {f" of {label}": found for label, found in facts.evaluated_sources().items()}
-    for source, accuracy in candidates.items():
-        if _is_below_half(accuracy):
+    by_source = {f" of {label}": found for label, found in facts.evaluated_sources().items()}
+    for source, accuracy in ({"": facts.accuracy()} | by_source).items():
+        if accuracy is not None and is_below_half(accuracy):
             yield (
                 f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs{source}, clearly "
                 f"below one half, while training accuracy is "
                 f"{number(training.value if training else None)}: these labels look swapped"
             )
             return
-
-
-def _is_below_half(accuracy: Accuracy) -> bool:
-    return accuracy.value < min(0.45, 0.5 - accuracy.noise)
 
 
 @_rule(
@@ -313,24 +297,21 @@ def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
     "training source with the lowest accuracy",
 )
 def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
-    found = _difference_of_accuracies(facts)
-    if found is None:
-        return
-    training, accuracy, noise = found
-    if accuracy.value - training.value > max(0.05, noise):
-        yield (
-            f"evaluation accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is above training "
-            f"accuracy {number(training.value)}: the evaluation data are easier, or copies of training "
-            "data, or some training labels are noise"
-        )
+    for training, accuracy, noise in _accuracies(facts):
+        if accuracy.value - training.value > max(0.05, noise):
+            yield (
+                f"evaluation accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is above training "
+                f"accuracy {number(training.value)}: the evaluation data are easier, or copies of training "
+                "data, or some training labels are noise"
+            )
 
 
-def _difference_of_accuracies(facts: RunFacts) -> tuple[Accuracy, Accuracy, float] | None:
-    """Return training and evaluation accuracy, and how far they differ by chance; None if one is unknown."""
+def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
+    """Yield training and evaluation accuracy, and how far they differ by chance, if both are known."""
     training, accuracy = facts.training_accuracy(), facts.accuracy()
-    if not facts.evaluations or training is None or accuracy is None or facts.total_steps < _FEWEST_STEPS:
-        return None
-    return training, accuracy, math.hypot(training.noise, accuracy.noise)
+    is_long = facts.total_steps >= _FEWEST_STEPS
+    if facts.evaluations and is_long and training is not None and accuracy is not None:
+        yield training, accuracy, math.hypot(training.noise, accuracy.noise)
 
 
 @_rule(
@@ -384,21 +365,18 @@ def _leak_by_form(facts: RunFacts, source: str) -> str | None:
 def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
     if facts.total_steps >= _FEWEST_STEPS:
         yield from _rise_of_evaluation_loss(facts)
-    found = _difference_of_accuracies(facts)
-    if found is None:
-        return
-    training, accuracy, noise = found
-    if training.value - accuracy.value > max(0.1, noise):
-        yield (
-            f"training accuracy {training.value:.2f} is far above evaluation accuracy {accuracy.value:.2f} "
-            f"on {counted(accuracy.pairs, 'pair')}"
-        )
+    for training, accuracy, noise in _accuracies(facts):
+        if training.value - accuracy.value > max(0.1, noise):
+            yield (
+                f"training accuracy {training.value:.2f} is far above evaluation accuracy "
+                f"{accuracy.value:.2f} on {counted(accuracy.pairs, 'pair')}"
+            )
 
 
 def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
     """Yield a clause if the last evaluation loss is above an earlier one, or above its known start."""
-    start = facts.start_loss
     before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
+    start = facts.start_loss
     losses = values(before_steps, "loss") if start is None else [(0.0, start)]
     losses += values(facts.evaluations, "loss")
     recent = facts.recent("loss")
@@ -424,47 +402,42 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
     "the chosen ones; a length-normalised loss if responses grow",
 )
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
-    symptoms = list(_worse_samples(facts))
-    if symptoms:
-        rows = [row for row in facts.evaluations if any(key.startswith(_SAMPLES) for key in row)]
-        is_known = any(key.startswith(_REFERENCE) for row in rows for key in row)
-        start = "the reference" if is_known else f"step {rows[0]['step']:.0f}"
-        yield f"{', '.join(symptoms)} compared with {start}"
+    if symptoms := ", ".join(_worse_samples(facts)):
+        sampled = [row for row in facts.evaluations if any(key.startswith("samples/") for key in row)]
+        is_known = any(key.startswith(_REFERENCE) for row in sampled for key in row)
+        start = "the reference" if is_known else f"step {sampled[0]['step']:.0f}"
+        yield f"{symptoms} compared with {start}"
 
 
 def _worse_samples(facts: RunFacts) -> Iterator[str]:
     """Yield a clause for each metric of the sampled responses that got worse."""
-    prompts = last(facts.evaluations, "samples/prompts") or math.inf
-    start, end = _ends(facts, "length")
-    wanted = last(facts.evaluations, "tokens/chosen") or 0.0
-    # Lengths of few responses differ by chance; 1.5 times from 36 prompts on.
-    if start and end and end / start >= max(1.5, 1 + 3 / math.sqrt(prompts)) and end > wanted:
-        yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
-    start, end = _ends(facts, "distinct_3")
-    if start and end is not None and end / start <= 0.7:
-        yield f"they repeat themselves (distinct 3-grams {percent(start)} -> {percent(end)})"
+    rows = facts.evaluations
+    prompts = last(rows, "samples/prompts") or math.inf
+
+    def ends(name: str) -> tuple[float, float] | None:
+        """Return a metric of the reference's responses, else of the first samples, and of the last ones."""
+        start, end = last(rows, _REFERENCE + name), last(rows, f"samples/{name}")
+        start = first(rows, f"samples/{name}") if start is None else start
+        return None if start is None or end is None else (start, end)
+
+    if found := ends("length"):
+        start, end = found
+        # Lengths of few responses differ by chance; 1.5 times from 36 prompts on.
+        least = start * max(1.5, 1 + 3 / math.sqrt(prompts))
+        if start and end >= least and end > (last(rows, "tokens/chosen") or 0.0):
+            yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
+    if (found := ends("distinct_3")) and found[0] > 0 and found[1] <= 0.7 * found[0]:
+        yield "they repeat themselves (distinct 3-grams {} -> {})".format(*map(percent, found))
     for metric, meaning in (
         ("finished", "do not end by themselves"),
         ("empty", "are empty"),
         ("refusals", "are refusals"),
         ("language_changed", "are in another language than the chosen response"),
     ):
-        start, end = _ends(facts, metric)
-        if start is None or end is None:
-            continue
-        if metric == "finished":
-            start, end = 1 - start, 1 - end
-        if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
-            yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
-
-
-def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
-    """Return a metric of the reference's responses, or else of the first samples, and of the last ones."""
-    # The last ones: settings of samples may change when a run is resumed, and the reference responds again.
-    start = last(facts.evaluations, _REFERENCE + name)
-    if start is None:
-        start = first(facts.evaluations, _SAMPLES + name)
-    return start, last(facts.evaluations, _SAMPLES + name)
+        if found := ends(metric):
+            start, end = (1 - value if metric == "finished" else value for value in found)
+            if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
+                yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
 
 
 @_rule(
@@ -476,17 +449,13 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     if facts.is_cut or facts.total_steps < _FEWEST_STEPS:
         return
     accuracy, training = facts.accuracy(), facts.training_accuracy()
-    if (
-        accuracy is not None
-        and training is not None
-        and accuracy.pairs >= 30
-        and abs(accuracy.value - 0.5) <= accuracy.noise
-        and max(accuracy.value, training.value) < 0.6
-    ):
-        yield (
-            f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise of "
-            f"one half ({accuracy.noise:.2f}); training accuracy {number(training.value)}"
-        )
+    if accuracy is not None and training is not None and accuracy.pairs >= 30:
+        is_chance = abs(accuracy.value - 0.5) <= accuracy.noise
+        if is_chance and max(accuracy.value, training.value) < 0.6:
+            yield (
+                f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise "
+                f"of one half ({accuracy.noise:.2f}); training accuracy {number(training.value)}"
+            )
     losses, nats = _loss_that_stayed(facts), facts.margin_nats()
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
@@ -496,10 +465,7 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
         )
 
 
-@_rule(
-    "responses are cut",
-    "a larger data.max_length; data.truncation=keep_end or drop",
-)
+@_rule("responses are cut", "a larger data.max_length; data.truncation=keep_end or drop")
 def _responses_cut(facts: RunFacts) -> Iterator[str]:
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)
@@ -512,10 +478,7 @@ def _responses_cut(facts: RunFacts) -> Iterator[str]:
             return
 
 
-@_rule(
-    "faults in the data",
-    "doctor.html lists records and remedies",
-)
+@_rule("faults in the data", "doctor.html lists records and remedies")
 def _doctor_errors(facts: RunFacts) -> Iterator[str]:
     names = [str(one.get("rule")) for one in facts.data_findings if one.get("level") == Level.error]
     if names:
@@ -537,9 +500,9 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
 )
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
-    if share is None or chosen is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
+    if share is None or chosen is None or facts.setting("loss.kind") == "apo_down":  # which does it by design
         return
-    if share >= BOTH_FALL and chosen.start - chosen.end >= CHOSEN_FALL:
+    if share >= 0.5 and chosen.start - chosen.end >= 0.1:
         yield (
             f"chosen responses became less likely, {chosen.start:.2f} -> {chosen.end:.2f} nats per token, "
             f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, and "
@@ -547,12 +510,8 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
         )
 
 
-MOST_FINDINGS = 5
 _NEXT = "; "
-_DIRECTIONS = dict.fromkeys(("higher", "larger", "more"), 1) | dict.fromkeys(
-    ("lower", "smaller", "fewer"), -1
-)
-_DIRECTIONS |= {"set": 0}
+_DIRECTIONS = {"higher": 1, "larger": 1, "more": 1, "lower": -1, "smaller": -1, "fewer": -1, "set": 0}
 _PUSH = re.compile(rf"\b({'|'.join(_DIRECTIONS)}) ([a-z_]+(?:\.[a-z_]+)?)")
 
 
@@ -599,11 +558,7 @@ def verdict(
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
-    reported = {name: text for name, text in found.items() if name not in explained}
-    advice = _agreed_advice(reported)
-    findings = [
-        Finding(name, RULES[name].level, text, remedy=advice[name]) for name, text in reported.items()
-    ]
+    findings = _agreed([one for name, one in found.items() if name not in explained])
     worst = next((one for one in findings if one.level is not Level.note), None)
     sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
@@ -613,28 +568,32 @@ def verdict(
 
 def sample_alarms(rows: Sequence[Row]) -> list[Finding]:
     """Return the faults of the sampled responses by the metrics rows so far."""
-    found = _found(RunFacts.of(rows, {}), ["over_optimised"])
-    return [Finding(name, RULES[name].level, text, remedy=RULES[name].remedy) for name, text in found.items()]
+    return list(_found(RunFacts.of(rows, {}), ["over_optimised"]).values())
 
 
-def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, str]:
-    """Return what shows the fault of each of these rules that the run breaks."""
-    found = {name: _NEXT.join(RULES[name].find(facts)) for name in names}
-    return {name: text for name, text in found.items() if text}
+def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, Finding]:
+    """Return the finding of each of these rules that the run breaks."""
+    texts = {name: _NEXT.join(RULES[name].find(facts)) for name in names}
+    return {
+        name: Finding(name, RULES[name].level, text, remedy=RULES[name].remedy)
+        for name, text in texts.items()
+        if text
+    }
 
 
-def _agreed_advice(names: Iterable[str]) -> dict[str, str]:
-    """Return the remedies of these rules, without what pushes a key against a rule named before."""
+def _agreed(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings without advice that pushes a key against that of a finding before."""
     pushed: dict[str, int] = {}
-    advice = {}
-    for name in names:
-        pushes = [(piece, _PUSH.search(piece)) for piece in RULES[name].remedy.split(_NEXT)]
-        advice[name] = _NEXT.join(
+    agreed = []
+    for finding in findings:
+        pieces = [(piece, _PUSH.search(piece)) for piece in finding.remedy.split(_NEXT)]
+        remedy = _NEXT.join(
             piece
-            for piece, push in pushes
+            for piece, push in pieces
             if push is None or pushed.setdefault(push[2], _DIRECTIONS[push[1]]) == _DIRECTIONS[push[1]]
         )
-    return advice
+        agreed.append(replace(finding, remedy=remedy))
+    return agreed
 
 
 def _success(facts: RunFacts) -> str:
@@ -649,7 +608,6 @@ def _success(facts: RunFacts) -> str:
         return f"{found}: {fall}"
     pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, "rewards/margins"))
-    learnt = f"{facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
     if not facts.evaluations:
         found += " (nothing was evaluated after a step: data.eval)"
-    return f"{found}: {learnt}"
+    return f"{found}: {facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"

@@ -1,386 +1,229 @@
-"""Formats of records: detection, pairs, completions, and the reasons of bad records."""
+"""What each form of a record becomes: prompt and responses, or the reason why it is dropped."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat
+from dpo_dist.config.rules import OTHER_ROLE_NAMES
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from tests.support.records import TEXT, assistant, outcomes, read_good, read_one, reason_against, user
-from tests.support.shared_data import shared_data_dir
-
-SHARED = shared_data_dir()
-needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
-
-
-def test_sides_that_repeat_a_dialogue_as_prompt_are_whole(tmp_path: Path) -> None:
-    dialogue = "Human: hi\n\nAssistant:"
-    for start in ("\n\n", ""):
-        sides = {name: f"{start}{dialogue} {name}" for name in ("chosen", "rejected")}
-        record = read_good(tmp_path, {"prompt": "\n\n" + dialogue, **sides})
-        assert (record.prompt, record.responses) == (Dialogue("\n\n" + dialogue), (" chosen", " rejected"))
-
-
-def test_an_hh_dialogue_is_split_at_its_last_response(tmp_path: Path) -> None:
-    history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    record = read_one(tmp_path, {"chosen": history + " yes", "rejected": history + " no "})
-    assert isinstance(record, PreferenceRecord)
-    assert record.prompt == Dialogue(history)
-    assert record.responses == (" yes", " no ")
-    assert isinstance(record.prompt, Dialogue)
-    assert tuple(record.prompt) == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
-        {"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")},
-        {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
-        {"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
-        {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
-        {"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
-        {
-            "prompt": [user("q")],
-            "chosen": [user("q"), assistant("good")],
-            "rejected": [user("q"), assistant("bad")],
-        },
-    ],
-)
-def test_all_forms_of_a_conversation_give_the_same_record(tmp_path: Path, fields: dict[str, Any]) -> None:
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, PreferenceRecord)
-    assert record.prompt == (Message("user", "q"),)
-    assert record.responses == ("good", "bad")
-
-
-D = "\n\nHuman: q\n\nAssistant:"
-
-
-@pytest.mark.parametrize(
-    ("fields", "responses"),
-    [
-        ({"prompt": D, "chosen": " I do", "rejected": " I don't"}, (" I do", " I don't")),
-        ({"prompt": D + " ", "chosen": "I do", "rejected": "I don't"}, (" I do", " I don't")),
-        ({"prompt": D, "chosen": D + " I do", "rejected": D + " I don't"}, (" I do", " I don't")),
-        ({"chosen": D.strip() + " I do", "rejected": D.strip() + " I don't"}, (" I do", " I don't")),
-        ({"prompt": D, "completion": " I do"}, (" I do",)),
-        ({"prompt": D, "responses": [" I do", " I don't", " no"]}, (" I do", " I don't", " no")),
-    ],
-)
-def test_a_dialogue_may_be_in_the_prompt_or_stripped(tmp_path: Path, fields: Any, responses: Any) -> None:
-    record = read_good(tmp_path, fields)
-    assert (record.prompt, record.responses) == (Dialogue(D), responses)
-    if "rejected" in fields and "prompt" in fields:
-        assert read_good(tmp_path, fields, DataFormat.text).prompt == fields["prompt"]
-
-
-def test_a_response_that_is_a_story_of_a_dialogue_is_a_text(tmp_path: Path) -> None:
-    told = {"prompt": "Write a talk.", "chosen": D.strip() + " a", "rejected": D.strip() + " b"}
-    assert read_good(tmp_path, told).prompt == "Write a talk."
-    further = {"prompt": D, "chosen": " a\n\nHuman: more", "rejected": " b"}
-    assert reason_against(tmp_path, further) == "not_one_answer"
-
-
-def test_messages_before_two_responses_are_their_prompt(tmp_path: Path) -> None:
-    fields = {"messages": [user("q")], "chosen_response": "good", "rejected_response": "bad"}
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, PreferenceRecord)
-    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("good", "bad"))
-
-
-def test_empty_cells_are_no_scores(tmp_path: Path) -> None:
-    record = read_one(tmp_path, TEXT | {"score_chosen": "", "score_rejected": ""})
-    assert isinstance(record, PreferenceRecord)
-    assert record.scores is None
-    half = read_one(tmp_path, TEXT | {"score_chosen": "", "score_rejected": 0})
-    assert isinstance(half, BadRecord)
-    assert half.reason == "invalid_scores"
-
-
-@pytest.mark.parametrize("name", ["chosen_score", "chosen_rating", "rating_chosen", "chosen-rating"])
-def test_a_score_of_the_chosen_side_alone_is_no_score(tmp_path: Path, name: str) -> None:
-    other = name.replace("chosen", "rejected")
-    for fields in ({name: 8.0}, {name: 8.0, other: None}, {name: None, other: 1.0}):
-        assert read_good(tmp_path, TEXT | fields).scores is None
-    assert read_good(tmp_path, TEXT | {name: 8.0, other: 1.0}).scores == (8.0, 1.0)
-    assert reason_against(tmp_path, TEXT | {name: 8.0, other: "good"}) == "invalid_scores"
-
-
-def test_plain_text_is_unchanged(tmp_path: Path) -> None:
-    fields = {"prompt": " q\u00a0\r\n", "chosen": "\u200bgood\n", "rejected": " bad\u2028"}
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, PreferenceRecord)
-    assert (record.prompt, *record.responses) == (fields["prompt"], fields["chosen"], fields["rejected"])
-
-
-@pytest.mark.parametrize("where", ["record", "metadata"])
-@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating"])
-def test_scores_are_in_the_order_of_the_responses(tmp_path: Path, name: str, where: str) -> None:
-    scores = {name.format("rejected"): 2, name.format("chosen"): 4.5}
-    record = read_one(tmp_path, TEXT | (scores if where == "record" else {"metadata": scores}))
-    assert isinstance(record, PreferenceRecord)
-    assert record.scores == (4.5, 2.0)
-
+from dpo_dist.data.prompts import parse_prompt
+from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
+from tests.support.records import TEXT, assistant, bad, good, jsonl, user
 
 H = "\n\nHuman: q\n\nAssistant:"
-CONVERSATION = [user("q"), assistant("good")]
+SYSTEM = {"role": "system", "content": "be kind"}
+Q, KIND = ["user", "q"], ["system", "be kind"]
+PAIR = {"chosen": "good", "rejected": "bad"}
+CHAT = PAIR | {"prompt": [user("q")]}
+WHOLE = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}
+HH = {"chosen": H + " good", "rejected": H + " bad"}
+RANKED = {"prompt": "q", "responses": ["good", "bad", "worse"]}
+COMPLETION = {"prompt": "q", "completion": "good"}
+EVERY = {"text": TEXT, "chat": CHAT, "whole": WHOLE, "ranked": RANKED, "completion": COMPLETION, "hh": HH}
+DONE = [user("q"), assistant("good")]
+
+
+def turn(role: str, value: Any) -> dict[str, Any]:
+    return {"from": role, "value": value}
+
+
+def seen(turns: str | tuple[Message, ...]) -> Any:
+    """Return a text, or role, content and other fields of messages."""
+    if isinstance(turns, str):
+        return turns
+    return [[one.role, one.content, *([one.fields] if one.fields else [])] for one in turns]
+
+
+def read(fields: Any, format_: DataFormat = DataFormat.auto) -> tuple[Any, list[Any]]:
+    record = good(fields, format_)
+    return seen(record.prompt), list(map(seen, record.responses))
+
+
+CORPUS = [json.loads(line) for line in (Path(__file__).parent / "formats.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", CORPUS, ids=lambda row: str(row["record"])[:80])
+def test_a_record_of_the_corpus_becomes_what_its_row_says(row: dict[str, Any]) -> None:
+    """A row has a record, and either its prompt, responses and scores or the reason why it is dropped."""
+    if "reason" in row:
+        found = bad(row["record"])
+        expected = (row["reason"], row.get("unread", []), row.get("detail", found.detail))
+        assert (found.reason, list(found.unread), found.detail) == expected
+        return
+    record = good(row["record"])
+    if row.get("hh"):
+        assert isinstance(record.prompt, Dialogue)
+    prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else seen(record.prompt)
+    scores = None if record.scores is None else list(record.scores)
+    expected = (row["prompt"], row["responses"], row.get("scores", scores))
+    assert (prompt, list(map(seen, record.responses)), scores) == expected
+    if row["prompt"] == [Q]:
+        with_system = good(row["record"] | {"system": "be kind"})
+        assert (seen(with_system.prompt), with_system.responses) == ([KIND, Q], record.responses)
+
+
+def test_a_dialogue_is_split_at_its_last_response() -> None:
+    history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    prompt, responses = read({"chosen": history + " yes", "rejected": history + " no "})
+    assert prompt == [["user", "a"], ["assistant", "b"], ["user", "c"]]
+    assert responses == [" yes", " no "]
+    told = PAIR | {"prompt": "Write a talk.", "chosen": H.strip() + " a"}
+    assert read(told)[0] == "Write a talk."
+
+
+def test_texts_alone_part_as_in_trl() -> None:
+    from trl.data_utils import extract_prompt  # slow to import
+
+    fields = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    split = extract_prompt(fields)
+    assert read(fields) == (split["prompt"], [split["chosen"], split["rejected"]])
+
+
+@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating"])
+def test_scores_of_a_pair_are_in_the_order_of_its_responses(name: str) -> None:
+    chosen, rejected = name.format("chosen"), name.format("rejected")
+    for scores in ({rejected: 2, chosen: 4.5}, {"metadata": {rejected: 2, chosen: 4.5}}):
+        assert good(TEXT | scores).scores == (4.5, 2.0)
+    assert good(TEXT | {chosen: "", rejected: ""}).scores is None
+    half = TEXT | {chosen: 8.0, rejected: None}
+    if name == "score_{}":
+        assert bad(half).reason == "invalid_scores"
+    else:
+        assert good(half).scores is None
+    assert bad(TEXT | {chosen: 8.0, rejected: "good"}).reason == "invalid_scores"
+    compared = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 3, "score_B": 12}
+    assert good(compared | {"labels": 0}).scores == (12.0, 3.0)
+
+
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+CALLS = [{"type": "function", "function": CALL}]
+CALLING = ["assistant", "", {"tool_calls": CALLS}]
+TOOL = {"name": "weather", "parameters": {"type": "object"}}
+
+
+def test_turns_of_sharegpt_are_messages() -> None:
+    turns = [turn("system", "be kind"), turn("human", "q"), turn("function_call", json.dumps(CALL))]
+    record = good(
+        PAIR | {"conversations": [*turns, turn("observation", "rain")], "tools": json.dumps([TOOL])}
+    )
+    assert seen(record.prompt) == [KIND, Q, CALLING, ["tool", "rain"]]
+    assert record.tools == ({"type": "function", "function": TOOL},)
+
+
+def test_every_other_name_of_a_role_becomes_one_of_a_template() -> None:
+    for name in OTHER_ROLE_NAMES:
+        content = json.dumps(CALL) if "call" in name else "x"
+        found = good(PAIR | {"prompt": [{"role": name, "content": content}]})
+        assert found.prompt[0].role in ("user", "assistant", "tool")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "loss", "weight", "loss_scale", "train", "training"])
+def test_weights_of_messages_say_which_turns_are_trained(name: str) -> None:
+    turns = [user("q") | {name: 0.0}, assistant("a") | {name: False}, user("m"), assistant("b") | {name: 1.0}]
+    record = good({"chosen": turns, "rejected": [user("q"), assistant("bad")]})
+    assert seen(record.prompt) == [Q]
+    assert [one.is_trained for one in record.responses[0]] == [False, None, True]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ([1, 2], "unparsable"),
-        ({"messages": [user("q"), assistant("a")], "label": True}, "unpaired"),
-        ({"prompt": "q", "completion": "a", "kto_tag": False}, "unpaired"),
-        ({"prompt": "q", "completion": "a", "label": " Bad "}, "unpaired"),
-        ({"prompt": "q", "completion": "a", "label": -1.0}, "unpaired"),
-        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "unread_content"),
-        ({"x": "q", "chosen": "good", "rejected": "bad"}, "unknown_format"),
-        ({"question": "", "chosen": "good", "rejected": "bad"}, "empty_prompt"),
-        ({"chosen": "good", "rejected": "bad"}, "empty_prompt"),
-        (
-            {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
-            "empty_prompt",
-        ),
-        ({"prompt": "q", "chosen": "good"}, "missing_field"),
-        (TEXT | {"rejected": None}, "missing_field"),
-        ({"messages": CONVERSATION, "rejected_response": None}, "missing_field"),
-        ({"messages": CONVERSATION, "rejected_messages": None}, "missing_field"),
-        ({"query": "q", "response": "a", "rejected_response": None}, "missing_field"),
-        ({"chosen": H + " a", "rejected": "\n\nHuman: other\n\nAssistant: b"}, "history_differs"),
-        ({"chosen": H + " a", "rejected": H + " a\n\nHuman: q"}, "not_one_answer"),
-        ({"chosen": H + " a", "rejected": H + "  \n"}, "empty_response"),
-        ({"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman:\n\nAssistant: b"}, "empty_prompt"),
-        (
-            {"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]},
-            "history_differs",
-        ),
-        (
-            {
-                "prompt": "other",
-                "chosen": [user("q"), assistant("a")],
-                "rejected": [user("q"), assistant("b")],
-            },
-            "history_differs",
-        ),
-        ({"chosen": [user("q"), assistant("a")], "rejected": [user("q")]}, "not_one_answer"),
-        ({"prompt": [user("q")], "chosen": [], "rejected": []}, "not_one_answer"),
-        (
-            {"prompt": [user("q")], "chosen": assistant("a") | {"tool_calls": [{}]}, "rejected": "b"},
-            "invalid_tool_call",
-        ),
-        ({"prompt": [{"role": "user", "content": [1]}], "chosen": "a", "rejected": "b"}, "unread_content"),
-        (TEXT | {"prompt": " \n"}, "empty_prompt"),
-        (TEXT | {"chosen": "\t"}, "empty_response"),
-        (TEXT | {"chosen": " bad\n"}, "identical_responses"),
-        (TEXT | {"score_chosen": 1.0}, "invalid_scores"),
-        (TEXT | {"score_chosen": float("nan"), "score_rejected": 0}, "invalid_scores"),
-        (TEXT | {"score_chosen": 10**400, "score_rejected": 0}, "invalid_scores"),
-        (TEXT | {"chosen": "\ud800"}, "invalid_unicode"),
-    ],
+    "tools", [[TOOL], [{"type": "function", "function": TOOL}], json.dumps([TOOL]), [json.dumps(TOOL)]]
 )
-def test_a_bad_record_has_its_reason(tmp_path: Path, fields: Any, reason: str) -> None:
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, BadRecord)
-    assert record.reason == reason
+@pytest.mark.parametrize("fields", [TEXT, CHAT, RANKED, PAIR | {"instruction": "q"}])
+def test_tools_are_objects_with_a_function(fields: dict[str, Any], tools: Any) -> None:
+    record = good(fields | {"tools": tools})
+    assert record.tools == ({"type": "function", "function": TOOL},)
+    assert seen(record.prompt) == [Q]
 
 
-@pytest.mark.parametrize(
-    ("fields", "detail"),
-    [
-        (TEXT | {"chosen": "\t"}, "no text in chosen"),
-        (TEXT | {"rejected": ""}, "no text in rejected"),
-        ({"prompt": "q", "completion": " "}, "no text in the completion"),
-        ({"prompt": "q", "responses": ["a", " ", "c"]}, "no text in response 2 of the ranking"),
-    ],
-)
-def test_an_empty_response_is_named(tmp_path: Path, fields: Any, detail: str) -> None:
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, BadRecord)
-    assert record.detail == detail
+@pytest.mark.parametrize("thinking", [False, "false", "False", 0, "0"])
+def test_arguments_of_the_template_are_read(thinking: Any) -> None:
+    for arguments in ({"depth": 2}, '{"depth": 2, "enable_thinking": false}'):
+        record = good(TEXT | {"chat_template_kwargs": arguments, "enable_thinking": thinking})
+        assert record.template_arguments == {"depth": 2, "enable_thinking": False}
+        assert seen(record.prompt) == [Q]
+    assert good(TEXT | {"enable_thinking": None}).prompt == "q"
 
 
-def test_an_unknown_format_names_the_fields_found(tmp_path: Path) -> None:
-    record = read_one(tmp_path, {"label": "x", "text": []})
-    assert isinstance(record, BadRecord)
-    assert record.detail == "fields: label (text), text (list)"
+@pytest.mark.parametrize("nothing", [None, "", " ", [], {}, "[]", "{}", "null"])
+@pytest.mark.parametrize("kind", EVERY)
+def test_fields_without_effect_are_accepted(kind: str, nothing: Any) -> None:
+    names = ("tools", "images", "system", "history", "input", "chat_template_kwargs")
+    neutral = {"weight": "1.0", "margin": 0, "sample_weight": None, "instruction": " q "}
+    assert good(EVERY[kind] | dict.fromkeys(names, nothing) | neutral) == good(EVERY[kind])
+
+
+def test_a_field_that_repeats_a_part_of_the_prompt_is_accepted() -> None:
+    for prompt in ("Question: {} Answer:", '"{}"', "Use this: {} Where?"):
+        for name in ("input", "instruction", "question", "context"):
+            assert good(TEXT | {"prompt": prompt.format("2 + 2?"), name: "2 + 2?"})
+
+
+def test_the_configured_format_decides() -> None:
+    fields = PAIR | {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
+    assert read(fields, DataFormat.text)[0] == "q"
+    assert good(fields, DataFormat.hh).prompt == Dialogue(H)
+    assert read(fields, DataFormat.messages)[0] == [Q]
+    both = TEXT | {"responses": ["x", "y"], "score_chosen": 2, "score_rejected": 1}
+    assert read(both, DataFormat.text)[1] == ["good", "bad"]
+    assert read(both, DataFormat.ranked)[1] == ["x", "y"]
+    for one in (TEXT, {"prompt": "q", "chosen": "good"}, {"messages": DONE, "rejected_response": None}):
+        assert read(one, DataFormat.completion)[1] == ["good"]
+
+
+def test_plain_text_has_no_system_text() -> None:
+    assert bad(TEXT | {"system": "be kind"}, DataFormat.text).unread == ("system",)
+    assert bad(HH | {"prompt": "something else"}, DataFormat.hh).unread == ("prompt",)
+
+
+def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) -> None:
+    arguments = {"city": "Oslo", "date": None}
+    as_object, as_text = (
+        assistant("") | {"tool_calls": [{"function": CALL | {"arguments": given}}]}
+        for given in (arguments, json.dumps(arguments))
+    )
+    fields = {
+        "prompt": [user("q")],
+        "chosen": [as_object],
+        "rejected": [as_text, user("x"), assistant("y")],
+        "tools": [TOOL | {"parameters": {"type": "object", "required": None}}],
+    }
+    table = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([fields]), table)
+    for path, kept in (jsonl(tmp_path, fields), arguments), (str(table), {"city": "Oslo"}):
+        [record] = read_records(path)
+        assert isinstance(record, PreferenceRecord), record
+        given = [one[0].fields["tool_calls"][0]["function"]["arguments"] for one in record.responses]  # type: ignore[union-attr]
+        assert given == [kept, arguments]
+        assert record.tools == ({"type": "function", "function": TOOL},)
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        (
-            {"quest": "secret", "chosen": "secret", "rejected": "secret"},
-            "text or messages: prompt, chosen",
-        ),
-        ({"prompt": "secret", "chosen": 1, "rejected": {"a": "secret"}}, "chosen (value), rejected (object)"),
-        ({"instruction": "secret", "outputs": "secret"}, "instruction, input, output"),
-        ({"prompt": "secret", "answer": "secret"}, "completion: prompt, completion"),
-        ({"x": "secret", "y": None}, "fields: x (text), y (null)"),
-        ({"a secret text of a file without header": "secret"}, "fields: a name of 38 characters (text)"),
-        ({str(n): "secret" for n in range(100)}, "11 (text), ..."),
-        ({}, "fields: none"),
+        ({"prompt": "q"}, "q"),
+        ({"prompt": [user("q")]}, [Q]),
+        ({"messages": [user("q")]}, [Q]),
+        ({"messages": DONE}, [Q]),
+        ({"prompt": "q", "system": "be kind"}, [KIND, Q]),
+        (TEXT, "q"),
+        (TEXT | {"chosen": "bad"}, "q"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
+        (WHOLE, [Q]),
+        (HH, [Q]),
+        ({"text": "q"}, "unknown_format"),
+        ({"prompt": 3}, "unknown_format"),
+        ({"prompt": "  "}, "empty_prompt"),
+        ({"prompt": "q", "images": ["a.png"]}, "unread_content"),
     ],
 )
-def test_an_unknown_format_names_the_nearest_ones(
-    tmp_path: Path, fields: dict[str, Any], expected: str
-) -> None:
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, BadRecord)
-    assert record.reason == "unknown_format"
-    assert expected in record.detail
-    assert "secret" not in record.detail
-
-
-def test_an_explicit_format_is_not_detected(tmp_path: Path) -> None:
-    fields = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
-    as_text = read_one(tmp_path, fields, DataFormat.text)
-    as_hh = read_one(tmp_path, fields, DataFormat.hh)
-    assert isinstance(as_text, PreferenceRecord)
-    assert as_text.prompt == "q"
-    assert isinstance(as_hh, PreferenceRecord)
-    assert as_hh.prompt == Dialogue(H)
-    forced = read_one(tmp_path, fields, DataFormat.messages)
-    assert isinstance(forced, PreferenceRecord)
-    assert forced.prompt == (Message("user", "q"),)
-    assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.messages), BadRecord)
-    assert isinstance(read_one(tmp_path, {"chosen": 0, "rejected": 0}, DataFormat.hh), BadRecord)
-    assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.text), BadRecord)
-
-
-@pytest.mark.parametrize("format_", [DataFormat.auto, DataFormat.completion])
-@pytest.mark.parametrize(
-    ("fields", "prompt"),
-    [
-        ({"prompt": "q", "completion": "a"}, "q"),
-        ({"prompt": [user("q")], "completion": [assistant("a")]}, (Message("user", "q"),)),
-        ({"prompt": [user("q")], "completion": "a", "label": None}, (Message("user", "q"),)),
-        ({"messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
-        ({"prompt": "q", "messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
-        ({"completion": H + "a"}, Dialogue(H)),
-    ],
-)
-def test_a_completion_is_a_record_of_one_response(
-    tmp_path: Path, format_: DataFormat, fields: Any, prompt: Any
-) -> None:
-    record = read_good(tmp_path, fields, format_)
-    assert (record.prompt, record.responses, record.scores) == (prompt, ("a",), None)
-
-
-def test_the_chosen_side_is_a_completion_only_by_configuration(tmp_path: Path) -> None:
-    pair = TEXT | {"score_chosen": 2, "score_rejected": 1}
-    assert read_good(tmp_path, pair).responses == ("good", "bad")
-    assert read_good(tmp_path, pair, DataFormat.completion).responses == ("good",)
-    alone = {"prompt": "q", "chosen": "good"}
-    assert reason_against(tmp_path, alone) == "missing_field"
-    assert read_good(tmp_path, alone, DataFormat.completion).responses == ("good",)
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"prompt": "q"}, "missing_field"),
-        ({"prompt": "q", "completion": " "}, "empty_response"),
-        ({"prompt": "q", "completion": "a", "label": False}, "unpaired"),
-        ({"messages": [user("q")]}, "not_one_answer"),
-        ({"messages": [assistant("a")]}, "empty_prompt"),
-        ({"completion": "a"}, "unknown_format"),
-    ],
-)
-def test_a_bad_completion_has_its_reason(tmp_path: Path, fields: Any, reason: str) -> None:
-    assert reason_against(tmp_path, fields, DataFormat.completion) == reason
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        TEXT | {"responses": ["x", "y"]},
-        TEXT | {"completion": "z"},
-        TEXT | {"messages": CONVERSATION},
-        TEXT | {"chosen_response": "x", "rejected_response": "y"},
-        {"prompt": "q", "messages": CONVERSATION, "completion": "z"},
-        {"prompt": "q", "messages": CONVERSATION, "responses": ["x", "y"]},
-        {"prompt": "q", "completion": "z", "responses": ["x", "y"]},
-    ],
-)
-def test_a_record_of_two_formats_is_none_of_them(tmp_path: Path, fields: Any) -> None:
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, BadRecord)
-    assert record.reason == "ambiguous_format"
-
-
-def test_a_null_side_is_named_unless_the_format_is_a_completion(tmp_path: Path) -> None:
-    fields = {"messages": CONVERSATION, "rejected_response": None}
-    record = read_one(tmp_path, fields)
-    assert isinstance(record, BadRecord)
-    assert record.detail == "rejected_response"
-    assert read_good(tmp_path, fields, DataFormat.completion).responses == ("good",)
-    # A table fills the columns of its other records.
-    filled = {"messages": CONVERSATION, "chosen": None, "rejected": None, "completion": None}
-    assert read_good(tmp_path, filled).responses == ("good",)
-
-
-def test_the_configured_format_decides_between_two(tmp_path: Path) -> None:
-    fields = TEXT | {"responses": ["x", "y"]}
-    assert read_good(tmp_path, fields, DataFormat.text).responses == ("good", "bad")
-    assert read_good(tmp_path, fields, DataFormat.ranked).responses == ("x", "y")
-
-
-def test_a_copy_of_a_side_is_no_other_format(tmp_path: Path) -> None:
-    fields = {"prompt": "q", "chosen": CONVERSATION, "rejected": [user("q"), assistant("bad")]}
-    record = read_good(tmp_path, fields | {"messages": CONVERSATION})
-    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("good", "bad"))
-
-
-@needs_shared_data
-@pytest.mark.parametrize(
-    ("name", "kept", "faults"),
-    [
-        (
-            "hh_rlhf_sample.jsonl",
-            1491,
-            {
-                "empty_response": [58, 332, 606, 714],
-                "history_differs": [804, 1080, 1258, 1260, 1318],
-            },
-        ),
-        (
-            "ultrafeedback_plain_scored.jsonl",
-            293,
-            {"identical_responses": [84, 171, 227, 246, 261], "empty_response": [134, 213]},
-        ),
-        ("templated_near_duplicates.jsonl", 40, {}),
-        ("derived/trl_conversational_from_hh.jsonl", 200, {}),
-        ("derived/ultrafeedback_binarized_messages.jsonl", 100, {}),
-        ("llama_factory_kto_en.json", 0, {"unpaired": list(range(60))}),
-    ],
-)
-def test_real_files_have_the_known_bad_records(name: str, kept: int, faults: dict[str, list[int]]) -> None:
-    assert SHARED is not None
-    found: dict[str, list[int]] = {}
-    for line, reason in outcomes(read_records(str(SHARED / name))):
-        found.setdefault(reason, []).append(line - 1)
-    assert len(found.pop("", [])) == kept
-    assert found == faults
-
-
-@needs_shared_data
-@pytest.mark.parametrize(
-    ("name", "faults"),
-    [
-        ("hh_rlhf_sample.jsonl", {"empty_response": [58, 332, 606, 714]}),
-        ("ultrafeedback_plain_scored.jsonl", {"empty_response": [213]}),
-        ("derived/ultrafeedback_binarized_messages.jsonl", {}),
-        ("llama_factory_kto_en.json", {"unpaired": list(range(60))}),
-    ],
-)
-def test_real_pairs_are_read_as_completions(name: str, faults: dict[str, list[int]]) -> None:
-    assert SHARED is not None
-    found: dict[str, list[int]] = {}
-    for line, reason in outcomes(read_records(SourceConfig(str(SHARED / name), DataFormat.completion))):
-        found.setdefault(reason, []).append(line - 1)
-    found.pop("", None)
-    assert found == faults
+def test_the_prompt_of_a_record_needs_no_response(fields: dict[str, Any], expected: Any) -> None:
+    found = parse_prompt(fields, DataFormat.auto, Origin("here", 1))
+    if isinstance(found, BadRecord):
+        assert found.reason == expected
+    else:
+        assert (seen(found.prompt), found.responses, found.scores) == (expected, (), None)

@@ -2,17 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat
 from dpo_dist.data.columns import FIELDS
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.messages import TAGS
-from dpo_dist.data.records import PreferenceRecord
 from tests.support.pages import ROOT
-from tests.support.records import jsonl
+from tests.support.records import good
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
 ROWS = re.findall(
@@ -21,34 +18,20 @@ ROWS = re.findall(
 
 
 @pytest.mark.parametrize(("name", "example"), ROWS)
-def test_the_example_of_a_format_is_read(name: str, example: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path, json.loads(example))
-    detected, named = (
-        next(iter(read_records(SourceConfig(path=path, format=format_))))
-        for format_ in (DataFormat.auto, DataFormat(name))
-    )
-    assert isinstance(detected, PreferenceRecord), detected
-    assert named == detected
-    prompt = detected.prompt
-    assert "2 + 2" in (prompt if isinstance(prompt, str) else prompt[-1].content)
-    best, *others = map(str, detected.responses)
+def test_the_example_of_a_format_is_read_by_detection_and_by_name(name: str, example: str) -> None:
+    record = good(json.loads(example))
+    assert good(json.loads(example), DataFormat(name)) == record
+    assert "2 + 2" in (record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content)
+    best, *others = map(str, record.responses)
     assert "4" in best or "add" in best
     assert not others or "5" in others[0]
-
-
-def test_the_page_on_other_trainers_names_fields_and_tags_that_exist() -> None:
-    page = (ROOT / "docs" / "coming_from.md").read_text()
-    for key, known in (("columns", (*FIELDS, "COLUMN")), ("tags", tuple(TAGS))):
-        names = [
-            name
-            for found in re.findall(rf"{key}: {{(.*?)}}", page)
-            for name in re.findall(r"(\w+): (?!null)", found)
-        ]
-        assert names
-        assert set(names) <= set(known)
 
 
 def test_every_format_and_field_is_on_the_page() -> None:
     assert {name for name, _ in ROWS} == set(DataFormat) - {DataFormat.auto}
     listed = PAGE.split("The fields are ", 1)[1].split(".\n", 1)[0]
     assert re.findall(r"`([^`]+)`", listed) == list(FIELDS)
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    for key, known in (("columns", (*FIELDS, "COLUMN")), ("tags", tuple(TAGS))):
+        written = " ".join(re.findall(rf"{key}: {{(.*?)}}", page))
+        assert set(re.findall(r"(\w+): (?!null)", written)) <= set(known)

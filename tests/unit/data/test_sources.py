@@ -1,20 +1,34 @@
-"""Sources of several files: patterns, folders of shards, compression, damage."""
+"""Sources: files of every kind, patterns, folders, saved and Hub datasets; damage; identity."""
 
 import gzip
+import io
 import json
 import os
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
 
-from dpo_dist.config.data import SourceConfig
-from dpo_dist.data.formats import read_records
+from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data import folders
+from dpo_dist.data.build import no_progress, prepare_dataset
+from dpo_dist.data.formats import check_first_formats, read_records
+from dpo_dist.data.read import Meter
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.sources import source_identity
+from dpo_dist.data.sources import check_source, source_identity
 from dpo_dist.foundation.errors import ConfigError, DataError
-from tests.support.records import TEXT, jsonl
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl, outcomes
+
+LINE = json.dumps(TEXT).encode()
+BOM = b"\xef\xbb\xbf"
 
 
 def row(text: str) -> dict[str, str]:
@@ -25,30 +39,124 @@ def lines(*texts: str) -> bytes:
     return "".join(json.dumps(row(text)) + "\n" for text in texts).encode()
 
 
+def parquet(*texts: str) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist([row(text) for text in texts]), stream)
+    return stream.getvalue()
+
+
 def zstd(content: bytes) -> bytes:
     return bytes(pa.Codec("zstd").compress(content, asbytes=True))
 
 
-def write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
-def parquet(file: Path, *texts: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pa.Table.from_pylist([row(text) for text in texts]), file)
+def read(path: Path | str, **options: Any) -> list[tuple[int, str]]:
+    """Return the lines of a source's records with the reasons of bad ones."""
+    return outcomes(read_records(SourceConfig(path=str(path), **options)))
 
 
-def prompts(path: Path | str, **options: object) -> list[str]:
-    records = list(read_records(SourceConfig(path=str(path), **options)))  # type: ignore[arg-type]
+def prompts(path: Path | str, **options: Any) -> list[str]:
+    records = list(read_records(SourceConfig(path=str(path), **options)))
     assert all(isinstance(record, PreferenceRecord) for record in records)
     return [str(record.prompt) for record in records if isinstance(record, PreferenceRecord)]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd])
-def test_compressed_files_are_read_by_their_inner_extension(tmp_path: Path, pack: object) -> None:
-    assert callable(pack)
-    ending = ".gz" if pack is gzip.compress else ".zst"
+def refused(path: Path | str, match: str, error: type[Exception] = DataError, **options: Any) -> Any:
+    with pytest.raises(error, match=match) as raised:
+        read(path, **options)
+    return raised.value
+
+
+LONG = LINE.replace(b"good", b"g" * 50_000)
+CSV = (
+    b'prompt,chosen,rejected\r\nq,"two\nlines",b\r\n\r\nq,a,b,too many\r\nq,too few\r\n'
+    b'"say ""hi""",a,b\r\nq,b\xe4d,b\r\nq,' + b"a" * 200_000 + b",b\r\n"
+)
+# Records that follow one another on lines, of which the second is good.
+DAMAGED = {
+    LINE[:20]: "unparsable",
+    LINE.replace(b"bad", b"\xe4"): "unparsable",
+    LINE[:-1] + b', "chosen": "x"}': "unparsable",
+    LINE.replace(b'"good"', b"9" * 5000): "unparsable",
+    LINE.replace(b"good", b"g\\ud800"): "invalid_unicode",
+    LINE[:-1] + b', "score_chosen": NaN, "score_rejected": 0}': "invalid_scores",
+    b"null": "unparsable",
+    b"[" * 100_000: "unparsable",
+    b'{"a": ' * 2000 + b"1" + b"}" * 2000: "unparsable",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        *(("a.jsonl", line + b"\n" + LINE, f"1 {reason}, 2") for line, reason in DAMAGED.items()),
+        # Lines are those of an editor.
+        ("a.jsonl", BOM + LINE + b"\n\n" + LINE + b"\r\n{\n" + LINE, "1, 3, 4 unparsable, 5"),
+        ("a.jsonl", LINE.replace(b"good", b"word " * 200_000), "1"),
+        (
+            "a.json",
+            b" [" + LINE + b', "no object", 12 ,\n' + LINE + b"] ",
+            "1, 2 unparsable, 3 unparsable, 4",
+        ),
+        ("a.json", b"[" + b",".join([LONG] * 60) + b"]", ", ".join(map(str, range(1, 61)))),
+        ("a.json", b"[ ]", ""),
+        ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 invalid_unicode, 9"),
+        ("a.parquet", parquet("q", "p"), "1, 2"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_records_have_their_lines_and_no_neighbour_is_lost(
+    tmp_path: Path, name: str, content: bytes, expected: str
+) -> None:
+    found = read(write(tmp_path, {name: content}) / name)
+    assert ", ".join(f"{line} {reason}".strip() for line, reason in found) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_separators_of_lines_inside_a_text_are_kept(tmp_path: Path, name: str) -> None:
+    text = "one\u2028two\x00three\u0085"
+    fields = json.dumps(TEXT | {"chosen": text}, ensure_ascii=False)
+    content = {"a.jsonl": f"{fields}\r\n", "a.json": f"[{fields}]\r\n"}.get(name)
+    content = content or f"prompt,chosen,rejected\r\nq,{text},bad\r\n"
+    (tmp_path / name).write_bytes(BOM + content.encode())
+    [record] = read_records(str(tmp_path / name))
+    assert isinstance(record, PreferenceRecord)
+    assert record.responses == (text, "bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        *(("a.json", b"[" + LINE + end, "to its end") for end in (b",", b",]", b"", b"] {}", b", {]")),
+        ("a.json", b"[" + LINE.replace(b"good", b"secret\xff") + b"]", "to its end"),
+        *(("a.json", content, "not an array") for content in (LINE + b"\n" + LINE, b"", b"x" * 10)),
+        ("a.jsonl.gz", gzip.compress(lines(*map(str, range(5000))))[:-20], "to its end"),
+        ("a.jsonl.zst", zstd(lines(*map(str, range(5000))))[:-20], "to its end"),
+        ("a.csv.zst", b"no zstd", "to its end"),
+        ("a.parquet", parquet("q")[:-10], "to its end"),
+        ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
+        ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
+        ("a.csv", b'prompt,chosen,rejected\n"say "hi"",a,b\n', "to its end"),
+        ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
+        *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.gz", "a.txt")),
+    ],
+)
+def test_a_damaged_file_is_one_error_without_its_text(
+    tmp_path: Path, name: str, content: bytes, match: str
+) -> None:
+    fault = refused(write(tmp_path, {name: content}) / name, match)
+    assert str(tmp_path / name) in fault.where
+    assert "secret" not in str(fault)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
+def test_compressed_files_are_read(tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]) -> None:
     contents = {
         "a.jsonl": lines("one", "two"),
         "a.json": json.dumps([row("one"), row("two")]).encode(),
@@ -57,194 +165,276 @@ def test_compressed_files_are_read_by_their_inner_extension(tmp_path: Path, pack
     for name, content in contents.items():
         # Written in two parts, as tools that append do.
         half = len(content) // 2
-        write(tmp_path / (name + ending), pack(content[:half]) + pack(content[half:]))
+        write(tmp_path, {name + ending: pack(content[:half]) + pack(content[half:])})
         assert prompts(tmp_path / (name + ending)) == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl.gz", gzip.compress(lines(*map(str, range(5000))))[:-20]),
-        ("a.jsonl.zst", zstd(lines(*map(str, range(5000))))[:-20]),
-        ("a.jsonl.gz", b"no gzip"),
-        ("a.csv.zst", b"no zstd"),
-        ("a.parquet.gz", b""),
-        ("a.gz", b""),
-    ],
-)
-def test_damaged_compression_is_one_error(tmp_path: Path, name: str, content: bytes) -> None:
-    write(tmp_path / name, content)
-    with pytest.raises(DataError) as raised:
-        list(read_records(str(tmp_path / name)))
-    assert raised.value.where == str(tmp_path / name)
+def test_a_bad_record_never_quotes_its_text(tmp_path: Path) -> None:
+    secret = dict.fromkeys(TEXT, "secret")
+    broken = b'{"prompt": "secret\n"secret"\n' + json.dumps(secret).encode()
+    records = list(read_records(str(write(tmp_path, {"a.jsonl": broken}) / "a.jsonl")))
+    assert len(records) == 3
+    assert all(isinstance(record, BadRecord) and "secret" not in record.detail for record in records)
 
 
-def test_a_pattern_reads_files_in_order_with_their_line_numbers(tmp_path: Path) -> None:
-    write(tmp_path / "b.jsonl", lines("three"))
-    write(tmp_path / "a.jsonl", lines("one") + b"broken\n" + lines("two"))
-    write(tmp_path / "deep" / "c.jsonl", lines("four"))
-    records = list(read_records(str(tmp_path / "*.jsonl")))
-    assert [(str(record.origin), isinstance(record, BadRecord)) for record in records] == [
-        (f"{tmp_path}/a.jsonl:1", False),
-        (f"{tmp_path}/a.jsonl:2", True),
-        (f"{tmp_path}/a.jsonl:3", False),
-        (f"{tmp_path}/b.jsonl:1", False),
-    ]
-    write(tmp_path / "a.jsonl", lines("one"))
-    assert prompts(tmp_path / "**" / "*.jsonl") == ["one", "three", "four"]
-    assert prompts(tmp_path / "*.jsonl", limit=1) == ["one"]
-    with pytest.raises(DataError, match="no file matches"):
-        read_records(str(tmp_path / "*.csv"))
+def test_the_share_that_was_read_grows_to_one(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    texts = [generator.randbytes(500).hex() for _ in range(8000)]
+    csv = "prompt,chosen,rejected\n" + "".join(f'"{text}",a,b\n' for text in texts)
+    files = {
+        "a.jsonl": lines(*texts),
+        "a.jsonl.gz": gzip.compress(lines(*texts), 1),
+        "a.json": json.dumps(list(map(row, texts))).encode(),
+        "a.csv": csv.encode(),
+        "a.parquet": parquet(*texts),
+    }
+    for name in files:
+        meter = Meter()
+        shares = [meter.share or 0.0 for _ in read_records(str(write(tmp_path, files) / name), meter)]
+        assert shares == sorted(shares)
+        assert 0.3 < shares[len(texts) // 2] < 0.75, name
+        assert shares[-1] > 0.98
 
 
-def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
-    write(tmp_path / "deep" / "a.jsonl", lines("one"))
-    write(tmp_path / ".hidden" / "b.jsonl", lines("two"))
-    for name in ("first", "second"):
-        (tmp_path / "deep" / name).symlink_to(tmp_path, target_is_directory=True)
+def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
+    write(tmp_path, {"b.jsonl": lines("3"), "a.jsonl": lines("1") + b"broken\n", "deep/c.jsonl": lines("4")})
+    found = [str(record.origin) for record in read_records(str(tmp_path / "*.jsonl"))]
+    assert found == [f"{tmp_path}/{name}" for name in ("a.jsonl:1", "a.jsonl:2", "b.jsonl:1")]
+    assert read(tmp_path / "**" / "*.jsonl") == [(1, ""), (2, "unparsable"), (1, ""), (1, "")]
+    assert prompts(tmp_path / "*.jsonl", limit=1) == ["1"]
+    refused(tmp_path / "*.csv", "no file matches")
+    write(tmp_path, {"a[1].jsonl": lines("5")})
+    assert prompts(tmp_path / "a[1].jsonl") == ["5"]
+
+
+def test_a_pattern_follows_no_links_to_folders_and_finds_no_hidden_file(tmp_path: Path) -> None:
+    write(tmp_path, {"deep/a.jsonl": lines("one"), ".hidden/b.jsonl": lines("two")})
+    (tmp_path / "deep" / "circle").symlink_to(tmp_path, target_is_directory=True)
     for pattern in ("**/*.jsonl", "**", "d*/a**.jsonl"):
         assert prompts(tmp_path / pattern) == ["one"], pattern
-
-
-def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
-    write(tmp_path / "a[1].jsonl", lines("one"))
-    assert prompts(tmp_path / "a[1].jsonl") == ["one"]
 
 
 @pytest.mark.parametrize(
     ("train", "test"),
     [
         ("data/train-0000{n}-of-00002.parquet", "data/test-00000-of-00001.parquet"),
+        ("data/train-0000{n}-of-00002-ab{n}.parquet", "data/test-00000-of-00001-cd.parquet"),
         ("train/part{n}.parquet", "test/part0.parquet"),
         ("set/my_train_{n}.parquet", "set/my_eval.parquet"),
     ],
 )
-def test_a_downloaded_folder_of_shards_is_read_split_by_split(tmp_path: Path, train: str, test: str) -> None:
-    parquet(tmp_path / train.format(n=1), "two")
-    parquet(tmp_path / train.format(n=0), "one")
-    parquet(tmp_path / test, "held out")
-    write(tmp_path / "README.md", b"# a card")
-    write(tmp_path / "dataset_infos.json", b"{}")
-    write(tmp_path / ".cache" / "huggingface" / "x.parquet", b"no parquet")
+def test_a_folder_of_shards_is_read_split_by_split(tmp_path: Path, train: str, test: str) -> None:
+    write(
+        tmp_path, {train.format(n=1): parquet("two"), train.format(n=0): parquet("one"), test: parquet("3")}
+    )
+    write(
+        tmp_path, {"README.md": b"# a card", "dataset_infos.json": b"{}", ".cache/x.parquet": b"no parquet"}
+    )
     assert prompts(tmp_path) == ["one", "two"]
-    assert prompts(tmp_path, split="test") == ["held out"]
-    with pytest.raises(DataError, match="no such split") as raised:
-        read_records(SourceConfig(path=str(tmp_path), split="other"))
-    assert raised.value.expected == "test, train"
+    assert prompts(tmp_path, split="test") == ["3"]
+    assert refused(tmp_path, "no such split", split="other").expected == "test, train"
 
 
-def test_splits_of_any_name_follow_from_shard_names(tmp_path: Path) -> None:
-    parquet(tmp_path / "data" / "train_prefs-00000-of-00001.parquet", "prefs")
-    parquet(tmp_path / "data" / "train_sft-00000-of-00001.parquet", "sft")
-    assert prompts(tmp_path, split="train_prefs") == ["prefs"]
-    with pytest.raises(DataError, match="train_prefs, train_sft"):
-        read_records(str(tmp_path))
-
-
-def test_no_file_of_a_folder_is_silently_ignored(tmp_path: Path) -> None:
-    write(tmp_path / "some" / "train.jsonl", lines("one"))
-    write(tmp_path / "some" / "more.jsonl", lines("two"))
-    with pytest.raises(DataError, match="names of some files have no split") as raised:
-        read_records(str(tmp_path / "some"))
-    assert raised.value.got == "more.jsonl"
-    for number in (0, 2):
-        write(tmp_path / "cut" / f"train-{number:05d}-of-00003.jsonl", lines("one"))
-    with pytest.raises(DataError, match="shards of the source are missing") as raised:
-        read_records(str(tmp_path / "cut"))
-    assert "train-00001-of-00003" in raised.value.got
-    write(tmp_path / "cut" / "train-00001-of-00003.jsonl", lines("two"))
-    assert prompts(tmp_path / "cut") == ["one", "two", "one"]
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        (["some/train.jsonl", "more.jsonl"], "names of some files have no split"),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "train-00001-of-00003"),
+        (["train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], "train_prefs, train_sft"),
+        (["a.jsonl", "b.json"], "several kinds"),
+        *((["a.jsonl", other], "cannot be read") for other in ("b.JSONL", "b.jsonl.bz2", "below/b.tsv")),
+        (["README.md"], "no data files"),
+        (["state.json"], "cannot be loaded"),
+    ],
+)
+def test_no_file_of_a_folder_is_ignored_in_silence(tmp_path: Path, files: list[str], match: str) -> None:
+    refused(write(tmp_path, dict.fromkeys(files, lines("one"))), match)
 
 
 def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
-    write(tmp_path / "b.jsonl", lines("two"))
-    write(tmp_path / "a.jsonl.gz", gzip.compress(lines("one")))
+    write(tmp_path, {"b.jsonl": lines("two"), "a.jsonl.gz": gzip.compress(lines("one"))})
     assert prompts(tmp_path) == ["one", "two"]
-    with pytest.raises(ConfigError, match="split"):
-        read_records(SourceConfig(path=str(tmp_path), split="train"))
+    refused(tmp_path, "split", ConfigError, split="train")
 
 
-def test_the_error_of_an_unreadable_folder_lists_its_files(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no data files"):
-        read_records(str(tmp_path / "empty"))
-    write(tmp_path / "mixed" / "a.json", b"[]")
-    write(tmp_path / "mixed" / "a.jsonl", lines("one"))
-    with pytest.raises(DataError, match="several kinds") as raised:
-        read_records(str(tmp_path / "mixed"))
-    assert "a.json, a.jsonl" in raised.value.got
-    write(tmp_path / "half" / "state.json", b"{}")
-    with pytest.raises(DataError, match="cannot be loaded"):
-        read_records(str(tmp_path / "half"))
+def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
+    splits = {"train": datasets.Dataset.from_list([TEXT]), "test": datasets.Dataset.from_list([TEXT, TEXT])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    splits["test"].save_to_disk(tmp_path / "one")
+    assert [len(read(tmp_path / "splits", split=split)) for split in (None, "test")] == [1, 2]
+    assert len(read(tmp_path / "one")) == 2
+    refused(tmp_path / "splits", "train, test", split="validation")
+    refused(tmp_path / "one", "split", ConfigError, split="test")
 
 
 @pytest.mark.parametrize(
-    "path", ["https://example.org/a.jsonl", "s3://bucket/a.parquet", "hf://datasets/o/n"]
+    ("name", "content"),
+    [("dataset_dict.json", b'{"splits": ["../one"]}'), ("state.json", b"[]"), ("state.json", b"{")],
 )
-def test_urls_are_refused(path: str) -> None:
-    for ask in (read_records, lambda source: source_identity(SourceConfig(source))):
-        with pytest.raises(DataError, match="URLs cannot be read"):
-            ask(path)  # type: ignore[operator]
+def test_a_forged_description_of_a_saved_dataset_is_an_error(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    datasets.Dataset.from_list([TEXT]).save_to_disk(tmp_path / "one")
+    refused(write(tmp_path / "mine", {name: content}), "cannot be loaded|no such split")
 
 
-@pytest.mark.parametrize("option", ["name", "data_dir", "revision"])
-def test_hub_options_of_a_file_are_refused(tmp_path: Path, option: str) -> None:
-    path = jsonl(tmp_path, TEXT)
-    with pytest.raises(ConfigError, match=option):
-        read_records(SourceConfig(path=path, **{option: "x"}))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        *((url, "URLs cannot be read") for url in ("https://example.org/a.jsonl", "hf://datasets/o/n")),
+        *((path, "path cannot be opened") for path in ("x" * 300, "a\0b.jsonl", '{"prompt": "' + "y" * 300)),
+        ("{}/pipe.jsonl", "neither a file nor a folder"),
+        ("{}/link.jsonl", "a link to"),
+        ("{}/circle.jsonl", "cannot be opened"),
+        ("{}/record.jsonl", "did you mean records.jsonl"),
+        ("{}/nowhere/records.jsonl", "no folder"),
+    ],
+)
+def test_what_is_no_source_is_an_error(tmp_path: Path, path: str, match: str) -> None:
+    jsonl(tmp_path, TEXT)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("circle.jsonl", "absent.jsonl"):
+        (tmp_path / {"absent.jsonl": "link.jsonl"}.get(name, name)).symlink_to(tmp_path / name)
+    assert "yyy" not in str(refused(path.replace("{}", str(tmp_path)), match))
+
+
+@pytest.mark.parametrize("option", ["name", "data_dir", "revision", "split"])
+def test_an_option_without_effect_on_a_file_is_an_error(tmp_path: Path, option: str) -> None:
+    refused(jsonl(tmp_path, TEXT), option, ConfigError, **{option: "x"})
 
 
 def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
-    write(tmp_path / "one" / "a.jsonl", lines("one"))
-    write(tmp_path / "two" / "a.jsonl", lines("one"))
-    first, second = (SourceConfig(str(tmp_path / folder)) for folder in ("one", "two"))
-    assert source_identity(first) == source_identity(second)
-    write(tmp_path / "two" / "b.jsonl", lines("two"))
-    assert source_identity(first) != source_identity(second)
-    pattern = SourceConfig(str(tmp_path / "*" / "a.jsonl"))
-    before = source_identity(pattern)
-    write(tmp_path / "two" / "a.jsonl", lines("other"))
-    assert source_identity(pattern) != before
+    first, second = (write(tmp_path / name, {"a.jsonl": lines("one")}) for name in ("one", "two"))
 
+    def identity(path: Path) -> str:
+        return source_identity(SourceConfig(str(path)))
 
-def test_a_duplicate_key_makes_a_record_bad(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    write(file, b'{"prompt": "q", "chosen": "good", "chosen": "bad", "rejected": "x"}\n' + lines("one"))
-    bad, good = read_records(str(file))
-    assert isinstance(bad, BadRecord)
-    assert (bad.reason, "chosen twice" in bad.detail) == ("unparsable", True)
-    assert isinstance(good, PreferenceRecord)
+    assert identity(first) == identity(second)
+    pattern = identity(tmp_path / "*" / "a.jsonl")
+    write(second, {"b.jsonl": lines("two")})
+    assert identity(first) != identity(second)
+    write(second, {"a.jsonl": lines("other")})
+    assert identity(tmp_path / "*" / "a.jsonl") != pattern
 
 
 @pytest.mark.parametrize(
-    "path", ["x" * 300, "a/" + "b" * 5000 + ".jsonl", "a\0b.jsonl", '{"prompt": "' + "y" * 300]
+    ("name", "content"), [("a.jsonl", b""), ("a.csv", b"prompt,chosen,rejected\n"), ("a.json", b"[]")]
 )
-def test_what_cannot_be_a_path_is_an_error(path: str) -> None:
-    with pytest.raises(DataError, match="path cannot be opened") as raised:
-        read_records(path)
-    assert "yyy" not in str(raised.value)
+def test_a_source_without_records_is_refused_at_the_start(tmp_path: Path, name: str, content: bytes) -> None:
+    source = SourceConfig(str(write(tmp_path, {name: content}) / name))
+    with pytest.raises(DataError, match="no records"):
+        check_source(source)
+    # The doctor counts it.
+    check_source(source, needs_pairs=False)
 
 
-def test_what_is_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "absent.jsonl")
-    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
-    for path, words in (
-        (tmp_path / "pipe.jsonl", "neither a file nor a folder"),
-        (Path("/dev/null"), "neither a file nor a folder"),
-        (tmp_path / "link.jsonl", "a link to"),
-        (tmp_path / "circle.jsonl", "cannot be opened"),
-    ):
-        with pytest.raises(DataError, match=words):
-            read_records(str(path))
+NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected": None}, {"x": "a"}))
+ALL, FIRST = "no record can be used", "none of the first 16384 records"
 
 
-@pytest.mark.parametrize("name", ["b.JSONL", "b.jsonl.bz2", "b.tsv", "below/b.ndjson"])
-def test_a_folder_with_data_files_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "README.md").write_text("text")
-    (tmp_path / "a.jsonl").write_bytes(lines("a"))
-    assert len(list(read_records(str(tmp_path)))) == 1
-    (tmp_path / name).write_bytes(lines("b"))
-    with pytest.raises(DataError, match=name):
-        read_records(str(tmp_path))
+@pytest.mark.parametrize(
+    ("content", "match", "on_bad_record"),
+    [
+        # Sorted data may begin with records that are dropped.
+        (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
+        (NO_SIDE * 100, ALL, "drop"),
+        (OTHER * 16_385 + lines("q"), FIRST, "drop"),
+        (b"{\n" * 16_385 + lines("q"), FIRST, "drop"),
+        (lines(*map(str, range(60))) + OTHER, "unknown_format", "error"),
+        (lines(*map(str, range(65))) + OTHER, None, "error"),
+    ],
+)
+def test_first_records_refuse_a_source_only_if_the_others_cannot_be_better(
+    tmp_path: Path, content: bytes, match: str | None, on_bad_record: str
+) -> None:
+    source = SourceConfig(str(write(tmp_path, {"a.jsonl": content}) / "a.jsonl"))
+    config = DataConfig(on_bad_record=OnBadRecord(on_bad_record))
+    if match is None:
+        check_first_formats(source, config)
+        return
+    with pytest.raises(DataError, match=match):
+        check_first_formats(source, config)
+
+
+HUB = SourceConfig(path="org/pairs", name="subset", revision="v1")
+
+
+class Resolved:
+    resolved = "0123456789012345678901234567890123456789"
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> None:
+    """Let the Hub give these, an exception or a commit, one for each request."""
+    given: Iterator[Any] = iter(outcomes)
+
+    def resolve_revision(*_args: Any, **_options: Any) -> Any:
+        outcome = next(given)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(HfApi, "resolve_revision", resolve_revision)
+
+
+def test_a_known_commit_is_used_if_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(monkeypatch, Resolved(), *[RevisionResolutionError("no answer")] * 2)
+    assert folders.pinned(HUB, tmp_path).revision == Resolved.resolved
+    assert folders.pinned(HUB, tmp_path).revision == Resolved.resolved
+    with pytest.raises(DataError, match="neither a local file nor a dataset"):
+        folders.pinned(SourceConfig(path="org/other"), tmp_path)
+
+
+def test_unpaired_responses_are_refused_before_another_source_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(monkeypatch, *[Resolved()] * 3)
+    records: list[dict[str, Any]] = [{"prompt": "q", "completion": "a", "label": True}] * 30
+    monkeypatch.setattr(folders, "hub_records", lambda _source: iter(records))
+    config = DataConfig(cache=str(tmp_path / "cache"), max_bad_share=1.0)
+    encoded: list[str] = []
+
+    def encoding(path: str) -> Any:
+        encoded.append(path)
+        return no_progress(path)
+
+    def prepared(**options: Any) -> int:
+        sources = [SourceConfig(jsonl(tmp_path, TEXT)), HUB]
+        return len(prepare_dataset(sources, config, tiny.qwen(), "qwen", encoding, **options))
+
+    with pytest.raises(DataError, match="single responses with a good/bad label"):
+        prepared()
+    assert not encoded
+    # The doctor counts them.
+    assert prepared(needs_pairs=False) == 2
+    assert len(encoded) == 2
+    # Encoded data need no Hub.
+    records.clear()
+    assert prepared() == 2
+    assert len(encoded) == 2
+
+
+@pytest.mark.parametrize("escape", ["../outside.jsonl", "{}/outside.jsonl", "file://{}/outside.jsonl"])
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_dataset_card_names_files_of_its_dataset(
+    card: str, escape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"outside.jsonl": LINE})
+    names = json.dumps([{"split": "train", "path": escape.format(tmp_path)}])
+    text = f"configs:\n- config_name: default\n  data_files: {names}\n"
+    folder = write(
+        tmp_path / "snapshot", {card: (f"---\n{text}---\n" if card == "README.md" else text).encode()}
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(folder))
+    with pytest.raises(DataError, match="names a file outside its folder"):
+        list(folders.hub_records(SourceConfig(path="org/set")))
+
+
+def test_a_dataset_with_a_script_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()"
+    folder = write(tmp_path / "snapshot", {"snapshot.py": script.encode()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(folder))
+    with pytest.raises(DataError):
+        list(folders.hub_records(SourceConfig(path="org/set")))
+    assert not (tmp_path / "trace").exists()

@@ -1,13 +1,12 @@
 """Text of data is inert on pages, by one guard of all templates, and on terminals."""
 
 import re
-from pathlib import Path
 
 import pytest
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.insight.pages.render import inert, joined_origins, json_rows, page, part
+from dpo_dist.insight.pages.render import inert, joined_origins, page, part
 
 HOSTILE = "<b>\u202e\x1b</b>"
 
@@ -58,10 +57,3 @@ def test_a_file_is_named_once() -> None:
     examples = ("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4")
     assert joined_origins(examples, 3) == "a.jsonl:1, :2 (with b.jsonl:1), :4"
     assert joined_origins(("a.jsonl:1", "a.jsonl:2"), 1) == "a.jsonl:1"
-
-
-def test_damaged_lines_are_none_and_empty_ones_are_no_rows(tmp_path: Path) -> None:
-    assert list(json_rows(tmp_path / "none.jsonl")) == []
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b'{"a": 1}\n\n  \n[1]\n{"a": \n\xff\n' + b"[" * 100_000 + b'\n{"a": 2}')
-    assert list(json_rows(file)) == [{"a": 1}, None, None, None, None, {"a": 2}]

@@ -1,6 +1,5 @@
 """`python -m dpo_dist.report`: the page again, also of a run in training, the difference, and errors."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -86,18 +85,11 @@ def test_other_mistakes_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture
             main([str(run), "--price", price])
 
 
-def test_damaged_files_are_left_aside_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b")
-    for file in (second.config, second.log_history, second.summary, second.samples_file(30)):
-        file.write_text("[1,")
-    shutil.rmtree(second.evaluation.path)
-    page = tmp_path / "page.html"
-    assert main([str(second), "--output", str(page)]) == main([str(first), str(second)]) == 0
-    assert "cannot be read" in caplog.text
-    assert "Curves" in page.read_text()
+def test_a_damaged_file_is_a_plain_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path)
+    run.summary.write_text("[1,")
+    assert main([str(run)]) == 2
+    assert "check the files of the run" in capsys.readouterr().err
 
 
 def test_a_run_may_be_written_as_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.insight.metrics.card import code, hub_name, inert, model_card, table
+from dpo_dist.insight.metrics.card import code, hub_name, inert, model_card
 
 COUNTS = {"read": 1200, "kept": 1190, "pairs": 1190, "dropped": {"too_long": 4, "empty_response": 6}}
 VERSIONS = {"dpo-dist": "0.1.0", "torch": "2.13.0"}
@@ -221,7 +221,6 @@ def test_code_spans_end_where_their_text_ends() -> None:
     assert code("a|b\nc") == "`a\\|b c`"
     assert inert("www.d.org") == "www\\.d.org"
     assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"
-    assert table([["a"], ["b"]]) == "| a |\n| --- |\n| b |"
 
 
 def test_pairs_that_training_repeats_are_not_counted_as_more_data() -> None:

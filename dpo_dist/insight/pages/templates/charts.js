@@ -1,7 +1,6 @@
 "use strict";
 (() => {
   const NS = "http://www.w3.org/2000/svg";
-  const hoursBox = document.getElementById("axis-hours");
   const text = value => {
     const size = Math.abs(value);
     if (size >= 1e6 || (size > 0 && size < 1e-3)) {
@@ -24,47 +23,40 @@
         lines: item.dataset.lines.split(" ").map(Number),
       }));
       this.data = JSON.parse(figure.dataset.chart);
-      this.at = null;
-      this.order();
-    }
-    order() {
-      this.isTimed = Boolean(this.data.hours && hoursBox && hoursBox.checked);
-      this.axis = this.isTimed ? this.data.hourAxis : this.data.stepAxis;
-      const xs = this.isTimed ? this.data.hours : this.data.steps;
       this.points = this.data.lines.map(values => values
-        .map((value, i) => ({x: xs[i], step: this.data.steps[i], value})).filter(point => point.value !== null));
-      this.xs = [...new Set(this.points.flat().map(point => point.x))].sort((a, b) => a - b);
+        .map((value, i) => ({step: this.data.steps[i], value})).filter(point => point.value !== null));
+      this.steps = [...new Set(this.points.flat().map(point => point.step))].sort((a, b) => a - b);
+      this.at = null;
     }
     valueAt(pointer) {
       const area = this.svg.getBoundingClientRect();
       const [left, right] = this.data.box;
       const x = (pointer.clientX - area.left) / area.width * this.svg.viewBox.baseVal.width;
-      return this.axis[0] + (x - left) / (right - left) * (this.axis[1] - this.axis[0]);
+      return between(x, [left, right], ...this.data.xAxis);
     }
-    last(line, x) {
-      return this.points[line].filter(point => point.x <= x).pop();
+    last(line, step) {
+      return this.points[line].filter(point => point.step <= step).pop();
     }
-    describe(line, x) {
-      const point = this.last(line, x);
+    describe(line, step) {
+      const point = this.last(line, step);
       if (!point) return "none yet";
       const value = point.value === "" ? "no value" : text(point.value);
-      return point.x === x ? value : value + " at step " + text(point.step);
+      return point.step === step ? value : value + " at step " + text(point.step);
     }
-    show(x) {
-      const isEnd = x === null;
-      const nearer = (best, each) => Math.abs(each - x) < Math.abs(best - x) ? each : best;
-      this.at = isEnd ? null : this.xs.reduce(nearer);
-      const at = isEnd ? this.xs[this.xs.length - 1] : this.at;
+    show(step) {
+      const isEnd = step === null;
+      const nearer = (best, each) => Math.abs(each - step) < Math.abs(best - step) ? each : best;
+      this.at = isEnd ? null : this.steps.reduce(nearer);
+      const at = isEnd ? this.steps[this.steps.length - 1] : this.at;
       for (const item of this.items) {
         item.output.textContent = item.lines.map(line => this.describe(line, at)).join(" \u00b7 mean ");
       }
-      const point = this.points.flat().find(each => each.x === at);
-      this.place.textContent = "step " + text(point.step) + (this.isTimed ? " \u00b7 " + text(at) + " h" : "");
+      this.place.textContent = "step " + text(at);
       this.cursor.replaceChildren(...(isEnd ? [] : this.marks(at)));
     }
     marks(at) {
       const {box: [left, right, top, bottom], yAxis: [low, high, isLog]} = this.data;
-      const x = between(at, this.axis, left, right);
+      const x = between(at, this.data.xAxis, left, right);
       const scale = isLog ? Math.log10 : value => value;
       const made = (name, values) => {
         const element = document.createElementNS(NS, name);
@@ -73,46 +65,41 @@
       };
       const dots = this.items.map(item => {
         const point = this.last(item.lines[item.lines.length - 1], at);
-        if (!point || point.x !== at || point.value === "") return null;
+        if (!point || point.step !== at || point.value === "") return null;
         const y = between(scale(point.value), [scale(low), scale(high)], bottom, top);
         return made("circle", {cx: x, cy: y, r: 4, class: item.color});
       });
       return [made("line", {x1: x, x2: x, y1: top, y2: bottom}), ...dots.filter(Boolean)];
     }
     move(key) {
-      const last = this.xs.length - 1;
-      const now = this.at === null ? last : this.xs.indexOf(this.at);
+      const last = this.steps.length - 1;
+      const now = this.at === null ? last : this.steps.indexOf(this.at);
       const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last,
                   PageUp: now - 10, PageDown: now + 10}[key];
-      return to === undefined ? undefined : this.xs[Math.min(Math.max(to, 0), last)];
+      return to === undefined ? undefined : this.steps[Math.min(Math.max(to, 0), last)];
     }
   }
 
   const charts = [...document.querySelectorAll("figure.curves")].map(figure => new Chart(figure));
-  const showAll = (from, x) => {
-    for (const chart of charts) if (chart.isTimed === from.isTimed) chart.show(x);
+  const showAll = x => {
+    for (const chart of charts) chart.show(x);
   };
   for (const chart of charts) {
     const legend = chart.figure.querySelector(".legend");
-    const follow = event => showAll(chart, chart.valueAt(event));
+    const follow = event => showAll(chart.valueAt(event));
     chart.svg.addEventListener("pointermove", follow);
     chart.svg.addEventListener("pointerdown", follow);
     chart.svg.addEventListener("pointerleave", event => {
-      if (event.pointerType === "mouse") showAll(chart, null);
+      if (event.pointerType === "mouse") showAll(null);
     });
     chart.figure.tabIndex = 0;
     chart.figure.addEventListener("focus", () => { legend.ariaLive = "polite"; });
-    chart.figure.addEventListener("blur", () => { legend.ariaLive = "off"; showAll(chart, null); });
+    chart.figure.addEventListener("blur", () => { legend.ariaLive = "off"; showAll(null); });
     chart.figure.addEventListener("keydown", event => {
       const x = event.key === "Escape" ? null : chart.move(event.key);
       if (x === undefined) return;
       event.preventDefault();
-      showAll(chart, x);
-    });
-  }
-  for (const box of document.querySelectorAll("input[name=axis]")) {
-    box.addEventListener("change", () => {
-      for (const chart of charts) { chart.order(); chart.show(null); }
+      showAll(x);
     });
   }
 })();

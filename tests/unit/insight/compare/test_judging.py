@@ -32,13 +32,10 @@ class ByLength:
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         self.asked += [question.responses for question in questions]
-        return [
-            Judgement(
-                [None if "?" in text else float(len(text)) for text in question.responses],
-                Counter(requests=1, refused=0),
-            )
-            for question in questions
+        scores = [
+            [None if "?" in text else float(len(text)) for text in each.responses] for each in questions
         ]
+        return [Judgement(each, Counter(requests=1, refused=0)) for each in scores]
 
 
 def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
@@ -46,29 +43,29 @@ def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
     rows = score_texts(RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], []], judge)
     assert judge.asked == [("aa", "b"), ("why?", "c")]
     assert rows == [
-        {"scores": [2.0, 1.0, 2.0], "counts": {"requests": 1}},
-        {"scores": [None, None, 1.0], "counts": {"requests": 1}},
-        {"scores": [], "counts": {}},
+        {"scores": [2.0, 1.0, 2.0], "credits": [WIN, TIE, LOSS], "counts": {"requests": 1}},
+        {"scores": [None, None, 1.0], "credits": [LOSS, LOSS, None], "counts": {"requests": 1}},
+        {"scores": [], "credits": [], "counts": {}},
     ]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "scores", "expected"),
+    ("first", "second", "expected"),
     [
-        ("a", "b", (2.0, 1.0), WIN),
-        ("a", "b", (1.0, 1.0), TIE),
-        ("a", "b", (0.0, 1.0), LOSS),
-        ("a", "b", (None, 1.0), None),
-        ("a", "a", (None, None), TIE),
-        ("", "b", (None, None), LOSS),
-        ("a", " \n", (1.0, None), WIN),
-        ("", " ", (None, None), TIE),
+        (("a", 2.0), ("b", 1.0), WIN),
+        (("a", 1.0), ("b", 1.0), TIE),
+        (("a", 0.0), ("b", 1.0), LOSS),
+        (("a", None), ("b", 1.0), None),
+        (("a", None), ("a", None), TIE),
+        (("", None), ("b", None), LOSS),
+        (("a", 1.0), (" \n", None), WIN),
+        (("", None), (" ", None), TIE),
     ],
 )
 def test_the_credit_of_the_first(
-    first: str, second: str, scores: tuple[float | None, float | None], expected: float | None
+    first: tuple[str, float | None], second: tuple[str, float | None], expected: float | None
 ) -> None:
-    assert credit(first, second, scores) == expected
+    assert credit(first, second) == expected
 
 
 def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
@@ -79,24 +76,25 @@ def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
             return "no verdict"
         return "[[B]]" if asked["response_B"] == "good" else "[[A]]"
 
+    texts = [["good", "bad", "worse"], ["good", "good", ""], ["broken", "bad", "bad"]]
     with judge_server(answer) as server:
-        judge = EndpointJudge(EndpointConfig(url=server.url, model="judge"))
-        rows = compare_texts(
-            RECORDS, [["good", "bad", "worse"], ["good", "good", ""], ["broken", "bad", "bad"]], judge
-        )
+        rows = compare_texts(RECORDS, texts, EndpointJudge(EndpointConfig(url=server.url, model="judge")))
     assert len(server.bodies) == 2 * (3 + 0 + 2)
-    assert rows[0]["credits"] == [WIN, WIN, TIE]
-    assert rows[0]["counts"] == {"position_disagreements": 1, "requests": 6}
-    assert rows[1] == {"credits": [TIE, WIN, WIN], "counts": {}}
-    assert rows[2]["credits"] == [None, None, TIE]
-    assert rows[2]["counts"] == {"requests": 4, "unreadable": 4}
+    assert [row["credits"] for row in rows] == [[WIN, WIN, TIE], [TIE, WIN, WIN], [None, None, TIE]]
+    assert [row["counts"] for row in rows] == [
+        {"position_disagreements": 1, "requests": 6},
+        {},
+        {"requests": 4, "unreadable": 4},
+    ]
 
 
 def test_a_judge_that_grades_compares_nothing() -> None:
-    grading = EndpointConfig(url="http://h/v1", model="m", verdicts=Verdicts.grade)
-    assert not compares(PairsConfig(endpoint=grading))
-    assert not compares(PairsConfig(function="a:b"))
     comparing = EndpointConfig(url="http://h/v1", model="m")
-    assert compares(PairsConfig(endpoint=comparing))
-    assert describe(describe_endpoint(grading)) == "m at http://h/v1: grades from 1 to 10"
-    assert describe(describe_endpoint(comparing)) == "m at http://h/v1: each two responses in both positions"
+    grading = EndpointConfig(url="http://h/v1", model="m", verdicts=Verdicts.grade)
+    judges = (comparing, grading)
+    assert [compares(PairsConfig(endpoint=endpoint)) for endpoint in judges] == [True, False]
+    assert not compares(PairsConfig(function="a:b"))
+    assert [describe(describe_endpoint(endpoint)) for endpoint in judges] == [
+        "m at http://h/v1: each two responses in both positions",
+        "m at http://h/v1: grades from 1 to 10",
+    ]

@@ -58,7 +58,9 @@ def responses_folder(tmp_path: Path, *overrides: str) -> str:
     prompts = PromptList(tmp_path / "prompts.jsonl", 1, 16, "digest", array("q", [0]))
     stages: Any = SimpleNamespace(finish=lambda *_: None)
     source = find_model(model.location, config)
-    return Speaker(model, source, config, stages, tmp_path, prompts).responses().folder.name
+    speaker = Speaker(model, source, config, stages, tmp_path, prompts)
+    speaker.respond()
+    return speaker.responses.folder.name
 
 
 def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 
 def with_beta(beta: float) -> dict[str, Any]:
-    return summary(settings=SETTINGS | {"loss.beta": beta})
+    return {"settings": SETTINGS | {"loss.beta": beta}}
 
 
 LEAK = {"rule": "label_leak", "level": "error", "share": 0.93, "text": "of the words 'quoted'"}
@@ -124,191 +124,153 @@ COLLAPSED = {
     "logps/chosen_per_token": -6.0661,
     "logps/rejected_per_token": -6.0661,
 }
-Case = tuple[list[Row], dict[str, Any], list[dict[str, Any]], list[str]]
-CASES: dict[str, Case] = {
-    "diverged": (
-        rows(late={"loss": math.nan, "grad_norm": math.inf}, since=12),
-        summary(),
-        [],
-        [
-            "the formula of the loss has no finite value for log-probs that are finite",
-            "the loss was the first",
-            "step 12",
-            "before it the loss was 0.558 and the gradient norm 3",
-        ],
-    ),
-    "beta_wrong": (
-        rows(late={"loss": 1e-5}),
-        with_beta(10.0),
-        [],
-        ["loss.beta=10 is too large", "0.08 nats"],
-    ),
-    "learning_rate_too_high": (
-        rows(late={"loss": 1.2}, since=4),
-        summary(),
-        [],
-        ["the loss rose from 0.678 to 1.2", "optim.lr=1e-6"],
-    ),
-    "labels_swapped": (
-        rows(late={"eval_rewards/accuracies": 0.3}),
-        summary(),
-        [],
-        ["0.30 on 400 pairs", "training accuracy is 0.725"],
-    ),
-    "evaluation_leak": (
-        rows(),
-        summary(data={"train": counts(), "eval": counts(prompts_also_in_train=100)}),
-        [],
-        ["100 of 400", "25 %"],
-    ),
-    "evaluation_too_good": (
-        rows(late={"eval_rewards/accuracies": 0.95}),
-        summary(),
-        [],
-        ["0.95", "0.725", "noise"],
-    ),
-    "label_leak": (
-        rows(every=AT_ONCE | {"tokens/chosen": 300.0}),
-        summary(),
-        [],
-        ["0.99 at step 1", "by length", "300 tokens, rejected ones 100"],
-    ),
-    "does_not_generalise": (
-        rows(late={"eval_loss": 0.9}, since=15),
-        summary(),
-        [],
-        ["rose from 0.57 at step 10 to 0.9", "fell from 0.57 to 0.474"],
-    ),
-    "over_optimised": (
-        rows(
-            late={"eval_samples/length": 230.0, "eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
-        ),
-        summary(),
-        [],
-        ["2.3x longer", "16 % of the sampled responses do not end", "30 % of the", "2 % before", "step 5"],
-    ),
-    "learnt_nothing": (
-        rows(
-            every={"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
-        ),
-        summary(),
-        [],
-        ["0.52 on 400 pairs is within its noise", "training accuracy 0.51"],
-    ),
-    "responses_cut": (
-        rows(),
-        summary(data={"train": counts(response_truncated=80), "eval": counts()}),
-        [],
-        ["80 of 400 training records (20 %)"],
-    ),
-    "doctor_errors": (
-        rows(),
-        summary(),
-        [DISAGREES | {"share": 0.1}, {"rule": "doubled_bos", "level": "error"}],
-        ["errors in the data: doubled_bos"],
-    ),
-    "displacement": (
-        rows(late={"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}),
-        summary(),
-        [],
-        ["-1.00 -> -1.40", "60 % of the pairs", "likelihood displacement"],
-    ),
-}
+Case = tuple[str, list[Row], dict[str, Any], list[dict[str, Any]], tuple[str, ...]]
 
 
-SIGNS: list[tuple[list[Row], dict[str, Any], list[dict[str, Any]], str, list[str]]] = [
-    (
-        rows(late=COLLAPSED, since=11),
-        {"exit": "diverged"},
-        [],
+def case(
+    rule: str,
+    *words: str,
+    ended: Mapping[str, Any] | None = None,
+    doctor: Sequence[dict[str, Any]] = (),
+    history: list[Row] | None = None,
+    **changes: Any,
+) -> Case:
+    """Return a rule, rows of a run and its files, and words that the finding has."""
+    return rule, history or rows(**changes), summary(**(ended or {})), [*doctor], words
+
+
+CASES = [
+    case(
         "diverged",
-        ["the policy has collapsed: from step 11 on", "-6.07 nats per token", "the loss was 0.57"],
+        "the formula of the loss has no finite value for log-probs that are finite; the loss was the first",
+        "at step 12; before it the loss was 0.558 and the gradient norm 3",
+        late={"loss": math.nan, "grad_norm": math.inf},
+        since=12,
     ),
-    (rows(), {"bad_steps": 2}, [], "diverged", ["in 2 steps of 20, which taught nothing"]),
-    (
-        rows(every=FLAT),
-        {"settings": SETTINGS | {"loss.beta": 1e-4}},
-        [],
-        "beta_wrong",
-        ["loss.beta=1e-4 is too small", "8e+03 nats"],
+    case(
+        "diverged",
+        "the policy has collapsed: from step 11 on",
+        "-6.07 nats per token",
+        "the loss was 0.57",
+        ended={"exit": "diverged"},
+        late=COLLAPSED,
+        since=11,
     ),
-    (rows(late={"eval_kl/rejected": 1.5}), {}, [], "learning_rate_too_high", ["moved 1.5 nats"]),
-    (
-        rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
-        {},
-        [],
+    case("diverged", "in 2 steps of 20, which taught nothing", ended={"bad_steps": 2}),
+    case("diverged", "; the gradient norm was the first", late={"grad_norm": math.inf}, since=20),
+    case("diverged", "; the loss was the first", late={"eval_loss": math.nan}, since=20),
+    case(
+        "diverged",
+        "not finite, at step 18",
+        ended={"bad_in_a_row": 3, "exit": "diverged"},
+        history=steps(late={"loss": math.nan}, since=20),
+    ),
+    case("beta_wrong", "loss.beta=10 is too large", "0.08 nats", ended=with_beta(10.0), late={"loss": 1e-5}),
+    case("beta_wrong", "loss.beta=1e-4 is too small", "8e+03 nats", ended=with_beta(1e-4), every=FLAT),
+    case(
+        "learning_rate_too_high",
+        *("the loss rose from 0.678 to 1.2", "optim.lr=1e-6"),
+        late={"loss": 1.2},
+        since=4,
+    ),
+    case("learning_rate_too_high", "moved 1.5 nats", late={"eval_kl/rejected": 1.5}),
+    case("learning_rate_too_high", "moved 1.4 nats", history=steps(late={"kl/rejected": 1.4})),
+    case(
+        "learning_rate_too_high",
+        "moved more nats than float32 can express per token",
+        late={"eval_kl/rejected": math.inf},
+    ),
+    case(
+        "learning_rate_too_high",
+        "fell by 2.5 nats per token by step 4 of 20",
+        late={"logps/chosen_per_token": -3.5},
+        since=4,
+    ),
+    case(
         "labels_swapped",
-        ["training accuracy is 0.20 on 320 pairs"],
+        *("0.30 on 400 pairs", "training accuracy is 0.725"),
+        late={"eval_rewards/accuracies": 0.3},
     ),
-    (rows(), {}, [DISAGREES], "doctor_errors", ["prefers the rejected response by far in 40 % of a"]),
-    (
-        rows(late={"logps/chosen_per_token": -3.5}, since=4),
-        {},
-        [],
-        "learning_rate_too_high",
-        ["fell by 2.5 nats per token by step 4 of 20"],
+    case(
+        "labels_swapped",
+        "training accuracy is 0.20 on 320 pairs",
+        every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2},
     ),
-    (
-        rows(late={"eval_kl/rejected": math.inf}),
-        {},
-        [],
-        "learning_rate_too_high",
-        ["moved more nats than float32 can express per token"],
+    case(
+        "evaluation_leak",
+        *("100 of 400", "25 %"),
+        ended={"data": {"train": counts(), "eval": counts(prompts_also_in_train=100)}},
     ),
-    (
-        steps(late={"kl/rejected": 1.4}),
-        {},
-        [],
-        "learning_rate_too_high",
-        ["moved 1.4 nats per token"],
+    case("evaluation_too_good", "0.95", "0.725", "noise", late={"eval_rewards/accuracies": 0.95}),
+    case(
+        "label_leak",
+        *("0.99 at step 1", "by length", "300 tokens, rejected ones 100"),
+        every=AT_ONCE | {"tokens/chosen": 300.0},
     ),
-    (rows(late={"grad_norm": math.inf}, since=20), {}, [], "diverged", ["; the gradient norm was the first"]),
-    (rows(late={"eval_loss": math.nan}, since=20), {}, [], "diverged", ["; the loss was the first"]),
-    (
-        steps(late={"loss": math.nan}, since=20),
-        {"bad_in_a_row": 3, "exit": "diverged"},
-        [],
-        "diverged",
-        ["not finite, at step 18"],
+    case(
+        "does_not_generalise",
+        *("rose from 0.57 at step 10 to 0.9", "fell from 0.57 to 0.474"),
+        late={"eval_loss": 0.9},
+        since=15,
     ),
-    (
-        rows(every={"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}),
-        {},
-        [],
+    case(
         "over_optimised",
-        ["3.0x longer (60 -> 180 tokens) compared with the reference"],
+        *("2.3x longer", "16 % of the sampled responses do not end", "30 % of the", "2 % before", "step 5"),
+        late={"eval_samples/length": 230.0, "eval_samples/finished": 0.84, "eval_samples/refusals": 0.3},
+    ),
+    case(
+        "over_optimised",
+        "3.0x longer (60 -> 180 tokens) compared with the reference",
+        every={"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0},
+    ),
+    case(
+        "learnt_nothing",
+        *("0.52 on 400 pairs is within its noise", "training accuracy 0.51"),
+        every={"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01},
+    ),
+    case(
+        "responses_cut",
+        "80 of 400 training records (20 %)",
+        ended={"data": {"train": counts(response_truncated=80), "eval": counts()}},
+    ),
+    case(
+        "doctor_errors",
+        "errors in the data: doubled_bos",
+        doctor=[DISAGREES | {"share": 0.1}, {"rule": "doubled_bos", "level": "error"}],
+    ),
+    case("doctor_errors", "prefers the rejected response by far in 40 % of a", doctor=[DISAGREES]),
+    case(
+        "displacement",
+        *("-1.00 -> -1.40", "60 % of the pairs", "likelihood displacement"),
+        late={"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4},
     ),
 ]
 
 
-@pytest.mark.parametrize(("history", "ended", "data_findings", "rule", "words"), SIGNS)
-def test_other_signs_of_the_same_fault(
+@pytest.mark.parametrize(("rule", "history", "ended", "doctor", "words"), CASES)
+def test_a_rule_finds_its_fault_and_no_other_rule_does(
+    rule: str,
     history: list[Row],
     ended: dict[str, Any],
-    data_findings: list[dict[str, Any]],
-    rule: str,
-    words: list[str],
+    doctor: list[dict[str, Any]],
+    words: tuple[str, ...],
 ) -> None:
-    [finding] = verdict(history, summary(**ended), data_findings).findings
-    assert finding.rule == rule
-    assert [word for word in words if word not in finding.text] == []
-
-
-@pytest.mark.parametrize("rule", CASES)
-def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
-    history, ended, data_findings, words = CASES[rule]
-    judged = verdict(history, ended, data_findings)
-    assert [finding.rule for finding in judged.findings] == [rule]
+    judged = verdict(history, ended, doctor)
     [finding] = judged.findings
+    assert finding.rule == rule
     assert [word for word in words if word not in finding.text] == []
     written = f"{finding.text}. Try: {finding.remedy}"
     assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
     if rule == "displacement":
         assert judged.sentence.startswith("no fault found: ")
         assert judged.lines() == [f"verdict: {judged.sentence}", f"  - {written}"]
-        return
-    assert judged.sentence == f"{RULES[rule].text}: {finding.text}"
-    assert judged.lines() == [f"verdict: {judged.sentence}", f"  try: {finding.remedy}"]
+    else:
+        assert judged.sentence == f"{RULES[rule].text}: {finding.text}"
+        assert judged.lines() == [f"verdict: {judged.sentence}", f"  try: {finding.remedy}"]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule for rule, *_ in CASES} == set(RULES)
 
 
 def with_settings(**changes: Any) -> dict[str, Any]:
@@ -485,7 +447,7 @@ def pushes(advice: str) -> set[tuple[str, bool]]:
 def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
     """Of every two faults together, by what each changes in a healthy run; the more severe one is heard."""
     usual, lost = rows(), 0
-    faults = [case[:3] for case in (*CASES.values(), *SIGNS) if len(case[0]) == len(usual)]
+    faults = [case[1:4] for case in CASES if len(case[1]) == len(usual)]
     for pair in itertools.combinations(faults, 2):
         together, changed, data_findings = rows(), summary(), []
         for history, ended, data in pair:
@@ -672,11 +634,11 @@ def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(steps: int, width
 
 def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
     risen = {"loss": 6.0, "eval_rewards/margins": 0.08}
-    [finding] = verdict(rows(late=risen), with_beta(10.0)).findings
+    [finding] = verdict(rows(late=risen), summary(**with_beta(10.0))).findings
     assert finding.rule == "beta_wrong"
     assert "the loss rose from 0.678 to 6, although" in finding.text
     assert "changed by 0.008 nats" in finding.text
-    collapsed = verdict(rows(late=risen | {"logps/chosen_per_token": -7.0}), with_beta(10.0))
+    collapsed = verdict(rows(late=risen | {"logps/chosen_per_token": -7.0}), summary(**with_beta(10.0)))
     assert collapsed.findings[0].rule == "learning_rate_too_high"
 
 

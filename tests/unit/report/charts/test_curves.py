@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from dpo_dist.insight.pages.charts import MOST_LABELS, PANELS, Curves, Panel, charts, draw_curves
+from dpo_dist.insight.pages.charts import PANELS, Panel, charts, draw_curves, panel_lines, rows_by_step
+from dpo_dist.insight.pages.svg import COLORS, Line
 
 LOSS = PANELS[0]
 
@@ -22,47 +23,36 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
     return found
 
 
+def lines_of(history: list[dict[str, float]], panel: Panel = LOSS) -> list[Line]:
+    return list(panel_lines(panel, rows_by_step(history)))
+
+
 def test_a_metric_has_values_a_mean_and_evaluations() -> None:
-    curves = Curves(rows())
-    raw, smooth, evaluation = curves.lines(LOSS)
+    raw, smooth, evaluation = lines_of(rows())
     assert [line.role for line in (raw, smooth, evaluation)] == ["raw", "smooth", "evaluation"]
-    assert curves.steps == list(range(1, 101))
     assert raw.values[0] == rows()[0]["loss"]
-    evaluated = [step for step, value in zip(curves.steps, evaluation.values, strict=True) if value]
-    assert evaluated == [20, 40, 60, 80, 100]
-    assert [line.role for line in Curves(rows(3)).lines(LOSS)] == ["raw"]
+    assert [step for step, value in enumerate(evaluation.values, 1) if value] == [20, 40, 60, 80, 100]
+    assert [line.role for line in lines_of(rows(3))] == ["raw"]
 
 
 def test_an_evaluation_between_logged_steps_interrupts_no_line_and_a_missing_metric_is_a_gap() -> None:
-    history = [{"step": 10, "loss": 1.0}, {"step": 15, "eval_loss": 1.0}, {"step": 20, "loss": math.nan}]
-    raw, evaluation = Curves(history).lines(LOSS)
+    raw, evaluation = lines_of(
+        [{"step": 10, "loss": 1.0}, {"step": 15, "eval_loss": 1.0}, {"step": 20, "loss": math.nan}]
+    )
     assert raw.values[:2] == [1.0, None]
     assert math.isnan(raw.values[2])
     assert evaluation.values == [None, 1.0, None]
-    curves = Curves([{"step": 1, "loss": 1.0, "grad_norm": 2.0}, {"step": 2, "loss": 1.0}])
-    (line,) = curves.lines(Panel("x", (("norm", "grad_norm"),)))
+    history = [{"step": 1, "loss": 1.0, "grad_norm": 2.0}, {"step": 2, "loss": 1.0}]
+    (line,) = lines_of(history, Panel("x", ("grad_norm",)))
     assert line.values[0] == 2.0
     assert math.isnan(line.values[1])
 
 
-def test_hours_are_those_of_training_steps() -> None:
-    logged = [{"step": step, "loss": 1.0, "step_seconds": 36.0} for step in (10, 20)]
-    assert Curves([*logged, {"step": 20, "eval_loss": 1.0}]).hours == pytest.approx([0.1, 0.2])
-    assert Curves([{"step": 10, "loss": 1.0}]).hours is None
-
-
-def test_memory_is_in_gibibytes() -> None:
-    history = [{"step": step, "loss": 0.5, "memory/peak_allocated_bytes": 3 * 2**29} for step in (1, 2)]
-    (panel,) = [each for each in PANELS if each.unit == "GiB"]
-    (line,) = Curves(history).lines(panel)
-    assert line.values == [1.5, 1.5]
-
-
-def test_too_many_sources_are_named_in_the_title() -> None:
-    sources = {f"rewards/accuracies/{n}²": 0.5 for n in range(9)}
-    panel = Panel("By source", prefix="rewards/accuracies/")
-    found = Curves([{"step": 1, "loss": 1.0, **sources}]).labelled(panel)
-    assert (found.title, len(found.curves)) == ("By source (6 of 9)", MOST_LABELS)
+def test_sources_have_a_chart_of_as_many_as_there_are_colours() -> None:
+    sources = {f"eval_rewards/accuracies/{n}²": 0.5 for n in range(9)}
+    panel = Panel("By source", ("rewards/accuracies",), by_source=True)
+    labels = [line.label for line in lines_of([{"step": 1, "eval_loss": 1.0, **sources}], panel)]
+    assert labels == [f"{n}²" for n in range(len(COLORS))]
 
 
 def test_a_page_has_the_charts_with_values_only() -> None:
@@ -72,10 +62,10 @@ def test_a_page_has_the_charts_with_values_only() -> None:
 
 def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
     history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(10)]
-    curves = Curves(history)
-    [spike] = [line for line in curves.lines(LOSS) if line.role == "spike"]
-    assert {step: value for step, value in zip(curves.steps, spike.values, strict=True) if value} == {
-        step: row["loss"] for row in history if "loss" in row and (step := row["step"]) in (5, 9)
+    [spike] = [line for line in lines_of(history) if line.role == "spike"]
+    losses = {row["step"]: row["loss"] for row in history if "loss" in row}
+    assert {step: value for step, value in enumerate(spike.values, 1) if value} == {
+        step: losses[step] for step in (5, 9)
     }
     assert '<path class="spike c1"' in charts(history)[0]
 

@@ -18,7 +18,6 @@ from dpo_dist.insight.pages.svg import (
     kept_points,
     scatter,
     smoothed,
-    tick_texts,
 )
 
 HOSTILE = "</figure></svg><script>alert(1)</script>\"'\u202e"
@@ -74,7 +73,7 @@ def test_without_a_point_there_is_no_chart() -> None:
 def test_long_lines_keep_their_extremes_and_shapes() -> None:
     values = np.random.default_rng(0).normal(size=100_000)
     values[777], values[99_000] = 50, -50
-    figure = chart("x", [Line("a", values.tolist(), "raw")], list(range(100_000)), list(range(100_000)))
+    figure = chart("x", [Line("a", values.tolist(), "raw")], list(range(100_000)))
     assert len(figure) < 20_000
     assert {50, -50} <= set(data_of(figure)["lines"][0])
     steps = list(range(10_000))
@@ -106,14 +105,6 @@ def test_the_last_value_of_a_long_line_is_shown_wherever_it_is() -> None:
     figure = chart("x", [*lines, Line("c", unknown, "evaluation")], steps)
     assert "b <b>0.5 at step 1,512</b>" in figure
     assert "c <b>no value at step 1,511</b>" in figure
-
-
-def test_hours_are_a_second_axis() -> None:
-    figure = chart("x", [Line("a", [1, 2], "raw")], [1, 2], [0.5, 1])
-    assert 'class="curves timed"' in figure
-    assert data_of(figure)["hourAxis"] == [0.5, 1]
-    assert len(paths(figure, "raw")) == 2
-    assert "timed" not in chart("x", [Line("a", [1, 2], "raw")], [1, 2])
 
 
 def test_texts_are_inert() -> None:
@@ -161,19 +152,6 @@ def test_two_passes_of_a_mean_over_six_percent() -> None:
 def test_rows_at_equal_distances(most: int, kept: list[int]) -> None:
     assert evenly(range(10), most) == kept
     assert evenly([], most) == []
-
-
-@pytest.mark.parametrize(
-    ("ticks", "texts"),
-    [
-        ([0, 0.25, 0.5], ["0", "0.25", "0.50"]),
-        ([10_000, 12_500], ["10.0k", "12.5k"]),
-        ([0, 1e-6], ["0", "1e-6"]),
-        ([0, 1000], ["0", "1000"]),
-    ],
-)
-def test_ticks_have_equally_many_digits(ticks: list[float], texts: list[str]) -> None:
-    assert tick_texts(ticks) == texts
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [5.0, 5.0], [-1e30, 1e30], [1e-9, 2e-9]])
