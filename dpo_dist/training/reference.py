@@ -63,11 +63,11 @@ _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
 class _Drift(NamedTuple):
-    """Absolute difference between fresh and stored log-probs of a response of the example `index`, in nats:
+    """Absolute difference between fresh and stored log-probs of a response of an example, in nats:
     mean over its tokens, largest of a token, and of the sum.
     """
 
-    index: int
+    example: int
     response: int
     tokens: int
     mean: float
@@ -141,9 +141,9 @@ def _drifts(parts: Sequence[Tensor], dataset: PreferenceDataset, indices: Sequen
     """Yield the drift of every response of these examples, whose differences are `parts`."""
     counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
     owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
-    for (index, response), part in zip(owners, parts, strict=True):
+    for (example, response), part in zip(owners, parts, strict=True):
         largest, total = float(part.abs().max()), abs(float(part.sum()))
-        yield _Drift(index, response, len(part), float(part.abs().mean()), largest, total)
+        yield _Drift(example, response, len(part), float(part.abs().mean()), largest, total)
 
 
 def _check_drifts(drifts: Sequence[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
@@ -156,7 +156,7 @@ def _check_drifts(drifts: Sequence[_Drift], dataset: PreferenceDataset, config: 
     # Not "mean > tolerance", which accepts nan.
     failed = [drift for drift in drifts if not drift.mean <= tolerance(drift.tokens)]
     if failed:
-        named = [f"{dataset.origin(d.index)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
+        named = [f"{dataset.origin(d.example)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
         raise ReferenceModelError(
             f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
             where="; ".join(named),
