@@ -161,7 +161,6 @@ def _set_up(
         sharded,
         world,
         () if start.checkpoint is None else start.checkpoint.damaged,
-        behind=config.trainer.save_behind,
         say=console.say,
         committed=lambda step: write_state(folder, RunState(RunOutcome.started, step, identity)),
     )
@@ -177,7 +176,6 @@ def _set_up(
     if samples is not None:
         with clock.of("samples"):
             samples.open(policy)
-    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
     loop = Loop(
         config=config,
         world=world,
@@ -185,7 +183,7 @@ def _set_up(
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
-        start_is_known=reference.is_policys_start and not needs_forward,
+        start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identity,
@@ -312,7 +310,7 @@ def _check_start(
     console: Console,
 ) -> dict[str, Any]:
     """Run the step-0 check if the policy starts as the reference model; return its report. Collective."""
-    if not (reference.is_policys_start and config.reference.audit_pairs):
+    if not reference.is_policys_start:
         return {}
     policy.train(False)
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)

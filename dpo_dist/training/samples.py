@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig, SamplesConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.files import text_digest, write_text
@@ -31,6 +31,7 @@ from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.start import write_on_main
 
 Row = dict[str, Any]
+_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class Samples:
         reference: responses of the reference, one for each prompt; None: not known.
     """
 
-    settings: SamplesConfig
     sampling: Sampling
     prompts: tuple[SamplePrompt, ...]
     stop_ids: frozenset[int]
@@ -73,10 +73,6 @@ class Samples:
     asks_policy: bool = False
     of_base: bool = False
     reference: list[Row] | None = None
-
-    def is_due(self, step: int, eval_every: int, *, is_last: bool) -> bool:
-        """Return whether the evaluation after `step` has samples; not collective."""
-        return is_last or eval_every == 0 or step // eval_every % self.settings.every == 0
 
     def at(
         self, step: int, policy: Generates, give_way: Callable[[], None] = lambda: None
@@ -145,10 +141,9 @@ class Samples:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         options: dict[str, Any] = {"of_base": of_base, "give_way": give_way}
-        budget = self.settings.batch_tokens
         try:
             found = generate_together(
-                model, requests, self.sampling, self.stop_ids, budget, self.world, **options
+                model, requests, self.sampling, self.stop_ids, _BATCH_TOKENS, self.world, **options
             )
         except NotFiniteError:
             self.console.say("warning: no samples: the model's logits are not finite")
@@ -245,7 +240,7 @@ def _held_out(
         )
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
     folder = RunFolder.of(config)
-    return Samples(settings, sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
+    return Samples(sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
 
 
 def choose_prompts(

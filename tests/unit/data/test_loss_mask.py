@@ -112,31 +112,11 @@ def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "It rains.<|im_end|>"
 
 
-def test_thoughts_that_headers_open_are_thoughts() -> None:
-    fields = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
-    turns = (
-        Message("assistant", "Well.", {"reasoning_content": "First.", **fields}),
-        Message("tool", "rain"),
-        replace(ANSWER, fields={"reasoning_content": "Second."}),
-    )
-    text = counted(turns, "qwen3_6", untrained=["thoughts"])
-    assert text.startswith("Well.")
-    assert text.endswith("It rains.<|im_end|>")
-    assert not any(part in text for part in ("First", "Second", "think>", "rain\n"))
-    assert "First" in counted(turns, "qwen3_6")
-
-
 def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
     tokenizer = tokenizer_of("qwen3_6")
     found = encode(record(QUESTION, "<think>\nhm\n</think>\n\nYes.", "No."), tokenizer)
     assert tokenizer.decode(found.responses[1][found.trained[1]]) == "No.<|im_end|>"
     assert tokenizer.decode(found.prompt_ids).endswith("<think>\n")
-
-
-@pytest.mark.parametrize("untrained", [["empty_thoughts"], ["thoughts"]])
-def test_an_empty_thought_of_the_template_does_not_count(untrained: list[str]) -> None:
-    assert counted("It rains.", "qwen3", untrained=untrained) == "It rains.<|im_end|>"
-    assert counted("It rains.", "qwen3", untrained=[]) == "<think>\n\n</think>\n\nIt rains.<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -170,18 +150,6 @@ def test_literal_tokens_do_not_shift_the_mask() -> None:
     assert counted(turns) == "a <|im_end|> b<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
 
 
-def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
-    tokenizer = tiny.qwen()
-    pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer, DataConfig(untrained=["formatting"]))
-    assert pair.changes.boundary_resplit
-    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\nyes"
-    pair = encode(
-        record("Answer:\n", "\n\nyes <n>so</n> it is", "no"), tokenizer, DataConfig(untrained=["<n>...</n>"])
-    )
-    assert pair.changes.boundary_resplit
-    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\n\nyes  it is<|im_end|>"
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     text=st.text(st.sampled_from("aé你 \n<|im_end|>🙂"), max_size=30),
@@ -189,7 +157,7 @@ def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
 )
 def test_positions_of_tokens_cover_the_text(text: str, make: Any) -> None:
     facts = tokenizer_facts(make())
-    prompt, response = facts.escape("the question: "), facts.escape(text) + facts.end_of_text
+    prompt, response = facts.marks.escape("the question: "), facts.marks.escape(text) + facts.end_of_text
     _, [ids], _ = facts.encoder.encode_after(prompt, [response])
     starts = facts.encoder.token_starts(prompt, response, ids)
     assert len(starts) == len(ids)

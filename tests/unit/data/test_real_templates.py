@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.data.template import pin_clock
@@ -77,7 +77,7 @@ class Oracle:
 
     @property
     def template(self) -> str:
-        return pin_clock(str(self.tokenizer.chat_template), DataConfig.template_date)
+        return pin_clock(str(self.tokenizer.chat_template), TEMPLATE_DATE)
 
 
 def turns_of(record: PreferenceRecord, side: int) -> tuple[Message, ...]:
@@ -181,7 +181,7 @@ def test_a_thought_in_a_field_continues_the_opened_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_THOUGHTS) - set(OPENED)))
 def test_a_thought_that_the_template_omits_is_counted(family: str) -> None:
-    assert encoded(family, "thought").changes.content_not_rendered
+    assert "content_not_rendered" in encoded(family, "thought").changes
 
 
 # TRL has no BOS that the template does not write, and keeps the text after the last turn.

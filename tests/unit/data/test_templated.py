@@ -16,7 +16,7 @@ from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import Message
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.data.template import pin_clock
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, record, texts
 from tests.support.records import jsonl
@@ -54,19 +54,6 @@ def test_a_template_with_a_clock_gives_the_same_ids_tomorrow(monkeypatch: pytest
     assert "02 Jan 2031" in tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     assert ids_of(encode(record(CHAT), tokenizer)) == ids_of(today)
     assert "Today Date: 26 Jul 2024<|eot_id|>" in texts(today, tokenizer)[0]
-    dated = encode(record(CHAT), tokenizer, DataConfig(template_date="2031-01-02"))
-    [expected] = tokenizer(
-        [tokenizer.apply_chat_template([{"role": "user", "content": CHAT[0].content}], tokenize=False)],
-        add_special_tokens=False,
-    )["input_ids"]
-    assert dated.prompt_ids.tolist()[: len(expected)] == expected
-
-
-def test_every_directive_of_the_clock_is_pinned() -> None:
-    formats = "%Y-%m-%d|%B %-d, %Y|%A %H:%M:%S|%y %j|%-m"
-    tokenizer = tiny.with_template(tiny.qwen(), "{{ strftime_now('" + formats + "') }}" + tiny.CHATML)
-    prompt, *_ = texts(encode(record(CHAT), tokenizer, DataConfig(template_date="2025-03-04")), tokenizer)
-    assert prompt.startswith("2025-03-04|March 4, 2025|Tuesday 00:00:00|25 063|3<|im_start|>")
 
 
 @pytest.mark.parametrize(
@@ -88,19 +75,6 @@ def test_a_pinned_template_renders_as_on_that_day(template: str, monkeypatch: py
     assert pinned == written(template)
 
 
-def test_the_date_is_part_of_the_fingerprint_and_has_an_effect(tmp_path: Path) -> None:
-    source = SourceConfig(jsonl(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}))
-    tokenizer = tiny.with_template(tiny.llama3(), LLAMA31)
-
-    def folder(tokenizer: PreTrainedTokenizerFast, day: str) -> Path:
-        config = DataConfig(cache=str(tmp_path / "cache"), template_date=day)
-        return prepare_dataset([source], config, tokenizer, "llama")[0].folder
-
-    assert folder(tokenizer, "2024-07-26") != folder(tokenizer, "2025-01-01")
-    with pytest.raises(ConfigError, match="does not use the date"):
-        folder(tiny.qwen(), "2025-01-01")
-
-
 def thinking(template: str) -> PreTrainedTokenizerFast:
     return tiny.with_template(tiny.qwen(), template)
 
@@ -115,8 +89,8 @@ def test_a_response_continues_the_thought_opened_in_the_prompt(opening: str) -> 
         "so\n</think>\n\nParis<|endoftext|>",
         "no\n</think>\n\nRome<|endoftext|>",
     ]
-    assert pair.changes.opened_thought_joined == bool(opening)
-    assert not pair.changes.opened_thought_removed
+    assert ("opened_thought_joined" in pair.changes) == bool(opening)
+    assert "opened_thought_removed" not in pair.changes
 
 
 @pytest.mark.parametrize("other", ["Rome", "<think>\nno\n</think>\n\nRome"])
@@ -128,7 +102,7 @@ def test_a_plain_response_follows_no_opened_thought(other: str) -> None:
         "Paris<|endoftext|>",
         f"{other}<|endoftext|>",
     ]
-    assert pair.changes.opened_thought_removed
+    assert "opened_thought_removed" in pair.changes
     plain = [{"role": "user", "content": CHAT[0].content}, {"role": "assistant", "content": "Paris"}]
     assert tokenizer.decode([*pair.prompt_ids, *pair.responses[0]]) == tokenizer.apply_chat_template(
         plain, tokenize=False
@@ -140,7 +114,7 @@ def test_the_template_may_end_the_thought_itself() -> None:
     pair = encode(record(CHAT, "Paris", "Rome"), tokenizer)
     assert texts(pair, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert texts(pair, tokenizer)[1] == "Paris<|im_end|>"
-    assert not pair.changes.opened_thought_removed
+    assert "opened_thought_removed" not in pair.changes
     assert not pair.trained
     counted = encode(record(CHAT, "Paris", "Rome"), tokenizer, DataConfig(untrained=[]))
     assert texts(counted, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n")
@@ -215,7 +189,7 @@ WRITTEN = "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assista
 def test_an_applied_template_is_encoded_as_it_is(end: str) -> None:
     pair = encode(record(WRITTEN, f"Paris{end}", f"Rome{end}"), tiny.qwen(), APPLIED)
     assert ids_of(pair) == ids_of(encode(record(CHAT, "Paris", "Rome"), tiny.qwen()))
-    assert pair.changes.templated_text
+    assert "templated_text" in pair.changes
 
 
 @pytest.mark.parametrize("make", [tiny.llama3, tiny.mistral, tiny.zephyr])
@@ -231,22 +205,10 @@ def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) 
     answers = [tokenizer.decode(ids) for ids in messages.responses]
     pair = encode(record(prompt, *answers), tokenizer, APPLIED)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert pair.changes.templated_text
+    assert "templated_text" in pair.changes
     assert pair.prompt_ids.tolist() == [tokenizer.bos_token_id] * (ids[0] != tokenizer.bos_token_id) + ids
     assert [ids[-1] for ids in pair.responses] == [ids[-1] for ids in messages.responses]
     assert pair.prompt_ids.tolist().count(tokenizer.bos_token_id) == prompt.count(bos) + (not with_bos)
-
-
-def test_other_texts_do_not_change_with_an_applied_template() -> None:
-    plain = record("Q: why?\nA:", " so", " no")
-    assert ids_of(encode(plain, tiny.qwen(), APPLIED)) == ids_of(encode(plain, tiny.qwen(), WIDE))
-
-
-def test_marks_are_text_with_template_literal() -> None:
-    pair = encode(record(WRITTEN, "Paris", "Rome"), tiny.qwen())
-    assert tiny.qwen().decode(pair.prompt_ids) == WRITTEN
-    assert tiny.qwen().convert_tokens_to_ids("<|im_start|>") not in pair.prompt_ids
-    assert pair.changes.templated_text
 
 
 def opened(folder: Path, rows: list[dict[str, str]], template: TextTemplate) -> dict[str, Any]:
@@ -286,7 +248,7 @@ def test_an_applied_end_occurs_once(as_messages: bool) -> None:
     bare = encode_pair(record("why </s>?", "so", "no"), tiny.qwen(), applied)
     ended = encode_pair(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
     assert ids_of(ended) == ids_of(bare)
-    assert (bare.changes.templated_text, ended.changes.templated_text) == (False, True)
+    assert (("templated_text" in bare.changes), ("templated_text" in ended.changes)) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -301,4 +263,4 @@ def test_an_applied_end_occurs_once(as_messages: bool) -> None:
 )
 def test_a_templated_text_has_turns_or_bos(text: str, templated: bool) -> None:
     pair = encode_pair(record(text, "a", "b"), tiny.mistral(), WIDE)
-    assert pair.changes.templated_text is templated
+    assert ("templated_text" in pair.changes) is templated

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, SamplesConfig
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.generation.sampling.generate import Request, Sampling
@@ -72,22 +72,11 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
     assert prompt.fields["prompt_id"] == prompt.request.key
 
 
-def held_out(folder: Path, every: int = 1, **options: Any) -> Samples:
+def held_out(folder: Path, **options: Any) -> Samples:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
     run, sampling = RunFolder(folder), Sampling(4, seed=3)
     settings: dict[str, Any] = {"console": Console(None), "world": ALONE} | options
-    return Samples(SamplesConfig(1, every), sampling, (prompt,), STOPS, TOKENIZER, folder=run, **settings)
-
-
-@pytest.mark.parametrize(
-    ("every", "eval_every", "due"),
-    [(1, 10, [0, 10, 20, 30, 35]), (2, 10, [0, 20, 35]), (5, 10, [0, 35]), (2, 0, [35])],
-)
-def test_every_nth_evaluation_and_the_last_have_samples(
-    tmp_path: Path, every: int, eval_every: int, due: list[int]
-) -> None:
-    steps, found = [0, 10, 20, 30, 35] if eval_every else [35], held_out(tmp_path, every)
-    assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
+    return Samples(sampling, (prompt,), STOPS, TOKENIZER, folder=run, **settings)
 
 
 REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
