@@ -19,7 +19,7 @@ from tests.support.pairs import encode, record
 QUESTION = (Message("user", "What is the weather?"),)
 ANSWER, DOUBT, LAST = (
     Message("assistant", "It rains."),
-    Message("user", "Are you sure?"),
+    Message("user", "Sure?"),
     Message("assistant", "Yes, <note>I think</note> so."),
 )
 TURNS = (ANSWER, DOUBT, LAST)
@@ -34,19 +34,59 @@ def counted(response: Messages | str, family: str = "qwen2_5", **data: Any) -> s
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
 
-def test_by_default_the_turns_of_the_assistant_count_with_their_ends() -> None:
-    assert counted(TURNS) == "It rains.<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
+END = "<|im_end|>"
+NOTES = "Yes, <note>I think</note> so."
+OWN = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
+LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
+THOUGHT = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
+SPELLED = "<think>\nLook.\n</think>\n\nIt rains."
+EMPTY = "<think>\n\n</think>\n\n"
+BETWEEN = ["<note>...</note>", "[...]"]
 
 
-def test_other_roles_can_count() -> None:
-    assert counted(TURNS, trained_roles=["user", "assistant"]) == (
-        "It rains.<|im_end|>Are you sure?<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
-    )
-
-
-def test_a_message_may_say_whether_it_counts() -> None:
-    turns = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
-    assert counted(turns) == "Are you sure?<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
+@pytest.mark.parametrize(
+    ("family", "response", "data", "expected"),
+    [
+        ("qwen2_5", TURNS, {}, f"It rains.{END}{NOTES}{END}"),
+        (
+            "qwen2_5",
+            TURNS,
+            {"trained_roles": ["user", "assistant"]},
+            f"It rains.{END}{DOUBT.content}{END}{NOTES}{END}",
+        ),
+        # What a message says of itself; tokens that a text spells do not shift the mask.
+        ("qwen2_5", OWN, {}, f"Sure?{END}{NOTES}{END}"),
+        ("qwen2_5", LITERAL, {}, f"a {END} b{END}{NOTES}{END}"),
+        ("qwen2_5", TURNS, {"untrained": ["formatting"]}, f"It rains.{NOTES}"),
+        ("llama3_1", (ANSWER,), {"untrained": ["formatting"]}, "It rains."),
+        ("qwen2_5", TURNS, {"untrained": BETWEEN}, f"It rains.{END}Yes,  so.{END}"),
+        # White space after a marker's end belongs to the text.
+        ("qwen2_5", "<note>x</note>\n\nyes", {"untrained": BETWEEN}, f"\n\nyes{END}"),
+        ("qwen2_5", "yes <note>cut", {"untrained": BETWEEN}, "yes "),
+        ("qwen2_5", "a <note>b [c] d</note> e", {"untrained": BETWEEN}, f"a  e{END}"),
+        ("qwen2_5", "a <note>b [c</note> d] e", {"untrained": BETWEEN}, f"a  e{END}"),
+        # An empty thought is the template's only at the start.
+        ("qwen2_5", f"yes\n{EMPTY}no", {"untrained": ["empty_thoughts"]}, f"yes\n{EMPTY}no{END}"),
+        *(
+            ("qwen3", response, {"untrained": untrained}, f"{expected}{END}")
+            for response in (THOUGHT, SPELLED)
+            for untrained, expected in (
+                (["empty_thoughts"], SPELLED),
+                (["thoughts"], "It rains."),
+                ([], SPELLED),
+            )
+        ),
+        ("qwen3", THOUGHT, {"untrained": ["thoughts"]}, f"It rains.{END}"),
+        ("qwen3", SPELLED, {"untrained": ["thoughts"]}, f"It rains.{END}"),
+        ("qwen3", "It rains.", {"untrained": ["empty_thoughts"]}, f"It rains.{END}"),
+        ("qwen3", "It rains.", {"untrained": ["thoughts"]}, f"It rains.{END}"),
+        ("qwen3", "It rains.", {"untrained": []}, f"{EMPTY}It rains.{END}"),
+    ],
+)
+def test_the_loss_counts_these_tokens(
+    family: str, response: Messages | str, data: dict[str, Any], expected: str
+) -> None:
+    assert counted(response, family, **data) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,49 +99,10 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
     assert found.reason == "no_trained_token"
 
 
-def test_text_between_markers_does_not_count() -> None:
-    assert counted(TURNS, untrained=["<note>...</note>"]) == "It rains.<|im_end|>Yes,  so.<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("response", "untrained", "expected"),
-    [
-        # White space after a marker's end belongs to the text.
-        ("<note>x</note>\n\nyes", ["<note>...</note>"], "\n\nyes<|im_end|>"),
-        ("yes <note>cut", ["<note>...</note>"], "yes "),
-        ("a <note>b [c] d</note> e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
-        ("a <note>b [c</note> d] e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
-        # An empty thought is the template's only at the start.
-        ("yes\n<think>\n\n</think>\nno", ["empty_thoughts"], "yes\n<think>\n\n</think>\nno<|im_end|>"),
-    ],
-)
-def test_spans_between_markers_are_exact(response: str, untrained: list[str], expected: str) -> None:
-    assert counted(response, untrained=untrained) == expected
-
-
 def test_a_tag_that_the_prompt_mentions_opens_no_thought() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     what = record((Message("user", "Why <think>?"),), "So it is.", "No.")
     assert not encode(what, tokenizer, DataConfig(untrained=["thoughts"])).trained
-
-
-def test_formatting_tokens_do_not_count() -> None:
-    assert counted(TURNS, untrained=["formatting"]) == "It rains.Yes, <note>I think</note> so."
-    assert counted((ANSWER,), "llama3_1", untrained=["formatting"]) == "It rains."
-
-
-@pytest.mark.parametrize(
-    ("untrained", "expected"),
-    [
-        (["empty_thoughts"], "<think>\nLook.\n</think>\n\nIt rains.<|im_end|>"),
-        (["thoughts"], "It rains.<|im_end|>"),
-        ([], "<think>\nLook.\n</think>\n\nIt rains.<|im_end|>"),
-    ],
-)
-def test_thoughts_count_unless_told(untrained: list[str], expected: str) -> None:
-    thought = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
-    assert counted(thought, "qwen3", untrained=untrained) == expected
-    assert counted("<think>\nLook.\n</think>\n\nIt rains.", "qwen3", untrained=untrained) == expected
 
 
 def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
@@ -133,12 +134,6 @@ def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
     assert tokenizer.decode(found.prompt_ids).endswith("<think>\n")
 
 
-@pytest.mark.parametrize("untrained", [["empty_thoughts"], ["thoughts"]])
-def test_an_empty_thought_of_the_template_does_not_count(untrained: list[str]) -> None:
-    assert counted("It rains.", "qwen3", untrained=untrained) == "It rains.<|im_end|>"
-    assert counted("It rains.", "qwen3", untrained=[]) == "<think>\n\n</think>\n\nIt rains.<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("family", "data"),
     [
@@ -163,11 +158,6 @@ def test_the_mask_is_cut_with_its_response() -> None:
     cut = encode(what, tokenizer, DataConfig(max_length=length))
     assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
-
-
-def test_literal_tokens_do_not_shift_the_mask() -> None:
-    turns = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
-    assert counted(turns) == "a <|im_end|> b<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
 
 
 def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
