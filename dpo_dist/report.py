@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
     output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    price = "price of a GPU for an hour, in place of tracking.price_per_gpu_hour"
+    price = "price of a GPU for an hour, in any currency, for the cost of the run"
     parser.add_argument("--price", type=_price, metavar="NUMBER", help=price)
     return parser
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, key, schema
+from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, as_entry, key, schema
 
 DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
@@ -13,6 +13,8 @@ TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
 OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 
+TEMPLATE_DATE = "2024-07-26"
+"""Today's date for chat templates with a clock."""
 UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
 MARKER_GAP = "..."
 """Between the begin and the end marker in an entry of `data.untrained`."""
@@ -41,13 +43,11 @@ class SourceConfig:
     columns: dict[str, Any] | None = key(
         None,
         "Column, or path into nested objects, of a field with another name; null: it is ignored.",
-        added=True,
         accepts="a mapping, {prompt: question, chosen: answers.good}",
     )
     tags: dict[str, Any] | None = key(
         None,
         "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
-        added=True,
         accepts="a mapping, {role_tag: role, user_tag: user}",
     )
     label: str | None = key(
@@ -59,9 +59,7 @@ class SourceConfig:
     )
 
 
-Source = Annotated[
-    SourceConfig, BeforeValidator(lambda entry: {"path": entry} if isinstance(entry, str) else entry)
-]
+Source = Annotated[SourceConfig, BeforeValidator(as_entry("path"))]
 
 _EVALUATED = "train precompute evaluate compare doctor"
 
@@ -77,17 +75,11 @@ class DataConfig:
     eval_share: float = key(
         0.0,
         "Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none.",
-        added=True,
         ge=0,
         lt=1,
         verbs=_EVALUATED,
     )
-    eval_seed: int = key(
-        0, "Another seed reserves other prompts.", added=True, ge=0, lt=2**63, verbs=_EVALUATED
-    )
-    drop_eval_prompts: bool = key(
-        False, "Keep records whose prompt is in `eval` out of the training data.", added=True
-    )
+    drop_eval_prompts: bool = key(False, "Keep records whose prompt is in `eval` out of the training data.")
     max_length: int = key(
         1024, "Largest number of tokens of prompt and response together.", ge=2, verbs=VERBS_WITH_DATA
     )
@@ -121,30 +113,19 @@ class DataConfig:
     chat_template: Filled | None = key(
         None,
         "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
-        added=True,
         verbs=VERBS_WITH_DATA,
     )
     template_arguments: dict[str, Any] | None = key(
         None,
         "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
-        added=True,
         accepts="a mapping",
         verbs=VERBS_WITH_DATA,
     )
-    trained_roles: list[str] = key(
-        ["assistant"], "Roles whose turns in a response the loss counts.", added=True
-    )
+    trained_roles: list[str] = key(["assistant"], "Roles whose turns in a response the loss counts.")
     untrained: list[str] = key(
         ["empty_thoughts"],
         "Parts of these turns that the loss does not count: `empty_thoughts`, `thoughts`, `formatting` "
         "(tokens around turns), or the text from one marker to another, as `<note>...</note>`.",
-        added=True,
-    )
-    template_date: str = key(
-        "2024-07-26",
-        "Today's date for chat templates with a clock.",
-        accepts="a date, YYYY-MM-DD",
-        verbs=VERBS_WITH_DATA,
     )
     ranked: Ranked = key(
         Ranked.whole,

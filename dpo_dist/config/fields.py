@@ -1,7 +1,7 @@
 """Declare configuration keys: pydantic checks types and bounds; help and digest use the rest."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import reduce
 from operator import or_
@@ -37,15 +37,12 @@ class Facts(NamedTuple):
 
     Attributes:
         free: not part of the run's digest: hardware, placement, how often something is written.
-        added: the digest has it only at another value than its default, so that runs from before it existed
-            keep their digest.
         verbs: the verbs that use it, separated by spaces; empty: those of its section.
         accepts: the accepted values in words, where the type does not say them.
         null_means: the value that null means.
     """
 
     free: bool = False
-    added: bool = False
     verbs: str = ""
     accepts: str = ""
     null_means: Any = None
@@ -56,14 +53,13 @@ def key(
     meaning: str,
     *,
     free: bool = False,
-    added: bool = False,
     verbs: str = "",
     accepts: str = "",
     null_means: Any = None,
     **limits: Any,
 ) -> Any:
     """Return a field: default, meaning in one line, `Facts`, and pydantic's `limits` such as `gt=0`."""
-    facts = Facts(free, added, verbs, accepts, null_means)._asdict()
+    facts = Facts(free, verbs, accepts, null_means)._asdict()
     if isinstance(default, list):
         limits["default_factory"] = lambda: copy(default)
     else:
@@ -71,9 +67,9 @@ def key(
     return Field(description=meaning, json_schema_extra=facts, **limits)
 
 
-def section(kind: type, *, free: bool = False, added: bool = False, verbs: str = "") -> Any:
+def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
     """Return a field for the keys of the schema `kind`, whose docstring is their meaning."""
-    facts = Facts(free, added, verbs)._asdict()
+    facts = Facts(free, verbs)._asdict()
     return Field(default_factory=kind, description=kind.__doc__ or "", json_schema_extra=facts)
 
 
@@ -101,6 +97,11 @@ def _of_64_bits(number: int) -> int:
     if abs(number) >= 2**63:
         raise PydanticCustomError("finite_number", "has more than 64 bits")
     return number
+
+
+def as_entry(name: str) -> Callable[[Any], Any]:
+    """Return what makes a bare text of a list the entry whose key `name` it is."""
+    return lambda entry: {name: entry} if isinstance(entry, str) else entry
 
 
 def fields_of(kind: Any) -> Mapping[str, FieldInfo]:

@@ -128,6 +128,6 @@ def _defining(value: Any) -> Any:
             option: _defining(facts.null_means if own is None else own)
             for option, field in fields_of(value).items()
             for own, facts in [(getattr(value, option), facts_of(field))]
-            if not facts.free and not (facts.added and _is_default(value, option, field))
+            if not facts.free
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value

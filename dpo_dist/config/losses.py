@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dpo_dist.config.fields import key, schema, section
+from dpo_dist.config.fields import as_entry, key, schema, section
 
 OF_MODEL = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
@@ -23,11 +23,10 @@ class RouterConfig:
         None,
         "Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; "
         "null: without it.",
-        added=True,
         accepts="model, a number above 0, or null",
     )
     z_coefficient: float | None = key(
-        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", gt=0, added=True
+        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", gt=0
     )
 
     @property
@@ -214,9 +213,7 @@ class LossTermConfig:
     weight: float = key(1.0, "Its weight in the sum.")
 
 
-Term = Annotated[
-    LossTermConfig, BeforeValidator(lambda entry: {"kind": entry} if isinstance(entry, str) else entry)
-]
+Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
 
 
 @schema
@@ -278,8 +275,8 @@ class LossConfig:
         verbs="train precompute evaluate doctor",
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
-    router: RouterConfig = section(RouterConfig, added=True, verbs="train")
-    function: str | None = key(None, "`custom`: the loss function, as `module:function`.", added=True)
+    router: RouterConfig = section(RouterConfig, verbs="train")
+    function: str | None = key(None, "`custom`: the loss function, as `module:function`.")
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

@@ -54,9 +54,7 @@ def foreign_names() -> set[str]:
 # A guess of lower similarity misleads more people than it helps.
 _SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
 # A wrong guess at one of these would end the run early, or late, without a message.
-_NOT_GUESSED = frozenset(
-    {"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds", "trainer.max_bad_steps"}
-)
+_NOT_GUESSED = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:

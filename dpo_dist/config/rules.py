@@ -5,9 +5,8 @@ Those about adapters, exports and the reference model are in `rules_model`; boun
 
 import difflib
 from dataclasses import replace
-from datetime import date
 
-from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS, DataConfig, DataFormat, SourceConfig
+from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS, DataFormat, SourceConfig
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import LOSS, Rule, unused
 from dpo_dist.config.losses import Divergence, LossConfig, LossKind, kinds_using
@@ -54,13 +53,6 @@ _MODEL = (
         _ONE,
     ),
     Rule(
-        "model.compile model.mlp_tile_tokens",
-        lambda c: c.model.compile and c.model.mlp_tile_tokens is not None,
-        "a compiled MLP computes all tokens at once",
-        "set model.mlp_tile_tokens=null or model.compile=false",
-        _ONE,
-    ),
-    Rule(
         "model.compile model.quantization",
         lambda c: c.model.compile and c.model.quantization is not None,
         "torch.compile is not known to be exact with quantized weights",
@@ -104,14 +96,6 @@ _EXPECTED_ROLES = "roles such as assistant, user, tool"
 def _is_mistyped_role(role: str) -> bool:
     """Return whether a role is nearly a usual one; a role of another name may be one of the records."""
     return role not in _ROLES and role.isalpha() and bool(difflib.get_close_matches(role, _ROLES, cutoff=0.8))
-
-
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _has_rankings(config: RunConfig) -> bool:
@@ -172,7 +156,6 @@ _DATA = (
         "evaluation data are given twice: by their sources and as a share of the training data",
         "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
     ),
-    unused("data.eval_seed data.eval_share", lambda c: c.data.eval_share > 0, "set data.eval_share"),
     unused(
         "data.drop_eval_prompts data.eval",
         lambda c: bool(c.data.eval),
@@ -185,13 +168,6 @@ _DATA = (
         "the longest prompt leaves no room for a response",
         "raise data.max_length or lower data.max_prompt_length",
         "max_prompt_length < max_length",
-    ),
-    Rule(
-        "data.template_date",
-        lambda c: not _is_date(c.data.template_date),
-        "data.template_date is not a date",
-        f"write data.template_date={DataConfig.template_date}; other days in the same form",
-        f"YYYY-MM-DD, such as {DataConfig.template_date}",
     ),
     Rule(
         "data.trained_roles",
@@ -385,18 +361,12 @@ def _needs_eval_data(key: str, off: str) -> Rule:
 
 _TRAINING = (
     _needs_eval_data("trainer.eval_every", "0"),
-    _needs_eval_data("trainer.eval_at_start", "null"),
     _needs_eval_data("trainer.keep_best", "null"),
     _needs_eval_data("samples.prompts", "0"),
     *(
         unused(f"samples.{option} samples.prompts", lambda c: c.samples.prompts > 0, "set samples.prompts=16")
         for option in fields_of(SamplesConfig)
         if option != "prompts"
-    ),
-    unused(
-        "samples.every trainer.eval_every",
-        lambda c: not c.samples.prompts or c.trainer.eval_every > 0,
-        "set trainer.eval_every: the last evaluation is the only one, and always has samples",
     ),
     _needs_sharding("offload_parameters", ParallelismKind.zero3),
     _needs_sharding("offload_optimizer", ParallelismKind.zero3, ParallelismKind.zero2),
@@ -409,7 +379,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
     """Return which values of `trainer.keep_best` are the best; None if it is not known."""
     metric = (trainer.keep_best or "").removeprefix(PREFIX)
     known = (row.best for name, row in METRICS.items() if row.best and _is_of(metric, name))
-    return trainer.keep_best_direction or next(known, None)
+    return next(known, None)
 
 
 def _is_of(metric: str, name: str) -> bool:
@@ -431,19 +401,10 @@ _KEEP_BEST = (
         f"a metric whose name begins with {PREFIX}",
     ),
     Rule(
-        "trainer.keep_best trainer.keep_best_direction",
+        "trainer.keep_best",
         lambda c: (c.trainer.keep_best or "").startswith(PREFIX) and direction_of(c.trainer) is None,
         "it is not known whether high or low values of this metric are better",
-        "set trainer.keep_best_direction",
-        "highest or lowest",
-    ),
-    *(
-        unused(
-            f"trainer.{option} trainer.keep_best",
-            lambda c: c.trainer.keep_best is not None,
-            "set trainer.keep_best=eval_rewards/accuracies",
-        )
-        for option in ("keep_best_count", "keep_best_direction")
+        "choose eval_loss, eval_rewards/accuracies or eval_rewards/margins",
     ),
 )
 

@@ -7,7 +7,6 @@ from dpo_dist.config.keys import Rule, unused
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
-    Numerics,
     Offload,
     ParallelismKind,
     Quantization,
@@ -21,14 +20,11 @@ _LOADED = (ReferenceMode.cached, ReferenceMode.live)
 _STORED = (ReferenceMode.cached,)
 MODES_USING = {
     "path": _LOADED,
-    "revision": _LOADED,
     "quantization": _LOADED,
     "numerics": _STORED,
     "offload": _LOADED,
     "nvme_path": _LOADED,
-    "micro_batch_tokens": _STORED,
     "rows_per_shard": _STORED,
-    "audit_pairs": (*_LOADED, ReferenceMode.adapter),
 }
 """Options of `reference` and the modes in which they have an effect.
 
@@ -37,7 +33,7 @@ runs of every mode.
 """
 
 # They define the reference model; the other options only say how it is loaded and scored.
-_DEFINING = ("path", "revision", "quantization", "numerics")
+_DEFINING = ("path", "quantization", "numerics")
 
 
 def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
@@ -86,10 +82,6 @@ def _needed_mode(config: RunConfig) -> ReferenceMode:
     return ReferenceMode.cached
 
 
-# config.yaml of earlier versions names the default of every key.
-_UNSET_INITS = (None, "default")
-
-
 def _names_layers(targets: object) -> bool:
     if isinstance(targets, list):
         return bool(targets) and all(isinstance(name, str) and name for name in targets)
@@ -129,16 +121,13 @@ EXPORT_RULES = (
     ),
     Rule(
         "export.average",
-        lambda c: len(c.export.average) == 1 or len(set(c.export.average)) < len(c.export.average),
+        lambda c: (
+            len(c.export.average) == 1
+            or len({member.path for member in c.export.average}) < len(c.export.average)
+        ),
         "an average has two members or more, each once",
-        "set export.checkpoint for a single one; export.average_weights gives members different weights",
+        "set export.checkpoint for one; for more of one member {{path: FOLDER, weight: 2}}",
         "two folders or more",
-    ),
-    Rule(
-        "export.average_weights export.average",
-        lambda c: bool(c.export.average_weights) and len(c.export.average_weights) != len(c.export.average),
-        "export.average_weights has another number of entries than export.average",
-        "give each member of export.average one weight, or remove export.average_weights",
     ),
 )
 
@@ -179,7 +168,7 @@ ADAPTER_RULES = (
             lambda c: c.model.adapter is None or c.model.adapter.path is not None,
             "set model.adapter.path too",
         )
-        for option in ("revision", "on_top")
+        for option in ("on_top",)
     ),
     _of_adapter(
         "on_top variant",
@@ -187,12 +176,6 @@ ADAPTER_RULES = (
         "DoRA scales the weights that it changes, and would scale those of the adapter below it too",
         "set model.adapter.variant=lora, or merge the first adapter into its base",
         "variant lora or rslora",
-    ),
-    _of_adapter(
-        "init path",
-        lambda adapter: adapter.init not in _UNSET_INITS and adapter.continues,
-        "an adapter that is continued has its values already",
-        "remove model.adapter.init, or set model.adapter.on_top=true for a new adapter above it",
     ),
     Rule(
         "model.adapter pairs.rounds",
@@ -258,17 +241,6 @@ _MODE = (
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
     *(_unused_in_mode(option) for option in MODES_USING),
-    unused(
-        "reference.revision reference.path",
-        lambda c: c.reference.path is not None or c.reference.mode not in _LOADED,
-        "set reference.path too; model.revision is for both",
-    ),
-    Rule(
-        "reference.numerics reference.audit_pairs",
-        lambda c: c.reference.numerics is Numerics.tolerant and not c.reference.audit_pairs,
-        "log-probs of other numerics are reused only if their drift is measured",
-        "remove reference.audit_pairs, or set reference.numerics=strict",
-    ),
 )
 
 _PLACEMENT = (

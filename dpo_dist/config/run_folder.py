@@ -189,7 +189,7 @@ class RunFolder:
     pairs = At("pairs")
     """The folder of preference records and samples; the next five are in it."""
     pairs_file = At("pairs/pairs.jsonl")
-    """The preference records, unless `pairs.output` names another file."""
+    """The preference records of `pairs`."""
     pairs_samples = At("pairs/samples.jsonl")
     """Every response that models gave to the prompts, with its scores."""
     pairs_parts = At("pairs/parts")

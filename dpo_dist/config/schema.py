@@ -56,9 +56,6 @@ class ConsoleConfig:
         "`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: JSON "
         "objects, one a line, on standard output.",
     )
-    seconds: float = key(
-        30.0, "Seconds between two lines about progress, in the log and in plain output.", gt=0
-    )
 
 
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
@@ -73,15 +70,6 @@ class TrackingConfig:
 
     wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
     project: str | None = key(None, "Project of the run; null: WANDB_PROJECT, else `dpo_dist`.")
-    entity: str | None = key(None, "User or team; null: WANDB_ENTITY, else the API key's own.")
-    group: str | None = key(None, "Group of the run; null: WANDB_RUN_GROUP.")
-    tags: list[str] = key([], "Tags of the run; empty: WANDB_TAGS.")
-    notes: str | None = key(None, "A sentence about the run, shown on its page; null: WANDB_NOTES.")
-    price_per_gpu_hour: float | None = key(
-        None,
-        "Price of one GPU for an hour, in any currency, for the cost in `report.html`; null: no cost.",
-        ge=0,
-    )
     samples: int = key(
         8,
         "Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent.",
@@ -98,14 +86,8 @@ class SamplesConfig:
     prompts: int = key(
         0, "Prompts of the evaluation data that the policy responds to at evaluations; 0: none.", ge=0
     )
-    every: int = key(1, "Evaluations between samples; the last evaluation of a run always has them.", ge=1)
     max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
     temperature: float = key(0.7, "Temperature of sampling; 0: the likeliest token each time.", ge=0)
-    batch_tokens: int = key(
-        16384,
-        "Most tokens of a batch of one process: its rows times the longest prompt with its response.",
-        ge=1,
-    )
 
 
 @schema
@@ -120,13 +102,6 @@ class EvaluationConfig:
     )
     data: list[Source] = key(
         [], "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."
-    )
-    resamples: int = key(
-        1000,
-        "Resamples of the prompts for 95 % confidence intervals, also of training's last evaluation; "
-        "0: no intervals.",
-        ge=0,
-        verbs="train evaluate",
     )
 
     @property
@@ -149,7 +124,6 @@ class OptimConfig:
         OptimizerKind.adamw,
         "`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the "
         "`quantization` extra). Master weights are float32 with both.",
-        added=True,
     )
     lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", gt=0)
     schedule: LearningRateSchedule = key(
@@ -168,14 +142,12 @@ class OptimConfig:
         None,
         "Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio.",
         ge=0,
-        added=True,
     )
     min_lr_ratio: float = key(
         0.0,
         "Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last.",
         ge=0,
         lt=1,
-        added=True,
     )
     weight_decay: float = key(0.0, "Decoupled weight decay.", ge=0)
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
@@ -223,24 +195,13 @@ class AdapterConfig:
         None,
         "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
         "policy starts as the two, which are the reference too, and continues to train it.",
-        added=True,
     )
-    revision: str | None = key(None, "Branch, tag or commit of `path` on the hub.", added=True)
-    on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.", added=True)
-    init: str | None = key(
-        None,
-        f"Initial matrices: `default` (a random A, B = 0), `gaussian` (A normal); null: `default`{_OR_OWN}",
-        added=True,
-        accepts="default, gaussian, or null",
-        pattern=r"^(default|gaussian)$",
-        null_means="default",
-    )
+    on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.")
     modules_to_save: list[str] | None = key(
         None,
         "Modules trained in full beside the matrices, by the last parts of their names: "
         "`[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: "
         f"none{_OR_OWN}",
-        added=True,
         null_means=[],
     )
 
@@ -300,13 +261,6 @@ class ModelConfig:
         free=True,
         verbs="train",
     )
-    mlp_tile_tokens: int | None = key(
-        None,
-        "Tokens of a tile of an MLP; its wide activations exist for one tile at a time. null: no tiles.",
-        ge=1,
-        free=True,
-        verbs="train precompute evaluate",
-    )
     compile: bool = key(
         False, "torch.compile in decoder layers.", free=True, verbs="train precompute evaluate"
     )
@@ -343,9 +297,6 @@ class ReferenceConfig:
         "Folder or hub name of the reference model; null: `model.path`.",
         verbs="train precompute evaluate doctor",
     )
-    revision: str | None = key(
-        None, "Branch, tag or commit of `reference.path`.", verbs="train precompute evaluate doctor"
-    )
     quantization: Quantization | None = key(
         None,
         "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored.",
@@ -357,22 +308,15 @@ class ReferenceConfig:
     numerics: Numerics = key(
         Numerics.strict, "`tolerant` reuses log-probs of other kernels or versions and measures their drift."
     )
+    rows_per_shard: int = key(
+        4096, "Entries that are stored at a time, in one file: what a kill can lose.", ge=1, free=True
+    )
     nvme_path: Filled | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True)
     store: Filled = key(
         "${run.root}/reference",
         "Folder of stored log-probs, shared by runs.",
         free=True,
         verbs=VERBS_WITH_DATA,
-    )
-    micro_batch_tokens: int | None = key(
-        None,
-        "Tokens of a micro-batch while the store is filled; null: 4 times `trainer.micro_batch_tokens`.",
-        ge=1,
-        free=True,
-    )
-    rows_per_shard: int = key(4096, "Entries of one file of the store.", ge=1, free=True)
-    audit_pairs: int = key(
-        16, "Pairs whose reference log-probs are computed again as a check.", ge=0, free=True
     )
 
 
@@ -393,7 +337,6 @@ class ParallelismConfig:
         1,
         "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
         ge=1,
-        added=True,
     )
     timeout_seconds: int = key(
         600,
@@ -423,12 +366,6 @@ class TrainerConfig:
         None, "Length of the run in steps; null: by `epochs`.", verbs="train precompute", ge=1
     )
     eval_every: int = key(0, "Steps between evaluations; 0: at the end only.", ge=0, free=True)
-    eval_at_start: bool | None = key(
-        None,
-        "Evaluate before the first step; null: where there are evaluation data, and without a forward of the "
-        "policy where it starts as the reference.",
-        free=True,
-    )
     save_every: int = key(100, "Steps between checkpoints; 0: at the end only.", ge=0, free=True)
     keep_last: int = key(
         2, "Checkpoints to keep; 0: one while the run trains, none once it is complete.", ge=0, free=True
@@ -439,25 +376,14 @@ class TrainerConfig:
         "value, and the best are kept beside `keep_last`; null: none.",
         free=True,
     )
-    keep_best_count: int = key(1, "Best checkpoints to keep.", ge=1, free=True)
-    keep_best_direction: Direction | None = key(
-        None, "Values of `keep_best` that are the best; null: as known of it.", free=True
-    )
-    save_behind: bool = key(
-        True,
-        "Copy a checkpoint to host memory, if it has room, and write it while training continues.",
-        free=True,
-    )
-    check_disk_room: bool = key(
-        True,
-        "Before the first step, look for room for checkpoints and model on the file system of `run.dir`.",
-        free=True,
-    )
     log_every: int = key(
         1, "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.", ge=0, free=True
     )
     seed: int = key(
-        0, "Seed of data order and of an adapter's start.", ge=0, verbs="train precompute evaluate"
+        0,
+        "Seed of data order and of an adapter's start; of the samples and random choices of `pairs`.",
+        ge=0,
+        verbs="train precompute evaluate pairs",
     )
     deterministic: bool = key(
         False,
@@ -465,19 +391,12 @@ class TrainerConfig:
         free=True,
         verbs="train precompute evaluate",
     )
-    max_bad_steps: int = key(
-        3,
-        "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
-        ge=0,
-        added=True,
-    )
     ema_decay: float | None = key(
         None,
         "Share that the moving average of the trained weights keeps of itself in a step; `export` writes "
         "it from a checkpoint with `export.weights=ema`; null: none.",
         gt=0,
         lt=1,
-        added=True,
     )
     stop_after_steps: int | None = key(
         None, "Steps of this start after which the run saves and exits with code 75.", ge=1, free=True

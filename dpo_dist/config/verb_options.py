@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from dpo_dist.config.fields import Filled, key, schema, section
+from dpo_dist.config.fields import Filled, as_entry, key, schema, section
 
 
 @schema
@@ -23,18 +23,6 @@ class CompareConfig:
     max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
     temperature: float = key(
         1.0, "Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias.", ge=0
-    )
-    seed: int = key(0, "Seed of prompts, samples and intervals.", ge=0)
-    batch_tokens: int = key(
-        16384,
-        "Most tokens of a batch of one process: its rows times the longest prompt with its response.",
-        ge=1,
-    )
-    part_prompts: int = key(
-        16, "Prompts of one part: processes share the parts, and finished ones are not repeated.", ge=1
-    )
-    resamples: int = key(
-        1000, "Resamples of the prompts for 95 % confidence intervals; 0: no intervals.", ge=0
     )
 
 
@@ -54,12 +42,18 @@ class DoctorConfig:
     benchmarks: list[str] = key(
         [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
     )
-    shown_pairs: int = key(
-        4, "Pairs of each source to show decoded, besides examples of findings; 0: none.", ge=0
-    )
     texts: bool = key(True, "Whether the page has texts of records; they are hidden until clicked.")
 
 
+@schema
+class MemberConfig:
+    """One entry of `export.average`; a bare string is its `path`."""
+
+    path: Filled = key(..., "Folder of a whole model, such as `export` writes.")
+    weight: float = key(1.0, "Its weight in the mean, divided by their sum.", gt=0)
+
+
+Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
 ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 
@@ -77,12 +71,9 @@ class ExportConfig:
         ExportedWeights.last,
         "`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`).",
     )
-    average: list[str] = key(
+    average: list[Member] = key(
         [],
         "In place of a checkpoint, the mean of whole models: their folders, such as `export` writes.",
-    )
-    average_weights: list[Annotated[float, Field(strict=True, gt=0)]] = key(
-        [], "The weights of `export.average`, divided by their sum; empty: equal ones."
     )
     merge: bool = key(False, "Write an adapter and its base as one model.")
     dtype: str | None = key(
@@ -130,28 +121,7 @@ class EndpointConfig:
         "the better response is more helpful, honest and harmless, and follows the instructions",
         "The judge's criterion, in one clause.",
     )
-    key_variable: Filled = key(
-        "OPENAI_API_KEY", "Environment variable with the API key; without a value, none is sent."
-    )
-    max_tokens: int = key(1024, "Most tokens of a verdict, with the judge's reasons.", ge=1)
-    timeout_seconds: float = key(120.0, "Longest wait for a reply, in seconds.", gt=0)
-    retries: int = key(
-        6, "Repetitions of a request that failed, after growing pauses or as the endpoint asks.", ge=0
-    )
     parallel_requests: int = key(8, "Requests at a time, of each process.", ge=1)
-    requests_per_minute: int | None = key(
-        None, "Most requests a minute, over all processes; null: no limit.", ge=1
-    )
-
-
-@schema
-class PeopleConfig:
-    """The labelling page of `pairs.method=people`."""
-
-    port: int = key(0, "Port of the page on 127.0.0.1; 0: a free one.", ge=0, le=65535)
-    overlap: float = key(
-        0.2, "Share of the comparisons that every annotator judges, for their agreement.", ge=0, le=1
-    )
 
 
 @schema
@@ -163,7 +133,6 @@ class PairsConfig:
         "`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`: "
         "responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people.",
     )
-    output: Filled | None = key(None, "File of the pairs, .jsonl; null: `<run.dir>/pairs/pairs.jsonl`.")
     limit: int | None = key(
         None,
         "Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: "
@@ -177,7 +146,6 @@ class PairsConfig:
     margin: float = key(
         0.0, "Scores of a pair differ by more than this; equal scores are never a pair.", ge=0
     )
-    seed: int = key(0, "Seed of samples and random choices.", ge=0)
     models: list[str] = key(
         [],
         "Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then "
@@ -191,23 +159,11 @@ class PairsConfig:
     unfinished: DropOrKeep = key(
         DropOrKeep.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
     )
-    encoded_differently: DropOrKeep = key(
-        DropOrKeep.keep,
-        "Responses that training encodes as other tokens than were generated: `drop` or `keep` (counted).",
-        added=True,
-    )
-    batch_tokens: int = key(
-        32768, "Most tokens of a batch: its rows times the longest prompt with its response.", ge=1
-    )
-    part_prompts: int = key(
-        64, "Prompts of one part: after an interruption, finished parts are not repeated.", ge=1
-    )
     reward_model: Filled | None = key(
         None, "Judge: folder or hub name of a sequence classification model with one output.", verbs=JUDGING
     )
     function: Filled | None = key(None, "Judge: your own function, as `module:function`.", verbs=JUDGING)
     endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
-    people: PeopleConfig = section(PeopleConfig)
     prompt_parts: int = key(
         1,
         "Parts into which the prompts are divided, by their contents; round after round takes the next.",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
@@ -25,7 +25,7 @@ from dpo_dist.data.store import (
     folder_name,
     remember_written,
 )
-from dpo_dist.data.template import argument_names, check_arguments, chosen_template, has_clock
+from dpo_dist.data.template import argument_names, check_arguments, chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -192,20 +192,12 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chosen template exists, and that a date and arguments for it have an effect.
+    """Check that the chosen template exists, and that arguments for it have an effect.
 
     Raises:
-        ConfigError: one of them does not.
+        ConfigError: it does not, or one has none.
     """
     template = chosen_template(tokenizer, config.chat_template) or ""
-    if config.template_date != DataConfig.template_date and not has_clock(template):
-        raise ConfigError(
-            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
-            where="data.template_date",
-            got=config.template_date,
-            expected=f"{DataConfig.template_date} (the default)",
-            remedy="remove data.template_date",
-        )
     with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
     known = argument_names(template) | argument_names(with_tools)
     check_arguments(config.template_arguments or (), known)
@@ -257,7 +249,7 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "truncation": config.truncation,
         "text_as_messages": config.text_as_messages,
         "template_applied": config.template is TextTemplate.applied,
-        "template_date": config.template_date,
+        "template_date": TEMPLATE_DATE,
         "template_arguments": config.template_arguments,
         "trained_roles": sorted(set(config.trained_roles)),
         "untrained": sorted(set(config.untrained)),

@@ -111,13 +111,11 @@ class Part:
     Attributes:
         is_eval: whether these are the evaluation data of a split of the training sources.
         share: `data.eval_share`.
-        seed: `data.eval_seed`.
         held_out: uint64 [prompts], ascending: `prompt_hash` of prompts that are not in the training data.
     """
 
     is_eval: bool = False
     share: float = 0.0
-    seed: int = 0
     held_out: PromptHashes | None = None
 
     @property
@@ -133,7 +131,7 @@ class Part:
     @property
     def identity(self) -> list[str]:
         """A text for each property that selects records; empty if all records belong to this part."""
-        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r} {self.seed}"] if self.share else []
+        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r}"] if self.share else []
         held_out = [] if self.held_out is None else [hashlib.blake2b(self.held_out.tobytes()).hexdigest()]
         return split + held_out
 
@@ -146,7 +144,7 @@ class Part:
         return not self.share or self._is_drawn(prompt) == self.is_eval
 
     def _is_drawn(self, prompt: int) -> bool:
-        seeded = prompt.to_bytes(_HASH_BYTES, "little") + self.seed.to_bytes(_HASH_BYTES, "little")
+        seeded = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
         drawn = hashlib.blake2b(seeded, digest_size=_HASH_BYTES).digest()
         return int.from_bytes(drawn, "little") < self.share * 2.0 ** (8 * _HASH_BYTES)
 
@@ -158,13 +156,13 @@ def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
     """Return the part of the training sources that is trained.
 
     Args:
-        config: `eval_share`, `eval_seed` and `drop_eval_prompts` are used.
+        config: `eval_share` and `drop_eval_prompts` are used.
         eval_prompts: uint64 [examples], prompt hashes of the encoded evaluation data, if there are any.
     """
     held_out = None if eval_prompts is None or not config.drop_eval_prompts else np.unique(eval_prompts)
-    return Part(share=config.eval_share, seed=config.eval_seed, held_out=held_out)
+    return Part(share=config.eval_share, held_out=held_out)
 
 
 def eval_part(config: DataConfig) -> Part:
     """Return the part of the evaluation sources that is evaluated: all of `data.eval`, else the split's."""
-    return Part(is_eval=config.eval_share > 0, share=config.eval_share, seed=config.eval_seed)
+    return Part(is_eval=config.eval_share > 0, share=config.eval_share)

@@ -4,7 +4,7 @@ import re
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.escape import EscapedEncoder, Marks
 from dpo_dist.data.template import (
     FOREIGN_ENDS,
@@ -173,7 +173,7 @@ def tokenizer_facts(
     neither a file nor the name of a template.
     """
     template = chosen_template(tokenizer, config.chat_template, with_tools=with_tools)
-    return _facts(tokenizer, template and pin_clock(template, config.template_date))
+    return _facts(tokenizer, template and pin_clock(template, TEMPLATE_DATE))
 
 
 def end_notes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -60,7 +60,7 @@ def _limits(root: Path, own: Path) -> Iterator[tuple[int, int]]:
 
 
 _LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
-REFERENCE_REMEDY = "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+REFERENCE_REMEDY = "lower trainer.micro_batch_tokens, or set reference.offload=cpu"
 """The settings to change if the reference model runs out of memory."""
 
 

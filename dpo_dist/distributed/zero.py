@@ -136,10 +136,10 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
 def gather_at_once(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
 
-    Compiled layers and tiled MLPs, so that no hook is in compiled code or a tile. Modules that may compute
+    Compiled layers, so that no hook is in compiled code. Modules that may compute
     with some of their parts only: a rank that skips a part would not gather it, and the others would wait.
     """
-    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm), *model.tiled]:
+    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm)]:
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
@@ -367,9 +367,7 @@ class Engine:
         """
         with (
             adapter_off(self.model) if of_base else contextlib.nullcontext(),
-            explain_out_of_memory(
-                "generating samples", "lower samples.batch_tokens or samples.max_new_tokens"
-            ),
+            explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
             self.model.unpacked() as causal_lm,
             torch.no_grad(),
         ):

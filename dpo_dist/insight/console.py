@@ -130,6 +130,10 @@ def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
 
 
+LINE_SECONDS = 30.0
+"""Between two lines about progress."""
+
+
 class LineScreen:
     """Lines without control characters.
 
@@ -328,7 +332,7 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
         return print_line
 
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(printer(objects), settings.seconds)
+        return JsonScreen(printer(objects), LINE_SECONDS)
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
@@ -338,7 +342,7 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
     def print_timed(line: str) -> None:
         print_line(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}")
 
-    return LineScreen(print_timed, settings.seconds, print_line)
+    return LineScreen(print_timed, LINE_SECONDS, print_line)
 
 
 Count = Callable[..., None]
@@ -360,7 +364,7 @@ class Console:
         self,
         screen: LineScreen | None,
         errors: LineScreen | None = None,
-        seconds: float = ConsoleConfig.seconds,
+        seconds: float = LINE_SECONDS,
     ):
         self._screen = screen
         self._errors = errors or screen
@@ -470,7 +474,7 @@ class Console:
 def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
     """Return a console that prints to `stream`, and JSON objects to standard output."""
     screen = open_screen(SafeStream(stream), SafeStream(output_of_objects()), settings)
-    return Console(screen, seconds=settings.seconds)
+    return Console(screen)
 
 
 def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
@@ -518,7 +522,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
         faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
             screen = open_screen(messages, objects, settings)
-            console = Console(screen if rank == "0" else None, screen, settings.seconds)
+            console = Console(screen if rank == "0" else None, screen)
             with _logging_to(sys.stderr), console.until_end():
                 yield console
         except BaseException as error:

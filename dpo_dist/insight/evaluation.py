@@ -22,6 +22,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 ALL = "all"
 """The name of the results of all pairs."""
+RESAMPLES = 1000
 LEVEL = 0.95
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,

@@ -48,7 +48,7 @@ def start_folder(config: ModelConfig) -> Path | None:
     adapter: AdapterConfig | None = config.adapter
     if adapter is None or adapter.path is None:
         return None
-    folder = model_folder(adapter.path, adapter.revision, _KEY, accepts_adapter=True)
+    folder = model_folder(adapter.path, None, _KEY, accepts_adapter=True)
     check_start(adapter, folder)
     is_dora = read_model_json(folder / ADAPTER_CONFIG).get("use_dora") is True
     if is_dora and config.quantization is Quantization.int8:
@@ -152,7 +152,7 @@ def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | 
     if adapter is None or start is None or adapter.on_top:
         return adapter
     own = _as_config(read_model_json(start / ADAPTER_CONFIG), start)
-    return replace(own, path=adapter.path, revision=adapter.revision)
+    return replace(own, path=adapter.path)
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:

@@ -36,7 +36,7 @@ from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_lay
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
-from dpo_dist.model.memory import check_offload, find_mlps, offload_inputs, tile_mlps
+from dpo_dist.model.memory import check_offload, offload_inputs
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
@@ -169,8 +169,6 @@ def load_packed(
     if config.activation_offload:
         offload_inputs(causal_lm)
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
-    if config.mlp_tile_tokens is not None:
-        model.tiled = tile_mlps(causal_lm, config.mlp_tile_tokens)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
 
@@ -205,8 +203,6 @@ def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | 
     Its layers may be set to be checkpointed.
     """
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    if config.mlp_tile_tokens is not None:
-        find_mlps(causal_lm)
     if adapter is not None:
         targets = target_layers(causal_lm, adapter)
         if not adapter.continues:

@@ -118,7 +118,7 @@ def add_adapter(
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, TRAINED, _START, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
-    if model.compiled or model.tiled or expert_blocks(causal_lm) or compressors(causal_lm):
+    if model.compiled or expert_blocks(causal_lm) or compressors(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
         # exists; without one it would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
@@ -144,7 +144,7 @@ def _add_new(
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
         modules_to_save=saved or None,
-        init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
+        init_lora_weights=True,
         task_type="CAUSAL_LM",
     )
     check_adaptable(causal_lm, targets)

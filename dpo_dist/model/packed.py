@@ -112,7 +112,6 @@ class PackedCausalLM(nn.Module):
         own_logits: whether log-probs are computed from the logits of the model's own forward; else by the
             chunked head from the last hidden states.
         is_generating: whether the model is `unpacked`.
-        tiled: MLPs that compute in tiles of tokens.
     """
 
     def __init__(
@@ -129,7 +128,6 @@ class PackedCausalLM(nn.Module):
         self.compiled = compiled
         self.sequence = sequence
         self._rope_limit = rope_limit(causal_lm.config.get_text_config())
-        self.tiled: list[nn.Module] = []
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()

@@ -123,7 +123,7 @@ _SCORING_TOKENS_FACTOR = 4
 
 def scoring_tokens(config: RunConfig) -> int:
     """Return the tokens of a micro-batch that is only scored; by default a multiple of the trainer's."""
-    return config.reference.micro_batch_tokens or _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
+    return _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
 
 
 class QuantizedReference(Engine):

@@ -107,7 +107,7 @@ def _reference_digest(config: RunConfig, store: Path) -> str:
 
     path, revision, key = config.model.path, config.model.revision, "model.path"
     if config.reference.path is not None:
-        path, revision, key = config.reference.path, config.reference.revision, "reference.path"
+        path, revision, key = config.reference.path, None, "reference.path"
     folder = description_folder(path, revision, key, needs_weights=False)
     adapter = start_folder(config.model) if config.reference.path is None else None
     remote_code = config.model.trust_remote_code

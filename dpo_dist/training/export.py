@@ -177,7 +177,6 @@ def _on_cpu(model: ModelConfig) -> ModelConfig:
         liger=False,
         compile=False,
         activation_offload=False,
-        mlp_tile_tokens=None,
     )
 
 
@@ -205,7 +204,7 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
         CheckpointError: `output` cannot be written.
         ConfigError: the members are not models of one kind.
     """
-    given = config.export.average_weights or [1.0] * len(members)
+    given = [member.weight for member in config.export.average]
     shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
     dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
     with writing_errors(output):

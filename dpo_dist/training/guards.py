@@ -24,6 +24,7 @@ from dpo_dist.training.loss import Objective, ReadyStep
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import StepTotals, gather_pairs
 
+MOST_BAD_STEPS = 3  # in a row
 _BAD_AT_THE_END = 1
 """One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
 
@@ -111,13 +112,12 @@ def ending_error(
     totals: StepTotals,
     position: Position,
     steps: int,
-    max_bad_steps: int,
     folder: RunFolder,
     loss_scale: float | None,
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
     step, is_last = position.step, position.step == steps
-    allowed = min(max_bad_steps, _BAD_AT_THE_END) if is_last else max_bad_steps
+    allowed = min(MOST_BAD_STEPS, _BAD_AT_THE_END) if is_last else MOST_BAD_STEPS
     has_trained_nothing = is_last and position.bad_steps + position.overflows == steps
     if has_trained_nothing and not position.bad_in_a_row:
         return DivergedError(
@@ -133,10 +133,10 @@ def ending_error(
             where=f"the pairs of this step: {folder.bad_step(step)}",
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
             f"{position.bad_in_a_row}, of this run: {position.bad_steps}",
-            expected=f"at most {allowed} in a row here (trainer.max_bad_steps; {_BAD_AT_THE_END} at the end)",
+            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
         )
-    if position.collapsed_in_a_row > max_bad_steps or (position.collapsed_in_a_row and is_last):
+    if position.collapsed_in_a_row > MOST_BAD_STEPS or (position.collapsed_in_a_row and is_last):
         return DivergedError(
             f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
             where="optim.lr",

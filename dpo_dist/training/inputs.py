@@ -263,8 +263,7 @@ def _digest_models(
         return policy_files, policy_files
     folder, adapter = policy_folder, start
     if config.reference.path is not None:
-        revision = config.reference.revision
-        folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
+        folder = shared_model_folder(config.reference.path, None, "reference.path", world, console)
         adapter = None
     return policy_files, digest(folder, loads_whole=reference_is_whole, adapter=adapter)
 

@@ -136,7 +136,7 @@ def best_after(
     if step > 0 and math.isfinite(row.get(metric, math.nan)):
         kept.append(BestCheckpoint(metric, step, row[metric]))
     sign = -1 if direction_of(trainer) is Direction.highest else 1
-    return sorted(kept, key=lambda one: (sign * one.value, one.step))[: trainer.keep_best_count]
+    return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
 
 
 def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
@@ -193,7 +193,7 @@ class Loop:
         """
         self.clock.enter("other")
         trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
-        if eval_set is not None and trainer.eval_at_start is not False and position.step == 0:
+        if eval_set is not None and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
@@ -299,9 +299,9 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        scale, most = self.policy.loss_scale, self.config.trainer.max_bad_steps
-        folder, steps = RunFolder.of(self.config), self.inputs.sampler.steps
-        error = ending_error(totals, position, steps, most, folder, None if scale is None else scale.value)
+        folder, scale = RunFolder.of(self.config), self.policy.loss_scale
+        steps = self.inputs.sampler.steps
+        error = ending_error(totals, position, steps, folder, None if scale is None else scale.value)
         if error is not None:
             position.window = measures
             self._record_window(position)
@@ -346,7 +346,7 @@ class Loop:
             margins = Histogram.of(found.values.margin)
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         samples = self.samples
-        if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
+        if samples is not None:
             measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)

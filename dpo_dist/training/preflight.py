@@ -134,7 +134,7 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
         check_async_io()
     found = [reference.mode.value]
     if reference.path is not None:
-        folder = description_folder(reference.path, reference.revision, "reference.path")
+        folder = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(folder, tokenizer, config.model)
         found.append(f"model {folder}")
     if reference.mode.value == "cached":

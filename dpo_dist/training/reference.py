@@ -58,6 +58,7 @@ from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import open_world, say_header
 
 # Mean absolute drift per token in nats.
+_CHECKED_PAIRS = 16
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
@@ -108,7 +109,7 @@ def check_drift(
             its value at zero margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
-    count = min(config.reference.audit_pairs, len(visited))
+    count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
     rank_batch = shard_batch(dataset, indices, world.replica, world.replicas, budget, costs)
@@ -369,7 +370,7 @@ def _stored_reference(
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
-    if config.reference.audit_pairs and must_score:
+    if must_score:
         objective, score = Objective(config.loss, provider), load_scorer()
         report["drift"] = check_drift(score, objective, *audited, filler.costs, config, world)
         drift = describe_drift(report["drift"])

@@ -161,7 +161,6 @@ def _set_up(
         sharded,
         world,
         () if start.checkpoint is None else start.checkpoint.damaged,
-        behind=config.trainer.save_behind,
         say=console.say,
         committed=lambda step: write_state(folder, RunState(RunOutcome.started, step, identity)),
     )
@@ -174,7 +173,6 @@ def _set_up(
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
     stops.check()
-    needs_forward = config.trainer.eval_at_start or config.loss.weighting is Weighting.wpo
     loop = Loop(
         config=config,
         world=world,
@@ -182,7 +180,7 @@ def _set_up(
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
-        start_is_known=reference.is_policys_start and not needs_forward,
+        start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identity,
@@ -309,7 +307,7 @@ def _check_start(
     console: Console,
 ) -> dict[str, Any]:
     """Run the step-0 check if the policy starts as the reference model; return its report. Collective."""
-    if not (reference.is_policys_start and config.reference.audit_pairs):
+    if not reference.is_policys_start:
         return {}
     policy.train(False)
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)

@@ -34,6 +34,7 @@ from dpo_dist.training.start import write_on_main
 from dpo_dist.training.state import WorkClock
 
 Row = dict[str, Any]
+_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,13 @@ class SamplePrompts:
         None, with a warning, if the model's logits are not finite.
         """
         requests = [prompt.request for prompt in self.prompts]
-        budget = self.config.batch_tokens
         try:
             found = generate_together(
                 model,
                 requests,
                 self.sampling,
                 self.stop_ids,
-                budget,
+                _BATCH_TOKENS,
                 self.world,
                 of_base=of_base,
                 give_way=give_way,
@@ -153,10 +153,6 @@ class Samples:
     reference: list[Row] | None
     starts_as_reference: bool
     policy: PolicyEngine
-
-    def is_due(self, step: int, eval_every: int, *, is_last: bool) -> bool:
-        """Return whether the evaluation after `step` has samples; not collective."""
-        return is_last or eval_every == 0 or step // eval_every % self.held_out.config.every == 0
 
     def at(self, step: int, give_way: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.

@@ -190,13 +190,13 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
     """
     folder, trainer = RunFolder.of(config), config.trainer
     disk = shutil.disk_usage(folder.path)
-    if not trainer.check_disk_room or config.model.adapter is not None or not disk.total:
+    if config.model.adapter is not None or not disk.total:
         return
     copies = 1 + STATES_OF_ADAM[config.optim.kind] + (trainer.ema_decay is not None)  # in float32
     checkpoint, model = int(4 * copies * weights), TORCH_DTYPES[config.model.dtype].itemsize * weights
     # A checkpoint is complete before an older one is deleted; the model is written beside those kept.
     there = sum(map(has_all_files, checkpoint_folders(folder.checkpoints)))
-    kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
+    kept = max(1, trainer.keep_last) + bool(trainer.keep_best)
     intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
     borders = sum((steps - 1) // each - done // each for each in intervals if each)
     saves = 0 if done >= steps else 1 + borders
@@ -209,8 +209,7 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
             got=f"{size(disk.free)} free on the file system of {folder}",
             expected=f"{size(needed)}: up to {at_once} more checkpoints of {size(checkpoint)}, a model of "
             f"{size(model)}",
-            remedy="make room, set run.dir to another disk, or lower trainer.keep_last; "
-            "trainer.check_disk_room=false for a file system that grows",
+            remedy="make room, set run.dir to another disk, or lower trainer.keep_last",
         )
 
 

@@ -170,14 +170,12 @@ def _check_models(config: RunConfig) -> None:
         if Path(adapter.path).expanduser().is_dir():
             start = start_folder(config.model)
         else:
-            local_model_folder(
-                adapter.path, adapter.revision, "model.adapter.path"
-            )  # raises for a missing one
+            local_model_folder(adapter.path, None, "model.adapter.path")  # raises for a missing one
             check_cached_offline(adapter.path, "model.adapter.path")
     if policy is not None:
         check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
-        _described_model(config.reference.path, config.reference.revision, "reference.path")
+        _described_model(config.reference.path, None, "reference.path")
 
 
 def _described_model(path: str, revision: str | None, key: str) -> Path | None:

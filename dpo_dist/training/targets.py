@@ -148,7 +148,7 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
 
 def _members(config: RunConfig) -> list[Path]:
     """Return the model folders of an average."""
-    members = [Path(name).expanduser() for name in config.export.average]
+    members = [Path(member.path).expanduser() for member in config.export.average]
     for folder in members:
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(
@@ -163,6 +163,6 @@ def _members(config: RunConfig) -> list[Path]:
             "a member of the average is named twice",
             where="export.average",
             got=as_written(config.export.average),
-            remedy="remove one of its names; export.average_weights gives members different weights",
+            remedy="remove one of them, and give the other a weight: {path: FOLDER, weight: 2}",
         )
     return members

@@ -93,7 +93,6 @@ def test_a_policy_replaced_while_it_loads_is_not_trained(
     overrides: list[str], models: list[Path], tmp_path: Path
 ) -> None:
     """With the step-0 check off, which would detect it too."""
-    overrides.append("reference.audit_pairs=0")
     [outcome] = start_ranks(partial(train_with_others, overrides, models), 1, tmp_path / "rank").finish()
     assert "changed while the model was loaded" in outcome.message, outcome.log
     assert not (tmp_path / "run" / "model").exists()

@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import history, run_state, run_verb, summary
+from tests.support.launch import constants, history, run_state, run_verb, summary
 from tests.support.records import TEXT
 from tests.support.tiny_model import write_model
 
@@ -36,12 +37,16 @@ def prepare(folder: Path, overrides: Overrides, spoilt: range, *extra: str) -> l
     return overrides(f"data.train=[{data}]", *loss, "trainer.epochs=3", *extra)
 
 
+def bad_steps(most: int) -> Callable[[], None]:
+    return constants(**{"dpo_dist.training.guards.MOST_BAD_STEPS": most})
+
+
 def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    command = prepare(tmp_path, overrides, range(SPOILT_LINE, SPOILT_LINE + 1), "trainer.max_bad_steps=1")
-    ended = run_verb("train", [*command, f"run.dir={whole}"], processes=2, cwd=tmp_path)
+    command = prepare(tmp_path, overrides, range(SPOILT_LINE, SPOILT_LINE + 1))
+    ended = run_verb("train", [*command, f"run.dir={whole}"], processes=2, cwd=tmp_path, prepare=bad_steps(1))
     assert ended.code == 0, ended.output
     rows = history(whole)
     files = sorted((whole / "logs").glob("bad-step-*.json"))
@@ -64,9 +69,15 @@ def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(weight.isfinite().all() for weight in load_file(whole / "model/model.safetensors").values())
 
-    run_verb("train", [*command, f"trainer.stop_after_steps={bad[0]['step']}"], processes=2, cwd=tmp_path)
+    run_verb(
+        "train",
+        [*command, f"trainer.stop_after_steps={bad[0]['step']}"],
+        processes=2,
+        cwd=tmp_path,
+        prepare=bad_steps(1),
+    )
     assert run_state(run)["outcome"] == "preempted"
-    assert run_verb("train", command, processes=2, cwd=tmp_path).code == 0
+    assert run_verb("train", command, processes=2, cwd=tmp_path, prepare=bad_steps(1)).code == 0
     assert history(run) == rows
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
@@ -74,10 +85,10 @@ def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
 def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
     overrides: Overrides, tmp_path: Path
 ) -> None:
-    command = prepare(tmp_path, overrides, range(1, 13), "trainer.max_bad_steps=2")
-    run_verb("train", [*command, "trainer.stop_after_steps=3"], cwd=tmp_path)
+    command = prepare(tmp_path, overrides, range(1, 13))
+    run_verb("train", [*command, "trainer.stop_after_steps=3"], cwd=tmp_path, prepare=bad_steps(2))
     assert run_state(tmp_path / "run")["outcome"] == "preempted"
-    ended = run_verb("train", command, cwd=tmp_path)
+    ended = run_verb("train", command, cwd=tmp_path, prepare=bad_steps(2))
     assert ended.code == 3, ended.output
     assert "at step 4; this update was not applied" in ended.output
     assert "bad steps in a row: 3, of this run: 3" in ended.output
@@ -85,7 +96,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
     assert (summary(tmp_path / "run")["exit"], summary(tmp_path / "run")["bad_steps"]) == ("diverged", 3)
     assert [row["step"] for row in history(tmp_path / "run")] == [1, 4]
     (tmp_path / "run/checkpoints").rename(tmp_path / "unmounted")
-    again = run_verb("train", command, cwd=tmp_path)
+    again = run_verb("train", command, cwd=tmp_path, prepare=bad_steps(2))
     assert again.code == 2
     assert "this run has done 3 steps, and its checkpoints are missing" in again.output
     assert [row["step"] for row in history(tmp_path / "run")] == [1, 4]

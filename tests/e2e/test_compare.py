@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
-from tests.support.launch import Finished, run_verb, train
+from tests.support.launch import Finished, constants, run_verb, train
 from tests.support.records import assistant, user
 from tests.support.tiny_model import write_model
 
@@ -36,10 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PARTS = constants(**{"dpo_dist.insight.compare.models.PART_PROMPTS": 4})
+
+
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
     base = ["compare.models=[base=./base, ./other,twin=base]", "data.eval=[held.jsonl]", "model.dtype=fp32"]
-    limits = ["compare.max_new_tokens=8", "compare.part_prompts=4", "compare.prompts=14", f"run.dir={run}"]
-    return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place)
+    limits = ["compare.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
+    return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 
 
 def rows(place: Path, run: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import Overrides
 from tests.support.browser import Watched, chromium
-from tests.support.launch import run_verb, train
+from tests.support.launch import constants, run_verb, train
 from tests.support.records import assistant, user
 
 HOSTILE = (
@@ -18,6 +18,8 @@ HOSTILE = (
     "<a href='javascript:alert(3)'>x</a> \u202egnp.exe\u202c \u200b\x07 <|im_end|>"
 )
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "or")]
+
+SHOWN = "dpo_dist.insight.doctor.examine.SHOWN_PAIRS"
 
 
 def words(source: random.Random, count: int) -> str:
@@ -111,7 +113,6 @@ def test_clean_data_have_no_findings(overrides: Overrides, tmp_path: Path) -> No
     ("extra", "where"),
     [
         (["data.train=[missing.jsonl]"], "missing.jsonl"),
-        (["doctor.thresholds={nonsense: 1}"], "doctor.thresholds"),
         (["doctor.fail_on=sometimes"], "doctor.fail_on"),
         (["model.path=./missing"], "model.path"),
         (["doctor.benchmarks=[missing.txt]"], "missing.txt"),
@@ -184,7 +185,7 @@ def browser() -> Iterator[Any]:
 def test_the_page_is_inert_in_a_browser(
     overrides: Overrides, faulty: Path, tmp_path: Path, browser: Any, width: int, scheme: str
 ) -> None:
-    ended = run_verb("doctor", overrides(f"data.train=[{faulty}]", "doctor.shown_pairs=100"))
+    ended = run_verb("doctor", overrides(f"data.train=[{faulty}]"), prepare=constants(**{SHOWN: 100}))
     address = f"file://{tmp_path}/run/doctor/doctor.html"
     watched = Watched(browser, viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = watched.page

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import run_verb, train
+from tests.support.launch import constants, run_verb, train
 
 
 def fails_with(overrides: list[str], *texts: str, processes: int = 1) -> None:
@@ -100,6 +100,10 @@ def test_a_run_directory_that_cannot_be_created_is_named(overrides: Overrides, t
     fails_with(overrides(f"run.dir={tmp_path}/occupied/run"), "occupied", "Not a directory")
 
 
+def _unchecked(*_: object) -> None:
+    """In place of the check."""
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 KiB; only root can make one."""
@@ -126,10 +130,9 @@ def test_a_disk_too_small_for_the_result_is_one_block(
     free_kib: int, is_checked: bool, text: str, overrides: Overrides, small_disk: Path
 ) -> None:
     (small_disk / "filler").write_bytes(bytes((600 - free_kib) * 1024))
-    command = overrides(
-        f"run.dir={small_disk}/run", "trainer.max_steps=1", f"trainer.check_disk_room={is_checked}"
-    )
-    ended = run_verb("train", command)
+    command = overrides(f"run.dir={small_disk}/run", "trainer.max_steps=1")
+    without = constants(**{"dpo_dist.training.run.check_disk_room": _unchecked})
+    ended = run_verb("train", command, prepare=None if is_checked else without)
     assert ended.code == 2, ended.output
     assert ended.output.count(text) == 1, ended.output
     assert "Traceback" not in ended.output

@@ -144,17 +144,16 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
         assert got == pytest.approx(expected, abs=1e-4)
 
     last = f"evaluation.model={run}/checkpoints/step-000003"
-    ended = run_verb("evaluate", [*command, last, "evaluation.resamples=0"])
+    ended = run_verb("evaluate", [*command, last])
     assert ended.code == 0, ended.output
     assert "(checkpoint)" in ended.output
     assert_equals_the_run(run)
-    assert evaluated(run)["all"]["intervals"] == {}
     ended = run_verb("evaluate", [*command, last], processes=2)  # written by one process
     assert ended.code == 0, ended.output
     assert_equals_the_run(run)
 
     models = f"evaluation.model=[{run}/model,{assets}/model,{run}/checkpoints/step-000002]"
-    others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]", "evaluation.resamples=10"]
+    others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]"]
     ended = run_verb("evaluate", [*others, models])
     assert ended.code == 0, ended.output
     assert evaluated(run)["all"]["eval_pairs"] == 6

@@ -10,13 +10,13 @@ from dpo_dist.distributed.slices import SavedSlices
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, summary, train
 
-METRIC = "eval_rewards/margins"
+METRIC = "eval_kl/chosen"
 
 
 def command(assets: Path, folder: Path, *options: str) -> list[str]:
     """A run in bf16 with an evaluation after every step, whose best checkpoint has the smallest margin."""
     data = [f"data.eval=[{assets}/eval.jsonl]", "model.dtype=bf16", f"reference.store={assets}/kept_store"]
-    best = [f"trainer.keep_best={METRIC}", "trainer.keep_best_direction=lowest", "trainer.eval_every=1"]
+    best = [f"trainer.keep_best={METRIC}", "trainer.eval_every=1"]
     rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0"]
     kept = ["trainer.save_every=2", "trainer.keep_last=1", "trainer.ema_decay=0.5"]
     return [*small_run(assets, folder), *data, *best, *rate, *kept, *options]

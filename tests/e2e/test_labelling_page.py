@@ -170,7 +170,7 @@ def test_a_person_labels_by_keyboard_through_reload_and_kill(browser, data) -> N
 
 
 def test_two_annotators_on_a_screen_and_a_phone(browser, data) -> None:
-    with running(data, "pairs.people.overlap=1") as command:
+    with running(data) as command:
         ada = Watched(browser, color_scheme="dark")
         start(ada, command.url)
         press(ada, "1")

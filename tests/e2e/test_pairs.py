@@ -13,7 +13,7 @@ import pytest
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.files import locked
-from tests.support.launch import ROOT, Finished, command, environment, run_verb
+from tests.support.launch import ROOT, Finished, command, constants, environment, run_verb
 from tests.support.records import user
 from tests.support.tiny_model import write_model
 
@@ -34,10 +34,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PARTS = constants(**{"dpo_dist.generation.pairs.run.PART_PROMPTS": 4})
+
+
 def make(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
     base = [f"model.path={place}/strong", "model.dtype=fp32", f"data.train=[{place}/prompts.jsonl]"]
-    limits = ["pairs.max_new_tokens=10", "pairs.unfinished=keep", "pairs.part_prompts=4", f"run.dir={run}"]
-    return run_verb("pairs", [*base, *limits, *overrides], processes=processes, cwd=place)
+    limits = ["pairs.max_new_tokens=10", "pairs.unfinished=keep", f"run.dir={run}"]
+    return run_verb("pairs", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -51,7 +54,7 @@ def test_the_pairs_do_not_depend_on_processes_or_batches(place: Path) -> None:
     ended = make(place, "alone", *SAMPLES)
     assert ended.code == 0, ended.output
     assert "prompts: 18 different ones, 2 repeated" in ended.output
-    ended = make(place, "together", *SAMPLES, "pairs.batch_tokens=100", processes=3)
+    ended = make(place, "together", *SAMPLES, processes=3)
     assert ended.code == 0, ended.output
     alone, together = (rows(place / run / "pairs/pairs.jsonl") for run in ("alone", "together"))
     assert alone == together
@@ -88,11 +91,12 @@ def test_another_pairing_uses_the_same_responses_and_no_file_is_replaced_unasked
     refused = make(place, "other", *SAMPLES, "pairs.select=all_pairs")
     assert refused.code == 2
     assert "select: best_worst before, all_pairs now" in refused.output
-    all_pairs = place / "other/all.jsonl"
-    ended = make(place, "other", *SAMPLES, "pairs.select=all_pairs", f"pairs.output={all_pairs}")
+    best_worst = rows(place / "other/pairs/pairs.jsonl")
+    (place / "other/pairs/pairs.jsonl").unlink()
+    ended = make(place, "other", *SAMPLES, "pairs.select=all_pairs")
     assert ended.code == 0, ended.output
     assert len(list((place / "other/pairs/parts").glob("responses-*"))) == 1
-    assert len(rows(all_pairs)) > len(rows(place / "other/pairs/pairs.jsonl"))
+    assert len(rows(place / "other/pairs/pairs.jsonl")) > len(best_worst)
 
 
 def test_a_rank_that_fails_ends_all_with_one_error(place: Path) -> None:

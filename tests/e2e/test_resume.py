@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     steps = ["trainer.epochs=2", "trainer.log_every=2"]  # stopped between two rows
-    steps += [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_at_start=true"]
+    steps += [f"data.eval=[{assets}/eval.jsonl]"]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))
     stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output

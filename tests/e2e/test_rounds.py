@@ -24,7 +24,7 @@ def overrides(tmp_path) -> list[str]:
         *(f"model.path={tmp_path}/model", "model.dtype=fp32", f"data.train=[{tmp_path}/prompts.jsonl]"),
         *(f"run.dir={tmp_path}/run", f"reference.store={tmp_path}/store", f"data.cache={tmp_path}/encoded"),
         *("pairs.method=samples", "pairs.function=tests.support.own_judge:letter_shares", "pairs.rounds=2"),
-        *("pairs.max_new_tokens=8", "pairs.unfinished=keep", "pairs.part_prompts=12", "pairs.samples=6"),
+        *("pairs.max_new_tokens=8", "pairs.unfinished=keep", "pairs.samples=6"),
         *("optim.lr=2e-2", "trainer.global_batch_pairs=16", "trainer.epochs=4", "trainer.save_every=0"),
         *("parallelism=ddp", "tracking=off", f"pairs.launcher='{sys.executable}'"),
     ]

@@ -35,7 +35,6 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     usual = overrides(
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.eval_every=2",
-        "trainer.eval_at_start=true",
         "optim.lr=1e-2",
         "parallelism.offload_parameters=cpu",
         "model.adapter={r: 4}",
@@ -81,7 +80,7 @@ def test_the_reference_responds_also_if_the_policy_cannot(
         f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "optim.lr=1e-2", f"reference.path={other}"
     )
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train([*usual, *SAMPLES, "trainer.eval_at_start=true", f"run.dir={whole}"])
+    train([*usual, *SAMPLES, f"run.dir={whole}"])
     stopped = run_verb("train", [*usual, "trainer.stop_after_steps=2"], processes=2)
     assert "stopped after step 2" in stopped.output, stopped.output
     resumed = train([*usual, *SAMPLES], processes=2)
@@ -100,7 +99,6 @@ def test_a_kill_while_samples_are_generated_changes_no_sample(
     usual = overrides(
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.eval_every=2",
-        "trainer.eval_at_start=true",
         "trainer.save_every=1",
         *long,
     )

@@ -90,7 +90,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     def refuse(_: object, __: int) -> tuple[int, dict[str, str], str]:
         return 401, {}, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
-    noted = f"tracking.notes='{TYPED} {SECRETS['MY_SECRET']}'"
+    noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"
     compared = [
         f"compare.models=[base={assets}/model,{folder}/exported]",
         "compare.prompts=2",

@@ -40,14 +40,14 @@ def test_processes_that_do_not_divide_into_groups_are_an_error(overrides: Overri
     assert "Traceback" not in ended.output
 
 
-def test_an_adapter_with_shared_tokens_and_tiles_is_that_of_one_process(
+def test_an_adapter_with_shared_tokens_is_that_of_one_process(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """The reference is the policy with its adapter off; afterwards `evaluate` shares tokens, too."""
     steps = ["trainer.max_steps=3", "optim.lr=1e-2", "model.adapter={r: 4}", "reference.mode=adapter"]
     steps += [f"data.eval=[{assets}/eval.jsonl]", "model.gradient_checkpointing=full"]
     train(overrides(*steps, f"run.dir={tmp_path}/alone"))
-    command = overrides(*steps, SHARED, "model.mlp_tile_tokens=32", "parallelism=ddp")
+    command = overrides(*steps, SHARED, "parallelism=ddp")
     train(command, processes=2)
     got, wanted = history(tmp_path / "run"), history(tmp_path / "alone")
     assert_same_history(got, wanted, relative=2e-4)

@@ -1,5 +1,6 @@
 """Run the verbs as a person does: their command line, real processes, a real run folder."""
 
+import importlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,14 @@ def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, floa
 def row_name(row: dict[str, float]) -> str:
     """Return the kind and step of a metrics row."""
     return f"{'eval' if 'eval_loss' in row else 'train'} row of step {row['step']}"
+
+
+def constants(**values: object) -> Callable[[], None]:
+    """Return a `prepare` that sets constants of modules, by their whole names."""
+    return partial(_set, values)
+
+
+def _set(values: dict[str, object]) -> None:
+    for name, value in values.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)

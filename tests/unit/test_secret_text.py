@@ -74,12 +74,12 @@ def test_nothing_is_printed_or_logged_with_a_secret(
 
 
 def test_a_configuration_is_written_without_secrets(secret: str) -> None:
-    given = ["model.path=m", "data.train=[t]", f"tracking.notes='of {secret}'", f"tracking.tags=[{secret}]"]
+    given = ["model.path=m", "data.train=[t]", f"tracking.project='of {secret}'"]
     config = load_run_config(given)
-    assert config.tracking.notes == f"of {secret}"
+    assert config.tracking.project == f"of {secret}"
     text = to_yaml(config)
     assert secret not in text
-    assert from_yaml(text).tracking.notes == "of ***"
+    assert from_yaml(text).tracking.project == "of ***"
 
 
 def test_a_path_that_a_variable_names_too_is_read_back(
@@ -88,10 +88,10 @@ def test_a_path_that_a_variable_names_too_is_read_back(
     model = tmp_path / "models" / "qwen"
     model.mkdir(parents=True)
     monkeypatch.setenv("SSH_KEY", str(model))
-    given = [f"model.path={model}", f"data.train=[{model}/pairs.jsonl]", f"tracking.notes={secret}"]
+    given = [f"model.path={model}", f"data.train=[{model}/pairs.jsonl]", f"tracking.project={secret}"]
     config = load_run_config(given)
     read = from_yaml(to_yaml(config))
-    assert (read.model.path, read.data, read.tracking.notes) == (str(model), config.data, "***")
+    assert (read.model.path, read.data, read.tracking.project) == (str(model), config.data, "***")
 
 
 def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
 
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
-    config = load_run_config([*given, f"tracking.notes={secret}"])
+    config = load_run_config([*given, f"tracking.project={secret}"])
     folder = RunFolder.of(config)
     check_settings(config, folder)
     command_of("pairs", config, folder.path / "stage", ["python"])

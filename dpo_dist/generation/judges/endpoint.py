@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +37,16 @@ class Reply(NamedTuple):
     refusal: str = ""
 
 
+_KEY_VARIABLE = "OPENAI_API_KEY"
+TIMEOUT_SECONDS = 120.0
+_RETRIES = 6
+_MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
+
+
 class Endpoint:
     """Sends chat completions; thread-safe."""
 
-    def __init__(self, config: EndpointConfig, processes: int = 1):
+    def __init__(self, config: EndpointConfig, retries: int = _RETRIES):
         try:
             import openai  # noqa: PLC0415  (optional)
         except ImportError:
@@ -49,23 +54,20 @@ class Endpoint:
                 "an endpoint as judge needs the package openai", where=URL_KEY, remedy="pip install openai"
             ) from None
         self._openai, self._config = openai, config
-        url, key = config.url or "", os.environ.get(config.key_variable, "").strip()
+        url, key = config.url or "", os.environ.get(_KEY_VARIABLE, "").strip()
         self._client = openai.OpenAI(
             base_url=_checked(url),
             api_key=key or "none",
-            timeout=config.timeout_seconds,
-            max_retries=config.retries,
+            timeout=TIMEOUT_SECONDS,
+            max_retries=retries,
         )
         self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
-        per_minute = config.requests_per_minute
-        self._spacing = 0.0 if per_minute is None else 60.0 * processes / per_minute
-        self._next, self._lock = 0.0, threading.Lock()
-        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": config.max_tokens}
+        self._lock = threading.Lock()
+        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
 
     def ask(self, messages: list[Any]) -> Reply:
         """Return the reply to a conversation, at temperature 0 if the endpoint can."""
         options = self._options
-        self._wait_for_turn()
         try:
             found: Any = self._client.chat.completions.create(
                 model=str(self._config.model),
@@ -88,13 +90,6 @@ class Endpoint:
             return Reply()
         return Reply(choices[0].message.content or "")
 
-    def _wait_for_turn(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + self._spacing
-        time.sleep(turn - now)
-
     def _replace(self, name: str) -> None:
         """Send an option that the endpoint refuses by its other name from now on, or not at all."""
         with self._lock:
@@ -114,7 +109,7 @@ class Endpoint:
                 "the endpoint of the judge cannot be used",
                 where=URL_KEY,
                 got=f"{self._config.url}: status {status}",
-                remedy=f"check the address, pairs.endpoint.model and the key in {self._config.key_variable}",
+                remedy=f"check the address, pairs.endpoint.model and the key in {_KEY_VARIABLE}",
             ) from None
         return ", ".join(str(part) for part in (f"status {status}", error.code, error.param) if part)
 
@@ -122,7 +117,7 @@ class Endpoint:
         return ConfigError(
             "the endpoint of the judge does not reply",
             where=URL_KEY,
-            got=f"{self._config.url}: {fault}, after {self._config.retries} repetitions",
+            got=f"{self._config.url}: {fault}, after {self._client.max_retries} repetitions",
             remedy="start it or check the address; the same command continues after the finished parts",
         )
 
@@ -134,7 +129,7 @@ def _checked(url: str) -> str:
             "this is no address of an endpoint",
             where=URL_KEY,
             expected="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
-            remedy="put the key into an environment variable, see pairs.endpoint.key_variable",
+            remedy="put the key into the environment variable OPENAI_API_KEY",
         )
     return url
 
@@ -161,8 +156,8 @@ _NUMBER = re.compile(r"\[\[(\d+)\]\]")
 class EndpointJudge:
     """Asks an endpoint for verdicts, several at a time."""
 
-    def __init__(self, config: EndpointConfig, processes: int = 1):
-        self._config, self._endpoint = config, Endpoint(config, processes)
+    def __init__(self, config: EndpointConfig, retries: int = _RETRIES):
+        self._config, self._endpoint = config, Endpoint(config, retries)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return scores: grades, or the share of won comparisons, with ties as half.
@@ -209,7 +204,7 @@ class EndpointJudge:
                 "the endpoint of the judge refuses every request",
                 where=URL_KEY,
                 got=f"{self._config.url}: {refusal}, also for a harmless one",
-                remedy="check pairs.endpoint.model and pairs.endpoint.max_tokens",
+                remedy="check pairs.endpoint.model",
             )
 
 
@@ -221,7 +216,7 @@ def describe_endpoint(config: EndpointConfig) -> dict[str, Any]:
         "model": config.model,
         "verdicts": str(config.verdicts),
         "criterion": config.criterion,
-        "max_tokens": config.max_tokens,
+        "max_tokens": _MAX_TOKENS,
         "position_swaps": config.verdicts is Verdicts.compare,
     }
 

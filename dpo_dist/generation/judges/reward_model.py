@@ -34,7 +34,7 @@ KEY = "pairs.reward_model"
 class RewardModel:
     """Scores each response by the model's output for the whole conversation."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
+    def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int = 32768):
         folder = model_folder(name, None, KEY)
         self._tokenizer = load_tokenizer(folder, config, KEY)
         self._model = _load(folder, config, device)

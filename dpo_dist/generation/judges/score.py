@@ -24,12 +24,12 @@ def describe_judge(config: RunConfig) -> dict[str, Any]:
     return describe_endpoint(pairs.endpoint)
 
 
-def open_judge(config: RunConfig, device: torch.device, processes: int) -> Judge:
+def open_judge(config: RunConfig, device: torch.device) -> Judge:
     """Return the judge, ready to score."""
     pairs = config.pairs
     if pairs.reward_model is not None:
-        return RewardModel(pairs.reward_model, config.model, device, pairs.batch_tokens)
-    return FunctionJudge(pairs.function) if pairs.function else EndpointJudge(pairs.endpoint, processes)
+        return RewardModel(pairs.reward_model, config.model, device)
+    return FunctionJudge(pairs.function) if pairs.function else EndpointJudge(pairs.endpoint)
 
 
 def score(

@@ -28,7 +28,6 @@ _WORDS = {
     "samples_unfinished": "responses not used: they did not end within pairs.max_new_tokens",
     "samples_empty": "responses not used: they are empty",
     "samples_identical": "responses not used: equal to another one to the same prompt",
-    "samples_encoded_differently": "responses not used: training encodes them as other tokens",
     "samples_without_score": "responses not used: without a usable score",
     "encoded_differently": "responses that training encodes as other tokens than were generated",
     "prompts_all_tied": "prompts without a pair: all scores are equal",
@@ -188,8 +187,7 @@ def check_output(file: Path, settings: Mapping[str, Any]) -> None:
             "the file of pairs exists and was made with other settings",
             where=str(file),
             got="; ".join(changed) if old else "a file without a summary of its settings",
-            remedy="set pairs.output to another file (finished responses and scores are used again), or "
-            "remove this one",
+            remedy="set run.dir to another folder, or remove this one",
         )
 
 

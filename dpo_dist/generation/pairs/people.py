@@ -27,11 +27,11 @@ import jinja2
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import PairsConfig, PairsMethod
+from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked, write_text
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
@@ -42,7 +42,6 @@ from dpo_dist.generation.pairs.files import (
     pair_fields,
     write_results,
 )
-from dpo_dist.generation.pairs.start import output_file
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
@@ -122,15 +121,18 @@ def _fraction(seed: int, *names: str) -> float:
     return int.from_bytes(digest) / 256**6
 
 
+_OVERLAP = 0.2
+"""Share of the comparisons that every annotator judges, for their agreement."""
+
+
 class Labelling:
     """The items of a session and the judgements so far, which are those of a log and appended to it."""
 
-    def __init__(self, items: Mapping[str, PreferenceRecord], log: int, config: PairsConfig):
-        self.items, self._log, self._seed = items, log, config.seed
+    def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
+        self.items, self._log, self._seed = items, log, seed
         self.given: dict[tuple[str, str], Judgement] = {}
         """The judgements in force, by annotator and item."""
-        overlap = config.people.overlap
-        self._shared = {key for key in items if _fraction(self._seed, "shared", key) < overlap}
+        self._shared = {key for key in items if _fraction(self._seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
         """Take the judgements of earlier starts, but for a line that was cut off; count those not used."""
@@ -189,20 +191,12 @@ class LabelServer(ThreadingHTTPServer):
 
     daemon_threads = False  # a request is finished before the log is closed
 
-    def __init__(self, labelling: Labelling, port: int, judged: Callable[[], None]):
+    def __init__(self, labelling: Labelling, judged: Callable[[], None]):
         self.labelling, self.judged, self.lock = labelling, judged, threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
         page = resources.files("dpo_dist.generation").joinpath("label.html").read_text("utf-8")
         self.template = jinja2.Environment(autoescape=True).from_string(page)
-        try:
-            super().__init__((HOST, port), _Handler)
-        except OSError as fault:
-            raise ConfigError(
-                "the labelling page cannot be served on this port",
-                where="pairs.people.port",
-                got=f"{port}: {fault.strerror}",
-                remedy="set another port, or 0 for a free one",
-            ) from None
+        super().__init__((HOST, 0), _Handler)  # a free port
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: a browser may close a connection at any time."""
@@ -337,7 +331,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
 
     Raises:
         DataError: a source cannot be read, or has no two responses to a prompt.
-        ConfigError: the port is in use, another process serves this session, or the file of pairs exists and
+        ConfigError: another process serves this session, or the file of pairs exists and
             was made with other settings.
     """
     log = RunFolder.of(config).pairs_judgements
@@ -345,13 +339,13 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         "method": str(PairsMethod.people),
         "sources": plain(config.data.train),
         "limit": config.pairs.limit,
-        "seed": config.pairs.seed,
+        "seed": config.trainer.seed,
     }
-    check_output(output_file(config), settings)
+    check_output(RunFolder.of(config).pairs_file, settings)
     items = _draw(config, say)
     remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
     with locked(log, "serves this labelling session", remedy) as descriptor:
-        labelling = Labelling(items, descriptor, config.pairs)
+        labelling = Labelling(items, descriptor, config.trainer.seed)
         if foreign := labelling.read(log):
             say(
                 f"{foreign:,} earlier judgements are of comparisons that are not drawn now: they are not used"
@@ -361,7 +355,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
             if len(labelling.given) % _LINE_EVERY == 0:
                 say(f"{len(labelling.given):,} judgements")
 
-        with LabelServer(labelling, config.pairs.people.port, judged) as server:
+        with LabelServer(labelling, judged) as server:
             _serve(server, show)
     _write(config, items, list(labelling.given.values()), settings, say)
 
@@ -372,7 +366,7 @@ def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
         good_records(read_records(pinned(source, None)), source, config.data, say)
         for source in config.data.train
     )
-    items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.pairs.seed, counts)
+    items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.trainer.seed, counts)
     read = counts.pop("read", 0)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number)
     say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
@@ -425,7 +419,7 @@ def _write(
         content = json.dumps(found | {"items": counts}, indent=2)
         write_text(RunFolder.of(config).pairs_agreement, content + "\n")
     if records:
-        write_results(output_file(config), records, settings, counts, say)
+        write_results(RunFolder.of(config).pairs_file, records, settings, counts, say)
     else:
         say(f"no pair is decided yet: {describe_totals(counts)}")
 

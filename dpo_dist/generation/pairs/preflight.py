@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dpo_dist.generation.judges.reward_model import check_reward_model
 from dpo_dist.generation.pairs.files import good_records
 from dpo_dist.generation.pairs.prompts import as_asked
 from dpo_dist.generation.pairs.rounds import check_rounds
-from dpo_dist.generation.pairs.start import output_file, responding_models
+from dpo_dist.generation.pairs.start import responding_models
 from dpo_dist.generation.sampling.respond import (
     Responder,
     find_description,
@@ -48,10 +47,9 @@ def rehearse_pairs(config: RunConfig) -> str:
         DataError: a source cannot be read, or none of its first records can be used.
     """
     pairs, folder = config.pairs, RunFolder.of(config)
-    file = folder.round(1).pairs_file if pairs.rounds else output_file(config)
+    file = folder.round(1).pairs_file if pairs.rounds else RunFolder.of(config).pairs_file
     if pairs.rounds:
         check_rounds(config)
-    check_writable(file.parent, "pairs.output" if pairs.output else "run.dir")
     check_writable(folder.path, "run.dir")
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}
@@ -104,7 +102,7 @@ def ask_judge(config: RunConfig) -> str:
         return check_reward_model(pairs.reward_model, config.model)
     if pairs.function is not None:  # found by `check_pairs`
         return f"function {pairs.function}"
-    EndpointJudge(replace(pairs.endpoint, retries=0)).check()
+    EndpointJudge(pairs.endpoint, retries=0).check()
     return f"{pairs.endpoint.model} at {pairs.endpoint.url} replies"
 
 

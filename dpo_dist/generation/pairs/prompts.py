@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import DataConfig, Truncation
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, Truncation
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.prompts import read_prompts
@@ -55,6 +55,9 @@ class PromptList:
         with self.file.open("rb") as lines:
             lines.seek(self.starts[index])
             return [parse_line(line) for line in islice(lines, self.part_prompts)]
+
+
+PART_PROMPTS = 64
 
 
 def open_prompts(file: Path, part_prompts: int) -> PromptList:
@@ -143,7 +146,7 @@ def rendering(data: DataConfig) -> dict[str, Any]:
         "max_prompt_length": data.max_prompt_length,
         "text_as_messages": data.text_as_messages,
         "template": str(data.template),
-        "template_date": data.template_date,
+        "template_date": TEMPLATE_DATE,
         "chat_template": chat_template,
         "template_arguments": data.template_arguments,
     }

@@ -25,12 +25,13 @@ from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, 
 from dpo_dist.foundation.files import plain as finite
 from dpo_dist.foundation.process import EXIT_CODES, exit_codes, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.model.folder import model_folder
 
 _EXPERIMENT = "round"
 _BY_SIGNAL = 128
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 # Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
-_FREE = ("rounds", "launcher", "batch_tokens", "part_prompts", "people")
+_FREE = ("rounds", "launcher")
 
 Say: TypeAlias = Callable[[str], None]
 Run: TypeAlias = Callable[[list[str], Path], int]
@@ -47,12 +48,6 @@ def check_rounds(config: RunConfig) -> None:
         ("pairs.method", pairs.method, pairs.method is not PairsMethod.samples, "set pairs.method=samples"),
         ("pairs.models", pairs.models, bool(pairs.models), "name the first policy by model.path"),
         ("model.path", "nothing", config.model.path == NO_MODEL, "set it to the policy of the first round"),
-        (
-            "pairs.output",
-            pairs.output,
-            pairs.output is not None,
-            "remove it: the pairs are in <run.dir>/rounds",
-        ),
     ):
         if is_broken:
             raise ConfigError(
@@ -207,6 +202,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     remedy = "wait until it ends, or set another run.dir"
     with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
         check_settings(config, folder)
+        os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
         return _Rounds(config, folder, say, run).do()
 
 
@@ -298,12 +294,11 @@ def sampling_config(config: RunConfig, number: int) -> RunConfig:
         rounds=0,
         launcher=None,
         reference=PairsConfig.reference,
-        seed=config.pairs.seed + number - 1,
         prompt_part=(config.pairs.prompt_part + number - 1) % config.pairs.prompt_parts,
-        output=None,
     )
     run = replace(config.run, dir=str(RunFolder.of(config).round(number).path))
-    return replace(_with_policy(config, number), run=run, pairs=pairs)
+    trainer = replace(config.trainer, seed=config.trainer.seed + number - 1)
+    return replace(_with_policy(config, number), run=run, pairs=pairs, trainer=trainer)
 
 
 def training_config(config: RunConfig, number: int) -> RunConfig:
@@ -314,7 +309,6 @@ def training_config(config: RunConfig, number: int) -> RunConfig:
         run=replace(config.run, dir=str(folder.training.path)),
         data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
         pairs=PairsConfig(),
-        tracking=replace(config.tracking, group=config.tracking.group or config.run.name),
     )
 
 
@@ -324,6 +318,12 @@ def _policy(config: RunConfig, number: int) -> Path:
     return folder.training.model if config.model.adapter is None else folder.policy
 
 
+def _first_model(config: RunConfig) -> str:
+    """Return the model of the first round: its name, or its folder if the name alone is not that revision."""
+    model = config.model
+    return model.path if model.revision is None else str(model_folder(model.path, model.revision))
+
+
 def _with_policy(config: RunConfig, number: int) -> RunConfig:
     """Return the configuration with the policy that round `number` starts from, and its reference model."""
     if number == 1:
@@ -331,9 +331,9 @@ def _with_policy(config: RunConfig, number: int) -> RunConfig:
     model = replace(config.model, path=str(_policy(config, number - 1)), revision=None)
     reference, mode = config.reference, config.reference.mode
     if config.pairs.reference is RoundReference.previous:
-        reference = replace(reference, path=None, revision=None)
+        reference = replace(reference, path=None)
     elif reference.path is None and mode is not ReferenceMode.none:
-        reference = replace(reference, path=config.model.path, revision=config.model.revision)
+        reference = replace(reference, path=_first_model(config))
         if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
             quantization = config.model.quantization
             reference = replace(reference, mode=ReferenceMode.cached, quantization=quantization)

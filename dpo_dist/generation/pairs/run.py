@@ -32,8 +32,15 @@ from dpo_dist.generation.pairs.files import (
     write_samples,
 )
 from dpo_dist.generation.pairs.people import label_pairs
-from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_key, rendering, write_prompts
-from dpo_dist.generation.pairs.start import output_file, responding_models
+from dpo_dist.generation.pairs.prompts import (
+    PART_PROMPTS,
+    PromptList,
+    open_prompts,
+    prompt_key,
+    rendering,
+    write_prompts,
+)
+from dpo_dist.generation.pairs.start import responding_models
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import (
     Answer,
@@ -49,13 +56,13 @@ from dpo_dist.generation.sampling.respond import (
 from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
 
 MEMORY_REMEDY = (
-    "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
+    "lower pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
 
 
 def select_pairs(
-    scores: Sequence[float], rule: PairsConfig, key: str, counts: Counter[str]
+    scores: Sequence[float], rule: PairsConfig, seed: int, key: str, counts: Counter[str]
 ) -> list[tuple[int, int]]:
     """Return pairs of responses of one prompt as indices: (chosen, rejected).
 
@@ -64,7 +71,8 @@ def select_pairs(
 
     Args:
         scores: [responses], finite.
-        rule: `select`, `margin` and `seed`.
+        rule: `select` and `margin`.
+        seed: of the run.
         key: of the content: the random choice of `best_random` follows from it and the seed alone.
         counts: gets `prompts_too_few_responses`, `prompts_all_tied` or `prompts_below_margin` for a prompt
             without a pair, and `tied_pairs`: the number of tied pairs among all pairs of responses.
@@ -90,7 +98,7 @@ def select_pairs(
             return [(best, worst)]
         case PairSelection.best_random:
             others = [worse for better, worse in possible if better == best]
-            digest = text_digest(f"{rule.seed} {key}")
+            digest = text_digest(f"{seed} {key}")
             return [(best, others[int(np.random.default_rng(int(digest, 16)).integers(len(others)))])]
 
 
@@ -105,6 +113,7 @@ class Results:
         responses: finished parts of each model.
         scores: finished parts of the judge; None without a judge.
         facts: sampling and judge, for provenance.
+        seed: of the run.
         counts: filled by `pairs_of`.
     """
 
@@ -114,6 +123,7 @@ class Results:
     responses: Sequence[Parts]
     scores: Parts | None
     facts: Mapping[str, Any]
+    seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -149,8 +159,6 @@ def usable(answers: Sequence[Answer], pairs: PairsConfig) -> tuple[list[Answer],
             counts["unfinished"] += 1
         elif not text:
             counts["empty"] += 1
-        elif not answer.same_ids and pairs.encoded_differently is DropOrKeep.drop:
-            counts["encoded_differently"] += 1
         elif response in found:
             counts["identical"] += 1
         else:
@@ -185,7 +193,9 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         if results.scores is not None:
             scored = [(answer, answer.score) for answer in answers if answer.score is not None]
             counts["samples_without_score"] += len(answers) - len(scored)
-            chosen = select_pairs([number for _, number in scored], pairs, prompt_key(asked.record), counts)
+            chosen = select_pairs(
+                [number for _, number in scored], pairs, results.seed, prompt_key(asked.record), counts
+            )
             for better, worse in chosen:
                 yield _pair(asked, scored[better][0], scored[worse][0], results)
         elif len(answers) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
@@ -249,7 +259,9 @@ class _FromModels:
     @property
     def sampling(self) -> Sampling:
         pairs = self.config.pairs
-        return Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
+        return Sampling(
+            pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, self.config.trainer.seed
+        )
 
     @property
     def count(self) -> int:
@@ -304,7 +316,7 @@ class _FromModels:
 
         @cache
         def opened() -> Judge:
-            return open_judge(config, world.device, world.size)
+            return open_judge(config, world.device)
 
         def part(index: int) -> list[dict[str, Any]]:
             answers = [usable(own, config.pairs)[0] for own, _ in answers_of_part(responses, index)]
@@ -322,7 +334,7 @@ class _FromModels:
 
 
 def _usable(pairs: PairsConfig) -> dict[str, Any]:
-    return {"unfinished": str(pairs.unfinished), "encoded_differently": str(pairs.encoded_differently)}
+    return {"unfinished": str(pairs.unfinished)}
 
 
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
@@ -332,9 +344,9 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         DpoDistError: data, a model or the judge cannot be used, or no pair can be made.
     """
     world, screen, pairs = stages.world, stages.screen, config.pairs
-    folder, file = RunFolder.of(config), output_file(config)
+    folder, file = RunFolder.of(config), RunFolder.of(config).pairs_file
     prompts = world.on_main(
-        lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), pairs.part_prompts),
+        lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), PART_PROMPTS),
         screen.heartbeat("reading prompts"),
     )
     work = _FromModels(config, prompts, stages)
@@ -352,7 +364,7 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     scores = work.scores(responses, judge) if judge else None
     return_memory()
     facts = {"sampling": asdict(work.sampling)} | ({"judge": judge} if judge else {})
-    results = Results(pairs, prompts, models, responses, scores, facts)
+    results = Results(pairs, prompts, models, responses, scores, facts, config.trainer.seed)
 
     def write() -> None:
         write_samples(folder.pairs_samples, samples_of(results))
@@ -369,14 +381,14 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
         ConfigError: the file exists and was made with other settings.
     """
     counts: Counter[str] = Counter()
-    file, pairs = output_file(config), config.pairs
+    file, pairs = RunFolder.of(config).pairs_file, config.pairs
     settings = {
         "method": str(pairs.method),
         "sources": plain(config.data.train),
         "select": str(pairs.select),
         "margin": pairs.margin,
         "limit": pairs.limit,
-        "seed": pairs.seed,
+        "seed": config.trainer.seed,
     }
     check_output(file, settings)
     write_results(file, _scored_pairs(config, counts, say), settings, counts, say)
@@ -393,14 +405,14 @@ def _scored_pairs(
             counts["without_scores"] += 1
             continue
         key = text_digest(f"{prompt_key(record)} {record.responses}")
-        for better, worse in select_pairs(scores, pairs, key, counts):
+        for better, worse in select_pairs(scores, pairs, config.trainer.seed, key, counts):
             counts["order_changed"] += better > worse
             provenance = {
                 "source": str(record.origin),
                 "method": str(pairs.method),
                 "select": str(pairs.select),
                 "margin": pairs.margin,
-                "seed": pairs.seed,
+                "seed": config.trainer.seed,
                 "ranks": [better + 1, worse + 1],
                 "responses": len(record.responses),
             }

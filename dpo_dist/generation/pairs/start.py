@@ -6,13 +6,11 @@ from typing import Any
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import (
     EndpointConfig,
     PairsConfig,
-    PairSelection,
     PairsMethod,
 )
 from dpo_dist.config.verbs import check_needs
@@ -23,8 +21,8 @@ from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
 _ALONE = (PairsMethod.scores, PairsMethod.people)
 _FROM_MODELS = (PairsMethod.samples, PairsMethod.delta)
 _OF_MODELS = (
-    *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished", "encoded_differently"),
-    *("batch_tokens", "part_prompts", "prompt_parts", "prompt_part"),
+    *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished"),
+    *("prompt_parts", "prompt_part"),
 )
 _OF_JUDGES = ("samples", "reward_model", "function", "endpoint")
 
@@ -45,13 +43,6 @@ def check_pairs(config: RunConfig) -> None:
             got=str(pairs.prompt_part),
             expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
             remedy="correct one of them",
-        )
-    if pairs.output is not None and not pairs.output.endswith(".jsonl"):
-        raise ConfigError(
-            "pairs are written as JSON lines",
-            where="pairs.output",
-            got=pairs.output,
-            remedy="let the name end with .jsonl",
         )
     _check_effects(config)
     if pairs.method in _FROM_MODELS:
@@ -74,12 +65,6 @@ def needs_this_process(config: RunConfig) -> bool:
     return config.pairs.method not in _ALONE or os.environ.get("RANK", "0") == "0"
 
 
-def output_file(config: RunConfig) -> Path:
-    """Return the file of the preference records."""
-    output = config.pairs.output
-    return RunFolder.of(config).pairs_file if output is None else Path(output).expanduser()
-
-
 def responding_models(config: RunConfig) -> list[str]:
     """Return the models that respond, as configured."""
     return list(config.pairs.models) or [config.model.path]
@@ -93,8 +78,6 @@ def _check_effects(config: RunConfig) -> None:
         (_OF_MODELS, method in _FROM_MODELS, with_method),
         (_OF_JUDGES, method is PairsMethod.samples, with_method),
         (("select", "margin"), method in (PairsMethod.samples, PairsMethod.scores), with_method),
-        (("people",), method is PairsMethod.people, with_method),
-        (("seed",), _is_random(pairs), "if nothing is drawn at random"),
         (("top_p", "top_k"), pairs.temperature > 0, "with pairs.temperature=0"),
         (("launcher", "reference"), bool(pairs.rounds), "without pairs.rounds"),
     ):
@@ -116,15 +99,6 @@ def check_used(key: str, value: Any, default: Any, why: str) -> None:
         raise ConfigError(
             f"{key} has no effect {why}", where=key, got=as_written(value), remedy=f"remove {key}"
         )
-
-
-def _is_random(pairs: PairsConfig) -> bool:
-    """Return whether samples, or the choice among them or among records, follow from the seed."""
-    if pairs.method is PairsMethod.people:
-        return True
-    draws_samples = pairs.method is not PairsMethod.scores and pairs.temperature > 0
-    draws_pairs = pairs.method is not PairsMethod.delta and pairs.select is PairSelection.best_random
-    return draws_samples or draws_pairs
 
 
 def _check_models(config: RunConfig) -> None:

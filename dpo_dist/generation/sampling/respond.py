@@ -184,6 +184,8 @@ def load_responder(source: ModelSource, config: ModelConfig, device: torch.devic
     return causal_lm.eval()
 
 
+BATCH_TOKENS = 32768
+"""Most tokens of a batch: its rows times the longest prompt with its response."""
 Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
 """Returns a sample for each request, in their order."""
 
@@ -193,7 +195,7 @@ def open_generator(responder: Responder, config: RunConfig, device: torch.device
     causal_lm = load_responder(responder.source, config.model, device)
 
     def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        return generate(causal_lm, requests, sampling, responder.stop_ids, config.pairs.batch_tokens)
+        return generate(causal_lm, requests, sampling, responder.stop_ids, BATCH_TOKENS)
 
     return samples
 

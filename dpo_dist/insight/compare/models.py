@@ -51,13 +51,15 @@ from dpo_dist.insight.compare.responses import (
 )
 from dpo_dist.insight.compare.results import comparison
 from dpo_dist.insight.compare.start import KEY, Compared, Kind
-from dpo_dist.insight.evaluation import Resampling
+from dpo_dist.insight.evaluation import RESAMPLES, Resampling
 from dpo_dist.model.folder import hub_commit
 
 _DIFFERING = "differing "
 """With a model's name, the count of prompts that it encodes as other tokens than the base."""
+PART_PROMPTS = 16
+"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
 _REMEDY = (
-    "lower compare.batch_tokens or compare.max_new_tokens; each process loads whole models onto its GPU: "
+    "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
 )
 
@@ -68,7 +70,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     Raises:
         DpoDistError: data, a model or the judge cannot be used, or no prompt is left.
     """
-    folder, settings = RunFolder.of(config), config.compare
+    folder = RunFolder.of(config)
     # Two starts would write the same parts.
     remedy = "wait until it ends, or set another run.dir"
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
@@ -77,7 +79,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
         world.on_main(lambda: held.enter_context(only))
         world.on_main(lambda: announce_replaced(folder, models, screen))
         prompts = world.on_main(
-            lambda: open_prompts(write_held_out(parts, config, screen.say), settings.part_prompts),
+            lambda: open_prompts(write_held_out(parts, config, screen.say), PART_PROMPTS),
             screen.heartbeat("reading prompts"),
         )
         judge: dict[str, Any] | None = None
@@ -164,12 +166,11 @@ def _judged(
     """Return the finished judgements."""
     settings = {"responses": [speaker.responses.folder.name for speaker in speakers], "judge": judge}
     parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
-    budget = replace(config.pairs, batch_tokens=config.compare.batch_tokens)
     work = compare_texts if compares(config.pairs) else score_texts
 
     @cache
     def opened() -> Judge:
-        return open_judge(replace(config, pairs=budget), stages.world.device, stages.world.size)
+        return open_judge(config, stages.world.device)
 
     def part(index: int) -> list[Row]:
         rows = zip(*(map(Answers.of, speaker.responses.read(index)) for speaker in speakers), strict=True)
@@ -247,7 +248,7 @@ def _write(
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
         with temporary.open("rb") as lines:
-            found = comparison(map(json.loads, lines), names, Resampling(settings.resamples, settings.seed))
+            found = comparison(map(json.loads, lines), names, Resampling(RESAMPLES, 0))
     for speaker, row in zip(speakers, found["models"], strict=True):
         row |= {
             "path": speaker.compared.path,
@@ -264,7 +265,6 @@ def _write(
         "sampling": {
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_new_tokens,
-            "seed": settings.seed,
         },
         "version": dpo_dist.__version__,
     }

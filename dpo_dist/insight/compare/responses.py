@@ -50,11 +50,14 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 
+BATCH_TOKENS = 16384
+"""Most tokens of a batch of one process: its rows times the longest prompt with its response."""
+
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
     """Write `compare.prompts` different prompts of the evaluation data to a file named by its content.
 
-    They are chosen by a hash of `compare.seed` and the prompt, and written in the order of the data.
+    They are chosen by a hash of the prompt, and written in the order of the data.
     """
     wanted, seen = config.compare.prompts, set[str]()
 
@@ -62,7 +65,7 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
         for index, (record, label) in enumerate(_held_out(config, say)):
             if (key := prompt_key(record)) not in seen:
                 seen.add(key)
-                yield text_digest(f"{config.compare.seed} {key}"), index, _line(record, label)
+                yield text_digest(f"0 {key}"), index, _line(record, label)
 
     chosen = heapq.nsmallest(wanted, ranked())
     if not chosen:
@@ -143,7 +146,7 @@ class Speaker:
         self.compared, self.source, self.name = compared, source, compared.name
         self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
         settings = config.compare
-        self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+        self._sampling = Sampling(settings.max_new_tokens, settings.temperature)
 
     @cached_property
     def responder(self) -> Responder:
@@ -156,7 +159,6 @@ class Speaker:
             self._config.model,
             gradient_checkpointing="none",
             activation_offload=False,
-            mlp_tile_tokens=None,
             adapter=None,
             compile=False,
             liger=False,
@@ -188,7 +190,7 @@ class Speaker:
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
-                budget = self._config.compare.batch_tokens
+                budget = BATCH_TOKENS
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
 
         def part(index: int) -> list[Row]:
@@ -212,8 +214,8 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            budget, device = self._config.compare.batch_tokens, self._stages.world.device
-            return [{"logp": logp} for logp in response_logps(self._packed, rows, budget, device)]
+            found = response_logps(self._packed, rows, BATCH_TOKENS, self._stages.world.device)
+            return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CounterOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.counter` of the report."""
 
+SHOWN_PAIRS = 4  # of each source, besides examples of findings
 # These rules already say that training would refuse the data.
 _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
@@ -98,7 +99,7 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
         findings = [*_refused(refusals, found.findings), *mislabelled, *found.findings]
         found = replace(found, findings=most_serious_first(findings), model=files, store=store)
     if config.doctor.texts:
-        found = replace(found, shown=show_pairs(data, tokenizer, found.findings, config.doctor.shown_pairs))
+        found = replace(found, shown=show_pairs(data, tokenizer, found.findings, SHOWN_PAIRS))
     for source, state in zip(sources, states, strict=True):
         if source_state(source) != state:
             raise changed_data(source)

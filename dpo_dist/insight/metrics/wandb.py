@@ -144,7 +144,7 @@ class Tracker:
     def _close(self, outcome: str, summary: Mapping[str, Any]) -> None:
         self.run.summary.update({**last_and_best(self._rows), **without_secrets(summary)})
         if "verdict" in summary:
-            notes = [self._tracking.notes or _variable("WANDB_NOTES")]
+            notes = [_variable("WANDB_NOTES")]
             notes += [f"Verdict: {summary['verdict']['sentence']}"]
             self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
         if outcome == RunOutcome.preempted:
@@ -274,10 +274,7 @@ def _init_arguments(
     described: dict[str, Any] = without_secrets(
         {
             "project": tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "entity": tracking.entity,
-            "group": tracking.group,
-            "tags": tracking.tags or None,
-            "notes": tracking.notes or _variable("WANDB_NOTES") or None,
+            "notes": _variable("WANDB_NOTES") or None,
             "name": _variable("WANDB_NAME") or title(config, folder.path),
             "config": {**dataclasses.asdict(config), "environment": dict(environment)},
         }

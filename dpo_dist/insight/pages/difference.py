@@ -31,7 +31,7 @@ def write_difference(
 
     Args:
         folders: run directories, which may still be written by training.
-        price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of both runs.
+        price_per_gpu_hour: in any currency, for the cost.
         output: the page; None: `difference-A-B.html` in the working folder, with the names of the runs.
 
     Raises:

@@ -121,7 +121,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
 
     Args:
         folder: the run directory.
-        price: in place of `tracking.price_per_gpu_hour`.
+        price: of a GPU for an hour.
     """
     config, doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
     try:
@@ -145,7 +145,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         run=run,
         evaluation=evaluation if is_last else {},
         doctor=doctor,
-        price=(config.get("tracking") or {}).get("price_per_gpu_hour") if price is None else price,
+        price=price,
     )
 
 

@@ -1,8 +1,6 @@
 """The page about a run: verdict, results, samples, curves, data, time, reference, and how to repeat it."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +14,27 @@ from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, money, number, percent, size
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
-from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.facts import Fields, PageFacts, read_facts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
 from dpo_dist.insight.tables import describe_reference
-from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, evaluation_rows, last
+from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, last
 from dpo_dist.insight.verdict.rules import RULES
 
 Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 
-_LEAST_FALL = 0.05
-"""Nats per token; a smaller fall of the chosen responses is usual and has no section."""
 _SECTIONS = {
     "samples": "Samples",
     "curves": "Curves",
-    "accuracy": "Accuracy and margin",
-    "displacement": "Chosen responses became less likely",
+    "by_source": "Accuracy and margin",
     "data": "Data",
     "speed": "Time",
     "reference": "Reference model",
     "repeat": "Repeat this run",
 }
 """Sections of the page with their titles, in their order."""
-_EVALUATION_COLUMNS = (
-    *("loss", ACCURACY, MARGIN, "rewards/chosen", "rewards/rejected"),
-    *("logps/chosen", "logps/rejected"),
-)
-_MOST_EVALUATIONS = 20
-_PHASES: dict[Phase, str] = {
-    "data": "waiting for the next batch",
-    "reference": "reference log-probs",
-    "forward": "the policy's log-probs, and the loss",
-    "backward": "gradients",
-    "optimizer": "clipping, all-reduce of metrics, update",
-    "checkpoint": "committing checkpoints",
-    "other": "the rest",
-}
-_DIGESTS = {
-    "run_digest": "configuration",
-    "data": "training data",
-    "eval_data": "evaluation data",
-    "model": "model",
-    "reference": "reference model",
-}
 
 
 def write_page(
@@ -71,7 +44,7 @@ def write_page(
 
     Args:
         folder: the run directory.
-        price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of the run.
+        price_per_gpu_hour: in any currency, for the cost.
         output: the page, in place of `report.html` in the run directory.
     """
     facts = read_facts(folder, price_per_gpu_hour)
@@ -84,13 +57,11 @@ def write_page(
         "tiles": list(_tiles(facts)),
         "samples": samples_of(folder, facts.run.rows),
         "curves": charts(facts.run.rows),
-        "accuracy": _accuracy(facts),
-        "displacement": list(_displacement(facts)),
+        "by_source": _by_source(facts),
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
         "speed": _shares(facts.seconds_by_work),
-        "phases": [(name, _PHASES[name], *rest) for name, *rest in _shares(_phases(facts.run.steps))],
         "reference": list(_reference(facts.section("reference"))),
         "repeat": _repeat(facts),
         "config": list(flat(facts.config)),
@@ -179,19 +150,6 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
             yield label, form(value), small
 
 
-def _accuracy(facts: PageFacts) -> Mapping[str, Any]:
-    """Return accuracies and margins by source, and the last evaluations."""
-    by_source = _by_source(facts)
-    evaluations = evaluation_rows(facts.run.rows)
-    shown = evaluations[-_MOST_EVALUATIONS:]
-    if not by_source and not shown:
-        return {}
-    keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in shown)]
-    rows = [[number(row[key]) if key in row else "" for key in ("step", *keys)] for row in shown]
-    head = ["step", *(METRICS[key].title for key in keys)]
-    return {"by_source": by_source, "evaluations": len(evaluations), "head": head, "rows": rows}
-
-
 def _by_source(facts: PageFacts) -> Table | None:
     """Return a row for all pairs and one for each source: evaluation with intervals, training."""
     whole = {
@@ -229,26 +187,6 @@ def _named(label: str, remarks: list[str], ends: Sequence[float] | None) -> Mark
     """Return the first cell of a row: its group with remarks."""
     doubt = ["not better than guessing"] if ends and ends[0] <= 1 / 2 <= ends[1] else []
     return part("macros.jinja", "named", label, ", ".join([*remarks, *doubt]))
-
-
-def _displacement(facts: PageFacts) -> Iterator[str]:
-    """Yield sentences about chosen responses that became less likely; nothing if they did not."""
-    chosen, rejected = facts.run.moved_logps("chosen"), facts.run.moved_logps("rejected")
-    if chosen is None or chosen.start - chosen.end < _LEAST_FALL:
-        return
-    yield (
-        f"From {chosen.start:.2f} to {chosen.end:.2f} nats per token, so that a token is on average "
-        f"{percent(math.exp(chosen.end - chosen.start))} as likely as before."
-    )
-    if rejected is not None:
-        yield f"The rejected ones: {rejected.start:.2f} to {rejected.end:.2f}."
-    yield (
-        f"These are the {facts.run.part} pairs of the last metrics row, under reference and policy."
-        if chosen.is_of_same
-        else "These are the pairs of the first and of the last logged steps: a small change is noise."
-    )
-    if both := last(facts.run.last_rows, "rewards/both_fall"):
-        yield f"In {percent(both)} of the {facts.run.part} pairs both are less likely than before."
 
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:
@@ -290,40 +228,22 @@ def _shares(seconds: Mapping[Any, float]) -> list[tuple[Any, float, float]]:
     return [(name, spent, spent / whole) for name, spent in seconds.items()]
 
 
-def _phases(rows: Sequence[Mapping[str, float]]) -> Mapping[Phase, float]:
-    """Return the mean seconds of each phase over all logged steps; empty without a measurement."""
-    timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
-    counts = [after - before for before, after in pairwise([0, *(row["step"] for row in timed)])]
-    return {
-        phase: sum(row[f"time/{phase}"] * count for row, count in zip(timed, counts, strict=True))
-        / sum(counts)
-        for phase in PHASES
-        if timed
-    }
-
-
 def _reference(report: Fields) -> Iterator[str]:
     """Yield sentences about the reference log-probs and the check before the first step."""
     if not report:
         return
     yield f"{describe_reference(report)}."
-    if report.get("computed") and report.get("seconds"):
-        yield f"Computing took {duration(report['seconds'])}."
     if drift := report.get("drift"):
         yield (
             f"Before the first step {counted(drift['responses'], 'log-prob')} were computed again: they "
             f"differ from the stored ones by {number(drift['mean_token_drift'], 3)} nats per token on "
             f"average, by at most {number(drift['largest_token_drift'], 3)} in a token."
         )
-    if len(served := report.get("served") or {}) > 1:
-        yield "Used by numerics: " + "; ".join(f"{count:,} of {name}" for name, count in served.items()) + "."
-    if damaged := report.get("damaged"):
-        yield f"{counted(len(damaged), 'file')} of the store could not be read; computed again."
 
 
 def _repeat(facts: PageFacts) -> Mapping[str, Any]:
-    """Return command, commit, versions and digests of the run; empty without any."""
-    environment, identity = facts.environment, facts.state.get("identity") or {}
+    """Return command, commit and versions of the run; empty without any."""
+    environment = facts.environment
     origins = []
     if commit := environment.get("git_commit"):
         changed = environment.get("git_changed_files")
@@ -331,6 +251,5 @@ def _repeat(facts: PageFacts) -> Mapping[str, Any]:
     if packages := environment.get("packages"):
         versions = [f"{name} {version}" for name, version in packages.items()]
         origins.append(("versions", ", ".join([f"python {environment.get('python', '')}", *versions])))
-    digests = [(name, identity[key]) for key, name in _DIGESTS.items() if identity.get(key)]
-    found = {"command": environment.get("command"), "origins": origins, "digests": digests}
+    found = {"command": environment.get("command"), "origins": origins}
     return found if any(found.values()) else {}

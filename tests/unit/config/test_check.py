@@ -16,7 +16,6 @@ BOUNDED = {name: row.bounds for name, row in all_keys().items() if row.bounds an
 OUT_OF_RANGE = {
     "data.max_length": 1,
     "data.eval_share": 1.0,
-    "data.eval_seed": 2**63,
     "loss.beta": float("nan"),
     "loss.label_smoothing": 0.5,
     "loss.discopop_tau": 2.0,
@@ -25,7 +24,6 @@ OUT_OF_RANGE = {
     "trainer.epochs": 0.0,
     "parallelism.timeout_seconds": 10**8,
     "pairs.top_p": 1.1,
-    "pairs.people.port": 65536,
     "trainer.global_batch_pairs": 10**20,
 }
 IN_MAPPINGS: dict[str, dict[str, Any]] = {
@@ -39,7 +37,7 @@ IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "model.adapter.r": {"model.adapter": {"r": 0}},
     "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
     "optim.betas[1]": {"optim.betas": [0.9, 1.0]},
-    "export.average_weights[1]": {"export.average_weights": [1.0, 0.0]},
+    "export.average[1].weight": {"export.average": ["a", {"path": "b", "weight": 0.0}]},
 }
 EMPTY: dict[str, Any] = {
     "data.train[0].path": {"data.train": [{"path": " "}]},

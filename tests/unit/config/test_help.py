@@ -60,7 +60,7 @@ def test_the_facts_of_some_keys() -> None:
         ("data.train.weight", "train, precompute"),
         ("data.eval.path", "train, precompute, evaluate, compare, doctor"),
         ("optim.lr", "train"),
-        ("trainer.seed", "train, precompute, evaluate"),
+        ("trainer.seed", "train, precompute, evaluate, pairs"),
         ("reference.store", "train, precompute, evaluate, compare, doctor, pairs"),
         ("evaluation.model", "evaluate"),
         ("doctor.fail_on", "doctor"),

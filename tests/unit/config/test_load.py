@@ -101,7 +101,7 @@ def test_every_experiment_composes(experiment: str) -> None:
     "overrides",
     [
         ["+experiment=qwen7b"],
-        [*RUN, "tracking=off", "tracking.tags=['on','1']"],
+        [*RUN, "tracking=off", "compare.models=['on','1']"],
         [*RUN, "loss.terms=[{kind: ipo}]", "trainer.max_seconds=1.5", "run.dir=/x/y"],
     ],
 )

@@ -58,23 +58,6 @@ def test_null_is_a_default_or_the_value_of_the_adapter_that_is_continued() -> No
     assert differing_keys(continued, named) == {}
 
 
-def test_a_file_of_an_earlier_version_is_the_run_that_continues_an_adapter() -> None:
-    """It has the default of every key, also of those that a continued adapter needs none of."""
-    config = load_run_config([*BASIC, "model.adapter={path: sft}"])
-    text = to_yaml(config).replace("    init: null\n", "    init: default\n")
-    former = from_yaml(text)
-    assert former != config
-    assert run_digest(former) == run_digest(config)
-    assert differing_keys(former, config) == {}
-
-
-def test_the_digest_of_an_adapter_is_that_of_earlier_versions() -> None:
-    digests = [
-        run_digest(load_run_config([*BASIC, *more])) for more in ([ADAPTER], ["model.adapter={r: 16}"])
-    ]
-    assert digests == ["84032856", "2d157294"]
-
-
 def test_the_experiment_is_what_its_docs_say_and_can_be_overridden() -> None:
     config = load_run_config(["+experiment=qwen7b_lora", "model.adapter.variant=dora"])
     assert config.model.adapter == AdapterConfig(64, 128.0, variant=AdapterVariant.dora)

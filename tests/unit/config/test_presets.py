@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.load import config_dir, load_run_config
+from dpo_dist.config.load import config_dir
 
 FILES = sorted(config_dir().glob("*/*.yaml"))
 EXPERIMENTS = [file for file in FILES if file.parent.name == "experiment"]
@@ -46,11 +45,3 @@ def test_no_experiment_chooses_a_preset_that_is_chosen_by_default(file: Path) ->
     overridden = [item for entry in content(file).get("defaults", []) for item in entry.items()]
     chosen = [(name.removeprefix("override /"), preset) for name, preset in overridden]
     assert [(group, preset) for group, preset in chosen if {group: preset} in default] == []
-
-
-def test_run_digests_are_those_of_earlier_versions() -> None:
-    """Otherwise the same command would not find its run again."""
-    assert run_digest(load_run_config(["+experiment=qwen7b_lora"])) == "f2f58eb6"
-    sources = "data.train=[a.jsonl,{path: b, weight: 2}]"
-    terms = "loss.terms=[{kind: ipo},{kind: sft, weight: 0.1}]"
-    assert run_digest(load_run_config(["model.path=m", sources, terms])) == "efdc0367"

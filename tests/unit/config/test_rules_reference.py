@@ -29,24 +29,11 @@ UNUSED = "reference.mode, loss.kind, loss.reference_free"
 REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
     (NO_REFERENCE, "reference.mode, loss.kind"),
     ({"loss.terms": [{"kind": "sft"}, {"kind": "sigmoid"}]} | NO_REFERENCE, "reference.mode, loss.terms"),
-    ({"reference.revision": "main"}, "reference.revision, reference.path"),
     ({"loss.kind": "simpo", "reference.mode": "cached"}, UNUSED),
     ({"loss.reference_free": True, "reference.mode": "live"}, UNUSED),
     (
-        {"reference.mode": "live", "reference.micro_batch_tokens": 64},
-        "reference.micro_batch_tokens, reference.mode",
-    ),
-    (
         {"reference.mode": "live", "reference.rows_per_shard": 64},
         "reference.rows_per_shard, reference.mode",
-    ),
-    (
-        {"loss.kind": "sft", "reference.audit_pairs": 4} | NO_REFERENCE,
-        "reference.audit_pairs, reference.mode",
-    ),
-    (
-        {"loss.kind": "sft", "reference.micro_batch_tokens": 64} | NO_REFERENCE,
-        "reference.micro_batch_tokens, reference.mode",
     ),
     ({"loss.kind": "sft", "reference.path": "m"} | NO_REFERENCE, "reference.path, reference.mode"),
     ({"loss.kind": "sft", "reference.mode": "auto", "reference.path": "m"}, "reference.path, reference.mode"),
@@ -57,10 +44,6 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
     (
         {"reference.mode": "live", "reference.numerics": "tolerant"},
         "reference.numerics, reference.mode",
-    ),
-    (
-        {"reference.numerics": "tolerant", "reference.audit_pairs": 0},
-        "reference.numerics, reference.audit_pairs",
     ),
     (LIVE | {"loss.sync_reference.every": 0}, "loss.sync_reference.every"),
     (LIVE | EVERY | {"loss.sync_reference.mixup": 0}, "loss.sync_reference.mixup"),
@@ -91,8 +74,7 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
         "reference.quantization, reference.offload",
     ),
     (SFT | {"reference.quantization": "int8"}, "reference.quantization, reference.mode"),
-    (SFT | {"reference.path": "m", "reference.revision": "main"}, "reference.path, reference.mode"),
-    (SFT | {"reference.revision": "main"}, "reference.revision, reference.mode"),
+    (SFT | {"reference.path": "m"}, "reference.path, reference.mode"),
     ({"reference.quantization": "nf4", "model.compile": True}, "model.compile, reference.quantization"),
 ]
 
@@ -112,7 +94,7 @@ def test_refused(values: dict[str, Any], where: str) -> None:
         {"reference.quantization": "nf4"},
         LIVE | {"reference.quantization": "int8"},
         LIVE | EVERY | {"loss.sync_reference.mixup": 1, "reference.offload": "cpu"},
-        *(mode | {"reference.audit_pairs": 4} for mode in (CACHED, LIVE, WITH_ADAPTER_OFF)),
+        CACHED | {"reference.rows_per_shard": 4},
     ],
 )
 def test_accepted(values: dict[str, Any]) -> None:

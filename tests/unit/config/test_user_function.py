@@ -40,11 +40,6 @@ def test_the_digest_follows_the_text_of_the_module(folder: Path) -> None:
     assert digest_of("own_digest:mine") == first
 
 
-def test_other_losses_have_the_digest_of_before_the_key_existed() -> None:
-    config = load_run_config(["model.path=m", "data.train=[a.jsonl]", "run.dir=here"])
-    assert run_digest(config) == "3c79f185"
-
-
 def test_what_is_executed_is_the_text_of_the_digest(folder: Path) -> None:
     file = folder / "own_text.py"
     for number in "12":

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.data.template import pin_clock
@@ -77,7 +77,7 @@ class Oracle:
 
     @property
     def template(self) -> str:
-        return pin_clock(str(self.tokenizer.chat_template), DataConfig.template_date)
+        return pin_clock(str(self.tokenizer.chat_template), TEMPLATE_DATE)
 
 
 def turns_of(record: PreferenceRecord, side: int) -> tuple[Message, ...]:

@@ -16,7 +16,7 @@ from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import Message
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.data.template import pin_clock
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, record, texts
 from tests.support.records import jsonl
@@ -54,19 +54,13 @@ def test_a_template_with_a_clock_gives_the_same_ids_tomorrow(monkeypatch: pytest
     assert "02 Jan 2031" in tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     assert ids_of(encode(record(CHAT), tokenizer)) == ids_of(today)
     assert "Today Date: 26 Jul 2024<|eot_id|>" in texts(today, tokenizer)[0]
-    dated = encode(record(CHAT), tokenizer, DataConfig(template_date="2031-01-02"))
-    [expected] = tokenizer(
-        [tokenizer.apply_chat_template([{"role": "user", "content": CHAT[0].content}], tokenize=False)],
-        add_special_tokens=False,
-    )["input_ids"]
-    assert dated.prompt_ids.tolist()[: len(expected)] == expected
 
 
 def test_every_directive_of_the_clock_is_pinned() -> None:
     formats = "%Y-%m-%d|%B %-d, %Y|%A %H:%M:%S|%y %j|%-m"
     tokenizer = tiny.with_template(tiny.qwen(), "{{ strftime_now('" + formats + "') }}" + tiny.CHATML)
-    prompt, *_ = texts(encode(record(CHAT), tokenizer, DataConfig(template_date="2025-03-04")), tokenizer)
-    assert prompt.startswith("2025-03-04|March 4, 2025|Tuesday 00:00:00|25 063|3<|im_start|>")
+    prompt, *_ = texts(encode(record(CHAT), tokenizer), tokenizer)
+    assert prompt.startswith("2024-07-26|July 26, 2024|Friday 00:00:00|24 208|7<|im_start|>")
 
 
 @pytest.mark.parametrize(
@@ -86,19 +80,6 @@ def test_a_pinned_template_renders_as_on_that_day(template: str, monkeypatch: py
     pinned = written(pin_clock(template, "2031-01-02"))
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert pinned == written(template)
-
-
-def test_the_date_is_part_of_the_fingerprint_and_has_an_effect(tmp_path: Path) -> None:
-    source = SourceConfig(jsonl(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}))
-    tokenizer = tiny.with_template(tiny.llama3(), LLAMA31)
-
-    def folder(tokenizer: PreTrainedTokenizerFast, day: str) -> Path:
-        config = DataConfig(cache=str(tmp_path / "cache"), template_date=day)
-        return prepare_dataset([source], config, tokenizer, "llama")[0].folder
-
-    assert folder(tokenizer, "2024-07-26") != folder(tokenizer, "2025-01-01")
-    with pytest.raises(ConfigError, match="does not use the date"):
-        folder(tiny.qwen(), "2025-01-01")
 
 
 def thinking(template: str) -> PreTrainedTokenizerFast:

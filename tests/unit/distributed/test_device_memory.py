@@ -114,7 +114,7 @@ def test_the_reference_has_its_own_remedy() -> None:
     reference._engine, reference.model = Engine("forward"), SimpleNamespace(arrangement=Arrangement.packed)
     error = error_of(lambda: reference.token_logps(batch(5, 9)))
     assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
-    assert "reference.micro_batch_tokens" in error.remedy
+    assert "trainer.micro_batch_tokens" in error.remedy
 
 
 def test_pinned_memory_of_the_host_is_released_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from dpo_dist.config.verb_options import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.judges import endpoint
 from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
 from dpo_dist.generation.judges.judge import Judgement, Question
 from tests.support.judge_server import Answer, JudgeServer, judge_server
@@ -24,18 +25,18 @@ def longer_wins(content: dict[str, Any], _number: int) -> str:
 
 
 def config(url: str, **keys: Any) -> EndpointConfig:
-    return EndpointConfig(url=url, model="judge", **{"retries": 0} | keys)
+    return EndpointConfig(url=url, model="judge", **keys)
 
 
-def judged(answer: Answer, *responses: str, **keys: Any) -> tuple[Judgement, JudgeServer]:
+def judged(answer: Answer, *responses: str, retries: int = 0, **keys: Any) -> tuple[Judgement, JudgeServer]:
     with judge_server(answer) as server:
-        (judgement,) = EndpointJudge(config(server.url, **keys)).judge([Question(RECORD, responses)])
+        (judgement,) = EndpointJudge(config(server.url, **keys), retries).judge([Question(RECORD, responses)])
     return judgement, server
 
 
-def refused(answer: Answer, **keys: Any) -> tuple[ConfigError, JudgeServer]:
+def refused(answer: Answer, retries: int = 0, **keys: Any) -> tuple[ConfigError, JudgeServer]:
     with judge_server(answer) as server, pytest.raises(ConfigError) as caught:
-        EndpointJudge(config(server.url, **keys)).judge([Question(RECORD, (SHORT, LONG))])
+        EndpointJudge(config(server.url, **keys), retries).judge([Question(RECORD, (SHORT, LONG))])
     return caught.value, server
 
 
@@ -113,25 +114,26 @@ def test_grades_are_whole_numbers_from_1_to_10(reply: str, score: float | None, 
 
 
 def test_the_request_is_a_chat_completion() -> None:
-    _, server = judged(longer_wins, SHORT, LONG, max_tokens=77)
+    _, server = judged(longer_wins, SHORT, LONG)
     assert set(server.paths) == {"/v1/chat/completions"}
     body = server.bodies[0]
-    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 77)
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 1024)
     assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
 
 
 def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_KEY", "very-secret")
-    judgement, server = judged(longer_wins, SHORT, LONG, key_variable="A_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
+    judgement, server = judged(longer_wins, SHORT, LONG)
     assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret"}
-    described = describe_endpoint(config("http://localhost:1/v1", key_variable="A_KEY"))
+    described = describe_endpoint(config("http://localhost:1/v1"))
     error, _ = refused(lambda *_: (401, {}, '{"error": {"message": "very-secret is wrong"}}'))
     for text in (str(described), str(judgement), error.block()):
         assert "very-secret" not in text
 
 
-def test_without_a_key_none_is_sent() -> None:
-    _, server = judged(longer_wins, SHORT, LONG, key_variable="NOT_SET_ANYWHERE")
+def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    _, server = judged(longer_wins, SHORT, LONG)
     assert not any("authorization" in headers for headers in server.headers)
 
 
@@ -156,12 +158,14 @@ def test_nobody_listens() -> None:
             EndpointJudge(config(url)).judge([Question(RECORD, (SHORT, LONG))])
 
 
-def test_an_endpoint_that_is_slow_is_given_up() -> None:
+def test_an_endpoint_that_is_slow_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "TIMEOUT_SECONDS", 0.1)
+
     def slow(*_: Any) -> str:
         time.sleep(1.0)
         return "[[A]]"
 
-    error, _ = refused(slow, timeout_seconds=0.1)
+    error, _ = refused(slow)
     assert "does not reply" in error.message
 
 
@@ -215,18 +219,12 @@ def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
         return longer_wins(content, number)
 
     with judge_server(answer) as server:
-        judge = EndpointJudge(config(server.url, max_tokens=77, parallel_requests=1))
+        judge = EndpointJudge(config(server.url, parallel_requests=1))
         (judgement,) = judge.judge([Question(RECORD, (SHORT, LONG))])
     assert (judgement.scores, judgement.counts["refused"]) == ([0.0, 1.0], 0)
     assert len(server.bodies) == 4
     assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
-    assert server.bodies[-1]["max_completion_tokens"] == 77
-
-
-def test_requests_keep_to_the_rate() -> None:
-    start = time.monotonic()
-    judged(longer_wins, SHORT, LONG, LONGER, requests_per_minute=600)
-    assert time.monotonic() - start >= 5 * 0.1
+    assert server.bodies[-1]["max_completion_tokens"] == 1024
 
 
 @pytest.mark.parametrize(

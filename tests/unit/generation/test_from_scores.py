@@ -29,10 +29,10 @@ PLAIN = {"prompt": "two and two is", "responses": ["four", "five"], "scores": [1
 
 def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, list[str]]:
     said: list[str] = []
-    file = folder / keys.pop("output", "pairs.jsonl")
+    file = folder / "pairs/pairs.jsonl"
     overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
     config = load_run_config(
-        ["model.path=m", f"data.train=[{jsonl(folder, *records)}]", f"pairs.output={file}", *overrides]
+        ["model.path=m", f"data.train=[{jsonl(folder, *records)}]", f"run.dir={folder}", *overrides]
     )
     pairs_from_scores(config, said.append)
     return file, said
@@ -145,7 +145,7 @@ def test_records_without_scores_are_counted(tmp_path: Path) -> None:
 def test_without_a_pair_no_file_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair can be made"):
         make(tmp_path, SCORED, margin=100)
-    assert [file.name for file in tmp_path.iterdir()] == ["records.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs", "records.jsonl"]
 
 
 def test_a_file_of_other_settings_is_not_replaced(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from dpo_dist.generation.pairs.run import select_pairs
 
 
 def select(
-    scores: list[float], key: str = "prompt", **rule: Any
+    scores: list[float], key: str = "prompt", seed: int = 0, **rule: Any
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
     counts: Counter[str] = Counter()
-    return select_pairs(scores, PairsConfig(**rule), key, counts), {k: n for k, n in counts.items() if n}
+    return select_pairs(scores, PairsConfig(**rule), seed, key, counts), {
+        k: n for k, n in counts.items() if n
+    }
 
 
 def test_the_best_and_the_worst_are_a_pair() -> None:

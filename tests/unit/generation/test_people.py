@@ -12,7 +12,6 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.verb_options import PairsConfig, PeopleConfig
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
@@ -36,9 +35,9 @@ ITEMS = draw_items((record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(30))
 
 
 @contextmanager
-def opened(log: Path, overlap: float = 0.0, items=ITEMS) -> Iterator[Labelling]:
+def opened(log: Path, items=ITEMS) -> Iterator[Labelling]:
     with locked(log, "labels", "") as descriptor:
-        labelling = Labelling(items, descriptor, PairsConfig(people=PeopleConfig(overlap=overlap)))
+        labelling = Labelling(items, descriptor, 0)
         labelling.foreign = labelling.read(log)  # type: ignore[attr-defined]
         yield labelling
 
@@ -193,7 +192,7 @@ def serving(log: Path) -> Iterator[LabelServer]:
     records = [record((called,), (Message("assistant", "plain"),), prompt=turns)]
     records += [record("x", "y", prompt=Dialogue("\n\nHuman: Hi\n\nAssistant:"))]
     items = draw_items(records, 9, 0, Counter())
-    with opened(log, items=items) as labelling, LabelServer(labelling, 0, lambda: None) as server:
+    with opened(log, items=items) as labelling, LabelServer(labelling, lambda: None) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             yield server
@@ -231,17 +230,17 @@ def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path) -> None:
 def test_another_address_is_refused(method, tmp_path) -> None:
     with serving(tmp_path / "log") as server:
         assert ask(server, method, "/wrong/?annotator=Ada&item=").status == 404
-        with pytest.raises(ConfigError, match=r"pairs\.people\.port"):
-            LabelServer(server.labelling, server.server_port, lambda: None)
 
 
 def test_a_file_of_other_pairs_is_refused_before_anyone_labels(tmp_path) -> None:
-    for name in ("data", "other"):
-        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    data = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+    for file in (tmp_path / "data.jsonl", tmp_path / "run/pairs/pairs.jsonl"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(data)
     config = load_run_config(
         [
             *("pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"),
-            *("model.path=unused", f"pairs.output={tmp_path}/other.jsonl"),
+            *("model.path=unused",),
         ]
     )
     with pytest.raises(ConfigError, match="exists and was made with other settings"):

@@ -75,13 +75,6 @@ def test_weights_that_are_cut_are_an_error(kept: int, sft: Path) -> None:
         read_adapter(sft)
 
 
-def test_a_revision_of_a_local_adapter_is_refused(base: Path, sft: Path) -> None:
-    config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft), revision="main"))
-    with pytest.raises(ConfigError, match="a revision has no effect on a local folder") as found:
-        start_folder(config)
-    assert found.value.where == "model.adapter.revision"
-
-
 @pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
 def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
     config = ModelConfig(path=str(base), adapter=AdapterConfig(path=str(sft)))

@@ -43,7 +43,7 @@ def test_commit_and_changed_files_are_those_of_the_folder(
 
 def test_the_command_has_no_secret_that_a_shell_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_PASSWORD", "ab'cd efgh")
-    monkeypatch.setattr(sys, "argv", [VERB, "tracking.notes=ab'cd efgh"])
+    monkeypatch.setattr(sys, "argv", [VERB, "tracking.project=ab'cd efgh"])
     command = str(describe_environment(1)["command"])
     assert "efgh" not in command
     assert "***" in command

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.config.schema import RunConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.loop import best_after, check_keep_best, still_there
 from dpo_dist.training.state import BestCheckpoint, Position
@@ -25,22 +25,16 @@ def kept(trainer: TrainerConfig, *values: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("metric", "direction", "count", "values", "steps"),
+    ("metric", "values", "steps"),
     [
-        (ACCURACY, None, 1, [9.0, 0.5, 0.7, 0.6], [2]),
-        (ACCURACY, None, 1, [9.0, 0.5, 0.7, 0.7], [2]),
-        (ACCURACY, None, 2, [9.0, 0.5, 0.7, 0.6], [2, 3]),
-        (f"{ACCURACY}/math", None, 1, [0.0, 0.5, 0.4], [1]),
-        ("eval_loss", None, 1, [0.0, 0.5, 0.7, 0.4], [3]),
-        ("eval_loss", Direction.highest, 1, [0.0, 0.5, 0.7, 0.4], [2]),
-        ("eval_logps/chosen", Direction.highest, 1, [0.0, -5.0, -4.0], [2]),
-        ("eval_loss", None, 2, [0.0, float("nan"), 0.7, float("inf")], [2]),
+        (ACCURACY, [9.0, 0.5, 0.7, 0.6], [2]),
+        (ACCURACY, [9.0, 0.5, 0.7, 0.7], [2]),
+        (f"{ACCURACY}/math", [0.0, 0.5, 0.4], [1]),
+        ("eval_loss", [0.0, 0.5, 0.7, 0.4], [3]),
     ],
 )
-def test_the_best_values_are_kept(
-    metric: str, direction: Direction | None, count: int, values: list[float], steps: list[int]
-) -> None:
-    trainer = TrainerConfig(keep_best=metric, keep_best_count=count, keep_best_direction=direction)
+def test_the_best_values_are_kept(metric: str, values: list[float], steps: list[int]) -> None:
+    trainer = TrainerConfig(keep_best=metric)
     assert kept(trainer, *values) == steps
 
 
@@ -53,7 +47,7 @@ def test_another_metric_starts_again_and_none_keeps_none() -> None:
 
 
 def test_an_evaluation_that_is_repeated_counts_once() -> None:
-    trainer = TrainerConfig(keep_best=ACCURACY, keep_best_count=2)
+    trainer = TrainerConfig(keep_best=ACCURACY)
     once = best_after(trainer, [], 5, {ACCURACY: 0.9})
     assert best_after(trainer, once, 5, {ACCURACY: 0.9}) == once
     assert Position(step=5, best=once).is_best
@@ -75,13 +69,12 @@ def test_metrics_of_evaluations_are_accepted(metric: str) -> None:
 @pytest.mark.parametrize(
     ("metric", "loss", "near"),
     [
-        ("eval_rewards/accuracy", "sigmoid", ACCURACY),
         (f"{ACCURACY}/maths", "sigmoid", f"{ACCURACY}/math"),
         (ACCURACY, "sft", "eval_rewards/chosen"),
     ],
 )
 def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near: str) -> None:
-    config = run_of(f"trainer.keep_best={metric}", "trainer.keep_best_direction=highest", f"loss={loss}")
+    config = run_of(f"trainer.keep_best={metric}", f"loss={loss}")
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(config, ("math", "code"))
     assert near in error.value.expected

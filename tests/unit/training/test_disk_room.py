@@ -31,7 +31,6 @@ def check(
         ({"save_every": 10}, 36),  # two kept, and the one that is written beside them
         ({"save_every": 10, "keep_last": 1}, 24),
         ({"save_every": 10, "keep_last": 0}, 24),
-        ({"save_every": 10, "keep_best": "eval_loss", "keep_best_count": 2}, 60),
         ({"save_every": 50}, 26),  # two in all, and the model beside them
         ({"save_every": 0}, 14),
         ({"save_every": 10, "steps_done": 95}, 14),
@@ -49,7 +48,6 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
     with pytest.raises(ConfigError) as raised:
         check(tmp_path, **trainer)
     assert raised.value.got == f"{gib - 1}.0 GiB free on the file system of {tmp_path}"
-    check(tmp_path, **trainer, check_disk_room=False)
     check(tmp_path, adapter=AdapterConfig(), **trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     check(tmp_path, **trainer)

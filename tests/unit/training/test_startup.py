@@ -365,9 +365,6 @@ def test_a_check_refuses_options_that_the_model_cannot_have(
 
 
 MISFITS = [
-    ("gpt_oss", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "GptOssDecoderLayer"),
-    ("nemotron_h", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "no module `mlp`"),
-    ("bloom", "model.mlp_tile_tokens=64", "no MLP that can be computed in tiles", "BloomMLP"),
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "did you mean q_proj?"),

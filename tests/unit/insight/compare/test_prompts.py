@@ -57,8 +57,6 @@ def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> No
     assert set(backwards) == set(few)
     more, _ = chosen(tmp_path, RECORDS, "compare.prompts=8")
     assert set(few) < set(more)
-    others, _ = chosen(tmp_path, RECORDS, "compare.prompts=7", "compare.seed=1")
-    assert set(others) != set(few)
 
 
 def test_fewer_prompts_than_wanted_are_said_and_bad_records_counted(tmp_path: Path) -> None:

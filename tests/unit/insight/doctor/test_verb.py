@@ -24,12 +24,6 @@ def silent(title: str, unit: str) -> Iterator[Callable[..., None]]:
     yield lambda *_: None
 
 
-def test_a_mistyped_rule_is_found_before_the_data_are_read() -> None:
-    keys = ["model.path=m", "data.train=[absent.jsonl]", "doctor.thresholds={duplicate: 0.1}"]
-    with pytest.raises(ConfigError, match="no such rule"):
-        main(load_run_config(keys))
-
-
 def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", clean_pairs(2))
     keys = ["model.path=absent_model", f"data.train=[{data}]", "doctor.benchmarks=[absent.jsonl]"]

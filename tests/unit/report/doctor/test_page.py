@@ -90,7 +90,7 @@ def test_the_page_says_everything(tmp_path: Path) -> None:
         *("1 error", "1 warning", "1 note", "8 of 10 records can be used", "rule_error", "To do: plain"),
         *("empty_response", "prompt truncated", "1 cut", "saves 40 % of the tokens", "first word", "90 %"),
         *("4 of 10 pairs in the store", "Show all 1 texts"),
-        *("dropped: plain", "9 not shown", "doctor.shown_pairs", "nats per token"),
+        *("dropped: plain", "9 not shown", "nats per token"),
     ):
         assert expected in text, expected
 

@@ -10,16 +10,6 @@ import yaml
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
 
-# Seconds of each phase in a step of one second.
-SHARES = {
-    "data": 0.001,
-    "reference": 0.0,
-    "forward": 0.24,
-    "backward": 0.5,
-    "optimizer": 0.25,
-    "checkpoint": 0.0,
-    "other": 0.009,
-}
 HOSTILE = "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[2J"
 VOID = {"meta", "img", "input", "br"}
 
@@ -57,7 +47,6 @@ class Page(HTMLParser):
 
 def row(step: int, source: str) -> dict[str, float]:
     """Metrics of a training step."""
-    times = {f"time/{phase}": share * step / 30 for phase, share in SHARES.items()}
     return {
         "step": step,
         "loss": 0.7 - step / 100,
@@ -69,11 +58,6 @@ def row(step: int, source: str) -> dict[str, float]:
         "logps/rejected_per_token": -1.1 - step / 50,
         "pairs": 64,
         "step_seconds": 1.0,
-        "mfu": 0.4,
-        "mfu/datasheet": 0.3,
-        "pairs_per_second": 64.0,
-        "tokens_per_second": 6400.0,
-        **times,
     }
 
 
@@ -85,8 +69,6 @@ def evaluation(step: int, source: str) -> dict[str, float]:
         "eval_rewards/accuracies": 0.625,
         "eval_rewards/margins": 0.5,
         f"eval_rewards/accuracies/{source}": 0.55,
-        "eval_rewards/accuracies_by_length/64-127": 0.7,
-        "eval_rewards/margins_by_length/64-127": 0.9,
         "eval_rewards/both_fall": 0.6,
         "eval_logps/chosen": -50.0 - step,
         "eval_step_seconds": 2.0,
@@ -146,7 +128,6 @@ def evaluated(source: str) -> dict[str, Any]:
     whole = {
         "eval_rewards/accuracies": [0.55, 0.7],
         "eval_rewards/margins": [0.4, 0.6],
-        "eval_rewards/accuracies_by_length/64-127": [0.6, 0.8],
     }
     values = {name: value for name, value in evaluation(30, source).items() if name.startswith("eval_")}
     return {
@@ -176,7 +157,6 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
         "reference": {"store": text},
         "optim": {"lr": 1e-6},
         "trainer": {"global_batch_pairs": 64},
-        "tracking": {"price_per_gpu_hour": 2.5},
     }
     run.config.write_text(yaml.safe_dump(config))
     environment = {

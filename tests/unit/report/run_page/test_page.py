@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
 from dpo_dist.insight.pages.run import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:
@@ -23,7 +23,7 @@ def change_summary(run: RunFolder, **fields: object) -> None:
 def test_the_verdict_comes_first(tmp_path: Path) -> None:
     text = page_of(made_run(tmp_path)).section("qwen-sigmoid-3fa9c1d2")
     order = ("completed", "Does not generalise: plain.", "Plain fell.", "Try", "final loss", "Samples")
-    later = ("Light lines", "By source", "Training data", "training steps", "cached: 840", "abc123")
+    later = ("Light lines", "all pairs", "Training data", "training steps", "cached: 840", "abc123")
     places = [text.index(part) for part in (*order, *later)]
     assert places == sorted(places)
     assert "a lower optim.lr ." in text
@@ -53,15 +53,14 @@ def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> Non
         ("training time", "1 h 10 min"),
         ("peak memory", "3.0 GiB"),
         ("cost", "10.00 4 hours at 2.50"),
-        ("By source", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7] 0.625, between 0.550 and 0.700 0.5"),
-        ("By source", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65] 0.550, between"),
-        ("Evaluations (30)", "The last 20 of 30."),
-        ("Evaluations (30)", " 30 0.41 "),
         (
-            "Chosen responses became less likely",
-            "-1.01 to -1.30 nats per token, so that a token is on average 75 %",
+            "Accuracy and margin",
+            "all pairs 100 evaluation pairs 0.625 [0.55, 0.7] 0.625, between 0.550 and 0.700 0.5",
         ),
-        ("Chosen responses became less likely", "In 60 % of the evaluation pairs both are less likely"),
+        (
+            "Accuracy and margin",
+            "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65] 0.550, between",
+        ),
         (
             "Training data",
             "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are the same",
@@ -70,13 +69,11 @@ def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> Non
         ("First dropped records", "plain:3 identical_responses"),
         ("Findings of the doctor", "error label leak plain"),
         ("Time", "training steps 1 h 10 min 95 %"),
-        ("Time of a step by phase", "forward the policy's log-probs, and the loss 124.0 ms 24 %"),
-        ("Reference model", "cached: 840 log-probs computed, 3,000 reused. Computing took 1 min 24 s."),
+        ("Reference model", "cached: 840 log-probs computed, 3,000 reused. Before the first step"),
         ("Reference model", "differ from the stored ones by 2e-9 nats per token on average"),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Repeat this run", "abc123, with 2 changed files"),
         ("Repeat this run", "torch 2.13.0"),
-        ("Digests", "configuration 3fa9c1d2"),
         ("Configuration", "loss.beta 0.1"),
         ("Environment", "packages.torch 2.13.0"),
     ],
@@ -102,26 +99,6 @@ def test_time_of_a_run_that_has_not_ended_is_that_of_its_rows(tmp_path: Path) ->
     assert "training steps 30 s 33 %" in page.section("Time")
 
 
-def test_displacement_compares_the_same_responses(tmp_path: Path) -> None:
-    """The verdict's comparison: under the reference and under the policy, not among training rows."""
-    run = made_run(tmp_path)
-    rows = json.loads(run.log_history.read_text())
-    for each in rows:
-        each["rewards/both_fall"] = 0.6
-        if "eval_loss" in each:
-            each |= {"eval_logps/chosen_per_token": -1.2, "eval_logps/rejected_per_token": -1.5}
-            each |= {"eval_tokens/chosen": 50.0, "eval_tokens/rejected": 40.0}
-            each |= {"eval_rewards/chosen": -0.1 * 50 * 0.04, "eval_rewards/rejected": -0.1 * 40 * 0.3}
-    run.log_history.write_text(json.dumps(rows))
-    assert "Chosen responses became less likely" not in page_of(run).text  # training rows: a fall of 0.29
-    rows[-1]["eval_rewards/chosen"] = -0.1 * 50 * 0.2
-    run.log_history.write_text(json.dumps(rows))
-    shown = page_of(run).section("Chosen responses became less likely")
-    assert "-1.00 to -1.20 nats per token, so that a token is on average 82 %" in shown
-    assert "The rejected ones: -1.20 to -1.50." in shown
-    assert "evaluation pairs of the last metrics row" in shown
-
-
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     file = run.evaluation_of(LAST_EVALUATION).results
@@ -131,15 +108,6 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     text = page_of(run).section("final loss")
     assert "95 %: " not in text
     assert "[0.55, 0.7]" not in text
-
-
-def test_steps_count_alike_in_the_time_by_phase(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
-    history.append({**row(9, "math"), "time/forward": 0.1})
-    history.append({**row(10, "math"), "time/forward": 1.1})
-    history.save()
-    shown = page_of(RunFolder(tmp_path)).section("Time of a step by phase")
-    assert "the policy's log-probs, and the loss 200.0 ms" in shown
 
 
 def test_secrets_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from dpo_dist.insight.metrics.names import Histogram, wandb_names
 from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.metrics.wandb import Tracker, open_tracker
 from dpo_dist.insight.metrics.wandb_file import read_records, read_rows
+from tests.support.sample_files import write_samples
 from tests.support.wandb_file import history_rows, media_rows
 from tests.support.wandb_server import WandbServer
 
@@ -38,7 +39,8 @@ def config_of(mode: WandbMode) -> RunConfig:
 
 def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
     run_dir.mkdir(exist_ok=True)
-    tracker = open_tracker(config_of(mode), RunFolder(run_dir), lambda: None, **options)
+    options.setdefault("request_stop", lambda: None)
+    tracker = open_tracker(config_of(mode), RunFolder(run_dir), **options)
     assert tracker is not None
     return tracker
 
@@ -58,89 +60,69 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+ROWS = [
+    {"step": 1, "loss": 0.2, "rewards/margins": 0.0},
+    {"step": 2, "loss": 0.65, "rewards/margins": 0.2},
+    {"step": 2, "eval_loss": 0.66},
+    {"step": 3, "loss": 0.5},
+    {"step": 4, "loss": float("nan")},
+]
+
+
 def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
     run_dir = tmp_path / "a-run-12345678"
     said: list[str] = []
     tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"}, say=said.append)
     (line,) = said
     assert f"upload with: wandb sync {run_dir / 'wandb'}" in line
-    rows = [
-        {"step": 1, "epoch": 0.1, "loss": 0.69, "rewards/margins": 0.0},
-        {"step": 2, "epoch": 0.2, "loss": 0.65, "rewards/margins": 0.2},
-        {"step": 2, "epoch": 0.2, "eval_loss": 0.66},
-    ]
-    for row in rows:
+    for row in ROWS[:3]:
         tracker.log(row)
     tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
 
     assert history_rows(run_dir) == [
-        {"train/global_step": 1, "train/epoch": 0.1, "train/loss": 0.69, "train/rewards/margins": 0.0},
-        {"train/global_step": 2, "train/epoch": 0.2, "train/loss": 0.65, "train/rewards/margins": 0.2},
-        {"train/global_step": 2, "train/epoch": 0.2, "eval/loss": 0.66, "eval/global_step": 2},
+        {"train/global_step": 1, "train/loss": 0.2, "train/rewards/margins": 0.0},
+        {"train/global_step": 2, "train/loss": 0.65, "train/rewards/margins": 0.2},
+        {"train/global_step": 2, "eval/loss": 0.66, "eval/global_step": 2},
     ]
     (run,) = records_of(run_dir, "run")[:1]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["model"]["path"] == "org/model"
-    assert config["tracking"]["wandb"] == "offline"
+    assert (config["model"]["path"], config["tracking"]["wandb"]) == ("org/model", "offline")
     assert config["environment"] == {"torch": "2.13.0"}
     assert run.display_name == "a-run-12345678 sigmoid beta=0.1 lr=1e-06"
     assert list(run.tags) == ["a tag"]
     metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
     axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
     assert axes == {"train/global_step"}
-    assert {"train/*", "eval/*"} < metrics.keys()
-    assert not any(metric.HasField("summary") for metric in metrics.values()), (
-        "plain last values also meanwhile"
-    )
-    summary = {
-        item.key or "/".join(item.nested_key): item.value_json
-        for record in records_of(run_dir, "summary")
-        for item in record.update
-    }
-    numbers = {name: json.loads(value) for name, value in summary.items() if "loss" in name}
-    assert numbers == {"train/loss": 0.65, "best/train/loss": 0.65, "eval/loss": 0.66, "best/eval/loss": 0.66}
-    assert json.loads(summary["steps"]) == 2
-    assert "cached" in summary["reference"]
+    summary = summary_of(run_dir)
+    losses = {name: value for name, value in summary.items() if "loss" in name}
+    assert losses == {"train/loss": 0.65, "best/train/loss": 0.2, "eval/loss": 0.66, "best/eval/loss": 0.66}
+    assert summary["steps"] == 2
     assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
 
 
-def sample(**changed: Any) -> dict[str, Any]:
-    row = {"prompt": "a prompt", "prompt_id": "1", "source": "a", "step": 2, "chosen": "c", "reference": None}
-    return {**row, "policy": "p" * 5000, "policy_tokens": 3, "policy_finished": True, **changed}
-
-
-def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
-    """A run directory with the files that wandb gets."""
-    folder = RunFolder(run_dir)
-    files = {
-        folder.model / "model.safetensors": "w" * 100,
-        folder.samples_file(2): "".join(json.dumps(row) + "\n" for row in samples),
-    }
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
-
-
-def log_and_finish(folder: RunFolder, tracking: TrackingConfig) -> None:
-    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
-    tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
-    tracker.log({"step": 1, "loss": 0.7})
-    margins = Histogram.of(np.array([0.0, 1.0, 1.0], dtype=np.float32))
-    tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
-    verdict = {"sentence": "learnt little", "findings": [{"rule": "a", "text": "b"}]}
-    tracker.finish("completed", {"steps": 2, "verdict": verdict})
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    items = [item for record in records_of(run_dir, "summary") for item in record.update]
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
-    changed: list[tuple[Any, threading.Thread]] = []
-    monkeypatch.setattr(os, "putenv", lambda *pair: changed.append((pair[0], threading.current_thread())))
-    folder = with_results(tmp_path, [sample(reference=f"by hf_{SECRET}"), sample(), sample()])
+    folder = RunFolder(tmp_path)
+    row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
+    write_samples(tmp_path, 2, [row, row, row])
+    folder.model.mkdir()
+    (folder.model / "model.safetensors").write_text("w" * 100)
     tracking = TrackingConfig(wandb=WandbMode.offline, samples=2, notes="a note")
-    log_and_finish(folder, tracking)
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
+    assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
+    tracker.log({"step": 1, "loss": 0.7})
+    margins = Histogram.of(np.array([0.0, 1.0, 1.0], dtype=np.float32))
+    tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
+    tracker.finish("completed", {"steps": 2, "verdict": {"sentence": "learnt little", "findings": []}})
+    assert "WANDB_DATA_DIR" not in os.environ
 
     steps, evaluation = media_rows(tmp_path)
     assert steps == {}
@@ -148,28 +130,20 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
     assert (sum(histogram["values"]), histogram["bins"][0], histogram["bins"][-1]) == (3, 0.0, 1.0)
     (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
     content = json.loads(table.read_text())
+    assert content["columns"] == list(row)
     assert len(content["data"]) == 2
-    shown = dict(zip(content["columns"], content["data"][0], strict=True))
-    assert (shown["prompt"], shown["reference"]) == ("a prompt", "by ***")
-    assert len(shown["policy"]) < 4100
-
+    prompt, reference, policy, _ = content["data"][0]
+    assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
     assert [run.notes for run in records_of(tmp_path, "run")][-1] == "a note\n\nVerdict: learnt little"
-    updates = [str(record) for record in records_of(tmp_path, "summary")]
-    assert any("learnt little" in update for update in updates)
-
-    artifacts = {record.type: record for record in records_of(tmp_path, "artifact")}
-    files = {
-        kind: {
-            entry.path: entry.ref.removeprefix(folder.path.as_uri()) for entry in artifact.manifest.contents
-        }
-        for kind, artifact in artifacts.items()
-    }
-    del files["run_table"]
-    assert files == {"model": {"model/model.safetensors": "/model/model.safetensors"}}
-    staged = [entry.local_path for artifact in artifacts.values() for entry in artifact.manifest.contents]
-    assert all(Path(path).is_relative_to(tmp_path) for path in staged if path)
-    assert [thread for name, thread in changed if name == b"WANDB_DATA_DIR"] == [threading.main_thread()]
-    assert "WANDB_DATA_DIR" not in os.environ
+    assert "learnt little" in str(records_of(tmp_path, "summary"))
+    artifacts = {record.type: record.manifest.contents for record in records_of(tmp_path, "artifact")}
+    (model,) = artifacts.pop("model")
+    assert (model.path, model.ref) == (
+        "model/model.safetensors",
+        f"{folder.model.as_uri()}/model.safetensors",
+    )
+    staged = [entry.local_path for entries in artifacts.values() for entry in entries]
+    assert all(Path(path).is_relative_to(tmp_path) for path in staged)
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
@@ -182,7 +156,6 @@ def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -
 def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
     callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
     tracker = open_in(tmp_path / "run", WandbMode.offline)
-    assert tracker.run is not None
     assert tracker.run.id == (tmp_path / "run" / "wandb" / "run_id.txt").read_text()
     tracker.log({"step": 1, "loss": 0.7})
     tracker.finish("completed", {})
@@ -196,30 +169,30 @@ def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> Non
 
 def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
-    assert first.run is not None
     run_id = first.run.id
-    first.log({"step": 1, "loss": 0.7})
-    first.log({"step": 2, "loss": 0.6})
+    for row in ROWS[:2]:
+        first.log(row)
     first.alert("empty", "of step 2")
     first.finish("preempted", {})
     assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
 
     time.sleep(1.0)  # wandb names its folders by the second
     said: list[str] = []
-    second = open_in(tmp_path, WandbMode.offline, rows=[{"step": 1, "loss": 0.7}], say=said.append)
-    assert second.run is not None
+    second = open_in(tmp_path, WandbMode.offline, rows=ROWS[:1], say=said.append)
     assert second.run.id == run_id
     assert "wandb has the rows up to step 2" in said[0]
-    second.log({"step": 2, "loss": 0.6})
+    second.log(ROWS[1])
     second.alert("empty", "of step 2")
-    second.log({"step": 2, "eval_loss": 0.6})
-    second.log({"step": 3, "loss": 0.5})
+    for row in ROWS[2:]:
+        second.log(row)
     second.alert("long", "of step 3")
     second.finish("completed", {})
     assert [alert.text for alert in records_of(tmp_path, "alert")] == ["of step 2", "of step 3"]
-    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
-    assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3]
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3, 4]
+    assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3, 4]
     assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
+    found = summary_of(tmp_path)
+    assert (found["best/train/loss"], found["eval/loss"], found["train/global_step"]) == (0.2, 0.66, 4)
 
 
 KILLED = """
@@ -304,7 +277,7 @@ def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
     """W&B adds the command line itself, unless it has a secret."""
     monkeypatch.setenv("MY_PASSWORD", SECRET)
     monkeypatch.setattr(
-        sys, "argv", ["train", f"tracking.notes={SECRET}", "data.train=[ftp://me:word@host/a]"]
+        sys, "argv", ["train", f"tracking.project={SECRET}", "data.train=[ftp://me:word@host/a]"]
     )
     typed = list(sys.argv)
     tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
@@ -314,8 +287,7 @@ def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
     tracker.finish("completed", {})
     assert records_of(tmp_path, "environment") == []
     assert sys.argv == typed
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert_no_secret_below(tmp_path)
 
 
 def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
@@ -323,12 +295,10 @@ def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.schema import TrackingConfig, WandbMode
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
 from dpo_dist.insight.metrics.wandb import open_tracker
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
-tracker = open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None)
-assert tracker is None
+assert open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None) is None
 assert "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -340,10 +310,14 @@ def test_without_a_key_the_run_is_offline_without_a_prompt(
     tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = open_in(tmp_path / "run", mode)
-    assert tracker.run is not None
     assert tracker.run.offline
     tracker.finish("completed", {})
     assert ("no usable key" in caplog.text) == (mode is WandbMode.online)
+
+
+def assert_no_secret_below(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_unreachable_server_leaves_an_offline_run_and_no_secret(
@@ -351,103 +325,65 @@ def test_unreachable_server_leaves_an_offline_run_and_no_secret(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
-    run_dir = tmp_path / "run"
     said: list[str] = []
-    tracker = open_in(run_dir, WandbMode.auto, init_seconds=2.0, say=said.append)
-    assert tracker.run is not None
-    assert tracker.run.offline
+    tracker = open_in(tmp_path / "run", WandbMode.auto, init_seconds=2.0, say=said.append)
     why, where = said
     assert "cannot start online" in why
     assert "wandb sync" in where
-    tracker.log({"step": 1, "loss": 0.7})
+    tracker.log(ROWS[0])
     tracker.finish("completed", {})
-    assert history_rows(run_dir) == [{"train/global_step": 1, "train/loss": 0.7}]
+    assert history_rows(tmp_path / "run") == [wandb_names(ROWS[0])]
     assert "cannot start online" in caplog.text
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert_no_secret_below(tmp_path)
 
 
-def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str, **options: Any) -> Tracker:
-    monkeypatch.setenv("WANDB_BASE_URL", server_url)
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    run_dir.mkdir(exist_ok=True)
-    tracker = open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
-    assert tracker is not None
-    return tracker
-
-
-def test_online_run_reaches_the_server_and_its_stop_button_the_run(
+def test_online_runs_send_what_the_server_lacks_and_its_stop_button_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of three starts the first is offline, and the third computes steps again."""
+    open_in(tmp_path / "run", WandbMode.offline).finish("preempted", {})
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
     stop = threading.Event()
     with WandbServer(stops_the_run=True) as server:
-        tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
-        assert tracker.run is not None
-        assert not tracker.run.offline
-        assert stop.wait(timeout=240)
-        tracker.log({"step": 1, "loss": 0.7})
-        tracker.log({"step": 1, "eval_loss": 0.6})
-        tracker.finish("completed", {})
-        assert server.history_rows() == [
-            {"train/global_step": 1, "train/loss": 0.7},
-            {"train/global_step": 1, "eval/loss": 0.6, "eval/global_step": 1},
-        ]
-
-
-def test_a_resumed_online_run_sends_only_the_rows_that_the_server_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.6}]
-    more = [{"step": 3, "loss": 0.5}, {"step": 4, "loss": 0.4}]
-    with WandbServer() as server:
-        for known, computed in (([], rows), (rows[:1], [*rows[1:], *more])):
-            online = open_online(
-                tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, rows=known
-            )
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for known, computed in ((ROWS[:1], ROWS[1:3]), (ROWS[:2], ROWS[2:4])):
+            online = open_in(tmp_path / "run", WandbMode.auto, rows=known, request_stop=stop.set)
+            assert not online.run.offline
+            assert stop.wait(timeout=240)
             for row in computed:
                 online.log(row)
             online.finish("preempted", {})
-        assert server.history_rows() == [wandb_names(row) for row in [*rows, *more]]
+        assert server.history_rows() == [wandb_names(row) for row in ROWS[:4]]
 
 
 def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
     with WandbServer() as server:
-        tracker = open_online(
-            tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, finish_seconds=1.0
-        )
-    tracker.log({"step": 1, "loss": 0.7})
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        tracker = open_in(tmp_path / "run", WandbMode.auto, finish_seconds=1.0)
+    tracker.log(ROWS[0])
     tracker.finish("completed", {})
     (warning,) = warnings(caplog)
     assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in warning
-    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
-
-
-def services() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "wandb-core" in child.name()]
-
-
-def kill_service() -> None:
-    (service,) = services()
-    service.terminate()
-    psutil.wait_procs([service], timeout=120)
+    assert history_rows(tmp_path / "run") == [wandb_names(ROWS[0])]
 
 
 def test_a_service_killed_by_a_preemption_loses_no_later_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = open_in(tmp_path, WandbMode.offline)
-    tracker.log({"step": 1, "loss": 0.7})
+    tracker.log(ROWS[0])
     time.sleep(1.0)
-    kill_service()
-    tracker.log({"step": 2, "loss": 0.6})
+    (service,) = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+    service.terminate()
+    psutil.wait_procs([service], timeout=120)
+    tracker.log(ROWS[1])
     tracker.finish("preempted", {"steps": 2})
     assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
     assert warnings(caplog) == []
-    assert services() == []
 
 
 def test_a_run_directory_that_cannot_be_written_ends_only_tracking(
