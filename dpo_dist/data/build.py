@@ -1,12 +1,10 @@
 """Encode sources to disk, or find them there by content; for one process of a run."""
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,39 +17,26 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import (
     MEMO_FOLDER,
+    EncodedChunk,
     EncodedSource,
-    SourceWriter,
     find_encoded,
-    folder_name,
-    remember_written,
+    writing,
 )
-from dpo_dist.data.template import argument_names, check_arguments, chosen_template
+from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
     file_identity,
-    staged_folder,
     text_digest,
 )
-
-log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 13
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "tekken*",
-    "*.py",
-    "vocab*",
-    "merges*",
-    "special_tokens*",
-    "added_tokens*",
-    "chat_template*",
-    "additional_chat_templates/*",
+    *("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*"),
+    *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
 )
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
@@ -80,12 +65,9 @@ def prepare_dataset(
     another weight or a lower limit. Damaged folders are encoded again.
 
     Args:
-        sources: to encode.
-        config: configuration of the data.
-        tokenizer: of the policy.
-        digest: its `tokenizer_digest`.
+        sources, config, tokenizer, part: what to encode, for which policy.
+        digest: the `tokenizer_digest`.
         progress: called for each source that is not encoded yet.
-        part: the records to encode.
         needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
 
     Raises:
@@ -98,79 +80,46 @@ def prepare_dataset(
     cache = Path(config.cache)
     collect_abandoned(cache)
     found = [pinned(source, cache) for source in sources]
-    for source in found:
-        if local_files(source) is None and _find(source, config, digest, part).folder is None:
+    fingerprints = [_fingerprint(source, config, digest, part) for source in found]
+    for source, fingerprint in zip(found, fingerprints, strict=True):
+        if local_files(source) is None and find_encoded(cache, fingerprint, source.limit) is None:
             check_first_records(source, needs_pairs=needs_pairs)
+    encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
     encoded = []
-    for source, label in zip(found, source_labels(sources), strict=True):
-        folder = _encoded(source, config, tokenizer, digest, progress, part)
+    for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
+        folder = find_encoded(cache, fingerprint, source.limit)
+        if folder is None:
+            with progress(source.path) as count:
+                folder = _write(source, cache, fingerprint, encode, config.processes, count)
         encoded.append(EncodedSource(source.path, folder, source.limit, label))
     return tuple(encoded)
 
 
-def _encoded(
+def _write(
     source: SourceConfig,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    digest: str,
-    progress: Progress,
-    part: Part,
+    cache: Path,
+    fingerprint: str,
+    encode: Callable[[Records], EncodedChunk],
+    processes: int | None,
+    count: Callable[[int, float | None], None],
 ) -> Path:
-    cache = Path(config.cache)
-    state = source_state(source)
-    identity, fingerprint, found = _find(source, config, digest, part)
-    if found is not None:
-        return found
-    folder = cache / folder_name(fingerprint, source.limit)
-    if folder.exists():
-        log.warning("%s is damaged and is encoded again", folder)
-    meter = Meter()
-    encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
-
-    def is_complete(written: Path) -> bool:
-        return find_encoded(cache, fingerprint, source.limit) == written
-
-    with (
-        staged_folder(folder, is_complete) as temporary,
-        closing(SourceWriter(temporary, source.path)) as writer,
-        progress(source.path) as count,
-    ):
-        with closing(in_order(_chunks(source, meter), encode, config.processes)) as chunks:
+    """Encode a source and return its folder."""
+    meter, state = Meter(), source_state(source)
+    with writing(cache, fingerprint, source.path, source.limit) as writer:
+        with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
             for chunk in chunks:
                 writer.add(chunk)
                 count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
-        if source_state(source) != state or source_identity(source) != identity:
+        if source_state(source) != state:
             raise changed_data(source)
-        writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
-    remember_written(folder)
-    return folder
-
-
-class _Found(NamedTuple):
-    """Identity and fingerprint of a source, and its folder if it is encoded."""
-
-    identity: str
-    fingerprint: str
-    folder: Path | None
-
-
-def _find(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> _Found:
-    """Look for a `pinned` source below `config.cache`."""
-    cache = Path(config.cache)
-    identity = source_identity(source, cache / MEMO_FOLDER)
-    fingerprint = _fingerprint(source, identity, config, digest, part)
-    return _Found(identity, fingerprint, find_encoded(cache, fingerprint, source.limit))
+    return writer.final
 
 
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the files of a model folder that decide how text becomes token ids.
 
-    Args:
-        folder: of a model, or of an adapter with a tokenizer, which has no config.json.
-
-    Raises:
-        ConfigError: config.json cannot be read.
+    An adapter's folder with a tokenizer has no config.json. Raises ConfigError: config.json cannot be read.
     """
     files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
@@ -189,18 +138,6 @@ def tokenizer_digest(folder: Path) -> str:
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
     return text_digest(json.dumps(parts))
-
-
-def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chosen template exists, and that arguments for it have an effect.
-
-    Raises:
-        ConfigError: it does not, or one has none.
-    """
-    template = chosen_template(tokenizer, config.chat_template) or ""
-    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
-    known = argument_names(template) | argument_names(with_tools)
-    check_arguments(config.template_arguments or (), known)
 
 
 def source_state(source: SourceConfig) -> list[str]:
@@ -240,7 +177,8 @@ def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
     return max(meter.share, min(1.0, records / limit))
 
 
-def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str, part: Part) -> str:
+def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
+    """Return a digest of everything that decides the ids of a `pinned` source."""
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
@@ -255,7 +193,7 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "untrained": sorted(set(config.untrained)),
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
-        "content": identity,
+        "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
         "kinds": [file_kind(file) for file in local_files(source) or []],
         "format": source.format,
         "split": source.split,

@@ -4,7 +4,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.counts import UNPAIRED_REMEDY
@@ -22,59 +24,49 @@ from dpo_dist.data.messages import (
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 
+_MEDIA = ("images", "videos", "audios")
+_OPTIONAL = (
+    *("system", "history", "input", "tools", "chat_template_kwargs", "documents", *_MEDIA),
+    *("score_chosen", "score_rejected", "scores", "label"),
+)
+_WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
 FIELDS = (
-    *("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system", "history"),
-    *("messages", "conversations", "chosen_messages", "rejected_messages", "rejected_response"),
-    *("instruction", "input", "question", "query", "output", "completion", "responses", "scores"),
-    *("response_0", "response_1", "better_response_id"),
-    *("tools", "chat_template_kwargs", "documents", "images", "videos", "audios", "label", "record"),
-)
-_OPTIONAL = (
-    *(
-        "system",
-        "history",
-        "input",
-        "tools",
-        "chat_template_kwargs",
-        "documents",
-        "images",
-        "videos",
-        "audios",
-    ),
-    *("score_chosen", "score_rejected", "scores", "label"),
+    *("prompt", "chosen", "rejected", *_OPTIONAL, "messages", "conversations"),
+    *("chosen_messages", "rejected_messages", "rejected_response", "instruction", "question", "query"),
+    *("output", "completion", "responses", "response_0", "response_1", "better_response_id", _WHOLE),
 )
 # With null: no column is read except those that are named.
 OTHERS = "*"
-_WHOLE = "record"
 _MAX_SHOWN = 20
 _MISSING = object()
 
 
 def check_columns(source: SourceConfig) -> None:
     """Check the names in `columns` and `tags` of a source. Raises ConfigError."""
-    _check_names("columns", source.columns, source.path, (*FIELDS, OTHERS))
-    _check_names("tags", source.tags, source.path, tuple(TAGS))
-    for field, column in (source.columns or {}).items():
-        is_ignored = column is None
-        if not is_ignored and (not isinstance(column, str) or not column or field == OTHERS):
-            raise ConfigError(
-                "a column is not a name",
-                where=f"columns.{field} of {source.path}",
-                got=str(column),
-                expected="the name of a column, a path into nested objects (answers.good), or null to ignore "
-                "the column",
-                remedy=f"write columns: {{{field}: COLUMN}}",
-            )
-    for tag, name in (source.tags or {}).items():
-        if not isinstance(name, str) or not name:
-            raise ConfigError(
-                "a tag is not a name",
-                where=f"tags.{tag} of {source.path}",
-                got=str(name),
-                expected="a text",
-                remedy=f"write tags: {{{tag}: NAME}}",
-            )
+    for key, names, known in (("columns", source.columns, (*FIELDS, OTHERS)), ("tags", source.tags, [*TAGS])):
+        for name, value in (names or {}).items():
+            if key == "columns" and value is None:
+                continue
+            where = f"{key}.{name} of {source.path}"
+            if name not in known:
+                what, remedy = f"{key} has a name that no format reads", f"write {key}: {{{known[0]}: NAME}}"
+                raise ConfigError(
+                    what,
+                    where=where,
+                    got=name,
+                    expected=", ".join(known),
+                    remedy=_nearest(name, known) or remedy,
+                )
+            if not isinstance(value, str) or not value or name == OTHERS:
+                raise ConfigError(
+                    f"{key} has a value that is no name",
+                    where=where,
+                    got=str(value),
+                    expected="a name; for columns also a path into nested objects (answers.good), or null to "
+                    "ignore the column",
+                    remedy=f"write {key}: {{{name}: NAME}}",
+                )
 
 
 def check_first_columns(records: Sequence[Fields], source: SourceConfig) -> None:
@@ -83,9 +75,8 @@ def check_first_columns(records: Sequence[Fields], source: SourceConfig) -> None
     Raises:
         DataError: none of them has one of the columns.
     """
-    columns = {column for field, column in (source.columns or {}).items() if field not in _OPTIONAL}
-    paths = sorted(column for column in columns if column is not None)
-    missing = [path for path in paths if all(_value_at(record, path) is _MISSING for record in records)]
+    paths = {path for field, path in (source.columns or {}).items() if path and field not in _OPTIONAL}
+    missing = {path for path in paths if all(_value_at(record, path) is _MISSING for record in records)}
     if records and missing:
         seen = dict.fromkeys(shown_key(name) for record in records for name in record)
         raise _unknown_columns(missing, list(seen), source)
@@ -99,84 +90,53 @@ def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator
         DataError: no record has one of the columns, or turns with the role's tag; after the last record.
     """
     check_columns(source)
-    if not source.columns and not source.tags:
-        return records
-    return _renamed(records, source)
-
-
-def _check_names(key: str, names: Any, path: str, known: tuple[str, ...]) -> None:
-    if names is None:
-        return
-    where = f"{key} of {path}"
-    if not isinstance(names, Mapping):
-        raise ConfigError(
-            f"{key} is not a mapping",
-            where=where,
-            got=str(names),
-            expected="a mapping",
-            remedy=f"write {key}: {{{known[0]}: NAME}}",
-        )
-    ignored = [name for name, column in names.items() if key == "columns" and column is None]
-    unknown = [str(name) for name in names if name not in known and name not in ignored]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ConfigError(
-            f"{key} has a name that no format reads",
-            where=where,
-            got=", ".join(unknown),
-            expected=", ".join(known),
-            remedy=f"did you mean {near[0]}?" if near else "write {FIELD: COLUMN}, as in {prompt: question}",
-        )
+    return _renamed(records, source) if source.columns or source.tags else records
 
 
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
-    columns, tags = dict(source.columns or {}), dict(source.tags or {})
-    paths = {field: column for field, column in columns.items() if column is not None}
+    columns, tags = source.columns or {}, source.tags or {}
+    paths = {field: path for field, path in columns.items() if path is not None}
     # `metadata` is no field of its own: a pair's scores in it stay.
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
     hidden = {*columns, *paths.values(), *outer}
     unseen, seen = set(paths.values()), dict[str, None]()
-    has_turns, seen_any = not tags, False
+    has_turns = has_records = False
     for record, origin in records:
         if isinstance(record, BadRecord):
             yield record, origin
             continue
-        values = {field: _value_at(record, path) for field, path in paths.items()}
+        found = {
+            field: value for field in paths if (value := _value_at(record, paths[field])) is not _MISSING
+        }
         if unseen:
-            unseen -= {paths[field] for field, value in values.items() if value is not _MISSING}
+            unseen -= {paths[field] for field in found}
             seen |= dict.fromkeys(map(shown_key, record))
         rest = {} if OTHERS in columns else {name: record[name] for name in record if name not in hidden}
-        found = {field: value for field, value in values.items() if value is not _MISSING}
-        whole = from_json(found.pop(_WHOLE, rest))
-        if not isinstance(whole, Mapping) or (_WHOLE in paths and values[_WHOLE] is _MISSING):
+        whole = from_json(found.pop(_WHOLE, None if _WHOLE in paths else {}))
+        if not isinstance(whole, Mapping):
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
             continue
         fields = {**rest, **whole, **found}
         if tags:
             has_turns = has_turns or any(has_role_tag(from_json(value), tags) for value in fields.values())
             fields = {name: _with_tags(value, tags) for name, value in fields.items()}
-        seen_any = True
+        has_records = True
         yield fields, origin
     if unseen and seen:
-        raise _unknown_columns(sorted(unseen), list(seen), source)
-    if seen_any and not has_turns:
-        raise _unused_tags(tags, source)
+        raise _unknown_columns(unseen, list(seen), source)
+    if tags and has_records and not has_turns:
+        raise DataError(
+            f"tags have no effect: no record has a turn with the field {role_tag(tags)}",
+            where=f"tags of {source.path}",
+            got=", ".join(f"{tag}: {name}" for tag, name in tags.items()),
+            remedy="set role_tag to the field with the role of a turn, or remove tags",
+        )
 
 
 def _with_tags(value: Any, tags: Mapping[str, str]) -> Any:
     """Return messages, also those that a text spells as JSON, with usual tags; other values unchanged."""
     found = with_usual_tags(from_json(value), tags)
     return found if not isinstance(value, str) or (found and is_messages(found)) else value
-
-
-def _unused_tags(tags: Mapping[str, str], source: SourceConfig) -> DataError:
-    role = role_tag(tags)
-    return DataError(
-        f"tags have no effect: no record has a turn with the field {role}",
-        where=f"tags of {source.path}",
-        got=", ".join(f"{tag}: {name}" for tag, name in tags.items()),
-        remedy="set role_tag to the field with the role of a turn, or remove tags",
-    )
 
 
 def _value_at(record: Any, path: str) -> Any:
@@ -195,31 +155,27 @@ def _value_at(record: Any, path: str) -> Any:
     return value
 
 
-def _unknown_columns(missing: list[str], seen: list[str], source: SourceConfig) -> DataError:
-    near = difflib.get_close_matches(missing[0], seen, n=1)
+def _unknown_columns(missing: Iterable[str], seen: list[str], source: SourceConfig) -> DataError:
+    first, *others = sorted(missing)
     return DataError(
         "no record has a column of the source",
         where=f"columns of {source.path}",
-        got=", ".join(missing),
+        got=", ".join([first, *others]),
         expected=", ".join(seen[:_MAX_SHOWN]) + (", ..." if len(seen) > _MAX_SHOWN else ""),
-        remedy=f"did you mean {near[0]}?" if near else "correct or remove these columns",
+        remedy=_nearest(first, seen) or "correct or remove these columns",
     )
 
 
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 _FILE = "dataset_info.json"
-_LOCATIONS = ("file_name", "hf_hub_url")
-# Locations that cannot be read here, and a checksum that only LLaMA-Factory's old loader compared.
-_OTHER_LOCATIONS = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_KEYS: dict[str, type] = {
-    **dict.fromkeys((*_LOCATIONS, *_OTHER_LOCATIONS, "file_sha1"), str),
-    **dict.fromkeys(("subset", "split", "folder", "revision", "formatting"), str),
-    **{"num_samples": int, "ranking": bool, "columns": dict, "tags": dict},
-}
-_MEDIA = {name: name for name in ("images", "videos", "audios")}
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected")} | _MEDIA | {"kto_tag": "label"}
+# The columns of each formatting, and the fields that they name.
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
-# The field of each column, by formatting.
-_COLUMNS = {
+_FORMATTINGS = {
     "alpaca": (DataFormat.alpaca, _ALPACA | _SHARED),
     "sharegpt": (DataFormat.sharegpt, {"messages": "conversations"} | _SHARED),
     "openai": (DataFormat.sharegpt, {"messages": "messages"} | _SHARED),
@@ -233,6 +189,31 @@ _OPENAI_TAGS = {
 }
 
 
+class _Entry(BaseModel):
+    """One entry of a dataset_info.json; the locations after `hf_hub_url` cannot be read here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    file_name: str | None = None
+    hf_hub_url: str | None = None
+    ms_hub_url: str | None = None
+    om_hub_url: str | None = None
+    script_url: str | None = None
+    cloud_file_name: str | None = None
+    file_sha1: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    folder: str | None = None
+    revision: str | None = None
+    formatting: Literal["alpaca", "sharegpt", "openai"] | None = None
+    num_samples: int | None = None
+    ranking: bool | None = None
+    columns: dict[str, str | None] | None = None
+    tags: dict[str, str | None] | None = None
+
+
+_LOCATIONS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+
+
 def resolved(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
@@ -241,49 +222,38 @@ def resolved(source: SourceConfig) -> SourceConfig:
     Raises:
         ConfigError, DataError: the file or the entry cannot be read, or has no meaning here.
     """
-    file = _registry_file(source)
-    if file is None:
-        return source
-    entries = _entries(file, is_required=source.name is not None or file == Path(source.path).expanduser())
+    local = Path(source.path).expanduser()
+    file = local if local.name == _FILE else local / _FILE
+    try:
+        if "://" in source.path or not file.is_file() or is_saved(file.parent):
+            return source
+    except OSError:
+        return source  # no path of a source; `sources.local_files` says why
+    entries = _entries(file, is_required=source.name is not None or file == local)
     if entries is None:
         return source
     if source.name not in entries:
-        near = difflib.get_close_matches(source.name or "", entries, n=1)
         raise ConfigError(
-            f"{_FILE} has no such entry"
-            if source.name
-            else f"the folder has a {_FILE}: `name` chooses an entry",
+            f"{_FILE} has no such entry" if source.name else f"`name` chooses an entry of {_FILE}",
             where=f"name of {source.path}",
             got=str(source.name),
             expected=", ".join(sorted(entries)),
-            remedy=f"did you mean {near[0]}?"
-            if near
-            else f"write {{path: {source.path}, name: ENTRY}}; to read "
-            "files without it, set path to a file or pattern",
+            remedy=_nearest(source.name or "", entries)
+            or f"write {{path: {source.path}, name: ENTRY}}; to read files without it, set path to a file or "
+            "pattern",
         )
     return _described(source, file, entries[source.name])
 
 
-def _registry_file(source: SourceConfig) -> Path | None:
-    local = Path(source.path).expanduser()
-    file = local if local.name == _FILE else local / _FILE
-    try:
-        is_registry = "://" not in source.path and file.is_file() and not is_saved(file.parent)
-    except OSError:
-        return None  # no path of a source; `sources.local_files` says why
-    return file if is_registry else None
-
-
 def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] | None:
     """Return the entries of the file; None if it is another program's and no entry is required."""
+    found, fault = None, "no entry with file_name or hf_hub_url"
     try:
-        found, fault = parse_json(file.read_bytes()), ""
-    except OSError as error:
-        found, fault = None, str(error)
-    except ValueError as error:
-        found, fault = None, fault_of(error)
+        found = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        fault = fault_of(error) if isinstance(error, ValueError) else str(error)
     entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
-    if any({*_LOCATIONS, *_OTHER_LOCATIONS} & entry.keys() for entry in entries.values()):
+    if any(not entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values()):
         return entries
     if not is_required:
         return None
@@ -291,7 +261,7 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
     raise DataError(
         f"the file is no {_FILE} of LLaMA-Factory",
         where=str(file),
-        got=fault or ("a list, as of ms-swift" if is_list else "no entry with file_name or hf_hub_url"),
+        got="a list, as of ms-swift" if is_list else fault,
         expected='{"NAME": {"file_name": "pairs.json", ...}, ...}',
         remedy="set path to the entry's dataset_path or hf_dataset_id, and columns: {FIELD: COLUMN}"
         if is_list
@@ -299,81 +269,65 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
     )
 
 
-def _described(source: SourceConfig, file: Path, entry: Mapping[str, Any]) -> SourceConfig:
+def _described(source: SourceConfig, file: Path, fields: Mapping[str, Any]) -> SourceConfig:
     """Return the source that an entry describes, with the weight and limit of the one that asks for it."""
-    where = f"{source.name} in {file}"
-    formatting = entry.get("formatting") or "alpaca"
-    _check_entry(source, where, entry, formatting)
-    kind, fields = _COLUMNS[formatting]
-    columns = {name: column for name, column in (entry.get("columns") or {}).items() if column}
-    named: dict[str, str | None] | None = None
-    if columns:  # as in LLaMA-Factory, no other column is read
-        named = {**{fields[name]: column for name, column in columns.items()}, OTHERS: None}
-    elif entry.get("ranking") is False:
-        named = {"chosen": None, "rejected": None}
-    tags = {tag: name for tag, name in (entry.get("tags") or {}).items() if name}
-    usual = _OPENAI_TAGS if formatting == "openai" else {}
-    limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
-    # LLaMA-Factory reads alpaca's texts without tags, and gives every local file the split train.
+    entry = _checked(source, f"{source.name} in {file}", fields)
+    formatting = entry.formatting or "alpaca"
+    kind, field_of = _FORMATTINGS[formatting]
+    columns: dict[str, str | None] | None = None
+    if named := {field_of[name]: column for name, column in (entry.columns or {}).items() if column}:
+        columns = {**named, OTHERS: None}  # as in LLaMA-Factory, no other column is read
+    elif entry.ranking is False:
+        columns = {"chosen": None, "rejected": None}
+    tags = (_OPENAI_TAGS if formatting == "openai" else {}) | {
+        tag: name for tag, name in (entry.tags or {}).items() if name
+    }
+    limits = [limit for limit in (source.limit, entry.num_samples) if limit is not None]
     found = replace(
         source,
         name=None,
         format=kind,
-        columns=named,
-        tags=None if formatting == "alpaca" else {**usual, **tags} or None,
+        columns=columns,
+        tags=None if formatting == "alpaca" else tags or None,  # texts of alpaca have none
         limit=min(limits, default=None),
-        split=entry.get("split"),
+        split=entry.split,
     )
-    if hub := entry.get("hf_hub_url"):
+    if entry.hf_hub_url:
         return replace(
             found,
-            path=hub,
-            name=entry.get("subset"),
-            data_dir=entry.get("folder"),
-            revision=entry.get("revision"),
+            path=entry.hf_hub_url,
+            name=entry.subset,
+            data_dir=entry.folder,
+            revision=entry.revision,
         )
-    return replace(
-        found,
-        path=str(file.parent / entry["file_name"]),
-        split=None if found.split == "train" else found.split,
-    )
+    # LLaMA-Factory gives every local file the split train.
+    split = None if entry.split == "train" else entry.split
+    return replace(found, path=str(file.parent / str(entry.file_name)), split=split)
 
 
-def _check_entry(source: SourceConfig, where: str, entry: Mapping[str, Any], formatting: str) -> None:
-    """Check the names and types in an entry, and that the source asks for nothing beside it."""
+def _checked(source: SourceConfig, where: str, fields: Mapping[str, Any]) -> _Entry:
+    """Return an entry that can be read here, of a source that asks for nothing beside it."""
     for key in ("format", "columns", "tags", "split", "data_dir", "revision"):
         if getattr(source, key) not in (None, DataFormat.auto):
             remedy = f"the entry decides: set its {key}, or set path to its file"
             raise _fault(where, f"{key} of the source has no effect", getattr(source, key), remedy=remedy)
-    _check_known(where, "key", entry, _KEYS)
-    for key, kind in _KEYS.items():
-        if entry.get(key) is not None and not isinstance(entry[key], kind):
-            raise _fault(where, f"{key} of the entry has the wrong type", entry[key])
-    if formatting not in _COLUMNS:
-        raise _fault(where, "unknown formatting", formatting, ", ".join(_COLUMNS))
-    _check_known(where, "column", entry.get("columns") or {}, _COLUMNS[formatting][1])
-    _check_known(where, "tag", entry.get("tags") or {}, TAGS)
-    _check_location(where, entry)
-    _check_ranking(where, entry)
-
-
-def _check_location(where: str, entry: Mapping[str, Any]) -> None:
-    if not any(entry.get(key) for key in _LOCATIONS):
-        raise DataError(
-            "the entry names no data that can be read here",
-            where=where,
-            got=", ".join(key for key in _OTHER_LOCATIONS if entry.get(key)) or "no location",
-            expected=" or ".join(_LOCATIONS),
-            remedy="download the data and set file_name",
-        )
-    for key in ("subset", "folder", "revision"):
-        if entry.get(key) and not entry.get("hf_hub_url"):
-            raise _fault(where, f"{key} has no effect on a file", entry[key], remedy=f"remove {key}")
-
-
-def _check_ranking(where: str, entry: Mapping[str, Any]) -> None:
-    columns = entry.get("columns") or {}
-    if columns.get("kto_tag"):
+    try:
+        entry = _Entry.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"the entry has a wrong {key}: {first['msg']}"
+        raise _fault(where, what, first["input"], ", ".join(_Entry.model_fields)) from None
+    known = _FORMATTINGS[entry.formatting or "alpaca"][1]
+    columns = {name: column for name, column in (entry.columns or {}).items() if column}
+    for kind, names, all_names in (("column", columns, known), ("tag", entry.tags or {}, TAGS)):
+        if unknown := sorted(names.keys() - all_names.keys()):
+            raise _fault(where, f"unknown {kind} of the entry", ", ".join(unknown), ", ".join(all_names))
+    if not entry.file_name and not entry.hf_hub_url:
+        others = ", ".join(key for key in _LOCATIONS if getattr(entry, key)) or "no location"
+        what, remedy = "the entry names no data that can be read here", "download the data and set file_name"
+        raise DataError(what, where=where, got=others, expected="file_name or hf_hub_url", remedy=remedy)
+    if "kto_tag" in columns:
         raise DataError(
             "the entry has unpaired responses with a good/bad label (KTO)",
             where=where,
@@ -381,15 +335,10 @@ def _check_ranking(where: str, entry: Mapping[str, Any]) -> None:
             expected="pairs: columns with chosen and rejected",
             remedy=UNPAIRED_REMEDY,
         )
-    sides = [name for name in ("chosen", "rejected") if columns.get(name)]
-    if sides and not entry.get("ranking"):
+    if not entry.ranking and (sides := [name for name in ("chosen", "rejected") if name in columns]):
         what = "the entry has sides of pairs, but is no ranking"
         raise _fault(where, what, ", ".join(sides), '"ranking": true')
-
-
-def _check_known(where: str, kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := sorted(set(names) - set(known)):
-        raise _fault(where, f"unknown {kind} of the entry", ", ".join(unknown), ", ".join(known))
+    return entry
 
 
 def _fault(where: str, what: str, got: Any, expected: str = "", remedy: str = "") -> ConfigError:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, TextTemplate, Truncation
-from dpo_dist.data.counts import NO_CHANGES, SHOWN_EXAMPLES, Changes, Outcome
+from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
+from dpo_dist.data.counts import SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.escape import RESERVED, RESERVED_CHARACTER, SpecialTokenInTextError, any_text
 from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
     BadRecord,
-    Dialogue,
     Origin,
     PreferenceRecord,
     UnusableRecordError,
@@ -49,25 +48,18 @@ class EncodedExample:
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        changes: what was changed or is particular.
+        changes: names of `counts.CHANGES`: what was changed or is particular.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
+        read_as: `Rendered.read_as`.
     """
 
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
-    changes: Changes = NO_CHANGES
+    changes: frozenset[str] = frozenset()
     trained: tuple[Mask, ...] = ()
     truncated: tuple[bool, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    prompt: list[int]
-    responses: list[list[int]]
-    prefix_length: int
-    changes: Changes
-    trained: list[Mask]
+    read_as: str = ""
 
 
 def encode_pair(
@@ -84,8 +76,12 @@ def encode_pair(
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     try:
         if _has_reserved_character(record):
-            return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
-        tokens = _tokenise(render_record(record, facts, data_config), facts, data_config)
+            raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
+        rendered = render_record(record, facts, data_config)
+        prompt, responses, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses)
+        trained = _masks(rendered, responses, facts, data_config)
+        prompt, prefix_length = facts.with_prefix(prompt)
+        kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
     except UnusableRecordError as fault:
         return fault.at(record.origin)
     except RecursionError:
@@ -94,7 +90,26 @@ def encode_pair(
         )
     except SpecialTokenInTextError:
         return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
-    return _truncate(tokens, data_config, record.origin)
+    truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
+    if len(set(map(tuple, kept))) < len(kept):
+        return BadRecord(f"identical_after_{'truncation' if any(truncated) else 'encoding'}", record.origin)
+    trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
+    if not all(mask.any() for mask in trained):
+        return BadRecord("no_trained_token", record.origin, "the loss would count no token of a response")
+    found = {
+        "boundary_resplit": is_resplit,
+        "prompt_truncated": len(kept_prompt) < len(prompt),
+        "response_truncated": any(truncated),
+        "partly_trained": bool(trained),
+    }
+    return EncodedExample(
+        np.array(kept_prompt, dtype=np.int32),
+        tuple(np.array(ids, dtype=np.int32) for ids in kept),
+        rendered.changes.union(name for name, is_so in found.items() if is_so),
+        tuple(trained),
+        truncated,
+        rendered.read_as,
+    )
 
 
 def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
@@ -112,100 +127,73 @@ def _has_reserved_character(record: PreferenceRecord) -> bool:
         if isinstance(part, str):
             if RESERVED_CHARACTER in part:
                 return True
-        elif any(RESERVED_CHARACTER in turn.content for turn in part) or any_text(
-            [turn.fields for turn in part if turn.fields], RESERVED
+        elif any(
+            RESERVED_CHARACTER in turn.content or (turn.fields and any_text(turn.fields, RESERVED))
+            for turn in part
         ):
             return True
     return any_text((*record.tools, record.template_arguments), RESERVED)
 
 
-def _tokenise(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> _Tokens:
-    texts = [response.text for response in rendered.responses]
-    prompt, responses, resplit = facts.encoder.encode_after(rendered.prompt, texts)
+def _masks(
+    rendered: Rendered, responses: list[list[int]], facts: TokenizerFacts, config: DataConfig
+) -> list[Mask]:
+    """Return for each response whether the loss counts its tokens; empty if it counts all."""
     formatting = facts.around_turns if "formatting" in config.untrained else None
     parts = untrained_parts(tuple(config.untrained), formatting)
     counted = [
-        counted_characters(rendered.prompt, response.text, response.counted, parts)
-        for response in rendered.responses
+        counted_characters(rendered.prompt, text, turns, parts)
+        for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
-    trained = []
-    if any(spans is not None for spans in counted):
-        for text, ids, spans in zip(texts, responses, counted, strict=True):
-            if spans is None:
-                trained.append(np.ones(len(ids), dtype=np.bool_))
-                continue
+    if all(spans is None for spans in counted):
+        return []
+    masks = []
+    for text, ids, spans in zip(rendered.responses, responses, counted, strict=True):
+        if spans is None:
+            masks.append(np.ones(len(ids), dtype=np.bool_))
+        else:
             starts = facts.encoder.token_starts(rendered.prompt, text, ids)
-            trained.append(token_mask(starts, len(text), spans))
-    prompt, prefix_length = facts.with_prefix(prompt)
-    changes = replace(rendered.changes, boundary_resplit=resplit)
-    return _Tokens(prompt, responses, prefix_length, changes, trained)
+            masks.append(token_mask(starts, len(text), spans))
+    return masks
 
 
-def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
-    """Truncate by `data.truncation`, or return the reason why no example is left."""
-    prompt, responses = tokens.prompt, tokens.responses
-    if len(prompt) == tokens.prefix_length:
-        return BadRecord("empty_prompt", origin, "the prompt has no tokens")
-    if limits.max_prompt_length is not None:
-        prompt = _cut_to_limit(prompt, limits.max_prompt_length, tokens.prefix_length)
+def _truncated(
+    prompt: list[int], responses: list[list[int]], prefix_length: int, limits: DataConfig
+) -> tuple[list[int], list[list[int]]]:
+    """Truncate by `data.truncation`. Raises UnusableRecordError: no example is left."""
+    if len(prompt) == prefix_length:
+        raise UnusableRecordError("empty_prompt", "the prompt has no tokens")
+    if (limit := limits.max_prompt_length) is not None:
+        if limit <= prefix_length:
+            raise ConfigError(
+                "data.max_prompt_length is too small: only BOS would be left of a prompt",
+                where="data.max_prompt_length",
+                got=str(limit),
+                expected=f"more than {prefix_length} (BOS)",
+                remedy="raise data.max_prompt_length, or remove it",
+            )
+        prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
-    if len(prompt) + longest > limits.max_length:
-        match limits.truncation:
-            case Truncation.drop:
-                return BadRecord("too_long", origin, f"{len(prompt) + longest} tokens")
-            case Truncation.keep_start:
-                if len(prompt) >= limits.max_length:
-                    return BadRecord("prompt_fills_max_length", origin, f"{len(prompt)} tokens")
-                responses = [ids[: limits.max_length - len(prompt)] for ids in responses]
-            case Truncation.keep_end:
-                if limits.max_length - longest <= tokens.prefix_length:
-                    return BadRecord("response_fills_max_length", origin, f"{longest} tokens")
-                prompt = _cut_left(prompt, limits.max_length - longest, tokens.prefix_length)
-    return _example(prompt, responses, tokens, origin)
-
-
-def _example(
-    prompt: list[int], responses: list[list[int]], tokens: _Tokens, origin: Origin
-) -> EncodedExample | BadRecord:
-    truncated = tuple(len(ids) < len(whole) for ids, whole in zip(responses, tokens.responses, strict=True))
-    if len(set(map(tuple, responses))) < len(responses):
-        cause = "truncation" if any(truncated) else "encoding"
-        return BadRecord(f"identical_after_{cause}", origin)
-    trained = tuple(mask[: len(ids)] for mask, ids in zip(tokens.trained, responses, strict=False))
-    if not all(mask.any() for mask in trained):
-        return BadRecord("no_trained_token", origin, "the loss would count no token of a response")
-    return EncodedExample(
-        np.array(prompt, dtype=np.int32),
-        tuple(np.array(ids, dtype=np.int32) for ids in responses),
-        replace(
-            tokens.changes,
-            prompt_truncated=len(prompt) < len(tokens.prompt),
-            response_truncated=any(truncated),
-            partly_trained=bool(trained),
-        ),
-        trained,
-        truncated,
-    )
-
-
-def _cut_to_limit(prompt: list[int], limit: int, prefix_length: int) -> list[int]:
-    if limit <= prefix_length:
-        raise ConfigError(
-            "data.max_prompt_length is too small: only BOS would be left of a prompt",
-            where="data.max_prompt_length",
-            got=str(limit),
-            expected=f"more than {prefix_length} (BOS)",
-            remedy="raise data.max_prompt_length, or remove it",
-        )
-    return _cut_left(prompt, limit, prefix_length)
+    if len(prompt) + longest <= limits.max_length:
+        return prompt, responses
+    match limits.truncation:
+        case Truncation.drop:
+            raise UnusableRecordError("too_long", f"{len(prompt) + longest} tokens")
+        case Truncation.keep_start:
+            if len(prompt) >= limits.max_length:
+                raise UnusableRecordError("prompt_fills_max_length", f"{len(prompt)} tokens")
+            return prompt, [ids[: limits.max_length - len(prompt)] for ids in responses]
+        case Truncation.keep_end:
+            if limits.max_length - longest <= prefix_length:
+                raise UnusableRecordError("response_fills_max_length", f"{longest} tokens")
+            return _cut_left(prompt, limits.max_length - longest, prefix_length), responses
 
 
 def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
     """Return BOS and the last tokens of the prompt, `length` tokens in all."""
     if len(prompt) <= length:
         return prompt
-    kept = max(length - prefix_length, 0)
-    return prompt[:prefix_length] + prompt[len(prompt) - kept :]
+    return prompt[:prefix_length] + prompt[len(prompt) - (length - prefix_length) :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +204,7 @@ class EncodedRecord:
         encoded: the prompt and the responses that an example uses; others count for no limit.
         ranks: for each example the indices of its responses in `encoded.responses`, best first.
         scores: of `encoded.responses`, nan if the record has none.
-        ties: `rankings.training_examples`.
+        ties: of `training_examples`.
     """
 
     encoded: EncodedExample
@@ -238,6 +226,21 @@ class EncodedRecord:
         ]
 
 
+def encode_record(
+    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> EncodedRecord | BadRecord:
+    """Encode the training examples of a record; errors and bad records as `encode_pair`."""
+    ranks, ties = training_examples(record, config.ranked)
+    used = sorted(set().union(*ranks))
+    responses = tuple(record.responses[index] for index in used)
+    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
+    if isinstance(encoded, BadRecord):
+        return encoded
+    scores = record.scores or (np.nan,) * len(record.responses)
+    new_ranks = [[used.index(index) for index in example] for example in ranks]
+    return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties)
+
+
 class _Examples:
     """Collects the examples of a chunk: lists of values, or of arrays, by the names of `COLUMNS`."""
 
@@ -248,36 +251,34 @@ class _Examples:
     def add(self, record: EncodedRecord, prompt: int, origin: Origin) -> None:
         encoded, values = record.encoded, self.values
         pieces = (encoded.prompt_ids, *encoded.responses)
-        starts = [self.tokens + int(before) for before in np.cumsum([0, *map(len, pieces)])]
-        keys = [response_key(encoded.prompt_ids, response) for response in encoded.responses]
+        *starts, self.tokens = itertools.accumulate(map(len, pieces), initial=self.tokens)
         values["ids"] += pieces
-        self.tokens = starts[-1]
-        masks = self._add_masks(encoded)
+        keys, mask_starts, trained_tokens = [], [], []
+        for number, response in enumerate(encoded.responses):
+            keys.append(np.frombuffer(response_key(encoded.prompt_ids, response), dtype=np.uint64))
+            mask_starts.append(self.masked_tokens)
+            trained_tokens.append(len(response))
+            if encoded.trained and not encoded.trained[number].all():
+                trained_tokens[-1] = int(encoded.trained[number].sum())
+                values["trained"].append(encoded.trained[number])
+                self.masked_tokens += len(response)
+        of_responses: dict[str, Sequence[Any]] = {
+            "keys": keys,
+            "scores": record.scores,
+            "mask_starts": mask_starts,
+            "trained_tokens": trained_tokens,
+            "truncated": encoded.truncated,
+        }
         for ranks in record.ranks:
             used = [0, *(1 + index for index in ranks)]
             self.pieces += len(used)
             values["piece_starts"] += [starts[piece] for piece in used]
             values["piece_tokens"] += [len(pieces[piece]) for piece in used]
             values["pair_pieces"].append(self.pieces)
-            values["keys"] += [np.frombuffer(keys[index], dtype=np.uint64) for index in ranks]
-            values["scores"] += [record.scores[index] for index in ranks]
-            values["mask_starts"] += [masks[index][0] for index in ranks]
-            values["trained_tokens"] += [masks[index][1] for index in ranks]
-            values["truncated"] += [encoded.truncated[index] for index in ranks]
+            for name, column in of_responses.items():
+                values[name] += [column[index] for index in ranks]
             values["prompts"].append(prompt)
             values["origins"].append(origin)
-
-    def _add_masks(self, encoded: EncodedExample) -> list[tuple[int, int]]:
-        """Add the masks of a record; return offset and number of trained tokens of each response."""
-        found = []
-        for number, response in enumerate(encoded.responses):
-            trained, start = len(response), self.masked_tokens
-            if encoded.trained and not encoded.trained[number].all():
-                trained = int(encoded.trained[number].sum())
-                self.values["trained"].append(encoded.trained[number])
-                self.masked_tokens += len(response)
-            found.append((start, trained))
-        return found
 
 
 def encode_chunk(
@@ -296,40 +297,19 @@ def encode_chunk(
     bad: list[tuple[int, BadRecord]] = []
     for index, record in enumerate(records):
         outcome = _outcome(record, config, tokenizer, part, examples)
-        if isinstance(outcome, Outcome):
-            outcomes.append(outcome)
-            continue
-        if config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(outcome)
-        unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
-        outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
-        if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
-            bad.append((index, outcome))
+        if isinstance(outcome, BadRecord):
+            if config.on_bad_record is OnBadRecord.error:
+                raise bad_record_error(outcome)
+            if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
+                bad.append((index, outcome))
+            unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
+            outcome = Outcome(dropped=outcome.reason, changed=unread)
+        outcomes.append(outcome)
     values = examples.values
     files = list(dict.fromkeys(origin.source for origin in values["origins"]))
     values["origins"] = [(files.index(origin.source), origin.line) for origin in values["origins"]]
     arrays = {name: column.array(values[name]) for name, column in COLUMNS.items()}
     return EncodedChunk(arrays, files, outcomes, bad)
-
-
-def encode_record(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> EncodedRecord | BadRecord:
-    """Encode the training examples of a record; errors and bad records as `encode_pair`."""
-    ranks, ties = training_examples(record, config.ranked)
-    used = sorted(set().union(*ranks))
-    responses = tuple(record.responses[index] for index in used)
-    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
-    if isinstance(encoded, BadRecord):
-        return encoded
-    new_index = {index: number for number, index in enumerate(used)}
-    scores = record.scores or (np.nan,) * len(record.responses)
-    return EncodedRecord(
-        encoded,
-        [[new_index[index] for index in example] for example in ranks],
-        [scores[index] for index in used],
-        ties,
-    )
 
 
 def _outcome(
@@ -350,21 +330,12 @@ def _outcome(
     if isinstance(found, BadRecord):
         return found
     examples.add(found, prompt, record.origin)
-    changed = found.encoded.changes.counts() | {"ties_left_out": found.ties}
+    changed = dict.fromkeys(found.encoded.changes, 1) | {"ties_left_out": found.ties}
     best, *others = found.encoded.truncated
     if others:
         changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
-    is_applied = found.encoded.changes.templated_text and config.template is TextTemplate.applied
-    form = {str: "text", Dialogue: "hh (Human/Assistant turns)"}.get(type(record.prompt), "messages")
-    way = "without the chat template"
-    if found.encoded.changes.by_template:
-        way = "by the chat template"
-    elif is_applied:
-        way = "with the template that is in it"
-    elif form == "text" and tokenizer.chat_template:
-        changed["chat_template_not_applied"] = 1
-    counted = tuple((name, times) for name, times in changed.items() if times)
-    return Outcome(None, len(found.ranks), counted, f"{form}, {way}")
+    counted = tuple(sorted((name, times) for name, times in changed.items() if times))
+    return Outcome(None, len(found.ranks), counted, found.encoded.read_as)
 
 
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
@@ -383,10 +354,10 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """Yield the result of `work` for each chunk, in order, computed on several processes.
 
-    Closing the generator ends the processes.
+    Closing the generator ends the processes. At most a few chunks a process are in memory.
 
     Args:
-        chunks: of about `CHUNK_RECORDS` records each; a few per process are in memory at a time.
+        chunks: of about `CHUNK_RECORDS` records each.
         work: can be pickled, as can its results.
         processes: null: one per core, if there are enough chunks.
 
@@ -399,19 +370,13 @@ def in_order(
         first = list(itertools.islice(chunks, _MIN_CHUNKS))
         processes = 1 if len(first) < _MIN_CHUNKS else min(_usable_cores(), _MAX_PROCESSES)
     every = itertools.chain(first, chunks)
-    if processes > 1:
-        yield from _on_processes(every, work, processes)
-    for records in every:
-        yield work(records)
-
-
-def _on_processes(
-    chunks: Iterable[Records], work: Callable[[Records], Result], processes: int
-) -> Iterator[Result]:
+    if processes == 1:
+        yield from map(work, every)
+        return
     ahead: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
     try:
-        for records in chunks:
+        for records in every:
             ahead.append(pool.submit(_work, records))
             if len(ahead) == _CHUNKS_AHEAD * processes:
                 yield ahead.popleft().result()
@@ -429,9 +394,7 @@ def _on_processes(
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _works: list[Callable[[Records], Any]] = []

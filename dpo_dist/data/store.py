@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +22,12 @@ from dpo_dist.foundation.files import (
     is_temporary,
     remember_digest,
     remembered_digest,
+    staged_folder,
     text_digest,
     write_text,
 )
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -123,19 +127,12 @@ class Manifest:
     files: list[str]
     examples: list[tuple[int, int, int, str, str]]
 
-    def covers(self, limit: int | None) -> bool:
-        """Return whether the first `limit` records (None: all) are encoded."""
-        return self.whole or (limit is not None and self.records >= limit)
 
-
-def read_manifest(folder: Path) -> Manifest | None:
+def _read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None if it is missing or damaged."""
     try:
-        stored = json.loads((folder / MANIFEST).read_bytes())
-        if text_digest(stored["content"]) != stored["digest"]:
-            return None
-        return Manifest(**json.loads(stored["content"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Manifest(**json.loads((folder / MANIFEST).read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -152,7 +149,9 @@ class EncodedSource:
 class SourceWriter:
     """Append encoded chunks to the columns of a folder, in constant memory."""
 
-    def __init__(self, folder: Path, path: str):
+    def __init__(self, folder: Path, final: Path, path: str):
+        """Args: the folder to fill, its name when it is complete, and the configured path of the source."""
+        self.final = final
         self.records = 0
         self._largest_id = -1
         self._folder = folder
@@ -203,8 +202,7 @@ class SourceWriter:
             files=[_relative_name(self._path, source) for source in self._files],
             examples=self._examples,
         )
-        content = json.dumps(asdict(manifest), indent=1)
-        write_text(self._folder / MANIFEST, json.dumps({"digest": text_digest(content), "content": content}))
+        write_text(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
     def close(self) -> None:
         """Close the files."""
@@ -228,44 +226,51 @@ class SourceWriter:
             ) from error
 
 
+@contextlib.contextmanager
+def writing(cache: Path, fingerprint: str, path: str, limit: int | None) -> Iterator[SourceWriter]:
+    """Yield the writer of a source; on exit without an error its folder in the cache is complete."""
+    final = cache / (fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}")
+    if final.exists():
+        log.warning("%s is damaged and is encoded again", final)
+
+    def is_complete(written: Path) -> bool:
+        return find_encoded(cache, fingerprint, limit) == written
+
+    with (
+        staged_folder(final, is_complete) as temporary,
+        contextlib.closing(SourceWriter(temporary, final, path)) as writer,
+    ):
+        yield writer
+        writer.finish(fingerprint, whole=limit is None or writer.records < limit)
+    if manifest := _read_manifest(final):
+        for name, digest in manifest.digests.items():
+            remember_digest(_file(final, name), cache / MEMO_FOLDER, digest)
+
+
 def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
     """Return an undamaged folder with the first `limit` records (None: all) of this content, or None."""
     folders = sorted(cache.glob(f"{fingerprint}*"), key=lambda folder: (len(folder.name), folder.name))
     for folder in folders:
-        manifest = None if is_temporary(folder) else read_manifest(folder)
-        if (
-            manifest is not None
-            and manifest.fingerprint == fingerprint  # else a renamed folder
-            and manifest.covers(limit)
-            and not find_damage(folder, manifest)
-        ):
+        manifest = None if is_temporary(folder) else _read_manifest(folder)
+        if manifest is None or manifest.fingerprint != fingerprint:  # a renamed folder
+            continue
+        covers = manifest.whole or (limit is not None and manifest.records >= limit)
+        if covers and not _damaged(folder, manifest):
             return folder
     return None
 
 
-def folder_name(fingerprint: str, limit: int | None) -> str:
-    """Return the name of a folder with the first `limit` records (None: all) of this content."""
-    return fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}"
-
-
-def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+def _damaged(folder: Path, manifest: Manifest) -> list[str]:
     """Return the columns whose files differ from the manifest; only files that have changed are read."""
-    return [name for name in COLUMNS if not _is_whole(folder, name, manifest)]
 
+    def is_whole(name: str) -> bool:
+        try:
+            found = remembered_digest(_file(folder, name), folder.parent / MEMO_FOLDER)
+        except ConfigError:
+            return False
+        return found == manifest.digests[name]
 
-def _is_whole(folder: Path, name: str, manifest: Manifest) -> bool:
-    try:
-        return remembered_digest(_file(folder, name), folder.parent / MEMO_FOLDER) == manifest.digests[name]
-    except (OSError, ConfigError):
-        return False
-
-
-def remember_written(folder: Path) -> None:
-    """Remember the digests of a folder just written by this process."""
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        for name, digest in manifest.digests.items():
-            remember_digest(_file(folder, name), folder.parent / MEMO_FOLDER, digest)
+    return [name for name in COLUMNS if not is_whole(name)]
 
 
 @dataclass(frozen=True)
@@ -291,8 +296,8 @@ def view(source: EncodedSource) -> SourceView:
     Raises:
         DataError: a file is damaged.
     """
-    manifest = read_manifest(source.folder)
-    damaged = [MANIFEST] if manifest is None else find_damage(source.folder, manifest)
+    manifest = _read_manifest(source.folder)
+    damaged = [MANIFEST] if manifest is None else _damaged(source.folder, manifest)
     if manifest is None or damaged:
         raise DataError(
             "the encoded data are damaged",

@@ -1,10 +1,10 @@
-"""Chat templates: chosen, inspected, with a fixed date; thoughts and turns in their output."""
+"""Chat templates: chosen, inspected, with a fixed date; the tokens that they write."""
 
 import json
 import re
 from collections.abc import Collection, Iterable
 from copy import copy
-from datetime import date
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
+from dpo_dist.config.data import DataConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THOUGHT_TAGS = ("<think>", "</think>")
+_CLOCK = "strftime_now"
+_CLOCK_CALL = re.compile(rf"""{_CLOCK}\(\s*(["'])(.*?)\1\s*\)""")
+
 # Tags of transformers, which Jinja itself does not know.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", _CLOCK}
+
+
+@lru_cache(maxsize=8)
+def pin_clock(template: str, day: str) -> str:
+    """Return the template with the date `day` (ISO 8601) for its calls of a clock with a literal format."""
+    moment = datetime.fromisoformat(day)
+    return _CLOCK_CALL.sub(lambda found: json.dumps(moment.strftime(found[2])), template)
 
 
 @lru_cache(maxsize=8)
 def argument_names(template: str) -> frozenset[str]:
     """Return the names that a template may read besides messages and tools. Raises ConfigError."""
-    source = _GENERATION.sub("", template)
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
     try:
-        tree = environment.parse(source)
+        tree = environment.parse(_GENERATION.sub("", template))
     except (TemplateError, RecursionError) as fault:
         raise ConfigError(
             "the chat template is not valid Jinja",
@@ -51,48 +62,11 @@ def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
         )
 
 
-# Tokens around turns of common model families: a text may come from another tokenizer's template.
-FOREIGN_MARKS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|eot_id|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<start_of_turn>",
-    "[INST]",
-)
-FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
-_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
-_ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
-_CLOCK = "strftime_now"
-_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
-# Replaces "%%" until all directives are formatted.
-_PERCENT = "\ufdd0"
-
-
-def has_clock(template: str) -> bool:
-    """Return whether the output of a template depends on the current date."""
-    return _CLOCK in template
-
-
-@lru_cache(maxsize=4)
-def pin_clock(template: str, day: str) -> str:
-    """Return the template with its clock fixed at midnight of `day` (ISO 8601).
-
-    A macro with the clock's name shadows the function that transformers passes to templates.
-    """
-    if not has_clock(template):
-        return template
-    moment = date.fromisoformat(day)
-    written = {"%%": _PERCENT}
-    written |= {f"%-{letter}": moment.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dHIjmMS"}
-    written |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
-    written[_PERCENT] = "%"
-    filters = "".join(f" | replace({json.dumps(d)}, {json.dumps(text)})" for d, text in written.items())
-    # transformers removes the newline after a block, so the output of the template does not change.
-    return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}\n{template}"
+def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that the chosen template exists and names the arguments for it. Raises ConfigError."""
+    template = chosen_template(tokenizer, config.chat_template) or ""
+    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
+    check_arguments(config.template_arguments or (), argument_names(template) | argument_names(with_tools))
 
 
 def chosen_template(
@@ -108,16 +82,15 @@ def chosen_template(
         return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if own else None
     if isinstance(own, dict) and choice in own:
         return str(own[choice])
-    file = Path(choice).expanduser()
     try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise _no_such_template(choice, sorted(own) if isinstance(own, dict) else []) from None
+        return Path(choice).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
+        if isinstance(fault, FileNotFoundError):
+            raise _no_such_template(choice, own if isinstance(own, dict) else {}) from None
         raise ConfigError(
             "the chat template cannot be read",
             where="data.chat_template",
-            got=f"{file}: {fault}",
+            got=f"{choice}: {fault}",
             remedy="name a readable file in UTF-8",
         ) from fault
 
@@ -128,13 +101,13 @@ def check_template_file(choice: str | None) -> None:
         raise _no_such_template(choice, [])
 
 
-def _no_such_template(choice: str, names: list[str]) -> ConfigError:
-    templates = f"one of the tokenizer's templates ({', '.join(names)})" if names else ""
+def _no_such_template(choice: str, names: Collection[str]) -> ConfigError:
+    templates = f" or one of the tokenizer's templates ({', '.join(sorted(names))})" if names else ""
     return ConfigError(
         "the chat template does not exist",
         where="data.chat_template",
         got=choice,
-        expected=" or ".join(filter(None, ["a file with a Jinja template", templates])),
+        expected=f"a file with a Jinja template{templates}",
         remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
     )
 
@@ -167,16 +140,13 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
     except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
     found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
-    others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
-    return set(filter(_has_delimiters, found - others))
+    return set(filter(_has_delimiters, found - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}))
 
 
-def written_tokens(added: Iterable[str], chat_template: str | None) -> set[str]:
+def written_tokens(added: Collection[str], chat_template: str | None) -> set[str]:
     """Return the added tokens that a template names, such as tags of tool calls, and the tags of thoughts."""
-    template = chat_template or ""
-    return {
-        token for token in added if token in THOUGHT_TAGS or (token in template and _has_delimiters(token))
-    }
+    named = {token for token in added if token in (chat_template or "") and _has_delimiters(token)}
+    return named | set(THOUGHT_TAGS).intersection(added)
 
 
 def _has_delimiters(token: str) -> bool:
@@ -186,55 +156,3 @@ def _has_delimiters(token: str) -> bool:
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of `tokens`, preferring the longest."""
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
-
-
-def has_foreign_marks(text: str) -> bool:
-    """Return whether a text has turns of a common chat template."""
-    return any(mark in text for mark in FOREIGN_MARKS)
-
-
-def opens_thought(prompt: str) -> bool:
-    """Return whether a rendered prompt ends with an opened thought."""
-    return prompt.rstrip().endswith(_OPEN)
-
-
-def has_ended_thought(prompt: str) -> bool:
-    """Return whether a rendered prompt ends with the end of a thought."""
-    return prompt.rstrip().endswith(_CLOSE)
-
-
-def ends_thought(response: str) -> bool:
-    """Return whether a response has the end of a thought."""
-    return _CLOSE in response
-
-
-def without_ended_thought(prompt: str) -> str:
-    """Return the prompt without the empty thought at its end."""
-    return _ENDED.sub("", prompt)
-
-
-def end_of_empty_thought(response: str) -> str:
-    """Return the end of an opened empty thought at the start of a response, with the spaces around it."""
-    found = _EMPTY_END.match(response)
-    return found.group() if found else ""
-
-
-def split_thought(response: str) -> tuple[str, str]:
-    """Return the response up to the end of its thought, and the rest."""
-    end = response.rindex(_CLOSE) + len(_CLOSE)
-    return response[:end], response[end:]
-
-
-def before_open_thought(text: str) -> str:
-    """Return a text up to a thought that is opened and not closed in it, else the text."""
-    before, opened, thought = text.rpartition(_OPEN)
-    return before if opened and _CLOSE not in thought else text
-
-
-def within_thought(response: str, prompt: str) -> str:
-    """Return the response without the opening of a thought that its prompt has already opened."""
-    after_tag = prompt[prompt.rindex(_OPEN) + len(_OPEN) :]
-    start = response.lstrip()
-    if not start.startswith(_OPEN):
-        return response
-    return start.removeprefix(_OPEN).removeprefix(after_tag)

@@ -1,4 +1,4 @@
-"""Properties of a tokenizer, found by probing it once; encoding of escaped texts (`marks`)."""
+"""Properties of a tokenizer and its chat template, found by probing them once; ends of turns and texts."""
 
 import re
 from functools import cached_property, lru_cache
@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.escape import EscapedEncoder, Marks
-from dpo_dist.data.template import (
-    FOREIGN_ENDS,
-    FOREIGN_MARKS,
-    any_of,
-    chosen_template,
-    has_foreign_marks,
-    pin_clock,
-    turn_tokens,
-    written_tokens,
-)
+from dpo_dist.data.template import any_of, chosen_template, pin_clock, turn_tokens, written_tokens
 from dpo_dist.data.turns import ChatRenderer
 from dpo_dist.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Tokens around turns of common model families: a text may come from another tokenizer's template.
+_FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+_FOREIGN_MARKS = (
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>"),
+    *("<|user|>", "<|assistant|>", "<start_of_turn>", "[INST]"),
+)
 
 
 class TokenizerFacts:
@@ -39,10 +37,9 @@ class TokenizerFacts:
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._turn_tokens = turn_tokens(tokenizer, chat_template)
-        # Few texts have one of these characters, and they are found faster than all tokens.
-        self._turn_starts = {token[0] for token in (*self._turn_tokens, *FOREIGN_MARKS)}
+        self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
         special |= self._turn_tokens
-        self.marks = Marks(special, written_tokens(map(str, added), chat_template))
+        self.marks = Marks(special, written_tokens(list(map(str, added)), chat_template))
         self._special = self.marks.in_text
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*map(str, added), *special}))
         self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
@@ -69,53 +66,28 @@ class TokenizerFacts:
         """Pattern of the tokens that the template writes around turns, and of those that end a response."""
         return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
 
+    def has_turns(self, content: str) -> bool:
+        """Return whether a content has tokens that a chat template, or one of another family, writes."""
+        return self._turns.search(content) is not None
+
     def is_templated(self, text: str) -> bool:
         """Return whether a text seems to be the output of a chat template (turns, or BOS at its start)."""
         bos = self.tokenizer.bos_token
-        return (
-            any(found.group() in self._turn_tokens for found in self._special.finditer(text))
-            or (bos is not None and text.startswith(str(bos)))
-            or has_foreign_marks(text)
-        )
+        return self.has_turns(text) or (bos is not None and text.startswith(str(bos)))
 
     def is_ended(self, response: str) -> bool:
         """Return whether a response ends as in the output of a chat template: with an end of turn or EOS."""
         eos = self.tokenizer.eos_token
-        ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos else []))
-        return response.rstrip().endswith(ends)
+        return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *([str(eos)] if eos else [])))
 
-    def end_templated(self, response: str) -> str:
-        """Return a templated response with exactly one end of turn or end of text, and nothing after it."""
-        bare, end = self._without_end(response)
-        return bare + end
-
-    def without_end(self, response: str) -> str:
-        """Return a templated response without its end of turn or end of text."""
-        return self._without_end(response)[0]
-
-    def _without_end(self, response: str) -> tuple[str, str]:
-        """Split a response before its first end; the default end if it has none."""
+    def split_end(self, response: str) -> tuple[str, str]:
+        """Return a templated response before its end of turn or of text, and that end or the default one."""
         ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
         while (bare := response.rstrip()).endswith(tuple(ends)):
             end = next(end for end in ends if bare.endswith(end))
             response = bare.removesuffix(end)
         return response, end
-
-    def escape(self, text: str) -> str:
-        """Return `text` with a mark in place of each special token that it spells."""
-        return self.marks.escape(text)
-
-    def has_turns(self, content: str) -> bool:
-        """Return whether a content has tokens that a chat template writes around turns."""
-        for start in self._turn_starts:
-            if start in content:
-                return has_foreign_marks(content) or any(token in content for token in self._turn_tokens)
-        return False
-
-    def bare_response(self, response: str) -> str:
-        """Return the escaped text of a response with an end of turn."""
-        return self.escape_response(response) + self.end_of_turn
 
     def escape_response(self, text: str) -> str:
         """Return the content of an assistant turn, escaped."""
@@ -127,7 +99,7 @@ class TokenizerFacts:
         if end >= 0:
             return rendered[: end + len(self.end_of_turn)]
         # Some turns end with another token, such as calls of tools.
-        if last := self._last_special(rendered):
+        if last := self._final_special(rendered):
             return rendered[:last]
         after = "" if self.chat is None else self.chat.after_response
         return rendered.removesuffix(after) + self.end_of_turn
@@ -137,12 +109,10 @@ class TokenizerFacts:
 
         In some templates (GLM) the token that starts the text `after` it ends the turn; else the turn's end.
         """
-        if last := self._last_special(turn):
-            return last
         following = self._special.match(after)
-        return len(turn) + (following.end() if following else 0)
+        return self._final_special(turn) or len(turn) + (following.end() if following else 0)
 
-    def _last_special(self, escaped: str) -> int:
+    def _final_special(self, escaped: str) -> int:
         """Return the position after the last special token if only spaces follow it, else 0."""
         last = self.after_last_special(escaped)
         return 0 if escaped[last:].strip() else last
@@ -153,11 +123,10 @@ class TokenizerFacts:
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
-        prefix = list(self.prefix_ids)
-        if ids[: len(prefix)] != prefix:
-            return prefix + ids, len(prefix)
+        if ids[: len(self.prefix_ids)] != self.prefix_ids:
+            return self.prefix_ids + ids, len(self.prefix_ids)
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
-        return ids, max(len(prefix), int(starts_with_bos))
+        return ids, max(len(self.prefix_ids), int(starts_with_bos))
 
 
 _facts = lru_cache(maxsize=8)(TokenizerFacts)
@@ -186,8 +155,9 @@ def end_notes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     ]
 
 
-def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that a tokenizer adds before a text (BOS, or none)."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
     starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    return tuple(whole[: next(starts, 0)])
+    return whole[: next(starts, 0)]

@@ -136,8 +136,8 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
 def gather_at_once(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
 
-    Compiled layers, so that no hook is in compiled code. Modules that may compute
-    with some of their parts only: a rank that skips a part would not gather it, and the others would wait.
+    Compiled layers, so that no hook is in compiled code. Modules that may compute with some of their parts
+    only: a rank that skips a part would not gather it, and the others would wait.
     """
     for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm)]:
         set_z3_leaf_module(module, True)

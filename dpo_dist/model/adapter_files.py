@@ -62,11 +62,7 @@ def start_folder(config: ModelConfig) -> Path | None:
 
 
 def check_start(adapter: AdapterConfig, folder: Path) -> None:
-    """Check that a policy can start from the adapter in `folder`, as `adapter` says.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """Check that a policy can start from the adapter in `folder`, as `adapter` says."""
     if not is_adapter(folder):
         raise ConfigError(
             "the adapter to start from is a whole model",
@@ -75,84 +71,68 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
             expected="a folder with adapter_config.json and without config.json",
             remedy="set model.path to it, and remove model.adapter.path",
         )
-    found = read_model_json(folder / ADAPTER_CONFIG)
-    _check_form(found, folder)
-    own = _as_config(found, folder)
-    if adapter.on_top:
-        if own.variant is AdapterVariant.dora:
-            raise ConfigError(
-                "a new adapter cannot be trained above DoRA, which scales the weights that it changes",
-                where="model.adapter.on_top, model.adapter.path",
-                got=f"true, {folder}",
-                remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
-            )
-        return
-    given: dict[str, Any] = {"r": adapter.r, "alpha": adapter.alpha, "variant": adapter.variant}
-    read: dict[str, Any] = {"r": own.r, "alpha": own.alpha, "variant": own.variant}
-    other = {key: value for key, value in given.items() if value not in (None, read[key])}
-    given_layers, layers = adapter.target_modules, own.target_modules
-    if isinstance(given_layers, list) and isinstance(layers, list) and _differ(given_layers, layers):
-        other["target_modules"], read["target_modules"] = given_layers, _last(layers)
-    saved: list[str] = own.modules_to_save or []
-    if adapter.modules_to_save is not None and _differ(adapter.modules_to_save, saved):
-        other["modules_to_save"], read["modules_to_save"] = adapter.modules_to_save, _last(saved)
-    if other:
-        raise _contradiction(other, read)
+    _check_form(folder)
+    own = _read_config(folder)
+    if adapter.on_top and own.variant is AdapterVariant.dora:
+        raise ConfigError(
+            "a new adapter cannot be trained above DoRA, which scales the weights that it changes",
+            where="model.adapter.on_top, model.adapter.path",
+            got=f"true, {folder}",
+            remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
+        )
+    if not adapter.on_top:
+        names = ("r", "alpha", "variant", "target_modules", "modules_to_save")
+        _check_same(adapter, own, [name for name in names if getattr(adapter, name) is not None])
 
 
 def check_all_linear(adapter: AdapterConfig, start: Path, layers: Collection[str]) -> None:
-    """Check that the adapter in `start` is on all linear layers of its base, if `adapter` says so.
-
-    Args:
-        adapter: that continues the one in `start`.
-        start: from `start_folder`.
-        layers: all linear layers of the base.
-
-    Raises:
-        ConfigError: it is on others.
-    """
+    """Check that the adapter in `start` is on all linear `layers` of its base, if `adapter` says so."""
     own, saved = modules_on_disk(start)
     if adapter.target_modules == "all-linear" and set(own) != set(layers) - set(saved):
-        raise _contradiction({"target_modules": "all-linear"}, {"target_modules": _last(own)})
+        raise _contradiction({"target_modules": "all-linear"}, {"target_modules": own})
+
+
+def _check_same(adapter: AdapterConfig, own: AdapterConfig, names: list[str]) -> None:
+    """Check that keys that are given repeat what the adapter on disk is."""
+    given, read = {}, {}
+    for name in names:
+        value, known = getattr(adapter, name), getattr(own, name)
+        if value == "all-linear":  # `check_all_linear` knows the layers
+            continue
+        if _differ(value, known) if isinstance(value, list) else value != known:
+            given[name], read[name] = value, known
+    if given:
+        raise _contradiction(given, read)
 
 
 def _differ(given: list[str], modules: list[str]) -> bool:
     """Return whether names, which may be the last parts of others, name other modules than these."""
-    named = {module for module in modules for one in given if f".{module}".endswith(f".{one}")}
-    used = {one for one in given for module in modules if f".{module}".endswith(f".{one}")}
-    return named != set(modules) or used != set(given)
-
-
-def _last(modules: Collection[str]) -> list[str]:
-    return sorted({module.rpartition(".")[2] for module in modules})
+    named = {(one, module) for module in modules for one in given if f".{module}".endswith(f".{one}")}
+    return {module for _, module in named} != set(modules) or {one for one, _ in named} != set(given)
 
 
 def _contradiction(given: Mapping[str, Any], read: Mapping[str, Any]) -> ConfigError:
     def shown(value: Any) -> str:
-        return (", ".join(value) or "none") if isinstance(value, list) else str(value)
+        if not isinstance(value, list):
+            return str(value)
+        return ", ".join(sorted({module.rpartition(".")[2] for module in value})) or "none"
 
     keys = [f"model.adapter.{name}" for name in given]
     return ConfigError(
         f"the adapter of model.adapter.path has another {', '.join(given)}",
         where=", ".join(keys),
-        got=", ".join(shown(value) for value in given.values()),
-        expected=", ".join(shown(read[name]) for name in given),
+        got=", ".join(map(shown, given.values())),
+        expected=", ".join(map(shown, read.values())),
         remedy=f"set {' '.join(f'{key}=null' for key in keys)}, or model.adapter.on_top=true for a new one",
     )
 
 
 def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
-    """Return the adapter that is trained: that of the configuration, or the one of `start` that it continues.
-
-    Args:
-        config: of the model.
-        start: from `start_folder`.
-    """
+    """Return the adapter that is trained: that of the configuration, or that of `start`."""
     adapter: AdapterConfig | None = config.adapter
     if adapter is None or start is None or adapter.on_top:
         return adapter
-    own = _as_config(read_model_json(start / ADAPTER_CONFIG), start)
-    return replace(own, path=adapter.path)
+    return replace(_read_config(start), path=adapter.path)
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
@@ -168,14 +148,13 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     except (OSError, SafetensorError) as error:
         raise unreadable(folder / ADAPTER_WEIGHTS, error) from error
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
-    declared = tuple(found.get("modules_to_save") or ())
     short = [name.removeprefix(PEFT_PREFIX) for name in names]
     layers = {name.rpartition(".lora_")[0] for name in short if name.endswith(_LORA_WEIGHTS)}
-    others = {name: name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
-    foreign = [name for name, module in others.items() if not module.endswith(declared)]
+    saved = {name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
+    foreign = [module for module in saved if not module.endswith(tuple(found.get("modules_to_save") or ()))]
     if foreign or not layers:
-        raise unsupported(folder, f"{len(foreign)} other weights, {foreign[0]}" if foreign else "no weights")
-    return sorted(layers), sorted(set(others.values()))
+        raise unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
+    return sorted(layers), sorted(saved)
 
 
 def is_repeated(name: str) -> bool:
@@ -191,7 +170,8 @@ def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
-def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
+def _read_config(folder: Path) -> AdapterConfig:
+    found: Any = read_model_json(folder / ADAPTER_CONFIG)
     variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
     layers, saved = modules_on_disk(folder)
     return AdapterConfig(
@@ -203,7 +183,8 @@ def _as_config(found: Mapping[str, Any], folder: Path) -> AdapterConfig:
     )
 
 
-def _check_form(found: Mapping[str, Any], folder: Path) -> None:
+def _check_form(folder: Path) -> None:
+    found: Any = read_model_json(folder / ADAPTER_CONFIG)
     init = str(found.get("init_lora_weights", True)).lower()
     if found.get("peft_type") != "LORA":
         raise unsupported(folder, f"peft_type {found.get('peft_type')}")
@@ -245,10 +226,7 @@ def unsupported(folder: Path, got: str) -> ConfigError:
 
 
 def base_notes(config: ModelConfig, start: Path | None) -> list[str]:
-    """Return a warning if the adapter in `start` names another base than `model.path`.
-
-    Only the last parts of both names are compared: folders are copied, and files have no other trace.
-    """
+    """Return a warning if the adapter in `start` names another base than `model.path`, by its last part."""
     named = "" if start is None else read_model_json(start / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip():
         return []

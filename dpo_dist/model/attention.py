@@ -19,7 +19,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import not_causal, recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.optional_packages import has_flash_attn
@@ -63,13 +63,14 @@ class VarlenAttention:
     device: torch.device
 
     @cached_property
-    def _segments(self) -> list[tuple[int, int]]:
-        """Return (query tokens, key tokens) of each segment with queries."""
+    def _lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return cumulative lengths of queries and of keys of segments with queries, and the longest."""
         segments = []
         for prompt, first, *rest in self.layout:
-            segments.append((prompt + first, prompt + first))
-            segments += [(tokens, prompt + tokens) for tokens in rest if tokens]
-        return segments
+            segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
+        queries, keys = (np.array(lengths, dtype=np.int32) for lengths in zip(*segments, strict=True))
+        ends = [copied_to(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)]
+        return ends[0], ends[1], int(queries.max()), int(keys.max())
 
     @cached_property
     def _key_indices(self) -> Tensor:
@@ -77,8 +78,8 @@ class VarlenAttention:
         indices: list[npt.NDArray[np.int64]] = []
         start = 0
         for prompt, first, *rest in self.layout:
-            indices.append(np.arange(start, start + prompt + first))
             end = start + prompt + first
+            indices.append(np.arange(start, end))
             for tokens in rest:
                 if tokens:
                     indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
@@ -87,24 +88,12 @@ class VarlenAttention:
         return copied_to(self.device, np.concatenate(indices))
 
     @cached_property
-    def _cumulative(self) -> tuple[Tensor, Tensor]:
-        queries, keys = zip(*self._segments, strict=True)
-        return self._offsets(queries), self._offsets(keys)
-
-    @cached_property
-    def _longest(self) -> tuple[int, int]:
-        return max(query for query, _ in self._segments), max(key for _, key in self._segments)
-
-    def _offsets(self, lengths: tuple[int, ...]) -> Tensor:
-        return copied_to(self.device, np.cumsum((0, *lengths), dtype=np.int32))
-
-    @cached_property
     def _by_segment(self) -> SegmentAttention:
         return SegmentAttention(self.layout, self.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `attention.PackedAttention`."""
-        (cu_query, cu_key), (max_query, max_key) = self._cumulative, self._longest
+        cu_query, cu_key, max_query, max_key = self._lengths
         is_windowed = scores.rule is not None and not scores.rule.is_causal(max_key)
         lacking = _lacking(self.backend, query, value, scores, is_windowed)
         if lacking is not None:
@@ -133,7 +122,7 @@ class VarlenAttention:
                 attn_implementation=self.backend.value,
             )[0]
         else:
-            attended = _varlen(query, key, value, (cu_query, cu_key, max_query, max_key), scale, window)
+            attended = _varlen(query, key, value, self._lengths, scale, window)
         return attended[..., :dim]
 
 
@@ -280,14 +269,7 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Heads:
-    """Shape of a model's attention.
-
-    Attributes:
-        query: number of query heads.
-        key: number of key heads.
-        dim: of a head of queries and keys.
-        own_value_dim: of a head of values; None: `dim`.
-    """
+    """Numbers of query and key heads of a layer, and their dimension; that of values, if it is another."""
 
     query: int
     key: int
@@ -301,10 +283,7 @@ class Heads:
 
 
 def heads_of_layers(text: Any) -> list[Heads]:
-    """Return the attention shape of each layer of a text model, one for all if they are equal.
-
-    Empty for a model without attention.
-    """
+    """Return the attention shape of each layer of a text model, one for all if they are equal."""
     layers = layer_configs(text)
     return [heads_of(layer) for layer in layers if getattr(layer, "num_attention_heads", None)]
 
@@ -330,14 +309,14 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
         ConfigError: the backend cannot run on this device.
     """
     on_cuda = device.type == "cuda"
+    has_kernels = on_cuda and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
     if wanted is AttentionBackend.auto:
-        # The variable-length kernels have 16-bit inputs.
-        if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
+        if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
             return AttentionBackend.sdpa
         return AttentionBackend.flash_attention_2 if has_flash_attn() else AttentionBackend.varlen
     if wanted is AttentionBackend.sdpa:
         return wanted
-    if not on_cuda or _capability(device) < _FIRST_CAPABILITY:
+    if not has_kernels:
         raise ConfigError(
             f"attention backend {wanted} runs on CUDA only, on Ampere GPUs and newer",
             where="model.attention",
@@ -356,15 +335,8 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
     return wanted
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def scores_of(model_config: Any) -> list[Scores]:
-    """Return the kinds of scores that a kernel must compute for layers of a transformers configuration.
-
-    Windows are shorter than those of the model, so that a small layout shows them.
-    """
+    """Return the kinds of scores of the layers of a configuration, with a window that is short."""
     text = model_config.get_text_config()
     softcap = getattr(text, "attn_logit_softcapping", None)
     kinds = [Scores(softcap=softcap)]
@@ -374,17 +346,7 @@ def scores_of(model_config: Any) -> list[Scores]:
 
 
 def check_kernels(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
-    """Check this backend with the heads and scores of each layer by `check_kernel`, if it is used.
-
-    Args:
-        backend: from `choose_backend`.
-        device: of the run.
-        text: the transformers configuration of a text model.
-        dtype: of the model's activations.
-
-    Raises:
-        ConfigError: the results differ by more than rounding, or the kernel fails.
-    """
+    """Check this backend with the heads and scores of each layer of a text model, if it is used."""
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return
     for heads in dict.fromkeys(heads_of_layers(text)):
@@ -403,74 +365,54 @@ def check_kernel(
     A kernel with another alignment of the causal mask, or another meaning of lengths, would give wrong
     log-probs to policy and reference alike, which no later check could detect.
 
-    Args:
-        backend: from `choose_backend`.
-        device: of the run.
-        heads: of a layer.
-        dtype: of the model's activations.
-        kinds: from `scores_of`.
-
     Raises:
         ConfigError: the results differ by more than rounding, or the kernel fails.
     """
-    for scores in kinds:
-        _check_scores(backend, device, heads, dtype, scores)
+    generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
+    shapes = [(heads.query, heads.dim), (heads.key, heads.dim), (heads.key, heads.value_dim)]
+    rounded = [
+        torch.randn(tokens, *shape, generator=generator).to(device, dtype)
+        for shape in (*shapes, (heads.query, heads.value_dim))
+    ]
+    for kind in kinds:
+        scores = kind
+        if kind.window is not None:
+            function = sliding_window_causal_mask_function(kind.window)
+            scores = replace(kind, rule=mask_rule(function, kind.window, device=device))
+        wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded], scores)
+        try:
+            got = _attend(backend, device, rounded, scores)
+        except ConfigError:
+            raise
+        except Exception as error:  # a kernel can raise anything
+            raise _wrong_kernel("fails", backend, heads, dtype, kind, first_line(error)) from error
+        for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
+            difference = float((ours - theirs).abs().max() / theirs.abs().max())
+            if not difference < _TOLERANCE:
+                tensor = "output" if name == "output" else f"gradient of the {name}"
+                fault = f"its {tensor} differs from sdpa's by {difference:.2g}"
+                raise _wrong_kernel("gives wrong results", backend, heads, dtype, kind, fault)
 
 
-def _check_scores(
-    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
-) -> None:
-    if scores.window is not None:
-        function = sliding_window_causal_mask_function(scores.window)
-        scores = replace(scores, rule=mask_rule(function, scores.window, device=device))
-    described = _describe(heads, dtype, scores)
-    rounded = _random_heads(device, heads, dtype)
-    wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded], scores)
-    try:
-        got = _attend(backend, device, rounded, scores)
-    except ConfigError:
-        raise
-    except Exception as error:  # a kernel can raise anything
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise ConfigError(
-            "this attention kernel fails on this device",
-            where="model.attention",
-            got=f"{backend} with {described}: {type(error).__name__}: {reason}",
-            remedy="set model.attention=sdpa, or another of its values",
-        ) from error
-    for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
-        difference = float((ours - theirs).abs().max() / theirs.abs().max())
-        if not difference < _TOLERANCE:
-            tensor = "output" if name == "output" else f"gradient of the {name}"
-            raise ConfigError(
-                "this attention kernel gives wrong results on this device",
-                where="model.attention",
-                got=f"{backend} with {described}: its {tensor} differs from sdpa's by {difference:.2g}",
-                remedy="set model.attention=sdpa, or another of its values",
-            )
-
-
-def _describe(heads: Heads, dtype: torch.dtype, scores: Scores) -> str:
-    kind = str(dtype).removeprefix("torch.")
+def _wrong_kernel(
+    what: str, backend: AttentionBackend, heads: Heads, dtype: torch.dtype, scores: Scores, fault: str
+) -> ConfigError:
     window = "" if scores.window is None else ", a sliding window"
     softcap = "" if scores.softcap is None else ", capped scores"
     dims = str(heads.dim) if heads.own_value_dim is None else f"{heads.dim} and {heads.value_dim}"
-    return f"{heads.query} query and {heads.key} key heads of {dims} in {kind}{window}{softcap}"
-
-
-def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
-    """Return query, key and value of the trial layout, and a gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(map(sum, _TRIAL))
-    shapes = [(heads.query, heads.dim), (heads.key, heads.dim)]
-    shapes += [(heads.key, heads.value_dim), (heads.query, heads.value_dim)]
-    return [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
+    shape = f"{heads.query} query and {heads.key} key heads of {dims} in {str(dtype).removeprefix('torch.')}"
+    return ConfigError(
+        f"this attention kernel {what} on this device",
+        where="model.attention",
+        got=f"{backend} with {shape}{window}{softcap}: {fault}",
+        remedy="set model.attention=sdpa, or another of its values",
+    )
 
 
 def _attend(
     backend: AttentionBackend, device: torch.device, tensors: list[Tensor], scores: Scores
 ) -> tuple[Tensor, ...]:
-    """Return the attention output of `_random_heads`, and gradients of query, key and value, in float32."""
+    """Return the output for query, key, value and a gradient of it, and their gradients, in float32."""
     *heads, output_gradient = tensors
     with torch.enable_grad():
         query, key, value = (tensor.requires_grad_() for tensor in heads)

@@ -68,11 +68,8 @@ _DATASHEET_TFLOPS = (
 class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
-    Attributes:
-        per_token: FLOPs of a packed token in the matrices of all layers.
-        per_target: FLOPs of a completion token in the output layer.
-        per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
-        reaches: limits of attention in some layers.
+    Of a packed token in the matrices of all layers, of a completion token in the output layer, and in all
+    layers of a token for one that it attends to, itself included; limits of attention in some layers.
     """
 
     per_token: float
@@ -87,26 +84,10 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """Peak FLOP/s of all devices of a run together, in `model.dtype`.
-
-    Attributes:
-        measured: in a product of large matrices.
-        datasheet: by the makers' data sheets; None if a device is not in the table.
-    """
+    """Peak FLOP/s of all devices of a run together, in `model.dtype`; data sheets may not know a device."""
 
     measured: float
     datasheet: float | None
-
-
-def count_flops(
-    config: PretrainedConfig, adapter: AdapterConfig | None = None, *, trust_remote_code: bool = False
-) -> StepFlops:
-    """Return `step_flops` of the model of a configuration.
-
-    Raises:
-        ConfigError: transformers cannot make a model of this configuration.
-    """
-    return step_flops(without_weights(config, trust_remote_code=trust_remote_code), adapter)
 
 
 def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -135,13 +116,10 @@ def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False
 def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlops:
     """Return the FLOPs of a training step of a model, of which no tensor is used.
 
-    With an adapter the weights of the model are frozen: their gradients are not counted. The matrices of the
-    adapter are counted, and the gradients of modules that it trains in full. DoRA's operations once per step
-    and layer are not counted.
-
-    Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
-    looked up, and experts (three dimensions, the first of them the experts), of which a token visits
-    its configuration's number. Norms, rotations and softmax are not counted.
+    With an adapter, its matrices and the gradients of modules that it trains in full are counted, and no
+    gradients of frozen weights. Every weight with two dimensions or more is multiplied with each token but
+    embeddings, which are looked up, and experts (three dimensions, the first of them the experts), of which a
+    token visits its configuration's number. Norms, rotations and softmax are not counted.
     """
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
@@ -155,11 +133,16 @@ def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlop
             is_of_experts = parameter.dim() > 2 and visited_experts and id(parameter) not in convolutions
             share = min(1.0, visited_experts / len(parameter)) if is_of_experts else 1.0
             visited += share * parameter.numel()
-    per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
-    saved = [] if adapter is None else _saved_weights(causal_lm, adapter)
+    per_weight, added, saved = _FORWARD_AND_BACKWARD, 0, []
+    if adapter is not None:
+        assert adapter.r is not None  # `trained_adapter` has read that of a continued one
+        layers = [causal_lm.get_submodule(name) for name in target_layers(causal_lm, adapter)]
+        modules = [causal_lm.get_submodule(n) for n in find_modules(causal_lm, adapter.modules_to_save or [])]
+        per_weight = _FORWARD_AND_INPUT_GRADIENT
+        added = adapter.r * sum(sum(layer.weight.shape) for layer in layers)
+        saved = [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
     visited_saved = sum(weight.numel() for weight in saved if id(weight) not in outside)
     trains_output = adapter is None or any(weight is output for weight in saved)
-    added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
     attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
     return StepFlops(
@@ -206,19 +189,6 @@ def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
         return get_class_from_dynamic_module(named, config._name_or_path)
     check_causal_class(config)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:
-    weights = [causal_lm.get_parameter(f"{name}.weight") for name in target_layers(causal_lm, adapter)]
-    assert adapter.r is not None  # `trained_adapter` has read that of a continued one
-    return adapter.r * sum(sum(weight.shape) for weight in weights)
-
-
-def _saved_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> list[nn.Parameter]:
-    modules = [
-        causal_lm.get_submodule(name) for name in find_modules(causal_lm, adapter.modules_to_save or [])
-    ]
-    return [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,37 +18,28 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.optional_packages import check_liger_kernel
 
+# The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
+_INDEXER = "indexer"
+
 
 def layer_configs(text: Any) -> Sequence[Any]:
     """Return the configuration of each layer of a text model, one for all if they are equal.
 
     Of a configuration whose layers differ (Gemma 4, or `per_layer_config` in config.json), transformers
     refuses to read an option that they do not share.
-
-    Args:
-        text: a transformers configuration without parts for images or sounds.
     """
     layers: Sequence[Any] = text.per_layer_config if text.is_heterogeneous else [text]
     return layers
 
 
 def layer_values(text: Any, option: str) -> list[Any]:
-    """Return the different values of an option in the layers of a text model, None where there is none.
-
-    Args:
-        text: a transformers configuration without parts for images or sounds.
-        option: its name.
-    """
+    """Return the different values of an option in the layers of a text model, None where there is none."""
     values: list[Any] = []
     for layer in layer_configs(text):
         value = getattr(layer, option, None)
         if value not in values:
             values.append(value)
     return values
-
-
-# The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
-_INDEXER = "indexer"
 
 
 def text_part(causal_lm: Any) -> Any:
@@ -84,9 +76,7 @@ def decoder_layers(causal_lm: Any) -> list[nn.Module]:
 def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
     """Make decoder layers keep only their input and recompute their activations in backward.
 
-    Args:
-        causal_lm: a transformers model.
-        every: `none`, `full` (every layer), or n: layers n, 2n, and so on, counted from 1.
+    `every` is `none`, `full` (every layer), or n: layers n, 2n, and so on, counted from 1.
 
     Raises:
         ConfigError: the model has fewer than n layers, or none that transformers can checkpoint.
@@ -115,12 +105,34 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         layer.gradient_checkpointing = number % distance == 0
 
 
-def check_compiler(device: torch.device) -> None:
-    """Check for the compiler of torch.compile, which would otherwise fail in the first forward.
+def check_offload(device: torch.device) -> None:
+    """Check that activations are in another memory than the host's."""
+    if device.type != "cuda":
+        raise ConfigError(
+            "activations are in host memory already, so there is nothing to move",
+            where="model.activation_offload",
+            got=f"true on {device.type}",
+            expected="a GPU",
+            remedy="set model.activation_offload=false",
+        )
 
-    Raises:
-        ConfigError: Triton on CUDA, or a C++ compiler on a CPU, is not installed.
-    """
+
+def offload_inputs(causal_lm: nn.Module) -> None:
+    """Make checkpointed layers keep their input in host memory; after `checkpoint_layers`."""
+    layers: list[Any] = decoder_layers(causal_lm)
+    for layer in layers:
+        checkpoint = layer._gradient_checkpointing_func  # of layers that keep their activations: not called
+        layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
+    # The checkpoint saves its tensor arguments under these hooks, and what its layer saves under its own.
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(*arguments)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Check for the compiler of torch.compile, which would otherwise fail in the first forward."""
     if device.type == "cuda":
         needed, found = "Triton", importlib.util.find_spec("triton") is not None
     else:
@@ -145,11 +157,7 @@ def compile_layers(causal_lm: nn.Module) -> None:
 
 
 def check_liger(model_type: str, device: torch.device) -> None:
-    """Check that Liger's kernels can run on `device` and are exact for this architecture.
-
-    Raises:
-        ConfigError: they cannot, they are not, or liger-kernel is not installed.
-    """
+    """Check that liger-kernel is installed, runs on `device` and is exact for this architecture."""
     if device.type != "cuda":
         reason = f"Liger's kernels run on CUDA only, and this is {device.type}"
     elif model_type not in EXACT_WITH_LIGER:
@@ -186,12 +194,19 @@ def expert_blocks(causal_lm: nn.Module) -> list[nn.Module]:
     """
     layers = set(decoder_layers(causal_lm))
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
-    inside = {module for stack in stacks for layer in stack for module in layer.modules()}
+    inside = {module for stack in stacks for layer in stack for module in layer.modules()} - layers
     return [
         module
         for module in causal_lm.modules()
-        if module in inside and module not in layers and any(map(_is_list_of_equals, module.children()))
+        if module in inside and any(map(_is_list_of_equals, module.children()))
     ]
+
+
+def _is_list_of_equals(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    is_one_kind = len({type(part) for part in module}) == 1
+    return is_one_kind and any(True for _ in module.parameters())
 
 
 def compressors(causal_lm: nn.Module) -> list[nn.Module]:
@@ -202,13 +217,6 @@ def compressors(causal_lm: nn.Module) -> list[nn.Module]:
     found = [name for name, module in causal_lm.named_modules() if hasattr(module, "compress_rate")]
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return [causal_lm.get_submodule(name) for name in outer]
-
-
-def _is_list_of_equals(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList) or len(module) < 2:
-        return False
-    is_one_kind = len({type(part) for part in module}) == 1
-    return is_one_kind and any(True for _ in module.parameters())
 
 
 def join_gradients(block: nn.Module) -> None:

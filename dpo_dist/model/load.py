@@ -34,9 +34,15 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_layers
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
-from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
+from dpo_dist.model.layers import (
+    check_compiler,
+    check_liger,
+    check_offload,
+    checkpoint_layers,
+    offload_inputs,
+    use_liger,
+)
 from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
-from dpo_dist.model.memory import check_offload, offload_inputs
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM

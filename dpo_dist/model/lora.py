@@ -23,68 +23,16 @@ from dpo_dist.model.adapter_weights import read_adapter
 from dpo_dist.model.layers import compressors, expert_blocks, indexers, text_part
 from dpo_dist.model.packed import PackedCausalLM
 
-# Layers that are one in fused experts; peft fails if it finds only one of two.
-_FUSED = ("gate_proj", "up_proj", "w1", "w3")
-
-
-def check_adaptable(causal_lm: Any, targets: Collection[str]) -> None:
-    """Check that peft adapts the layers that are named, and that it will when the adapter is loaded.
-
-    In architectures whose experts were linear layers before transformers 5, peft takes `gate_proj` for a name
-    of these, whatever module it is in: it would adapt the fused experts, and not the layer. The kernels of
-    state-space models read the weight of `out_proj` past its adapter.
-
-    Args:
-        causal_lm: without an adapter; its tensors are not used.
-        targets: names of its linear layers.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if passed := [name for name in targets if _is_refused(causal_lm, name)]:
-        raise _not_adapted("peft adapts no such layer of state-space models", passed, targets)
-    found = LoraConfig(target_modules={*targets, *_FUSED})
-    convert_peft_config_for_transformers(found, causal_lm, None)
-    if replaced := set(targets) - set(found.target_modules):
-        why = "peft would adapt the experts in place of some layers of this architecture"
-        raise _not_adapted(why, replaced, targets)
-
-
-def _is_refused(causal_lm: Any, name: str) -> bool:
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), causal_lm, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
-
-
-def _not_adapted(why: str, refused: Collection[str], targets: Collection[str]) -> ConfigError:
-    kept = ",".join(_last_parts(set(targets) - set(refused)))
-    return ConfigError(
-        why,
-        where="model.adapter.target_modules",
-        got=", ".join(_last_parts(refused)),
-        expected=f"others, such as {kept}" if kept else "other layers",
-        remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
-    )
-
-
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
 TRAINED = "default"
 """The name of the trained adapter in a model."""
 _START = "start"
 _KEY = "model.adapter.path"
+_SAVED_KEY = "model.adapter.modules_to_save"
+# Layers that are one in fused experts; peft fails if it finds only one of two.
+_FUSED = ("gate_proj", "up_proj", "w1", "w3")
 
 
-def add_adapter(
-    model: PackedCausalLM,
-    config: ModelConfig,
-    seed: int,
-    start: Path | None = None,
-) -> None:
+def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
     The adapter has the same values on every rank and for every kind of parallelism. With `start` a frozen
@@ -100,9 +48,8 @@ def add_adapter(
         ConfigError: a target names no linear layer of the model, or its output layer, or one that peft takes
             for experts; a module to train in full is none of the model; `start` is no adapter of the model.
     """
-    adapter = config.adapter
+    adapter, causal_lm = config.adapter, model.causal_lm
     assert adapter is not None
-    causal_lm = model.causal_lm
     # Before there are the linear layers of another adapter.
     targets = [] if adapter.target_modules is None else target_layers(causal_lm, adapter)
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
@@ -116,11 +63,11 @@ def add_adapter(
     lora.inference_mode = False
     for layer in adapted_layers(causal_lm):
         layer.set_adapter(TRAINED)
-    _prepare_copies(causal_lm, TRAINED, _START, start)
+    _prepare_copies(causal_lm, start)
     _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
     if model.compiled or expert_blocks(causal_lm) or compressors(causal_lm):
-        # ZeRO-3 reduces the gradients of its leaves (`distributed.leaves`) when the gradient of their input
-        # exists; without one it would reduce them before they are computed.
+        # ZeRO-3 reduces the gradients of its leaves when the gradient of their input exists; without one it
+        # would reduce them before they are computed.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
@@ -130,12 +77,17 @@ def add_adapter(
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
+def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
+    """Add the LoRA adapter that training or peft wrote into `folder` to its base, to be scored.
+
+    Raises:
+        ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
+    """
+    _add_from(model.causal_lm, folder, TRAINED, key)
+
+
 def _add_new(
-    causal_lm: Any,
-    adapter: AdapterConfig,
-    targets: list[str],
-    saved: list[str],
-    seed: int,
+    causal_lm: Any, adapter: AdapterConfig, targets: list[str], saved: list[str], seed: int
 ) -> LoraConfig:
     lora = LoraConfig(
         r=adapter.r,
@@ -164,11 +116,10 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
             return lora
-        read = load_peft_weights(str(folder), device="cpu")
         # Of modules in full, peft looks for the names in a model that it has not wrapped.
         weights = {
             one if ".lora_" in one else one.removeprefix(PEFT_PREFIX): weight
-            for one, weight in read.items()
+            for one, weight in load_peft_weights(str(folder), device="cpu").items()
             if not is_repeated(one)
         }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
@@ -187,20 +138,6 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     return lora
 
 
-def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
-    """Add the LoRA adapter that training or peft wrote into `folder`, to be scored.
-
-    Args:
-        model: its base, from `load_packed`, sharded or not, before it is in an engine.
-        folder: with adapter_config.json and the adapter's weights.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
-    """
-    _add_from(model.causal_lm, folder, TRAINED, key)
-
-
 def _foreign_adapter(folder: Path, got: str, key: str) -> ConfigError:
     return ConfigError(
         "the adapter cannot be added to the model",
@@ -209,6 +146,145 @@ def _foreign_adapter(folder: Path, got: str, key: str) -> ConfigError:
         expected="a LoRA adapter of this model, with adapter_config.json and adapter_model.safetensors",
         remedy="name the model that the adapter was trained on as its base",
     )
+
+
+def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
+    """Add an adapter to a transformers model and make it the one that its low-rank layers train.
+
+    `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
+    """
+    causal_lm._hf_peft_config_loaded = True
+    with warnings.catch_warnings():
+        # Of embeddings and output layer that share a weight, which `_prepare_copies` sees to.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        inject_adapter_in_model(lora, causal_lm, name)
+    for layer in adapted_layers(causal_lm):
+        layer.set_adapter(name)
+
+
+def check_adaptable(causal_lm: Any, targets: Collection[str]) -> None:
+    """Check that peft adapts the linear layers that are named, and that it will when the adapter is loaded.
+
+    In architectures whose experts were linear layers before transformers 5, peft takes `gate_proj` for a name
+    of these, whatever module it is in: it would adapt the fused experts, and not the layer. The kernels of
+    state-space models read the weight of `out_proj` past its adapter.
+    """
+    refused, why = set(), "peft adapts no such layer of state-space models"
+    for name in targets:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), causal_lm, name.rpartition(".")[2])
+        except ValueError:
+            refused.add(name)
+    if not refused:
+        found = LoraConfig(target_modules={*targets, *_FUSED})
+        convert_peft_config_for_transformers(found, causal_lm, None)
+        refused = set(targets) - set(found.target_modules)
+        why = "peft would adapt the experts in place of some layers of this architecture"
+    if refused:
+        kept = ",".join(_last_parts(set(targets) - refused))
+        raise ConfigError(
+            why,
+            where="model.adapter.target_modules",
+            got=", ".join(_last_parts(refused)),
+            expected=f"others, such as {kept}" if kept else "other layers",
+            remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
+        )
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
+    """Return the names of the layers that get `adapter`.
+
+    As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
+
+    Raises:
+        ConfigError: a target names no linear layer of the model's body.
+    """
+    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
+    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
+    saved = find_modules(causal_lm, adapter.modules_to_save or [])
+    layers = [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if module in trained and name not in saved
+    ]
+    if not isinstance(adapter.target_modules, list):
+        return layers
+    targets = adapter.target_modules
+    for target in targets:
+        if not any(_matches(name, target) for name in layers):
+            short = _last_parts(layers)
+            existing = f"{suggestion(target, short)}name existing layers"
+            raise ConfigError(
+                "an adapter's target is not a linear layer of this model",
+                where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
+                got=target,
+                expected=f"all-linear, or a list of {', '.join(short)}",
+                remedy="set model.path to the base that the adapter was trained on"
+                if adapter.continues
+                else f"{existing}; model.adapter.modules_to_save trains embeddings and output layer in full",
+            )
+    return [name for name in layers if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
+    """Return the whole names of the modules that `wanted` names by the last parts of their names.
+
+    Raises:
+        ConfigError: a name is of no module that can be trained in full, or of one of two that share a weight.
+    """
+    if not wanted:
+        return []
+    plain = [name for name, module in causal_lm.named_modules() if _has_plain_weights(module)]
+    for one in wanted:
+        if not any(_matches(name, one) for name in plain):
+            short = _last_parts(plain)
+            raise ConfigError(
+                "a module to train in full is not one of this model",
+                where=_SAVED_KEY,
+                got=one,
+                expected=", ".join(short),
+                remedy=f"{suggestion(one, short)}name modules that have unquantized weights of their own",
+            )
+    found = [name for name in plain if any(_matches(name, one) for one in wanted)]
+    if len(shared := _shared_pair(causal_lm)) == 2 and len(set(found) & set(shared)) == 1:
+        raise ConfigError(
+            "two modules of this model share their weight, and only one of them is to be trained in full",
+            where=_SAVED_KEY,
+            got=", ".join(wanted),
+            expected=" and ".join(shared),
+            remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
+        )
+    return found
+
+
+def _has_plain_weights(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and bool(own) and all(weight.is_floating_point() for weight in own)
+
+
+def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
+    """Return the names of embeddings and output layer if they are one weight in the base, else none."""
+    pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    first, second = (
+        getattr(
+            module.original_module if isinstance(module, ModulesToSaveWrapper) else module, "weight", None
+        )
+        for module in pair
+    )
+    if first is None or first is not second:
+        return ()
+    names = {module: name for name, module in causal_lm.named_modules()}
+    return tuple(names[module] for module in pair)
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
@@ -223,10 +299,7 @@ def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Make `model` compute the log-probs of its start inside the block.
-
-    That is its base, with the adapter that it started from if there was one.
-    """
+    """Make `model` compute its start inside the block: its base, with the adapter that it started from."""
     former = [(layer, layer._active_adapter, layer._disable_adapters) for layer, _ in _switched(model)]
     _activate(model, [_START])
     try:
@@ -254,44 +327,11 @@ def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
     return switched + [(wrapper, list(wrapper.modules_to_save)) for wrapper in _saved_modules(model).values()]
 
 
-def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
-    """Return the names of the layers that get `adapter`.
-
-    As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
-
-    Raises:
-        ConfigError: a target names no linear layer of the model's body.
-    """
-    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
-    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
-    saved = find_modules(causal_lm, adapter.modules_to_save or [])
-    layers = [
-        name
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-        if module in trained and name not in saved
-    ]
-    if not isinstance(adapter.target_modules, list):
-        return layers
-    targets = adapter.target_modules
-    for target in targets:
-        if not any(_matches(name, target) for name in layers):
-            short = sorted({name.rpartition(".")[2] for name in layers})
-            existing = f"{suggestion(target, short)}name existing layers"
-            raise ConfigError(
-                "an adapter's target is not a linear layer of this model",
-                where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
-                got=target,
-                expected=f"all-linear, or a list of {', '.join(short)}",
-                remedy="set model.path to the base that the adapter was trained on"
-                if adapter.continues
-                else f"{existing}; model.adapter.modules_to_save trains embeddings and output layer in full",
-            )
-    return [name for name in layers if any(_matches(name, target) for target in targets)]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Return the modules of which there are copies, by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -301,110 +341,21 @@ def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadat
         del state[name]
 
 
-_SAVED_KEY = "model.adapter.modules_to_save"
-
-
-def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
-    """Add an adapter to a transformers model and make it the one that its low-rank layers train.
-
-    `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
-    """
-    causal_lm._hf_peft_config_loaded = True
-    with warnings.catch_warnings():
-        # Of embeddings and output layer that share a weight, which `prepare_copies` sees to.
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        inject_adapter_in_model(lora, causal_lm, name)
-    for module in causal_lm.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(name)
-
-
-def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """Return the modules of which there are copies, by name."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
-    }
-
-
-def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
-    """Return the whole names of the modules that `wanted` names by the last parts of their names.
-
-    Args:
-        causal_lm: without an adapter, sharded or not; its tensors are not used.
-        wanted: as in `model.adapter.modules_to_save`.
-
-    Raises:
-        ConfigError: a name is of no module that can be trained in full, or of one of two that share a weight.
-    """
-    if not wanted:
-        return []
-    plain = {name: module for name, module in causal_lm.named_modules() if _has_plain_weights(module)}
-    found: set[str] = set()
-    for one in wanted:
-        matching = {name for name in plain if name == one or name.endswith(f".{one}")}
-        if not matching:
-            short = sorted({name.rpartition(".")[2] for name in plain})
-            raise ConfigError(
-                "a module to train in full is not one of this model",
-                where=_SAVED_KEY,
-                got=one,
-                expected=", ".join(short),
-                remedy=f"{suggestion(one, short)}name modules that have unquantized weights of their own",
-            )
-        found |= matching
-    if len(shared := _shared_pair(causal_lm)) == 2 and len(found & set(shared)) == 1:
-        raise ConfigError(
-            "two modules of this model share their weight, and only one of them is to be trained in full",
-            where=_SAVED_KEY,
-            got=", ".join(wanted),
-            expected=" and ".join(shared),
-            remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
-        )
-    return [name for name in plain if name in found]
-
-
-def _has_plain_weights(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    is_leaf = next(module.children(), None) is None
-    return is_leaf and bool(own) and all(weight.is_floating_point() for weight in own)
-
-
-def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
-    """Return the names of embeddings and output layer if they are one weight in the base, else none."""
-    pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    first, second = (getattr(_original(module), "weight", None) for module in pair)
-    if first is None or first is not second:
-        return ()
-    names = {module: name for name, module in causal_lm.named_modules()}
-    return tuple(names[module] for module in pair)
-
-
-def _original(module: Any) -> Any:
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
 @torch.no_grad()
-def _prepare_copies(causal_lm: Any, trained: str, start: str, folder: Path | None) -> None:
-    """Let the trained copies begin as those of the start, and share what the base shares.
-
-    Args:
-        causal_lm: with its adapters, before it is in an engine.
-        trained: name of the trained adapter; only its copies require a gradient.
-        start: name of the frozen adapter that is the policy's start.
-        folder: of that adapter; None: the policy starts as the base.
-    """
+def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
+    """Let the trained copies begin as those of the adapter in `start`, and share what the base shares."""
     wrappers = _saved_modules(causal_lm)
     for wrapper in wrappers.values():
         copies = wrapper.modules_to_save
-        if trained in copies and start in copies:
-            copies[trained].load_state_dict(copies[start].state_dict())
+        if TRAINED in copies and _START in copies:
+            copies[TRAINED].load_state_dict(copies[_START].state_dict())
         for name, module in copies.items():
-            module.requires_grad_(name == trained)
+            module.requires_grad_(name == TRAINED)
     shared = _shared_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
-    if all(trained in copies for copies in pair) and (folder is None or _are_equal(folder, shared)):
+    if all(TRAINED in copies for copies in pair) and (start is None or _are_equal(start, shared)):
         for copies in pair[1:]:
-            copies[trained].weight = pair[0][trained].weight
+            copies[TRAINED].weight = pair[0][TRAINED].weight
 
 
 def _are_equal(folder: Path, modules: tuple[str, ...]) -> bool:

@@ -22,16 +22,9 @@ _KEY = "export.average"
 def write_merged(
     folder: Path, base: Path, adapter: Path, dtype: torch.dtype | None, *, trust_remote_code: bool
 ) -> None:
-    """Write the model in `base` with the LoRA adapter in `adapter` merged into it, and its configuration.
+    """Write the model in `base` with the LoRA adapter in `adapter` merged, by default in its own dtype.
 
     The whole model is in host memory in float32, so that sums are rounded once.
-
-    Args:
-        folder: that exists.
-        base: folder of the model.
-        adapter: folder of the adapter.
-        dtype: of the written parameters; None: that of the base.
-        trust_remote_code: whether code in `base` may run.
     """
     described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -59,10 +52,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:
     """Write the float32 mean of whole models of one kind, with the other files of the first.
 
-    Args:
-        folder: that exists.
-        members: model folders with coefficients whose sum is 1.
-        dtype: of the written weights; None: that of each in the first model.
+    The coefficients of `members` have the sum 1. Without a dtype, weights have that of the first model.
 
     Raises:
         ConfigError: they are no whole models, or not of one kind and of the same sizes.

@@ -35,11 +35,7 @@ _MULTIPLYING = {"hyperclovax"}
 
 
 def logit_change(model_config: Any) -> LogitChange:
-    """Return the change that a model makes to its logits before softmax.
-
-    Args:
-        model_config: a transformers configuration of a text model.
-    """
+    """Return the change that a text model makes to its logits before softmax."""
     divides = model_config.model_type not in _MULTIPLYING
     scale = 1.0
     for name in _FACTORS:
@@ -70,12 +66,7 @@ class LogpHead(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, change: LogitChange = UNCHANGED) -> "LogpHead":
-        """Return a head that shares the parameters of `linear`, sharded or not.
-
-        Args:
-            linear: the output layer.
-            change: what the model does to the layer's logits.
-        """
+        """Return a head that shares the parameters of the output layer `linear`, sharded or not."""
         has_bias = linear.bias is not None
         head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
         head.weight = linear.weight
@@ -178,9 +169,7 @@ class PackedCausalLM(nn.Module):
     def start_as(self, recorded: Arrangement, longest: int) -> None:
         """Arrange the model as its architecture is recorded, as far as it can be packed.
 
-        Args:
-            recorded: for its architecture.
-            longest: tokens of the longest prompt plus response.
+        `longest` is that of prompt plus response, in tokens.
         """
         if self.mixes_lengths(longest):
             recorded = Arrangement.single
@@ -188,12 +177,7 @@ class PackedCausalLM(nn.Module):
             self.arrange(recorded, own_logits=self.own_logits)
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
-        """Compute log-probs in another way from now on.
-
-        Args:
-            arrangement: `packed` only if the model `can_pack`.
-            own_logits: False only if `has_chunked_head`.
-        """
+        """Compute log-probs in another way from now on, packed if it `can_pack`."""
         if arrangement is not self.arrangement:
             self._attend_by(PACKED if arrangement is Arrangement.packed else self._own_attention)
         self.arrangement, self.own_logits = arrangement, own_logits
@@ -205,10 +189,7 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return `objective.token_logps.token_logps` of the targets of `batch`; collective in `sequence`.
 
-        Args:
-            batch: on the device of the model.
-            statistics: of each target, beside its log-prob.
-            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
+        Beside them, `with_routing`, `objective.router.routing_sums` of a mixture of experts.
         """
         if self.arrangement is Arrangement.packed and self.sequence is not None:
             return self._shared(batch, self.sequence, statistics, with_routing)
@@ -351,12 +332,7 @@ class PackedCausalLM(nn.Module):
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Outputs of the model.
-
-    Attributes:
-        predicting: [tokens or targets, width], hidden states or logits.
-        router_logits: of each layer's router, [tokens, experts]; empty if they were not asked for.
-    """
+    """Hidden states or logits [tokens or targets, width], and router logits [tokens, experts]."""
 
     predicting: Tensor
     router_logits: tuple[Tensor, ...]

@@ -13,11 +13,7 @@ _ORIGINAL = "original_inv_freq"
 
 
 def rope_limit(model_config: Any) -> int | None:
-    """Return the longest sequence with the frequencies of short ones, in tokens; None: they are fixed.
-
-    Args:
-        model_config: a transformers configuration of a text model.
-    """
+    """Return the longest sequence with the frequencies of short ones, in tokens; None: they are fixed."""
     if not getattr(model_config, "rope_parameters", None):
         return None
     model_config.standardize_rope_params()  # as the model does; it may replace the original length
@@ -36,17 +32,10 @@ def rope_limit(model_config: Any) -> int | None:
 def forget_lengths(causal_lm: nn.Module) -> None:
     """Make the rotary embeddings of a model those of one that has seen no sequence."""
     for module in causal_lm.modules():
-        for name, original in _originals(module):
+        # Buffers with the frequencies of short sequences may be the same tensors as those in use.
+        for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             prefix = name.removesuffix(_ORIGINAL)
-            if isinstance(getattr(module, f"{prefix}max_seq_len_cached", None), Tensor):  # of a long sequence
+            longest = getattr(module, f"{prefix}max_seq_len_cached", None)
+            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # of a long sequence
                 setattr(module, f"{prefix}inv_freq", original)
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
-def _originals(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the names and values of a module's buffers that keep the frequencies of short sequences.
-
-    They may be the same tensors as the frequencies in use.
-    """
-    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-    return [(name, buffer) for name, buffer in buffers if name.endswith(_ORIGINAL)]

@@ -1,7 +1,6 @@
 """The losses that a mixture of experts defines for its routers."""
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,11 @@ from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, select
 _FUNCTION = "load_balancing_loss_func"
 
 
-@dataclass(frozen=True)
-class Routers:
-    """Facts about the routers of a mixture of experts.
+def own_coefficient(model_config: Any) -> float | None:
+    """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss.
 
-    Attributes:
-        experts: of a layer.
-        top_k: experts of a token.
-        coefficient: of the load-balancing loss, by the model's config.json; None: it has none.
-    """
-
-    experts: int
-    top_k: int
-    coefficient: float | None
-
-
-def routers_of(model_config: Any) -> Routers | None:
-    """Return the routers of a model whose load-balancing loss is that of `objective.router_losses`.
-
-    Whether it is, is computed: on invented logits, the function of the model's module and this package's
-    formula give the same number.
-
-    Args:
-        model_config: a transformers configuration.
-
-    Returns:
-        None if the model has no experts, or defines no such loss.
+    The loss is that of `objective.router`: on invented logits, the function of the model's module and this
+    package's formula give the same number.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if model_class is None or _FUNCTION not in vars(sys.modules[model_class.__module__]):
@@ -48,12 +26,12 @@ def routers_of(model_config: Any) -> Routers | None:
     try:
         with torch.device("meta"):
             facts = vars(model_class(model_config))
-    except Exception:  # a constructor can raise anything; `count_flops` names the fault
+    except Exception:  # a constructor can raise anything; `without_weights` names the fault
         return None
     experts, top_k = facts.get("num_experts"), facts.get("num_experts_per_tok")
     if not experts or not top_k or not _is_same_loss(model_class, experts, top_k):
         return None
-    return Routers(experts, top_k, facts.get("router_aux_loss_coef", facts.get("aux_loss_coef")))
+    return facts.get("router_aux_loss_coef", facts.get("aux_loss_coef")) or 0.0
 
 
 def _is_same_loss(model_class: type, experts: int, top_k: int) -> bool:
@@ -77,8 +55,8 @@ def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | 
     """
     if config is None or not config.is_set:
         return None
-    routers = routers_of(model_config)
-    if routers is None:
+    coefficient = own_coefficient(model_config)
+    if coefficient is None:
         raise ConfigError(
             "this model defines no load-balancing loss of routers",
             where="loss.router",
@@ -87,25 +65,24 @@ def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | 
             remedy="remove loss.router",
         )
     if config.aux_coefficient != OF_MODEL:
-        return RouterLoss(
-            None if config.aux_coefficient is None else float(config.aux_coefficient), config.z_coefficient
-        )
-    if not routers.coefficient:
+        given = None if config.aux_coefficient is None else float(config.aux_coefficient)
+        return RouterLoss(given, config.z_coefficient)
+    if not coefficient:
         raise ConfigError(
             "the model's config.json has no coefficient of the load-balancing loss",
             where="loss.router.aux_coefficient",
-            got=f"{OF_MODEL} for {model_config.model_type} with {routers.coefficient}",
+            got=f"{OF_MODEL} for {model_config.model_type}",
             remedy="set loss.router.aux_coefficient to a number, such as 0.001",
         )
-    return RouterLoss(routers.coefficient, config.z_coefficient)
+    return RouterLoss(coefficient, config.z_coefficient)
 
 
 def router_notes(config: RouterConfig | None, model_config: Any) -> list[str]:
     """Return a line on the losses of the routers of a model that is trained; none without routers."""
-    if config is None or (routers := routers_of(model_config)) is None:
+    if config is None or (coefficient := own_coefficient(model_config)) is None:
         return []
     if (added := router_loss(config, model_config)) is None:
-        own = f" (its own coefficient is {routers.coefficient:g})" if routers.coefficient else ""
+        own = f" (its own coefficient is {coefficient:g})" if coefficient else ""
         return [
             "mixture of experts: trained without the router's load-balancing loss; "
             f"loss.router.aux_coefficient={OF_MODEL} adds it{own}"

@@ -19,78 +19,9 @@ from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
 from dpo_dist.model.lora import TRAINED, adapted_layers, trained_aliases
 
-_NAMES_OF_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
-
-
-def read_description(base: Path) -> dict[str, bytes]:
-    """Return files of a model folder by name, as far as there are such.
-
-    They are config.json, generation_config.json, and those that say how it reads images and sounds.
-    """
-    files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
-    files += sorted(base.glob(_PROCESSORS))
-    return {file.name: read_small(file) for file in files if file.is_file()}
-
-
-def restore_description(
-    folder: Path, files: Mapping[str, bytes], dtype: torch.dtype, changes: Mapping[str, object]
-) -> None:
-    """Give a model folder that transformers wrote the description of its base.
-
-    config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
-    in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
-    text model only, it is the one of transformers with the base's dropout and noise; the files about images
-    are not written.
-
-    Args:
-        folder: with config.json.
-        files: from `read_description` of the base.
-        dtype: of the written weights.
-        changes: further values in config.json.
-    """
-    file = folder / CONFIG_FILE
-    written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
-    # Code of the model's own may give it a type that config.json does not name.
-    if base.get("model_type", written["model_type"]) == written["model_type"]:
-        content = base | {"architectures": written["architectures"]}
-        for name in files.keys() - {CONFIG_FILE, GENERATION_CONFIG_NAME}:
-            (folder / name).write_bytes(files[name])
-    else:
-        content = _with_noise_of(base.get("text_config") or {}, written)
-    write_description(file, content | changes, dtype)
-    if GENERATION_CONFIG_NAME in files:
-        (folder / GENERATION_CONFIG_NAME).write_bytes(files[GENERATION_CONFIG_NAME])
-    else:  # transformers made one of config.json
-        (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
-
-
-def _with_noise_of(base: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `written` with the base's dropout and noise; options that the base lacks keep their defaults."""
-    kind = str(written.get("model_type"))
-    kept = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
-    return kept | {name: base[name] for name in written if name not in kept and name in base}
-
-
-def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write config.json; of the configurations of parts, the ones that name a precision get `dtype`, too."""
-    content.pop("transformers_weights", None)  # names a file of the base
-    name = _NAMES_OF_DTYPES[dtype]
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        if part is content or any(key in part for key in _DTYPE_KEYS):
-            _set_dtype(part, name)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _set_dtype(part: dict[str, Any], name: str) -> None:
-    if all(part.get(key, name) == name for key in _DTYPE_KEYS) and any(key in part for key in _DTYPE_KEYS):
-        return
-    part.pop("torch_dtype", None)
-    part["dtype"] = name
-
-
 _TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -155,37 +86,72 @@ def write_weights(
     description: Mapping[str, bytes] | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> None:
-    """Write the weights of a model in files of at most 5 GB, and its configuration.
-
-    Args:
-        folder: that exists.
-        causal_lm: the transformers model; its tensors are not used.
-        weights: by transformers name; taken out while they are written.
-        description: as in `write_model_folder`.
-        changes: values in config.json that differ from the description.
-    """
+    """Write weights by transformers name in files of at most 5 GB, and config.json with these `changes`."""
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     if description is not None:
         restore_description(folder, description, dtype, changes or {})
 
 
+def read_description(base: Path) -> dict[str, bytes]:
+    """Return config.json, generation_config.json and the processors of images and sounds, by name."""
+    files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
+    files += sorted(base.glob(_PROCESSORS))
+    return {file.name: read_small(file) for file in files if file.is_file()}
+
+
+def restore_description(
+    folder: Path, files: Mapping[str, bytes], dtype: torch.dtype, changes: Mapping[str, object]
+) -> None:
+    """Give a model folder that transformers wrote the description of its base, from `read_description`.
+
+    config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
+    in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
+    text model only, it is the one of transformers with the base's dropout and noise; the files about images
+    are not written.
+    """
+    file = folder / CONFIG_FILE
+    written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
+    kind = written["model_type"]
+    # Code of the model's own may give it a type that config.json does not name.
+    if base.get("model_type", kind) == kind:
+        content = base | {"architectures": written["architectures"]}
+        for name in files.keys() - {CONFIG_FILE, GENERATION_CONFIG_NAME}:
+            (folder / name).write_bytes(files[name])
+    else:  # options that the base lacks keep their defaults
+        text = base.get("text_config") or {}
+        content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
+        content |= {name: text[name] for name in written if name not in content and name in text}
+    write_description(file, content | changes, dtype)
+    if GENERATION_CONFIG_NAME in files:
+        (folder / GENERATION_CONFIG_NAME).write_bytes(files[GENERATION_CONFIG_NAME])
+    else:  # transformers made one of config.json
+        (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+
+
+def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write config.json; of the configurations of parts, the ones that name a precision get `dtype`, too."""
+    content.pop("transformers_weights", None)  # names a file of the base
+    name = str(dtype).removeprefix("torch.")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        named = {key for key in _DTYPE_KEYS if key in part}
+        if (part is content and not named) or any(part[key] != name for key in named):
+            part.pop("torch_dtype", None)
+            part["dtype"] = name
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_tokenizer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes] | None
 ) -> None:
-    """Write the files of a tokenizer from `read_tokenizer`; None: those of `tokenizer`."""
-    if files is None:
-        save_tokenizer(tokenizer, folder)
-    else:
-        write_files(folder, files)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of a tokenizer as transformers does.
+    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes.
 
     Raises:
         OSError: they cannot be written.
     """
+    if files is not None:
+        write_files(folder, files)
+        return
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -201,11 +167,7 @@ def write_card(folder: Path, card: Callable[[], str] | None) -> None:
 
 
 def read_tokenizer(source: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer with its chat template, by name below their folder.
-
-    Args:
-        source: a model folder, or a snapshot of the hub, whose files are links.
-    """
+    """Return the files of a tokenizer with its chat template, by name below the model folder `source`."""
     found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
     return {str(file.relative_to(source)): read_small(file) for file in found}
 
@@ -221,13 +183,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def trained_update(
     causal_lm: Any, weights: Mapping[str, Tensor], below: AdapterWeights | None
 ) -> AdapterWeights:
-    """Return the trained adapter of a model, with the adapter below it.
-
-    Args:
-        causal_lm: with its adapter; its tensors are not used.
-        weights: the trained ones by name in the model.
-        below: as in `write_model_folder`.
-    """
+    """Return the trained adapter of a model from its weights by name, with the adapter below it."""
     aliases = trained_aliases(causal_lm)
     own = {name_in_file(name): weight for name, weight in weights.items() if name not in aliases}
     for alias, name in aliases.items():

@@ -58,15 +58,9 @@ class MaskRule:
         return self.function is causal_mask_function or (self.reach is not None and keys <= self.reach)
 
     def mask(self, queries: int, keys: int, dtype: torch.dtype, sinks: int = 0) -> Tensor:
-        """Return the mask [queries, sinks + keys] of the last tokens, which layers share.
+        """Return the mask [queries, sinks + keys] of the last tokens, 0 where a key is visible, else -inf.
 
-        It is 0 where a key is visible, -inf elsewhere.
-
-        Args:
-            queries: number of tokens, the last of the sequence.
-            keys: length of the sequence.
-            dtype: of the mask.
-            sinks: number of keys before the others that every query sees.
+        Every query sees the sinks. Layers share it.
 
         Raises:
             ConfigError: a query sees a later key.
@@ -111,15 +105,8 @@ def mask_rule(
 ) -> MaskRule | None:
     """Return the rule of a kind of layers; None if its tokens see all earlier tokens.
 
-    Called by transformers in the place of its mask functions (`AttentionMaskInterface`).
-
-    Args:
-        mask_function: over positions.
-        local_size: of a window or a chunk.
-        allow_is_causal_skip: whether the function is transformers' own causal one, with at most a window or
-            chunks.
-        use_vmap: whether the function takes one pair of positions at a time.
-        device: of the model's inputs.
+    Called by transformers in the place of its mask functions (`AttentionMaskInterface`): `local_size` is of a
+    window or a chunk, `allow_is_causal_skip` of transformers' own rules, which have at most one of them.
     """
     if mask_function is causal_mask_function:
         return None

@@ -50,14 +50,12 @@ class TokenExchange(Protocol):
 
 
 def check_heads(heads: Heads, ranks: int) -> None:
-    """Check that the attention heads of a model can be divided among `ranks` ranks.
-
-    Key heads are repeated for ranks that share one.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    possible = [n for n in range(1, heads.query + 1) if _divides(heads, n)]
+    """Check that the attention heads can be divided; key heads are repeated for ranks that share one."""
+    possible = [
+        n
+        for n in range(1, heads.query + 1)
+        if heads.query % n == 0 and (heads.key % n == 0 or n % heads.key == 0)
+    ]
     if ranks not in possible:
         raise ConfigError(
             "the attention heads of this model cannot be divided among so many ranks",
@@ -69,13 +67,7 @@ def check_heads(heads: Heads, ranks: int) -> None:
 
 
 def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigError:
-    """Return the error for a model of which several ranks cannot share the tokens of a micro-batch.
-
-    Args:
-        model_type: of the model.
-        ranks: that would share them.
-        fault: what is not exact in the packed forward; empty: its architecture cannot be packed.
-    """
+    """Return the error for a model whose tokens ranks cannot share, as its packed forward has this fault."""
     why = fault or "which computes each response in a row of its own"
     return ConfigError(
         "sequence parallelism needs packed attention, and this model cannot be packed",
@@ -84,10 +76,6 @@ def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigErro
         expected=f"{KEY}=1, or a model whose layers mix tokens in attention only",
         remedy=f"set {KEY}=1; model.gradient_checkpointing=full saves memory for long sequences",
     )
-
-
-def _divides(heads: Heads, ranks: int) -> bool:
-    return heads.query % ranks == 0 and (heads.key % ranks == 0 or ranks % heads.key == 0)
 
 
 @dataclass(frozen=True)
@@ -112,14 +100,7 @@ class TokenShare:
     def of(
         cls, exchange: TokenExchange, tokens: int, predictors: npt.NDArray[np.int64], device: torch.device
     ) -> "TokenShare":
-        """Return the share of this rank.
-
-        Args:
-            exchange: of the ranks.
-            tokens: of the whole sequence.
-            predictors: int64 [targets], index in the sequence of the token that predicts each target.
-            device: of the result.
-        """
+        """Return this rank's share; `predictors` int64 [targets] are the indices that predict each target."""
         ranks = exchange.ranks
         own = torch.arange(exchange.rank, exchange.rank + -(-tokens // ranks) * ranks, ranks, device=device)
         owners = predictors % ranks
@@ -136,21 +117,13 @@ class TokenShare:
         return cls(exchange, own.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return the values of all targets, in their order and equal on all ranks; collective.
-
-        Args:
-            values: [..., own targets] of this rank.
-        """
+        """Return [..., targets] on all ranks, in their order, of [..., own targets]; collective."""
         padded = torch.nn.functional.pad(values, (0, self._most_targets - values.shape[-1]))
         rows = self.exchange.all_gather(padded.movedim(-1, 0).contiguous())
         return rows.flatten(0, 1).index_select(0, self._gathered).movedim(0, -1)
 
     def own(self, values: Tensor) -> Tensor:
-        """Return the values of this rank's tokens, zero for another copy of the last token.
-
-        Args:
-            values: [tokens] of the whole sequence.
-        """
+        """Return the values of this rank's tokens of [tokens], zero for another copy of the last token."""
         ranks = self.exchange.ranks
         padded = torch.nn.functional.pad(values, (0, len(self.tokens) * ranks - len(values)))
         return padded[self.exchange.rank :: ranks]
@@ -165,14 +138,7 @@ class TokenShare:
 
 @dataclass
 class ExchangedAttention:
-    """Packed attention of a share of the tokens: over the whole sequence, with a share of the heads.
-
-    Attributes:
-        whole: attention of the whole sequence.
-        exchange: of the ranks.
-        tokens: of the whole sequence.
-        layout: of the whole sequence.
-    """
+    """Packed attention of a share of the `tokens` of the whole sequence, with a share of the heads."""
 
     whole: PackedAttention
     exchange: TokenExchange

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, Resume, RunConfig
-from dpo_dist.data.build import check_template_keys
 from dpo_dist.data.counts import DataCounts, check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import check_fits_loss
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
+from dpo_dist.data.template import check_template_keys
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.architectures import check_supported

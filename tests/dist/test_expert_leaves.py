@@ -29,9 +29,8 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, LossScale, PolicyEngine, frozen_config
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.layers import checkpoint_layers, compile_layers, expert_blocks
+from dpo_dist.model.layers import checkpoint_layers, compile_layers, expert_blocks, offload_inputs
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.memory import offload_inputs
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
 from dpo_dist.objective.losses import RunningMeans

@@ -38,6 +38,8 @@ def texts(pair: EncodedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]
     return [tokenizer.decode(ids) for ids in (pair.prompt_ids, *pair.responses)]
 
 
-def flags(pair: EncodedExample) -> tuple[bool, bool, bool]:
+def flags(pair: EncodedExample) -> tuple[bool, ...]:
     """Return whether the prompt was truncated, a response truncated, a response resplit."""
-    return (pair.changes.prompt_truncated, pair.changes.response_truncated, pair.changes.boundary_resplit)
+    return tuple(
+        name in pair.changes for name in ("prompt_truncated", "response_truncated", "boundary_resplit")
+    )

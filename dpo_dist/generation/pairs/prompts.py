@@ -131,7 +131,7 @@ def encode_prompt(
     limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
     for placeholder in _PLACEHOLDERS:
         encoded = encode_pair(replace(record, responses=(placeholder,)), tokenizer, limits)
-        if isinstance(encoded, BadRecord) or not encoded.changes.ended_thought_reopened:
+        if isinstance(encoded, BadRecord) or "ended_thought_reopened" not in encoded.changes:
             break
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 

@@ -370,7 +370,7 @@ def _messages_of(
     text: str, record: PreferenceRecord, prompt: TokenIds, responder: Responder
 ) -> Iterator[str | Message]:
     """Yield the contents, with thoughts in fields, of which the chat template may have written a text."""
-    if not isinstance(record.prompt, tuple):
+    if isinstance(record.prompt, str | Dialogue):
         return
     for fields in ({}, {_FIELD: _THOUGHT}):
         ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)

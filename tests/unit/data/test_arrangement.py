@@ -31,7 +31,3 @@ def test_a_micro_batch_computes_tokens_within_the_budget(
     arrangement: Arrangement, budget: int, batches: list[range]
 ) -> None:
     assert consecutive_batches(LAYOUT, budget, arrangement) == batches
-
-
-def test_no_example_is_in_no_micro_batch() -> None:
-    assert consecutive_batches([], 10, PADDED) == []

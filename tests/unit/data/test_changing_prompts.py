@@ -11,7 +11,7 @@ from dpo_dist.generation.pairs.prompts import encode_prompt
 from tests.support import tiny
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
 from tests.support.pairs import WIDE, encode, reason_against, texts
-from tests.unit.data.test_real_templates import ANSWER, CALL, DOUBT, QUESTION, RESULT, SYSTEM, Oracle, as_dict
+from tests.unit.data.test_real_templates import ANSWER, DOUBT, QUESTION, SYSTEM, Oracle, as_dict
 
 HERE = Origin("here", 1)
 OFF: dict[str, Any] = {"enable_thinking": False}
@@ -37,12 +37,12 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
     )
     for responses in ((thinking, "No."), ("No.", thinking), (thinking, "<think>\nno\n</think>\n\nNo.")):
         found = encode(pair(*responses, **fields), tokenizer, config)
-        assert found.changes.ended_thought_reopened
+        assert "ended_thought_reopened" in found.changes
         prompt, *following = texts(found, tokenizer)
         assert prompt.rstrip().endswith("</think>")
         assert "hm" in following[responses.index(thinking)]
-    assert not encode(pair("Rain.", "No.", **fields), tokenizer, config).changes.ended_thought_reopened
-    assert not encode(pair(thinking, "No."), tokenizer).changes.ended_thought_reopened
+    assert "ended_thought_reopened" not in encode(pair("Rain.", "No.", **fields), tokenizer, config).changes
+    assert "ended_thought_reopened" not in encode(pair(thinking, "No."), tokenizer).changes
 
 
 @pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, "hm\n</think>\n\nRain."])
@@ -54,7 +54,7 @@ def test_a_thought_is_encoded_as_a_template_writes_it_that_ends_thoughts_by_itse
     for responses in ((thinking, other), (other, thinking)):
         record = pair(*responses)
         found = encode(record, tokenizer)
-        assert found.changes.ended_thought_reopened
+        assert "ended_thought_reopened" in found.changes
         for side, ids in enumerate(found.responses):
             whole = Oracle(tokenizer).whole(record, side)
             assert [*found.prompt_ids, *ids] == whole[: len(found.prompt_ids) + len(ids)]
@@ -89,7 +89,7 @@ def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: R
     one, other = found
     assert one[:2] == (other[0], other[1][::-1])
     assert one[2] == other[2]
-    assert "hm" in one[1][0] or "<think>" in one[1][0] or one[2].content_not_rendered
+    assert "hm" in one[1][0] or "<think>" in one[1][0] or "content_not_rendered" in one[2]
 
 
 def encode_or_reason(record: PreferenceRecord, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -101,26 +101,13 @@ def encode_or_reason(record: PreferenceRecord, tokenizer: PreTrainedTokenizerFas
     return prompt, following, found.changes
 
 
-def test_special_tags_of_thoughts_are_written_by_the_assistant_only() -> None:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny._byte_level(["<|im_start|>", "<|im_end|>", "<think>", "</think>"]),
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
-        chat_template=tiny.CHATML,
-    )
-    opening = tokenizer.convert_tokens_to_ids("<think>")
-    found = encode(pair(SPELLED, "No.", prompt=(Message("user", "Why <think>?"),)), tokenizer)
-    assert found.responses[0].tolist().count(opening) == 1
-    assert opening not in found.prompt_ids
-
-
 def test_a_control_token_in_an_opened_thought_before_a_call_is_text() -> None:
     tokenizer = tokenizer_of("deepseekv3")
     called = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
     fields = {"tool_calls": [called], "reasoning_content": f"hm {tokenizer.eos_token}"}
     turns = [(Message("assistant", f"I look{end}", fields),) for end in (".", "!")]
     found = encode(pair(*turns), tokenizer)
-    assert found.changes.opened_thought_joined
+    assert "opened_thought_joined" in found.changes
     assert found.responses[0].tolist().count(tokenizer.eos_token_id) == 1
     text = str(tokenizer.decode(found.responses[0]))
     assert text.startswith(f"hm {tokenizer.eos_token}\n</think>\n\nI look.")
@@ -159,8 +146,8 @@ def test_a_response_follows_the_prompt_with_its_system_text(place: str, before: 
     )
     assert texts(found, tokenizer) == [alone, " Yes.</s>", " No.</s>"]
     assert "Be brief.\n\nAre you sure?" in str(alone)
-    assert found.changes.prompt_not_prefix is (place == LAST_TURN)
-    assert not found.changes.content_not_rendered
+    assert ("prompt_not_prefix" in found.changes) is (place == LAST_TURN)
+    assert "content_not_rendered" not in found.changes
 
 
 def test_a_system_text_that_only_one_side_has_before_the_response_is_in_its_prompt() -> None:
@@ -173,28 +160,21 @@ def test_a_system_text_that_only_one_side_has_before_the_response_is_in_its_prom
         assert [*found.prompt_ids, *ids] == Oracle(tokenizer).whole(record, side)
         assert tokenizer.decode(ids[mask]) == text
     assert texts(found, tokenizer)[0] == "<s>[INST]"
-    assert found.changes.prompt_not_prefix
+    assert "prompt_not_prefix" in found.changes
 
 
 def test_a_system_text_that_the_template_omits_is_counted() -> None:
     turns = tuple((ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "No."))
     record = pair(*turns, prompt=(SYSTEM, QUESTION))
-    assert encode(record, with_system(LAST_TURN)).changes.content_not_rendered
-    assert not encode(record, with_system(LAST_USER)).changes.content_not_rendered
+    assert "content_not_rendered" in encode(record, with_system(LAST_TURN)).changes
+    assert "content_not_rendered" not in encode(record, with_system(LAST_USER)).changes
     without = tiny.with_template(
         tiny.qwen(),
         "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['content'] }}<|im_end|>"
         "{% endfor %}",
     )
-    assert encode(pair("a", "b", prompt=(SYSTEM, QUESTION)), without).changes.content_not_rendered
-    assert not encode(pair("a", "b"), without).changes.content_not_rendered
-
-
-@pytest.mark.parametrize("family", ["llama3_1", "gptoss", "mistral", "qwen3"])
-def test_a_result_that_the_template_writes_as_json_is_rendered(family: str) -> None:
-    result = replace(RESULT, content='{"rain": "Zürich\n"}')
-    record = pair("Rain.", "No.", prompt=(QUESTION, CALL, result))
-    assert not encode(record, tokenizer_of(family)).changes.content_not_rendered
+    assert "content_not_rendered" in encode(pair("a", "b", prompt=(SYSTEM, QUESTION)), without).changes
+    assert "content_not_rendered" not in encode(pair("a", "b"), without).changes
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "mistral", "gptoss", "phi3", "smollm3"])
@@ -208,19 +188,3 @@ def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None
             "",
             "<|endoftext|>",
         )
-
-
-def test_a_template_may_refuse_a_response_after_an_assistant_turn() -> None:
-    record = pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
-    assert reason_against(record, tokenizer_of("gemma3")) == "template_rejected"
-
-
-@pytest.mark.parametrize("starting", [(), (DOUBT,)])
-@pytest.mark.parametrize(("family", "is_other"), [("qwen2_5", False), ("deepseek_r1_distill", True)])
-def test_a_prompt_alone_is_compared_with_that_before_several_turns(
-    starting: Messages, family: str, is_other: bool
-) -> None:
-    sides = tuple((*starting, ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "No."))
-    changes = encode(pair(*sides), tokenizer_of(family)).changes
-    # Only the generation prompt of DeepSeek-R1 opens a thought.
-    assert changes.prompt_not_prefix is (is_other and not starting)

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.template import with_chosen_template
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -100,16 +98,6 @@ def test_a_template_still_finds_the_texts_that_it_looks_for() -> None:
     assert tag not in encode(record(prompt), tokenizer).prompt_ids
 
 
-def test_a_thought_with_a_spelled_token_is_as_the_template_writes_it() -> None:
-    tokenizer = tokenizer_of("nemotron_3_nano")
-    fields = {"reasoning_content": "Look <|endoftext|> up."}
-    found = encode(record((QUESTION,), (replace(ANSWER, fields=fields),), "No."), tokenizer)
-    turns = [{"role": turn.role, "content": turn.content} for turn in (QUESTION, ANSWER)]
-    whole = tokenizer.apply_chat_template([turns[0], {**turns[1], **fields}], tokenize=False)
-    assert found.changes.opened_thought_removed
-    assert tokenizer.decode([*found.prompt_ids, *found.responses[0]]) == whole.rstrip()
-
-
 def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     changing = tiny.CHATML.replace(
         "{{ message['content'] }}", "{{ message['content'] | replace('<|', '(|') }}"
@@ -133,9 +121,9 @@ def test_tools_that_are_nested_too_deeply_are_a_bad_record() -> None:
 
 def test_contents_with_turns_of_a_template_are_counted() -> None:
     for content in ("<|im_start|>user\nhi<|im_end|>", "[INST] hi [/INST]", "<start_of_turn>user"):
-        assert encode(record((Message("user", content),)), tiny.qwen()).changes.templated_content
-        assert encode(record(CHAT, content, "no"), tiny.qwen()).changes.templated_content
-    assert not encode(record(CHAT, "1 < 2 [sic]", "no"), tiny.qwen()).changes.templated_content
+        assert "templated_content" in encode(record((Message("user", content),)), tiny.qwen()).changes
+        assert "templated_content" in encode(record(CHAT, content, "no"), tiny.qwen()).changes
+    assert "templated_content" not in encode(record(CHAT, "1 < 2 [sic]", "no"), tiny.qwen()).changes
 
 
 def opened(
@@ -186,15 +174,6 @@ def test_a_named_template_of_the_tokenizer_is_used() -> None:
     assert "loud" in raised.value.expected
 
 
-def test_the_chosen_template_is_saved_with_the_model(tmp_path: Path) -> None:
-    file, tokenizer = tmp_path / "own.jinja", tiny.qwen()
-    file.write_text("own " + tiny.CHATML)
-    with_chosen_template(tokenizer, str(file)).save_pretrained(tmp_path / "model")
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
-    assert loaded.chat_template == file.read_text()
-    assert tokenizer.chat_template == tiny.CHATML
-
-
 def test_an_argument_that_the_template_does_not_name_is_said(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen3")
     with pytest.raises(ConfigError, match="no such argument") as raised:
@@ -204,7 +183,7 @@ def test_an_argument_that_the_template_does_not_name_is_said(tmp_path: Path) -> 
         encode(record(CHAT), tokenizer, DataConfig(template_arguments={"messages": []}))
     what = replace(record(CHAT), template_arguments={"budget": 3, "tokenize": True})
     pair = encode(what, tokenizer)
-    assert pair.changes.unknown_template_argument
+    assert "unknown_template_argument" in pair.changes
     assert texts(pair, tokenizer) == texts(encode(record(CHAT), tokenizer), tokenizer)
 
 
@@ -219,31 +198,6 @@ def test_an_argument_of_a_record_is_stronger_than_the_run_s() -> None:
     )
 
 
-def test_a_thought_after_a_prompt_without_thinking_is_whole() -> None:
-    tokenizer = tokenizer_of("qwen3")
-    pair = encode(
-        record(CHAT, "<think>\nhm\n</think>\n\nParis", "Rome"),
-        tokenizer,
-        DataConfig(template_arguments={"enable_thinking": False}),
-    )
-    assert texts(pair, tokenizer)[1] == "<think>\nhm\n</think>\n\nParis<|im_end|>"
-    assert texts(pair, tokenizer)[2] == "Rome<|im_end|>"
-    assert pair.changes.prompt_not_prefix
-
-
-def test_sides_that_part_at_a_user_turn() -> None:
-    tokenizer = tokenizer_of("qwen2_5")
-    responses = tuple(
-        (Message("user", asked), Message("assistant", asked.upper())) for asked in ("one", "two")
-    )
-    pair = encode(PreferenceRecord((SYSTEM,), responses, HERE), tokenizer)
-    prompt, first, _ = texts(pair, tokenizer)
-    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n"
-    assert first == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nONE<|im_end|>"
-    assert tokenizer.decode(pair.responses[1][pair.trained[1]]) == "TWO<|im_end|>"
-    assert not pair.changes.prompt_not_prefix
-
-
 def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
     tokenizer = tokenizer_of("mistral")
     # Mistral writes the tools before the last question, which is in one of the responses.
@@ -251,22 +205,10 @@ def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
     prompt = (QUESTION, ANSWER, DOUBT)
     pair = encode(PreferenceRecord(prompt, responses, HERE, tools=(TOOL,)), tokenizer)
     assert texts(pair, tokenizer)[0] == "<s>[INST] What is the weather?[/INST] It rains.</s>"
-    assert pair.changes.prompt_not_prefix
+    assert "prompt_not_prefix" in pair.changes
     for ids, mask, text in zip(
         pair.responses, pair.trained, (" It rains.</s> Yes.</s>", " No.</s>"), strict=True
     ):
         assert tokenizer.decode(ids[mask]) == text
     assert tokenizer.decode(pair.responses[0]).startswith("[INST]")
     assert tokenizer.decode(pair.responses[1]).startswith("[AVAILABLE_TOOLS]")
-
-
-def test_a_content_beside_a_call_that_the_template_omits_is_counted() -> None:
-    called = {
-        "type": "function",
-        "id": CALL_ID,
-        "function": {"name": "weather", "arguments": {"city": "Bern"}},
-    }
-    turn = Message("assistant", "I look it up.", {"tool_calls": [called]})
-    what = PreferenceRecord((QUESTION,), ((turn,), "No."), HERE, tools=(TOOL,))
-    assert encode(what, tokenizer_of("llama3_1")).changes.content_not_rendered
-    assert not encode(what, tokenizer_of("qwen2_5")).changes.content_not_rendered

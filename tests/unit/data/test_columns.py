@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import load_run_config
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.data.sources import check_source
@@ -55,15 +55,6 @@ def good(folder: Path, record: Any, columns: Any, **options: Any) -> PreferenceR
 def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, columns: Any) -> None:
     found = good(tmp_path, record, columns)
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
-
-
-def test_scores_in_metadata_are_read_beside_other_columns_of_it(tmp_path: Path) -> None:
-    inner = {"q": "q", "good": "yes", "bad": "no", "score_chosen": 3, "score_rejected": 1}
-    columns = {"prompt": "metadata.q", "chosen": "metadata.good", "rejected": "metadata.bad"}
-    assert good(tmp_path, {"metadata": inner}, columns).scores == (3.0, 1.0)
-    assert good(tmp_path, {"metadata": inner}, columns | {"metadata": None}).scores is None
-    other = columns | {"score_chosen": "metadata.score_rejected", "score_rejected": "metadata.score_chosen"}
-    assert good(tmp_path, {"metadata": inner}, other).scores == (1.0, 3.0)
 
 
 def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
@@ -124,14 +115,6 @@ def test_a_missing_column_is_found_before_a_large_file_is_read(tmp_path: Path) -
         check_source(SourceConfig(path=path, columns=COLUMNS | {"prompt": "tasks"}))
 
 
-def test_a_column_may_be_missing_in_some_records(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, TEXT | {"defs": [{"name": "f"}]}, TEXT)
-    first, second = read_records(SourceConfig(path=path, columns={"tools": "defs"}))
-    assert isinstance(first, PreferenceRecord)
-    assert isinstance(second, PreferenceRecord)
-    assert (len(first.tools), second.tools) == (1, ())
-
-
 def test_a_record_that_is_no_object_is_bad(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"inner": TEXT}, {"inner": "text"}, {"other": 1})
     outcomes = list(read_records(SourceConfig(path=path, columns={"record": "inner"})))
@@ -153,17 +136,6 @@ def test_tags_name_the_fields_and_roles_of_turns(tmp_path: Path) -> None:
     assert wrong.reason == "roles_out_of_turn"
 
 
-def test_with_tags_a_response_may_be_json_and_a_role_anything(tmp_path: Path) -> None:
-    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "assistant_tag": "clerk"}
-    record = {"conversations": [{"who": "customer", "says": "q"}], "chosen": '["a"]', "rejected": '{"b": 1}'}
-    assert good(tmp_path, record, None, tags=tags).responses == ('["a"]', '{"b": 1}')
-    spelled = record | {"chosen": '{"who": "clerk", "says": "yes"}'}
-    assert good(tmp_path, spelled, None, tags=tags).responses == ("yes", '{"b": 1}')
-    wrong = read(tmp_path, record | {"conversations": [{"who": ["x"], "says": "q"}]}, None, tags=tags)
-    assert isinstance(wrong, BadRecord)
-    assert wrong.reason == "roles_out_of_turn"
-
-
 def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tags have no effect"):
         read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
@@ -178,11 +150,3 @@ def test_names_that_are_not_english_are_quoted_as_on_the_page(tmp_path: Path) ->
     assert good(tmp_path, record, columns).responses == ("yes", "no")
     with pytest.raises(ConfigError, match="needs quotes"):
         load_run_config(["model.path=m", override.replace('"', "")])
-
-
-def test_columns_are_written_on_the_command_line() -> None:
-    source = "{path: a.jsonl, columns: {prompt: question, chosen: answers.good, images: null, *: null}}"
-    config = load_run_config(["model.path=m", f"data.train=[{source}]"])
-    columns = {"prompt": "question", "chosen": "answers.good", "images": None, "*": None}
-    assert config.data.train[0].columns == columns
-    assert from_yaml(to_yaml(config)) == config

@@ -1,7 +1,6 @@
 """Counts of records by source and by field, errors with their remedies, duplicates."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from dpo_dist.data.dataset import (
     count_duplicates,
     count_shared,
     open_dataset,
-    remembered_count,
 )
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
@@ -53,12 +51,6 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
     plain = lines[-1]
     assert "40 of 40 records are plain text" in plain
     assert "data.text_as_messages=true" in plain
-
-
-def test_templated_records_are_not_counted_as_plain(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    lines = describe_counts("train", opened(tmp_path, path, text_as_messages=True).counts)
-    assert lines[1:] == [f"  {path}: 40 records: text, by the chat template"]
 
 
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
@@ -140,18 +132,6 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     assert count_duplicates(twice) == 7
     held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
-
-
-def test_duplicates_are_counted_at_the_first_start_only(tmp_path: Path) -> None:
-    twice = opened(tmp_path, file_of(tmp_path, "twice", *GOOD, *GOOD[:2]))
-    other = opened(tmp_path, file_of(tmp_path, "other", *GOOD[:3], GOOD[0]))
-    cache = tmp_path / "cache"
-    assert remembered_count(count_duplicates, cache, twice) == 2
-    unread = replace(twice, keys=np.empty((0, 2), dtype=np.uint64))
-    assert remembered_count(count_duplicates, cache, unread) == 2
-    assert remembered_count(count_duplicates, cache, other) == 1
-    assert remembered_count(count_shared, cache, other, twice) == 4
-    assert remembered_count(count_shared, cache, twice, other) == 5
 
 
 @pytest.mark.parametrize(

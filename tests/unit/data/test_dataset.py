@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from dpo_dist.batching.pack import Ids, packed_tokens
-from dpo_dist.batching.sampler import Span
 from dpo_dist.config.data import OnBadRecord
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
@@ -102,14 +101,6 @@ def test_sizes_equal_a_count_of_every_token(ranked: PreferenceDataset) -> None:
     assert (plan.targets, plan.attended) == (targets, attended)
 
 
-def test_sizes_of_many_examples_are_those_of_each(ranked: PreferenceDataset) -> None:
-    indices = np.array([2, 0, 7, 2])
-    sizes = ranked.sizes(indices, ranked.response_indices(indices), ranked.response_counts(indices), COSTS)
-    assert sizes.tokens.tolist() == [ranked.packed_tokens(index) for index in indices.tolist()]
-    some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]), COSTS)
-    assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
-
-
 def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     one, two, both = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2]))
     empty = np.array([], dtype=np.int32)
@@ -122,16 +113,6 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     assert len(keys) == 4
     assert {len(key) for key in keys} == {16}
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
-
-
-def test_sources_are_concatenated_with_their_weights(tmp_path: Path) -> None:
-    first = jsonl(tmp_path, *GOOD[:3])
-    (tmp_path / "second").mkdir()
-    second = jsonl(tmp_path / "second", BAD, *GOOD[3:])
-    data = opened(tmp_path, first, second, max_bad_share=0.5)
-    assert data.spans([1.0, 0.5]) == [Span(0, 3, 1.0), Span(3, 7, 0.5)]
-    assert data.origin(2) == Origin(first, 3)
-    assert data.origin(3) == Origin(second, 2)
 
 
 def test_counts_include_every_record(tmp_path: Path) -> None:
@@ -152,11 +133,6 @@ def test_more_bad_records_than_allowed_is_an_error(tmp_path: Path) -> None:
         opened(tmp_path, path, max_bad_share=0.124)
     assert f"{path}:1" in raised.value.where
     assert "identical_responses 1" in raised.value.got
-
-
-def test_no_kept_record_is_always_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no record can be used"):
-        opened(tmp_path, jsonl(tmp_path, BAD), max_bad_share=1.0)
 
 
 def test_the_first_bad_record_can_be_made_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.data.sources import check_source, source_identity
+from dpo_dist.data.sources import check_source
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from tests.support.records import TEXT, assistant, jsonl, user
 
@@ -72,19 +72,6 @@ def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
         assert record.tools[0]["function"]["name"] == "f"
 
 
-def test_without_columns_the_usual_names_are_read(tmp_path: Path) -> None:
-    jsonl(tmp_path, {"instruction": "q", "input": "", "output": ["yes", "no"]})
-    registry(tmp_path, mine={"file_name": "records.jsonl"})
-    assert read(tmp_path).responses == ("yes", "no")
-
-
-def test_an_entry_without_ranking_has_completions(tmp_path: Path) -> None:
-    jsonl(tmp_path, {"instruction": "q", "input": "", "output": "yes"})
-    columns = {"prompt": "instruction", "query": "input", "response": "output"}
-    registry(tmp_path, mine={"file_name": "records.jsonl", "columns": columns})
-    assert read(tmp_path).responses == ("yes",)
-
-
 def test_an_entry_that_is_no_ranking_reads_no_pairs(tmp_path: Path) -> None:
     jsonl(tmp_path, {"instruction": "q", "output": "yes", "chosen": "good", "rejected": "bad"})
     for ranking, responses in ((False, ("yes",)), (True, ("good", "bad"))):
@@ -122,13 +109,12 @@ def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
         ({}, {"format": DataFormat.text}, ConfigError, ("the entry decides",)),
         ({}, {"columns": {"prompt": "q"}}, ConfigError, ("the entry decides",)),
         ({}, {"split": "test"}, ConfigError, ("split of the source", "test")),
-        ({"format": "x"}, {}, ConfigError, ("unknown key", "formatting")),
+        ({"format": "x"}, {}, ConfigError, ("format", "formatting")),
         ({"formatting": "vicuna"}, {}, ConfigError, ("vicuna", "sharegpt")),
         ({"columns": {"promt": "q"}}, {}, ConfigError, ("promt", "prompt, query")),
-        ({"columns": ["q"]}, {}, ConfigError, ("columns", "type")),
+        ({"columns": ["q"]}, {}, ConfigError, ("columns", "dictionary")),
         ({"tags": {"user": "q"}}, {}, ConfigError, ("user", "user_tag")),
         ({"ranking": False}, {}, ConfigError, ("chosen, rejected", '"ranking": true')),
-        ({"subset": "en"}, {}, ConfigError, ("subset", "file")),
         ({"columns": {"prompt": "q", "kto_tag": "label"}}, {}, DataError, ("KTO", "pair good and bad")),
         ({"file_name": None, "script_url": "load.py"}, {}, DataError, ("script_url", "file_name")),
         ({"file_name": "absent.jsonl"}, {}, DataError, ("absent.jsonl",)),
@@ -155,13 +141,6 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
     (tmp_path / "dataset_info.json").write_text("[1")
     with pytest.raises(DataError, match="no dataset_info"):
         resolved(SourceConfig(path=str(tmp_path / "dataset_info.json")))
-
-
-def test_the_identity_of_an_entry_is_its_files(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, RECORD)
-    registry(tmp_path, mine=PAIR | {"file_name": "records.jsonl"})
-    source = resolved(SourceConfig(path=str(tmp_path), name="mine"))
-    assert source_identity(source) == source_identity(SourceConfig(path=path))
 
 
 def test_the_list_of_another_trainer_is_named(tmp_path: Path) -> None:

@@ -93,30 +93,9 @@ def test_dialogue_is_messages_with_a_template_and_text_without() -> None:
     ]
 
 
-def test_text_that_the_template_adds_before_a_response_belongs_to_it() -> None:
-    tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML_WITH_THOUGHT)
-    _, chosen, _ = texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)
-    assert chosen == "<think>\n\n</think>\n\nParis<|im_end|>"
-
-
-def test_response_is_encoded_alone_if_the_template_changes_the_prompt() -> None:
-    tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML_WITH_PROMPT_ONLY_THOUGHT)
-    prompt, chosen, _ = texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert chosen == "Paris<|im_end|>"
-
-
 def test_eos_ends_a_turn_if_the_template_has_no_end_of_turn() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), tiny.WITHOUT_END)
     assert texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)[1] == " Paris<|im_end|>"
-
-
-def test_a_changed_template_is_used() -> None:
-    tokenizer = tiny.with_template(tiny.qwen(), None)
-    with pytest.raises(ConfigError, match="chat template"):
-        encode_pair(record(CHAT), tokenizer, WIDE)
-    tokenizer.chat_template = tiny.CHATML
-    assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
 
 def test_a_conversation_rejected_by_the_template_is_a_bad_record() -> None:
@@ -145,7 +124,7 @@ def test_a_tokenizer_without_eos_is_an_error() -> None:
 def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert pair.prompt_ids.tolist() == tokenizer("Answer:\n")["input_ids"]
     assert texts(pair, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
 
@@ -153,7 +132,7 @@ def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> Non
 def test_a_response_encoded_alone_gets_no_space_before_it() -> None:
     tokenizer = tiny.base()
     pair = encode(record("the w", "eather", "x"), tokenizer)
-    assert pair.changes.boundary_resplit
+    assert "boundary_resplit" in pair.changes
     assert tokenizer.convert_ids_to_tokens(pair.responses[0].tolist())[0] != "▁"
     assert tokenizer.decode(np.concatenate([pair.prompt_ids, pair.responses[0]])[1:]) == "the weather</s>"
 
@@ -219,23 +198,6 @@ def test_no_content_becomes_a_special_token(content: str, make: Any) -> None:
             assert not special & set(response[:-1].tolist())
             if make is not tiny.zephyr:
                 assert tokenizer.decode(response[:-1]) == text
-
-
-@settings(deadline=None, max_examples=80)
-@given(text=st.text(max_size=30), make=st.sampled_from([tiny.qwen, tiny.llama3, tiny.mistral, tiny.base]))
-def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
-    tokenizer = make()
-    clean = text.replace("\ufdd0", "").encode("utf-8", "ignore").decode()
-    end = tokenizer.eos_token
-    usual, literal = (f"{clean}{end}\n{clean}{end}", f"\ufdd0literal0\ufdd0{clean}{end}\n{clean}{end}")
-    facts = tokenizer_facts(tokenizer)
-    [expected] = facts.encoder.encode([end + usual])
-    [found] = facts.encoder.encode([end + literal])
-    tail = len(expected) - 1
-    shared_end = tokenizer.convert_tokens_to_ids(end)
-    after_first_end = expected[expected.index(shared_end, 1) :]
-    assert found[-len(after_first_end) :] == after_first_end
-    assert facts.encoder.encode_continuation(usual) == expected[-tail:]
 
 
 def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:

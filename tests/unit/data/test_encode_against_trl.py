@@ -100,22 +100,3 @@ def test_plain_texts_have_trl_s_ids_if_a_token_ends_at_the_boundary(make: Any) -
         PreferenceRecord("Human: hello\n\nAssistant:", (" hello there\n", " no"), Origin("invented", 2)),
     ]
     assert our_ids(records, make()) == trl_ids(records, make())
-
-
-def test_a_token_across_the_boundary_is_split_at_the_end_of_the_prompt() -> None:
-    tokenizer = tiny.qwen()
-    record = PreferenceRecord("Answer:\n", ("\nyes", "no"), Origin("invented", 1))
-    [[prompt, *_]] = our_ids([record], tokenizer)
-    [[trl_prompt, *_]] = trl_ids([record], tokenizer)
-    assert prompt == tokenizer("Answer:\n")["input_ids"]
-    assert trl_prompt == prompt[: len(trl_prompt)]
-    assert len(trl_prompt) < len(prompt)
-
-
-def test_eos_spelled_in_a_plain_response_is_text() -> None:
-    tokenizer = tiny.base()
-    record = PreferenceRecord("hello", (" there</s>", " no"), Origin("invented", 1))
-    [[_, chosen, _]] = our_ids([record], tokenizer)
-    [[_, trl_chosen, _]] = trl_ids([record], tokenizer)
-    assert chosen[-1] == trl_chosen[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(chosen[:-1]) == tokenizer.decode(trl_chosen[:-1]) + "</s>"

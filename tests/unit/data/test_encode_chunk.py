@@ -44,12 +44,6 @@ def scores_of(dataset: PreferenceDataset) -> list[list[float]]:
     return [dataset.scores[list(dataset.response_range(index))].tolist() for index in range(len(dataset))]
 
 
-@pytest.mark.parametrize("ranked", Ranked)
-def test_one_or_two_responses_are_one_example(ranked: Ranked) -> None:
-    assert training_examples(ranking(None, 1), ranked) == ([(0,)], 0)
-    assert training_examples(ranking([3, 3]), ranked) == ([(0, 1)], 0)
-
-
 def test_ties_are_no_preferences() -> None:
     record = ranking([4, 4, 2, 1, 1, 1])
     assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
@@ -140,28 +134,6 @@ def test_a_micro_batch_has_the_score_gaps_of_its_examples(tmp_path: Path) -> Non
         assert packed.score_gaps.tolist() == [9.0 - index for index in indices]
 
 
-def test_examples_of_one_ranking_share_its_origin_and_keys(tmp_path: Path) -> None:
-    """The reference scores no response twice, even if the prompt is cut for the longest response."""
-    record = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
-    bad = {"prompt": "q", "responses": ["only one"]}
-    limits = {"max_length": 60, "truncation": Truncation.keep_end}
-    data = encoded(tmp_path, bad, record, ranked=Ranked.all_pairs, **limits)
-    assert [data.origin(index).line for index in range(len(data))] == [2, 2, 2]
-    assert len(data.keys) == 6
-    assert len({key.tobytes() for key in data.keys}) == 3
-    assert data.spans([1.0])[0].stop == 3
-
-
-@pytest.mark.parametrize("ranked", Ranked)
-def test_limits_apply_to_every_response(tmp_path: Path, ranked: Ranked) -> None:
-    record = {"prompt": "q", "responses": ["short", "long " * 50 + "end", "other " * 50]}
-    cut = encoded(tmp_path, record, ranked=ranked, max_length=30)
-    for index in range(len(cut)):
-        prompt, *responses = cut.lengths(index)
-        assert prompt + max(responses) <= 30
-    assert cut.counts["response_truncated"] == 1
-
-
 def test_unused_responses_do_not_count_for_limits(tmp_path: Path) -> None:
     record = {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}
     data = encoded(
@@ -170,19 +142,6 @@ def test_unused_responses_do_not_count_for_limits(tmp_path: Path) -> None:
     assert words(data, 0) == ["short", "brief"]
     dropped = encoded(tmp_path, record, TEXT, max_length=30, truncation=Truncation.drop)
     assert dropped.counts["dropped"] == {"too_long": 1}
-
-
-@pytest.mark.parametrize("ranked", [Ranked.whole, Ranked.all_pairs])
-def test_responses_truncated_to_the_same_ids_drop_the_record(tmp_path: Path, ranked: Ranked) -> None:
-    record = {"prompt": "q", "responses": ["best", "same " * 50 + "x", "same " * 50 + "y"]}
-    data = encoded(tmp_path, record, TEXT, max_length=30, ranked=ranked)
-    assert data.counts["dropped"] == {"identical_after_truncation": 1}
-    assert len(data) == data.counts["pairs"] == 1
-
-
-def test_another_use_of_rankings_has_another_fingerprint(tmp_path: Path) -> None:
-    digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
-    assert len(digests) == len(Ranked)
 
 
 def test_real_rankings_are_split_into_their_pairs(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from datasets import Dataset, DatasetDict
 from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
+from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.data.store import SourceWriter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import temporary_name
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import jsonl
@@ -123,22 +122,6 @@ def test_columns_and_tags_change_the_fingerprint_and_the_file_of_an_entry_does_n
     assert prepare(tmp_path, here) == prepare(tmp_path, there)
 
 
-def test_records_have_the_origin_of_the_configured_path(tmp_path: Path) -> None:
-    below = tmp_path / "a"
-    below.mkdir()
-    path = jsonl(below, *GOOD)
-    for source in (f"{tmp_path}/*/*.jsonl", f"{below}/*.jsonl", str(below), path):
-        assert str(opened(tmp_path, source).origin(0)) == f"{path}:1"
-
-
-def test_changed_content_and_limit_change_the_fingerprint(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    before, limited = opened(tmp_path, path), opened(tmp_path, SourceConfig(path, limit=2))
-    assert len(limited) == 2
-    jsonl(tmp_path, *GOOD[:-1], {**GOOD[-1], "chosen": "right 8"})
-    assert len({data.fingerprint for data in (before, limited, opened(tmp_path, path))}) == 3
-
-
 def truncate(folder: Path) -> None:
     content = (folder / "ids.bin").read_bytes()
     (folder / "ids.bin").write_bytes(content[:-4])
@@ -170,12 +153,6 @@ def change_a_key(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[::-1])
 
 
-def change_the_manifest(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["content"] = manifest["content"].replace('"records": 7', '"records": 6')
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 DAMAGES = [
     truncate,
     lose_an_array,
@@ -183,7 +160,6 @@ DAMAGES = [
     break_the_manifest,
     flip_a_bit,
     change_a_key,
-    change_the_manifest,
 ]
 
 
@@ -306,23 +282,6 @@ def test_examples_of_several_sources_are_those_of_one(tmp_path: Path) -> None:
     assert lines == {(file, line) for file in files for line in range(1, 5)}
 
 
-def test_examples_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
-    row = {"prompt": "a question", "responses": ["first", "second one", "a third one"]}
-    path = jsonl(tmp_path, row, row)
-    shared, alone = (opened(tmp_path, path, ranked=ranked) for ranked in (Ranked.all_pairs, Ranked.whole))
-    assert len(shared) == 3 * len(alone) == 6
-    assert np.array_equal(shared.ids, alone.ids)
-
-
-def test_too_many_dropped_records_of_one_source_are_an_error(tmp_path: Path) -> None:
-    good, bad = folders(tmp_path, 2)
-    whole = jsonl(good, *GOOD * 20)
-    with pytest.raises(DataError, match="no record can be used"):
-        opened(tmp_path, whole, jsonl(bad, BAD))
-    with pytest.raises(DataError, match="1 of 2 records"):
-        opened(tmp_path, whole, jsonl(bad, BAD, GOOD[0]))
-
-
 @pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
 def test_files_replaced_while_they_are_read_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: bool
@@ -349,11 +308,11 @@ def test_files_replaced_while_they_are_read_are_an_error(
 
 def test_a_full_disk_is_an_error_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OnFullDisk(SourceWriter):
-        def __init__(self, folder: Path, path: str):
+        def __init__(self, folder: Path, *rest: Any):
             (folder / "ids.bin").symlink_to("/dev/full")
-            super().__init__(folder, path)
+            super().__init__(folder, *rest)
 
-    monkeypatch.setattr(build_dataset_module, "SourceWriter", OnFullDisk)
+    monkeypatch.setattr(store_module, "SourceWriter", OnFullDisk)
     with pytest.raises(ConfigError, match="the encoded data cannot be written") as caught:
         prepare(tmp_path, jsonl(tmp_path, *GOOD))
     assert caught.value.where == "data.cache"
@@ -375,24 +334,6 @@ def test_a_renamed_folder_is_not_used(tmp_path: Path) -> None:
     assert len(opened(tmp_path, one)) == 3
 
 
-def test_the_folder_of_a_killed_encoder_is_removed_and_of_a_running_one_kept(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    folder = prepare(tmp_path, path)
-    living = temporary_name(folder)
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
-    foreign = living.with_name(f"{folder.name}.tmp-{'0' * 8}-1-1-{'0' * 12}")
-    old = living.with_name(f"{folder.name}.tmp-{'1' * 12}")
-    for one in (living, dead, foreign, old):
-        one.mkdir()
-        (one / "ids.bin").write_bytes(b"")
-    for one in (old / "ids.bin", old):
-        os.utime(one, (0, 0))
-    assert prepare(tmp_path, path) == folder
-    assert encoded_folders(tmp_path) == sorted(one.name for one in (folder, living, foreign))
-
-
 def test_progress_has_each_source_with_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that is encoded already shows none; with a limit the share is that of the limit."""
     monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
@@ -411,25 +352,6 @@ def test_progress_has_each_source_with_its_share(tmp_path: Path, monkeypatch: py
     assert [records for records, _ in seen[one]] == [2, 1]
     assert seen[one][-1][1] == 1.0
     assert seen[other] == [(2, 1.0)]
-
-
-def test_a_chunk_of_long_records_has_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    whole = prepare(tmp_path, path)
-    monkeypatch.setattr(build_dataset_module, "_CHUNK_CHARACTERS", 50)
-    sizes = []
-    in_order = build_dataset_module.in_order
-
-    def spy(chunks: Any, *rest: Any) -> Any:
-        chunks = list(chunks)
-        sizes.extend(map(len, chunks))
-        return in_order(chunks, *rest)
-
-    monkeypatch.setattr(build_dataset_module, "in_order", spy)
-    again = prepare(tmp_path / "other", path)
-    assert (sum(sizes), max(sizes)) == (len(GOOD), 2)
-    for file in whole.glob("*.bin"):
-        assert (again / file.name).read_bytes() == file.read_bytes()
 
 
 def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Encoding only the last words of a prompt with each response changes no id."""
 
 import copy
-import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,14 +9,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data import DataConfig
-from dpo_dist.data.encode import encode_chunk
-from dpo_dist.data.escape import EscapedEncoder, has_local_tokens, last_words, token_ids
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.store import EncodedChunk
+from dpo_dist.data.escape import has_local_tokens, last_words, token_ids
 from dpo_dist.data.tokenizer import TokenizerFacts
 from tests.support import tiny
-from tests.support.shared_data import shared_data_dir
 
 # Published patterns of splitting: GPT-4o's, DeepSeek's, Tekken's.
 O200K = (
@@ -79,29 +73,6 @@ def test_the_last_words_give_the_ids_of_the_whole_text(tokenizer: PreTrainedToke
         assert fast.encode_after(prompt, [one, other]) == whole.encode_after(prompt, [one, other])
         shortened += last_words(prompt) > 0
     assert shortened > 50
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [tiny.qwen(), tiny.llama3(), tiny.mistral()], ids=["qwen", "llama3", "mistral"]
-)
-@pytest.mark.parametrize("name", ["hh_rlhf_sample.jsonl", "ultrafeedback_plain_scored.jsonl"])
-def test_the_ids_of_real_data_do_not_change(
-    name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shared_data_dir()
-    if folder is None:
-        pytest.skip("no shared data")
-    records = list(itertools.islice(read_records(str(folder / name)), 300))
-
-    def encoded() -> EncodedChunk:
-        return encode_chunk(records, DataConfig(max_length=10**6), copy.deepcopy(tokenizer))
-
-    fast = encoded()
-    monkeypatch.setattr(EscapedEncoder, "_has_local_tokens", False)
-    slow = encoded()
-    for column in ("ids", "piece_tokens"):
-        assert fast.arrays[column].tolist() == slow.arrays[column].tolist()
-    assert fast.outcomes == slow.outcomes
 
 
 def test_a_tokenizer_whose_words_depend_on_text_before_is_encoded_as_a_whole() -> None:

@@ -113,20 +113,6 @@ def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "It rains.<|im_end|>"
 
 
-def test_thoughts_that_headers_open_are_thoughts() -> None:
-    fields = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
-    turns = (
-        Message("assistant", "Well.", {"reasoning_content": "First.", **fields}),
-        Message("tool", "rain"),
-        replace(ANSWER, fields={"reasoning_content": "Second."}),
-    )
-    text = counted(turns, "qwen3_6", untrained=["thoughts"])
-    assert text.startswith("Well.")
-    assert text.endswith("It rains.<|im_end|>")
-    assert not any(part in text for part in ("First", "Second", "think>", "rain\n"))
-    assert "First" in counted(turns, "qwen3_6")
-
-
 def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
     tokenizer = tokenizer_of("qwen3_6")
     found = encode(record(QUESTION, "<think>\nhm\n</think>\n\nYes.", "No."), tokenizer)
@@ -160,18 +146,6 @@ def test_the_mask_is_cut_with_its_response() -> None:
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
 
 
-def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
-    tokenizer = tiny.qwen()
-    pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer, DataConfig(untrained=["formatting"]))
-    assert pair.changes.boundary_resplit
-    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\nyes"
-    pair = encode(
-        record("Answer:\n", "\n\nyes <n>so</n> it is", "no"), tokenizer, DataConfig(untrained=["<n>...</n>"])
-    )
-    assert pair.changes.boundary_resplit
-    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\n\nyes  it is<|im_end|>"
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     text=st.text(st.sampled_from("aé你 \n<|im_end|>🙂"), max_size=30),
@@ -179,7 +153,7 @@ def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
 )
 def test_positions_of_tokens_cover_the_text(text: str, make: Any) -> None:
     facts = tokenizer_facts(make())
-    prompt, response = facts.escape("the question: "), facts.escape(text) + facts.end_of_text
+    prompt, response = facts.marks.escape("the question: "), facts.marks.escape(text) + facts.end_of_text
     _, [ids], _ = facts.encoder.encode_after(prompt, [response])
     starts = facts.encoder.token_starts(prompt, response, ids)
     assert len(starts) == len(ids)

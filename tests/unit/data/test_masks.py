@@ -15,8 +15,6 @@ from dpo_dist.config.data import Ranked, SourceConfig
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import EncodedExample, EncodedRecord
-from tests.support import tiny
 from tests.support.cache import opened
 from tests.support.masks import add_masks, masked, random_mask
 from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
@@ -73,16 +71,6 @@ def test_masks_of_several_sources_are_read_as_they_were_encoded(
     assert not np.asarray(data.trained[:]).all()
 
 
-def test_token_ids_and_keys_do_not_depend_on_masks(
-    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = opened(tmp_path / "plain", *sources)
-    add_masks(monkeypatch)
-    data = opened(tmp_path / "masked", *sources)
-    assert np.array_equal(data.keys[:], plain.keys[:])
-    assert np.array_equal(data.ids[:], plain.ids[:])
-
-
 def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,28 +94,6 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     assert plan.tokens == sum(batch.tokens for batch in batches)
     only_chosen = collate(data, every.tolist(), only_chosen=True)
     assert only_chosen.response_tokens.tolist() == chosen
-
-
-def test_masks_of_the_encoder_reach_the_targets(tmp_path: Path) -> None:
-    """A response with a tool's result and an empty thought: both are inputs, and no targets."""
-    turns = [
-        {"role": "assistant", "content": "<think>\n\n</think>\n\nI ask."},
-        {"role": "tool", "content": "sunny weather"},
-        {"role": "assistant", "content": "It is sunny."},
-    ]
-    other = [{"role": "assistant", "content": "I cannot do that."}]
-    record = {"prompt": [{"role": "user", "content": "weather?"}], "chosen": turns, "rejected": other}
-    data = opened(tmp_path, jsonl(tmp_path, record))
-    batch = collate(data, [0])
-    chosen, rejected = (
-        tiny.qwen().decode(ids) for ids in batch.targets.split(batch.response_tokens.tolist())
-    )
-    assert "I ask." in chosen
-    assert chosen.count("<|im_end|>") == 2
-    assert "It is sunny." in chosen
-    assert not any(text in chosen for text in ("think", "weather", "tool", "<|im_start|>"))
-    assert rejected == "I cannot do that.<|im_end|>"
-    assert "sunny weather" in tiny.qwen().decode(batch.input_ids)
 
 
 def test_masked_targets_by_hand() -> None:
@@ -163,16 +129,3 @@ def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...
     assert [masks_of(dataset_of(pairs), index) for index in range(len(pairs))] == [
         [mask.tolist() for mask in pair.masks] for pair in pairs
     ]
-
-
-def test_each_example_of_a_ranking_has_the_masks_and_cuts_of_its_own_responses() -> None:
-    ids = [np.arange(length, dtype=np.int32) for length in (3, 1, 2, 4)]
-    masks = tuple(np.arange(len(response)) % 2 == 0 for response in ids[1:])
-    encoded = EncodedExample(ids[0], tuple(ids[1:]), trained=masks, truncated=(False, True, False))
-    used = [[0, 2], [1, 2]]
-    for example, (best, worst) in zip(
-        EncodedRecord(encoded, used, [0.0] * 3, 0).examples(), used, strict=True
-    ):
-        assert example.responses == (ids[1 + best], ids[1 + worst])
-        assert example.trained == (masks[best], masks[worst])
-        assert example.truncated == (best == 1, False)

@@ -181,7 +181,7 @@ def test_a_thought_in_a_field_continues_the_opened_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_THOUGHTS) - set(OPENED)))
 def test_a_thought_that_the_template_omits_is_counted(family: str) -> None:
-    assert encoded(family, "thought").changes.content_not_rendered
+    assert "content_not_rendered" in encoded(family, "thought").changes
 
 
 # TRL has no BOS that the template does not write, and keeps the text after the last turn.

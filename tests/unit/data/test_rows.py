@@ -1,11 +1,10 @@
 """Rows contain every response behind its own prompt, and predict the same targets."""
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Sequences, dummy_batch, pack, rows_of
+from dpo_dist.batching.pack import Sequences, pack, rows_of
 from tests.support.packing import pair_shapes, random_pairs
 
 PAD = 1  # no token of `random_pairs`
@@ -44,9 +43,3 @@ def test_each_row_is_a_prompt_with_one_response_and_padding(shapes, is_masked, r
     assert len(rows.input_ids) == row
     assert rows.predictors.tolist() == predicted_at
     assert batch.targets.tolist() == expected
-
-
-def test_a_dummy_has_rows_of_two_tokens() -> None:
-    rows = rows_of(dummy_batch(), PAD)
-    assert rows.input_ids.shape == (2, 2)
-    assert torch.equal(rows.predictors, torch.tensor([1, 3]))

@@ -23,12 +23,6 @@ def visited(of: BatchSampler) -> list[int]:
     return [row for step in range(of.steps) for row in of.indices(step).tolist()]
 
 
-@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 3))
-def test_an_epoch_visits_every_example_once(pairs: int, batch: int, seed: int) -> None:
-    order = visited(sampler(pairs, batch, seed=seed))
-    assert sorted(order) == list(range(pairs))
-
-
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(1, 4))
 def test_epochs_follow_without_a_gap_in_a_new_order(pairs: int, batch: int, epochs: int) -> None:
     whole = sampler(pairs, batch, epochs=epochs)
@@ -54,11 +48,6 @@ def test_a_step_does_not_depend_on_the_first_step(pairs: int, batch: int, data: 
 def test_visited_indices_are_those_of_all_steps(pairs: int, batch: int, epochs: float) -> None:
     whole = sampler(pairs, batch, epochs=epochs)
     assert whole.visited_indices().tolist() == sorted(set(visited(whole)))
-
-
-def test_longer_runs_start_like_shorter_ones() -> None:
-    short, long = sampler(100, 8, epochs=1.0), sampler(100, 8, max_steps=40)
-    assert all(np.array_equal(short.indices(step), long.indices(step)) for step in range(short.steps - 1))
 
 
 def test_seeds_and_nothing_else_change_the_order() -> None:
@@ -106,23 +95,12 @@ def test_weights_are_draws_per_epoch(weight: float, counts: dict[int, int]) -> N
     assert sorted(row for row in order if row >= 10) == [10, 11, 12, 13]
 
 
-def test_a_fraction_of_a_source_differs_in_the_next_epoch() -> None:
-    order = visited(sampler([Span(0, 40, 0.5)], 20, epochs=2.0))
-    assert set(order[:20]) != set(order[20:])
-
-
 @pytest.mark.parametrize(
     ("epochs", "total", "steps"), [(1.0, 10, 3), (0.5, 5, 2), (1.5, 15, 4), (2.0, 20, 5), (0.25, 2, 1)]
 )
 def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
     part = sampler(10, 4, epochs=epochs)
     assert (part.total_pairs, part.steps, len(visited(part))) == (total, steps, total)
-
-
-def test_max_steps_counts_full_batches_over_epochs() -> None:
-    part = sampler(10, 4, max_steps=7, epochs=1.0)
-    assert part.steps == 7
-    assert [len(part.indices(step)) for step in range(7)] == [4] * 7
 
 
 def test_epoch_is_the_share_of_the_data_visited() -> None:

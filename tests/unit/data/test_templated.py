@@ -56,13 +56,6 @@ def test_a_template_with_a_clock_gives_the_same_ids_tomorrow(monkeypatch: pytest
     assert "Today Date: 26 Jul 2024<|eot_id|>" in texts(today, tokenizer)[0]
 
 
-def test_every_directive_of_the_clock_is_pinned() -> None:
-    formats = "%Y-%m-%d|%B %-d, %Y|%A %H:%M:%S|%y %j|%-m"
-    tokenizer = tiny.with_template(tiny.qwen(), "{{ strftime_now('" + formats + "') }}" + tiny.CHATML)
-    prompt, *_ = texts(encode(record(CHAT), tokenizer), tokenizer)
-    assert prompt.startswith("2024-07-26|July 26, 2024|Friday 00:00:00|24 208|7<|im_start|>")
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -96,8 +89,8 @@ def test_a_response_continues_the_thought_opened_in_the_prompt(opening: str) -> 
         "so\n</think>\n\nParis<|endoftext|>",
         "no\n</think>\n\nRome<|endoftext|>",
     ]
-    assert pair.changes.opened_thought_joined == bool(opening)
-    assert not pair.changes.opened_thought_removed
+    assert ("opened_thought_joined" in pair.changes) == bool(opening)
+    assert "opened_thought_removed" not in pair.changes
 
 
 @pytest.mark.parametrize("other", ["Rome", "<think>\nno\n</think>\n\nRome"])
@@ -109,7 +102,7 @@ def test_a_plain_response_follows_no_opened_thought(other: str) -> None:
         "Paris<|endoftext|>",
         f"{other}<|endoftext|>",
     ]
-    assert pair.changes.opened_thought_removed
+    assert "opened_thought_removed" in pair.changes
     plain = [{"role": "user", "content": CHAT[0].content}, {"role": "assistant", "content": "Paris"}]
     assert tokenizer.decode([*pair.prompt_ids, *pair.responses[0]]) == tokenizer.apply_chat_template(
         plain, tokenize=False
@@ -121,7 +114,7 @@ def test_the_template_may_end_the_thought_itself() -> None:
     pair = encode(record(CHAT, "Paris", "Rome"), tokenizer)
     assert texts(pair, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert texts(pair, tokenizer)[1] == "Paris<|im_end|>"
-    assert not pair.changes.opened_thought_removed
+    assert "opened_thought_removed" not in pair.changes
     assert not pair.trained
     counted = encode(record(CHAT, "Paris", "Rome"), tokenizer, DataConfig(untrained=[]))
     assert texts(counted, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n")
@@ -196,7 +189,7 @@ WRITTEN = "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assista
 def test_an_applied_template_is_encoded_as_it_is(end: str) -> None:
     pair = encode(record(WRITTEN, f"Paris{end}", f"Rome{end}"), tiny.qwen(), APPLIED)
     assert ids_of(pair) == ids_of(encode(record(CHAT, "Paris", "Rome"), tiny.qwen()))
-    assert pair.changes.templated_text
+    assert "templated_text" in pair.changes
 
 
 @pytest.mark.parametrize("make", [tiny.llama3, tiny.mistral, tiny.zephyr])
@@ -212,22 +205,10 @@ def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) 
     answers = [tokenizer.decode(ids) for ids in messages.responses]
     pair = encode(record(prompt, *answers), tokenizer, APPLIED)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert pair.changes.templated_text
+    assert "templated_text" in pair.changes
     assert pair.prompt_ids.tolist() == [tokenizer.bos_token_id] * (ids[0] != tokenizer.bos_token_id) + ids
     assert [ids[-1] for ids in pair.responses] == [ids[-1] for ids in messages.responses]
     assert pair.prompt_ids.tolist().count(tokenizer.bos_token_id) == prompt.count(bos) + (not with_bos)
-
-
-def test_other_texts_do_not_change_with_an_applied_template() -> None:
-    plain = record("Q: why?\nA:", " so", " no")
-    assert ids_of(encode(plain, tiny.qwen(), APPLIED)) == ids_of(encode(plain, tiny.qwen(), WIDE))
-
-
-def test_marks_are_text_with_template_literal() -> None:
-    pair = encode(record(WRITTEN, "Paris", "Rome"), tiny.qwen())
-    assert tiny.qwen().decode(pair.prompt_ids) == WRITTEN
-    assert tiny.qwen().convert_tokens_to_ids("<|im_start|>") not in pair.prompt_ids
-    assert pair.changes.templated_text
 
 
 def opened(folder: Path, rows: list[dict[str, str]], template: TextTemplate) -> dict[str, Any]:
@@ -267,7 +248,7 @@ def test_an_applied_end_occurs_once(as_messages: bool) -> None:
     bare = encode_pair(record("why </s>?", "so", "no"), tiny.qwen(), applied)
     ended = encode_pair(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
     assert ids_of(ended) == ids_of(bare)
-    assert (bare.changes.templated_text, ended.changes.templated_text) == (False, True)
+    assert (("templated_text" in bare.changes), ("templated_text" in ended.changes)) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -282,4 +263,4 @@ def test_an_applied_end_occurs_once(as_messages: bool) -> None:
 )
 def test_a_templated_text_has_turns_or_bos(text: str, templated: bool) -> None:
     pair = encode_pair(record(text, "a", "b"), tiny.mistral(), WIDE)
-    assert pair.changes.templated_text is templated
+    assert ("templated_text" in pair.changes) is templated

@@ -57,7 +57,7 @@ def test_every_item_comes_once_and_the_next_one_stays(tmp_path) -> None:
 
 
 def test_items_are_shared_or_judged_by_one_annotator(tmp_path) -> None:
-    with opened(tmp_path / "log", overlap=0.5) as labelling:
+    with opened(tmp_path / "log") as labelling:
         for _ in range(10):
             for name in ("Ada", "Ben"):
                 labelling.judge(name, labelling.remaining(name)[0], "tie", 1.0)
@@ -65,7 +65,7 @@ def test_items_are_shared_or_judged_by_one_annotator(tmp_path) -> None:
         judge_all(labelling, "Ben")
         judges = Counter(item for _, item in labelling.given)
         assert set(judges) == set(ITEMS)
-        assert 5 < list(judges.values()).count(2) < 25
+        assert 0 < list(judges.values()).count(2) < 15
 
 
 def test_a_skipped_item_is_left_to_others(tmp_path) -> None:

@@ -1,8 +1,6 @@
 """The packed forward is exact for every architecture that is recorded as packed."""
 
-import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.batching.pack import Sequences
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
@@ -149,19 +145,6 @@ def test_options_without_effect_are_accepted(model_type: str, own: dict[str, Any
     check_supported(AutoConfig.for_model(model_type, **own), LONGEST)
 
 
-@torch.no_grad()
-def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
-    """Packed, and each response alone in a model that has seen no other."""
-    check_supported(config, LONGEST)
-    causal_lm = tiny_causal_lm(config)
-    pairs = random_pairs(shapes)
-    alone = [Sequences(pair.prompt_ids, (response,)) for pair in pairs for response in pair.responses]
-    expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [single]) for single in alone])
-    model = packed(causal_lm)
-    model.start_as(Arrangement.packed, LONGEST)
-    torch.testing.assert_close(model(pack_unkeyed(pairs)), expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("model_type", "scaling"),
     [
@@ -226,12 +209,3 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
     if rope_type == "longrope":
         config.original_max_position_embeddings = limit
     return config
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
-# Phi-MoE has other parameters, and longrope only: tests/unit/model/test_rotary.py.
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES - {"gpt2", "opt", "phimoe"}))
-def test_rotary_frequencies_do_not_depend_on_other_sequences(model_type: str, rope_type: str) -> None:
-    """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
-    for limit in (LONGEST, LONGEST - 1):
-        assert_exact(with_rope(tiny_config(model_type), rope_type, limit))

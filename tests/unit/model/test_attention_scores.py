@@ -164,23 +164,12 @@ def test_scores_equal_their_definition(
     check(layout, sees, scores, AttentionBackend.sdpa, value_dim, dtype)
 
 
-@pytest.mark.parametrize("rule_of", RULES)
-@pytest.mark.parametrize("kind", ["plain", "sinks", "softcap"])
-def test_every_rule_with_every_kind_of_scores(
-    rule_of: Callable[[int], tuple[MaskRule | None, Sees]], kind: str
+@given(layouts, st.sampled_from(KERNELS), st.integers(1, 26), st.booleans())
+def test_kernels_are_called_with_the_window(
+    layout: Layout, backend: AttentionBackend, size: int, is_windowed: bool
 ) -> None:
-    for size in (1, 2, 4, 5, 7, 13):
-        rule, sees = rule_of(size)
-        sinks = torch.linspace(-2, 2, HEADS, requires_grad=True) if kind == "sinks" else None
-        for named in {None, size if rule_of is window else None}:
-            scores = Scores(0.5, rule, named, 2.0 if kind == "softcap" else None, sinks)
-            check(LAYOUT, sees, scores, AttentionBackend.sdpa)
-
-
-@given(layouts, st.sampled_from(KERNELS), st.integers(1, 26))
-def test_kernels_are_called_with_the_window(layout: Layout, backend: AttentionBackend, size: int) -> None:
-    rule, sees = window(size)
-    check(layout, sees, Scores(0.5, rule, size), backend)
+    rule, sees = window(size) if is_windowed else causal(size)
+    check(layout, sees, Scores(0.5, rule, size if is_windowed else None), backend)
 
 
 def by_segment(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
@@ -232,10 +221,6 @@ def test_a_window_longer_than_every_sequence_stays_in_the_kernel(
     rule, sees = chunks(21)
     check(LAYOUT, sees, Scores(rule=rule), backend)
     assert called == []
-
-
-def test_values_of_more_dimensions_than_keys_with_a_response_of_one_token() -> None:
-    check(((3, 2, 0, 4),), causal(0)[1], Scores(), AttentionBackend.sdpa, value_dim=16)
 
 
 def test_a_rule_that_sees_later_tokens_is_refused() -> None:

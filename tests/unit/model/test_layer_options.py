@@ -8,7 +8,7 @@ from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 from dpo_dist.batching.plan import Reach
 from dpo_dist.model.attention import Heads, heads_of_layers, scores_of
 from dpo_dist.model.exactness import trial_sequences
-from dpo_dist.model.flops import count_flops
+from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.layers import layer_values
 from tests.support.families import tiny_family
 
@@ -32,7 +32,7 @@ GEMMA_4 = Gemma4TextConfig(
 
 def test_gemma_4_has_larger_heads_in_layers_without_a_window() -> None:
     assert heads_of_layers(GEMMA_4) == [Heads(4, 2, 8), Heads(4, 2, 16)]
-    flops = count_flops(GEMMA_4)
+    flops = step_flops(without_weights(GEMMA_4))
     assert flops.per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
     assert flops.reaches == (Reach(8, 0.5),)
     assert [scores.window is None for scores in scores_of(GEMMA_4)] == [True, False]
@@ -64,6 +64,6 @@ def test_a_token_of_gemma_4_counts_the_experts_it_visits() -> None:
         experts = {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 16}
         config = Gemma4TextConfig(**GEMMA_4.to_dict() | experts | {"top_k_experts": visited})
         with torch.device("meta"):
-            return count_flops(config).per_token
+            return step_flops(without_weights(config)).per_token
 
     assert per_token(3) - per_token(2) == 6 * 2 * 3 * 32 * 16

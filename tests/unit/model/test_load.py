@@ -1,13 +1,12 @@
 """A model folder is loaded exactly, or an error names its fault."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, MusicgenConfig
+from transformers import AutoModelForCausalLM, MusicgenConfig
 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -80,13 +79,6 @@ def test_the_head_shares_the_parameters_of_the_model(folder: Path) -> None:
     assert len(list(loaded.parameters())) == len(list(plain.parameters()))
 
 
-def test_a_saved_model_equals_the_loaded_one(folder: Path, tmp_path: Path) -> None:
-    load(folder).causal_lm.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
-
-
 def test_precision_is_the_configured_one(folder: Path) -> None:
     for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
         model = load(folder, ModelConfig(dtype=dtype))
@@ -94,64 +86,9 @@ def test_precision_is_the_configured_one(folder: Path) -> None:
         assert model(pack_unkeyed(PAIRS)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_training_and_scoring_are_the_same_function(kind: str, tmp_path: Path) -> None:
-    """Dropout, which both kinds have by default, is off wherever the architecture keeps it."""
-    from transformers import OPTConfig
-
-    small = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
-    config = (
-        GPT2Config(**small, n_positions=64, bos_token_id=1, eos_token_id=2)
-        if kind == "gpt2"
-        else OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, layerdrop=0.5)
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load(tmp_path)
-    with torch.no_grad():
-        training = model.train()(pack_unkeyed(PAIRS))
-        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
-
-
-def drop_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def reshape_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def truncate_weights(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1000])
-
-
-def break_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def name_an_unknown_architecture(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (drop_a_weight, r"random values(.|\n)*layers\.1\.mlp\.up_proj"),
-        (reshape_a_weight, "cannot be loaded"),
-        (truncate_weights, "cannot be loaded"),
-        (break_config, r"config\.json cannot be read"),
-        (name_an_unknown_architecture, "unheard_of"),
-    ],
-)
-def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    damage(write_model(tmp_path))
-    with pytest.raises(ConfigError, match=message) as raised:
-        load(tmp_path)
-    assert str(tmp_path) in raised.value.got
 
 
 def test_a_model_that_cannot_be_loaded_in_shards_may_load_without(
@@ -166,14 +103,6 @@ def test_a_model_that_cannot_be_loaded_in_shards_may_load_without(
         load(tmp_path)
 
 
-def test_a_model_that_is_not_causal_is_refused_at_load(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"is_causal": False}))
-    with pytest.raises(ConfigError, match="not causal"):
-        load(tmp_path)
-
-
 def weights_of(folder: Path, **more: torch.Tensor) -> None:
     weights = load_file(folder / "model.safetensors") | more
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -184,7 +113,6 @@ def weights_of(folder: Path, **more: torch.Tensor) -> None:
     [
         "model.layers.0.self_attn.q_norm.weight",
         "model.norm.bias",
-        "model.layers.1.post_norm.weight",
         "model.layers.2.mlp.up_proj.weight",
         "model.layers.more.weight",
     ],
@@ -207,25 +135,6 @@ def test_tensors_of_other_modules_are_logged(tmp_path: Path, caplog: pytest.LogC
     weights_of(tmp_path, **{"model.layers.3.mlp.up_proj.weight": torch.ones(1, 32)})
     with pytest.raises(ConfigError, match="does not read"):
         load(tmp_path)
-
-
-def test_a_model_with_quantized_weight_files_is_refused(tmp_path: Path) -> None:
-    folder = write_model(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
-    with pytest.raises(ConfigError, match="weight files of the model are quantized") as raised:
-        load(folder)
-    assert "fp8" in raised.value.got
-
-
-def test_router_noise_is_off_in_training(tmp_path: Path) -> None:
-    config = tiny_config("mixtral", router_jitter_noise=0.3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load(tmp_path)
-    with torch.no_grad():
-        training = model.train()(pack_unkeyed(PAIRS))
-        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
 
 
 def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.router import router_loss, router_notes, routers_of
+from dpo_dist.model.router import own_coefficient, router_loss, router_notes
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import packed, tiny_causal_lm, tiny_config
@@ -84,13 +84,11 @@ def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> 
         pad_token_id=None,
         **OWN[model_type],
     )
-    routers = routers_of(config)
-    assert routers is not None
-    assert routers.coefficient
+    assert own_coefficient(config)
     causal_lm = tiny_causal_lm(config).eval()
     input_ids, mask = padded(random_pairs(SHAPES))
     outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
-    sums = routing_sums(outputs.router_logits, mask.flatten().float(), routers.top_k)
+    sums = routing_sums(outputs.router_logits, mask.flatten().float(), causal_lm.num_experts_per_tok)
     ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
     torch.testing.assert_close(ours, outputs.aux_loss, rtol=1e-5, atol=0)
 

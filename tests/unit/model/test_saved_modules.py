@@ -16,7 +16,7 @@ from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import check_start, trained_adapter
 from dpo_dist.model.adapter_weights import read_adapter
-from dpo_dist.model.flops import count_flops
+from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -199,13 +199,14 @@ def test_the_modules_of_a_start_are_read_and_may_be_repeated(folder: Path, tmp_p
 
 def test_their_gradients_are_counted(folder: Path) -> None:
     counts = [
-        count_flops(load_config(folder, config), config.adapter)
+        step_flops(without_weights(load_config(folder, config)), config.adapter)
         for config in (config_of(folder, modules_to_save=[]), config_of(folder, target_modules=["q_proj"]))
     ]
     assert counts[1].per_target == 1.5 * counts[0].per_target
     some = config_of(folder, target_modules=["q_proj"], modules_to_save=["down_proj"])
     none = config_of(folder, target_modules=["q_proj"], modules_to_save=[])
     more, less = (
-        count_flops(load_config(folder, config), config.adapter).per_token for config in (some, none)
+        step_flops(without_weights(load_config(folder, config)), config.adapter).per_token
+        for config in (some, none)
     )
     assert more - less == 2 * 2 * 32 * 64

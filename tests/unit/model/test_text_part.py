@@ -14,7 +14,7 @@ from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, Model
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, settle
-from dpo_dist.model.flops import count_flops
+from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.layers import decoder_layers, other_weights, without_gradient
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import target_layers
@@ -96,7 +96,7 @@ def test_an_adapter_and_flops_are_of_text_alone(tmp_path: Path) -> None:
         model(batch)
     products = counter.get_flop_counts()["Global"]
     seen = sum(count for kind, count in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
-    flops = count_flops(load_config(folder, ModelConfig()))
+    flops = step_flops(without_weights(load_config(folder, ModelConfig())))
     assert flops.of(len(batch.input_ids), len(batch.targets), attended=0) / 3 == seen
 
 
