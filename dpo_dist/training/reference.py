@@ -247,8 +247,12 @@ def prepare_reference(
     world: World,
     console: Console,
     stops: Stops | None = None,
+    *,
+    step0_follows: bool = False,
 ) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
+
+    With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
 
     Raises:
         StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
@@ -264,7 +268,10 @@ def prepare_reference(
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
         return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
-    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console, stops)
+    is_checked = is_start and step0_follows
+    provider, report, audited = _stored_reference(
+        config, inputs, files, is_start, is_checked, world, console, stops
+    )
     return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
@@ -322,18 +329,16 @@ def _stored_reference(
     inputs: Inputs | EvaluationInputs,
     files: ModelFiles,
     is_start: bool,
+    is_checked: bool,
     world: World,
     console: Console,
     stops: Stops | None,
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
-    A sample is re-scored while the engine is loaded. Log-probs of other numerics are always re-scored: by the
-    policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
-
-    Args:
-        files: of the reference model.
-        is_start: whether the policy starts as the reference.
+    A sample is re-scored while the engine is loaded, unless the step-0 check does (`is_checked`). Log-probs of
+    other numerics are always re-scored: by the policy in the step-0 check if it starts as the reference
+    (`is_start`), else by an engine that is loaded for it.
 
     Returns:
         The provider, the report for summary.json, and the examples for the step-0 check.
@@ -362,7 +367,7 @@ def _stored_reference(
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)
-    audited, must_score = inputs.visited[0], bool(engines)
+    audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
         report["served"] = reused.entries

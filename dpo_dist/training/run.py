@@ -147,7 +147,7 @@ def _set_up(
     world, folder = stops.world, RunFolder.of(config)
     with clock.of("samples"):
         samples = prepare_samples(config, inputs, start.step, world, console)
-    reference, policy = _load_models(config, inputs, stops, clock, console, engines)
+    reference, policy = _load_models(config, start, inputs, stops, clock, console, engines)
     inputs = arranged(inputs, policy, reference, console)
     kept = keep_files(config, inputs, world)
     world.together(inputs.policy_files.check_unchanged)
@@ -195,6 +195,7 @@ def _set_up(
 
 def _load_models(
     config: RunConfig,
+    start: Start,
     inputs: Inputs,
     stops: Stops,
     clock: WorkClock,
@@ -212,7 +213,8 @@ def _load_models(
     stops.check()
     if config.reference.mode is not ReferenceMode.adapter:
         with clock.of("reference"):
-            reference = prepare_reference(config, inputs, world, console, stops)
+            is_first = start.checkpoint is None
+            reference = prepare_reference(config, inputs, world, console, stops, step0_follows=is_first)
         if isinstance(reference.provider, LiveReference):
             engines.push(partial(_free, reference.provider.engine, world))
         stops.check()
