@@ -18,7 +18,7 @@ from dpo_dist.config.run_folder import EvaluationFolder, RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint_files import load_checkpoint_weights, open_checkpoint, read_state
+from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text

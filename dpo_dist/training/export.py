@@ -21,7 +21,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConf
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.distributed.checkpoint_files import read_state
+from dpo_dist.distributed.checkpoint import read_state
 from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
 from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line

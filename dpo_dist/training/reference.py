@@ -336,7 +336,7 @@ def _stored_reference(
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
-    A sample is re-scored while the engine is loaded, unless the step-0 check does (`is_checked`). Log-probs of
+    The loaded engine re-scores a sample, unless the step-0 check does (`is_checked`). Log-probs of
     other numerics are always re-scored: by the policy in the step-0 check if it starts as the reference
     (`is_start`), else by an engine that is loaded for it.
 

@@ -13,8 +13,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import PolicyEngine

@@ -19,7 +19,7 @@ from tests.support.pairs import encode, record
 QUESTION = (Message("user", "What is the weather?"),)
 ANSWER, DOUBT, LAST = (
     Message("assistant", "It rains."),
-    Message("user", "Sure?"),
+    Message("user", "Are you sure?"),
     Message("assistant", "Yes, <note>I think</note> so."),
 )
 TURNS = (ANSWER, DOUBT, LAST)
@@ -34,57 +34,38 @@ def counted(response: Messages | str, family: str = "qwen2_5", **data: Any) -> s
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
 
-END = "<|im_end|>"
-NOTES = "Yes, <note>I think</note> so."
-OWN = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
+NOTE, THOUGHT = ["<note>...</note>"], "<think>\nLook.\n</think>\n\n"
+IN_FIELD = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
+SAID = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
 LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
-THOUGHT = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
-SPELLED = "<think>\nLook.\n</think>\n\nIt rains."
-EMPTY = "<think>\n\n</think>\n\n"
-BETWEEN = ["<note>...</note>", "[...]"]
+RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>", "<|im_end|>"
 
 
 @pytest.mark.parametrize(
-    ("family", "response", "data", "expected"),
+    ("response", "family", "data", "expected"),
     [
-        ("qwen2_5", TURNS, {}, f"It rains.{END}{NOTES}{END}"),
-        (
-            "qwen2_5",
-            TURNS,
-            {"trained_roles": ["user", "assistant"]},
-            f"It rains.{END}{DOUBT.content}{END}{NOTES}{END}",
-        ),
-        # What a message says of itself; tokens that a text spells do not shift the mask.
-        ("qwen2_5", OWN, {}, f"Sure?{END}{NOTES}{END}"),
-        ("qwen2_5", LITERAL, {}, f"a {END} b{END}{NOTES}{END}"),
-        ("qwen2_5", TURNS, {"untrained": ["formatting"]}, f"It rains.{NOTES}"),
-        ("llama3_1", (ANSWER,), {"untrained": ["formatting"]}, "It rains."),
-        ("qwen2_5", TURNS, {"untrained": BETWEEN}, f"It rains.{END}Yes,  so.{END}"),
+        (TURNS, "qwen2_5", {}, RAIN + YES),
+        (TURNS, "qwen2_5", {"trained_roles": ["user", "assistant"]}, f"{RAIN}Are you sure?{END}{YES}"),
+        (SAID, "qwen2_5", {}, f"Are you sure?{END}{YES}"),
+        (LITERAL, "qwen2_5", {}, f"a <|im_end|> b{END}{YES}"),
+        (TURNS, "qwen2_5", {"untrained": ["formatting"]}, "It rains.Yes, <note>I think</note> so."),
+        ((ANSWER,), "llama3_1", {"untrained": ["formatting"]}, "It rains."),
+        (TURNS, "qwen2_5", {"untrained": NOTE}, f"{RAIN}Yes,  so.{END}"),
         # White space after a marker's end belongs to the text.
-        ("qwen2_5", "<note>x</note>\n\nyes", {"untrained": BETWEEN}, f"\n\nyes{END}"),
-        ("qwen2_5", "yes <note>cut", {"untrained": BETWEEN}, "yes "),
-        ("qwen2_5", "a <note>b [c] d</note> e", {"untrained": BETWEEN}, f"a  e{END}"),
-        ("qwen2_5", "a <note>b [c</note> d] e", {"untrained": BETWEEN}, f"a  e{END}"),
+        ("<note>x</note>\n\nyes", "qwen2_5", {"untrained": NOTE}, f"\n\nyes{END}"),
+        ("yes <note>cut", "qwen2_5", {"untrained": NOTE}, "yes "),
+        ("a <note>b [c] d</note> e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
+        ("a <note>b [c</note> d] e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
         # An empty thought is the template's only at the start.
-        ("qwen2_5", f"yes\n{EMPTY}no", {"untrained": ["empty_thoughts"]}, f"yes\n{EMPTY}no{END}"),
-        *(
-            ("qwen3", response, {"untrained": untrained}, f"{expected}{END}")
-            for response in (THOUGHT, SPELLED)
-            for untrained, expected in (
-                (["empty_thoughts"], SPELLED),
-                (["thoughts"], "It rains."),
-                ([], SPELLED),
-            )
-        ),
-        ("qwen3", THOUGHT, {"untrained": ["thoughts"]}, f"It rains.{END}"),
-        ("qwen3", SPELLED, {"untrained": ["thoughts"]}, f"It rains.{END}"),
-        ("qwen3", "It rains.", {"untrained": ["empty_thoughts"]}, f"It rains.{END}"),
-        ("qwen3", "It rains.", {"untrained": ["thoughts"]}, f"It rains.{END}"),
-        ("qwen3", "It rains.", {"untrained": []}, f"{EMPTY}It rains.{END}"),
+        ("yes\n<think>\n\n</think>\nno", "qwen2_5", {}, f"yes\n<think>\n\n</think>\nno{END}"),
+        ("It rains.", "qwen3", {}, RAIN),
+        ("It rains.", "qwen3", {"untrained": []}, f"<think>\n\n</think>\n\n{RAIN}"),
+        *((turns, "qwen3", {}, THOUGHT + RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+        *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
     ],
 )
-def test_the_loss_counts_these_tokens(
-    family: str, response: Messages | str, data: dict[str, Any], expected: str
+def test_the_loss_counts_the_text(
+    response: Messages | str, family: str, data: dict[str, Any], expected: str
 ) -> None:
     assert counted(response, family, **data) == expected
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from dpo_dist.distributed import checkpoint, slices
-from dpo_dist.distributed.checkpoint_files import latest_checkpoint
+from dpo_dist.distributed.checkpoint import latest_checkpoint
 from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run
@@ -125,17 +125,6 @@ def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
     assert not run.saver.is_written
     assert run.left() == ["step-000001"]
     assert run.start() == 1
-
-
-def test_what_is_missing_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = checkpoint.shutil.disk_usage(run.root)._replace(free=0)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-    with (
-        pytest.raises(CheckpointError) as raised,
-        checkpoint.disk_errors(run.root / "new", 3 * 2**30),
-    ):
-        full()
-    assert raised.value.got.endswith("a checkpoint needs 3.0 GiB, 3.0 GiB more than there is room for")
 
 
 def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(tmp_path: Path) -> None:
