@@ -249,7 +249,6 @@ class CheckpointSaver:
         parts: the weights.
         world: of this start.
         damaged: names of checkpoints that are not counted, and are deleted after the next commit.
-        behind: copy the weights to host memory, where it has room, and write them while training continues.
         say: called with a warning on every rank.
         committed: called on rank 0 with the step of each committed checkpoint.
     """
@@ -262,14 +261,13 @@ class CheckpointSaver:
         world: World,
         damaged: Iterable[str] = (),
         *,
-        behind: bool = True,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged = set(damaged)
-        self._copy, self._behind = HostCopy(world.device), behind
+        self._copy = HostCopy(world.device)
         self._say, self._has_said = say, False
         self._committed = committed
         self._pending: _Pending | None = None
@@ -312,8 +310,6 @@ class CheckpointSaver:
 
     def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
         """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
-        if not self._behind:
-            return False
         has_room = self._copy.has_room(models, self._world)
         if not has_room and not self._has_said:
             self._say(

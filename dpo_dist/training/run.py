@@ -172,6 +172,9 @@ def _set_up(
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
     stops.check()
+    if samples is not None:
+        with clock.of("samples"):
+            samples.open(policy)
     loop = Loop(
         config=config,
         world=world,
@@ -183,7 +186,7 @@ def _set_up(
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identity,
-        samples=None if samples is None else samples.open(policy, clock),
+        samples=samples,
         recorder=_open_recorder(config, position, stops, environment, console),
         console=console,
         clock=clock,

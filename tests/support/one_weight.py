@@ -36,14 +36,13 @@ class Run:
 
     root: Path
     keep_last: int = 2
-    behind: bool = True
 
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
         found = latest_checkpoint(self.root, ALONE)
         damaged = found.damaged if found else ()
         weights = Weights()
-        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged, behind=self.behind)
+        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged)
         self.weights = weights
         if found is None:
             return 0
