@@ -78,31 +78,32 @@ def _info(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    found = verify_store(given.folder)
-    for file, fault in found.damage.items():
+    shards, entries, damage = verify_store(given.folder)
+    for file, fault in damage.items():
         print_line(f"damaged: {file}: {fault}")
     print_line(
-        f"{counted(found.shards, 'shard')}, {counted(found.entries, 'valid entry', 'valid entries')}, "
-        f"{counted(len(found.damage), 'damaged file')}"
+        f"{counted(shards, 'shard')}, {counted(entries, 'valid entry', 'valid entries')}, "
+        f"{counted(len(damage), 'damaged file')}"
     )
-    if found.damage:
+    if damage:
         print_line("runs compute damaged entries again when they need them")
-    return ExitCode.invalid if found.damage else ExitCode.completed
+    return ExitCode.invalid if damage else ExitCode.completed
 
 
 def _gc(given: argparse.Namespace) -> int:
-    garbage = find_garbage(given.folder, given.drop, given.unused_days)
-    for info in garbage.fingerprints:
+    unwanted, leftovers = find_garbage(given.folder, given.drop, given.unused_days)
+    for info in unwanted:
         print_line(f"drop: {_line(info)}")
-    for path in garbage.leftovers:
+    for path in leftovers:
         print_line(f"remove: {path}")
-    freed = size(sum(info.bytes for info in garbage.fingerprints))
-    fingerprints = counted(len(garbage.fingerprints), "fingerprint")
-    found = f"{fingerprints} ({freed}) and {counted(len(garbage.leftovers), 'temporary file')}"
+    freed = size(sum(info.bytes for info in unwanted))
+    found = (
+        f"{counted(len(unwanted), 'fingerprint')} ({freed}) and {counted(len(leftovers), 'temporary file')}"
+    )
     if given.yes:
-        remove(garbage)
+        remove([*(given.folder / info.name for info in unwanted), *leftovers])
         print_line(f"{found} removed")
-    elif garbage.fingerprints or garbage.leftovers:
+    elif unwanted or leftovers:
         print_line(f"nothing is removed yet; --yes removes {found}")
     else:
         print_line("nothing to remove")

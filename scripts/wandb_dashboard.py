@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("project", metavar="ENTITY/PROJECT")
     parser.add_argument("--name", default="dpo_dist", help="name of the dashboard or title of the report")
-    parser.add_argument("--report", metavar="GROUP", help="report about the runs with this tracking.group")
+    parser.add_argument("--report", metavar="GROUP", help="report about the runs of this WANDB_RUN_GROUP")
     parser.add_argument("--check", action="store_true", help="print the panels and save nothing")
     options = parser.parse_args(arguments)
     entity, _, project = options.project.partition("/")

@@ -174,14 +174,12 @@ class Rule:
         broken: whether a configuration breaks the rule.
         why: the error in one sentence; `{model.attention}` is replaced by the value of that key.
         remedy: the keys to set or remove, in the same notation.
-        expected: accepted values, in the same notation.
     """
 
     keys: str
     broken: Callable[[RunConfig], bool]
     why: str
     remedy: str
-    expected: str = ""
 
     def error(self, config: RunConfig) -> ConfigError:
         """Return the error of a configuration that breaks the rule."""
@@ -190,19 +188,17 @@ class Rule:
             self.why.format(**vars(config)),
             where=", ".join(loss_key if key == LOSS else key for key in self.keys.split()),
             got=", ".join(_value(config, key) for key in self.keys.split()),
-            expected=self.expected.format(**vars(config)),
             remedy=self.remedy.format(**vars(config)),
         )
 
 
-def unused(keys: str, unless: Callable[[RunConfig], bool], remedy: str, expected: str = "") -> Rule:
+def unused(keys: str, unless: Callable[[RunConfig], bool], remedy: str) -> Rule:
     """Return the rule that a key is at its default, unless it has an effect.
 
     Args:
         keys: the key, and those on which its effect depends.
         unless: whether it has an effect.
         remedy: what gives it one.
-        expected: the values with which it has one.
     """
     key, *others = keys.split()
     default = _rows()[key].default
@@ -211,7 +207,6 @@ def unused(keys: str, unless: Callable[[RunConfig], bool], remedy: str, expected
         lambda config: _at(config, key, default) != default and not unless(config),
         f"{key} has no effect with this {' and '.join(others)}",
         f"remove {key}, or {remedy}",
-        expected,
     )
 
 

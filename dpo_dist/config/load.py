@@ -36,8 +36,8 @@ from dpo_dist.config.mistakes import (
     wrong_values,
 )
 from dpo_dist.config.names import values_of
+from dpo_dist.config.reference import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.rules_model import resolve_reference
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, read_config, written_values
 from dpo_dist.config.verbs import TRAIN, VERBS, keys_of, not_read

@@ -14,15 +14,13 @@ NEEDS_MODEL = Rule(
     "model.path",
     lambda c: c.model.path == NO_MODEL,
     "model.path is not set",
-    "set model.path=... or choose a preset: model=NAME",
-    "a folder or hub name of a model",
+    "set model.path to a folder or hub name, or choose a preset: model=NAME",
 )
 _NEEDS_DATA = Rule(
     "data.train",
     lambda c: not c.data.train,
     "no training data is given",
     "set data.train=[pairs.jsonl], or choose a preset with data=...",
-    "at least one source",
 )
 
 

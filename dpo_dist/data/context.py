@@ -39,9 +39,6 @@ _OF_PROMPT = ("instruction", *QUESTIONS, "context")
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Weights and margins of a record in the loss, and the value that has no effect.
 _UNREAD_NUMBERS = {"weight": 1.0, "sample_weight": 1.0, "loss_weight": 1.0, "margin": 0.0}
-_BESIDE = frozenset(
-    (*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, _THINKING, *_OF_PROMPT, *_UNREAD, *_UNREAD_NUMBERS)
-).union(CONVERSATIONS)
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
@@ -107,8 +104,6 @@ def with_context(
             `invalid_tools`.
     """
     is_dialogue = isinstance(prompt, Dialogue)
-    if _BESIDE.isdisjoint(record) and not is_dialogue:
-        return prompt, (), {}
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     unread = [name for name in _UNREAD if has_value(record.get(name))]
     unread += [name for name, neutral in _UNREAD_NUMBERS.items() if not _is_number(record.get(name), neutral)]

@@ -94,11 +94,9 @@ class PreferenceDataset:
 
     def spans(self, weights: Sequence[float]) -> list[Span]:
         """Return the index range of each source with its weight."""
-        ends = list(itertools.accumulate(self.source_pairs))
-        return [
-            Span(stop - pairs, stop, weight)
-            for stop, pairs, weight in zip(ends, self.source_pairs, weights, strict=True)
-        ]
+        ends = itertools.accumulate(self.source_pairs)
+        sources = zip(ends, self.source_pairs, weights, strict=True)
+        return [Span(stop - pairs, stop, weight) for stop, pairs, weight in sources]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,9 +107,7 @@ class PreferenceDataset:
     def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
         """Return the index in `labels` of each example's label, int64; the dataset has several labels."""
         sources = np.searchsorted(np.cumsum(self.source_pairs), indices, side="right")
-        numbers = np.array([self.labels.index(label) for label in self.source_labels])
-        labels: Indices = numbers[sources]
-        return labels
+        return np.array([self.labels.index(label) for label in self.source_labels], dtype=np.int64)[sources]
 
     def lengths(self, index: int) -> list[int]:
         """Return the tokens of an example's pieces: prompt, response, response, ..."""
@@ -119,13 +115,7 @@ class PreferenceDataset:
         return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
     def sequences(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Sequences:
-        """Return the token ids of an example.
-
-        Args:
-            index: of the example.
-            which: numbers of some of its responses; None: all.
-            masked: whether the result has `masks`, so that only tokens that the loss counts are scored.
-        """
+        """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks."""
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
@@ -167,14 +157,10 @@ class PreferenceDataset:
         costs: ComputeCosts,
         masked: bool = False,
     ) -> ExampleSizes:
-        """Return the sizes of examples with some of their responses.
+        """Return the sizes of examples with some of their responses, for a model with these costs.
 
-        Args:
-            indices: int64 [examples].
-            response_indices: int64 [responses], responses of the first example, of the second, ...
-            counts: int64 [examples], how many of `response_indices` each example has, at least one.
-            costs: of the model that computes them.
-            masked: whether only tokens that the loss counts are targets.
+        `response_indices` are those of the first example, of the second, ..., and `counts` how many each has,
+        at least one. With `masked`, only tokens that the loss counts are targets.
         """
         pieces = response_indices + np.repeat(indices, counts) + 1
         prompt_tokens = self._piece_tokens(self._first_pieces(indices))
@@ -265,12 +251,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
 
 
 def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
-    """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
-
-    Args:
-        count: `count_duplicates`, `count_shared` or `count_shared_prompts`.
-        cache: `data.cache`.
-    """
+    """Return `count(*datasets)`, cached in `data.cache` by their content, as it reads all their keys."""
     identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
     known = recall(cache / MEMO_FOLDER, identity)
     if known is None:
@@ -342,16 +323,9 @@ def check_fits_loss(
     score_gaps: Callable[[], npt.NDArray[np.floating]],
     origin: Callable[[int], str],
 ) -> None:
-    """Check that every example has the responses and scores that the loss compares.
+    """Check that every example has the responses and scores that the loss compares. Raises DataError.
 
-    Args:
-        loss: the configured loss.
-        response_counts: [examples], the number of responses of each.
-        score_gaps: returns [examples], score of the best response minus that of the worst, or nan.
-        origin: returns the file and line of an example.
-
-    Raises:
-        DataError: an example does not fit.
+    `score_gaps` returns [examples], as `PreferenceDataset.score_gaps`, and `origin` the place of an example.
     """
 
     def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:

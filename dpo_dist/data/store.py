@@ -108,8 +108,7 @@ class Manifest:
         whole: whether the source was read to its end.
         records: number of records read.
         largest_id: of all token ids; -1 if there are none.
-        rows: of each column.
-        digests: digest of each column's file.
+        rows, digests: of each column.
         outcomes: the distinct outcomes of records, each as ``[dropped, pairs, changed, read_as]``; values of
             the column `outcomes` are indices in this list.
         files: the files of examples and bad records, relative to the source's path.

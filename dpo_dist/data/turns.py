@@ -269,7 +269,6 @@ def _with_text_arguments(call: Any) -> Any:
 
 Mask = npt.NDArray[np.bool_]
 
-_NOTHING = re.compile(r"(?!)")
 # Of an opened marker and the white space after it, in characters.
 _LONGEST_OPENING = 128
 
@@ -279,13 +278,11 @@ class UntrainedParts:
     """`data.untrained`, compiled.
 
     Attributes:
-        at_start: pattern of text at the start of a turn that the loss does not count.
-        inside: patterns of such text anywhere in a turn.
-        opened: patterns of text at the start of a turn whose generation prompt opened a thought or a
-            marker, each with that opening.
+        inside: patterns of text anywhere in a turn that the loss does not count.
+        opened: patterns of such text at the start of a turn, each with the opened thought or marker with
+            which the text before it ends ("": any).
     """
 
-    at_start: re.Pattern[str]
     inside: tuple[re.Pattern[str], ...]
     opened: tuple[tuple[str, re.Pattern[str]], ...]
 
@@ -293,7 +290,7 @@ class UntrainedParts:
         """Yield the spans of a turn that the loss counts, given the end of the text before it."""
         before = before[-_LONGEST_OPENING:].rstrip()
         opened = (pattern for opening, pattern in self.opened if before.endswith(opening))
-        found = [pattern.match(turn) for pattern in (self.at_start, *opened)]
+        found = [pattern.match(turn) for pattern in opened]
         found += [one for pattern in self.inside for one in pattern.finditer(turn)]
         start = 0
         for first, last in sorted(one.span() for one in found if one):
@@ -307,11 +304,11 @@ class UntrainedParts:
 @lru_cache(maxsize=8)
 def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> UntrainedParts:
     """Return `data.untrained`, compiled; `formatting` matches tokens around turns, if they are untrained."""
-    at_start, opened = _NOTHING, []
+    opened: list[tuple[str, re.Pattern[str]]] = []
     inside = [] if formatting is None else [formatting]
     begin, end = map(re.escape, THOUGHT_TAGS)
     if "empty_thoughts" in names:
-        at_start = re.compile(rf"\s*{begin}\s*{end}\s*")
+        opened.append(("", re.compile(rf"\s*{begin}\s*{end}\s*")))
         opened.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
     markers = [name.split(MARKER_GAP, 1) for name in names if name not in UNTRAINED_PARTS]
     for first, last in [THOUGHT_TAGS, *markers] if "thoughts" in names else markers:
@@ -319,7 +316,7 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
         until = rf".*?(?:{re.escape(last)}{spaces}|\Z)"
         inside.append(re.compile(re.escape(first) + until, re.DOTALL))
         opened.append((first, re.compile(until, re.DOTALL)))
-    return UntrainedParts(at_start, tuple(inside), tuple(opened))
+    return UntrainedParts(tuple(inside), tuple(opened))
 
 
 def counted_characters(

@@ -1,4 +1,4 @@
-"""Save checkpoints that are complete or absent (law L4).
+"""Save checkpoints that are complete or absent (law L4), and load them on any number of ranks.
 
 All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests. Then
 the folder is renamed, `latest` and `best` are updated, and after that older checkpoints are deleted. Only
@@ -7,15 +7,22 @@ background.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
+import random
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import nn
 
 from dpo_dist.config.run_folder import (
     BEST,
@@ -25,10 +32,17 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.checkpoint_files import random_states, random_states_name
-from dpo_dist.distributed.manifest import Entries, has_all_files, write_file, write_manifest
-from dpo_dist.distributed.slices import HostCopy, ModelSlices, Sharded, write_slices
+from dpo_dist.distributed.manifest import (
+    Entries,
+    damaged_checkpoint,
+    find_faults,
+    has_all_files,
+    write_file,
+    write_manifest,
+)
+from dpo_dist.distributed.slices import HostCopy, ModelSlices, SavedSlices, Sharded, write_slices
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import SHARDS
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import (
     commit_folder,
@@ -47,6 +61,156 @@ _LATEST = "latest"
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder, the loop's state, and names of newer ones that are damaged."""
+
+    folder: Path
+    state: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+
+def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
+    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged.
+    """
+    folders = world.on_main(lambda: checkpoint_folders(root))
+    damaged: list[str] = []
+    for folder in folders:
+        faults = _find_faults(folder, world)
+        if not faults:
+            return Checkpoint(folder, world.on_main(lambda: read_state(folder)), tuple(damaged))  # noqa: B023
+        log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(faults[:5]))
+        damaged.append(folder.name)
+    if folders:
+        raise CheckpointError(
+            "every checkpoint of this run is damaged",
+            where=str(root),
+            got=f"{', '.join(damaged)}; {faults[0]}",
+            remedy="restore the folder, or set another run.dir to start from the beginning",
+        )
+    return None
+
+
+def open_checkpoint(folder: Path, world: World) -> Checkpoint:
+    """Return the checkpoint in a folder; collective.
+
+    Raises:
+        CheckpointError: its files do not match its manifest.
+    """
+    if faults := _find_faults(folder, world):
+        raise damaged_checkpoint(folder, faults)
+    return Checkpoint(folder, world.on_main(lambda: read_state(folder)))
+
+
+def _find_faults(folder: Path, world: World) -> list[str]:
+    """Return the faults of all files of a checkpoint, divided among the ranks; collective."""
+    return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint, whose files are not checked; not collective.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    return state
+
+
+def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
+    """Restore weights, optimizer and random states on any number of ranks; collective.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not of this model.
+    """
+    for part in parts:
+        part.load_shards(checkpoint.folder)
+    # Ranks that compute the same micro-batches draw the same numbers: a user's loss may be random.
+    drawn_as = world.replica * (world.size // world.replicas)
+    load_random_states(checkpoint.folder, drawn_as, checkpoint.state["world_size"], world.device)
+
+
+def random_states(device: torch.device) -> str:
+    """Return the random states of this rank as JSON."""
+    numpy_name, numpy_key, *numpy_rest = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": [numpy_name, np.asarray(numpy_key).tolist(), *numpy_rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if device.type == "cuda" else None,
+    }
+    return json.dumps(states)
+
+
+def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.device) -> None:
+    """Restore the random states of a rank; one that saved none gets others, by the saved ones."""
+    states = json.loads((folder / random_states_name(rank % saved_ranks)).read_bytes())
+    if rank >= saved_ranks:
+        text = f"{rank} {bytes(states['torch']).hex()}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def random_states_name(rank: int) -> str:
+    """Return the name of a rank's file in a checkpoint."""
+    return f"random_states_{rank}.json"
+
+
+def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
+    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint.
+
+    Raises:
+        CheckpointError: they cannot be read, or have other names or shapes.
+    """
+    saved = SavedSlices.find(folder, SHARDS)
+    wanted = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in trained.items()}
+    missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
+    if missing:
+        raise CheckpointError(
+            "the weights of the checkpoint are not those that this configuration trains",
+            where=str(folder),
+            got=f"{len(missing)} of {len(wanted)} weights are missing or have another shape: {missing[0]}",
+            remedy="set model.path and model.adapter as in the config.yaml of its run",
+        )
+    return saved
+
+
+@torch.no_grad()
+def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
+    """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
+
+    Rank 0 reads and sends one master weight at a time. Trained weights require a gradient.
+
+    Raises:
+        CheckpointError: the checkpoint, whose files have been checked, is not of this model.
+    """
+    trained = {
+        name.removeprefix("causal_lm."): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    saved = world.on_main(lambda: read_weights(folder, trained))
+    for name, weight in trained.items():
+        if hasattr(weight, "ds_id"):
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                if world.is_main:
+                    weight.copy_(saved.whole(name))
+        else:
+            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
 class _Pending:
     """A checkpoint that is not committed yet, as one rank writes it.
 
@@ -62,22 +226,13 @@ class _Pending:
     bytes: int
     entries: Future[Entries] = field(default_factory=Future)
 
-    def write(
-        self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int, staging: HostCopy | None = None
-    ) -> None:
-        """Write the files of this rank, and set `entries`.
-
-        Args:
-            models: the slices; copies, if training changes the tensors meanwhile.
-            texts: of the small files, by name.
-            rank: of this process.
-            staging: memory through which tensors of a GPU are written.
-        """
+    def write(self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int) -> None:
+        """Write slices, which nothing changes meanwhile, and small files of this rank, and set `entries`."""
         try:
             entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
                 for model in models:
-                    entries |= write_slices(model, self.temporary, rank, staging)
+                    entries |= write_slices(model, self.temporary, rank)
                 for name, text in texts.items():
                     entries[name] = write_file(self.temporary / name, text.encode())
             self.entries.set_result(entries)
@@ -94,7 +249,6 @@ class CheckpointSaver:
         parts: the weights.
         world: of this start.
         damaged: names of checkpoints that are not counted, and are deleted after the next commit.
-        behind: copy the weights to host memory, where it has room, and write them while training continues.
         say: called with a warning on every rank.
         committed: called on rank 0 with the step of each committed checkpoint.
     """
@@ -107,14 +261,13 @@ class CheckpointSaver:
         world: World,
         damaged: Iterable[str] = (),
         *,
-        behind: bool = True,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
         self._damaged = set(damaged)
-        self._copy, self._behind = HostCopy(world.device), behind
+        self._copy = HostCopy(world.device)
         self._say, self._has_said = say, False
         self._committed = committed
         self._pending: _Pending | None = None
@@ -123,12 +276,7 @@ class CheckpointSaver:
     def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
 
-        Training may continue at once. A former checkpoint is committed first.
-
-        Args:
-            step: in the name.
-            state: of the loop.
-            is_last: training does not continue, so that nothing is copied.
+        Training may continue at once, unless it `is_last`. A former checkpoint is committed first.
 
         Raises:
             CheckpointError: this checkpoint or the one before cannot be written.
@@ -144,11 +292,10 @@ class CheckpointSaver:
         temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
         self._pending = pending = _Pending(temporary, folder, needed)
         if not is_last and self._can_copy(models):
-            models = self._copy.of(models)
-            work = threading.Thread(target=pending.write, args=(models, texts, world.rank), daemon=True)
-            work.start()
+            arguments = self._copy.of(models), texts, world.rank
+            threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
-        pending.write(models, texts, world.rank, self._copy)
+        pending.write(models, texts, world.rank)
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks
@@ -163,8 +310,6 @@ class CheckpointSaver:
 
     def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
         """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
-        if not self._behind:
-            return False
         has_room = self._copy.has_room(models, self._world)
         if not has_room and not self._has_said:
             self._say(
@@ -199,10 +344,9 @@ class CheckpointSaver:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise
         self._damaged.discard(pending.folder.name)
-        kept = self._best
-        world.on_main(lambda: _mark_best(self._root, kept))
+        world.on_main(lambda: self._list_best(self._best))
         # Some file systems need minutes to delete files of terabytes.
-        world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
+        world.on_main(lambda: self._delete_old(pending.folder, self._best))
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
@@ -211,6 +355,21 @@ class CheckpointSaver:
             write_text(self._root / _LATEST, pending.folder.name)
             note_progress(str(pending.folder))
             self._committed(step_of(pending.folder.name) or 0)
+
+    def _list_best(self, best: Sequence[str]) -> None:
+        with disk_errors(self._root):
+            if best:
+                write_text(self._root / BEST, "".join(f"{name}\n" for name in best))
+            else:
+                (self._root / BEST).unlink(missing_ok=True)
+
+    def _delete_old(self, committed: Path, best: Sequence[str]) -> None:
+        """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size."""
+        others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
+        complete = [each for each in others if each.name not in self._damaged and has_all_files(each)]
+        kept = {*complete[: self._keep_last - 1], *(folder for folder in complete if folder.name in best)}
+        for folder in set(others) - kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
@@ -227,9 +386,9 @@ class CheckpointSaver:
         def complete() -> None:
             with disk_errors(folder):
                 write_text(self._root / _LATEST, folder.name)
-            _mark_best(self._root, best)
+            self._list_best(best)
             if not self._damaged:  # deleted after the next commit, as are the others then
-                _delete_old(folder, self._keep_last, set(), best)
+                self._delete_old(folder, best)
 
         self._world.on_main(complete)
 
@@ -241,35 +400,16 @@ class CheckpointSaver:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Raise a `CheckpointError` for an `OSError` inside the block.
-
-    Args:
-        folder: of the checkpoint.
-        needed: bytes of the whole checkpoint; 0 if unknown.
-    """
+    """Raise a `CheckpointError` for an `OSError` inside the block; a checkpoint needs `needed` bytes."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
             "a checkpoint cannot be written",
             where=str(folder),
-            got=f"{error}{_room(folder, needed)}",
+            got=str(error) + (f"; a checkpoint needs {size(needed)}" if needed else ""),
             remedy="make room and run the same command again: it resumes from the last checkpoint",
         ) from error
-
-
-def _room(folder: Path, needed: int) -> str:
-    """Return the room that is missing for a checkpoint, as far as its file system reports it."""
-    if not needed:
-        return ""
-    try:
-        free = shutil.disk_usage(folder.parent).free
-        free += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    except OSError:  # not there any more
-        return ""
-    if free >= needed:
-        return f"; a checkpoint needs {size(needed)}"
-    return f"; a checkpoint needs {size(needed)}, {size(needed - free)} more than there is room for"
 
 
 def drop_checkpoints(root: Path) -> None:
@@ -299,20 +439,3 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _mark_best(root: Path, best: Sequence[str]) -> None:
-    with disk_errors(root):
-        if best:
-            write_text(root / BEST, "".join(f"{name}\n" for name in best))
-        else:
-            (root / BEST).unlink(missing_ok=True)
-
-
-def _delete_old(committed: Path, keep_last: int, damaged: set[str], best: Sequence[str]) -> None:
-    """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size only."""
-    others = [folder for folder in checkpoint_folders(committed.parent) if folder != committed]
-    complete = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
-    kept = {*complete[: keep_last - 1], *(folder for folder in complete if folder.name in best)}
-    for folder in set(others) - kept:
-        shutil.rmtree(folder, ignore_errors=True)

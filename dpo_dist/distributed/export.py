@@ -14,9 +14,9 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.template import with_chosen_template
-from dpo_dist.distributed.checkpoint_files import check_shapes, read_weights
+from dpo_dist.distributed.checkpoint import read_weights
 from dpo_dist.distributed.manifest import damaged_checkpoint, find_faults
-from dpo_dist.distributed.slices import EMA, WEIGHT, SavedSlices
+from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
@@ -88,7 +88,17 @@ def export_checkpoint(
     start = start_folder(config.model)
     causal_lm = _without_weights(base, start, config)
     files, tokenizer = trained_tokenizer(base, start, config)
-    saved, part = _open(checkpoint, causal_lm, config)
+    if faults := find_faults(checkpoint, 0, 1):
+        raise damaged_checkpoint(checkpoint, faults)
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
+    if part not in saved.parts:
+        raise ConfigError(
+            "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
+            where="export.weights",
+            got=f"ema, {checkpoint}",
+            remedy="name such a checkpoint, or set export.weights=last",
+        )
     read = partial(saved.whole, part=part)
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,35 +115,12 @@ def export_checkpoint(
 def trained_tokenizer(
     base: Path, start: Path | None, config: RunConfig
 ) -> tuple[Path, PreTrainedTokenizerBase]:
-    """Return the folder of the tokenizer of a run, and the tokenizer with the run's chat template.
-
-    Args:
-        base: of the model.
-        start: from `start_folder`.
-        config: of the run.
-    """
+    """Return the folder of the tokenizer of a run, and the tokenizer with the run's chat template."""
     files = tokenizer_folder(base, start)
     tokenizer = load_tokenizer(files, config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
     return files, tokenizer
-
-
-def _open(checkpoint: Path, causal_lm: Any, config: RunConfig) -> tuple[SavedSlices, str]:
-    """Return the checked weights of a checkpoint, and which part of their slices is exported."""
-    if faults := find_faults(checkpoint, 0, 1):
-        raise damaged_checkpoint(checkpoint, faults)
-    saved, part = read_weights(checkpoint), _PARTS[config.export.weights]
-    if part not in saved.parts:
-        raise ConfigError(
-            "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
-            where="export.weights",
-            got=f"ema, {checkpoint}",
-            remedy="name such a checkpoint, or set export.weights=last",
-        )
-    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
-    check_shapes(trained, saved.shapes, checkpoint)
-    return saved, part
 
 
 def _write_trained(

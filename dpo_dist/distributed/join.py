@@ -87,24 +87,24 @@ def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
         has_waited = re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE)
         if not has_waited and not re.search(_CUT, str(failure), re.IGNORECASE):
             raise
-        all_ = f"{os.environ.get('WORLD_SIZE')} processes of the run"
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        see = "the messages of all processes (the screen of each node, logs/rank-N.log)"
+        ranks = f"{os.environ.get('WORLD_SIZE')} processes of the run"
         raise PeerLostError(
-            f"not all {all_} have joined" if has_waited else f"one of the {all_} ended before all had joined",
-            where=f"rank {os.environ.get('RANK')}, which waited at {address}",
+            f"not all {ranks} have joined"
+            if has_waited
+            else f"one of the {ranks} ended before all had joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy=f"see {see}, and whether every node reaches this address; then run the same command again",
+            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
+            "whether every node reaches this address; then run the same command again",
         ) from failure
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
     """Join the processes that the launcher started; without a launcher, return a world of one process.
 
-    Args:
-        deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
-        timeout_seconds: timeout of a collective call.
+    Arguments are those of `joined`.
 
     Raises:
         ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
@@ -114,7 +114,6 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         raise ConfigError(
             "accelerate launch --cpu starts processes without DeepSpeed",
             where="accelerate launch",
-            got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
             remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
         )
     _check_devices(os.environ)
@@ -163,7 +162,6 @@ def _check_devices(environ: Mapping[str, str]) -> None:
             "GPUs are asked for, and PyTorch finds none",
             where="environment",
             got=f"CUDA_VISIBLE_DEVICES={visible}",
-            expected="a GPU with its driver, and a PyTorch for it",
             remedy="see whether nvidia-smi lists it; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
         )
     if processes > gpus:
@@ -171,7 +169,6 @@ def _check_devices(environ: Mapping[str, str]) -> None:
             "there are more processes than GPUs on this host",
             where="accelerate launch",
             got=f"{processes} processes, {counted(gpus, 'GPU')}",
-            expected="one process for each GPU",
             remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
         )
 

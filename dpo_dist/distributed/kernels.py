@@ -45,9 +45,6 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
         ) from error
 
 
-_PREFIX = "dpo_dist"
-
-
 def check_async_io() -> None:
     """Check that DeepSpeed can build its asynchronous file access.
 
@@ -59,8 +56,7 @@ def check_async_io() -> None:
             "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
             where="reference.offload",
             got="nvme",
-            expected="libaio with its headers, and a C++ compiler",
-            remedy="install libaio-dev (or libaio-devel), or set reference.offload=cpu",
+            remedy="install libaio-dev (or libaio-devel) and a C++ compiler, or set reference.offload=cpu",
         )
 
 
@@ -83,11 +79,10 @@ def own_folder(nvme_path: str, world: World) -> Path:
         ConfigError: the folder cannot be created.
     """
     peer, root = world.peers[world.rank], Path(nvme_path)
-    for folder in root.glob(f"{_PREFIX}-{peer.host}-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+    for folder in root.glob(f"dpo_dist-{peer.host}-*"):
+        if not psutil.pid_exists(int(folder.name.rpartition("-")[2])):
             shutil.rmtree(folder, ignore_errors=True)
-    own = root / f"{_PREFIX}-{peer.host}-{peer.pid}"
+    own = root / f"dpo_dist-{peer.host}-{peer.pid}"
     try:
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)

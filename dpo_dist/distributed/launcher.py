@@ -28,9 +28,6 @@ def launch(arguments: Sequence[str]) -> int:
 
     Signals are passed on to the processes, which save and end by themselves: torch's own launcher would kill
     them after 30 seconds. A process that was killed by a signal counts as 128 + its number.
-
-    Args:
-        arguments: of `accelerate launch`.
     """
     try:
         parsed = _parsed(arguments)
@@ -45,11 +42,6 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options of `accelerate launch`.
-
-    Raises:
-        ConfigError: it does not have them, or they name a file or module that does not exist.
-    """
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):

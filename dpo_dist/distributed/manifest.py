@@ -9,10 +9,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import content_digest, read_small, sync
+from dpo_dist.foundation.files import content_digest, text_digest
 
 MANIFEST = "manifest.json"
 
@@ -41,17 +41,6 @@ def write_file(file: Path, content: bytes) -> FileEntry:
     return {"bytes": len(content), "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}
 
 
-def describe_files(files: Sequence[Path], folder: Path) -> Entries:
-    """Flush `files` below `folder` to disk and return their entries.
-
-    Raises:
-        OSError: a file cannot be written to disk or read again.
-    """
-    for file in files:
-        sync(file)
-    return {str(file.relative_to(folder)): _entry(file) for file in files}
-
-
 def write_manifest(folder: Path, entries: Entries) -> None:
     """Write the manifest of `folder`, with a digest of the manifest itself."""
     content = {"files": entries, "digest": _digest(entries)}
@@ -65,13 +54,10 @@ def read_manifest(folder: Path) -> Entries:
         OSError: the manifest is missing or cannot be read.
         ValueError: the manifest was changed.
     """
-    try:
-        content = json.loads(read_small(folder / MANIFEST))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    entries: Entries | None = content.get("files") if isinstance(content, dict) else None
-    if entries is None or content.get("digest") != _digest(entries):
+    content = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(content, dict) or content.get("digest") != _digest(content.get("files")):
         raise ValueError("its list of files differs from its digest")
+    entries: Entries = content["files"]
     return entries
 
 
@@ -93,7 +79,7 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
     faults = []
     for name in sorted(entries)[part::parts]:
         try:
-            if _entry(folder / name) != entries[name]:
+            if content_digest([folder / name]) != entries[name]["digest"]:
                 faults.append(f"{name} differs from its digest")
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror}")
@@ -113,9 +99,5 @@ def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
     )
 
 
-def _entry(file: Path) -> FileEntry:
-    return {"bytes": file.stat().st_size, "digest": content_digest([file])}
-
-
-def _digest(entries: Entries) -> str:
-    return hashlib.blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _digest(entries: Any) -> str:
+    return text_digest(json.dumps(entries, sort_keys=True))

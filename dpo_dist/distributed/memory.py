@@ -17,46 +17,31 @@ _KEPT_FREE = 0.1
 """Share of the memory that is not given away."""
 _ROOT = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
+_CONTROLLERS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Folder, limit, use, and file cache within the use, by the controller in `_OWN`: cgroups 2 and 1."""
 
 
 def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
-    """Return bytes, without a margin of a tenth of the memory.
-
-    Args:
-        root: of the cgroup file systems, version 1 or 2.
-        own: the file with the cgroups of this process.
-    """
+    """Return bytes of host memory, below the limits of this process's cgroups, less a tenth of the memory."""
     memory = psutil.virtual_memory()
     free = [memory.available - _KEPT_FREE * memory.total]
-    for limit, used in _limits(root, own):
-        free.append(limit - used - _KEPT_FREE * limit)
-    return max(0, int(min(free)))
-
-
-def _limits(root: Path, own: Path) -> Iterator[tuple[int, int]]:
-    """Yield limit and use, in bytes, of every cgroup that this process is in; the file cache is no use."""
-    names = {
-        "": (root, "memory.max", "memory.current", "inactive_file"),
-        "memory": (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controller, path = line.split(":", 2)
-        if controller not in names:
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controller, path in (line.split(":", 2) for line in lines):
+        if controller not in _CONTROLLERS:
             continue
-        folder, limit, use, cache = names[controller]
-        inner = folder / path.lstrip("/")
+        folder, limit, use, cache = _CONTROLLERS[controller]
+        inner = root / folder / path.lstrip("/")
         # In a container, the path may be that outside of it, which does not exist inside.
-        for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(folder))):
-            try:
+        for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root / folder))):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # "max": without a limit
                 most = int((group / limit).read_text())
                 statistics = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                yield most, int((group / use).read_text()) - int(statistics[cache])
-            except (OSError, ValueError, KeyError):  # "max": without a limit
-                continue
+                used = int((group / use).read_text()) - int(statistics[cache])
+                free.append(most - used - _KEPT_FREE * most)
+    return max(0, int(min(free)))
 
 
 _LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
@@ -111,17 +96,15 @@ def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "
     return DeviceMemoryError(
         "GPU memory is exhausted",
         where=work,
-        got=(str(error).splitlines() or [""])[0][:300],
+        got=str(error).partition("\n")[0][:300],
         remedy=remedy or f"lower trainer.micro_batch_tokens; {_LESS_MEMORY}",
     )
 
 
 def policy_remedy(layout: Sequence[Sequence[int]] = (), arrangement: Arrangement = Arrangement.packed) -> str:
-    """Return the settings to change if the policy runs out of memory.
+    """Return the settings to change if the policy runs out of memory in a micro-batch of this layout.
 
-    Args:
-        layout: of the micro-batch, as `PackedBatch.layout`; empty: in the optimizer step.
-        arrangement: of its responses.
+    Without a layout (`PackedBatch.layout`): in the optimizer step.
     """
     if not layout:
         return "use more GPUs, or set parallelism=zero3_offload"
@@ -134,8 +117,7 @@ def policy_remedy(layout: Sequence[Sequence[int]] = (), arrangement: Arrangement
 
 def empty_module(module: nn.Module) -> None:
     """Release the storage of weights, their shards and gradients, and of buffers."""
-    for weight in module.parameters():
-        empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
+    empty([[weight, weight.grad, getattr(weight, "ds_tensor", None)] for weight in module.parameters()])
     empty(list(module.buffers()))
 
 

@@ -88,13 +88,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Reports:
-    """Outputs for reports about the processes, from any thread.
-
-    Attributes:
-        show: prints an error, on any rank.
-        say: prints a line, on rank 0.
-        stacks: file for the stacks of this process; None: none.
-    """
+    """Outputs, from any thread: of an error, on any rank; of a line, on rank 0; a file for stacks."""
 
     show: Callable[[str], None] = print
     say: Callable[[str], None] = print
@@ -141,10 +135,9 @@ class FailureRecord:
         return answers[0] if answers else None
 
     def report(self, exit_code: int) -> bool | None:
-        """Record that this process ends with `exit_code`.
+        """Record the end of this process; return whether it failed first, and therefore prints the error.
 
-        Returns:
-            Whether this process failed first and prints the error; None if the store cannot be reached.
+        None: the store cannot be reached.
         """
 
         def add(store: Store) -> bool:
@@ -186,12 +179,7 @@ def _connect() -> Store | None:
 class Watcher(threading.Thread):
     """Thread that ends this process if another one failed, died or is stopped, and this one does not notice.
 
-    Args:
-        peers: all ranks.
-        rank: of this process.
-        control: the process group on the host.
-        timeout_seconds: timeout of a collective call, and of a process of this host that is stopped.
-        reports: outputs.
+    `timeout_seconds` is that of a collective call, and of a process of this host that is stopped.
     """
 
     def __init__(
@@ -329,7 +317,9 @@ class Watcher(threading.Thread):
             named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
             missing = [int(rank) for rank in named[1].split(",")] if named else [0] * (self._own.rank > 0)
         if self._own.rank > 0:  # rank 0 alone knows the others that are missing
-            _wait_until(lambda: self.record.exit_code is not None, FAREWELL_SECONDS)
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while self.record.exit_code is None and time.monotonic() < deadline:
+                time.sleep(0.1)
         ranks = ", ".join(map(str, missing))
         return PeerLostError(
             f"rank {ranks} of {len(self._peers)} does not answer"
@@ -341,12 +331,6 @@ class Watcher(threading.Thread):
             remedy="see logs/rank-N.stacks.txt; end a process that hangs (its node, network or file system "
             f"may hang); {_RESUME}",
         )
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not condition():
-        time.sleep(0.1)
 
 
 def write_stacks(file: Path | None, reason: str) -> None:

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, frozen_slices
+from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, frozen_slices, own_range
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
@@ -77,18 +77,13 @@ class ReferenceSync:
 
 
 def _own_slice(weight: Any, reference: Any, rank: int) -> Tensor:
-    """Return the elements of `weight` in this rank's shard of `reference`: a flat view without padding.
-
-    Both weights have the same shape.
-    """
-    size = reference.ds_tensor.ds_numel
-    start = rank * size
-    count = max(0, min(size, reference.ds_numel - start))
+    """Return the elements of `weight` in this rank's shard of `reference`: a flat view without padding."""
+    first, length = own_range(reference, rank)
     if hasattr(weight, "ds_tensor"):
         shard: Tensor = weight.ds_tensor.data
-        return shard[:count]
+        return shard[:length]
     whole: Tensor = weight.data
-    return whole.view(-1)[start : start + count]
+    return whole.view(-1)[first : first + length]
 
 
 def _release_gathered(weight: Any) -> None:
@@ -98,12 +93,11 @@ def _release_gathered(weight: Any) -> None:
 
 
 def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:
-    shapes = [
-        {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
+    first, second = (
+        {(name, tuple(getattr(weight, "ds_shape", weight.shape))) for name, weight in weights.items()}
         for weights in (reference, policy)
-    ]
-    differing = sorted(dict(shapes[0].items() ^ shapes[1].items()))
-    if differing:
+    )
+    if differing := sorted({name for name, _ in first ^ second}):
         raise ConfigError(
             "a reference that is updated from the policy needs weights of the same names and shapes",
             where="loss.sync_reference, reference.path",

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,8 +29,6 @@ WEIGHT = "weight"
 EMA = "ema"
 """The part of a slice that is the moving average of the weight."""
 _STEP = "step"
-_VANISHING_POWER = 2.0**-26
-"""Below it, 1 less a power of a beta is 1 in float32."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Slice:
     start: int
     parts: dict[str, Tensor]
 
-    @property
-    def is_shared(self) -> bool:
-        """Return whether other ranks can read ranges of the slice."""
-        return WEIGHT in self.parts
-
 
 @dataclass(frozen=True)
 class ModelSlices:
@@ -72,19 +66,24 @@ class ModelSlices:
     states: float = 0
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all slices, in their order."""
+        return [tensor for own in self.slices for tensor in own.parts.values()]
+
+    @property
     def bytes(self) -> int:
         """Return the size of the slices."""
-        return sum(tensor.nbytes for tensor in _tensors([self]))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def elements(self) -> int:
         """Return the number of elements of the weights."""
-        return sum(own.parts[WEIGHT].numel() for own in self.slices if own.is_shared)
+        return sum(own.parts[WEIGHT].numel() for own in self.slices if WEIGHT in own.parts)
 
     @property
     def full_bytes(self) -> int:
         """Return the size of the slices in every checkpoint after the first step."""
-        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if own.is_shared)
+        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if WEIGHT in own.parts)
         return int(weights * (1 + self.states))
 
 
@@ -104,27 +103,16 @@ class Sharded(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """A flat tensor of master weights, with the ranges of the weights that it consists of.
-
-    Attributes:
-        tensor: this rank's part of a group of weights.
-        ranges: weight, start in the tensor, start in the weight, and length of each.
-    """
-
-    tensor: Tensor
-    ranges: list[tuple[nn.Parameter, int, int, int]]
+_Range = tuple[nn.Parameter, int, int, int]
+"""Of a weight in a flat tensor: the weight, start in the tensor, start in the weight, length."""
+_Flat = tuple[Tensor, list[_Range]]
+"""A flat tensor of master weights, this rank's part of a group of weights, with their ranges."""
 
 
 class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
-    Args:
-        engine: the DeepSpeed engine.
-        names: of the trained weights.
-        rank: of this process.
-        averages: of the `masters`; empty: there are none.
+    `names` are those of the trained weights; `averages` those of the `masters`, if there are any.
     """
 
     def __init__(
@@ -134,61 +122,50 @@ class OptimizerSlices:
         rank: int,
         averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ):
-        self._optimizer, self._names, self._rank = engine.optimizer, names, rank
-        self._averages = averages
+        self._optimizer, self._inner = engine.optimizer, engine.optimizer.optimizer
+        self._names, self._rank, self._averages = names, rank, averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
-        for flat in self._flats():
-            tensors = {WEIGHT: flat.tensor.detach(), **self._moments(flat)}
-            if flat.tensor in self._averages:
-                tensors[EMA] = self._averages[flat.tensor]
-            for weight, start, start_in_weight, length in flat.ranges:
+        eight_bit = is_eight_bit(self._inner)
+        for flat, ranges in self._flats():
+            tensors = {WEIGHT: flat.detach()}
+            if not eight_bit:
+                tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
+            if flat in self._averages:
+                tensors[EMA] = self._averages[flat]
+            for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
-        if is_eight_bit(self._optimizer.optimizer):
-            yield from self._eight_bit_states()
-
-    def _eight_bit_states(self) -> Iterator[Slice]:
-        """Yield codes, codebooks and scales as bitsandbytes has them: blocks of this rank's flat tensors."""
-        cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
-        for number, flat in enumerate(self._flats()):
-            states = {k: state for k, state in self._states(flat).items() if isinstance(state, Tensor)}
-            if states:
-                yield Slice(f"{cut}, group {number}", (), 0, states)
+        if eight_bit:  # codes, codebooks and scales of blocks of this rank's flat tensors
+            cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
+            for number, (flat, _) in enumerate(self._flats()):
+                if states := dict(_tensor_states(self._inner, flat)):
+                    yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
-        return [flat.tensor for flat in self._flats()]
+        return [flat for flat, _ in self._flats()]
 
     @property
     def step(self) -> int:
         """Return the number of updates that the optimizer states are of."""
-        return max((int(self._states(flat).get(_STEP, 0)) for flat in self._flats()), default=0)
+        return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
-        """Create optimizer states that do not exist yet, to be filled, and set the number of updates.
-
-        Args:
-            parts: of slices; those that are no states are ignored.
-            step: number of updates.
-        """
-        inner = self._optimizer.optimizer
-        names = [part for part in parts if part not in (WEIGHT, EMA)]
-        for flat in self._flats():
-            if is_eight_bit(inner):
-                if step:
-                    _create_eight_bit_states(inner, flat.tensor, step)
-                continue
-            states = self._states(flat)
+        """Create optimizer states that do not exist yet, to be filled, after `step` updates."""
+        inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
+        if is_eight_bit(inner):
+            for flat in self.masters() if step else []:
+                _create_eight_bit_states(inner, flat, step)
+            return
+        is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
+        for flat in self.masters() if names else []:
+            states = inner.state[flat]
             for name in names:
-                if name not in states:
-                    states[name] = torch.zeros_like(flat.tensor, requires_grad=False)
-            if names:
-                counts_by_tensor = not isinstance(inner, DeepSpeedCPUAdam)
-                device = flat.tensor.device
-                states[_STEP] = torch.tensor(float(step), device=device) if counts_by_tensor else step
-        if isinstance(inner, DeepSpeedCPUAdam) and names:
+                states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
+            states[_STEP] = step if is_cpu_adam else torch.tensor(float(step), device=flat.device)
+        if is_cpu_adam and names:
             _restore_powers(inner, step)
 
     def write_to_model(self) -> None:
@@ -201,41 +178,23 @@ class OptimizerSlices:
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._optimizer.checkpoint_event_epilogue()
 
-    def _moments(self, flat: _Flat) -> dict[str, Tensor]:
-        """Return the states of the tensor's shape, float32; none of an 8-bit optimizer."""
-        if is_eight_bit(self._optimizer.optimizer):
-            return {}
-        return {
-            name: state
-            for name, state in self._states(flat).items()
-            if isinstance(state, Tensor) and state.shape == flat.tensor.shape
-        }
-
-    def _states(self, flat: _Flat) -> dict[str, Any]:
-        states: dict[str, Any] = self._optimizer.optimizer.state[flat.tensor]
-        return states
-
-    def _flats(self) -> Iterator[_Flat]:
-        optimizer, ranges_of = self._optimizer, _ranges_of_mapping
+    def _flats(self) -> list[_Flat]:
+        optimizer = self._optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            tensors, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
-            ranges_of = self._ranges_of_stage_3
+            groups = [_ranges_of_stage_3(weights, self._rank) for weights in optimizer.fp16_groups]
+            tensors = optimizer.fp32_partitioned_groups_flat
         elif isinstance(optimizer, BF16_Optimizer):
-            tensors, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+            groups = [_ranges_of_mapping(weights) for weights in optimizer.bf16_groups]
+            tensors = optimizer.fp32_groups_flat_partition
         else:
-            tensors, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
-        for tensor, weights in zip(tensors, groups, strict=True):
-            yield _Flat(tensor, ranges_of(weights))
+            groups = [_ranges_of_mapping(weights) for weights in optimizer.bit16_groups]
+            tensors = optimizer.single_partition_of_fp32_groups
+        return list(zip(tensors, groups, strict=True))
 
-    def _ranges_of_stage_3(self, weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
-        """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
-        ranges, start = [], 0
-        for weight in weights:
-            first, length = _own_range(weight, self._rank)
-            if length:
-                ranges.append((weight, start, first, length))
-            start += weight.partition_numel()
-        return ranges
+
+def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    states: dict[str, Any] = optimizer.state[flat]
+    return ((name, state) for name, state in states.items() if isinstance(state, Tensor))
 
 
 def is_eight_bit(optimizer: object) -> bool:
@@ -263,8 +222,6 @@ def _restore_powers(adam: Any, step: int) -> None:
     updates than the next one it computes the power anew, which is rounded differently.
     """
     beta1, beta2 = adam.param_groups[0]["betas"]
-    if max(beta1, beta2) ** step < _VANISHING_POWER:
-        return
     dummies = [torch.zeros(1) for _ in range(4)]
     for number in range(step + 1):  # 0 starts anew
         adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
@@ -273,26 +230,37 @@ def _restore_powers(adam: Any, step: int) -> None:
 def frozen_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
     """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
     for name, weight in weights.items():
-        first, length = _own_range(weight, rank)
+        first, length = own_range(weight, rank)
         if length:
             part = weight.ds_tensor.detach().view(-1)[:length]
             yield Slice(name, _whole_shape(weight), first, {WEIGHT: part})
 
 
-def _own_range(weight: Any, rank: int) -> tuple[int, int]:
-    """Return first element and length of this rank's slice of a weight that ZeRO-3 shards."""
+def own_range(weight: Any, rank: int) -> tuple[int, int]:
+    """Return first element and length of a rank's slice of a weight that ZeRO-3 shards."""
     size = weight.partition_numel()
     first = min(rank * size, weight.ds_numel)
     return first, min(size, weight.ds_numel - first)
 
 
-def _ranges_of_mapping(weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
+def _ranges_of_mapping(weights: Sequence[Any]) -> list[_Range]:
     """Stages 1 and 2 cut all weights together, laid end to end, into one slice for each rank."""
     ranges = []
     for weight in weights:
         if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
             master, own = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
             ranges.append((weight, master.start, own.start, own.numel))
+    return ranges
+
+
+def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[_Range]:
+    """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
+    ranges, start = [], 0
+    for weight in weights:
+        first, length = own_range(weight, rank)
+        if length:
+            ranges.append((weight, start, first, length))
+        start += weight.partition_numel()
     return ranges
 
 
@@ -312,38 +280,33 @@ class HostCopy:
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
         """Return whether every host has memory for the copies of all its ranks; collective."""
-        missing = max(0, _copy_bytes(models) - self._buffer.nbytes)
+        missing = max(0, sum(map(_copy_bytes, models)) - self._buffer.nbytes)
         ranks = world.gather((world.host, missing, available_memory() if missing else 0))
-        needed: dict[str, int] = {}
+        needed = Counter[str]()
         for host, of_rank, _ in ranks:
-            needed[host] = needed.get(host, 0) + of_rank
+            needed[host] += of_rank
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
-
-    def reserve(self, models: Sequence[ModelSlices]) -> None:
-        """Have room for a copy of any one of the models, so that none of them needs more memory."""
-        self._reserve(max((_copy_bytes([model]) for model in models), default=0))
 
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
-        self._reserve(_copy_bytes(models))
-        places = self._places(models)
-        copied = [
-            replace(model, slices=[replace(own, parts=_copied(own, places)) for own in model.slices])
-            for model in models
-        ]
+        self._reserve(sum(map(_copy_bytes, models)))
+        copied, start = [], 0
+        for model in models:
+            slices = []
+            for own in model.slices:
+                parts = {}
+                for part, tensor in own.parts.items():
+                    place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+                    parts[part] = place.copy_(tensor, non_blocking=True)
+                    start += _aligned(tensor.nbytes)
+                slices.append(replace(own, parts=parts))
+            copied.append(replace(model, slices=slices))
         if self.is_cuda:
             torch.cuda.synchronize()
         return copied
 
-    def _places(self, models: Sequence[ModelSlices]) -> Iterator[Tensor]:
-        """Yield the place in the buffer of every tensor of the slices, in their order."""
-        start = 0
-        for tensor in _tensors(models):
-            yield self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
-            start += _aligned(tensor.nbytes)
-
     def _reserve(self, count: int) -> None:
-        """Allocate `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
+        """Have room for `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
         if count <= self._buffer.nbytes:
             return
         self.close()
@@ -363,10 +326,6 @@ class HostCopy:
         self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
 
-def _copied(own: Slice, places: Iterator[Tensor]) -> dict[str, Tensor]:
-    return {part: next(places).copy_(tensor, non_blocking=True) for part, tensor in own.parts.items()}
-
-
 def _cuda() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
@@ -377,14 +336,8 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
 
 
-def _tensors(models: Sequence[ModelSlices]) -> Iterator[Tensor]:
-    for model in models:
-        for own in model.slices:
-            yield from own.parts.values()
-
-
-def _copy_bytes(models: Sequence[ModelSlices]) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in _tensors(models))
+def _copy_bytes(model: ModelSlices) -> int:
+    return sum(_aligned(tensor.nbytes) for tensor in model.tensors)
 
 
 def _aligned(count: int) -> int:
@@ -395,32 +348,17 @@ _FILE_BYTES = 2**28
 """Size at which a rank begins another file: about three times as much host memory is used at a time."""
 
 
-def write_slices(
-    model: ModelSlices, checkpoint: Path, rank: int, staging: HostCopy | None = None
-) -> dict[str, FileEntry]:
-    """Write this rank's slices of a model to disk and return sizes and digests of their files by name.
-
-    Args:
-        model: with tensors that nothing changes meanwhile.
-        checkpoint: the folder of the checkpoint.
-        rank: of this process.
-        staging: memory through which the tensors of a GPU go, a file at a time.
+def write_slices(model: ModelSlices, checkpoint: Path, rank: int) -> dict[str, FileEntry]:
+    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
 
     Raises:
         OSError: a file cannot be written.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
-    batches = [replace(model, slices=batch) for batch in _batches(model.slices)]
-    if not any(tensor.is_cuda for tensor in _tensors([model])):
-        staging = None
-    if staging is not None:
-        staging.reserve(batches)
     entries = {}
-    for number, batch in enumerate(batches):
-        # One wait for the tensors of a file, not one for each of them.
-        slices = batch.slices if staging is None else staging.of([batch])[0].slices
+    for number, slices in enumerate(_batches(model.slices)):
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in slices if own.is_shared}
+        ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         entries[name] = write_file(checkpoint / name, content)
@@ -440,13 +378,8 @@ def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
         yield batch
 
 
-@dataclass(frozen=True)
-class _Range:
-    """A range of one weight's elements, and its file."""
-
-    start: int
-    end: int
-    file: str
+_SavedRange = tuple[int, int, str]
+"""Start and end of a range of one weight's elements, and its file."""
 
 
 @dataclass(frozen=True)
@@ -464,7 +397,7 @@ class SavedSlices:
     shapes: dict[str, tuple[int, ...]]
     parts: Sequence[str]
     step: int
-    _ranges: dict[str, list[_Range]]
+    _ranges: dict[str, list[_SavedRange]]
     _private: dict[str, str]
 
     @classmethod
@@ -472,17 +405,17 @@ class SavedSlices:
         """Return the slices below `folder / name`, from the headers of their files.
 
         Raises:
-            CheckpointError: a file cannot be read, or the ranges of a weight are not the whole weight.
+            CheckpointError: a file cannot be read.
         """
         shapes: dict[str, tuple[int, ...]] = {}
-        ranges: dict[str, list[_Range]] = {}
+        ranges: dict[str, list[_SavedRange]] = {}
         private: dict[str, str] = {}
         parts: dict[str, None] = {}
         step = 0
         with _reading_errors(folder):
             files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
-                raise ValueError(f"it has no {name}/*.safetensors: another version of the program wrote it")
+                raise ValueError(f"it has no {name}/*.safetensors")
             for file in sorted(files):
                 with safe_open(folder / file, "pt") as opened:
                     header = opened.metadata()
@@ -497,13 +430,8 @@ class SavedSlices:
                             start, *shape = starts[weight]
                             end = start + opened.get_slice(key).get_shape()[0]
                             shapes[weight] = tuple(shape)
-                            ranges.setdefault(weight, []).append(_Range(start, end, file))
-            for weight, found in ranges.items():
-                found.sort(key=lambda range_: range_.start)
-                ends = [0, *(range_.end for range_ in found)]
-                if [*(range_.start for range_ in found), torch.Size(shapes[weight]).numel()] != ends:
-                    raise ValueError(f"elements of {weight} are missing, or are there twice")
-        return cls(folder, shapes, list(parts), step, ranges, private)
+                            ranges.setdefault(weight, []).append((start, end, file))
+        return cls(folder, shapes, list(parts), step, {w: sorted(r) for w, r in ranges.items()}, private)
 
     def load_into(self, slices: Iterable[Slice]) -> None:
         """Fill the parts of `slices`, of which no other rank needs to have the same ranges.
@@ -518,34 +446,30 @@ class SavedSlices:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
             for own in slices:
-                if not own.is_shared:
-                    self._load_private(own, opened)
-                    continue
-                if self.shapes.get(own.name) != own.shape:
+                is_shared = WEIGHT in own.parts
+                if is_shared and self.shapes.get(own.name) != own.shape:
                     raise ValueError(f"{own.name} is missing or has another shape")
-                for part, tensor in own.parts.items():
-                    self._fill(tensor, f"{part}/{own.name}", own, opened)
+                for part, target in own.parts.items():
+                    key = f"{part}/{own.name}"
+                    if not is_shared:
+                        target.copy_(opened(self._file_of_private(key)).get_tensor(key))
+                        continue
+                    for start, stop, file in self._ranges[own.name]:
+                        first, last = max(own.start, start), min(own.start + target.numel(), stop)
+                        if first < last:
+                            saved = opened(file).get_slice(key)[first - start : last - start]
+                            target[first - own.start : last - own.start].copy_(saved)
 
-    def _load_private(self, own: Slice, opened: Callable[[str], Any]) -> None:
-        for part, tensor in own.parts.items():
-            key = f"{part}/{own.name}"
-            if key not in self._private:
-                raise CheckpointError(
-                    "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
-                    where=str(self.folder),
-                    got=f"no {key}",
-                    remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
-                    "continues on any number",
-                )
-            tensor.copy_(opened(self._private[key]).get_tensor(key))
-
-    def _fill(self, target: Tensor, key: str, own: Slice, opened: Callable[[str], Any]) -> None:
-        end = own.start + target.numel()
-        for range_ in self._ranges[own.name]:
-            first, last = max(own.start, range_.start), min(end, range_.end)
-            if first < last:
-                saved = opened(range_.file).get_slice(key)[first - range_.start : last - range_.start]
-                target[first - own.start : last - own.start].copy_(saved)
+    def _file_of_private(self, key: str) -> str:
+        if key not in self._private:
+            raise CheckpointError(
+                "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
+                where=str(self.folder),
+                got=f"no {key}",
+                remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
+                "continues on any number",
+            )
+        return self._private[key]
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight.
@@ -555,8 +479,8 @@ class SavedSlices:
         """
         with _reading_errors(self.folder):
             pieces = []
-            for range_ in self._ranges[name]:
-                with safe_open(self.folder / range_.file, "pt") as opened:
+            for _, _, file in self._ranges[name]:
+                with safe_open(self.folder / file, "pt") as opened:
                     pieces.append(opened.get_tensor(f"{part}/{name}"))
             return torch.cat(pieces).view(self.shapes[name])
 

@@ -40,7 +40,7 @@ WhileWaiting = Callable[[float], None]
 
 @dataclass(frozen=True)
 class World:
-    """The processes of the run, as one of them sees them. Methods are collective unless documented otherwise.
+    """The processes of the run, as one of them sees them. Methods, but properties, are collective.
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
     after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
@@ -59,32 +59,32 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, which writes and prints; not collective."""
+        """Return whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     @property
     def replicas(self) -> int:
-        """Return the number of replicas; not collective."""
+        """Return the number of replicas."""
         return self.size if self.sequence is None else self.size // self.sequence.ranks
 
     @property
     def replica(self) -> int:
-        """Return the number of this rank's replica; not collective."""
+        """Return the number of this rank's replica."""
         return self.rank if self.sequence is None else self.rank // self.sequence.ranks
 
     @property
     def leads(self) -> bool:
-        """Return whether this is the rank that counts and writes for its replica; not collective."""
+        """Return whether this is the rank that counts and writes for its replica."""
         return self.sequence is None or self.sequence.rank == 0
 
     @property
     def host(self) -> str:
-        """Return the name of this rank's host; not collective."""
+        """Return the name of this rank's host."""
         return self.peers[self.rank].host
 
     @property
     def is_first_of_host(self) -> bool:
-        """Return whether this is the lowest rank of its host; not collective."""
+        """Return whether this is the lowest rank of its host."""
         return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
@@ -126,8 +126,7 @@ class World:
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
 
-        Args:
-            while_waiting: called on rank 0, for a line on the screen.
+        `while_waiting` is called on rank 0 meanwhile.
         """
         outcome: list[Any] = [None, None]
         try:
@@ -146,8 +145,7 @@ class World:
     def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank.
 
-        Args:
-            while_waiting: called on every rank while its own work lasts, for a line on the screen.
+        `while_waiting` is called on every rank while its own work lasts.
         """
         error: DpoDistError | None = None
         result: T | None = None
@@ -159,12 +157,11 @@ class World:
         first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
-        assert result is not None or error is None
         return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def _shown(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
-        """Call `while_waiting` every few seconds during the block; not collective."""
+        """Call `while_waiting` every few seconds during the block."""
         if while_waiting is None:
             yield
             return
@@ -215,10 +212,8 @@ class World:
         """End all processes if one of them ends inside the block; exactly one prints the error.
 
         Entry is collective, and so is exit without an error. An error that leaves the block has
-        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`.
-
-        Args:
-            reports: outputs, used also if the main thread is blocked.
+        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`. Reports are
+        used also if the main thread is blocked.
         """
         watcher = Watcher(self.peers, self.rank, self.control, self.timeout_seconds, reports or Reports())
         record = watcher.record
@@ -269,12 +264,7 @@ class GivenWay(Exception):  # noqa: N818  (no error)
 class Stops:
     """Every rank's request to stop, on which all ranks agree; methods are collective.
 
-    Args:
-        request: of this rank.
-        world: of the run.
-
-    Attributes:
-        agreed: the reasons of all ranks, once they were gathered.
+    `agreed` has the reasons of all ranks, once they were gathered.
     """
 
     def __init__(self, request: StopRequest, world: World):

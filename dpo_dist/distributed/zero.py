@@ -281,10 +281,9 @@ def with_nvme(frozen: dict[str, Any], folder: Path, largest_shard: int) -> dict[
     DeepSpeed reads shards into a few buffers in host memory, and fails where a shard is larger than a buffer
     (`largest_shard` elements).
     """
-    offload = frozen["zero_optimization"]["offload_param"]
-    return _with_zero(
-        frozen, {"offload_param": {**offload, "nvme_path": str(folder), "buffer_size": largest_shard}}
-    )
+    zero = frozen["zero_optimization"]
+    offload = {**zero["offload_param"], "nvme_path": str(folder), "buffer_size": largest_shard}
+    return {**frozen, "zero_optimization": {**zero, "offload_param": offload}}
 
 
 def with_layer_prefetch(frozen: dict[str, Any], hidden_size: int) -> dict[str, Any]:
@@ -296,18 +295,12 @@ def with_layer_prefetch(frozen: dict[str, Any], hidden_size: int) -> dict[str, A
     Vectors are not sharded: each would be a gather of its own.
     """
     layer = _SQUARES_PER_LAYER * hidden_size**2
-    return _with_zero(
-        frozen,
-        {
-            "stage3_prefetch_bucket_size": layer,
-            "stage3_max_live_parameters": max(10**9, 3 * layer),
-            "stage3_param_persistence_threshold": 10 * hidden_size,
-        },
-    )
-
-
-def _with_zero(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "zero_optimization": {**config["zero_optimization"], **options}}
+    options = {
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": max(10**9, 3 * layer),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return {**frozen, "zero_optimization": {**frozen["zero_optimization"], **options}}
 
 
 def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
@@ -456,6 +449,13 @@ class PolicyEngine(Engine):
             logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
+    def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
+        """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
+        work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
+        arranged = (batch.layout, self.model.arrangement)
+        self._current = f"{work}: {size_in_words(*arranged)}", policy_remedy(*arranged)
+        return explain_out_of_memory(*self._current)
+
     def routed_token_logps(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
     ) -> tuple[Tensor, Tensor]:
@@ -490,13 +490,6 @@ class PolicyEngine(Engine):
         with explain_out_of_memory(*self._current):
             self._engine.backward(loss * self._world.size)
         self._backwards = 0 if is_last else self._backwards + 1
-
-    def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
-        """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
-        work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        arranged = (batch.layout, self.model.arrangement)
-        self._current = f"{work}: {size_in_words(*arranged)}", policy_remedy(*arranged)
-        return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.

@@ -31,9 +31,6 @@ _LEFT = re.compile(r"\.tmp-(?:(replaced)-|([0-9a-f]{8})-(\d+)-(-?\d+)-)?[0-9a-f]
 _WORKING_FOLDER = -100
 _EXCHANGE = 2
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
@@ -256,11 +253,17 @@ def _is_hidden(process: int) -> bool:
 _PROCESSES = _process_namespace()
 
 
+def _umask() -> int:
+    """Return the umask; `os.umask` would change it for all threads."""
+    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1], 8) if found else 0o022
+
+
 def sync(path: Path) -> None:
     """Flush a file's bytes or a folder's entries to disk."""
     if path.is_file():
         # Some writers create private files; shared files get the permissions of the umask.
-        path.chmod(0o666 & ~_UMASK)
+        path.chmod(0o666 & ~_umask())
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -329,7 +329,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             "flash-attn 2 is not installed",
             where="model.attention",
             got="flash_attention_2",
-            remedy="set model.attention=auto, or pip install --no-build-isolation 'dpo-dist[flash-attn]', "
+            remedy="set model.attention=auto, or pip install flash-attn --no-build-isolation, "
             "which compiles it for the torch that is installed",
         )
     return wanted

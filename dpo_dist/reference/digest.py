@@ -78,7 +78,7 @@ def digest_model(
         store: folder in which digests are remembered by `file_identity`, so that a file is read once.
         remote_code: `model.trust_remote_code`: the folder's own classes replace those of transformers.
         with_weights: whether this process loads the weight files.
-        adapter: folder of an adapter on the model; None: there is none.
+        adapter: folder of an adapter on the model.
 
     Raises:
         ConfigError: a file cannot be read, or changes while it is read; the code is in another repository.
@@ -113,14 +113,8 @@ def digest_on_every_node(
 ) -> ModelFiles:
     """Digest a model on rank 0, and on one rank of every other node what the node loads; collective.
 
-    Args:
-        folder: the model folder; each node may have its own copy.
-        store: as in `digest_model`; so are `remote_code` and `adapter`.
-        loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
-        while_waiting: called with the seconds so far.
-
-    Returns:
-        The digests of rank 0; `identities` is empty on ranks whose files another rank of their node checks.
+    If `loads_whole`, every rank loads the weights; otherwise rank 0 loads and scatters them. The result has
+    the digests of rank 0; its `identities` are empty on ranks whose files another rank of their node checks.
 
     Raises:
         ConfigError: as `digest_model`.

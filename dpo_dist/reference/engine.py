@@ -40,12 +40,8 @@ def settle_engine(
 ) -> None:
     """Arrange the model of `engine` by `model.exactness.settle`; its mode does not change. Collective.
 
-    Args:
-        engine: of the model.
-        max_length: the longest prompt plus response, in tokens.
-        world: of the ranks.
-        key: the configuration key to name in an error.
-        trains: also check its log-probs in training mode and, of several ranks, the weights in use.
+    If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
+    use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
 
     Raises:
         ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
@@ -175,7 +171,7 @@ def load_scored(
         folder: of the model, or of the adapter's base.
         model_config: with its quantization.
         config: of the run.
-        finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
+        finish: adds an adapter, or replaces the weights of the model, sharded or not.
         key: the configuration key to name in an error.
 
     Raises:

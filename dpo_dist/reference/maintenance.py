@@ -127,17 +127,8 @@ def _info(folder: Path) -> FingerprintInfo:
     )
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Result of verifying a store: shards read, intact entries, and the fault of each damaged file."""
-
-    shards: int
-    entries: int
-    damage: dict[Path, str]
-
-
-def verify_store(root: Path) -> Verification:
-    """Read and verify every entry of a store.
+def verify_store(root: Path) -> tuple[int, int, dict[Path, str]]:
+    """Read every entry of a store; return its shards, intact entries, and the fault of each damaged file.
 
     Raises:
         ReferenceModelError: the store does not exist.
@@ -150,7 +141,7 @@ def verify_store(root: Path) -> Verification:
     for folder in folders:
         if read_fingerprint(folder) is None:
             damage[folder / FINGERPRINT_FILE] = "missing, damaged or of another version"
-    return Verification(len(files), sum(intact for intact, _ in checked), damage)
+    return len(files), sum(intact for intact, _ in checked), damage
 
 
 def _check(file: Path) -> tuple[int, str]:
@@ -163,29 +154,19 @@ def _check(file: Path) -> tuple[int, str]:
     return len(shard.keys) - damaged, fault
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """Folders and temporary files to delete from the store `root`."""
+def find_garbage(
+    root: Path, drop: Sequence[str], unused_days: float | None
+) -> tuple[list[FingerprintInfo], list[Path]]:
+    """Return fingerprints to delete from a store, and temporary files of dead writers.
 
-    root: Path
-    fingerprints: list[FingerprintInfo]
-    leftovers: list[Path]
-
-
-def find_garbage(root: Path, drop: Sequence[str], unused_days: float | None) -> Garbage:
-    """Select garbage without deleting it; without a selection only temporary files of dead writers.
-
-    Args:
-        root: `reference.store`.
-        drop: first digits of references or fingerprints to delete.
-        unused_days: delete those that no run has opened for so long.
+    Fingerprints are those of the references or fingerprints with the first digits `drop`, and those that no
+    run has opened for `unused_days`.
 
     Raises:
         ConfigError: digits match no reference, or more than one.
         ReferenceModelError: the store does not exist.
     """
-    found = take_inventory(root)
-    unwanted = []
+    found, unwanted = take_inventory(root), []
     for digits in drop:
         matching = [info for info in found if _has_digits(info, digits)]
         references = {info.fingerprint.reference if info.fingerprint else info.name for info in matching}
@@ -203,27 +184,23 @@ def find_garbage(root: Path, drop: Sequence[str], unused_days: float | None) -> 
     places = [root, *(root / info.name for info in found)]
     temporary = (path for place in places for path in sorted(place.iterdir()) if is_temporary(path))
     leftovers = [path for path in temporary if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
-    return Garbage(root, [info for info in found if info in unwanted], leftovers)
+    return [info for info in found if info in unwanted], leftovers
 
 
 def _has_digits(info: FingerprintInfo, digits: str) -> bool:
-    names = [info.name] if info.fingerprint is None else [info.name, info.fingerprint.reference]
-    return any(name.startswith(digits) for name in names)
+    reference = info.fingerprint.reference if info.fingerprint else ""
+    return info.name.startswith(digits) or reference.startswith(digits)
 
 
-def remove(garbage: Garbage) -> None:
-    """Delete it. A folder is renamed first, so that no run finds it incomplete.
+def remove(paths: Sequence[Path]) -> None:
+    """Delete files and folders. A folder is renamed first, so that no run finds it incomplete.
 
     Raises:
-        OSError: a file cannot be deleted.
+        OSError: one cannot be deleted.
     """
-    for info in garbage.fingerprints:
-        folder = garbage.root / info.name
-        aside = temporary_name(folder)
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    for path in garbage.leftovers:
+    for path in paths:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            aside = path.rename(temporary_name(path))
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

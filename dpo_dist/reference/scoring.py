@@ -135,7 +135,12 @@ def score_round(
             if is_stopped := must_stop():
                 break
     entries += last.entries() if last is not None else []
-    world.together(lambda: _check_encoded(dataset, damaged))
+
+    def check() -> None:
+        if damaged:
+            raise damaged_ids(dataset, damaged)
+
+    world.together(check)
     return np.concatenate(keys), entries, is_stopped
 
 
@@ -162,11 +167,6 @@ def _packed(
         batch = pack(sequences, keys) if numbers and is_whole else dummy_batch()
         batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch
-
-
-def _check_encoded(dataset: PreferenceDataset, damaged: list[int]) -> None:
-    if damaged:
-        raise damaged_ids(dataset, damaged)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
-"""The files of an evaluation, written from its values: by training for its last one, and by `evaluate`."""
+"""The verb `evaluate`, and the files of an evaluation, which training writes for its last one, too."""
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpo_dist.config.load import changed_keys
-from dpo_dist.config.run_folder import EvaluationFolder, RunFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint_files import load_checkpoint_weights, open_checkpoint, read_state
+from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
@@ -38,95 +35,101 @@ from dpo_dist.training.start import open_world
 from dpo_dist.training.step import evaluate
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
+Results = dict[str, dict[str, Any]]
 
-def write_evaluation(
-    name: str,
-    model: str,
-    config: RunConfig,
-    means: dict[str, float],
-    values: PairValues,
-    dataset: PreferenceDataset,
-    revision: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Write the files of an evaluation, each whole or not at all; return its results.
 
-    They are written into its folder, and become those of the newest evaluation, which are links where the
-    file system has them.
+def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
+    """Evaluate models and write their results; return the exit code.
 
-    Args:
-        name: of its folder.
-        model: the path of the model.
-        config: of the run.
-        means: exact means of all metrics of the evaluation.
-        values: of every pair.
-        dataset: the evaluated pairs.
-        revision: the commit of a model from the hub.
+    Raises:
+        ConfigError: a model or its adapter cannot be loaded.
+        CheckpointError: a checkpoint is damaged, or is not of this model.
     """
-    folder = RunFolder.of(config)
-    found = results(
-        means,
-        values,
-        _members(dataset),
-        np.asarray(dataset.prompts[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
-        Resampling(RESAMPLES, config.trainer.seed),
-    )
-    own = folder.evaluation_of(name)
-    for written in (own.path, folder.evaluation.path):
-        collect_abandoned(written)
-    write_text(own.evaluated, json.dumps(_evaluated(model, revision, config, dataset), indent=1) + "\n")
-    write_scores(own.scores, values, dataset)
-    write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
-    make_newest(own, folder.evaluation)
-    return found
+    config = with_stored_reference(config)
+    with open_world(config, console) as world:
+        inputs = load_evaluation_inputs(config, world, console)
+        for evaluated in models:  # before the reference is computed, which may take hours
+            world.on_main(partial(check_origin, evaluated, config, inputs))
+        reference = prepare_reference(config, inputs, world, console)
+        objective = Objective(config.loss, reference.provider)
+        found = {each.path: _evaluate(each, config, inputs, objective, world, console) for each in models}
+        if len(found) > 1 and world.is_main:
+            of_all = {path: results[ALL] for path, results in found.items()}
+            console.result("comparison", of_all, evaluation_table(of_all))
+    return ExitCode.completed
 
 
-def make_newest(own: EvaluationFolder, newest: EvaluationFolder) -> None:
-    """Make the files of an evaluation those of the newest one, not mixed with those of a second process."""
-    with _locked(newest.path):
-        for file, target in zip(own.files, newest.files, strict=True):
-            with staged_file(target) as temporary:
-                try:
-                    os.link(file, temporary)
-                except OSError:  # a file system without links
-                    shutil.copyfile(file, temporary)
+def with_stored_reference(config: RunConfig) -> RunConfig:
+    """Return `config` with the reference in the store, unless the loss uses none.
+
+    A reference beside the policy, or its base, is the same model.
+    """
+    former = config.reference
+    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
+        return config
+    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
+    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait for the lock of a folder; nothing on a file system that cannot lock one."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
+    """Check that a checkpoint is of a run that started from the model and adapter of `config`.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if evaluated.kind is not Kind.checkpoint:
+        return
+    folder, digest = Path(evaluated.path), inputs.policy_files.digest
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        former = read_state(folder).get("model")
+    except (OSError, ValueError):
+        return  # `open_checkpoint` says what is damaged
+    run = RunFolder(folder.resolve().parent.parent)
+    if former != digest:
+        what, got, expected = "model", f"{config.model.path}, digest {digest}", f"digest {former}"
+    elif adapters := changed_keys(run.config, config).get("model.adapter"):
+        what, got, expected = "adapter", str(adapters[1]), str(adapters[0])
+    else:
+        return
+    raise CheckpointError(
+        f"the checkpoint is of a run with another {what}",
+        where=str(folder),
+        got=got,
+        expected=expected,
+        remedy="set model.path and model.adapter as in the config.yaml of its run",
+    )
 
 
-def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
-    """Return for each label whether a pair has it, [pairs]."""
-    found: dict[str, Mask] = {}
-    start = 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        found.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
+def _evaluate(
+    evaluated: Evaluated,
+    config: RunConfig,
+    inputs: EvaluationInputs,
+    objective: Objective,
+    world: World,
+    console: Console,
+) -> Results:
+    """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
+    console.say(f"evaluating {evaluated.path} ({evaluated.kind})")
+    model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
+    dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
+    every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
+    costs = replace(inputs.costs, arrangement=model.model.arrangement)
+    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, costs, one_sided)
+    evaluation = evaluate(model, objective, rank_batch, world, running)
+    means = MetricSums(evaluation.sums.names, world.sum_replicas(evaluation.sums.values)).means()
+    found: Results = {}
+
+    def write() -> None:
+        values, folder = evaluation.values, RunFolder.of(config)
+        assert values is not None
+        name = evaluated.name(config, inputs)
+        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
+        console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
+        console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+
+    world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
+    model.free()
     return found
-
-
-def _evaluated(
-    model: str, revision: str | None, config: RunConfig, dataset: PreferenceDataset
-) -> dict[str, Any]:
-    """Return the content of evaluated.json."""
-    sources = dataset.counts["sources"]
-    return {
-        "model": model,
-        "revision": revision,
-        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
-        "loss": "+".join(config.loss.kinds),
-        "pairs": len(dataset),
-        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
-    }
 
 
 class FreeableModel(ScoredModel, Protocol):
@@ -147,9 +150,8 @@ def load_evaluated(
 ) -> tuple[FreeableModel, RunningMeans, str | None]:
     """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
-    Collective. `model.revision` counts for `model.path` only.
-
-    The base of an adapter is quantized as `model.quantization` says, and so is `model.path` itself.
+    Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
+    `model.quantization` says, and so is `model.path` itself.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -173,12 +175,11 @@ def load_evaluated(
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
             world.on_main(partial(check_same_vocabulary, found, inputs.tokenizer, config.model, EVALUATED))
-    placement = replace(
-        config.reference, offload=config.parallelism.offload_parameters, nvme_path=None, quantization=bits
-    )
+    offload = config.parallelism.offload_parameters
+    placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
     model_config = replace(scored_model(config), quantization=bits)
-    placed = replace(config, reference=placement)
-    return load_scored(folder, model_config, placed, world, finish), running, commit
+    model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
+    return model, running, commit
 
 
 def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:
@@ -187,36 +188,6 @@ def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:
     if not isinstance(named, str) or named in ("", config.model.path):
         return None
     return None if Path(named).expanduser().resolve() == base.resolve() else named
-
-
-def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
-    """Check that a checkpoint is of this configuration, before the reference is computed for another.
-
-    Raises:
-        CheckpointError: its run started from another model or with another adapter.
-    """
-    if evaluated.kind is not Kind.checkpoint:
-        return
-    folder, digest = Path(evaluated.path), inputs.policy_files.digest
-    try:
-        former = read_state(folder).get("model")
-    except (OSError, ValueError):
-        return  # `open_checkpoint` says what is damaged
-    own_config = RunFolder(folder.resolve().parent.parent).config
-    adapters = changed_keys(own_config, config).get("model.adapter")
-    if former != digest:
-        what, got, expected = "model", f"{config.model.path}, digest {digest}", f"digest {former}"
-    elif adapters is not None:
-        what, got, expected = "adapter", str(adapters[1]), str(adapters[0])
-    else:
-        return
-    raise CheckpointError(
-        f"the checkpoint is of a run with another {what}",
-        where=str(folder),
-        got=got,
-        expected=expected,
-        remedy="set model.path and model.adapter as in the config.yaml of its run",
-    )
 
 
 def _load_trained(
@@ -228,73 +199,57 @@ def _load_trained(
     load_checkpoint_weights(model, folder, world)
 
 
-Results = dict[str, dict[str, Any]]
-
-
-def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
-    """Evaluate models and write their results; return the exit code.
-
-    Raises:
-        ConfigError: a model or its adapter cannot be loaded.
-        CheckpointError: a checkpoint is damaged, or is not of this model.
-    """
-    config = with_stored_reference(config)
-    with open_world(config, console) as world:
-        inputs = load_evaluation_inputs(config, world, console)
-        for evaluated in models:
-            world.on_main(partial(check_origin, evaluated, config, inputs))
-        reference = prepare_reference(config, inputs, world, console)
-        objective = Objective(config.loss, reference.provider)
-        found = {
-            evaluated.path: _evaluate(evaluated, config, inputs, objective, world, console)
-            for evaluated in models
-        }
-        if len(found) > 1 and world.is_main:
-            of_all = {path: results[ALL] for path, results in found.items()}
-            console.result("comparison", of_all, evaluation_table(of_all))
-    return ExitCode.completed
-
-
-def with_stored_reference(config: RunConfig) -> RunConfig:
-    """Return `config` with the reference in the store, unless the loss uses none.
-
-    A reference beside the policy, or its base, is the same model.
-    """
-    former = config.reference
-    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
-        return config
-    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
-    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
-
-
-def _evaluate(
-    evaluated: Evaluated,
+def write_evaluation(
+    name: str,
+    model: str,
     config: RunConfig,
-    inputs: EvaluationInputs,
-    objective: Objective,
-    world: World,
-    console: Console,
+    means: dict[str, float],
+    values: PairValues,
+    dataset: PreferenceDataset,
+    revision: str | None = None,
 ) -> Results:
-    """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
-    console.say(f"evaluating {evaluated.path} ({evaluated.kind})")
-    model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
-    dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
-    every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
-    costs = replace(inputs.costs, arrangement=model.model.arrangement)
-    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, costs, one_sided)
-    evaluation = evaluate(model, objective, rank_batch, world, running)
-    means = MetricSums(evaluation.sums.names, world.sum_replicas(evaluation.sums.values)).means()
-    found: Results = {}
+    """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
+    newest one; return its results.
 
-    def write() -> None:
-        assert evaluation.values is not None
-        name = evaluated.name(config, inputs)
-        values = evaluation.values
-        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
-        console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
-        folder = RunFolder.of(config)
-        console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+    Args:
+        model: its path.
+        means: exact means of all metrics of the evaluation.
+        revision: the commit of a model from the hub.
+    """
+    folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    found = results(
+        means,
+        values,
+        _members(dataset),
+        np.asarray(dataset.prompts[:], dtype=np.uint64),
+        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
+        Resampling(RESAMPLES, config.trainer.seed),
+    )
+    evaluated = {
+        "model": model,
+        "revision": revision,
+        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
+        "loss": "+".join(config.loss.kinds),
+        "pairs": len(dataset),
+        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
+    }
+    own, newest = folder.evaluation_of(name), folder.evaluation
+    for written in (own.path, newest.path):
+        collect_abandoned(written)
+    write_text(own.evaluated, json.dumps(evaluated, indent=1) + "\n")
+    write_scores(own.scores, values, dataset)
+    write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
+    for file, target in zip(own.files, newest.files, strict=True):
+        with staged_file(target) as temporary:
+            shutil.copyfile(file, temporary)
+    return found
 
-    world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
-    model.free()
+
+def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
+    """Return for each label whether a pair has it, [pairs]."""
+    found: dict[str, Mask] = {}
+    start = 0
+    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
+        found.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
+        start += pairs
     return found

@@ -17,17 +17,18 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.distributed.checkpoint_files import read_state
+from dpo_dist.distributed.checkpoint import read_state
 from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
 from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.log import package_versions, read_latest_rows
+from dpo_dist.insight.metrics.log import read_latest_rows
+from dpo_dist.insight.recorder import spared
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.folder import is_adapter, model_folder
@@ -47,18 +48,128 @@ _FLOOR = 1e-4
 _FACTOR = 4.0
 
 
+def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `output` cannot be written or computes other log-probs.
+        ConfigError: the base model or the pairs of the check cannot be read.
+    """
+    _check_base(config, checkpoint)
+    console.say(f"reading {checkpoint}")
+    check = None
+    if config.export.check:  # pairs that cannot be read are an error before anything is written
+        check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
+
+    def card() -> str:
+        found = [""]
+        with spared("the model card", console.say):
+            found = [_card(config, checkpoint, console)]
+        return found[0]
+
+    export_checkpoint(checkpoint, output, config, card, check, replaces=False)
+
+
+def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+    """Write the weighted mean of whole models, whole or not at all.
+
+    Raises:
+        CheckpointError: `output` cannot be written.
+        ConfigError: the members are not models of one kind.
+    """
+    given = [member.weight for member in config.export.average]
+    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    with writing_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(output, replaces=False) as temporary:
+            write_mean(temporary, shares, dtype)
+
+
+def _check_base(config: RunConfig, checkpoint: Path) -> None:
+    """Check that files which become part of the result are those that training started from.
+
+    They are the base of a merged adapter, and the adapter below a new one. The check of the written folder
+    reads the same files, so it would not see the difference.
+
+    Raises:
+        ConfigError: they have changed, or cannot be read.
+    """
+    adapter = config.model.adapter
+    if adapter is None or not (config.export.merge or adapter.on_top):
+        return
+    recorded = _state(checkpoint).get("model")
+    base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
+    code, start = config.model.trust_remote_code, start_folder(config.model)
+    found = digest_model(base, store, remote_code=code, adapter=start).digest
+    if recorded != found:
+        raise ConfigError(
+            "the model that this run started from has changed since",
+            where="model.path" if adapter.path is None else "model.path, model.adapter.path",
+            got=f"digest {found}",
+            expected=f"digest {recorded}",
+            remedy="restore its files"
+            + ("" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"),
+        )
+
+
+def _state(checkpoint: Path) -> Mapping[str, Any]:
+    """Return the state of a checkpoint, which its run may remove meanwhile."""
+    try:
+        return read_state(checkpoint)
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
+
+
+def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
+    """Return the model card of a checkpoint."""
+    folder, step, state = RunFolder.of(config), step_of(checkpoint.name), _state(checkpoint)
+    is_end = step == state["steps"]
+    summary = {
+        "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
+        "steps": step,
+        "pairs_seen": state["pairs_seen"],
+        "reference": state["reference_report"],
+        "settings": settings(config),
+        "data": state["counts"],
+    }
+    rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+    versions = json.loads(read_small(folder.environment))["packages"]
+    is_evaluated = is_end and config.export.weights is ExportedWeights.last
+    written = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
+    return run_card(written, rows, summary, console, versions, is_evaluated=is_evaluated)
+
+
+def read_pairs(config: RunConfig) -> list[Sequences]:
+    """Return the shortest of the first pairs of the training data, as training encodes them.
+
+    Raises:
+        ConfigError: they, or the weights of the base, which the check loads too, cannot be read.
+    """
+    source = config.data.train[0]
+    first = replace(source, limit=min(_READ, source.limit or _READ))
+    try:
+        base = model_folder(config.model.path, config.model.revision)
+        files, tokenizer = trained_tokenizer(base, start_folder(config.model), config)
+        digest = tokenizer_digest(files)
+        dataset = open_dataset(prepare_dataset([first], config.data, tokenizer, digest), config.data)
+    except (ConfigError, DataError, OSError) as error:
+        raise ConfigError(
+            "the training pairs or the base of the check cannot be read",
+            where="export.check",
+            got=f"{source.path}, {config.model.path}: {first_line(error)}",
+            remedy="make them available, or set export.check=false",
+        ) from error
+    pairs = [dataset.sequences(index) for index in range(len(dataset))]
+    return sorted(pairs, key=lambda pair: len(pair.prompt_ids) + sum(map(len, pair.responses)))[:_SCORED]
+
+
 def check_exported(
     exported: Exported, pairs: Sequence[Sequences], config: RunConfig, say: Callable[[str], None]
 ) -> None:
     """Score training pairs with the written folder and with the trained weights, in float32 on the CPU.
 
-    Memory is that of one model in float32.
-
-    Args:
-        exported: before it has its name.
-        pairs: from `read_pairs`.
-        config: of the run.
-        say: prints the result.
+    Memory is that of one model in float32. `exported`: before it has its name.
 
     Raises:
         CheckpointError: log-probs differ by more than rounding explains.
@@ -86,31 +197,6 @@ def check_exported(
     say(f"checked: {drift}")
     if rounding > change / 4 and dtype is not torch.float32:
         say("warning: rounding is a large part of what training changed: export.dtype=fp32 keeps it")
-
-
-def read_pairs(config: RunConfig) -> list[Sequences]:
-    """Return the shortest of the first pairs of the training data, as training encodes them.
-
-    Raises:
-        ConfigError: they, or the weights of the base, which the check loads too, cannot be read.
-    """
-    source = config.data.train[0]
-    first = replace(source, limit=min(_READ, source.limit or _READ))
-    try:
-        base = model_folder(config.model.path, config.model.revision)
-        files, tokenizer = trained_tokenizer(base, start_folder(config.model), config)
-        digest = tokenizer_digest(files)
-        dataset = open_dataset(prepare_dataset([first], config.data, tokenizer, digest), config.data)
-    except (ConfigError, DataError, OSError) as error:
-        raise ConfigError(
-            "the training pairs or the base of the check cannot be read",
-            where="export.check",
-            got=f"{source.path}, {config.model.path}: {first_line(error)}",
-            remedy="make them available, or set export.check=false",
-        ) from error
-    pairs = [dataset.sequences(index) for index in range(len(dataset))]
-    lengths = [len(pair.prompt_ids) + sum(map(len, pair.responses)) for pair in pairs]
-    return [pairs[index] for index in np.argsort(lengths, kind="stable")[:_SCORED]]
 
 
 def _coarsest_dtype(folder: Path) -> torch.dtype:
@@ -147,7 +233,16 @@ def _trained_logps(
     exported: Exported, config: RunConfig, pairs: Sequence[Sequences], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs by the packed forward of training: of the trained weights, rounded ones, the base."""
-    model = load_packed(exported.base, _on_cpu(config.model), config.data.max_length, _CPU).eval()
+    on_cpu = replace(  # without what needs a GPU or changes only speed and memory
+        config.model,
+        dtype=Dtype.fp32,
+        attention=AttentionBackend.auto,
+        quantization=None,
+        liger=False,
+        compile=False,
+        activation_offload=False,
+    )
+    model = load_packed(exported.base, on_cpu, config.data.max_length, _CPU).eval()
     settle(CheckedModel(model, model, _CPU, config.data.max_length))
     keys = np.zeros((sum(len(pair.responses) for pair in pairs), 2), dtype=np.uint64)
     batch = pack(pairs, keys)
@@ -165,120 +260,3 @@ def _trained_logps(
         if ".lora_" in name or ".modules_to_save." in name or not is_adapter(exported.folder):
             weight.copy_(weight.to(dtype))
     return expected, model(batch), base
-
-
-def _on_cpu(model: ModelConfig) -> ModelConfig:
-    """Return the model in float32 without the options that need a GPU or change only speed and memory."""
-    return replace(
-        model,
-        dtype=Dtype.fp32,
-        attention=AttentionBackend.auto,
-        quantization=None,
-        liger=False,
-        compile=False,
-        activation_offload=False,
-    )
-
-
-def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
-    """Write `output` from a checkpoint, checked, whole or not at all.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or `output` cannot be written or computes other log-probs.
-        ConfigError: the base model or the pairs of the check cannot be read.
-    """
-
-    _check_base(config, checkpoint)
-    console.say(f"reading {checkpoint}")
-    check = None
-    if config.export.check:  # pairs that cannot be read are an error before anything is written
-        check = partial(check_exported, pairs=read_pairs(config), config=config, say=console.say)
-    card = partial(_card, config, checkpoint, console)
-    export_checkpoint(checkpoint, output, config, card, check, replaces=False)
-
-
-def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
-    """Write the weighted mean of whole models, whole or not at all.
-
-    Raises:
-        CheckpointError: `output` cannot be written.
-        ConfigError: the members are not models of one kind.
-    """
-    given = [member.weight for member in config.export.average]
-    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
-    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
-    with writing_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with staged_folder(output, replaces=False) as temporary:
-            write_mean(temporary, shares, dtype)
-
-
-def _check_base(config: RunConfig, checkpoint: Path) -> None:
-    """Check that files that become part of the result are those that training started from.
-
-    They are the base of a merged adapter, and the adapter below a new one. The check of the written folder
-    reads the same files, so it would not see the difference.
-
-    Raises:
-        ConfigError: they have changed, or cannot be read.
-    """
-    adapter = config.model.adapter
-    if adapter is None or not (config.export.merge or adapter.on_top):
-        return
-    try:
-        recorded = read_state(checkpoint).get("model")
-    except (OSError, ValueError):  # a damaged checkpoint, of which the export says more
-        return
-    if not recorded:
-        return
-    found = digest_model(
-        model_folder(config.model.path, config.model.revision),
-        Path(config.reference.store),
-        remote_code=config.model.trust_remote_code,
-        adapter=start_folder(config.model),
-    )
-    if recorded != found.digest:
-        raise ConfigError(
-            "the model that this run started from has changed since",
-            where="model.path" if adapter.path is None else "model.path, model.adapter.path",
-            got=f"digest {found.digest}",
-            expected=f"digest {recorded}",
-            remedy="restore its files"
-            + ("" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"),
-        )
-
-
-def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
-    """Return the model card of a checkpoint; "" if its run has not recorded its data."""
-    folder, step = RunFolder.of(config), step_of(checkpoint.name)
-    try:
-        state = read_state(checkpoint)
-    except (OSError, ValueError) as error:  # its run has removed it meanwhile
-        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
-    counts = state.get("counts") or _read(folder.summary).get("data")
-    if counts is None:  # of an earlier version, before the end of its run
-        console.say("warning: no model card: this run has no counts of its data yet")
-        return ""
-    is_end = step == state["steps"]
-    summary = {
-        "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
-        "steps": step,
-        "pairs_seen": state["pairs_seen"],
-        "reference": state.get("reference_report", {}),
-        "settings": settings(config),
-        "data": counts,
-    }
-    rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
-    versions = _read(folder.environment).get("packages") or package_versions()
-    is_evaluated = is_end and config.export.weights is ExportedWeights.last
-    written = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
-    return run_card(written, rows, summary, console, versions, is_evaluated=is_evaluated)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    """Return the object in a file of the run; empty if it cannot be read."""
-    try:
-        content: Any = json.loads(read_small(file))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -153,10 +153,12 @@ def export_model(
 def _card(loop: Loop, summary: dict[str, Any]) -> str:
     """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
     assert loop.recorder is not None
-    is_evaluated = loop.inputs.eval_set is not None
+    has_eval, found = loop.inputs.eval_set is not None, [""]
     ended = {**summary, "exit": RunOutcome.completed.value}
-    rows = loop.recorder.metrics.rows
-    return run_card(loop.config, rows, ended, loop.console, package_versions(), is_evaluated=is_evaluated)
+    rows, console = loop.recorder.metrics.rows, loop.console
+    with spared("the model card", console.say):
+        found = [run_card(loop.config, rows, ended, console, package_versions(), is_evaluated=has_eval)]
+    return found[0]
 
 
 def run_card(
@@ -168,7 +170,7 @@ def run_card(
     *,
     is_evaluated: bool,
 ) -> str:
-    """Return the content of a model card, with a verdict; "" and a warning after a bug.
+    """Return the content of a model card, with a verdict.
 
     Args:
         rows: of log_history.json, up to the step of the model.
@@ -176,15 +178,13 @@ def run_card(
         versions: of packages, by name.
         is_evaluated: whether the last evaluation of training is one of this model.
     """
-    folder, found = RunFolder.of(config), [""]
-    with spared("the model card", console.say):
-        judged = verdict(rows, summary, data_findings(folder, console))
-        results = folder.evaluation_of(LAST_EVALUATION).results
-        evaluation = None
-        if is_evaluated and results.is_file():
-            evaluation = json.loads(results.read_text(encoding="utf-8"))
-        found = [model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)]
-    return found[0]
+    folder = RunFolder.of(config)
+    judged = verdict(rows, summary, data_findings(folder, console))
+    results = folder.evaluation_of(LAST_EVALUATION).results
+    evaluation = None
+    if is_evaluated and results.is_file():
+        evaluation = json.loads(results.read_text(encoding="utf-8"))
+    return model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)
 
 
 def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:

@@ -345,9 +345,8 @@ class Loop:
             metrics |= found.values.margin_percentiles()
             margins = Histogram.of(found.values.margin)
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
-        samples = self.samples
-        if samples is not None:
-            measured |= samples.at(position.step, self.stops.give_way)
+        if self.samples is not None:
+            measured |= self.samples.at(position.step, self.policy, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))

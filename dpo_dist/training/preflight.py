@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, Resume, RunConfig
+from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.counts import DataCounts, check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import check_fits_loss
 from dpo_dist.data.encode import encode_chunk
@@ -36,16 +36,10 @@ _MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
 
 
 def rehearse(config: RunConfig, *, trains: bool = True) -> str:
-    """Load what a run loads before weights, and encode the first records of each source.
+    """Load what a run loads before weights, and encode the first records of each source; return the findings.
 
-    Weights are neither read nor, for a model on the hub, downloaded.
-
-    Args:
-        config: of the run.
-        trains: whether the run trains, so that it starts from what is in its directory.
-
-    Returns:
-        The findings, as lines for the screen.
+    Weights are neither read nor, for a model on the hub, downloaded. `trains`: it starts from what is in its
+    directory.
 
     Raises:
         CheckpointError: the run cannot start or continue in its directory.
@@ -54,42 +48,45 @@ def rehearse(config: RunConfig, *, trains: bool = True) -> str:
     """
     run = RunFolder.of(config)
     found = f" ({_expected_start(config, run)})" if trains else ""
-    folder, tokenizer, model_type = _described_model(config)
+    described, tokenizer = _described_model(config)
     lines = [
         ("run.dir", f"{run}{found}"),
-        ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
+        ("model.path", described),
         ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
-        *_needs_gpu(config),
     ]
-    lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
+    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
+    if needing and not torch.cuda.is_available():
+        why = f"no GPU here: a run on this machine would refuse {' and '.join(needing)}"
+        lines.append(("device", why))
     doctor = "python -m dpo_dist.doctor with the same arguments without --check examines all records"
-    return f"{_passed(lines)}  {doctor}\n"
+    return f"{_passed(lines, config, tokenizer)}  {doctor}\n"
 
 
 def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
-    """Load what an evaluation loads before weights, and encode the first records of each source.
-
-    Returns and raises as `rehearse`.
-    """
+    """Load what an evaluation loads before weights, and encode the first records; returns as `rehearse`."""
     config = with_stored_reference(config)
-    folder, tokenizer, model_type = _described_model(config)
-    lines = [
-        ("run.dir", str(RunFolder.of(config))),
-        ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
-    ]
+    described, tokenizer = _described_model(config)
+    lines = [("run.dir", str(RunFolder.of(config))), ("model.path", described)]
     for evaluated in models:
         if evaluated.kind in (Kind.model, Kind.hub):
-            key = EVALUATED
             revision = config.model.revision if evaluated.path == config.model.path else None
-            own = description_folder(evaluated.path, revision, key)
+            own = description_folder(evaluated.path, revision, EVALUATED)
             if not is_adapter(own):
-                check_same_vocabulary(own, tokenizer, config.model, key)
+                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
         lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
     lines.append(("reference", _reference(config, tokenizer)))
-    return _passed(
-        [*lines, *((key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config))]
-    )
+    return _passed(lines, config, tokenizer)
+
+
+def _passed(lines: list[tuple[str, str]], config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the findings with those of the first records, as lines for the screen."""
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            lines.append((name, _first_records(source, name, config, tokenizer)))
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
 
 
 def _expected_start(config: RunConfig, folder: RunFolder) -> str:
@@ -106,8 +103,8 @@ def _expected_start(config: RunConfig, folder: RunFolder) -> str:
     return "new"
 
 
-def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, str]:
-    """Return folder, tokenizer and type of the policy's model, after the checks that need no weights."""
+def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
@@ -118,12 +115,7 @@ def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, 
     causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
     check_modules(causal_lm, config.model, trained_adapter(config.model, start))
     check_template_keys(config.data, tokenizer)
-    return folder, tokenizer, model_config.model_type
-
-
-def _passed(lines: Iterable[tuple[str, str]]) -> str:
-    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -137,24 +129,10 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
         folder = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(folder, tokenizer, config.model)
         found.append(f"model {folder}")
-    if reference.mode.value == "cached":
+    if reference.mode is ReferenceMode.cached:
         spaces = len(list(Path(reference.store).glob("*/space.json")))
         found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
     return ", ".join(found)
-
-
-def _needs_gpu(config: RunConfig) -> list[tuple[str, str]]:
-    """Return a finding if options have an effect on GPUs only, and this machine has none."""
-    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
-    if torch.cuda.is_available() or not needing:
-        return []
-    return [("device", f"no GPU here: a run on this machine would refuse {' and '.join(needing)}")]
-
-
-def _sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for index, source in enumerate(sources):
-            yield f"{key}[{index}]", source
 
 
 def _first_records(
@@ -184,11 +162,11 @@ def _first_records(
     )
     name = f" ({source.name})" if source.name else ""
     rest = " (the others were not looked at)" if has_more else ""
-    found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}"]
-    dropped = in_one_line(counts.dropped)
-    found += [f"dropped: {dropped}"] if dropped else []
-    found.append(read_in_words(counts.read_as))
-    changed = in_one_line(counts.changed)
-    found += [f"changed or particular: {changed}"] if changed else []
-    found.append(f"{chunk.arrays['piece_tokens'].sum() / len(response_counts):.0f} tokens per example")
-    return "; ".join(found)
+    found = [
+        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        read_in_words(counts.read_as),
+        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"{chunk.arrays['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
+    ]
+    return "; ".join(filter(None, found))

@@ -1,10 +1,10 @@
-"""Step-0 check: re-score a sample and compare with the reference log-probs that training will use."""
+"""The reference of a run: find or fill its log-probs, and check a sample of them before the first step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,26 +57,18 @@ from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import open_world, say_header
 
-# Mean absolute drift per token in nats.
 _CHECKED_PAIRS = 16
+# Mean absolute drift of a response per token, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
-@dataclass(frozen=True)
-class _Drift:
-    """Difference between the fresh and the stored log-probs of one response, in nats.
-
-    Attributes:
-        index: of the example in its dataset.
-        response: number of the response in the example.
-        tokens: of the response.
-        mean: over tokens, absolute.
-        largest: of a token, absolute.
-        total: of the sum over tokens, absolute.
+class _Drift(NamedTuple):
+    """Absolute difference between fresh and stored log-probs of a response of an example, in nats:
+    mean over its tokens, largest of a token, and of the sum.
     """
 
-    index: int
+    example: int
     response: int
     tokens: int
     mean: float
@@ -96,10 +88,7 @@ def check_drift(
 ) -> dict[str, Any]:
     """Re-score a seeded sample of the `visited` indices with the training path and compare; collective.
 
-    Args:
-        score: the reference model, or the policy before its first update if it starts as this model.
-        objective: the loss, and the reference log-probs to check.
-        visited: dataset indices to draw the sample from.
+    `score`: the reference model, or the policy before its first update if it starts as this model.
 
     Returns:
         The drift per token and per response, in nats, for the report.
@@ -113,7 +102,7 @@ def check_drift(
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
     rank_batch = shard_batch(dataset, indices, world.replica, world.replicas, budget, costs)
-    drifts: list[_Drift] = []
+    own: list[_Drift] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with objective.prefetched(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
@@ -126,18 +115,61 @@ def check_drift(
             for index, logps in enumerate((fresh, stored)):
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
-            drifts += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_batch)
-    losses = world.sum_replicas(losses) / rank_batch.pairs
-    drifts = [drift for part in world.gather(drifts if world.leads else []) for drift in part]
-    _check_tolerance(drifts, dataset, config)
-    loss, loss_at_zero_margin = losses.tolist()
-    _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
+            if micro_batch and world.leads:
+                parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
+                own += _drifts(parts, dataset, micro_batch)
+    drifts = [drift for part in world.gather(own) for drift in part]
+    loss, at_zero_margin = (world.sum_replicas(losses) / rank_batch.pairs).tolist()
+    _check_drifts(drifts, dataset, config)
+    tolerance = _LOSS_TOLERANCE[config.model.dtype] * max(1.0, abs(at_zero_margin))
+    if not abs(loss - at_zero_margin) <= tolerance:
+        raise ReferenceModelError(
+            "policy and reference are the same model, but the loss differs from its value at zero margin",
+            where="before the first step",
+            got=f"{loss:.6f}",
+            expected=f"{at_zero_margin:.6f} within {tolerance:.2g}",
+            remedy="a bug: policy and reference are computed differently; report it with the logs of the run",
+        )
     return {
         "responses": len(drifts),
         "mean_token_drift": float(np.mean([drift.mean for drift in drifts])),
         "largest_token_drift": max(drift.largest for drift in drifts),
         "largest_response_drift": max(drift.total for drift in drifts),
     }
+
+
+def _drifts(parts: Sequence[Tensor], dataset: PreferenceDataset, indices: Sequence[int]) -> Iterator[_Drift]:
+    """Yield the drift of every response of these examples, whose differences are `parts`."""
+    counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
+    owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
+    for (example, response), part in zip(owners, parts, strict=True):
+        largest, total = float(part.abs().max()), abs(float(part.sum()))
+        yield _Drift(example, response, len(part), float(part.abs().mean()), largest, total)
+
+
+def _check_drifts(drifts: Sequence[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
+    dtype = config.model.dtype
+
+    def tolerance(tokens: int) -> float:
+        # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
+        return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
+
+    # Not "mean > tolerance", which accepts nan.
+    failed = [drift for drift in drifts if not drift.mean <= tolerance(drift.tokens)]
+    if failed:
+        named = [f"{dataset.origin(d.example)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
+        raise ReferenceModelError(
+            f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
+            where="; ".join(named),
+            got="the mean difference per token in parentheses, in nats",
+            expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
+            "16 bits",
+            remedy=(
+                "the store belongs to another model or is damaged: set another reference.store"
+                if config.reference.numerics is Numerics.strict
+                else "log-probs of other numerics differ too much: set reference.numerics=strict"
+            ),
+        )
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
@@ -151,76 +183,6 @@ def describe_drift(drift: dict[str, Any]) -> str:
     )
 
 
-def _drifts(
-    difference: Tensor, response_tokens: Tensor, dataset: PreferenceDataset, indices: tuple[int, ...]
-) -> list[_Drift]:
-    """Return the drift of every response of a micro-batch; none for a dummy.
-
-    Args:
-        difference: float32 [targets], fresh log-probs minus stored ones.
-        response_tokens: int64 [responses].
-        indices: of the micro-batch's examples in `dataset`.
-    """
-    if not indices:
-        return []
-    parts = torch.split(difference.cpu(), response_tokens.tolist())
-    counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
-    owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
-    return [
-        _Drift(
-            index=index,
-            response=response,
-            tokens=len(part),
-            mean=float(part.abs().mean()),
-            largest=float(part.abs().max()),
-            total=abs(float(part.sum())),
-        )
-        for (index, response), part in zip(owners, parts, strict=True)
-    ]
-
-
-def _tolerance(dtype: Dtype, tokens: int) -> float:
-    """Return the allowed mean drift of a response.
-
-    A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly does.
-    """
-    factor = max(1.0, 8 / math.sqrt(tokens)) if dtype is not Dtype.fp32 else 1.0
-    return _TOLERANCE[dtype] * factor
-
-
-def _check_tolerance(drifts: list[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
-    dtype = config.model.dtype
-    # Not "mean > tolerance", which accepts nan.
-    failed = [drift for drift in drifts if not drift.mean <= _tolerance(dtype, drift.tokens)]
-    if not failed:
-        return
-    listed = [f"{dataset.origin(d.index)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
-    raise ReferenceModelError(
-        f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
-        where="; ".join(listed),
-        got="the mean difference per token in parentheses, in nats",
-        expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
-        "16 bits",
-        remedy=(
-            "the store belongs to another model or is damaged: set another reference.store"
-            if config.reference.numerics is Numerics.strict
-            else "log-probs of other numerics differ too much: set reference.numerics=strict"
-        ),
-    )
-
-
-def _check_loss_at_start(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
-    tolerance = _LOSS_TOLERANCE[dtype] * max(1.0, abs(loss_at_zero_margin))
-    if not abs(loss - loss_at_zero_margin) <= tolerance:
-        raise ReferenceModelError(
-            "policy and reference are the same model, but the loss differs from its value at zero margin",
-            where="before the first step",
-            got=f"{loss:.6f}",
-            expected=f"{loss_at_zero_margin:.6f} within {tolerance:.2g}",
-            remedy="a bug: policy and reference are computed differently; report it with the logs of the run",
-        )
-
-
 Audited = tuple[PreferenceDataset, Indices]
 
 
@@ -229,7 +191,6 @@ class Reference:
     """The reference of a run.
 
     Attributes:
-        provider: source of its log-probs.
         is_policys_start: whether the policy starts as this model, in the same precision.
         audited: a dataset and those of its indices from which the step-0 check takes its sample.
         report: the section `reference` of summary.json.
@@ -247,30 +208,40 @@ def prepare_reference(
     world: World,
     console: Console,
     stops: Stops | None = None,
+    *,
+    step0_follows: bool = False,
 ) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
+
+    With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
 
     Raises:
         StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
     """
-    mode = config.reference.mode
+    mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return _reference(NoReference(), False, mode, inputs)
-    files = inputs.reference_files
+        return _unstored(NoReference(), False, mode, inputs)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
-    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console, stops)
-    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
+        return _unstored(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+    is_checked = is_start and step0_follows
+    return _stored(config, inputs, files, is_start, is_checked, world, console, stops)
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+    return _unstored(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+
+
+def _unstored(
+    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
+) -> Reference:
+    report = {"mode": mode.value, **FillReport().as_dict()}
+    return Reference(provider, is_start, inputs.visited[0], report)
 
 
 def open_reference_sync(
@@ -288,11 +259,7 @@ def open_reference_sync(
 def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of a resumed run: what all starts computed, and what the first one found.
 
-    A later start finds what the first one computed, and makes no step-0 check.
-
-    Args:
-        former: of the starts before; empty: not known.
-        report: of this start.
+    A later start finds what the first one computed, and makes no step-0 check. `former`: empty, if not known.
     """
     if not former:
         return dict(report)
@@ -309,34 +276,21 @@ def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
     }
 
 
-def _reference(
-    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
-) -> Reference:
-    """Return a reference without stored log-probs."""
-    report = {"mode": mode.value, **FillReport().as_dict()}
-    return Reference(provider, is_start, inputs.visited[0], report)
-
-
-def _stored_reference(
+def _stored(
     config: RunConfig,
     inputs: Inputs | EvaluationInputs,
     files: ModelFiles,
     is_start: bool,
+    is_checked: bool,
     world: World,
     console: Console,
     stops: Stops | None,
-) -> tuple[StoredReference, dict[str, Any], Audited]:
+) -> Reference:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
-    A sample is re-scored while the engine is loaded. Log-probs of other numerics are always re-scored: by the
-    policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
-
-    Args:
-        files: of the reference model.
-        is_start: whether the policy starts as the reference.
-
-    Returns:
-        The provider, the report for summary.json, and the examples for the step-0 check.
+    A sample is re-scored while the engine is loaded, unless the step-0 check does it (`is_checked`).
+    Log-probs of other numerics are always re-scored: by the policy in the step-0 check if it starts as the
+    reference (`is_start`), else by an engine loaded for it.
     """
     fingerprint = _fingerprint(config, files, world)
     found = world.on_main(lambda: find_compatible(Path(config.reference.store), fingerprint))
@@ -352,8 +306,9 @@ def _stored_reference(
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
     filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard, stops)
-    report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
-    if found and not compatible and report["computed"]:
+    filled = _fill(config, inputs, filler, console)
+    report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
+    if found and not compatible and filled.computed:
         others = "; ".join(difference(fingerprint, other) for other in found)
         console.say(
             f"reference: the store has log-probs of this model of other numerics ({others}); "
@@ -362,7 +317,7 @@ def _stored_reference(
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)
-    audited, must_score = inputs.visited[0], bool(engines)
+    audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
         report["served"] = reused.entries
@@ -380,7 +335,7 @@ def _stored_reference(
     if engines:
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
         reset_peak_memory(world.device)
-    return provider, report, audited
+    return Reference(provider, is_start, audited, report)
 
 
 def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> ReferenceFingerprint:
@@ -402,16 +357,12 @@ def _fill(
         of_all = f", dataset {number} of {len(inputs.visited)}" if several else ""
         with console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
             filled += filler.fill(dataset, indices, progress)
-    console.say(describe_fill(filled))
+    took = f", in {duration(filled.seconds)}" if filled.computed else ""
+    computed = counted(filled.computed, "log-prob")
+    console.say(f"reference: {computed} computed, {filled.hits:,} reused{took}")
     for name in sorted(filled.damaged):
         console.say(f"warning: reference: damaged or foreign file ignored: {config.reference.store}/{name}")
     return filled
-
-
-def describe_fill(filled: FillReport) -> str:
-    """Return the number of log-probs computed and reused in words."""
-    text = f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused"
-    return f"{text}, in {duration(filled.seconds)}" if filled.computed else text
 
 
 def _describe_reused(reused: Reused) -> str:
@@ -426,11 +377,6 @@ def _describe_reused(reused: Reused) -> str:
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
     """Fill the reference store with all log-probs that the run of `config` uses; return the exit code.
-
-    Args:
-        config: of the run.
-        console: of this rank.
-        stop: is listening.
 
     Raises:
         StoppedError: a rank was asked to stop; what is scored is stored.

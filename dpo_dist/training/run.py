@@ -13,8 +13,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -147,7 +146,7 @@ def _set_up(
     world, folder = stops.world, RunFolder.of(config)
     with clock.of("samples"):
         samples = prepare_samples(config, inputs, start.step, world, console)
-    reference, policy = _load_models(config, inputs, stops, clock, console, engines)
+    reference, policy = _load_models(config, start, inputs, stops, clock, console, engines)
     inputs = arranged(inputs, policy, reference, console)
     kept = keep_files(config, inputs, world)
     world.together(inputs.policy_files.check_unchanged)
@@ -173,6 +172,9 @@ def _set_up(
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
     stops.check()
+    if samples is not None:
+        with clock.of("samples"):
+            samples.open(policy)
     loop = Loop(
         config=config,
         world=world,
@@ -184,7 +186,7 @@ def _set_up(
         peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identity,
-        samples=None if samples is None else samples.open(policy, clock),
+        samples=samples,
         recorder=_open_recorder(config, position, stops, environment, console),
         console=console,
         clock=clock,
@@ -195,6 +197,7 @@ def _set_up(
 
 def _load_models(
     config: RunConfig,
+    start: Start,
     inputs: Inputs,
     stops: Stops,
     clock: WorkClock,
@@ -212,7 +215,8 @@ def _load_models(
     stops.check()
     if config.reference.mode is not ReferenceMode.adapter:
         with clock.of("reference"):
-            reference = prepare_reference(config, inputs, world, console, stops)
+            is_first = start.checkpoint is None
+            reference = prepare_reference(config, inputs, world, console, stops, step0_follows=is_first)
         if isinstance(reference.provider, LiveReference):
             engines.push(partial(_free, reference.provider.engine, world))
         stops.check()

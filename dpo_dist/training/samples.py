@@ -9,12 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig, SamplesConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.foundation import files
-from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
 from dpo_dist.generation.sampling.generate import (
     Generates,
@@ -31,7 +29,6 @@ from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_digested
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.start import write_on_main
-from dpo_dist.training.state import WorkClock
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
@@ -42,7 +39,6 @@ class SamplePrompt:
     """A held-out prompt.
 
     Attributes:
-        request: its token ids and key.
         fields: `prompt`, `prompt_id`, `source` and `chosen` of its rows.
         language: of the chosen response; None if it is not clear.
     """
@@ -52,20 +48,20 @@ class SamplePrompt:
     language: str | None
 
 
-@dataclass(frozen=True)
-class SamplePrompts:
-    """The held-out prompts of a run, and how models respond to them.
+@dataclass
+class Samples:
+    """The held-out prompts of a run, the same at every evaluation and in every start. Methods are collective.
+
+    A response is a row with `text`, `tokens` and `finished`.
 
     Attributes:
-        config: settings.
-        sampling: the same as settings of generation.
-        prompts: the same at every evaluation and in every start of the run.
         stop_ids: tokens that end a response.
-        tokenizer: of the policy.
-        folder: of the run.
+        starts_as_reference: whether the policy before its first step is the reference.
+        asks_policy: whether the policy, at its start or without its adapter (`of_base`), responds as the
+            reference if its responses are not known.
+        reference: responses of the reference, one for each prompt; None: not known.
     """
 
-    config: SamplesConfig
     sampling: Sampling
     prompts: tuple[SamplePrompt, ...]
     stop_ids: frozenset[int]
@@ -73,27 +69,81 @@ class SamplePrompts:
     world: World
     folder: RunFolder
     console: Console
+    starts_as_reference: bool = False
+    asks_policy: bool = False
+    of_base: bool = False
+    reference: list[Row] | None = None
 
-    def responses(
+    def at(
+        self, step: int, policy: Generates, give_way: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Write the policy's responses after `step`, and return their metrics `samples/...`.
+
+        `give_way` is called before each batch of prompts, and may raise. There is no file if the model's
+        logits are not finite, and no metrics, with a warning, after a bug in these.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        responses = self.reference if step == 0 and self.starts_as_reference else None
+        responses = responses or self._ask(policy, give_way=give_way)
+        if responses is None:
+            return {}
+        asked = responses
+        file, text = self.folder.samples_file(step), lines(self._rows(step, asked))
+
+        def write() -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            write_text(file, text)
+            with spared("the row of metrics of samples", self.console.say):
+                metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
+                if self.reference is not None:
+                    metrics |= self._metrics("samples/reference_", self.reference)
+            return metrics
+
+        return write_on_main(write, self.folder, self.world)
+
+    def open(self, policy: Generates) -> None:
+        """Ask the policy before its first step for the reference's responses, if it gives them."""
+        if self.reference is None and self.asks_policy:
+            self.ask_reference(policy, of_base=self.of_base)
+
+    def ask_reference(self, model: Generates, *, of_base: bool = False) -> None:
+        """Set the reference's responses to those of a model, and write them.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        self.reference = self._ask(model, of_base=of_base)
+        if self.reference is not None:
+            rows = [
+                {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
+                for prompt, response in zip(self.prompts, self.reference, strict=True)
+            ]
+            file = self.folder.samples_reference
+            write_on_main(lambda: write_text(file, lines(rows)), self.folder, self.world)
+
+    def read_reference(self) -> list[Row] | None:
+        """Return the reference's responses in its file, if they are to the same prompts and settings."""
+        try:
+            text = self.folder.samples_reference.read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines()]
+            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+                return None
+            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _ask(
         self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
     ) -> list[Row] | None:
-        """Return the `text`, `tokens` and `finished` of a response to each prompt; collective.
-
-        `give_way` is called before each batch, and may raise.
-
-        None, with a warning, if the model's logits are not finite.
-        """
+        """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
+        options: dict[str, Any] = {"of_base": of_base, "give_way": give_way}
         try:
             found = generate_together(
-                model,
-                requests,
-                self.sampling,
-                self.stop_ids,
-                _BATCH_TOKENS,
-                self.world,
-                of_base=of_base,
-                give_way=give_way,
+                model, requests, self.sampling, self.stop_ids, _BATCH_TOKENS, self.world, **options
             )
         except NotFiniteError:
             self.console.say("warning: no samples: the model's logits are not finite")
@@ -107,102 +157,17 @@ class SamplePrompts:
             for sample, request in zip(found, requests, strict=True)
         ]
 
-    def metrics(self, responses: Sequence[Row]) -> dict[str, float]:
-        """Return the metrics of responses by name: see `sample_metrics`."""
+    def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        return sample_metrics(facts, [prompt.language for prompt in self.prompts])
-
-    def read_reference(self) -> list[Row] | None:
-        """Return the responses in the reference's file, if they are to the same prompts and settings."""
-        try:
-            text = self.folder.samples_reference.read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
-            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
-            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
-                return None
-            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-
-    def write_reference(self, responses: Sequence[Row]) -> None:
-        """Write the reference's responses to its file; collective.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
-        rows = [
-            {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
-            for prompt, response in zip(self.prompts, responses, strict=True)
-        ]
-        file = self.folder.samples_reference
-        write_on_main(lambda: files.write_text(file, lines(rows)), self.folder, self.world)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a run. Methods are collective.
-
-    Attributes:
-        held_out: the prompts.
-        reference: responses of the reference, one for each prompt; None: not known.
-        starts_as_reference: whether they are those of the policy before its first step.
-        policy: generates.
-    """
-
-    held_out: SamplePrompts
-    reference: list[Row] | None
-    starts_as_reference: bool
-    policy: PolicyEngine
-
-    def at(self, step: int, give_way: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Write the policy's responses after `step`, and return their metrics `samples/...`.
-
-        `give_way` is called before each batch of prompts, and may raise.
-
-        They are without metrics and a file if the model's logits are not finite, and without metrics, with a
-        warning, after a bug in these.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
-        held_out = self.held_out
-        is_reference = step == 0 and self.starts_as_reference and self.reference is not None
-        responses = self.reference if is_reference else held_out.responses(self.policy, give_way=give_way)
-        if responses is None:
-            return {}
-        file, text = held_out.folder.samples_file(step), lines(self._rows(step, responses))
-
-        def write() -> dict[str, float]:
-            metrics: dict[str, float] = {}
-            files.write_text(file, text)
-            with spared("the row of metrics of samples", held_out.console.say):
-                metrics = self._metrics(responses)
-            return metrics  # noqa: RET504 (a bug ends the block before)
-
-        return write_on_main(write, held_out.folder, held_out.world)
-
-    def _metrics(self, responses: Sequence[Row]) -> dict[str, float]:
-        of_policy = self.held_out.metrics(responses)
-        of_reference = {} if self.reference is None else self.held_out.metrics(self.reference)
-        return {
-            "samples/prompts": float(len(responses)),
-            **{f"samples/{name}": value for name, value in of_policy.items()},
-            **{f"samples/reference_{name}": value for name, value in of_reference.items()},
-        }
+        found = sample_metrics(facts, [prompt.language for prompt in self.prompts])
+        return {prefix + name: value for name, value in found.items()}
 
     def _rows(self, step: int, responses: Sequence[Row]) -> list[Row]:
         unknown = dict.fromkeys(("text", "tokens", "finished"))
         reference = self.reference or [unknown] * len(responses)
         return [
-            {
-                **prompt.fields,
-                "step": step,
-                **_named("policy", of_policy),
-                **_named("reference", of_reference),
-            }
-            for prompt, of_policy, of_reference in zip(
-                self.held_out.prompts, responses, reference, strict=True
-            )
+            {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
+            for prompt, own, other in zip(self.prompts, responses, reference, strict=True)
         ]
 
 
@@ -220,46 +185,9 @@ def lines(rows: Sequence[Row]) -> str:
     return "".join(map(json_line, rows))
 
 
-@dataclass(frozen=True)
-class PreparedSamples:
-    """The samples of a run before its policy is loaded.
-
-    Attributes:
-        held_out: the prompts.
-        reference: responses of the reference; None: the policy gives them, or they are not known.
-        starts_as_reference: whether they are those of the policy before its first step.
-        is_from_policy: whether the policy can give them now, at its start or without its adapter.
-        of_base: whether it does so without its adapter.
-    """
-
-    held_out: SamplePrompts
-    reference: list[Row] | None
-    starts_as_reference: bool
-    is_from_policy: bool
-    of_base: bool
-
-    def open(self, policy: PolicyEngine, clock: WorkClock) -> Samples:
-        """Return the samples of a policy, which responds as the reference where it can; collective.
-
-        Args:
-            policy: generates.
-            clock: of the run.
-
-        Raises:
-            CheckpointError: the reference's responses cannot be written.
-        """
-        responses = self.reference
-        if responses is None and self.is_from_policy:
-            with clock.of("samples"):
-                responses = self.held_out.responses(policy, of_base=self.of_base)
-                if responses is not None:
-                    self.held_out.write_reference(responses)
-        return Samples(self.held_out, responses, self.starts_as_reference, policy)
-
-
 def prepare_samples(
     config: RunConfig, inputs: Inputs, step: int, world: World, console: Console
-) -> PreparedSamples | None:
+) -> Samples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
     Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
@@ -273,55 +201,46 @@ def prepare_samples(
     write_on_main(lambda: _remove_later(folder, step), folder, world)
     if not config.samples.prompts or inputs.eval_set is None:
         return None
-    held_out = _held_out(config, inputs, inputs.eval_set, world, console)
-    if not held_out.prompts:
+    samples = _held_out(config, inputs, inputs.eval_set, world, console)
+    if not samples.prompts:
         return None
-    of_base = config.model.adapter is not None
-    is_start = _is_policys_start(config, inputs)
-    is_from_policy = is_start and (step == 0 or of_base)
-    reference = world.on_main(held_out.read_reference)
-    if reference is None and not is_from_policy:
+    files = inputs.reference_files or inputs.policy_files
+    same_precision = config.reference.quantization is config.model.quantization
+    is_start = (
+        inputs.reference_files is None
+        or config.reference.mode is ReferenceMode.adapter
+        or (files.digest == inputs.policy_files.digest and same_precision)
+    )
+    samples.starts_as_reference, samples.of_base = is_start, config.model.adapter is not None
+    samples.asks_policy = is_start and (step == 0 or samples.of_base)
+    samples.reference = world.on_main(samples.read_reference)
+    if samples.reference is None and not samples.asks_policy:
         console.say("samples: the reference is loaded for its responses")
-        engine = load_digested(inputs.reference_files or inputs.policy_files, config, world)
-        reference = held_out.responses(engine)
+        engine = load_digested(files, config, world)
+        samples.ask_reference(engine)
         engine.free()
-        if reference is not None:
-            held_out.write_reference(reference)
-    return PreparedSamples(held_out, reference, is_start, is_from_policy, of_base)
-
-
-def _is_policys_start(config: RunConfig, inputs: Inputs) -> bool:
-    """Return whether the policy starts as the reference, in the same precision."""
-    files = inputs.reference_files
-    if files is None or config.reference.mode is ReferenceMode.adapter:
-        return True
-    is_same = files.digest == inputs.policy_files.digest
-    return is_same and config.reference.quantization is config.model.quantization
+    return samples
 
 
 def _held_out(
     config: RunConfig, inputs: Inputs, dataset: PreferenceDataset, world: World, console: Console
-) -> SamplePrompts:
+) -> Samples:
     settings, model_folder = config.samples, inputs.policy_files.folder
     stop_ids = find_stop_ids(inputs.tokenizer, config.data, model_folder)
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
-    prompts = choose_prompts(
-        dataset,
-        inputs.tokenizer,
-        stop_ids,
-        settings.prompts,
-        config.trainer.seed,
-        None if longest is None else longest - settings.max_new_tokens,
-    )
+    if longest is not None:
+        longest -= settings.max_new_tokens
+    seed = config.trainer.seed
+    prompts = choose_prompts(dataset, inputs.tokenizer, stop_ids, settings.prompts, seed, longest)
     if len(prompts) < settings.prompts:
         console.say(
             f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
             "are different and leave room for samples.max_new_tokens"
         )
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=config.trainer.seed)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
     folder = RunFolder.of(config)
-    return SamplePrompts(settings, sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
+    return Samples(sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
 
 
 def choose_prompts(
@@ -344,7 +263,8 @@ def choose_prompts(
     for prompt_id, index in by_hash:
         if len(found) == count:
             break
-        if dataset.lengths(index)[0] > 0 and (longest is None or dataset.lengths(index)[0] <= longest):
+        tokens = dataset.lengths(index)[0]
+        if tokens > 0 and (longest is None or tokens <= longest):
             found.append(_prompt(dataset, index, prompt_id[:16], tokenizer, stop_ids))
     return tuple(found)
 

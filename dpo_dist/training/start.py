@@ -20,8 +20,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, OptimizerKind, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.distributed.checkpoint import remove_unfinished
-from dpo_dist.distributed.checkpoint_files import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
 from dpo_dist.distributed.manifest import has_all_files

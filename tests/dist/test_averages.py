@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, load_checkpoint
 from dpo_dist.distributed.slices import SavedSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import SHARDS

@@ -28,8 +28,7 @@ from dpo_dist.config.schema import (
     Quantization,
 )
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_files import Checkpoint, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.manifest import MANIFEST, read_manifest
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import SavedSlices, Sharded

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, OptimizerKind, ParallelismKind
-from dpo_dist.distributed.checkpoint_files import Checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, load_checkpoint
 from dpo_dist.distributed.slices import SavedSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import SHARDS

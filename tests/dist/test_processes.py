@@ -157,7 +157,7 @@ import signal
 import sys
 from pathlib import Path
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.data import build as build_dataset_module
 from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
 

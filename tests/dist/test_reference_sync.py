@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.losses import LossConfig, SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine

@@ -36,7 +36,7 @@ def page_file(tmp_path_factory) -> Path:
         chart("Gradient norm", [Line("norm", [10.0**-step for step in range(100)], "raw")], STEPS, log=True),
     ]
     file = tmp_path_factory.mktemp("page") / "charts.html"
-    names = "outcome about verdict last_step tiles links samples by_source data speed reference"
+    names = "outcome about verdict last_step tiles links samples accuracy data speed reference"
     content = dict.fromkeys([*names.split(), "repeat", "config", "environment"], ())
     file.write_text(
         page("run.jinja", HOSTILE, ["charts.js"], **(content | {"last_step": None, "curves": figures}))

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.checkpoint_files import latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, SavedSlices, Slice
 from tests.support.alone import ALONE
 
@@ -37,14 +36,13 @@ class Run:
 
     root: Path
     keep_last: int = 2
-    behind: bool = True
 
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
         found = latest_checkpoint(self.root, ALONE)
         damaged = found.damaged if found else ()
         weights = Weights()
-        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged, behind=self.behind)
+        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged)
         self.weights = weights
         if found is None:
             return 0

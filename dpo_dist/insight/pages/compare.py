@@ -83,37 +83,36 @@ def headline(results: Row) -> list[str]:
     """
     rates, base = _rates(results), results["base"]
     models = {model["name"]: model for model in results["models"]}
-    found = {name: _quality(model, results, rates) for name, model in models.items()}
-    judged = {name: quality[0] for name, quality in found.items() if quality}
+    judged = {
+        name: quality[0] for name, model in models.items() if (quality := _quality(model, results, rates))
+    }
     ranked = [name for name in judged if models[name]["style"]["finished"]]
     if not judged:
         return ["Without a judge the models can be compared by KL and style only."]
     if not ranked:
         return ["No response ends within compare.max_new_tokens: no model is called the best."]
     best = max(ranked, key=lambda name: (judged[name], -(models[name]["kl"] or 0)))
+    sentence = f"{best} has the highest win rate over {base}"
     if _has_scores(results):
         kl = models[best]["kl"]
         sentence = f"{best} has the highest score, {number(judged[best])}"
         sentence += f" at a KL of {number(kl)} nats" if kl else ""
     elif best == base:
         sentence = f"No model wins over {base} on more than half of the prompts"
-    else:
-        sentence = f"{best} has the highest win rate over {base}"
-    if best != base and (best, base) in rates:
+    if (best, base) in rates:
         sentence += f"; its win rate over {base} is {_rate_text(rates[best, base])}"
-    sentences = [f"{sentence}."]
+    unended = [name for name in judged if name not in ranked]
+    sentences = [f"Not ranked, as no response ends: {', '.join(unended)}."] if unended else []
+    sentences.append(f"{sentence}.")
     others = {name: rates.get((name, best), (_HALF, None)) for name in ranked if name != best}
-    as_good = [
+    as_good = ", ".join(
         f"{name} (win rate {_rate_text(rate)} over it)"
         for name, rate in others.items()
         if _side(rate[1], _HALF) >= 0
-    ]
+    )
     if others:
-        sentences.append(
-            f"Not clearly worse: {', '.join(as_good)}." if as_good else "All others are clearly worse."
-        )
-    unended = [name for name in judged if name not in ranked]
-    return [*([f"Not ranked, as no response ends: {', '.join(unended)}."] if unended else []), *sentences]
+        sentences.append(f"Not clearly worse: {as_good}." if as_good else "All others are clearly worse.")
+    return sentences
 
 
 def _rates(results: Row) -> Rates:
@@ -151,29 +150,23 @@ def _quality(model: Row, results: Row, rates: Rates) -> tuple[float, Interval] |
 def _overview(results: Row, rates: Rates) -> Table:
     """Return the models with KL, score and win rate over the base, as far as there are any."""
     base = results["base"]
-    rows: list[list[object]] = []
-    for model in results["models"]:
-        rate, ends = rates.get((model["name"], base), (None, None))
-        of_base = "base" if model["name"] == base else estimate(rate, ends, 100)
-        rows.append(
-            [
-                _name(model["name"], model["path"]),
-                estimate(model["kl"], model["kl_interval"]),
-                estimate(model["score"], model["score_interval"]),
-                of_base,
-            ]
-        )
-    return _filled(["model", "KL, nats per response", "score", f"win rate over {base}"], rows)
+    head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
+    rows: list[list[object]] = [
+        [
+            _name(model["name"], model["path"]),
+            estimate(model["kl"], model["kl_interval"]),
+            estimate(model["score"], model["score_interval"]),
+            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
+        ]
+        for model in results["models"]
+    ]
+    # The base has a KL of 0 and no win rate.
+    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
+    return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def _name(name: str, small: str) -> Markup:
     return part("macros.jinja", "named", name, small)
-
-
-def _filled(head: list[str], rows: list[list[object]]) -> Table:
-    """Return a table without the columns that have values of the first row only."""
-    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
-    return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def _style(results: Row) -> Table:
@@ -181,15 +174,21 @@ def _style(results: Row) -> Table:
     base = results["models"][0]
     rows: list[list[object]] = []
     for model in results["models"]:
-        cells = []
-        for metric in _STYLE:
-            value, ends = model["style"].get(metric), model["style_intervals"].get(metric)
-            cell = estimate(value, ends, 1 if metric in _NO_SHARES else 100)
-            if metric == "length" and base["style"]["length"] and model is not base:
-                cell += Markup("<small>{:.2f} times</small>").format(value / base["style"]["length"])
-            cells.append(cell)
+        style, ends = model["style"], model["style_intervals"]
+        cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
+        if base["style"]["length"] and model is not base:
+            times = style["length"] / base["style"]["length"]
+            cells[0] += Markup("<small>{:.2f} times</small>").format(times)
         rows.append([model["name"], *cells])
     return ["model", *_STYLE.values()], rows
+
+
+def _rate(rate: tuple[float, Interval] | None) -> Markup:
+    return estimate(rate[0], rate[1], 100) if rate else Markup("")
+
+
+def _scale(metric: str) -> float:
+    return 1 if metric in _NO_SHARES else 100
 
 
 def _differences(results: Row, rates: Rates) -> Table:
@@ -201,29 +200,23 @@ def _differences(results: Row, rates: Rates) -> Table:
     rows: list[list[object]] = []
     for first, second in shown:
         row, rate = found.get((first, second), {}), rates.get((second, first))
-        cells = [_win_cell(rate)] if rates else []
-        cells += [
-            _difference_cell(metric, row.get(metric), row.get(f"{metric}_interval")) for metric in metrics
-        ]
+        win = Markup("")
+        if rate is not None:
+            kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
+            win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
+        cells = [win] if rates else []
+        cells += [_difference(metric, row.get(metric), row.get(f"{metric}_interval")) for metric in metrics]
         rows.append([_name(second, f"minus {first}"), *cells])
     titles = [*(["win rate"] if rates else []), *(_DIFFERENCES[metric] for metric in metrics)]
     return ["models", *titles], rows if titles else []
 
 
-def _win_cell(rate: tuple[float, Interval] | None) -> Markup:
-    if rate is None:
-        return Markup("")
-    kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
-    return Markup('<span class="{}">{}</span>').format(kind, estimate(*rate, 100))
-
-
-def _difference_cell(metric: str, value: float | None, ends: Interval) -> Markup:
+def _difference(metric: str, value: float | None, ends: Interval) -> Markup:
     if value is None:
         return Markup("")
-    scale = 1 if metric in _NO_SHARES else 100
-    interval = (
-        Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends)) if ends else ""
-    )
+    scale, interval = _scale(metric), Markup("")
+    if ends:
+        interval = Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends))
     kind = "clear" if _side(ends, 0) else "open"
     return Markup('<span class="{}">{:+.3g}{}</span>').format(kind, scale * value, interval)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
@@ -75,14 +76,13 @@ def write_difference(
     return path
 
 
-def names_of(folders: Sequence[RunFolder]) -> tuple[str, str]:
+def names_of(folders: Sequence[RunFolder]) -> list[str]:
     """Return the names of two run directories, with as many parent folders as distinguish them."""
     parts = [folder.path.resolve().parts for folder in folders]
     count = 1
     while parts[0][-count:] == parts[1][-count:] and count < max(map(len, parts)):
         count += 1
-    first, second = ("/".join(each[-count:]) for each in parts)
-    return first, second
+    return ["/".join(each[-count:]) for each in parts]
 
 
 def _in_file_name(name: str) -> str:
@@ -99,21 +99,23 @@ def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Iterator[
 
 def _warnings(two: Two) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the reasons for which values of the two runs are not comparable, with prefixes of their names."""
-    first, second = two
+    identities = [facts.state.get("identity") or {} for facts in two]
 
-    def differ(values: Iterator[object]) -> bool:
-        one, other = values
+    def differ(one: object, other: object) -> bool:
         return one is not None and other is not None and one != other
 
-    if differ((facts.state.get("identity") or {}).get("eval_data") for facts in two):
+    def settings(key: str) -> list[Any]:
+        return [facts.setting(key) for facts in two]
+
+    if differ(*(identity.get("eval_data") for identity in identities)):
         yield "The runs were evaluated on different data: their metrics are not comparable.", ("",)
-    if differ((facts.state.get("identity") or {}).get("reference") for facts in two):
+    if differ(*(identity.get("reference") for identity in identities)):
         text = "Their reference models differ: rewards, margins and accuracies are relative to other models."
         yield text, ("loss", "rewards/", "kl/")
-    if any(differ(facts.setting(key) for facts in two) for key in ("loss.kind", "loss.terms")):
+    if differ(*settings("loss.kind")) or differ(*settings("loss.terms")):
         yield "Their losses differ: values of the loss are not comparable.", ("loss",)
-    if differ(facts.setting("loss.beta") for facts in two):
-        values = " and ".join(number(facts.setting("loss.beta"), 3) for facts in (first, second))
+    if differ(*settings("loss.beta")):
+        values = " and ".join(number(beta, 3) for beta in settings("loss.beta"))
         yield (
             f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends on "
             "it: compare accuracies, log-probs and KL.",
@@ -127,19 +129,20 @@ def _metrics(two: Two, warnings: Mapping[str, tuple[str, ...]]) -> Iterator[tupl
     Values that are not comparable have neither.
     """
     is_evaluated = all(facts.run.evaluations for facts in two)
-    rows = [(facts.run.evaluations if is_evaluated else facts.run.steps)[-1:] for facts in two]
-    if not all(rows):
+    rows = [row for facts in two for row in (facts.run.evaluations if is_evaluated else facts.run.steps)[-1:]]
+    if len(rows) < len(two):
         return
-    first, second = (row[0] for row in rows)
     ends = [_intervals(facts) if is_evaluated else {} for facts in two]
-    samples = (key for key in first if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
-    by_source = (key for key in first if key.startswith((f"{ACCURACY}/", f"{MARGIN}/")))
+    samples = (key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
+    by_source = (key for key in rows[0] if key.startswith((f"{ACCURACY}/", f"{MARGIN}/")))
     for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source):
-        if key in first and key in second:
-            cells = [estimate(row[key], own.get(key)) for row, own in zip((first, second), ends, strict=True)]
-            is_comparable = not any(key.startswith(prefixes) for prefixes in warnings.values())
-            overlap = _overlap(*(own.get(key) for own in ends)) if is_comparable else ""
-            yield key, *cells, f"{second[key] - first[key]:+.3g}" if is_comparable else "", overlap
+        if all(key in row for row in rows):
+            own = [each.get(key) for each in ends]
+            cells = [estimate(row[key], interval) for row, interval in zip(rows, own, strict=True)]
+            if any(key.startswith(prefixes) for prefixes in warnings.values()):
+                yield key, *cells, "", ""
+            else:
+                yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", _overlap(*own)
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:

@@ -28,7 +28,7 @@ Table = tuple[list[str], list[list[object]]]
 _SECTIONS = {
     "samples": "Samples",
     "curves": "Curves",
-    "by_source": "Accuracy and margin",
+    "accuracy": "Accuracy and margin",
     "data": "Data",
     "speed": "Time",
     "reference": "Reference model",
@@ -57,7 +57,7 @@ def write_page(
         "tiles": list(_tiles(facts)),
         "samples": samples_of(folder, facts.run.rows),
         "curves": charts(facts.run.rows),
-        "by_source": _by_source(facts),
+        "accuracy": _by_source(facts),
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),

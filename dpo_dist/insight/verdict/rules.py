@@ -4,8 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+import yaml
 
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, percent
@@ -62,34 +65,19 @@ class RunRule(Rule):
 
 
 RULES: dict[str, RunRule] = {}
-"""By name, the worst fault first: in this order a verdict reports them. One of level `note` is a remark."""
+"""By name, the worst fault first: in this order a verdict reports them."""
+_TABLE = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 
 
-def _rule(
-    text: str, remedy: str, explains: tuple[str, ...] = (), level: Level = Level.warning
-) -> Callable[[Find], Find]:
-    """Declare a rule with the name of its function."""
-
-    def declared(find: Find) -> Find:
-        RULES[find.__name__.lstrip("_")] = RunRule(level, text, remedy, find, explains)
-        return find
-
-    return declared
+def _rule(find: Find) -> Find:
+    """Add the rule of a function, by whose name it is in the table."""
+    name = find.__name__.strip("_")
+    level, text, remedy, *explains = _TABLE[name]
+    RULES[name] = RunRule(Level(level), text, remedy, find, tuple(explains))
+    return find
 
 
-@_rule(
-    "diverged",
-    "a lower optim.lr; a larger optim.warmup_ratio; model.dtype=fp32 on a small part of the data; read "
-    "the pairs of these steps (logs/bad-step-*.json)",
-    explains=(
-        "learning_rate_too_high",
-        "does_not_generalise",
-        "displacement",
-        "learnt_nothing",
-        "labels_swapped",
-        "over_optimised",
-    ),
-)
+@_rule
 def _diverged(facts: RunFacts) -> Iterator[str]:
     yield from _lost_weights(facts)
     if bad := facts.summary.get("bad_steps", 0):
@@ -150,11 +138,7 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     )
 
 
-@_rule(
-    "a wrong beta",
-    "set loss.beta between 0.01 and 0.5",
-    explains=("learning_rate_too_high", "does_not_generalise"),
-)
+@_rule
 def _beta_wrong(facts: RunFacts) -> Iterator[str]:
     beta, nats = facts.setting("loss.beta"), facts.margin_nats()
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
@@ -181,11 +165,7 @@ def _loss_that_stayed(facts: RunFacts) -> str | None:
     return f"{start:.4g} -> {fmean(recent):.4g}"
 
 
-@_rule(
-    "learning rate too high",
-    "a lower optim.lr; a larger optim.warmup_ratio; a larger loss.beta; fewer steps",
-    explains=("displacement",),
-)
+@_rule
 def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
     if signs := "; ".join(_signs_of_rate(facts)):
         yield f"{signs}, with optim.lr={number(facts.setting('optim.lr'))}"
@@ -247,12 +227,7 @@ def _distance(facts: RunFacts) -> Iterator[str]:
         )
 
 
-@_rule(
-    "the rejected responses are preferred",
-    "compare chosen and rejected of some records; swap the fields of a wrong source (`columns`); another "
-    "loss than discopop, which has a minimum at small negative margins; the other sign of a custom loss",
-    explains=("does_not_generalise", "learnt_nothing"),
-)
+@_rule
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     def is_below_half(accuracy: Accuracy | None) -> bool:
         return accuracy is not None and accuracy.value < min(0.45, 0.5 - accuracy.noise)
@@ -277,10 +252,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             return
 
 
-@_rule(
-    "evaluation data leaked into training",
-    "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
-)
+@_rule
 def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
     counts = facts.counts("eval")
     count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
@@ -291,11 +263,7 @@ def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
         )
 
 
-@_rule(
-    "evaluation better than training",
-    "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
-    "training source with the lowest accuracy",
-)
+@_rule
 def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
         if accuracy.value - training.value > max(0.05, noise):
@@ -314,11 +282,7 @@ def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
         yield training, accuracy, math.hypot(training.noise, accuracy.noise)
 
 
-@_rule(
-    "the label leaks",
-    "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
-    "length-normalised loss",
-)
+@_rule
 def _label_leak(facts: RunFacts) -> Iterator[str]:
     within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
     pairs = facts.counts("train").get("pairs") or 1
@@ -356,12 +320,7 @@ def _leak_by_form(facts: RunFacts, source: str) -> str | None:
     return None
 
 
-@_rule(
-    "does not generalise",
-    "an earlier checkpoint, if its evaluation loss is lower than that at the start; fewer steps; a lower "
-    "optim.lr; a larger loss.beta, or loss.label_smoothing; other evaluation data if they are of another "
-    "kind",
-)
+@_rule
 def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
     if facts.total_steps >= _FEWEST_STEPS:
         yield from _rise_of_evaluation_loss(facts)
@@ -396,11 +355,7 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
         )
 
 
-@_rule(
-    "over-optimised",
-    "an earlier checkpoint; fewer steps; a larger loss.beta; a lower optim.lr; look for such responses among "
-    "the chosen ones; a length-normalised loss if responses grow",
-)
+@_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
         sampled = [row for row in facts.evaluations if any(key.startswith("samples/") for key in row)]
@@ -440,11 +395,7 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
                 yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
 
 
-@_rule(
-    "learnt nothing",
-    "a higher optim.lr; more steps; if the accuracy is near one half, check that the labels are not "
-    "random, and evaluate more pairs if there are few",
-)
+@_rule
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     if facts.is_cut or facts.total_steps < _FEWEST_STEPS:
         return
@@ -465,7 +416,7 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
         )
 
 
-@_rule("responses are cut", "a larger data.max_length; data.truncation=keep_end or drop")
+@_rule
 def _responses_cut(facts: RunFacts) -> Iterator[str]:
     for name, noun in (("train", "training"), ("eval", "evaluation")):
         counts = facts.counts(name)
@@ -478,7 +429,7 @@ def _responses_cut(facts: RunFacts) -> Iterator[str]:
             return
 
 
-@_rule("faults in the data", "doctor.html lists records and remedies")
+@_rule
 def _doctor_errors(facts: RunFacts) -> Iterator[str]:
     names = [str(one.get("rule")) for one in facts.data_findings if one.get("level") == Level.error]
     if names:
@@ -492,12 +443,7 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
             return
 
 
-@_rule(
-    "both responses become less likely",
-    "read the samples; if they are worse, a lower optim.lr; a larger loss.beta; loss=sigmoid_sft or "
-    "loss=dpop (docs/metrics.md)",
-    level=Level.note,
-)
+@_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
     if share is None or chosen is None or facts.setting("loss.kind") == "apo_down":  # which does it by design

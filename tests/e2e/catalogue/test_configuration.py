@@ -68,7 +68,7 @@ CASES = [
     Case("no seconds", "trainer.max_seconds=0", "out of range", "trainer.max_seconds", "0", "> 0", "or null"),
     # Checkpoints by a metric.
     Case("best of training", "data.eval=[eval.jsonl] trainer.eval_every=1 trainer.keep_best=rewards/margins",
-         "a metric of evaluations", "trainer.keep_best", "rewards/margins", "begins with eval_",
+         "a metric of evaluations", "trainer.keep_best", "rewards/margins", "",
          "trainer.keep_best=eval_rewards/margins"),
     Case("best without evaluation", "trainer.keep_best=eval_loss", "no evaluation data",
          "trainer.keep_best, data.eval", "eval_loss", "", "data.eval_share=0.05"),

@@ -33,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss.router.aux_coefficient": 0}, "loss.router.aux_coefficient"),
     (
         {"loss.router.z_coefficient": 0.1, "model.compile": True},
-        "loss.router.aux_coefficient, loss.router.z_coefficient, model.compile",
+        "model.compile, loss.router.aux_coefficient, loss.router.z_coefficient",
     ),
     ({"optim.warmup_steps": 10, "optim.warmup_ratio": 0.03}, "optim.warmup_steps, optim.warmup_ratio"),
     ({"optim.warmup_steps": 11, "trainer.max_steps": 10}, "optim.warmup_steps, trainer.max_steps"),

@@ -78,7 +78,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
         (
             [{"task": "q", "chosen": "a", "rejected": "b"}],
             {},
-            ["task (text)", "prompt, chosen, rejected", "columns: {prompt: COLUMN"],
+            ["task (text)", "columns: {prompt: COLUMN"],
         ),
         (
             GOOD,

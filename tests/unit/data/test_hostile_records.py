@@ -11,7 +11,7 @@ import pytest
 from dpo_dist.config.data import DataConfig, DataFormat, TextTemplate, Truncation
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import parse_record
-from dpo_dist.data.records import BadRecord, Origin
+from dpo_dist.data.records import Origin
 from tests.support import tiny
 from tests.support.records import TEXT, assistant, user
 
@@ -96,17 +96,3 @@ def test_no_record_raises(seed: int) -> None:
             text_as_messages=generator.random() < 0.5,
         )
         encode_chunk([found], config, generator.choice(TOKENIZERS))
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"prompt": [{"role": "\ud800", "content": "q"}], "chosen": "a", "rejected": "b"}, "invalid_unicode"),
-        (TEXT | {"chat_template_kwargs": {"a": "\ud800"}}, "invalid_unicode"),
-        ({"conversations": [[]], "chosen": "a", "rejected": "b"}, None),
-    ],
-)
-def test_damage_outside_the_texts_is_found(record: dict[str, Any], reason: str | None) -> None:
-    found = parse_record(record, DataFormat.auto, Origin("f", 1))
-    assert isinstance(found, BadRecord)
-    assert reason in (None, found.reason)

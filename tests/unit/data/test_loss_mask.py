@@ -34,19 +34,40 @@ def counted(response: Messages | str, family: str = "qwen2_5", **data: Any) -> s
     return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
 
 
-def test_by_default_the_turns_of_the_assistant_count_with_their_ends() -> None:
-    assert counted(TURNS) == "It rains.<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
+NOTE, THOUGHT = ["<note>...</note>"], "<think>\nLook.\n</think>\n\n"
+IN_FIELD = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
+SAID = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
+LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
+RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>", "<|im_end|>"
 
 
-def test_other_roles_can_count() -> None:
-    assert counted(TURNS, trained_roles=["user", "assistant"]) == (
-        "It rains.<|im_end|>Are you sure?<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
-    )
-
-
-def test_a_message_may_say_whether_it_counts() -> None:
-    turns = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
-    assert counted(turns) == "Are you sure?<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
+@pytest.mark.parametrize(
+    ("response", "family", "data", "expected"),
+    [
+        (TURNS, "qwen2_5", {}, RAIN + YES),
+        (TURNS, "qwen2_5", {"trained_roles": ["user", "assistant"]}, f"{RAIN}Are you sure?{END}{YES}"),
+        (SAID, "qwen2_5", {}, f"Are you sure?{END}{YES}"),
+        (LITERAL, "qwen2_5", {}, f"a <|im_end|> b{END}{YES}"),
+        (TURNS, "qwen2_5", {"untrained": ["formatting"]}, "It rains.Yes, <note>I think</note> so."),
+        ((ANSWER,), "llama3_1", {"untrained": ["formatting"]}, "It rains."),
+        (TURNS, "qwen2_5", {"untrained": NOTE}, f"{RAIN}Yes,  so.{END}"),
+        # White space after a marker's end belongs to the text.
+        ("<note>x</note>\n\nyes", "qwen2_5", {"untrained": NOTE}, f"\n\nyes{END}"),
+        ("yes <note>cut", "qwen2_5", {"untrained": NOTE}, "yes "),
+        ("a <note>b [c] d</note> e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
+        ("a <note>b [c</note> d] e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
+        # An empty thought is the template's only at the start.
+        ("yes\n<think>\n\n</think>\nno", "qwen2_5", {}, f"yes\n<think>\n\n</think>\nno{END}"),
+        ("It rains.", "qwen3", {}, RAIN),
+        ("It rains.", "qwen3", {"untrained": []}, f"<think>\n\n</think>\n\n{RAIN}"),
+        *((turns, "qwen3", {}, THOUGHT + RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+        *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+    ],
+)
+def test_the_loss_counts_the_text(
+    response: Messages | str, family: str, data: dict[str, Any], expected: str
+) -> None:
+    assert counted(response, family, **data) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,49 +80,10 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
     assert found.reason == "no_trained_token"
 
 
-def test_text_between_markers_does_not_count() -> None:
-    assert counted(TURNS, untrained=["<note>...</note>"]) == "It rains.<|im_end|>Yes,  so.<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("response", "untrained", "expected"),
-    [
-        # White space after a marker's end belongs to the text.
-        ("<note>x</note>\n\nyes", ["<note>...</note>"], "\n\nyes<|im_end|>"),
-        ("yes <note>cut", ["<note>...</note>"], "yes "),
-        ("a <note>b [c] d</note> e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
-        ("a <note>b [c</note> d] e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
-        # An empty thought is the template's only at the start.
-        ("yes\n<think>\n\n</think>\nno", ["empty_thoughts"], "yes\n<think>\n\n</think>\nno<|im_end|>"),
-    ],
-)
-def test_spans_between_markers_are_exact(response: str, untrained: list[str], expected: str) -> None:
-    assert counted(response, untrained=untrained) == expected
-
-
 def test_a_tag_that_the_prompt_mentions_opens_no_thought() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     what = record((Message("user", "Why <think>?"),), "So it is.", "No.")
     assert not encode(what, tokenizer, DataConfig(untrained=["thoughts"])).trained
-
-
-def test_formatting_tokens_do_not_count() -> None:
-    assert counted(TURNS, untrained=["formatting"]) == "It rains.Yes, <note>I think</note> so."
-    assert counted((ANSWER,), "llama3_1", untrained=["formatting"]) == "It rains."
-
-
-@pytest.mark.parametrize(
-    ("untrained", "expected"),
-    [
-        (["empty_thoughts"], "<think>\nLook.\n</think>\n\nIt rains.<|im_end|>"),
-        (["thoughts"], "It rains.<|im_end|>"),
-        ([], "<think>\nLook.\n</think>\n\nIt rains.<|im_end|>"),
-    ],
-)
-def test_thoughts_count_unless_told(untrained: list[str], expected: str) -> None:
-    thought = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
-    assert counted(thought, "qwen3", untrained=untrained) == expected
-    assert counted("<think>\nLook.\n</think>\n\nIt rains.", "qwen3", untrained=untrained) == expected
 
 
 def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
@@ -143,11 +125,6 @@ def test_the_mask_is_cut_with_its_response() -> None:
     cut = encode(what, tokenizer, DataConfig(max_length=length))
     assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
-
-
-def test_literal_tokens_do_not_shift_the_mask() -> None:
-    turns = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
-    assert counted(turns) == "a <|im_end|> b<|im_end|>Yes, <note>I think</note> so.<|im_end|>"
 
 
 @settings(deadline=None, max_examples=60)

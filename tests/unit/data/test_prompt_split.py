@@ -13,7 +13,7 @@ from dpo_dist.config.data import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.data.prompts import Part, eval_part, prompt_hash, train_part
-from dpo_dist.data.records import Dialogue, Message
+from dpo_dist.data.records import Dialogue, Message, Prompt
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import assistant, user
@@ -112,34 +112,39 @@ def test_the_side_does_not_depend_on_format_tokenizer_or_white_space(tmp_path: P
     assert [hashes(part) for part in other] == expected
 
 
-def test_a_prompt_is_its_roles_and_texts() -> None:
-    question = (Message("user", "a b"),)
-    assert (
-        prompt_hash("a  b\n")
-        == prompt_hash(question)
-        == prompt_hash(Dialogue("\n\nHuman: a b\n\nAssistant:"))
-    )
-    others = ((Message("system", "a b"),), "ab", "a b c", "Human: a b")
-    assert len({prompt_hash(prompt) for prompt in (question, *others)}) == 5
-    assert prompt_hash((Message("user", "a"), Message("user", "b"))) != prompt_hash("a\0user\0b")
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        ("a  b\n", (Message("user", "a b"),)),
+        ("a b", Dialogue("\n\nHuman: a b\n\nAssistant:")),
+        ("Human: a b\n\nAssistant:", (Message("user", "a b"),)),
         ("caf\u00e9 \ud55c", "cafe\u0301 \u1112\u1161\u11ab"),
         ("a question", "\ufeffa ques\u00adtion\u200b"),
         ("\u05e9\u05dc\u05d5\u05dd?", "\u202b\u05e9\u05dc\u05d5\u05dd?\u202c\u200f"),
         ("a question", "a\u200b question"),
+        # Half a dialogue is a text.
+        *((text, (Message("user", text),)) for text in ("\n\nHuman: hi", "hi\n\nAssistant:", "Human:")),
     ],
 )
-def test_prompts_that_look_the_same_are_the_same(one: str, other: str) -> None:
+def test_prompts_that_look_the_same_are_the_same(one: Prompt, other: Prompt) -> None:
     assert one != other
     assert prompt_hash(one) == prompt_hash(other)
-    assert prompt_hash("\u0915\u0941") != prompt_hash("\u0915")
-    assert prompt_hash("cafe") != prompt_hash("caf\u00e9")
+
+
+def test_other_roles_and_texts_are_other_prompts() -> None:
+    two = (Message("user", "a"), Message("user", "b"))
     # Full width and compatibility forms are other characters.
-    assert prompt_hash("\uff21") != prompt_hash("A")
+    others = ("\u0915\u0941", "\u0915", "cafe", "caf\u00e9", "\uff21", "A", "a\0user\0b")
+    prompts = (
+        (Message("user", "a b"),),
+        (Message("system", "a b"),),
+        "ab",
+        "a b c",
+        "Human: a b",
+        two,
+        *others,
+    )
+    assert len(set(map(prompt_hash, prompts))) == len(prompts)
 
 
 def test_a_limit_counts_the_records_of_both_parts(tmp_path: Path) -> None:
@@ -186,30 +191,11 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
     assert train.counts["held_out_for_eval"] == 5
 
 
-@pytest.mark.parametrize("text", ["\n\nHuman: hi", "hi\n\nAssistant:", "Human:", "\n\nAssistant:"])
-def test_half_a_dialogue_is_a_text(text: str) -> None:
-    assert prompt_hash(text) == prompt_hash((Message("user", text),))
-
-
-def test_bad_records_of_evaluation_data_of_their_own_are_theirs() -> None:
-    assert eval_part(DataConfig()).has_bad_records
-    assert not eval_part(DataConfig(eval_share=SHARE)).has_bad_records
-
-
-def test_a_prompt_above_all_that_are_held_out_is_trained() -> None:
-    held_out = np.array([3, 5], dtype=np.uint64)
-    assert [Part(held_out=held_out).has(number) for number in (2, 3, 4, 5, 6)] == [
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
-
-
-def test_the_hash_of_a_prompt_never_changes() -> None:
+def test_the_draw_and_the_hash_of_a_prompt_never_change() -> None:
     """Another value would move prompts of existing splits to the other side."""
     assert prompt_hash("question 1") == 4804875621796327754
     assert prompt_hash("\u95ee caf\u00e9") == 4905711415591228481
     drawn = [Part(share=0.5).has(number) for number in range(8)]
     assert drawn == [False, True, False, True, True, True, True, True]
+    held_out = Part(held_out=np.array([3, 5], dtype=np.uint64))
+    assert [held_out.has(number) for number in (2, 3, 4, 5, 6)] == [True, False, True, False, True]

@@ -106,29 +106,14 @@ def test_an_entry_gives_the_records_of_its_file(name: str, entry: str) -> None:
     assert records_of("", entry) == records_of(name)
 
 
-def test_system_texts_are_read_where_they_are_filled() -> None:
-    counts = {
-        name: sum(record.prompt[0] == Message("system", text(record)) for record in records_of(name))  # type: ignore[comparison-overlap]
-        for name in ("system_history_question_zh.jsonl", "orca_system_question.csv")
-    }
-    assert counts == {"system_history_question_zh.jsonl": 24, "orca_system_question.csv": 55}
-
-
-def text(record: PreferenceRecord) -> str:
-    assert isinstance(record.prompt, tuple)
-    return record.prompt[0].content
-
-
-def test_tools_and_calls_are_objects() -> None:
+def test_turns_tools_and_calls_are_read() -> None:
+    """Where they are filled: system texts of two files, tools of every record and calls of four."""
+    for name, systems in (("system_history_question_zh.jsonl", 24), ("orca_system_question.csv", 55)):
+        prompts = [record.prompt for record in records_of(name)]
+        assert sum(prompt[0].role == "system" for prompt in prompts) == systems  # type: ignore[union-attr]
     records = records_of("toolcall_pairs_zh.jsonl")
-    prompts = [record.prompt for record in records]
-    assert all(record.tools and record.tools[0]["type"] == "function" for record in records)
-    calls = [
-        call["function"]["arguments"]
-        for prompt in prompts
-        if isinstance(prompt, tuple)
-        for message in prompt
-        for call in message.fields.get("tool_calls", ())
-    ]
-    assert len(calls) == sum(prompt[-1].role == "tool" for prompt in prompts) == 4  # type: ignore[union-attr]
-    assert all(isinstance(arguments, dict) and arguments for arguments in calls)
+    assert all(record.tools[0]["type"] == "function" for record in records)
+    messages = [message for record in records for message in record.prompt if isinstance(message, Message)]
+    calls = [call for message in messages for call in message.fields.get("tool_calls", ())]
+    assert len(calls) == sum(message.role == "tool" for message in messages) == 4
+    assert all(call["function"]["arguments"] for call in calls)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.checkpoint_files import (
+from dpo_dist.distributed.checkpoint import (
     Checkpoint,
     load_checkpoint,
     random_states,

@@ -33,9 +33,3 @@ def test_they_are_those_of_the_updates_before(done: int, before: int) -> None:
 def test_plain_powers_would_differ() -> None:
     jumping, steady = Powers(), Powers()
     assert updated(jumping, range(51, 53)) != updated(steady, range(1, 53))
-
-
-def test_powers_that_have_vanished_are_not_restored() -> None:
-    forged = Powers()
-    _restore_powers(adam(forged), 2**47)
-    assert forged.calls == 0

@@ -10,7 +10,7 @@ import torch
 
 from dpo_dist.batching.pack import PackedBatch, Sequences, pack
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory, return_memory
+from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import DeviceMemoryError
 from dpo_dist.objective.token_logps import Statistic
@@ -88,19 +88,20 @@ def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
     assert "model.gradient_checkpointing" in error.remedy
 
 
-def test_a_single_pair_needs_a_shorter_max_length() -> None:
-    error = error_of(lambda: one_step(policy(Engine("forward")), batch(5)))
+@pytest.mark.parametrize(
+    ("arrangement", "can_share"), [(Arrangement.packed, True), (Arrangement.padded, False)]
+)
+def test_a_single_pair_needs_a_shorter_max_length(arrangement: Arrangement, can_share: bool) -> None:
+    error = error_of(lambda: one_step(policy(Engine("forward"), arrangement), batch(5)))
     assert "data.max_length" in error.remedy
-    assert "sequence_parallel" in error.remedy
+    assert ("sequence_parallel" in error.remedy) is can_share
     assert "micro_batch_tokens" not in error.remedy
 
 
-def test_rows_are_named_with_their_padding_and_cannot_be_shared() -> None:
-    padded = policy(Engine("forward"), Arrangement.padded)
+def test_rows_are_named_with_their_padding() -> None:
     # Two rows of 3 + 4, and two of 3 + 8.
-    error = error_of(lambda: one_step(padded, batch(5, 9)))
+    error = error_of(lambda: one_step(policy(Engine("forward"), Arrangement.padded), batch(5, 9)))
     assert error.where == "micro-batch 1 of a step: 44 tokens with padding in 2 pairs, the longest of 19"
-    assert "sequence_parallel" not in error_of(lambda: one_step(padded, batch(5))).remedy
 
 
 def test_the_optimizer_step_is_named() -> None:
@@ -115,18 +116,6 @@ def test_the_reference_has_its_own_remedy() -> None:
     error = error_of(lambda: reference.token_logps(batch(5, 9)))
     assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
     assert "trainer.micro_batch_tokens" in error.remedy
-
-
-def test_pinned_memory_of_the_host_is_released_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    released: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("device"))
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append("host"), raising=False)
-    return_memory()
-    assert released == ["device", "host"]
-    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
-    return_memory()
-    assert released == ["device", "host", "device"]
 
 
 def test_a_reset_peak_counts_from_there() -> None:

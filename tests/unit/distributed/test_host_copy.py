@@ -1,9 +1,8 @@
 """Copies of slices in host memory: exact, in memory that is reused, and only where there is room."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -12,7 +11,6 @@ import torch
 from dpo_dist.distributed import slices as host_copy
 from dpo_dist.distributed.memory import available_memory
 from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
-from dpo_dist.distributed.world import World
 from tests.support.alone import ALONE
 
 CPU = torch.device("cpu")
@@ -58,17 +56,6 @@ def test_memory_is_reused_and_grows_once_there_are_optimizer_states() -> None:
     assert places[1] == places[2] == places[3]
 
 
-@dataclass
-class Rank:
-    """A rank of several, whose `gather` knows the values of the others."""
-
-    host: str
-    others: list[tuple[str, int, int]]
-
-    def gather(self, value: tuple[str, int, int]) -> list[tuple[str, int, int]]:
-        return [value, *self.others]
-
-
 @pytest.mark.parametrize(
     ("available", "others", "has_room"),
     [
@@ -84,7 +71,7 @@ def test_all_ranks_of_every_host_need_room(
     available: int, others: list[tuple[str, int, int]], has_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_copy, "available_memory", lambda: available)
-    world = cast(World, Rank("a", others))
+    world: Any = SimpleNamespace(host="a", gather=lambda value: [value, *others])
     assert HostCopy(CPU).has_room(slices(0.0), world) is has_room, "5 tensors, of at most 64 bytes each"
 
 
@@ -105,45 +92,37 @@ def group(folder: Path, names: tuple[str, str, str], limit: str, used: int, cach
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 V2 = ("memory.max", "memory.current", "inactive_file")
+# Lines of /proc/self/cgroup; folder, names, limit, use and file cache of groups with a limit or a use.
+GROUPS = {
+    "a job": (
+        "5:cpu:/slurm/job_7\n9:memory:/slurm/job_7/step_0\n1:name=systemd:/\n",
+        ("memory/slurm/job_7", V1, str(10 * GIB), 6 * GIB, 2 * GIB),
+        ("memory/slurm/job_7/step_0", V1, str(2**63 - 4096), 6 * GIB, 2 * GIB),
+    ),
+    "a service": (
+        "0::/job.slice/run.scope\n",
+        ("job.slice", V2, str(10 * GIB), 6 * GIB, 2 * GIB),
+        ("job.slice/run.scope", V2, "max", GIB, 0),
+    ),
+    # Its own limit is at the root; the path is that on its host.
+    "a container": ("0::/kubepods/pod1/container2\n", (".", V2, str(10 * GIB), 6 * GIB, 2 * GIB)),
+    "nothing": ("",),
+}
 
 
-def of_a_job(root: Path) -> str:
-    group(root / "memory/slurm/job_7", V1, str(10 * GIB), 6 * GIB, 2 * GIB)
-    group(root / "memory/slurm/job_7/step_0", V1, str(2**63 - 4096), 6 * GIB, 2 * GIB)
-    return "5:cpu:/slurm/job_7\n9:memory:/slurm/job_7/step_0\n1:name=systemd:/\n"
-
-
-def of_a_service(root: Path) -> str:
-    group(root / "job.slice", V2, str(10 * GIB), 6 * GIB, 2 * GIB)
-    group(root / "job.slice/run.scope", V2, "max", GIB, 0)
-    return "0::/job.slice/run.scope\n"
-
-
-def of_a_container(root: Path) -> str:
-    """The container's own limit is at the root; the path is that on its host."""
-    group(root, V2, str(10 * GIB), 6 * GIB, 2 * GIB)
-    return "0::/kubepods/pod1/container2\n"
-
-
-@pytest.mark.parametrize("limits", [of_a_job, of_a_service, of_a_container])
+@pytest.mark.parametrize("of", GROUPS)
 def test_the_limit_of_a_job_or_container_counts(
-    limits: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=900 * GIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    own = tmp_path / "own"
-    own.write_text(limits(tmp_path / "cgroup"))
-    assert available_memory(tmp_path / "cgroup", own) == 5 * GIB  # 10, 4 of them used, a tenth kept free
-
-
-def test_without_limits_the_memory_of_the_host_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=300 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert available_memory(tmp_path, tmp_path / "absent") == 200 * GIB
-    memory = memory._replace(available=10 * GIB)
-    assert available_memory(tmp_path, tmp_path / "absent") == 0
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    lines, *groups = GROUPS[of]
+    own.write_text(lines)
+    for folder, names, *values in groups:
+        group(root / folder, names, *values)  # type: ignore[arg-type]
+    # A tenth is kept free: of 10 GiB, 4 of them used; or of the host.
+    assert available_memory(root, own) == (5 if groups else 200) * GIB
 
 
 @pytest.mark.parametrize("is_refused", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
-from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException, OpBuilder
+from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.distributed.join import joined
@@ -53,12 +53,11 @@ def test_a_lock_of_another_build_is_said(lock: Path, monkeypatch: pytest.MonkeyP
     assert f"delete {other}" in line
 
 
-@pytest.mark.parametrize("fault", [MissingCUDAException, CUDAMismatchException, TypeError])
 def test_a_host_without_the_compiler_of_cuda_gets_one_error(
-    fault: type[Exception], lock: Path, monkeypatch: pytest.MonkeyPatch
+    lock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(self: object, verbose: bool = False) -> None:
-        raise fault("no nvcc")
+        raise MissingCUDAException("no nvcc")
 
     monkeypatch.setattr(AsyncIOBuilder, "load", load)
     assert not lock.exists()

@@ -15,7 +15,6 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Quantization,
 )
-from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
@@ -140,15 +139,6 @@ def test_only_the_seed_decides_an_adapters_initialization(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-
-
-def test_the_optimizer_has_only_the_adapter(folder: Path) -> None:
-    model = adapted(folder, variant=AdapterVariant.dora)
-    matrices, norms = _parameter_groups(model, 0.1)
-    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.1, 0.0)
-    assert {parameter.dim() for parameter in matrices["params"]} == {2}
-    held = {id(parameter) for parameter in (*matrices["params"], *norms["params"])}
-    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

@@ -213,16 +213,6 @@ def test_what_a_kernel_lacks_runs_on_sdpa(
     assert len(caplog.records) == len(lacking), "one line for each reason"
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_a_window_longer_than_every_sequence_stays_in_the_kernel(
-    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = by_segment(monkeypatch)
-    rule, sees = chunks(21)
-    check(LAYOUT, sees, Scores(rule=rule), backend)
-    assert called == []
-
-
 def test_a_rule_that_sees_later_tokens_is_refused() -> None:
     def neighbours(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() <= 1

@@ -9,7 +9,6 @@ import torch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import FAMILIES, tiny_family
@@ -34,7 +33,7 @@ def forwards(model: PackedCausalLM) -> list[int]:
     return [counts[number] for number in range(len(layers))]
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "gpt_oss", "llama", "opt", "phimoe"])
 def test_checkpointed_layers_recompute_without_changing_gradients(model_type: str) -> None:
     model = packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=3))).train()
     expected = gradients(model.causal_lm, model(BATCH))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.rotary import rope_limit
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, with_rope
@@ -88,24 +87,6 @@ def test_responses_on_both_sides_of_the_limit(model_type: str, rope_type: str) -
 )
 def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
     check(model_of("llama", rope_type), random_pairs(lengths))
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_a_forward_does_not_depend_on_those_before(model_type: str, rope_type: str) -> None:
-    model = packed(model_of(model_type, rope_type))
-    model.start_as(Arrangement.packed, 29)
-    for lengths in ([(20, 9, 4)], [(10, 6, 7)], [(4, 5, LIMIT - 4)], [(9, 6, 9)]):
-        pairs = random_pairs(lengths)
-        expected, _ = expected_values(model_of(model_type, rope_type), pairs)
-        assert (model(pack_unkeyed(pairs)) - expected).norm() <= 1e-6 * expected.norm()
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_recomputed_layers_rotate_alike(rope_type: str) -> None:
-    causal_lm = model_of("llama", rope_type)
-    checkpoint_layers(causal_lm, "full")
-    check(causal_lm, random_pairs(SHAPES))
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -13,7 +13,6 @@ from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.packed import LogpHead, PackedCausalLM, logit_change
 from dpo_dist.objective.token_logps import LogitChange
 from tests.support.families import LOW_RANK, ROUTED
@@ -124,19 +123,6 @@ def test_kernels_with_windows(
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_scales_of_layers_and_of_logits(model_type: str) -> None:
     check_exact(model_of(model_type, OTHERS[model_type]), random_pairs(SHAPES))
-
-
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "llama4_text"])
-def test_recomputed_layers_see_the_same_tokens(model_type: str) -> None:
-    causal_lm = model_of(model_type, WINDOWED[model_type], 4)
-    pairs = random_pairs(SHAPES)
-    expected = plain_logps(causal_lm, pairs)
-    expected_gradients = gradients(causal_lm, expected)
-    checkpoint_layers(causal_lm, "full")
-    model = packed(causal_lm).train()
-    ours = gradients(causal_lm, model(pack_unkeyed(pairs)))
-    for name, gradient in expected_gradients.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -102,15 +102,3 @@ def test_nothing_is_found_without_entries_of_this_reference(
     fill(tmp_path, digest, dataset, slice(0, 4), quantization="nf4 by bitsandbytes 0.1")
     assert find_stored(run_of(tmp_path, model)) is None
     assert find_stored(run_of(tmp_path, model, quantization=Quantization.nf4)) is not None
-
-
-def test_a_folder_with_a_tokenizer_only_has_no_entries(
-    tmp_path: Path, model: Path, dataset: PreferenceDataset
-) -> None:
-    fill(tmp_path, digest_model(model).digest, dataset, slice(0, 4))
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in model.iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
-    assert find_stored(run_of(tmp_path, bare)) is None

@@ -4,7 +4,6 @@ Each example is a sequence of runs on one store. Between runs the weights in the
 and shards are damaged; runs differ in precision, pairs, order, tokens, lengths, budget and shard size.
 """
 
-import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,25 +89,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Damage:
-    """Damage to one shard: a byte flipped, the end cut off, or the file deleted."""
+    """A byte of one shard flipped."""
 
     shard: int
     position: float
-    kind: str
 
     def apply(self, store: Path) -> None:
-        shards = sorted(store.glob("*/*.safetensors"))
-        if not shards:
-            return
-        shard = shards[self.shard % len(shards)]
-        content = bytearray(shard.read_bytes())
-        offset = int(self.position * len(content))
-        if self.kind == "gone":
-            shard.unlink()
-        elif self.kind == "cut":
-            shard.write_bytes(content[:offset])
-        elif content:
-            content[offset] ^= 0x41
+        if shards := sorted(store.glob("*/*.safetensors")):
+            shard = shards[self.shard % len(shards)]
+            content = bytearray(shard.read_bytes())
+            content[int(self.position * len(content))] ^= 0x41
             shard.write_bytes(content)
 
 
@@ -120,12 +110,7 @@ runs = st.builds(
     micro_batch_tokens=st.integers(8, 80),
     entries_per_shard=st.integers(1, 8),
 )
-damages = st.builds(
-    Damage,
-    st.integers(0, 99),
-    st.floats(0, 1, exclude_max=True),
-    st.sampled_from(["flipped", "cut", "gone"]),
-)
+damages = st.builds(Damage, st.integers(0, 99), st.floats(0, 1, exclude_max=True))
 
 
 @torch.no_grad()
@@ -188,16 +173,3 @@ def test_stored_log_probs_are_reused_bit_for_bit(folders: list[Path], world: Wor
     report, part = carry_out(again, folder, store, world)
     assert report.computed == 0
     assert torch.equal(part, torch.cat([of_pair[pair] for pair in again.pairs]))
-
-
-def test_log_probs_that_could_be_confused_differ_by_more_than_the_tolerance(folders: list[Path]) -> None:
-    for dtype, pair in itertools.product(COMPUTED, range(len(PAIRS))):
-        one, other = (np.concatenate(fresh(folder, dtype, pair)) for folder in folders)
-        assert np.abs(one - other).mean() > 2 * TOLERANCE[dtype]
-    for pair in range(len(PAIRS)):
-        precise, coarse = (
-            np.concatenate(fresh(folders[0], dtype, pair)) for dtype in (Dtype.fp32, Dtype.bf16)
-        )
-        assert np.abs(precise - coarse).mean() > 2 * TOLERANCE[Dtype.fp32]
-    whole, changed_prompt = fresh(folders[0], Dtype.fp32, 0), fresh(folders[0], Dtype.fp32, 6)
-    assert np.abs(whole[0] - changed_prompt[0]).mean() > 2 * TOLERANCE[Dtype.fp32]

@@ -92,17 +92,6 @@ def test_another_fingerprint_sees_none_of_the_entries(tmp_path: Path) -> None:
         assert not LogpStore.open(tmp_path, other).contains(keys_of(list(ENTRIES))).any()
 
 
-def test_a_store_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
-    first = write(tmp_path, {1: [-1.0]})
-    store = open_store(tmp_path)
-    write(tmp_path, {2: [-2.0]})
-    assert store.contains(keys_of([1, 2])).tolist() == [True, False]
-    name = f"{FINGERPRINT.name}/{first.name}"
-    again = LogpStore.open(tmp_path, FINGERPRINT, [name])
-    assert list(again.shards) == list(store.shards) == [name]
-    assert open_store(tmp_path).contains(keys_of([1, 2])).all()
-
-
 @settings(max_examples=15)
 @given(
     st.lists(
@@ -188,9 +177,9 @@ def test_damaged_entries_are_counted_by_shard(tmp_path: Path) -> None:
 def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
     file = write(tmp_path, ENTRIES)
     whole = file.read_bytes()
-    for size in range(0, len(whole), 5):
+    for size in range(0, len(whole), 11):
         file.write_bytes(whole[:size])
-        assert readable(tmp_path, list(ENTRIES)).items() <= ENTRIES.items(), size
+        assert readable(tmp_path, list(ENTRIES)) == {}, size
 
 
 @pytest.mark.parametrize("content", [b"", b"no shard at all", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])

@@ -1,6 +1,5 @@
 """A reference with other tokens for the policy's ids is an error; one with more ids is not."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -37,17 +36,11 @@ def test_a_reference_with_fewer_ids_is_an_error(tmp_path: Path) -> None:
 
 def test_other_tokens_for_the_same_ids_are_an_error(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    file = folder / "tokenizer.json"
-    shutil.copy(file, tmp_path / "kept.json")
-    text = file.read_text()
-    assert "<|im_end|>" in text
     for other in folder.glob("*"):
         if other.suffix in (".json", ".jinja") and other.name.startswith(("tokenizer", "special", "chat")):
             other.write_text(other.read_text().replace("<|im_end|>", "<|fin|>"))
     with pytest.raises(ConfigError, match="other ids for the same tokens") as caught:
         check_same_vocabulary(folder, tiny.qwen(), CONFIG)
     assert caught.value.where == "reference.path"
-    with pytest.raises(ConfigError, match=r"tokenizer of evaluation\.model has other ids") as caught:
-        check_same_vocabulary(folder, tiny.qwen(), CONFIG, "evaluation.model")
     assert "1 of" in str(caught.value.got)
     assert "<|im_end|>" in str(caught.value.got)

@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
+from dpo_dist.insight.metrics.log import (
+    COLUMNS,
+    MetricsLog,
+    final_and_best,
+    metrics_by_source,
+    read_latest_rows,
+)
 
 
 def row_of(step: int) -> dict[str, float]:
-    return {
-        "step": step,
-        "epoch": step / 10,
-        "loss": 0.7 - 0.01 * step,
-        "rewards/accuracies": 0.5 + 0.01 * step,
-    }
+    return {"step": step, "epoch": step / 10, "loss": 0.7 - 0.01 * step}
 
 
 def evaluation_of(step: int, loss: float, accuracy: float) -> dict[str, float]:
     return {"step": step, "eval_loss": loss, "eval_rewards/accuracies": accuracy}
 
 
-def files_of(run_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in RunFolder(run_dir).metrics.iterdir()}
+def new_log(run_dir: Path) -> MetricsLog:
+    return MetricsLog.open(RunFolder(run_dir), None)
 
 
 def csv_rows(run_dir: Path) -> list[dict[str, str]]:
@@ -34,7 +35,7 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 
 
 def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log = new_log(tmp_path)
     names = (
         "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/both_fall"
         " logps/chosen logps/rejected logps/chosen_per_token logps/rejected_per_token"
@@ -49,24 +50,31 @@ def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path)
     assert log.folder.metrics_table.read_text() == ",".join(columns) + "\n"
 
 
-def test_the_csv_file_grows_with_every_row(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
+def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
+    log = new_log(tmp_path)
     log.append(row_of(1))
-    log.append(evaluation_of(1, 0.6, 0.5))
-    first, second = csv_rows(tmp_path)
-    assert tuple(first) == COLUMNS
-    assert float(first["loss"]) == row_of(1)["loss"]
-    assert first["eval_loss"] == ""
-    assert (second["step"], second["loss"], second["eval_loss"]) == ("1", "", "0.6")
-
-
-def test_a_new_key_becomes_a_column(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
-    log.append(row_of(1))
-    log.append({**row_of(2), "eval_hard/loss": 0.25})
+    assert tuple(csv_rows(tmp_path)[0]) == COLUMNS
+    log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
     log.append(row_of(3))
-    assert [row["eval_hard/loss"] for row in csv_rows(tmp_path)] == ["", "0.25", ""]
-    assert [row["step"] for row in csv_rows(tmp_path)] == ["1", "2", "3"]
+    found = csv_rows(tmp_path)
+    assert [row["step"] for row in found] == ["1", "1", "3"]
+    assert [row["eval_hard/loss"] for row in found] == ["", "0.25", ""]
+    assert [row["loss"] for row in found] == ["0.69", "", "0.6699999999999999"]
+    log.save()
+    assert csv_rows(tmp_path) == found
+    assert json.loads(log.folder.log_history.read_text()) == log.rows
+
+
+def test_rows_of_a_run_in_training_are_those_of_both_files(tmp_path: Path) -> None:
+    log = new_log(tmp_path)
+    log.append(row_of(1))
+    log.save()
+    log.append({**row_of(2), "new": 0.5})
+    with log.folder.metrics_table.open("a") as table:
+        table.write("3,0.")  # unfinished
+    assert read_latest_rows(log.folder) == log.rows
+    log.folder.metrics_table.unlink()
+    assert read_latest_rows(log.folder) == log.rows[:1]
 
 
 def test_final_values_include_those_of_sources() -> None:
@@ -87,42 +95,31 @@ def test_final_values_include_those_of_sources() -> None:
     assert metrics_by_source(rows).keys() == {"hh", "uf"}, "a percentile is no source"
 
 
-def test_saving_changes_no_row(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
-    for step in range(1, 4):
-        log.append({**row_of(step), "new": 1 / 3})
-    appended = (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes()
-    log.save()
-    assert (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes() == appended
-    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == log.rows
-
-
 def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = MetricsLog.open(RunFolder(tmp_path / "whole"), None)
-    for step in range(1, 11):
-        whole.append(row_of(step))
-    whole.append(evaluation_of(10, 0.5, 0.6))
+    rows = [*map(row_of, range(1, 11)), evaluation_of(10, 0.5, 0.6)]
+    whole, killed = new_log(tmp_path / "whole"), new_log(tmp_path / "killed")
+    for row in rows:
+        whole.append(row)
     whole.save()
-
-    killed = MetricsLog.open(RunFolder(tmp_path / "killed"), None)
-    for step in range(1, 9):
-        killed.append({**row_of(step), **({"seen only before the kill": 1.0} if step == 8 else {})})
-        if step == 6:
-            killed.save()
+    for row in [*rows[:7], {**rows[7], "seen only before the kill": 1.0}]:
+        killed.append(row)
     killed.save()
     resumed = MetricsLog.open(RunFolder(tmp_path / "killed"), 6)
-    assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5, 6]
+    assert resumed.rows == rows[:6]
     assert len(csv_rows(tmp_path / "killed")) == 6
-    for step in range(7, 11):
-        resumed.append(row_of(step))
-    resumed.append(evaluation_of(10, 0.5, 0.6))
+    for row in rows[6:]:
+        resumed.append(row)
     resumed.save()
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    files = [sorted(log.folder.metrics.iterdir()) for log in (whole, resumed)]
+    assert [[file.read_bytes() for file in each] for each in files] == [
+        [f.read_bytes() for f in files[0]]
+    ] * 2
+    assert new_log(tmp_path / "killed").rows == [] == csv_rows(tmp_path / "killed"), "a fresh start"
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     """A stop has interrupted it; the next start has saved its row, and was killed before its checkpoint."""
-    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log = new_log(tmp_path)
     kept = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2)]
     for row in (*kept, evaluation_of(2, 0.5, 0.6)):
         log.append(row)
@@ -132,7 +129,7 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path / "run"), None)
+    log = new_log(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
         log.save()
@@ -140,21 +137,12 @@ def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path
 
 
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log = new_log(tmp_path)
     log.folder.metrics_table.unlink()
     log.folder.metrics_table.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         log.append(row_of(1))
     assert caught.value.filename == str(log.folder.metrics_table)
-
-
-def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
-    earlier = MetricsLog.open(RunFolder(tmp_path), None)
-    earlier.append(row_of(1))
-    earlier.save()
-    MetricsLog.open(RunFolder(tmp_path), None)
-    assert csv_rows(tmp_path) == []
-    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == []
 
 
 @pytest.mark.parametrize("content", [None, "[{"])
@@ -171,7 +159,7 @@ def test_an_unreadable_file_is_a_warning_and_training_continues(tmp_path: Path, 
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
-    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log = new_log(tmp_path)
     log.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     log.save()
     log.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
@@ -187,15 +175,8 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
 
 
 def test_final_and_best_values() -> None:
-    rows = [
-        evaluation_of(0, 0.10, 0.99),  # of the untrained policy
-        row_of(1),
-        evaluation_of(1, 0.60, 0.55),
-        row_of(2),
-        evaluation_of(2, 0.40, 0.70),
-        row_of(3),
-        evaluation_of(3, math.nan, 0.70),
-    ]
+    evaluations = [(0, 0.10, 0.99), (1, 0.60, 0.55), (2, 0.40, 0.70), (3, math.nan, 0.70)]
+    rows = [row_of(1), row_of(2), row_of(3), *(evaluation_of(*each) for each in evaluations)]
     values = final_and_best(rows)
     assert values["final"]["step"] == 3
     assert values["final"]["loss"] == row_of(3)["loss"]
@@ -205,8 +186,5 @@ def test_final_and_best_values() -> None:
         "eval_loss": {"value": 0.40, "step": 2},
         "eval_rewards/accuracies": {"value": 0.70, "step": 2},
     }
-
-
-def test_a_run_without_rows_or_evaluations_has_no_final_or_best_values() -> None:
     assert final_and_best([]) == {"final": {}, "best": {}}
     assert final_and_best([row_of(1)])["best"] == {}

@@ -57,33 +57,17 @@ def test_a_card_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     overrides = ["model.path=org/base-7B", "loss.beta=0.3", "optim.lr=2e-6"]
-    overrides += [
-        "data.train=[org/pairs, local.jsonl]",
-        "data.eval=[{path: org/pairs, split: test, label: held}]",
-    ]
+    overrides += ["data.train=[org/pairs, a.jsonl]", "data.eval=[{path: org/pairs, split: t, label: held}]"]
     found = card(overrides, summary(["pairs", "local"], ["held"]), {"all": OF_ALL, "held": OF_ALL})
     data = found.data
     assert (data.base_model, data["base_model_relation"]) == ("org/base-7B", "finetune")
-    assert (data.library_name, data.pipeline_tag, data.datasets) == (
-        "transformers",
-        "text-generation",
-        ["org/pairs"],
-    )
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert (data.datasets, data.license, data.model_name) == (["org/pairs"], None, "base-7B-sigmoid")
     assert "dpo" in data.tags
-    assert data.license is None
-    assert data.model_name == "base-7B-sigmoid"
-    results = {result.metric_type: result for result in data.eval_results}
-    assert {kind: result.metric_value for kind, result in results.items()} == {
-        "accuracy": 0.75,
-        "margin": 1.25,
-        "loss": 0.5,
-    }
-    accuracy = results["accuracy"]
-    assert (accuracy.dataset_type, accuracy.dataset_name, accuracy.dataset_split) == (
-        "org/pairs",
-        "held",
-        "test",
-    )
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results == {"accuracy": 0.75, "margin": 1.25, "loss": 0.5}
+    places = {(one.dataset_type, one.dataset_name, one.dataset_split) for one in data.eval_results}
+    assert places == {("org/pairs", "held", "t")}
     for part in (
         *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
         *("| `held` | 40 | 0.75 [0.7, 0.8] | 1.25 | 0.5 | 0.05 |", "4 too\\_long", "1,190"),
@@ -95,6 +79,8 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert "\n| 0 | 0.7 |" in curve
     assert "\n| 29 | 0.671 |" in curve
     assert curve.count("\n|") == 22, "thinned"
+    once = card(["model.path=org/base", "data.train=[org/pairs]"], summary(["pairs"], []), None)
+    assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in once.text
 
 
 def test_a_source_labelled_as_the_results_of_all_pairs_has_its_own() -> None:
@@ -137,39 +123,27 @@ def test_a_loss_of_one_response_has_no_rewards() -> None:
     assert "calibration" not in found.text
 
 
-def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:
-    home = tmp_path / "home" / "alice"
-    base, reference = home / "my-base", home / "sft"
-    for folder in (base, reference):
-        folder.mkdir(parents=True)
-    (home / "chat.jinja").write_text("x")
-    overrides = [f"model.path={base}", f"reference.path={reference}", f"data.train=[{home}/a.jsonl]"]
-    overrides += [
-        f"data.eval=[{home}/b.jsonl]",
-        f"data.chat_template={home}/chat.jinja",
-        f"run.dir={home}/run",
-    ]
-    found = card(overrides, summary(["a"], ["b"]), {"all": OF_ALL, "b": OF_ALL})
-    assert "alice" not in found.content
-    assert str(tmp_path) not in found.content
-    assert found.data.base_model is None, "no model of the hub"
-    for name in ("`my-base`", "`sft`", "`chat.jinja`"):
-        assert name in found.text
-    assert found.data.eval_results[0].dataset_type == "b"
-
-
 @pytest.mark.parametrize("on_top", ["", ", on_top: true, r: 8"])
-def test_the_adapter_that_training_started_from_is_named_without_its_place(
-    on_top: str, tmp_path: Path
-) -> None:
-    start = tmp_path / "home" / "alice" / "my-sft"
-    start.mkdir(parents=True)
-    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "reference.mode=adapter"]
-    overrides.append(f"model.adapter={{path: {start}{on_top}}}")
-    found = card(overrides, summary(["a"], []), None)
-    assert "alice" not in found.content
-    assert "LoRA adapter of [org/base](https://huggingface.co/org/base), which started from" in found.text
-    assert found.text.count("my-sft") == 2, "in the introduction and among the settings"
+def test_local_folders_are_named_without_their_place(on_top: str, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "alice"
+    for name in ("my-base", "sft", "start"):
+        (home / name).mkdir(parents=True)
+    (home / "chat.jinja").write_text("x")
+    overrides = [f"model.path={home}/my-base", f"data.train=[{home}/a.jsonl]", f"data.eval=[{home}/b.jsonl]"]
+    overrides += [f"data.chat_template={home}/chat.jinja", f"run.dir={home}/run"]
+    found = card(
+        [*overrides, f"reference.path={home}/sft"], summary(["a"], ["b"]), {"all": OF_ALL, "b": OF_ALL}
+    )
+    adapter = [f"model.adapter={{path: {home}/start{on_top}}}", "reference.mode=adapter"]
+    other = card([*overrides, *adapter], summary(["a"], ["b"]), None)
+    for each in (found, other):
+        assert "alice" not in each.content
+        assert str(tmp_path) not in each.content
+        assert each.data.base_model is None, "no model of the hub"
+    assert [name for name in ("`my-base`", "`sft`", "`chat.jinja`") if name not in found.text] == []
+    assert found.data.eval_results[0].dataset_type == "b"
+    assert "LoRA adapter of `my-base`, which started from the adapter `start`" in other.text
+    assert other.text.count("start") >= 3, "among the settings, too"
 
 
 def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> None:
@@ -221,8 +195,3 @@ def test_code_spans_end_where_their_text_ends() -> None:
     assert code("a|b\nc") == "`a\\|b c`"
     assert inert("www.d.org") == "www\\.d.org"
     assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"
-
-
-def test_pairs_that_training_repeats_are_not_counted_as_more_data() -> None:
-    found = card(["model.path=org/base", "data.train=[org/pairs]"], summary(["pairs"], []), None)
-    assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in found.text

@@ -19,12 +19,12 @@ INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float
 @pytest.mark.parametrize(
     ("steps", "facts", "said"),
     [
-        (9, {"step": 3, "bad_steps": 3, "bad_in_a_row": 3}, "not finite at step 3"),
-        (9, {"step": 3, "bad_steps": 2, "bad_in_a_row": 2}, None),
+        (9, {"step": 3, "bad_steps": 4, "bad_in_a_row": 4}, "not finite at step 3"),
+        (9, {"step": 3, "bad_steps": 3, "bad_in_a_row": 3}, None),
         (9, {"step": 9, "bad_steps": 2, "bad_in_a_row": 2}, "not finite at step 9"),
         (9, {"step": 9, "bad_steps": 1, "bad_in_a_row": 1}, None),
-        (9, {"step": 5, "collapsed_in_a_row": 3}, "the policy has collapsed"),
-        (9, {"step": 5, "collapsed_in_a_row": 2}, None),
+        (9, {"step": 5, "collapsed_in_a_row": 4}, "the policy has collapsed"),
+        (9, {"step": 5, "collapsed_in_a_row": 3}, None),
         (9, {"step": 9, "collapsed_in_a_row": 1}, "the policy has collapsed"),
         (3, {"step": 3, "overflows": 3}, "gradients overflow in fp16"),
         (3, {"step": 3, "overflows": 2}, None),
@@ -33,7 +33,7 @@ INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float
     ],
 )
 def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said: str | None) -> None:
-    error = ending_error(INFINITE, Position(**facts), steps, 2, RunFolder(Path("run")), 2.0**13)
+    error = ending_error(INFINITE, Position(**facts), steps, RunFolder(Path("run")), 2.0**13)
     assert (error is None) == (said is None)
     assert error is None or str(said) in error.message
 

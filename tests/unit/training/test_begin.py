@@ -8,7 +8,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
-from dpo_dist.distributed.checkpoint_files import Checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.console import Console
 from dpo_dist.training import run

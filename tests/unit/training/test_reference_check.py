@@ -143,5 +143,5 @@ def test_the_sample_is_seeded_and_has_its_size(check: Any) -> None:
     first, second = Policy(), Policy()
     check(first)
     check(second)
-    assert len(set(first.keys_seen)) == 3
+    assert len(set(first.keys_seen)) == PAIRS
     assert first.keys_seen == second.keys_seen

@@ -1,40 +1,31 @@
 """Choice of the prompts of samples, and the evaluations that have them."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig, SamplesConfig
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.generation.sampling.generate import Generates, Request, Sampling
+from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.insight.console import Console
 from dpo_dist.training import samples
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.samples import (
-    Row,
-    SamplePrompt,
-    SamplePrompts,
-    Samples,
-    choose_prompts,
-    lines,
-    prepare_samples,
-)
+from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines, prepare_samples
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl
 
 TOKENIZER = tiny.qwen()
 STOPS = find_stop_ids(TOKENIZER, DataConfig())
+POLICY: Any = None
 ROWS = [
     {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
     for n in range(12)
@@ -81,40 +72,24 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
     assert prompt.fields["prompt_id"] == prompt.request.key
 
 
-def held_out(folder: Path, every: int = 1) -> SamplePrompts:
+def held_out(folder: Path, **options: Any) -> Samples:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    console = Console(None)
-    world: World = None  # type: ignore[assignment]
-    sampling = Sampling(4, seed=3)
-    return SamplePrompts(
-        SamplesConfig(1, every), sampling, (prompt,), STOPS, TOKENIZER, world, RunFolder(folder), console
-    )
+    run, sampling = RunFolder(folder), Sampling(4, seed=3)
+    settings: dict[str, Any] = {"console": Console(None), "world": ALONE} | options
+    return Samples(sampling, (prompt,), STOPS, TOKENIZER, folder=run, **settings)
 
 
-@pytest.mark.parametrize(
-    ("every", "eval_every", "due"),
-    [(1, 10, [0, 10, 20, 30, 35]), (2, 10, [0, 20, 35]), (5, 10, [0, 35]), (2, 0, [35])],
-)
-def test_every_nth_evaluation_and_the_last_have_samples(
-    tmp_path: Path, every: int, eval_every: int, due: list[int]
-) -> None:
-    steps = [0, 10, 20, 30, 35] if eval_every else [35]
-    found = Samples(held_out(tmp_path, every), None, True, None)  # type: ignore[arg-type]
-    assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
+REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
 
 
 def test_a_bug_in_the_metrics_of_samples_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("a bug")
-
     said: list[str] = []
     console = Console(None)
     monkeypatch.setattr(console, "say", said.append)
-    monkeypatch.setattr(samples, "text_facts", broken)
-    reference = [{"text": "a", "tokens": 1, "finished": True}]
-    opened = replace(held_out(tmp_path), world=ALONE, console=console)
-    assert Samples(opened, reference, True, None).at(0) == {}  # type: ignore[arg-type]
-    assert json.loads(opened.folder.samples_file(0).read_text())["policy"] == "a"
+    monkeypatch.setattr(samples, "text_facts", None)
+    found = held_out(tmp_path, console=console, starts_as_reference=True, reference=REFERENCE)
+    assert found.at(0, POLICY) == {}
+    assert json.loads(found.folder.samples_file(0).read_text())["policy"] == "of the reference"
     [warning] = said
     assert warning.startswith("warning: the row of metrics of samples is missing because of a bug")
 
@@ -135,31 +110,22 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert opened.read_reference() is None
 
 
-class Answering(SamplePrompts):
-    """Prompts to which the policy responds "of the policy"."""
-
-    def responses(
-        self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
-    ) -> list[Row] | None:
-        return [{"text": "of the policy", "tokens": 3, "finished": True}]
-
-
 @pytest.mark.parametrize(
     ("step", "starts_as_reference", "shown"),
-    [(0, True, "of the reference"), (0, False, "of the policy"), (10, True, "of the policy")],
+    [(0, True, "of the reference"), (0, False, "right"), (10, True, "right")],
 )
 def test_the_policy_responds_itself_unless_it_is_the_reference(
-    tmp_path: Path, step: int, starts_as_reference: bool, shown: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, starts_as_reference: bool, shown: str
 ) -> None:
     """Only before its first step, and only if it starts as the reference."""
-    prompts = Answering(**{**vars(held_out(tmp_path)), "world": ALONE})
-    prompts.folder.samples.mkdir()
-    reference = [{"text": "of the reference", "tokens": 5, "finished": False}]
-    policy: PolicyEngine = None  # type: ignore[assignment]
-    measured = Samples(prompts, reference, starts_as_reference, policy).at(step)
-    row = json.loads(prompts.folder.samples_file(step).read_text())
+    ids = TOKENIZER("right")["input_ids"]
+    answer = SimpleNamespace(ids=ids, is_finished=True)
+    monkeypatch.setattr(samples, "generate_together", lambda *_, **__: [answer])
+    found = held_out(tmp_path, starts_as_reference=starts_as_reference, reference=REFERENCE)
+    measured = found.at(step, POLICY)
+    row = json.loads(found.folder.samples_file(step).read_text())
     assert (row["step"], row["policy"], row["reference"]) == (step, shown, "of the reference")
-    assert measured["samples/length"] == (5 if shown == "of the reference" else 3)
+    assert measured["samples/length"] == (5 if shown == "of the reference" else len(ids))
     assert measured["samples/reference_length"] == 5
 
 
@@ -171,9 +137,7 @@ def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:
         folder.samples_file(step).write_text(json.dumps({}))
     folder.samples_reference.write_text("")
     config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
-    inputs: Inputs = None  # type: ignore[assignment]
-    console: Console = None  # type: ignore[assignment]
-    assert prepare_samples(config, inputs, 20, ALONE, console) is None
+    assert prepare_samples(config, POLICY, 20, ALONE, Console(None)) is None
     assert sorted(path.name for path in folder.samples.iterdir()) == [
         "reference.jsonl",
         "step-000000.jsonl",

@@ -79,4 +79,4 @@ def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
     template.write_text("two")
     names.append(responses_folder(tmp_path, keys[-1]))
     assert len(set(names)) == len(names)
-    assert responses_folder(tmp_path, "tracking=off") == names[0]
+    assert responses_folder(tmp_path, "compare.prompts=9") == names[0]

@@ -43,25 +43,24 @@ def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
     return load_run_config(["model.path=x", "data.train=[x.jsonl]", models, data, *overrides])
 
 
-def test_runs_checkpoints_adapters_and_models_are_found_by_path(models: Path) -> None:
+def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
     paths = ("base", "run", "run/model", "run/checkpoints/step-000100", "lora/model")
     names = ("", "beta=", "same=", "", "lora 2=")
-    found = compared_models([f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)])
-    assert [model.name for model in found] == ["base", "beta", "same", "run/step-000100", "lora 2"]
-    assert [model.kind for model in found] == [
-        *(Kind.model, Kind.model, Kind.model),
-        *(Kind.checkpoint, Kind.adapter),
+    written = [f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)]
+    found = compared_models([*written, "org/small", "big=org/large"])
+    assert [(model.name, model.kind, model.location) for model in found] == [
+        ("base", Kind.model, f"{models}/base"),
+        ("beta", Kind.model, f"{models}/run/model"),
+        ("same", Kind.model, f"{models}/run/model"),
+        ("run/step-000100", Kind.checkpoint, f"{models}/run/checkpoints/step-000100"),
+        ("lora 2", Kind.adapter, f"{models}/lora/model"),
+        ("small", Kind.model, "org/small"),
+        ("big", Kind.model, "org/large"),
     ]
-    assert found[1].location == found[2].location == f"{models}/run/model"
     assert found[1].path == f"{models}/run"
-
-
-def test_hub_names_are_models(models: Path) -> None:
-    first, second = compared_models(["org/small", "big=org/large"])
-    assert (first.name, first.location, second.name, second.location) == (
-        *("small", "org/small"),
-        *("big", "org/large"),
-    )
+    # On the command line names need no quotes.
+    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
+    assert [model.name for model in check_comparison(config(models, line))] == ["a", "run", "b c"]
 
 
 @pytest.mark.parametrize(
@@ -78,12 +77,6 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
         compared_models([entry.format(models) for entry in written])
     assert remedy in error.value.block()
     assert "compare.models" in error.value.block()
-
-
-def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> None:
-    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
-    found = check_comparison(config(models, line))
-    assert [model.name for model in found] == ["a", "run", "b c"]
 
 
 @pytest.mark.parametrize(

@@ -58,33 +58,19 @@ LEAKS: dict[str, tuple[str, str, Callable[[Pair], None]]] = {
 def test_a_leak_in_half_of_the_pairs_is_named(name: str, tmp_path: Path) -> None:
     rule, feature, change = LEAKS[name]
     report = examined(tmp_path, planted(400, 0.5, change))
-    found = [one for one in of_rule(report, rule) if feature in one.text]
-    assert len(found) == 1, [one.text for one in report.findings]
-    assert found[0].share is not None
-    assert 0.65 < found[0].share < 0.9
-
-
-@pytest.mark.parametrize("name", ["no-break space", "refusal"])
-def test_a_group_of_one_feature_is_tested_once_and_says_its_direction(name: str, tmp_path: Path) -> None:
-    rule, feature, change = LEAKS[name]
-    report = examined(tmp_path, planted(400, 0.5, change))
-    assert any(f"({feature}, the chosen side has more," in one.text for one in of_rule(report, rule))
+    [found] = [one for one in of_rule(report, rule) if feature in one.text]
+    assert found.share is not None
+    assert 0.65 < found.share < 0.9
     features = [test["feature"] for test in report.sources[0]["leaks"]]
     assert len(features) == len(set(features))
-
-
-def test_a_form_on_one_side_of_few_pairs_is_found(tmp_path: Path) -> None:
-    report = examined(
-        tmp_path, planted(400, 0.1, on("rejected", lambda text: "As an AI language model, " + text))
-    )
-    [finding] = of_rule(report, "one_sided_form")
-    assert "model name" in finding.text
-    assert not of_rule(report, "label_leak")
+    if name in ("no-break space", "refusal"):  # groups of one feature
+        assert f"({feature}, the chosen side has more," in found.text
 
 
 @pytest.mark.parametrize(
     ("side", "change", "shown"),
     [
+        ("rejected", lambda text: "As an AI language model, " + text, "model name"),
         ("chosen", lambda text: "Certainly! " + text, "first word 'Certainly' (the chosen side has more"),
         ("rejected", lambda text: text + " Cheers", "last word 'Cheers' (the chosen side has less"),
         ("rejected", lambda text: text + " \u597d", "last word '\u597d' (the chosen side has less"),
@@ -92,13 +78,14 @@ def test_a_form_on_one_side_of_few_pairs_is_found(tmp_path: Path) -> None:
         ("rejected", lambda text: text.replace(" ", " \u201c", 1), "typographic marks"),
     ],
 )
-def test_a_rare_word_or_mark_on_one_side_only_is_found(
+def test_a_form_on_one_side_of_few_pairs_is_found(
     side: str, change: Callable[[str], str], shown: str, tmp_path: Path
 ) -> None:
     report = examined(tmp_path, planted(400, 0.1, on(side, change)))
     [finding] = of_rule(report, "one_sided_form")
     assert shown in finding.text
     assert finding.level is Level.warning
+    assert not of_rule(report, "label_leak")
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
@@ -132,20 +119,14 @@ def test_a_form_in_pairs_of_few_prompts_is_no_finding(tmp_path: Path) -> None:
     assert of_rule(examined(tmp_path, pairs), "one_sided_form")
 
 
-def test_a_form_is_found_in_few_pairs_too_many_for_chance(tmp_path: Path) -> None:
+def test_few_pairs_are_enough_for_a_form_on_one_side_of_all_of_them(tmp_path: Path) -> None:
     pairs = clean_pairs(40)
     for pair in pairs[:18]:
         pair["chosen"] = " " + pair["chosen"]
     [finding] = of_rule(examined(tmp_path, pairs), "one_sided_form")
     assert "leading space (the chosen side has more in 100 % of the 18 pairs" in finding.text
-
-
-def test_ten_pairs_are_enough_for_a_leak_in_all_of_them(tmp_path: Path) -> None:
-    pairs = planted(10, 1, on("rejected", lambda text: " " + text))
-    assert "leading space" in of_rule(examined(tmp_path, pairs), "label_leak")[0].text
+    assert "leading space" in of_rule(examined(tmp_path, pairs[:10]), "label_leak")[0].text
     assert not of_rule(examined(tmp_path, pairs[:9]), "label_leak")
-    [same] = [one for one in examined(tmp_path, pairs).sources[0]["leaks"] if one["feature"] == "tabs"]
-    assert (same["differs"], same["detail"]) == (0, "")
 
 
 def test_the_interval_is_wilsons() -> None:

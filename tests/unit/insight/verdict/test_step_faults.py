@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
-from dpo_dist.insight.verdict.facts import Spike, is_collapsed, spike_of_last
+from dpo_dist.insight.verdict.facts import is_collapsed, spike_of_last
 
 Rows = list[dict[str, float]]
-
-
-def with_loss(losses: list[float]) -> Rows:
-    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
 
 
 def row(norm: float, chosen: float, rejected: float) -> dict[str, float]:
@@ -36,8 +32,8 @@ def test_a_policy_has_collapsed_without_gradient_and_without_usable_probabilitie
     assert is_collapsed(found) is is_one
 
 
-def healthy(seed: int, steps: int, pairs: int, kind: str) -> Rows:
-    """A run that learns, of batches of so many pairs: margins of a growing spread, some mislabelled."""
+def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[float]:
+    """Losses of a run that learns: margins of a growing spread, some mislabelled."""
     generator = np.random.default_rng(seed)
     grown = 1 - np.exp(-3 * np.arange(1, steps + 1) / steps)
     margins = generator.normal(2.0, 2.0, (pairs, steps)) * grown
@@ -48,52 +44,44 @@ def healthy(seed: int, steps: int, pairs: int, kind: str) -> Rows:
         "ipo": (margins - 1) ** 2,
         "exponential": np.exp(-margins / 2),
     }[kind]
-    return with_loss(losses.mean(axis=0).tolist())
+    return list(losses.mean(axis=0).tolist())
 
 
-def spikes(rows: Rows) -> list[Spike]:
+def spikes(losses: list[float]) -> list[tuple[int, float]]:
+    """Steps and losses of the spikes; there is an evaluation among the rows."""
+    rows: Rows = [{"step": 0, "eval_loss": 1.0}]
+    rows += [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     found = (spike_of_last(rows[:at], row) for at, row in enumerate(rows))
-    return [spike for spike in found if spike is not None]
+    return [(spike.step, spike.loss) for spike in found if spike is not None]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "exponential"])
 @pytest.mark.parametrize(("steps", "pairs"), [(300, 8), (1000, 16), (300, 128)])
 def test_of_ten_healthy_runs_none_has_a_spike(kind: str, steps: int, pairs: int) -> None:
-    accused = [seed for seed in range(10) if spikes(healthy(seed, steps, pairs, kind))]
-    assert accused == []
+    assert [seed for seed in range(10) if spikes(healthy(seed, steps, pairs, kind))] == []
 
 
 def test_of_single_pairs_with_wrong_labels_few_are_spikes() -> None:
-    accused = [seed for seed in range(40) if spikes(healthy(seed, 300, 1, "sigmoid"))]
-    assert len(accused) <= 1
+    assert len([seed for seed in range(40) if spikes(healthy(seed, 300, 1))]) <= 1
 
 
 @pytest.mark.parametrize("pairs", [8, 16, 128])
-def test_a_spike_is_found_with_its_step(pairs: int) -> None:
+def test_spikes_are_found_with_their_steps(pairs: int) -> None:
     for seed in range(10):
-        rows = healthy(seed, 300, pairs, "sigmoid")
-        rows[200]["loss"] = 12.0
-        assert [(spike.step, spike.loss) for spike in spikes(rows)] == [(201, 12.0)]
+        losses = healthy(seed, 300, pairs)
+        losses[100], losses[180], losses[200] = float("nan"), 12.0, 200.0
+        assert spikes(losses) == [(181, 12.0), (201, 200.0)]
 
 
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "steps"),
     [
-        [0.6931] * 60 + [0.6932],  # noise of rounding
-        [0.6931] * 60 + [1.3],  # less than twice
-        [5.0] + [1e-4] * 60 + [0.01],  # a hard pair where nearly all is learnt
-        [0.7] * 40 + [9.0],  # too early
-        [0.7] * 60 + [9.0, 9.5],
+        ([0.6931] * 60 + [0.6932], []),  # noise of rounding
+        ([0.6931] * 60 + [1.3], []),  # less than twice
+        ([5.0] + [1e-4] * 60 + [0.01], []),  # a hard pair where nearly all is learnt
+        ([0.7] * 40 + [9.0], []),  # too early
+        ([0.7] * 60 + [9.0, 9.5], [61]),
     ],
 )
-def test_small_and_early_jumps_are_no_spikes(losses: list[float]) -> None:
-    found = spikes(with_loss(losses))
-    assert [spike.step for spike in found] == ([61] if 9.5 in losses else [])
-
-
-def test_rows_of_evaluations_and_of_skipped_steps_are_no_losses() -> None:
-    rows = healthy(3, 300, 8, "sigmoid")
-    for at, loss in ((50, 7.0), (100, float("nan")), (180, 30.0)):
-        rows[at]["loss"] = loss
-    found = spikes([{"step": 10, "eval_loss": 1.0}, *rows])
-    assert [spike.step for spike in found] == [51, 181]
+def test_small_and_early_jumps_are_no_spikes(losses: list[float], steps: list[int]) -> None:
+    assert [step for step, _ in spikes(losses)] == steps

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.insight.doctor.findings import Finding
 from dpo_dist.insight.verdict.rules import MOST_FINDINGS, RULES, sample_alarms, verdict
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
@@ -362,31 +363,21 @@ def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules
     assert [finding.rule for finding in verdict(history, summary(**ended)).findings] == rules
 
 
-def test_a_healthy_run_has_no_finding() -> None:
-    judged = verdict(rows(), summary())
-    assert judged.findings == ()
-    assert judged.sentence == (
-        "no fault found: evaluation accuracy 0.75 on 400 pairs, margin 0.8, "
-        "training loss 0.678 -> 0.45 in 20 steps"
-    )
-    assert len(judged.lines()) == 1
-
-
 def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
     """Rows of a run that fits its training pairs, with one evaluation at its end."""
     fitted = {"loss": 0.02, "rewards/accuracies": 1.0} | training
-    history = [row for row in rows(late=fitted) if "loss" in row]
     metrics = {"eval_loss": eval_loss, "eval_rewards/accuracies": 0.62, "eval_pairs": pairs}
-    return [*history, {"step": float(STEPS), **metrics}]
+    return [*steps(late=fitted), {"step": float(STEPS), **metrics}]
+
+
+def rules_of(history: list[Row], doctor: Sequence[dict[str, Any]] = (), **ended: Any) -> list[str]:
+    return [finding.rule for finding in verdict(history, summary(**ended), doctor).findings]
 
 
 @pytest.mark.parametrize(
     ("history", "words"),
     [
-        (
-            spoilt(1.5, 2000.0),
-            "evaluation loss rose from 0.693 at the start to 1.5, while training loss fell",
-        ),
+        (spoilt(1.5, 2000.0), "rose from 0.693 at the start to 1.5, while training loss fell"),
         (spoilt(1.5, 2000.0), "accuracy 1.00 is far above evaluation accuracy 0.62 on 2,000 pairs"),
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), "evaluation loss rose"),
         (spoilt(0.66, 2000.0), "training accuracy 1.00 is far above"),
@@ -406,36 +397,22 @@ def test_one_evaluation_at_the_end_shows_that_a_run_does_not_generalise(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_loss_is_compared_with_what_a_policy_that_is_the_reference_has(kind: LossKind) -> None:
-    """Where pairs differ in it, or it needs other facts, it is not known and nothing is said."""
+def test_an_evaluation_loss_is_compared_with_that_of_a_policy_that_is_the_reference(kind: LossKind) -> None:
+    """Where pairs differ in it, it is compared with that of step 0, if it was measured."""
     zeros, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1)
     logps = PairLogps(zeros, zeros, ones, ones)
     settings = SETTINGS | {"loss.kind": str(kind)}
-    is_known = KINDS[kind].needs_reference and kind not in (
-        LossKind.odpo,
-        LossKind.plackett_luce,
-        LossKind.custom,
-    )
+    unknown = (LossKind.odpo, LossKind.plackett_luce, LossKind.custom)
+    is_known = KINDS[kind].needs_reference and kind not in unknown
     start = float(preference_loss(logps, logps, LossConfig(kind=kind))) if is_known else 1.0
-    for times, is_found in ((1.04, False), (1.06, is_known)):
-        fell = {"loss": 0.3 * start, "rewards/accuracies": 0.65}
-        history = spoilt(times * start, 1e6, **fell)
-        found = [one.rule for one in verdict(history, summary(settings=settings)).findings]
-        assert ("does_not_generalise" in found) is is_found, times
-    weighted = summary(settings=settings | {"loss.weighting": "wpo"})
-    assert "does_not_generalise" not in [
-        one.rule for one in verdict(spoilt(9 * start, 1e6, **fell), weighted).findings
-    ]
-
-
-@pytest.mark.parametrize("kind", ["sft", "simpo", "orpo", "custom"])
-def test_an_evaluation_loss_without_a_known_start_is_compared_with_that_of_step_0(kind: str) -> None:
-    settings = summary(settings=SETTINGS | {"loss.kind": kind})
-    for end, is_found in ((2.0, False), (3.0, True)):
-        history = spoilt(end, 2000.0, **{"rewards/accuracies": 0.62})
-        start = {"step": 0.0, "eval_loss": 2.0, "eval_rewards/accuracies": 0.6, "eval_pairs": 2000.0}
-        found = [one.rule for one in verdict([start, *history], settings).findings]
-        assert ("does_not_generalise" in found) is is_found
+    fell = {"loss": 0.3 * start, "rewards/accuracies": 0.65}
+    first = {"step": 0.0, "eval_loss": start, "eval_rewards/accuracies": 0.6, "eval_pairs": 1e6}
+    for times in (1.04, 1.06):
+        history, is_worse = spoilt(times * start, 1e6, **fell), times > 1.05
+        for of_run, is_found in ((history, is_known and is_worse), ([first, *history], is_worse)):
+            assert ("does_not_generalise" in rules_of(of_run, settings=settings)) is is_found
+    weighted = settings | {"loss.weighting": "wpo"}
+    assert "does_not_generalise" not in rules_of(spoilt(9 * start, 1e6, **fell), settings=weighted)
 
 
 def pushes(advice: str) -> set[tuple[str, bool]]:
@@ -447,11 +424,10 @@ def pushes(advice: str) -> set[tuple[str, bool]]:
 def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
     """Of every two faults together, by what each changes in a healthy run; the more severe one is heard."""
     usual, lost = rows(), 0
-    faults = [case[1:4] for case in CASES if len(case[1]) == len(usual)]
+    faults = [each for each in CASES if len(each[1]) == len(usual)]
     for pair in itertools.combinations(faults, 2):
-        together, changed, data_findings = rows(), summary(), []
-        for history, ended, data in pair:
-            data_findings += data
+        together, changed, data_findings = rows(), summary(), [*pair[0][3], *pair[1][3]]
+        for _, history, ended, _, _ in pair:
             changed |= {key: value for key, value in ended.items() if value != summary().get(key)}
             for row, other, healthy in zip(together, history, usual, strict=True):
                 row |= {key: value for key, value in other.items() if value != healthy.get(key)}
@@ -466,19 +442,15 @@ def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
 
 
 def test_a_perfect_accuracy_at_once_needs_evidence_to_be_a_leak() -> None:
-    assert verdict(rows(every=AT_ONCE), summary()).findings == ()
+    assert rules_of(rows(every=AT_ONCE)) == []
     [leak, _] = verdict(rows(every=AT_ONCE), summary(), [LEAK]).findings
     assert leak.rule == "label_leak"
     assert "by form: the doctor found label_leak, which alone guesses 93 %" in leak.text
     assert "quoted" not in leak.text
-
-
-def test_a_label_that_leaks_by_length_in_one_source_is_named_with_it() -> None:
     every = {"rewards/accuracies/a": 0.98, "rewards/accuracies/b": 0.7}
     longer = {"eval_tokens/chosen/a": 30.0, "eval_tokens/rejected/a": 90.0}
-    assert verdict(rows(every=every), summary()).findings == ()
+    assert rules_of(rows(every=every)) == []
     [leak] = verdict(rows(every=every | longer), summary()).findings
-    assert leak.rule == "label_leak"
     assert "accuracy of a is 0.98 at step 2 already, by length" in leak.text
 
 
@@ -489,9 +461,8 @@ def test_lengths_that_tell_the_label_need_no_accuracy(chosen: float, rejected: f
     history = rows(every={"tokens/chosen": chosen, "tokens/rejected": rejected})
     found = verdict(history, summary()).findings
     assert [one.rule for one in found] == ["label_leak"] * is_found
-    for one in found:
-        said = f"the label shows by length: chosen responses have {chosen} tokens, rejected ones {rejected}"
-        assert one.text.startswith(said)
+    said = f"the label shows by length: chosen responses have {chosen} tokens, rejected ones {rejected}"
+    assert all(one.text.startswith(said) for one in found)
 
 
 def test_swapped_labels_of_one_source_are_named() -> None:
@@ -499,8 +470,7 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     [finding] = verdict(rows(every=swapped), summary()).findings
     assert finding.rule == "labels_swapped"
     assert "0.20 on 200 pairs of a" in finding.text
-    first_steps = [row for row in rows(every=swapped) if row["step"] <= 5]
-    assert verdict(first_steps, summary(steps=5)).findings == ()
+    assert rules_of([row for row in rows(every=swapped) if row["step"] <= 5], steps=5) == []
 
 
 BROKEN = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
@@ -521,11 +491,9 @@ def test_the_cause_of_a_divergence(
     earlier: dict[str, float], value: dict[str, float], since: int, cause: str
 ) -> None:
     history = rows(late=earlier)
-    spoiled = [
-        row for row in history if row["step"] >= since and ("eval_loss" in row) == ("eval_loss" in value)
-    ]
-    for row in spoiled:
-        row.update(value)
+    for row in history:
+        if row["step"] >= since and ("eval_loss" in row) == ("eval_loss" in value):
+            row.update(value)
     judged = verdict(history, summary())
     assert judged.findings[0].rule == "diverged"
     assert judged.sentence.startswith(f"diverged: {cause}")
@@ -534,22 +502,12 @@ def test_the_cause_of_a_divergence(
 def test_at_most_five_findings_the_worst_first() -> None:
     late = {"eval_samples/length": 300.0, "eval_kl/rejected": 2.0, "eval_rewards/accuracies": 0.95}
     data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
-    long = {"tokens/chosen": 300.0}
-    found = verdict(rows(every=long, late=late), summary(data=data), [DISAGREES]).findings
-    assert [finding.rule for finding in found] == [
-        "learning_rate_too_high",
-        "evaluation_leak",
-        "evaluation_too_good",
-        "label_leak",
-        "over_optimised",
-    ]
+    found = rules_of(rows(every={"tokens/chosen": 300.0}, late=late), [DISAGREES], data=data)
     assert len(found) == MOST_FINDINGS
-
-
-def test_a_short_run_is_not_judged() -> None:
-    judged = verdict([row for row in rows(every=AT_CHANCE) if row["step"] <= 4], summary(steps=4))
-    assert judged.findings == ()
-    assert judged.sentence.startswith("too short to be judged")
+    assert found == [
+        *("learning_rate_too_high", "evaluation_leak", "evaluation_too_good"),
+        *("label_leak", "over_optimised"),
+    ]
 
 
 def test_chosen_log_probs_are_compared_on_the_same_responses() -> None:
@@ -559,35 +517,35 @@ def test_chosen_log_probs_are_compared_on_the_same_responses() -> None:
         "eval_logps/chosen_per_token": -1.4,
         "logps/chosen_per_token": -3.0,
     }
-    for fall, rules in ((0.02, []), (0.4, ["displacement"])):
-        of_rewards = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -fall * 110.0 * 0.1)
-        judged = verdict(rows(late=late | of_rewards, since=4), summary())
-        assert [finding.rule for finding in judged.findings] == rules
-    assert "-1.00 -> -1.40 nats per token" in judged.findings[0].text
-    collapsed = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -2.0 * 110.0 * 0.1)
-    [finding, *_] = verdict(rows(late=late | collapsed, since=4), summary()).findings
-    assert finding.rule == "learning_rate_too_high"
-    assert "fell by 2 nats per token by step 4 of 20" in finding.text
+
+    def fallen(nats: float) -> Finding | None:
+        of_rewards = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -nats * 110.0 * 0.1)
+        return next(iter(verdict(rows(late=late | of_rewards, since=4), summary()).findings), None)
+
+    assert fallen(0.02) is None
+    assert (little := fallen(0.4)) is not None
+    assert "-1.00 -> -1.40 nats per token" in little.text
+    assert (far := fallen(2.0)) is not None
+    assert (little.rule, far.rule) == ("displacement", "learning_rate_too_high")
+    assert "fell by 2 nats per token by step 4 of 20" in far.text
 
 
 def test_a_loss_that_differs_among_pairs_is_compared_over_more_of_them() -> None:
     """Without a reference the first row is a sample too."""
-    simpo = summary(settings=SETTINGS | {"loss.kind": "simpo"})
-    history = rows()
-    history[0] |= {"loss": 0.3}
-    assert verdict(history, simpo).findings == ()
-    assert [one.rule for one in verdict(history, summary()).findings] == ["learning_rate_too_high"]
-    [finding] = verdict(rows(late={"loss": 1.2}, since=9), simpo).findings
+    simpo = with_settings(kind="simpo")
+    history = changed(0, {"loss": 0.3})
+    assert rules_of(history, **simpo) == []
+    assert rules_of(history) == ["learning_rate_too_high"]
+    [finding] = verdict(rows(late={"loss": 1.2}, since=9), summary(**simpo)).findings
     assert "the loss rose from 0.66 to 1.2" in finding.text
 
 
 def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
-    other = summary(settings=SETTINGS | {"reference.path": "other"})
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
-    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["learning_rate_too_high"]
-    assert verdict(rows(every=start), other).findings == ()
-    assert verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings == (), "other pairs"
-    [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), other).findings
+    assert rules_of(rows(every=start)) == ["learning_rate_too_high"]
+    assert rules_of(rows(every=start), **OTHER) == []
+    assert rules_of(rows(every=start | {"eval_kl/rejected": 5.0}), **OTHER) == [], "other pairs"
+    [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), summary(**OTHER)).findings
     assert "moved 2 nats" in finding.text
 
 
@@ -613,22 +571,20 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate(rows_of_run: int, pa
     assert accused["wild"] >= 48
 
 
-@pytest.mark.parametrize(("steps", "width"), [(20, 1), (50, 3), (100, 6), (300, 10)])
+@pytest.mark.parametrize(("length", "width"), [(20, 1), (50, 3), (100, 6), (300, 10)])
 @pytest.mark.parametrize("height", [1.2, 3.0, 30.0])
-def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(steps: int, width: int, height: float) -> None:
-    for at in (steps // 8, steps // 2, steps - 2 * width - 2):
-        inside = range(at, at + width)
+def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(
+    length: int, width: int, height: float
+) -> None:
+    spike = {"loss": height, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}
+    for at in (length // 8, length // 2, length - 2 * width - 2):
         history: list[Row] = [
-            {
-                "step": step,
-                "loss": height if step in inside else 0.69 - 0.2 * step / steps - 0.01 * (step % 3),
-                "grad_norm": 50.0 if step in inside else 1.0,
-                "logps/chosen_per_token": -4.0 if step in inside else -1.0,
-                "pairs": 64.0,
-            }
-            for step in range(steps)
+            {"step": step, "loss": 0.69 - 0.2 * step / length - 0.01 * (step % 3), "grad_norm": 1.0}
+            | {"logps/chosen_per_token": -1.0, "pairs": 64.0}
+            | (spike if at <= step < at + width else {})
+            for step in range(length)
         ]
-        judged = verdict(history, {"steps": steps, "settings": SETTINGS})
+        judged = verdict(history, {"steps": length, "settings": SETTINGS})
         assert (judged.findings, judged.sentence[:14]) == ((), "no fault found")
 
 
@@ -638,8 +594,8 @@ def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() 
     assert finding.rule == "beta_wrong"
     assert "the loss rose from 0.678 to 6, although" in finding.text
     assert "changed by 0.008 nats" in finding.text
-    collapsed = verdict(rows(late=risen | {"logps/chosen_per_token": -7.0}), summary(**with_beta(10.0)))
-    assert collapsed.findings[0].rule == "learning_rate_too_high"
+    collapsed = rows(late=risen | {"logps/chosen_per_token": -7.0})
+    assert rules_of(collapsed, **with_beta(10.0))[0] == "learning_rate_too_high"
 
 
 def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
@@ -651,9 +607,34 @@ def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
     assert "50 % of the sampled responses are empty" in alarm.text
 
 
-def test_a_preempted_run_is_judged_so_far() -> None:
-    judged = verdict(rows()[:18], summary(exit="preempted", steps=15))
-    assert judged.sentence.startswith("stopped after step 15; so far: no fault found: evaluation accuracy")
+@pytest.mark.parametrize(
+    ("history", "ended", "sentence"),
+    [
+        (
+            rows(),
+            {},
+            "no fault found: evaluation accuracy 0.75 on 400 pairs, margin 0.8, "
+            "training loss 0.678 -> 0.45 in 20 steps",
+        ),
+        (
+            rows()[:18],
+            {"exit": "preempted", "steps": 15},
+            "stopped after step 15; so far: no fault found: evaluation accuracy",
+        ),
+        (steps(every=AT_CHANCE)[:4], {"steps": 4}, "too short to be judged"),
+        (
+            steps(),
+            {},
+            "no fault found (nothing was evaluated after a step: data.eval): training accuracy 0.72",
+        ),
+    ],
+)
+def test_the_sentence_about_a_run_without_a_fault(
+    history: list[Row], ended: dict[str, Any], sentence: str
+) -> None:
+    judged = verdict(history, summary(**ended))
+    assert judged.sentence.startswith(sentence)
+    assert (judged.findings, len(judged.lines())) == ((), 1)
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]])
@@ -667,11 +648,3 @@ def test_a_preempted_run_is_judged_so_far() -> None:
 )
 def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> None:
     assert verdict(history, ended).findings == ()
-
-
-def test_without_evaluations_the_sentence_says_so() -> None:
-    training = [row for row in rows() if "loss" in row]
-    sentence = verdict(training, summary()).sentence
-    assert sentence.startswith(
-        "no fault found (nothing was evaluated after a step: data.eval): training accuracy 0.72"
-    )

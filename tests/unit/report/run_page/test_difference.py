@@ -15,7 +15,7 @@ Runs = tuple[RunFolder, RunFolder]
 
 
 def page_of(first: RunFolder, second: RunFolder) -> Page:
-    return Page(write_difference((first, second), None, first.path.parent / "page.html").read_text())
+    return Page(write_difference((first, second), 2.0, first.path.parent / "page.html").read_text())
 
 
 def change(file: Path, *keys: str, value: Any) -> None:
@@ -86,12 +86,12 @@ def test_verdicts_time_and_cost_are_side_by_side(runs: Runs) -> None:
         page.text.split("\n")[0]
     )
     assert "train seconds 1 h 10 min 2 h 20 min \u00d7 2 " in page.section("Results")
-    assert "cost 10.00 10.00 \u00d7 1" in page.section("Results")
+    assert "cost 8.00 8.00 \u00d7 1" in page.section("Results")
 
 
 def test_runs_have_the_names_that_distinguish_them() -> None:
-    assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/x/b"))]) == ("a", "b")
-    assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/y/a"))]) == ("x/a", "y/a")
+    assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/x/b"))]) == ["a", "b"]
+    assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/y/a"))]) == ["x/a", "y/a"]
     assert names_of([RunFolder(Path("/r/a")), RunFolder(Path("/r/r/a"))])[0].endswith("r/a")
 
 

@@ -84,7 +84,7 @@ def test_the_page_says(page: Page, heading: str, expected: str) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return page_of(made_run(tmp_path_factory.mktemp("page")))
+    return page_of(made_run(tmp_path_factory.mktemp("page")), price=2.5)
 
 
 def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:

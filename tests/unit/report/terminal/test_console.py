@@ -42,16 +42,6 @@ def test_a_repeated_warning_is_logged_once_and_the_callers_logging_is_restored(t
     assert logging.getLogger("py.warnings").filters == []
 
 
-def test_the_level_that_a_caller_disabled_stays_disabled() -> None:
-    logging.disable(logging.INFO)
-    try:
-        with warnings_off():
-            assert not logging.getLogger("a").isEnabledFor(logging.WARNING)
-        assert logging.root.manager.disable == logging.INFO
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 ATTACKS = (
     "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\x1b]8;;http://x\x07\u202e\x9b.jsonl"
 )
@@ -72,15 +62,18 @@ def test_a_record_of_the_log_is_one_record_whatever_text_of_data_it_has(tmp_path
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_the_callers_warnings_are_shown_as_before(captured: bool, tmp_path: Path) -> None:
+def test_the_callers_logging_and_warnings_are_as_before(captured: bool, tmp_path: Path) -> None:
     logging.captureWarnings(captured)
+    logging.disable(logging.INFO)
     try:
         before = warnings.showwarning
-        with opened(tmp_path):
-            pass
+        with opened(tmp_path), warnings_off():
+            assert not logging.getLogger("a").isEnabledFor(logging.WARNING)
         assert warnings.showwarning is before
+        assert logging.root.manager.disable == logging.INFO
     finally:
         logging.captureWarnings(False)
+        logging.disable(logging.NOTSET)
 
 
 def test_only_rank_0_prints_but_every_rank_can_print_an_error(
@@ -136,15 +129,13 @@ def test_a_heartbeat_is_silent_beside_progress(clock: "Clock") -> None:
         assert printed[1:] == ["preparing the data: 32 s so far"]
 
 
-def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, said = Console(None), []
-    monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
+def test_a_heartbeat_is_printed_once_a_minute(clock: "Clock") -> None:
+    console, printed = lines()
     beat = console.heartbeat("encoding the data")
     for seconds in range(5, 200, 5):
         beat(float(seconds))
-    assert said == [
-        f"encoding the data: {spent} so far" for spent in ("15 s", "1 min 15 s", "2 min 15 s", "3 min 15 s")
-    ]
+    spent = ("15 s", "1 min 15 s", "2 min 15 s", "3 min 15 s")
+    assert printed == [f"encoding the data: {each} so far" for each in spent]
 
 
 class Clock:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("own_wandb")
 
 
 def config_of(mode: WandbMode) -> RunConfig:
-    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, tags=["a tag"]))
+    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode))
 
 
 def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
@@ -89,7 +89,6 @@ def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path:
     assert (config["model"]["path"], config["tracking"]["wandb"]) == ("org/model", "offline")
     assert config["environment"] == {"torch": "2.13.0"}
     assert run.display_name == "a-run-12345678 sigmoid beta=0.1 lr=1e-06"
-    assert list(run.tags) == ["a tag"]
     metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
     axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
     assert axes == {"train/global_step"}
@@ -114,7 +113,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
     write_samples(tmp_path, 2, [row, row, row])
     folder.model.mkdir()
     (folder.model / "model.safetensors").write_text("w" * 100)
-    tracking = TrackingConfig(wandb=WandbMode.offline, samples=2, notes="a note")
+    tracking = TrackingConfig(wandb=WandbMode.offline, samples=2)
     config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
     tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
@@ -134,7 +133,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
     assert len(content["data"]) == 2
     prompt, reference, policy, _ = content["data"][0]
     assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
-    assert [run.notes for run in records_of(tmp_path, "run")][-1] == "a note\n\nVerdict: learnt little"
+    assert [run.notes for run in records_of(tmp_path, "run")][-1] == "Verdict: learnt little"
     assert "learnt little" in str(records_of(tmp_path, "summary"))
     artifacts = {record.type: record.manifest.contents for record in records_of(tmp_path, "artifact")}
     (model,) = artifacts.pop("model")
@@ -280,7 +279,8 @@ def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
         sys, "argv", ["train", f"tracking.project={SECRET}", "data.train=[ftp://me:word@host/a]"]
     )
     typed = list(sys.argv)
-    tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
+    monkeypatch.setenv("WANDB_NOTES", f"of {SECRET}")
+    tracking = TrackingConfig(wandb=WandbMode.offline, project=SECRET)
     config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
     tracker = open_tracker(config, RunFolder(tmp_path), lambda: None)
     assert tracker is not None
