@@ -106,7 +106,8 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
     files = (".py", ".html", ".png", ".yaml", ".json", ".jsonl", ".md", ".sbatch")
-    assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
+    if page.name != "CHANGELOG.md":  # it names keys that went
+        assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []
     links = re.findall(r"\]\(([^):]+)\)", text)
