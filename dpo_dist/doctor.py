@@ -52,14 +52,13 @@ def main(config: RunConfig) -> int:
     from dpo_dist.insight.console import console_on  # noqa: PLC0415
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages.doctor import (  # noqa: PLC0415
-        check_writable,
         print_diagnosis,
         write_doctor_page,
         write_doctor_report,
     )
 
     folder = RunFolder.of(config)
-    check_writable(folder)
+    folder.check_writable()
     console = console_on(sys.stderr, config.console)
     diagnosis = diagnose(config, console.counter, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed

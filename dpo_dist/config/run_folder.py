@@ -1,5 +1,6 @@
 """`RunFolder`: every path of a run directory, in one place."""
 
+import os
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -90,6 +91,17 @@ class RunFolder:
     """The run directory at `path`; its properties are paths that may or may not exist."""
 
     path: Path
+
+    def check_writable(self) -> None:
+        """Raise ConfigError if the folder cannot be made or written; create nothing."""
+        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ConfigError(
+                "run.dir cannot be written",
+                where="run.dir",
+                got=str(above),
+                remedy="set run.dir to another folder, or make this one writable",
+            )
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunFolder":

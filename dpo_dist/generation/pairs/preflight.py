@@ -1,10 +1,8 @@
 """`--check` of `pairs`: load and check everything that needs no weights and no GPU; writes nothing."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
-from pathlib import Path
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
@@ -15,7 +13,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.judges.endpoint import EndpointJudge
 from dpo_dist.generation.judges.reward_model import check_reward_model
 from dpo_dist.generation.pairs.files import good_records
@@ -50,7 +48,7 @@ def rehearse_pairs(config: RunConfig) -> str:
     file = folder.round(1).pairs_file if pairs.rounds else RunFolder.of(config).pairs_file
     if pairs.rounds:
         check_rounds(config)
-    check_writable(folder.path, "run.dir")
+    folder.check_writable()
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}
     match pairs.method:
@@ -129,16 +127,3 @@ def first_records(
     rest = " (the others were not looked at)" if len(first) > len(faults) else ""
     found = f"{path}, {usable} of the first {len(faults)} records can be used{rest}"
     return found + (f"; not used: {dropped}" if dropped else "")
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Check that a folder exists, or can be created, without creating it."""
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(
-            f"{key} cannot be written",
-            where=key,
-            got=str(above),
-            expected="a folder with write permission",
-            remedy=f"set {key} to another folder, or make this one writable",
-        )

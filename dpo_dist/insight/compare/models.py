@@ -33,7 +33,6 @@ from dpo_dist.generation.pairs.files import describe_counts, write_lines
 from dpo_dist.generation.pairs.preflight import (
     Fault,
     ask_judge,
-    check_writable,
     describe_responder,
     fault_of,
     first_records,
@@ -285,7 +284,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
         ConfigError: a model, its tokenizer, the judge or the run directory cannot be used.
         DataError: a source cannot be read, or none of its first records can be used.
     """
-    check_writable(RunFolder.of(config).path, "run.dir")
+    RunFolder.of(config).check_writable()
     lines: list[tuple[str, str]] = []
     faults: dict[str, Fault] = {}
     for model in models:

@@ -1,7 +1,6 @@
 """The doctor's report: its page, its summary on the screen, and doctor.json."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import SafeStream, printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
@@ -50,19 +48,6 @@ _ACROSS = {
     "near_leaked_prompts": "of evaluation, with nearly a prompt of the training data",
     "benchmark_hits": "overlap with a benchmark prompt",
 }
-
-
-def check_writable(folder: RunFolder) -> None:
-    """Raise ConfigError if the report could not be written, before hours of work; create nothing."""
-    nearest = next(each for each in (folder.path, *folder.path.absolute().parents) if each.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise ConfigError(
-            "run.dir cannot be written",
-            where="run.dir",
-            got=str(folder.path),
-            expected="a folder that exists or can be created",
-            remedy="set run.dir to another folder, or make this one writable",
-        )
 
 
 def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:

@@ -13,7 +13,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
-from dpo_dist.insight.pages.doctor import check_writable, write_doctor_page, write_doctor_report
+from dpo_dist.insight.pages.doctor import write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 from tests.unit.report.run_page.made_run import Page
 
@@ -109,13 +109,13 @@ def test_a_lone_surrogate_is_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
-    check_writable(RunFolder(tmp_path / "new" / "run"))
+    RunFolder(tmp_path / "new" / "run").check_writable()
     assert not list(tmp_path.iterdir()), "nothing is created"
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        check_writable(RunFolder(tmp_path / "file" / "run"))
+        RunFolder(tmp_path / "file" / "run").check_writable()
     with read_only(tmp_path), pytest.raises(ConfigError, match="cannot be written"):
-        check_writable(RunFolder(tmp_path / "new" / "run"))
+        RunFolder(tmp_path / "new" / "run").check_writable()
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
