@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 
-def build_and_weigh(build: Callable[..., Any], memory: dict[str, int], *arguments: Any) -> Any:
+def build_and_weigh(
+    build: Callable[..., Any], memory: dict[str, int], *arguments: Any, **options: Any
+) -> Any:
     """Return the reference that `build` builds; add to `memory` the bytes it keeps and its peak.
 
     A fill of the store reports its own peak, and restarts the measurement.
     """
     before = _weights()
     _restart_peak()
-    reference = build(*arguments)
+    reference = build(*arguments, **options)
     memory["peak while made ready"] = max(peak(), reference.report.get("peak_memory_bytes", 0))
     memory["kept"] = _weights() - before
     _restart_peak()
