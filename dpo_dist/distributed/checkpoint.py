@@ -226,13 +226,15 @@ class _Pending:
     bytes: int
     entries: Future[Entries] = field(default_factory=Future)
 
-    def write(self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int) -> None:
+    def write(
+        self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int, copy: HostCopy | None = None
+    ) -> None:
         """Write slices, which nothing changes meanwhile, and small files of this rank, and set `entries`."""
         try:
             entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
                 for model in models:
-                    entries |= write_slices(model, self.temporary, rank)
+                    entries |= write_slices(model, self.temporary, rank, copy)
                 for name, text in texts.items():
                     entries[name] = write_file(self.temporary / name, text.encode())
             self.entries.set_result(entries)
@@ -295,7 +297,7 @@ class CheckpointSaver:
             arguments = self._copy.of(models), texts, world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
-        pending.write(models, texts, world.rank)
+        pending.write(models, texts, world.rank, self._copy)
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks

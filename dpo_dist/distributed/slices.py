@@ -348,15 +348,22 @@ _FILE_BYTES = 2**28
 """Size at which a rank begins another file: about three times as much host memory is used at a time."""
 
 
-def write_slices(model: ModelSlices, checkpoint: Path, rank: int) -> dict[str, FileEntry]:
+def write_slices(
+    model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None
+) -> dict[str, FileEntry]:
     """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
+
+    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
 
     Raises:
         OSError: a file cannot be written.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
     entries = {}
-    for number, slices in enumerate(_batches(model.slices)):
+    for number, batch in enumerate(_batches(model.slices)):
+        slices = batch
+        if copy is not None and copy.is_cuda:
+            slices = copy.of([replace(model, slices=batch)])[0].slices
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
