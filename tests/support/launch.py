@@ -49,8 +49,8 @@ def command(verb: str, overrides: list[str], processes: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what would reach a real tracker, and with one thread a process."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    """This process's, without variables of trackers and launchers, and with one thread a process."""
+    kept = {k: value for k, value in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 

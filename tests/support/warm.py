@@ -83,7 +83,7 @@ def launcher_variables(config_file: Path) -> dict[str, str]:
     ).stdout
     added, _ = json.JSONDecoder().raw_decode(told)  # of two processes, whose lines may run together
     kept = {name: value for name, value in added.items() if not name.startswith(_OF_A_LAUNCH)}
-    return {name: value for name, value in kept.items() if os.environ.get(name) != value}
+    return {k: v for k, v in kept.items() if k.startswith("ACCELERATE_") or os.environ.get(k) != v}
 
 
 def run_warm(
