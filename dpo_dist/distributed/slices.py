@@ -361,7 +361,7 @@ def write_slices(
     (checkpoint / model.folder).mkdir(exist_ok=True)
     entries = {}
     for number, batch in enumerate(_batches(model.slices)):
-        slices = batch
+        slices: Sequence[Slice] = batch
         if copy is not None and copy.is_cuda:
             slices = copy.of([replace(model, slices=batch)])[0].slices
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
