@@ -1,9 +1,8 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `run`, `model.adapter`, `data`, `optim`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`,
-`pairs`, `export` are in `*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key
-declared `free` does not define the run's result (hardware, placement, how often something is written): it is
-not part of the digest that names the run directory.
+Those of `data` are in `data`, of `loss` in `losses`, of single verbs in `verb_options`, rules between keys in
+`rules`. A key declared `free` does not define the run's result (hardware, placement, how often something is
+written): it is not part of the digest that names the run directory.
 """
 
 from copy import copy

@@ -48,7 +48,7 @@ class UserFunction:
 def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction:
     """Return the source of a function without executing it.
 
-    `compose` clears the cache, so that every configuration has the text of its time.
+    `load_run_config` clears the cache, so that every configuration has the text of its time.
 
     Raises:
         ConfigError: no function is given, it is not written as `module:function`, or its module has no

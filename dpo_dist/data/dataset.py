@@ -64,7 +64,7 @@ class PreferenceDataset:
         mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
         trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
         truncated: bool [responses], whether the end of a response was cut, with its end of turn.
-        prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
+        prompts: uint64 [examples], a hash of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
         encoded: the sources on disk.
     """

@@ -224,7 +224,7 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
 # DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
-# experts are a list of modules; `distributed.leaves` finds these. Stacked experts, as transformers has them
+# experts are a list of modules; `layers.expert_blocks` finds these. Stacked experts, as transformers has them
 # now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
@@ -459,7 +459,7 @@ class PolicyEngine(Engine):
     def routed_token_logps(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Return `token_logps` and `objective.router_losses.routing_sums` of a mixture of experts."""
+        """Return `token_logps` and `router.routing_sums` of a mixture of experts."""
         with self._named_in_errors(batch):
             logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
         return logps, sums

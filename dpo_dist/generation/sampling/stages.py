@@ -95,7 +95,7 @@ def work_on(
 
 
 class Screen(Protocol):
-    """The part of `report.terminal.console.Console` that is used here; it prints on rank 0."""
+    """The part of `insight.console.Console` that is used here; it prints on rank 0."""
 
     def say(self, text: str) -> None:
         """Print one line and log it."""
