@@ -263,12 +263,28 @@ class _Command:
         return names
 
     def _read_files(self, files: Iterable[str]) -> dict[str, Any]:
-        """Return the merged values of the YAML files of the command; a section that is a text is a preset."""
+        """Return the merged values of the YAML files of the command.
+
+        A section that is a text is a preset: it replaces the section of the files before, and the file's own
+        keys apply to it.
+        """
         merged: dict[str, Any] = {}
         chosen: dict[str, str] = {}
         for file in files:
             try:
-                values = _read_keys(Path(file))
+                content = _read(Path(file))
+                presets = {
+                    group: content.pop(group)
+                    for group, name in [*content.items()]
+                    if isinstance(name, str) and group != _EXPERIMENT and preset_names(group, self.folders)
+                }
+                if "defaults" in content:
+                    raise ConfigError(
+                        "a file of keys has no list of defaults",
+                        where=file,
+                        remedy="name a preset by its group, such as 'loss: ipo', and remove the list",
+                    )
+                values = _nested(content, file)
             except _COMPOSITION_ERRORS as error:
                 self.mistakes.append(composition_error(error, self.folders))
                 continue
@@ -276,18 +292,14 @@ class _Command:
                 self.mistakes.append(error)
                 continue
             self.sources.append((file, values))
-            for group in [
-                name for name, value in values.items() if isinstance(value, str) and name != _EXPERIMENT
-            ]:
-                if known := preset_names(group, self.folders):
-                    chosen[group] = values.pop(group)
-                    if chosen[group] not in known:
-                        self.mistakes.append(
-                            unknown_preset(group, chosen.pop(group), self.folders, self.verb)
-                        )
+            for group, name in presets.items():
+                merged.pop(group, None)
+                if name in preset_names(group, self.folders):
+                    chosen[group] = name
+                else:
+                    self.mistakes.append(unknown_preset(group, name, self.folders, self.verb))
             merged = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(merged, values)))
-        presets = [{f"override /{group}": name} for group, name in chosen.items()]
-        return merged | ({"defaults": presets} if presets else {})
+        return merged | {"defaults": [{f"override /{group}": name} for group, name in chosen.items()]}
 
     def _compose(self, lines: Sequence[str]) -> dict[str, Any]:
         """Return Hydra's composition, with its interpolations."""
@@ -343,8 +355,11 @@ def _store(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _read_keys(file: Path) -> dict[str, Any]:
-    """Return the keys of a YAML file, `loss.beta: 0.2` as if it were nested."""
-    nested = OmegaConf.create()
+    return _nested(_read(file), str(file))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the content of a YAML file of keys."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
     except OSError as error:
@@ -354,8 +369,19 @@ def _read_keys(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError("this file has no keys", where=str(file), remedy="write keys: 'loss: {beta: 0.2}'")
+    return {str(key): value for key, value in content.items()}
+
+
+def _nested(content: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Return the keys of a file, `loss.beta: 0.2` as if it were nested."""
+    nested = OmegaConf.create()
     for key, value in content.items():
-        OmegaConf.update(nested, str(key), value, force_add=True)
+        section = key.partition(".")[0]
+        if section != key and isinstance(content.get(section), str):
+            fault = f"{section} is the name of a preset here, and cannot have keys beside it"
+            remedy = f"choose the preset by 'defaults: [override /{section}: {content[section]}]'"
+            raise ConfigError(fault, where=file, got=f"{section}: {content[section]}; {key}", remedy=remedy)
+        OmegaConf.update(nested, key, value, force_add=True)
     return cast(dict[str, Any], OmegaConf.to_container(nested))
 
 

@@ -62,6 +62,32 @@ def test_a_file_applies_after_an_experiment_and_may_choose_presets() -> None:
     assert config.trainer.seed == 3
 
 
+@pytest.mark.parametrize(
+    ("files", "kind", "beta"),
+    [
+        (["loss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
+        (["loss.beta: 3\nloss: simpo\n"], "simpo", 3.0),
+        (["loss: {kind: simpo, simpo_gamma: 1.5}\n", "loss: ipo\n"], "ipo", 0.1),
+        (["loss: {beta: 0.3}\n", "loss: simpo\n"], "simpo", 2.0),
+        (["loss: simpo\n", "loss.beta: 2.5\n"], "simpo", 2.5),
+    ],
+)
+def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
+    files: list[str], kind: str, beta: float
+) -> None:
+    for number, text in enumerate(files):
+        Path(f"{number}.yaml").write_text(text)
+    names = [f"{number}.yaml" for number in range(len(files))]
+    config = load("model.path=m", "data.train=[a]", *names)
+    assert (config.loss.kind, config.loss.beta) == (kind, beta)
+
+
+def test_a_preset_and_keys_beside_it_in_an_experiment_are_an_error() -> None:
+    Path("conf/experiment/mine.yaml").write_text("loss: simpo\nloss.beta: 2.5\n")
+    with pytest.raises(ConfigError, match="loss is the name of a preset here"):
+        load("--config-dir", "conf", "+experiment=mine", "model.path=m", "data.train=[a]")
+
+
 def test_a_file_may_have_keys_of_several_verbs() -> None:
     Path("more.yaml").write_text("doctor: {texts: false}\n")
     assert not load("mine.yaml", "more.yaml", verb="train").doctor.texts
@@ -100,6 +126,7 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         ("- a", "this file has no keys"),
         ("loss: ipoo", "did you mean loss=ipo?"),
         ("experiment: qwen7b", "+experiment=NAME"),
+        ("defaults: [{loss: ipo}]", "a file of keys has no list of defaults"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:
