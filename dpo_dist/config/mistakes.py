@@ -96,6 +96,8 @@ def assignment(key: str, value: str) -> str:
 
 
 def _is_accepted(key: str, text: str) -> bool:
+    if key == "model.adapter.target_modules" and text == "all":  # the name of no layer
+        return False
     if key == "loss":
         return text in [*choices(run_keys()["loss.kind"]), "sigmoid_sft"]
     try:

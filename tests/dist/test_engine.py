@@ -98,9 +98,9 @@ def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.n
 
 
 def shards(policy: PolicyEngine) -> list[Tensor]:
-    """Return copies of this rank's shards of the weights."""
+    """Return copies of this rank's shards of the weights, whose padding may be any bits."""
     parameters = policy.causal_lm.parameters()
-    return [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in parameters]
+    return [getattr(parameter, "ds_tensor", parameter).detach().nan_to_num() for parameter in parameters]
 
 
 def steps(

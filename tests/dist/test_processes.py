@@ -1,6 +1,5 @@
 """Encoding on several processes: the bytes of one process, and errors of dead processes."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -122,12 +121,10 @@ def encoders(parent: psutil.Process) -> list[psutil.Process]:
 
 
 class Mortal(PreTrainedTokenizerFast):
-    """A tokenizer that kills its process, unless it is the test's own, at a certain text."""
+    """A tokenizer that kills another process which gets it."""
 
-    def __call__(self, text: Any, **options: Any) -> Any:
-        if any("kill" in one for one in text) and multiprocessing.parent_process() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(text, **options)
+    def __setstate__(self, _state: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Unreadable(PreTrainedTokenizerFast):
@@ -165,7 +162,9 @@ if __name__ == "__main__":
     # A shell starts its background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     build_dataset_module.read_records = endless_records
-    prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())
+    file = Path(sys.argv[1]) / "endless.jsonl"
+    file.touch()
+    prepare(Path(sys.argv[1]), [SourceConfig(str(file))], 2, tiny.qwen())
 """
 
 

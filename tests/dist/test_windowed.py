@@ -102,6 +102,8 @@ def test_steps_equal_plain_pytorch(
         len(p.prompt_ids) + len(r) for p in map(assets.dataset().sequences, range(11)) for r in p.responses
     ]
     assert min(lengths) <= 40 < max(lengths)
+    if isinstance(kind, ParallelismConfig):  # responses of such models are computed one by one
+        folders = {name: folder for name, folder in folders.items() if name != "phi3"}
     results = run_ranks(partial(norms_of, assets, folders, plain_entries), 2, tmp_path / "ranks", kind)
     for name, folder in folders.items():
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
