@@ -57,13 +57,11 @@ class ModelSlices:
         folder: name of their folder in a checkpoint.
         slices: of every weight that changes.
         step: number of updates of the optimizer.
-        states: size of the optimizer states after the first step, in sizes of the weights.
     """
 
     folder: str
     slices: Sequence[Slice]
     step: int = 0
-    states: float = 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -74,17 +72,6 @@ class ModelSlices:
     def bytes(self) -> int:
         """Return the size of the slices."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def elements(self) -> int:
-        """Return the number of elements of the weights."""
-        return sum(own.parts[WEIGHT].numel() for own in self.slices if WEIGHT in own.parts)
-
-    @property
-    def full_bytes(self) -> int:
-        """Return the size of the slices in every checkpoint after the first step."""
-        weights = sum(own.parts[WEIGHT].nbytes for own in self.slices if WEIGHT in own.parts)
-        return int(weights * (1 + self.states))
 
 
 class Sharded(Protocol):

@@ -433,7 +433,7 @@ class PolicyEngine(Engine):
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
-        self._kind, self._ema_decay = optim.kind, ema_decay
+        self._ema_decay = ema_decay
         masters = self._slices().masters()
         _check_lengths(self._engine.optimizer.optimizer, masters)
         if ema_decay is not None:
@@ -520,8 +520,7 @@ class PolicyEngine(Engine):
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        states = STATES_OF_ADAM[self._kind] + bool(self._averages)
-        return ModelSlices(SHARDS, list(slices), slices.step, states)
+        return ModelSlices(SHARDS, list(slices), slices.step)
 
     def load_shards(self, folder: Path) -> None:
         """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.

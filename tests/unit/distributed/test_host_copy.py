@@ -25,7 +25,7 @@ def slices(value: float, *, with_states: bool = True) -> list[ModelSlices]:
         Slice("second", (7,), 0, {"weight": flat[5:]} | ({"exp_avg": -flat[5:]} if with_states else {})),
     ]
     frozen = [Slice("first", (3,), 0, {"weight": flat[:3].bfloat16()})]
-    return [ModelSlices("engine", policy, 4, 2), ModelSlices("reference", frozen)]
+    return [ModelSlices("engine", policy, 4), ModelSlices("reference", frozen)]
 
 
 def listed(models: list[ModelSlices]) -> list[Any]:

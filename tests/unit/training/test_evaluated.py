@@ -7,27 +7,17 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.load import to_yaml
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.training import evaluate as loading
 from dpo_dist.training.evaluate import check_origin, foreign_base, load_evaluated
 from dpo_dist.training.targets import Evaluated, Kind
 from tests.support import tiny
 from tests.support.tiny_model import write_model
+from tests.unit.training.test_targets import configured
 
 ALONE = SimpleNamespace(on_main=lambda work, *_: work(), together=lambda work, *_: work())
 QUIET = SimpleNamespace(heartbeat=lambda _: None)
-
-
-def configured(folder: Path, *overrides: str) -> RunConfig:
-    paths = [
-        f"run.dir={folder}/run",
-        f"model.path={folder}/base",
-        "data.train=[a.jsonl]",
-        "data.eval=[b.jsonl]",
-    ]
-    return load_run_config([*paths, *overrides])
 
 
 def test_only_the_base_of_a_quantized_run_is_quantized(
