@@ -142,7 +142,7 @@ READ_ONLY = [
         "run.dir=locked/doctor data.train=[train.jsonl]",
         "run.dir cannot be written",
         "run.dir",
-        "locked/doctor",
+        "locked",
         verb="doctor",
         run="",
         to_do="set run.dir to another folder",
