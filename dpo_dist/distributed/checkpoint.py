@@ -70,11 +70,7 @@ class Checkpoint:
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective.
-
-    Raises:
-        CheckpointError: all checkpoints are damaged.
-    """
+    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective."""
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
@@ -94,11 +90,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """Return the checkpoint in a folder; collective.
-
-    Raises:
-        CheckpointError: its files do not match its manifest.
-    """
+    """Return the checkpoint in a folder; collective."""
     if faults := _find_faults(folder, world):
         raise damaged_checkpoint(folder, faults)
     return Checkpoint(folder, world.on_main(lambda: read_state(folder)))
@@ -110,21 +102,13 @@ def _find_faults(folder: Path, world: World) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state in a checkpoint, whose files are not checked; not collective.
-
-    Raises:
-        OSError, ValueError: it cannot be read.
-    """
+    """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     return state
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
-    """Restore weights, optimizer and random states on any number of ranks; collective.
-
-    Raises:
-        CheckpointError: a file cannot be read, or is not of this model.
-    """
+    """Restore weights, optimizer and random states on any number of ranks; collective."""
     for part in parts:
         part.load_shards(checkpoint.folder)
     # Ranks that compute the same micro-batches draw the same numbers: a user's loss may be random.
@@ -168,11 +152,7 @@ def random_states_name(rank: int) -> str:
 
 
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
-    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint.
-
-    Raises:
-        CheckpointError: they cannot be read, or have other names or shapes.
-    """
+    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
     saved = SavedSlices.find(folder, SHARDS)
     wanted = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in trained.items()}
     missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
@@ -191,9 +171,6 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
     """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
 
     Rank 0 reads and sends one master weight at a time. Trained weights require a gradient.
-
-    Raises:
-        CheckpointError: the checkpoint, whose files have been checked, is not of this model.
     """
     trained = {
         name.removeprefix("causal_lm."): weight
@@ -279,9 +256,6 @@ class CheckpointSaver:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
 
         Training may continue at once, unless it `is_last`. A former checkpoint is committed first.
-
-        Raises:
-            CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
@@ -329,11 +303,7 @@ class CheckpointSaver:
         return self._pending is not None and self._pending.entries.done()
 
     def commit(self) -> None:
-        """Wait for the pending checkpoint, if any, and make it the latest; collective.
-
-        Raises:
-            CheckpointError: the disk is full or failed; checkpoints committed before are unchanged.
-        """
+        """Wait for the pending checkpoint, if any, and make it the latest; collective."""
         pending, self._pending, world = self._pending, None, self._world
         if pending is None:
             return
@@ -379,9 +349,6 @@ class CheckpointSaver:
         Args:
             folder: of the checkpoint.
             best_steps: steps of the best checkpoints, the best first.
-
-        Raises:
-            CheckpointError: `latest` or `best` cannot be written.
         """
         best = [checkpoint_name(step) for step in best_steps]
 

@@ -29,11 +29,7 @@ Entries = dict[str, FileEntry]
 
 
 def write_file(file: Path, content: bytes) -> FileEntry:
-    """Write a file to disk and return its entry.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a file to disk and return its entry."""
     with file.open("wb") as opened:
         opened.write(content)
         opened.flush()
@@ -48,12 +44,7 @@ def write_manifest(folder: Path, entries: Entries) -> None:
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries that `write_manifest` wrote.
-
-    Raises:
-        OSError: the manifest is missing or cannot be read.
-        ValueError: the manifest was changed.
-    """
+    """Return the entries that `write_manifest` wrote."""
     content = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(content, dict) or content.get("digest") != _digest(content.get("files")):
         raise ValueError("its list of files differs from its digest")

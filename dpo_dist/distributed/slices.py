@@ -82,11 +82,7 @@ class Sharded(Protocol):
         ...
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks; collective.
-
-        Raises:
-            CheckpointError: a file cannot be read, or is not of this model.
-        """
+        """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
         ...
 
 
@@ -341,9 +337,6 @@ def write_slices(
     """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
 
     Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
     entries = {}
@@ -396,11 +389,7 @@ class SavedSlices:
 
     @classmethod
     def find(cls, folder: Path, name: str) -> "SavedSlices":
-        """Return the slices below `folder / name`, from the headers of their files.
-
-        Raises:
-            CheckpointError: a file cannot be read.
-        """
+        """Return the slices below `folder / name`, from the headers of their files."""
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: dict[str, list[_SavedRange]] = {}
         private: dict[str, str] = {}
@@ -428,11 +417,7 @@ class SavedSlices:
         return cls(folder, shapes, list(parts), step, {w: sorted(r) for w, r in ranges.items()}, private)
 
     def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, of which no other rank needs to have the same ranges.
-
-        Raises:
-            CheckpointError: a file cannot be read, or has no such weight.
-        """
+        """Fill the parts of `slices`, of which no other rank needs to have the same ranges."""
         with _reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
@@ -466,11 +451,7 @@ class SavedSlices:
         return self._private[key]
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
-        """Return a whole weight or optimizer state in host memory, float32 for a trained weight.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
         with _reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[name]:
