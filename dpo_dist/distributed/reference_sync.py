@@ -14,7 +14,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, frozen_slices, own_range
+from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.slices import ModelSlices, Slice, frozen_slices, own_range
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError

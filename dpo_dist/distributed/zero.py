@@ -32,6 +32,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
+from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.join import restore_linear
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
@@ -42,7 +43,7 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices, is_eight_bit
+from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
@@ -308,10 +309,6 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
-
-
-SHARDS = "engine"
-"""The folder of the policy's slices in a checkpoint."""
 
 
 class Engine:
