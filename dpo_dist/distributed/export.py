@@ -79,10 +79,6 @@ def export_checkpoint(
         card: returns the content of README.md; None or "": there is none.
         check: called with the folder before it gets its name; an error removes it.
         replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or the folder cannot be written.
-        ConfigError: the base model cannot be read, or the checkpoint has no moving average.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)

@@ -102,11 +102,7 @@ def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str
 
 
 def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
-    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of the evaluation's sources.
-
-    Raises:
-        ConfigError: no evaluation has it.
-    """
+    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
     names = MetricPlan(loss, labels, is_evaluation=True).names
     found = [PREFIX + name for name in names + (() if loss.is_one_sided else MARGIN_PERCENTILES)]
@@ -187,9 +183,6 @@ class Loop:
 
         Returns:
             True after the last step; False if the run was stopped, with a checkpoint saved.
-
-        Raises:
-            DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
         trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set

@@ -92,10 +92,6 @@ def check_drift(
 
     Returns:
         The drift per token and per response, in nats, for the report.
-
-    Raises:
-        ReferenceModelError: log-probs differ by more than the precision explains, or the loss differs from
-            its value at zero margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(_CHECKED_PAIRS, len(visited))
@@ -214,9 +210,6 @@ def prepare_reference(
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
 
     With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
-
-    Raises:
-        StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
     """
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
@@ -376,11 +369,7 @@ def _describe_reused(reused: Reused) -> str:
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
-    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code.
-
-    Raises:
-        StoppedError: a rank was asked to stop; what is scored is stored.
-    """
+    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
     with open_world(config, console) as world:
         say_header(config, world, console)
         inputs = load_inputs(config, world, console)

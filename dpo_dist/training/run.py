@@ -139,9 +139,6 @@ def _set_up(
     checkpoint. Collective.
 
     `engines` frees what is loaded.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
     """
     world, folder = stops.world, RunFolder.of(config)
     with clock.of("samples"):
@@ -207,9 +204,6 @@ def _load_models(
     """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
     With `reference.mode=adapter` the policy itself is the reference.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
     """
     world, reference = stops.world, None
     stops.check()
