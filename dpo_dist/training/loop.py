@@ -31,7 +31,7 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.console import Console, TrainingStatus
 from dpo_dist.insight.metrics.log import MetricsLog, Row
-from dpo_dist.insight.metrics.names import Histogram
+from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.model.flops import PeakFlops
@@ -335,7 +335,7 @@ class Loop:
         margins = None
         if found.values is not None and not self.config.loss.is_one_sided:
             metrics |= found.values.margin_percentiles()
-            margins = Histogram.of(found.values.margin)
+            margins = found.values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
             measured |= self.samples.at(position.step, self.policy, self.stops.give_way)
@@ -378,7 +378,7 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float], margins: Histogram | None = None) -> None:
+    def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
         if self.recorder is not None:
             self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)
