@@ -91,17 +91,8 @@ def with_context(
 ) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
-    A text prompt becomes a user's turn if the record has any of them.
-
-    Args:
-        prompt: as a reader returned it.
-        record: all fields of the record.
-        responses: names of the fields that were read as responses.
-        plain: whether the configured format says that prompts are plain text.
-
-    Raises:
-        UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
-            `invalid_tools`.
+    A text prompt becomes a user's turn if the record has any of them. `responses` are the names of the fields
+    that were read as responses; `plain`: the configured format says that prompts are plain text.
     """
     is_dialogue = isinstance(prompt, Dialogue)
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -214,11 +205,7 @@ _FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
 
 
 def check_content(record: PreferenceRecord) -> None:
-    """Check that something can be learned from a record.
-
-    Raises:
-        UnusableRecordError: `invalid_unicode`, `empty_prompt`, `empty_response` or `identical_responses`.
-    """
+    """Check that something can be learned from a record."""
     parts = [_values(turns) for turns in (record.prompt, *record.responses)]
     try:
         _json([parts, record.tools, record.template_arguments]).encode()

@@ -34,16 +34,10 @@ _TARGET = re.compile(r"for\s+(\w+)\s+in\b")
 
 @dataclass(frozen=True)
 class Trace:
-    """The output of a template and the position of its turns.
-
-    Attributes:
-        text: the output.
-        spans: of each turn; None if the template does not write it inside a loop over messages.
-        end: position after the last turn; the generation prompt follows.
-    """
+    """The output of a template and the position of its turns; after `end` is the generation prompt."""
 
     text: str
-    spans: list[Span | None]
+    spans: list[Span | None]  # None: not written inside a loop over messages
     end: int
 
 
@@ -93,12 +87,9 @@ def _read_trace(rendered: str, turns: int) -> Trace | None:
 
 @dataclass(frozen=True, eq=False)
 class Escapable:
-    """A value for the template, with marks if it spells control tokens.
+    """A value for the template.
 
-    Attributes:
-        plain: the value.
-        marked: its forms with each token replaced by a mark, and with a mark beside each token; None if
-            it spells no control token.
+    If it spells control tokens: also with each token `marked`, replaced by a mark and with a mark beside it.
     """
 
     plain: Mapping[str, Any]
@@ -158,24 +149,11 @@ class ChatRenderer:
         return Escapable(value, (self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)))
 
     def render(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> str:
-        """Render a conversation, escaped.
-
-        Args:
-            turns: of `turn`.
-            context: of `data`: tools and arguments of the template.
-            generation: whether the generation prompt follows the last turn.
-
-        Raises:
-            UnusableRecordError: the template rejects the conversation, or marks would change its decisions.
-        """
+        """Render a conversation of `turn` with a context of `data`, escaped."""
         return self._render(self.template, turns, context, generation)
 
     def trace(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> Trace:
-        """Render a conversation as `render`, with the position of each turn.
-
-        Raises:
-            UnusableRecordError: as `render`, or the turns are not found.
-        """
+        """Render a conversation as `render`, with the position of each turn."""
         text = self.render(turns, context, generation=generation)
         marks = ({_START: f"start{index}", _END: f"end{index}"} for index in range(len(turns)))
         numbered = tuple(
@@ -275,12 +253,10 @@ _LONGEST_OPENING = 128
 
 @dataclass(frozen=True)
 class UntrainedParts:
-    """`data.untrained`, compiled.
+    """`data.untrained`, compiled: patterns of text that the loss does not count.
 
-    Attributes:
-        inside: patterns of text anywhere in a turn that the loss does not count.
-        opened: patterns of such text at the start of a turn, each with the opened thought or marker with
-            which the text before it ends ("": any).
+    Those of `opened` are at the start of a turn, each with the opened thought or marker with which the text
+    before it ends ("": any).
     """
 
     inside: tuple[re.Pattern[str], ...]
@@ -324,11 +300,7 @@ def counted_characters(
 ) -> list[Span] | None:
     """Return the spans of a response that the loss counts; None if it counts the whole text.
 
-    Args:
-        before: the rendered prompt.
-        text: the rendered response.
-        turns: the spans of its turns that the loss counts.
-        parts: untrained parts of these turns.
+    `before` is the rendered prompt, and `turns` are the counted turns of the rendered response `text`.
     """
     before = before[-_LONGEST_OPENING:]
     counted = [
@@ -340,13 +312,7 @@ def counted_characters(
 
 
 def token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
-    """Return whether the loss counts each token: whether it has a counted character.
-
-    Args:
-        starts: position of each token's first character, not falling.
-        length: of the text, in characters.
-        counted: spans of characters, ascending.
-    """
+    """Return whether each token has a counted character; `starts` of tokens and `length` in characters."""
     begins = np.array(starts, dtype=np.int64)
     # A character of several tokens (bytes) belongs to each of them.
     following = np.searchsorted(np.append(begins, length), begins, side="right")
