@@ -220,7 +220,7 @@ class LiveScreen(LineScreen):
 
     def progress(self, progress: Progress) -> float:
         """Replace the live line; a narrow terminal cuts its end."""
-        line, share = _GAP.join(progress.parts()), progress.share or 0.0
+        line, share = _GAP.join(progress.parts()), round(1000 * (progress.share or 0))
         if self._live is None:
             text = TextColumn(
                 "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop")
@@ -233,7 +233,7 @@ class LiveScreen(LineScreen):
                 redirect_stderr=False,
                 transient=isinstance(progress, Work),
             )
-            self._live.add_task(line, total=1.0, completed=share)
+            self._live.add_task(line, total=1000, completed=share)
             self._live.start()
         else:
             self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
