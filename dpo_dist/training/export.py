@@ -21,9 +21,8 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.distributed.checkpoint import read_state
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
-from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console

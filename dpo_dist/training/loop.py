@@ -21,8 +21,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_na
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.manifest import has_all_files
+from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay, Stops, World

@@ -146,7 +146,6 @@ def _set_up(
     reference, policy = _load_models(config, start, inputs, stops, clock, console, engines)
     inputs = arranged(inputs, policy, reference, console)
     kept = keep_files(config, inputs, world)
-    world.together(inputs.policy_files.check_unchanged)
     stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = open_reference_sync(config, reference.provider, policy, world)

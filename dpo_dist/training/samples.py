@@ -26,7 +26,7 @@ from dpo_dist.generation.text_facts import language_of, sample_metrics, text_fac
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
-from dpo_dist.reference.engine import load_digested
+from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.start import write_on_main
 
@@ -206,7 +206,7 @@ def prepare_samples(
     samples.reference = world.on_main(samples.read_reference)
     if samples.reference is None and not samples.asks_policy:
         console.say("samples: the reference is loaded for its responses")
-        engine = load_digested(files, config, world)
+        engine = load_reference(files, config, world)
         samples.ask_reference(engine)
         engine.free()
     return samples
