@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.folders import root_of
 from dpo_dist.data.records import BadRecord
+from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     is_temporary,
