@@ -5,7 +5,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
 
 from dpo_dist.config.data import SourceConfig
@@ -59,13 +58,6 @@ def test_the_run_is_frozen() -> None:
     config = load_run_config(RUN)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.loss.beta = 1.0  # type: ignore[misc]
-
-
-def test_a_program_that_uses_hydra_can_load_a_configuration(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("mine: 1\n")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
-        assert load_run_config(RUN).model.path == "m"
-        assert hydra.compose("config").mine == 1
 
 
 def test_shared_folders_follow_the_root() -> None:
