@@ -40,11 +40,6 @@ def rehearse(config: RunConfig, *, trains: bool = True) -> str:
 
     Weights are neither read nor, for a model on the hub, downloaded. `trains`: it starts from what is in its
     directory.
-
-    Raises:
-        CheckpointError: the run cannot start or continue in its directory.
-        ConfigError: the model, its tokenizer or a package cannot be used.
-        DataError: a source cannot be read, or its first records cannot be trained on.
     """
     run = RunFolder.of(config)
     found = f" ({_expected_start(config, run)})" if trains else ""

@@ -95,7 +95,7 @@ def model_card(
         verdict=summary["verdict"],
         loader="AutoModelForCausalLM" if adapter is None else "AutoPeftModelForCausalLM",
         evaluation=_evaluation(evaluation) if evaluation else None,
-        has_rewards=any("calibration" in row for row in (evaluation or {}).values()),
+        has_rewards=any(PREFIX + "rewards/accuracies" in row for row in (evaluation or {}).values()),
         curve=_curve(rows),
         data=_data(config, summary),
         training=_training(config),
@@ -206,10 +206,6 @@ def _evaluation(evaluation: Mapping[str, Row]) -> Table:
         ]
         for label, row in rows
     ]
-    if any("calibration" in row for _, row in rows):  # not of a loss of one response
-        head.append("calibration error")
-        for line, (_, row) in zip(lines, rows, strict=True):
-            line.append(_number(row.get("calibration", {}).get("expected_calibration_error")))
     return head, lines
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.pages.difference import names_of, write_difference
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
+from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
 
 Runs = tuple[RunFolder, RunFolder]
 

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report import main
-from tests.unit.report.run_page.made_run import made_run
+from tests.unit.insight.pages.made_run import made_run
 
 
 def test_the_page_of_a_run_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

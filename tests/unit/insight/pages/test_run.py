@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
 from dpo_dist.insight.pages.run import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
+from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:

@@ -135,7 +135,6 @@ def evaluated(source: str) -> dict[str, Any]:
             **values,
             "eval_pairs": 100,
             "intervals": whole,
-            "calibration": {"expected_calibration_error": 0.12},
         },
         source: {"eval_pairs": 40, "intervals": of_source},
     }
