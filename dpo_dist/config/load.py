@@ -185,16 +185,17 @@ class _Command:
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
         config = OmegaConf.create(_plain(RunConfig()))
+        typed = {one.key_or_group: str(one.value()) for one in self.overrides if self._is_choice(one)}
+        layers = [*self.layers, _Layer(COMMAND_LINE, {}, typed)]
+        chosen = {group: name for layer in layers for group, name in layer.presets.items()}
         try:
-            for layer in self.layers:
+            for layer in [_Layer("", {}, chosen), *layers]:
                 for group, name in layer.presets.items():
-                    self._choose(config, group, name)
+                    if name == chosen[group]:  # a preset replaces those of its group below it
+                        self._choose(config, group, name)
                 config.merge_with(layer.values)
             for override in self.overrides:
-                if self._is_choice(override):
-                    self._choose(config, override.key_or_group, str(override.value()))
-            for override in self.overrides:
-                if not self._is_choice(override):
+                if override.key_or_group not in typed:
                     OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
             whole = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         except _COMPOSITION_ERRORS as error:

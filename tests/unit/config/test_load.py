@@ -237,3 +237,8 @@ def test_an_option_that_the_mode_does_not_use_is_an_error() -> None:
 def test_a_verb_can_work_without_a_model() -> None:
     assert load_run_config(["data.train=[a.jsonl]"], verb="doctor").model.path == NO_MODEL
     assert load_run_config(RUN, verb="doctor").model.path == "m"
+
+
+def test_a_preset_of_the_command_line_replaces_that_of_an_experiment() -> None:
+    assert load_run_config(["+experiment=qwen7b"]).data.max_length == 2048
+    assert load_run_config(["+experiment=qwen7b", "data=hh_rlhf"]).data.max_length == 1024
