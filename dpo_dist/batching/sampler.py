@@ -77,9 +77,6 @@ def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
     """Return the sampler of a run over `spans`: `config.max_steps` steps if set, else `config.epochs` epochs.
 
     A span is empty if all records of its source are held out for evaluation.
-
-    Raises:
-        ConfigError: the weight of a source is too small to draw one of its examples.
     """
     for number, span in enumerate(spans):
         if span.start < span.stop and not _drawn(span):

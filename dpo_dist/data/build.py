@@ -1,11 +1,12 @@
 """Encode sources to disk, or find them there by content; for one process of a run."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
@@ -15,13 +16,7 @@ from dpo_dist.data.prompts import ALL_RECORDS, Part
 from dpo_dist.data.read import Meter, file_kind
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity, source_labels
-from dpo_dist.data.store import (
-    MEMO_FOLDER,
-    EncodedChunk,
-    EncodedSource,
-    find_encoded,
-    writing,
-)
+from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
@@ -99,21 +94,26 @@ def _write(
     source: SourceConfig,
     cache: Path,
     fingerprint: str,
-    encode: Callable[[Records], EncodedChunk],
+    encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
     count: Callable[[int, float | None], None],
 ) -> Path:
     """Encode a source and return its folder."""
     meter, state = Meter(), source_state(source)
-    with writing(cache, fingerprint, source.path, source.limit) as writer:
+
+    def encoded() -> Generator[pa.RecordBatch, None, None]:
+        records = 0
         with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
             for chunk in chunks:
-                writer.add(chunk)
-                count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
+                yield chunk
+                records += len(chunk)
+                count(len(chunk), share_read(meter, source.limit, records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if source_state(source) != state:
             raise changed_data(source)
-    return writer.final
+
+    with closing(encoded()) as batches:
+        return write_source(cache, fingerprint, source.path, source.limit, batches)
 
 
 def tokenizer_digest(folder: Path) -> str:

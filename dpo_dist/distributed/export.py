@@ -14,8 +14,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.template import with_chosen_template
-from dpo_dist.distributed.checkpoint import read_weights
-from dpo_dist.distributed.manifest import damaged_checkpoint, find_faults
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
@@ -79,10 +78,6 @@ def export_checkpoint(
         card: returns the content of README.md; None or "": there is none.
         check: called with the folder before it gets its name; an error removes it.
         replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or the folder cannot be written.
-        ConfigError: the base model cannot be read, or the checkpoint has no moving average.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)

@@ -50,10 +50,6 @@ def joined(
         deepspeed_config: from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
         reports: outputs, used also if the main thread is blocked.
-
-    Raises:
-        ConfigError: a kernel that the optimizer needs cannot be compiled.
-        PeerLostError: not all processes joined in time, or one ended meanwhile.
     """
     reports = reports or Reports()
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
@@ -105,10 +101,6 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     """Join the processes that the launcher started; without a launcher, return a world of one process.
 
     Arguments are those of `joined`.
-
-    Raises:
-        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
-        PeerLostError: not all processes joined in time, or one ended meanwhile.
     """
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
@@ -146,11 +138,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def _check_devices(environ: Mapping[str, str]) -> None:
-    """Check that the GPUs that were asked for are there, before the processes join.
-
-    Raises:
-        ConfigError: there are none, or fewer than processes on this host.
-    """
+    """Check that the GPUs that were asked for are there, before the processes join."""
     if _is_on("ACCELERATE_USE_CPU"):
         return
     visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()

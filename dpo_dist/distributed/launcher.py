@@ -72,12 +72,7 @@ def _is_module(name: str) -> bool:
 
 
 def _launched(parsed: argparse.Namespace) -> int:
-    """Start processes and return the exit code of the first one that failed.
-
-    Raises:
-        ConfigError: accelerate cannot start them.
-        PeerLostError: the launcher of another node is not reached.
-    """
+    """Start processes and return the exit code of the first one that failed."""
     try:
         launch_command(parsed)
     except ChildFailedError as error:

@@ -32,6 +32,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
+from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.join import restore_linear
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
@@ -42,7 +43,7 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices, is_eight_bit
+from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
@@ -82,11 +83,7 @@ STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
@@ -99,11 +96,7 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
 
 
 def _check_lengths(optimizer: object, masters: Iterable[Tensor]) -> None:
-    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor.
-
-    Raises:
-        ConfigError: they cannot; on all ranks, whose tensors have equal lengths.
-    """
+    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor."""
     longest = max(map(torch.numel, masters), default=0)
     if is_eight_bit(optimizer) and longest >= 2**31:
         raise ConfigError(
@@ -318,10 +311,6 @@ def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
 
 
-SHARDS = "engine"
-"""The folder of the policy's slices in a checkpoint."""
-
-
 class Engine:
     """A model that scores micro-batches: as it is, or sharded by DeepSpeed."""
 
@@ -523,11 +512,7 @@ class PolicyEngine(Engine):
         return ModelSlices(SHARDS, list(slices), slices.step)
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
-
-        Raises:
-            CheckpointError: a file cannot be read, or is not of this model.
-        """
+        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)

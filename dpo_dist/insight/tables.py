@@ -105,13 +105,9 @@ def describe_reference(report: Row) -> str:
 
 
 def evaluation_table(results: Mapping[str, Row]) -> list[str]:
-    """Return the lines of a table with 95 % intervals: a row for all pairs and for each label.
-
-    Args:
-        results: of `evaluation.results`.
-    """
+    """Return the lines of a table with 95 % intervals: a row for all pairs and for each label."""
     names = [name for name in _EVALUATED if any(f"eval_{name}" in row for row in results.values())]
-    lines = [["evaluation", "pairs", *(METRICS[name].title for name in names), "calibration error"]]
+    lines = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
     for label, row in results.items():
         cells = [
             with_interval(row[f"eval_{name}"], row["intervals"].get(f"eval_{name}"), ".3f")
@@ -119,12 +115,8 @@ def evaluation_table(results: Mapping[str, Row]) -> list[str]:
             else ""
             for name in names
         ]
-        error = row.get("calibration", {}).get("expected_calibration_error")
-        cells.append("" if error is None else f"{error:.3f}")
         lines.append([label, f"{row['eval_pairs']:,}", *cells])
-    undefined = next(iter(results.values())).get("calibration", {}).get("not_a_number", 0)
-    warning = f"warning: the margin of {counted(undefined, 'pair')} is not a number: counted as wrong, "
-    return [*aligned(lines), *([f"{warning}and in no bin of the calibration"] if undefined else [])]
+    return aligned(lines)
 
 
 def comparison_table(results: Row) -> list[str]:

@@ -19,10 +19,6 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     """Call `loss.function` on three pairs on `device`, forward and backward; return its description.
 
     None for a loss that has no such function.
-
-    Raises:
-        ConfigError: the function cannot be imported, fails, or does not return a finite, differentiable loss
-            for each pair that is independent of the other pairs.
     """
     if LossKind.custom not in config.kinds:
         return None

@@ -49,11 +49,7 @@ class PairLogps:
         return self.chosen - self.rejected
 
     def minus(self, reference: "PairLogps") -> "PairLogps":
-        """Return log-ratios of the same responses; nan for a ranked response that the reference lacks.
-
-        Raises:
-            ValueError: the reference has another number of pairs or of ranked responses.
-        """
+        """Return log-ratios of the same responses; nan for a ranked response that the reference lacks."""
         shapes = [
             [len(each.chosen), 2 if each.between is None else 2 + each.between.shape[1]]
             for each in (self, reference)

@@ -93,10 +93,6 @@ def preference_loss(
 
     Returns:
         [pairs] in the dtype of `policy`, differentiable in it.
-
-    Raises:
-        ValueError: a kind needs a reference or scores that are missing, or the reference lacks responses.
-        ConfigError: `loss.function` cannot be imported, or does not return one loss per pair.
     """
     facts = facts or BatchFacts()
     if config.reference_free:

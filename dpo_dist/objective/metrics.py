@@ -40,28 +40,19 @@ BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
 LENGTH_BORDERS = (64, 128, 256, 512, 1024)
 """Fewest tokens of each bucket but the first."""
-_ONE_SIDED_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "logps/chosen",
-    "logps/chosen_per_token",
-    "kl/chosen",
-    "tokens/chosen",
-    "entropy/chosen",
-)
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
+_LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 
 @dataclass(frozen=True)
 class MetricPlan:
     """The metrics of a kind of step, fixed for a run.
 
-    Attributes:
-        labels: of the sources of the data; none if there is only one.
-        is_evaluation: with entropies, and every metric for each source.
+    `labels`: of the sources of the data; none if there is only one. Evaluations also have entropies, and
+    every metric for each source.
     """
 
     loss: LossConfig
@@ -69,20 +60,30 @@ class MetricPlan:
     is_evaluation: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all metrics, in the order of their sums."""
+    def rows(self) -> dict[str, tuple[str, str]]:
+        """The metric and the group of pairs of each name, in the order of their sums."""
         margin = (BATCH_MARGIN,) if self.loss.uses("beta_momentum") else ()
         reward = (BATCH_REWARD,) if self.loss.bco_delta is BcoDelta.running_mean else ()
         routers = () if self.is_evaluation else router_metrics(self.loss.router)
-        by_source = (f"{name}/{label}" for name in self.of_sources for label in self.labels)
-        by_length = (f"{name}_by_length/{bucket}" for name in self.of_lengths for bucket in BUCKETS)
-        return (*self.of_pairs, *margin, *reward, *routers, *by_source, *by_length)
+        rows = {name: (name, "") for name in (*self.of_pairs, *margin, *reward, *routers)}
+        for names, groups in (
+            (self.of_sources, [f"/{label}" for label in self.labels]),
+            (self.of_lengths, _LENGTH_GROUPS),
+        ):
+            rows |= {name + group: (name, group) for name in names for group in groups}
+        return rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all metrics, in the order of their sums."""
+        return tuple(self.rows)
 
     @property
     def of_pairs(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
-        return tuple(name for name in names if not self.loss.is_one_sided or name in _ONE_SIDED_METRICS)
+        one_sided = self.loss.is_one_sided
+        return tuple(name for name in names if not one_sided or name == "loss" or "/chosen" in name)
 
     @property
     def of_sources(self) -> tuple[str, ...]:
@@ -201,23 +202,21 @@ def metric_sums(
         weights: float32 [pairs], 1 for a pair of the batch, 0 for a dummy.
         sources: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
     """
-    loss, nothing = plan.loss, Counted(torch.zeros_like(policy.chosen), torch.zeros_like(policy.chosen))
-    measured = dict.fromkeys(plan.names, nothing) | _of_pairs(
-        loss, losses, policy, reference, tokens or TokenSums()
-    )
-    ratios = log_ratios(policy, reference, loss)
-    if BATCH_MARGIN in measured:
-        measured[BATCH_MARGIN] = scaled_margin(ratios, loss)
-    if BATCH_REWARD in measured:
-        measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2
-    if sources is not None:
-        suffixes = [f"/{label}" for label in plan.labels]
-        measured |= _by_group(measured, plan.of_sources, suffixes, sources)
+    loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
+    measured = _of_pairs(loss, losses, policy, reference, tokens or TokenSums())
+    measured[BATCH_MARGIN] = scaled_margin(ratios, loss)
+    measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2
     longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
     buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
-    suffixes = [f"_by_length/{bucket}" for bucket in BUCKETS]
-    measured |= _by_group(measured, plan.of_lengths, suffixes, buckets)
-    return MetricSums.of({name: measured[name] for name in plan.names}, weights)
+    members = {"": torch.ones_like(zeros)}
+    members |= {group: buckets == number for number, group in enumerate(_LENGTH_GROUPS)}
+    if sources is not None:
+        members |= {f"/{label}": sources == number for number, label in enumerate(plan.labels)}
+    found: dict[str, Tensor | Counted] = {}
+    for name, (metric, group) in plan.rows.items():
+        values, counts = _with_counts(measured.get(metric, Counted(zeros, zeros)))
+        found[name] = Counted(values, counts * members.get(group, zeros))
+    return MetricSums.of(found, weights)
 
 
 def _of_pairs(
@@ -248,19 +247,6 @@ def _of_pairs(
             measured[f"{name}/chosen"] = Counted(sums.chosen, sums.chosen_tokens)
             measured[f"{name}/rejected"] = Counted(sums.rejected, sums.rejected_tokens)
     return measured
-
-
-def _by_group(
-    measured: Mapping[str, Tensor | Counted], names: Sequence[str], suffixes: Sequence[str], numbers: Tensor
-) -> dict[str, Counted]:
-    """Return the metrics `names` of each group, by name and suffix; `numbers`: of each pair's group."""
-    members = (numbers == torch.arange(len(suffixes), device=numbers.device)[:, None]).double()
-    found = {}
-    for name in names:
-        values, counts = _with_counts(measured[name])
-        for suffix, of_group in zip(suffixes, counts * members, strict=True):
-            found[name + suffix] = Counted(values, of_group)
-    return found
 
 
 def _with_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:

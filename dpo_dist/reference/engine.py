@@ -42,11 +42,6 @@ def settle_engine(
 
     If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
     use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
-
-    Raises:
-        ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
-            sequences use other weights.
-        RuntimeError: a forward waited too long for another rank, or that rank has ended.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
@@ -82,9 +77,6 @@ def check_same_vocabulary(
     """Check that the model of `key` has the policy's token ids, for the same tokens.
 
     Without a tokenizer in its folder only the number of ids is compared.
-
-    Raises:
-        ConfigError: the model has fewer token ids, or other tokens for them.
     """
     vocabulary = tokenizer.get_vocab()
     ids_needed = max(vocabulary.values()) + 1
@@ -167,15 +159,7 @@ def load_scored(
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
-    Args:
-        folder: of the model, or of the adapter's base.
-        model_config: with its quantization.
-        config: of the run.
-        finish: adds an adapter, or replaces the weights of the model, sharded or not.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or its log-probs are not exact.
+    `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
     """
     log.info("loading a model to score from %s", folder)
     placement, length = config.reference, config.data.max_length
@@ -201,17 +185,6 @@ def load_scored(
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine = FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
     settle_engine(engine, length, world, key)
-    return engine
-
-
-def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
-    """Load the reference and check that its files are still those that were digested; collective.
-
-    Raises:
-        ReferenceModelError: a file has changed since it was digested.
-    """
-    engine = load_reference(files, config, world)
-    world.together(files.check_unchanged)
     return engine
 
 

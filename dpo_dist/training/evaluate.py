@@ -39,12 +39,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
-    """Evaluate models and write their results; return the exit code.
-
-    Raises:
-        ConfigError: a model or its adapter cannot be loaded.
-        CheckpointError: a checkpoint is damaged, or is not of this model.
-    """
+    """Evaluate models and write their results; return the exit code."""
     config = with_stored_reference(config)
     with open_world(config, console) as world:
         inputs = load_evaluation_inputs(config, world, console)
@@ -72,11 +67,7 @@ def with_stored_reference(config: RunConfig) -> RunConfig:
 
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
-    """Check that a checkpoint is of a run that started from the model and adapter of `config`.
-
-    Raises:
-        CheckpointError: it is not.
-    """
+    """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
     if evaluated.kind is not Kind.checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
@@ -152,10 +143,6 @@ def load_evaluated(
 
     Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
     `model.quantization` says, and so is `model.path` itself.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-        ConfigError: the model or the adapter cannot be loaded.
     """
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, finish, commit = base, None, None

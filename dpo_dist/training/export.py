@@ -21,9 +21,8 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.distributed.checkpoint import read_state
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
-from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console
@@ -49,12 +48,7 @@ _FACTOR = 4.0
 
 
 def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
-    """Write `output` from a checkpoint, checked, whole or not at all.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or `output` cannot be written or computes other log-probs.
-        ConfigError: the base model or the pairs of the check cannot be read.
-    """
+    """Write `output` from a checkpoint, checked, whole or not at all."""
     _check_base(config, checkpoint)
     console.say(f"reading {checkpoint}")
     check = None
@@ -71,12 +65,7 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
 
 
 def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
-    """Write the weighted mean of whole models, whole or not at all.
-
-    Raises:
-        CheckpointError: `output` cannot be written.
-        ConfigError: the members are not models of one kind.
-    """
+    """Write the weighted mean of whole models, whole or not at all."""
     given = [member.weight for member in config.export.average]
     shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
     dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
@@ -91,9 +80,6 @@ def _check_base(config: RunConfig, checkpoint: Path) -> None:
 
     They are the base of a merged adapter, and the adapter below a new one. The check of the written folder
     reads the same files, so it would not see the difference.
-
-    Raises:
-        ConfigError: they have changed, or cannot be read.
     """
     adapter = config.model.adapter
     if adapter is None or not (config.export.merge or adapter.on_top):
@@ -141,11 +127,7 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
 
 
 def read_pairs(config: RunConfig) -> list[Sequences]:
-    """Return the shortest of the first pairs of the training data, as training encodes them.
-
-    Raises:
-        ConfigError: they, or the weights of the base, which the check loads too, cannot be read.
-    """
+    """Return the shortest of the first pairs of the training data, as training encodes them."""
     source = config.data.train[0]
     first = replace(source, limit=min(_READ, source.limit or _READ))
     try:
@@ -170,10 +152,6 @@ def check_exported(
     """Score training pairs with the written folder and with the trained weights, in float32 on the CPU.
 
     Memory is that of one model in float32. `exported`: before it has its name.
-
-    Raises:
-        CheckpointError: log-probs differ by more than rounding explains.
-        ConfigError: the base cannot be read.
     """
     found, dtype = _plain_logps(exported, config, pairs), _coarsest_dtype(exported.folder)
     expected, rounded, base = _trained_logps(exported, config, pairs, dtype)

@@ -43,11 +43,6 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, kept: Map
     Args:
         position: its progress; advanced.
         kept: of `keep_files`.
-
-    Raises:
-        DivergedError: loss or gradient stopped being finite.
-        CheckpointError: a file cannot be written.
-        StoppedError: the model is written, and the report is not, because a rank was asked to stop.
     """
     folder, world, console = RunFolder.of(loop.config), loop.world, loop.console
     try:
@@ -102,11 +97,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
 
 
 def keep_files(config: RunConfig, inputs: Inputs, world: World) -> dict[str, Any]:
-    """Return options of `write_model_folder`: files of the inputs, as they are at the start; collective.
-
-    Raises:
-        ConfigError: an adapter cannot be read.
-    """
+    """Return options of `write_model_folder`: files of the inputs, as they are at the start; collective."""
 
     def read() -> dict[str, Any]:
         if not world.is_main:
@@ -136,9 +127,6 @@ def export_model(
         while_waiting: called on rank 0 while it writes.
         card: returns the content of README.md, on rank 0; None or "": there is none.
         kept: further options of `write_model_folder`.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     weights = policy.whole_weights()
 
@@ -181,10 +169,10 @@ def run_card(
     folder = RunFolder.of(config)
     judged = verdict(rows, summary, data_findings(folder, console))
     results = folder.evaluation_of(LAST_EVALUATION).results
-    evaluation = None
+    evaluation = {}
     if is_evaluated and results.is_file():
         evaluation = json.loads(results.read_text(encoding="utf-8"))
-    return model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)
+    return model_card(config, {**summary, "verdict": judged.as_dict()}, evaluation, versions)
 
 
 def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
@@ -219,9 +207,6 @@ def finish(
     """Write the report of a run whose model is written; delete its checkpoints if none are kept. Collective.
 
     Of a completed run, files of the report that were deleted are written again.
-
-    Raises:
-        CheckpointError: a file cannot be written.
     """
     folder = RunFolder.of(config)
 

@@ -127,9 +127,6 @@ def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bo
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
 
     With `trains`, options of the policy's training are checked before any large file is read.
-
-    Raises:
-        ConfigError, DataError: they cannot be read, or do not fit the configuration.
     """
     models, encode = _load_models(config, world, console, config.loss.router, trains=trains)
     eval_set, eval_prompts = None, None

@@ -21,8 +21,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_na
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.manifest import has_all_files
+from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay, Stops, World
@@ -32,7 +31,7 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.console import Console, TrainingStatus
 from dpo_dist.insight.metrics.log import MetricsLog, Row
-from dpo_dist.insight.metrics.names import Histogram
+from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.model.flops import PeakFlops
@@ -102,11 +101,7 @@ def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str
 
 
 def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
-    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of the evaluation's sources.
-
-    Raises:
-        ConfigError: no evaluation has it.
-    """
+    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
     names = MetricPlan(loss, labels, is_evaluation=True).names
     found = [PREFIX + name for name in names + (() if loss.is_one_sided else MARGIN_PERCENTILES)]
@@ -187,9 +182,6 @@ class Loop:
 
         Returns:
             True after the last step; False if the run was stopped, with a checkpoint saved.
-
-        Raises:
-            DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
         trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
@@ -343,7 +335,7 @@ class Loop:
         margins = None
         if found.values is not None and not self.config.loss.is_one_sided:
             metrics |= found.values.margin_percentiles()
-            margins = Histogram.of(found.values.margin)
+            margins = found.values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
             measured |= self.samples.at(position.step, self.policy, self.stops.give_way)
@@ -386,7 +378,7 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float], margins: Histogram | None = None) -> None:
+    def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
         if self.recorder is not None:
             self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)

@@ -30,11 +30,11 @@ from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import (
     ReferenceEngine,
     check_same_vocabulary,
-    load_digested,
+    load_reference,
     scored_model,
     scoring_tokens,
 )
-from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
+from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.numerics import (
     OWN_NUMERICS,
@@ -92,10 +92,6 @@ def check_drift(
 
     Returns:
         The drift per token and per response, in nats, for the report.
-
-    Raises:
-        ReferenceModelError: log-probs differ by more than the precision explains, or the loss differs from
-            its value at zero margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(_CHECKED_PAIRS, len(visited))
@@ -214,9 +210,6 @@ def prepare_reference(
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
 
     With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
-
-    Raises:
-        StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
     """
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
@@ -227,7 +220,7 @@ def prepare_reference(
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+        return _unstored(LiveReference(load_reference(files, config, world)), is_start, mode, inputs)
     is_checked = is_start and step0_follows
     return _stored(config, inputs, files, is_start, is_checked, world, console, stops)
 
@@ -300,7 +293,7 @@ def _stored(
 
     def load_scorer() -> Scorer:
         if not engines:
-            engines.append(load_digested(files, config, world))
+            engines.append(load_reference(files, config, world))
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
@@ -315,8 +308,6 @@ def _stored(
             "reference.numerics=tolerant uses them"
         )
     provider = StoredReference(filler.open_filled())
-    for dataset, indices in inputs.visited:
-        check_complete(provider.store, dataset, indices, world)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
@@ -361,7 +352,7 @@ def _fill(
     computed = counted(filled.computed, "log-prob")
     console.say(f"reference: {computed} computed, {filled.hits:,} reused{took}")
     for name in sorted(filled.damaged):
-        console.say(f"warning: reference: damaged or foreign file ignored: {config.reference.store}/{name}")
+        console.say(f"warning: reference: damaged file ignored: {config.reference.store}/{name}")
     return filled
 
 
@@ -376,11 +367,7 @@ def _describe_reused(reused: Reused) -> str:
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
-    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code.
-
-    Raises:
-        StoppedError: a rank was asked to stop; what is scored is stored.
-    """
+    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
     with open_world(config, console) as world:
         say_header(config, world, console)
         inputs = load_inputs(config, world, console)

@@ -52,11 +52,7 @@ class RunState:
 
 
 def read_state(folder: RunFolder) -> RunState | None:
-    """Return the recorded state of the run in `folder`; None if there is none.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the recorded state of the run in `folder`; None if there is none."""
     try:
         content = json.loads(read_small(folder.state))
         return RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
@@ -89,11 +85,7 @@ def identify(config: RunConfig, inputs: "Inputs") -> Identity:
 
 
 def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
-    """Check that files which the configuration names have not changed since `recorded` was written.
-
-    Raises:
-        CheckpointError: they have.
-    """
+    """Check that files which the configuration names have not changed since `recorded` was written."""
     for name, title in _DIGESTS.items():
         if recorded.get(name) != identity[name]:
             raise CheckpointError(
@@ -122,11 +114,7 @@ def former_length(recorded: Mapping[str, Any], config: RunConfig) -> TrainerConf
 
 
 def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Check that a run directory belongs to `config`, or to a shorter run that is otherwise the same.
-
-    Raises:
-        CheckpointError: it belongs to another configuration; the error names the keys that differ.
-    """
+    """Check that a run directory belongs to `config`, or to a shorter run that is otherwise the same."""
     digest, former = run_digest(config), former_length(recorded, config)
     if former is not None:
         _check_longer(former, recorded.get("steps"), config.trainer)
@@ -188,11 +176,7 @@ def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
 
 
 def check_newest_checkpoint(config: RunConfig) -> None:
-    """Check that the newest checkpoint in the run directory, if it can be read, is of `config`.
-
-    Raises:
-        CheckpointError: it is of another configuration.
-    """
+    """Check that the newest checkpoint in the run directory, if it can be read, is of `config`."""
     folder = RunFolder.of(config)
     if config.run.resume is Resume.never:
         return

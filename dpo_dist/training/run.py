@@ -139,9 +139,6 @@ def _set_up(
     checkpoint. Collective.
 
     `engines` frees what is loaded.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
     """
     world, folder = stops.world, RunFolder.of(config)
     with clock.of("samples"):
@@ -149,7 +146,6 @@ def _set_up(
     reference, policy = _load_models(config, start, inputs, stops, clock, console, engines)
     inputs = arranged(inputs, policy, reference, console)
     kept = keep_files(config, inputs, world)
-    world.together(inputs.policy_files.check_unchanged)
     stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = open_reference_sync(config, reference.provider, policy, world)
@@ -207,9 +203,6 @@ def _load_models(
     """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
     With `reference.mode=adapter` the policy itself is the reference.
-
-    Raises:
-        StoppedError: a rank was asked to stop.
     """
     world, reference = stops.world, None
     stops.check()

@@ -26,7 +26,7 @@ from dpo_dist.generation.text_facts import language_of, sample_metrics, text_fac
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
-from dpo_dist.reference.engine import load_digested
+from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.start import write_on_main
 
@@ -81,9 +81,6 @@ class Samples:
 
         `give_way` is called before each batch of prompts, and may raise. There is no file if the model's
         logits are not finite, and no metrics, with a warning, after a bug in these.
-
-        Raises:
-            CheckpointError: the file cannot be written.
         """
         responses = self.reference if step == 0 and self.starts_as_reference else None
         responses = responses or self._ask(policy, give_way=give_way)
@@ -109,11 +106,7 @@ class Samples:
             self.ask_reference(policy, of_base=self.of_base)
 
     def ask_reference(self, model: Generates, *, of_base: bool = False) -> None:
-        """Set the reference's responses to those of a model, and write them.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
+        """Set the reference's responses to those of a model, and write them."""
         self.reference = self._ask(model, of_base=of_base)
         if self.reference is not None:
             rows = [
@@ -193,9 +186,6 @@ def prepare_samples(
     Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
     to a file in the run directory from which a resumed run reads it. If the policy cannot give its responses,
     the reference is loaded for them and freed again: call this before a model is loaded.
-
-    Raises:
-        CheckpointError: the reference's responses cannot be written.
     """
     folder = RunFolder.of(config)
     write_on_main(lambda: _remove_later(folder, step), folder, world)
@@ -216,7 +206,7 @@ def prepare_samples(
     samples.reference = world.on_main(samples.read_reference)
     if samples.reference is None and not samples.asks_policy:
         console.say("samples: the reference is loaded for its responses")
-        engine = load_digested(files, config, world)
+        engine = load_reference(files, config, world)
         samples.ask_reference(engine)
         engine.free()
     return samples

@@ -41,11 +41,7 @@ def warmup_length(optim: OptimConfig, steps: int) -> int:
 
 
 def check_warmup(optim: OptimConfig, steps: int) -> None:
-    """Check that the warm-up ends within a run of `steps`.
-
-    Raises:
-        ConfigError: `optim.lr` is never reached.
-    """
+    """Check that the warm-up ends within a run of `steps`."""
     if warmup_length(optim, steps) > steps:
         raise ConfigError(
             "the warm-up is longer than the run, so that optim.lr is never reached",

@@ -20,10 +20,9 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, OptimizerKind, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
+from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
-from dpo_dist.distributed.manifest import has_all_files
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import Stops, WhileWaiting, World
@@ -84,11 +83,7 @@ def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> 
 
 @contextlib.contextmanager
 def locked(folder: RunFolder, world: World) -> Iterator[None]:
-    """Lock the run directory until this start ends, and remove what a killed one was writing. Collective.
-
-    Raises:
-        ConfigError: another process trains there.
-    """
+    """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
     with contextlib.ExitStack() as lock:
         owner, remedy = "is training in this run directory", "wait for it to end, or set another run.dir"
         world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner, remedy)))
@@ -112,12 +107,7 @@ class Start:
 
 
 def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
-    """Return the point to continue from, according to `run.resume`; collective.
-
-    Raises:
-        CheckpointError: `run.resume` cannot be obeyed, the directory belongs to another configuration, or
-            every checkpoint is damaged.
-    """
+    """Return the point to continue from, according to `run.resume`; collective."""
     if config.run.resume is Resume.never:
         world.on_main(partial(check_unused, folder))
         return Start()
@@ -135,11 +125,7 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
 def write_on_main(
     work: Callable[[], T], folder: RunFolder, world: World, while_waiting: WhileWaiting | None = None
 ) -> T:
-    """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
-
-    Raises:
-        CheckpointError: a file cannot be written.
-    """
+    """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
 
     def guarded() -> T:
         try:
@@ -158,11 +144,7 @@ def write_on_main(
 
 
 def describe_run(config: RunConfig, world: World) -> dict[str, Any]:
-    """Return the content of environment.json; collective.
-
-    Raises:
-        ConfigError: the loss function cannot be used, or ranks read different sources of it.
-    """
+    """Return the content of environment.json; collective."""
     own_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))
     if own_loss is None:
@@ -183,9 +165,6 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
 
     Not of an adapter, which is small, and not on a file system that reports no size. `done`: steps before
     this start.
-
-    Raises:
-        ConfigError: it has not.
     """
     folder, trainer = RunFolder.of(config), config.trainer
     disk = shutil.disk_usage(folder.path)

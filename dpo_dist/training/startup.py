@@ -32,11 +32,7 @@ from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_ker
 
 @contextlib.contextmanager
 def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; remove the folders of a start that fails before its first step.
-
-    Raises:
-        ConfigError, DataError: as `check_start`.
-    """
+    """Check the start and open the console; a start that fails before its first step leaves no folders."""
     with without_traces(config):
         check_start(config, trains=trains)
         with open_console(RunFolder.of(config), config.console) as console:
@@ -47,10 +43,6 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     """Check everything that needs no torch, network or other processes, and create the folders of the run.
 
     Only processes on the first node check. `trains`: whether there is an optimizer, which may need a package.
-
-    Raises:
-        ConfigError: a package, model or folder is missing, or a folder cannot be written.
-        DataError: a local source is missing.
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return

@@ -59,11 +59,7 @@ class Evaluated:
 
 
 def find_evaluated(config: RunConfig) -> list[Evaluated]:
-    """Return the models that `config` evaluates.
-
-    Raises:
-        ConfigError: there are no pairs, or a folder has no model.
-    """
+    """Return the models that `config` evaluates."""
     check_has_evaluation_data(config.data, "evaluate models on")
     return [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
 
@@ -87,9 +83,6 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
 
     Their files are not checked.
-
-    Raises:
-        ConfigError: one does not exist, the folder does, or the configuration is not that of the run.
     """
     run = existing_run(RunFolder.of(config).path)
     if changed := changed_keys(run.config, config):

@@ -16,8 +16,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
 from dpo_dist.data.sources import pinned
+from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.distributed.manifest import MANIFEST
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,

@@ -12,8 +12,13 @@ import pytest
 import torch
 
 from dpo_dist.config.run_folder import best_checkpoints
-from dpo_dist.distributed.checkpoint import drop_checkpoints, latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.manifest import MANIFEST, read_manifest
+from dpo_dist.distributed.checkpoint import (
+    MANIFEST,
+    drop_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    read_manifest,
+)
 from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run

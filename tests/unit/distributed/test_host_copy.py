@@ -123,31 +123,3 @@ def test_the_limit_of_a_job_or_container_counts(
         group(root / folder, names, *values)  # type: ignore[arg-type]
     # A tenth is kept free: of 10 GiB, 4 of them used; or of the host.
     assert available_memory(root, own) == (5 if groups else 200) * GIB
-
-
-@pytest.mark.parametrize("is_refused", [False, True])
-def test_memory_is_pinned_while_it_is_used(is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that stays registered would give its next owner the bytes of its former pages."""
-    pinned: set[int] = set()
-    forgotten: list[bool] = []
-
-    class Cuda:
-        def cudaHostRegister(self, address: int, _bytes: int, _flags: int) -> int:  # noqa: N802
-            pinned.update(() if is_refused else (address,))
-            return int(is_refused)
-
-        def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
-            pinned.remove(address)
-
-    monkeypatch.setattr(host_copy, "_cuda", Cuda)
-    monkeypatch.setattr(host_copy, "_forget_error", lambda: forgotten.append(True))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    copy = HostCopy(torch.device("cuda"))
-    copy.of(slices(1.0, with_states=False))
-    copied = copy.of(slices(1.0))
-    assert listed(copied) == listed(slices(1.0))
-    assert len(pinned) == (not is_refused)
-    assert len(forgotten) == 2 * is_refused
-    copy.close()
-    copy.close()
-    assert not pinned

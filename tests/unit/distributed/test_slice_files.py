@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.distributed import slices
-from dpo_dist.distributed.manifest import Entries, find_faults, write_file, write_manifest
-from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, write_slices
+from dpo_dist.distributed import checkpoint
+from dpo_dist.distributed.checkpoint import (
+    Entries,
+    SavedSlices,
+    find_faults,
+    write_file,
+    write_manifest,
+    write_slices,
+)
+from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError
 
 WHOLE = {
@@ -41,7 +48,7 @@ def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
 def test_any_ranks_read_what_any_ranks_wrote(
     file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slices, "_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", file_bytes)
     folder = written(tmp_path, 3, {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]})
     saved = SavedSlices.find(folder, "engine")
     assert saved.step == 3

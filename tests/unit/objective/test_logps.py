@@ -18,7 +18,6 @@ VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 
 @pytest.fixture(params=[(1, 0), (1, 5), (3, 0), (3, 1), (3, 1000), (POSITIONS, 1), (1000, 0), (1000, 1)])
 def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Positions in a chunk, with none, some or all of the chunks kept for backward."""
     positions, kept_chunks = request.param
     monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
     monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * positions * kept_chunks})
@@ -26,7 +25,6 @@ def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def head(dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Hidden states, weight, bias and targets, the first three leaves of this precision."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((POSITIONS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
     hidden, weight, offset = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
@@ -49,42 +47,43 @@ def results(function: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor])
     return [tensor.detach().double() for tensor in (values, *torch.autograd.grad(values @ slopes, leaves))]
 
 
+CHANGES = [LogitChange(), LogitChange(0.125), LogitChange(1.0, 3.0), LogitChange(0.5, 2.0)]
+
+
+def changed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, change: LogitChange) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias) * change.scale
+    return logits if change.softcap is None else change.softcap * torch.tanh(logits / change.softcap)
+
+
 @pytest.mark.usefixtures("chunk_positions")
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_equal_log_softmax(bias: bool) -> None:
-    inputs = head(torch.float32, bias)
-    exact = results(plain, head(torch.float64, bias))
-    assert token_logps(*inputs).dtype == torch.float32
-    for ours, expected in zip(results(token_logps, inputs), exact, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+@pytest.mark.parametrize("change", CHANGES)
+def test_values_and_gradients_equal_log_softmax(change: LogitChange, bias: bool) -> None:
+    def defined(hidden: Tensor, weight: Tensor, offset: Tensor | None, targets: Tensor) -> Tensor:
+        log_probs = changed_logits(hidden, weight, offset, change).log_softmax(-1)
+        return log_probs.gather(1, targets[:, None]).squeeze(1)
+
+    exact = results(defined, head(torch.float64, bias))
+    ours = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32, bias))
+    for value, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.usefixtures("chunk_positions")
-def test_collisions_are_the_log_of_the_summed_squared_probabilities() -> None:
-    hidden, weight, bias, targets = head(torch.float32)
-    _, collisions = token_logps(hidden, weight, bias, targets, statistics=("collisions",))
-    probabilities = torch.nn.functional.linear(hidden, weight, bias).softmax(-1)
-    torch.testing.assert_close(collisions, probabilities.square().sum(-1).log())
+@pytest.mark.parametrize("change", CHANGES)
+def test_statistics_are_of_the_whole_distribution_and_change_nothing_else(change: LogitChange) -> None:
+    hidden, weight, bias, _ = head(torch.float32)
+    logits = changed_logits(hidden, weight, bias, change)
 
     def first(*inputs: Any) -> Tensor:
-        return token_logps(*inputs, statistics=("collisions",))[0]
+        logps, entropy, collisions = token_logps(*inputs, ("entropy", "collisions"), change)
+        torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+        torch.testing.assert_close(collisions, logits.softmax(-1).square().sum(-1).log())
+        return logps
 
-    for ours, expected in zip(
-        results(first, head(torch.float32)), results(token_logps, head(torch.float32)), strict=True
-    ):
-        assert torch.equal(ours, expected), "log-probs and gradients as without collisions"
-
-
-@pytest.mark.usefixtures("chunk_positions")
-def test_entropy_is_that_of_the_whole_distribution() -> None:
-    hidden, weight, bias, targets = head(torch.float32)
-    logps, entropy, collisions = token_logps(
-        hidden, weight, bias, targets, statistics=("entropy", "collisions")
-    )
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
-    assert torch.equal(logps, token_logps(hidden, weight, bias, targets))
-    assert torch.equal(collisions, token_logps(hidden, weight, bias, targets, ("collisions",))[1])
+    alone = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32))
+    for ours, expected in zip(results(first, head(torch.float32)), alone, strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.usefixtures("chunk_positions")
@@ -111,38 +110,6 @@ def test_bf16_weights_and_states_are_multiplied_to_float32(
     )
 
 
-CHANGES = [LogitChange(0.125), LogitChange(1.0, 3.0), LogitChange(0.5, 2.0)]
-
-
-@pytest.mark.usefixtures("chunk_positions")
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("change", CHANGES)
-def test_changed_logits_have_the_log_probs_and_gradients_of_the_definition(
-    change: LogitChange, bias: bool
-) -> None:
-    def defined(hidden: Tensor, weight: Tensor, offset: Tensor | None, targets: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden, weight, offset) * change.scale
-        if change.softcap is not None:
-            logits = change.softcap * torch.tanh(logits / change.softcap)
-        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-
-    exact = results(defined, head(torch.float64, bias))
-    ours = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32, bias))
-    for value, expected in zip(ours, exact, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.usefixtures("chunk_positions")
-@pytest.mark.parametrize("change", CHANGES)
-def test_statistics_are_of_the_changed_logits(change: LogitChange) -> None:
-    hidden, weight, bias, targets = head(torch.float32)
-    _, entropy, _ = token_logps(hidden, weight, bias, targets, ("entropy", "collisions"), change)
-    logits = torch.nn.functional.linear(hidden, weight, bias) * change.scale
-    if change.softcap is not None:
-        logits = change.softcap * torch.tanh(logits / change.softcap)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
-
-
 def test_frozen_parameters_get_no_gradient() -> None:
     hidden, weight, bias, targets = head(torch.float32)
     assert bias is not None
@@ -154,14 +121,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     )
 
 
-def test_no_targets_give_no_values() -> None:
-    hidden, weight, bias, targets = head(torch.float32)
-    assert token_logps(hidden[:0], weight, bias, targets[:0]).shape == (0,)
-
-
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
-
     elements = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,13 +143,6 @@ def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dt
     with LargestTensor() as largest:
         plain(*inputs)
     assert largest.elements == VOCABULARY * POSITIONS
-
-
-def test_backward_keeps_chunks_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 5})
-    monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * 12})
-    graph: Any = token_logps(*head(torch.float32)).grad_fn
-    assert [len(kept.probabilities) for kept in graph.kept.values()] == [5, 3]  # the last two of 23 positions
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
@@ -233,10 +186,3 @@ def test_whole_chosen_has_weight_one_for_every_token() -> None:
     assert pairs.whole_chosen is not None
     assert pairs.whole_chosen.tolist() == [-7.0]
     assert sum_by_response(values, torch.tensor([3, 1])).whole_chosen is None
-
-
-def test_an_output_layer_may_be_more_precise_than_its_input() -> None:
-    (hidden, *_), (_, *rest) = head(torch.bfloat16), head(torch.float32)
-    exact = results(plain, (hidden.detach().float().requires_grad_(), *rest))
-    for ours, expected in zip(results(token_logps, (hidden, *rest)), exact, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)

@@ -10,7 +10,7 @@ import pytest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.insight.pages.run import write_page
 from tests.support.browser import Watched, chromium
-from tests.unit.report.run_page.made_run import HOSTILE, evaluation, made_run
+from tests.unit.insight.pages.made_run import HOSTILE, evaluation, made_run
 
 ROWS = 100_000
 MOST_BYTES = 5_000_000
