@@ -15,7 +15,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_dist.config.names import suggestion
+from dpo_dist.config.mistakes import suggestion
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, modules_on_disk
