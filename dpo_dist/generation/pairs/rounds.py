@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, plain
-from dpo_dist.config.keys import Rule, check
 from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import read_config
-from dpo_dist.config.verb_options import PairsConfig, PairsMethod, RoundReference, Verdicts
+from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
@@ -39,21 +39,23 @@ Result: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
 
+_WHY = "rounds cannot be done with this setting"
+_RULES = (
+    Rule("pairs.method!=samples", _WHY, "set pairs.method=samples"),
+    Rule("pairs.models!=[]", _WHY, "name the first policy by model.path"),
+    Rule(f"model.path={NO_MODEL}", _WHY, "set it to the policy of the first round"),
+    Rule(
+        "pairs.launcher",
+        f"{_WHY}: it is started by one process",
+        "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
+        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    ),
+)
+
+
 def check_rounds(config: RunConfig) -> None:
     """Check that rounds can be done with this configuration, by one process."""
-    pairs, path = config.pairs, config.model.path
-    rules = (
-        ("pairs.method", pairs.method is not PairsMethod.samples, "set pairs.method=samples"),
-        ("pairs.models", bool(pairs.models), "name the first policy by model.path"),
-        ("model.path", path == NO_MODEL, "set it to the policy of the first round"),
-        (
-            "pairs.launcher",
-            int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
-        ),
-    )
-    why = "rounds cannot be done with this setting"
-    check(config, [Rule(key, lambda _: True, why, remedy) for key, is_broken, remedy in rules if is_broken])
+    check(config, _RULES)
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:

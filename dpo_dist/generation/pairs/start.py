@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.keys import Rule, check, unused
-from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
+from dpo_dist.config.rules import Rule, check, unused
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.config.verbs import check_needs
@@ -17,18 +17,6 @@ def responding_models(config: RunConfig) -> list[str]:
     return list(config.pairs.models) or [config.model.path]
 
 
-def _samples(config: RunConfig) -> bool:
-    return config.pairs.method is PairsMethod.samples
-
-
-def _responds(config: RunConfig) -> bool:
-    return config.pairs.method in (PairsMethod.samples, PairsMethod.delta)
-
-
-def _selects(config: RunConfig) -> bool:
-    return config.pairs.method in (PairsMethod.samples, PairsMethod.scores)
-
-
 def _two_models(config: RunConfig) -> bool:
     models = responding_models(config)
     return len(models) == len({Path(name).expanduser().resolve() for name in models}) == 2
@@ -39,93 +27,77 @@ def _number_of_judges(config: RunConfig) -> int:
     return sum(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
 
 
+_SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
-_EFFECTS = (
-    (
-        "models max_new_tokens temperature top_p top_k unfinished prompt_parts prompt_part",
-        *("method", _responds, "set pairs.method=samples or pairs.method=delta"),
-    ),
-    ("samples reward_model function endpoint.url", "method", _samples, "set pairs.method=samples"),
-    ("select margin", "method", _selects, "set pairs.method=samples or pairs.method=scores"),
-    ("top_p top_k", "temperature", lambda c: c.pairs.temperature > 0, "raise pairs.temperature"),
-    ("launcher reference", "rounds", lambda c: c.pairs.rounds > 0, "set pairs.rounds"),
-)
-_ENDPOINT_RULES = (
-    *(
-        unused(
-            f"pairs.endpoint.{name} pairs.endpoint.url",
-            lambda c: c.pairs.endpoint.url is not None,
-            "set pairs.endpoint.url",
-        )
-        for name in ("model", "verdicts", "criterion", "parallel_requests")
-    ),
-    Rule(
-        "pairs.endpoint.model",
-        lambda c: c.pairs.endpoint.url is not None and c.pairs.endpoint.model is None,
-        "the endpoint's model is not given",
-        "set it to the name under which the endpoint serves the judge",
-    ),
+_EFFECTS = {
+    _RESPONDS: "models max_new_tokens temperature top_p top_k unfinished prompt_parts prompt_part",
+    _SAMPLES: "samples reward_model function endpoint.url",
+    "pairs.method=samples|scores": "select margin",
+    "pairs.temperature!=0": "top_p top_k",
+    "pairs.rounds!=0": "launcher reference",
+    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion "
+    "endpoint.parallel_requests",
+}
+_ENDPOINT_HAS_MODEL = Rule(
+    "pairs.endpoint.model=null pairs.endpoint.url!=null",
+    "the endpoint's model is not given",
+    "set it to the name under which the endpoint serves the judge",
 )
 _RULES = (
-    *_ENDPOINT_RULES,
-    *(
-        unused(f"pairs.{name} pairs.{other}", is_used, remedy)
-        for names, other, is_used, remedy in _EFFECTS
-        for name in names.split()
-    ),
+    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
+    _ENDPOINT_HAS_MODEL,
     Rule(
-        "run.resume",
-        lambda c: c.run.resume is not Resume.auto,
+        "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
         "remove run.resume",
     ),
     Rule(
         "data.train",
-        lambda c: any(source.weight != SourceConfig.weight for source in c.data.train),
         "the weight of a source has no effect on pairs",
         "remove it, and set it in the training that reads the pairs",
+        lambda c: any(source.weight != SourceConfig.weight for source in c.data.train),
     ),
     Rule(
         "pairs.prompt_part pairs.prompt_parts",
-        lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
         "there is no such part of the prompts: the first one is 0",
         "correct one of them",
+        lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
     ),
     Rule(
-        "pairs.temperature pairs.samples",
-        lambda c: _samples(c) and c.pairs.temperature == 0 and c.pairs.samples > 1,
+        f"pairs.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
         "raise pairs.temperature, or set pairs.samples=1",
+        lambda c: c.pairs.samples > 1,
     ),
     Rule(
-        "pairs.models model.path",
-        lambda c: _responds(c) and NO_MODEL in responding_models(c),
+        f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
+        lambda c: NO_MODEL in responding_models(c),
     ),
     Rule(
-        "model.revision",
-        lambda c: _responds(c) and bool(c.model.revision) and c.model.path not in responding_models(c),
+        f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is none of pairs.models",
         "remove model.revision",
+        lambda c: c.model.path not in responding_models(c),
     ),
     Rule(
-        "pairs.models",
-        lambda c: c.pairs.method is PairsMethod.delta and not _two_models(c),
+        "pairs.models pairs.method=delta",
         "delta pairs need two models",
         "set pairs.models=[STRONGER,WEAKER]",
+        lambda c: not _two_models(c),
     ),
     Rule(
-        "pairs.samples",
-        lambda c: _samples(c) and len(responding_models(c)) * c.pairs.samples < 2,
+        f"pairs.samples {_SAMPLES}",
         "a pair needs two responses",
         "raise pairs.samples, or name two pairs.models",
+        lambda c: len(responding_models(c)) * c.pairs.samples < 2,
     ),
     Rule(
-        _JUDGES,
-        lambda c: _samples(c) and _number_of_judges(c) != 1,
+        f"{_JUDGES} {_SAMPLES}",
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
+        lambda c: _number_of_judges(c) != 1,
     ),
 )
 
@@ -134,7 +106,7 @@ def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
     check_needs(config, "pairs")
     check(config, _RULES)
-    if _responds(config):
+    if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"
         for name in responding_models(config):
             folder = Path(name).expanduser()
@@ -150,7 +122,10 @@ def check_pairs(config: RunConfig) -> None:
 def check_judge(config: RunConfig) -> None:
     """Check that a comparison has at most one judge, and that it is there."""
     why, remedy = "a comparison has one judge", "set one of them only"
-    check(config, (Rule(_JUDGES, lambda c: _number_of_judges(c) > 1, why, remedy), *_ENDPOINT_RULES))
+    effects = _EFFECTS["pairs.endpoint.url!=null"].split()
+    rules = [unused(f"pairs.{name}", "pairs.endpoint.url!=null") for name in effects]
+    rules += [_ENDPOINT_HAS_MODEL, Rule(_JUDGES, why, remedy, lambda c: _number_of_judges(c) > 1)]
+    check(config, rules)
     _check_function(config)
 
 
