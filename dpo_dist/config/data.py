@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, as_entry, key, schema
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
+DataFormat = StrEnum("DataFormat", "auto hh text messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
@@ -46,10 +46,8 @@ class SourceConfig:
         "Column, or path into nested objects, of a field with another name; null: it is ignored.",
         accepts="a mapping, {prompt: question, chosen: answers.good}",
     )
-    tags: dict[str, Any] | None = key(
-        None,
-        "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
-        accepts="a mapping, {role_tag: role, user_tag: user}",
+    reader: str | None = key(
+        None, "Your own function, as `module:function`: from a record's fields to those of a format."
     )
     label: str | None = key(
         None,

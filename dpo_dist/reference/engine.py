@@ -22,7 +22,6 @@ from dpo_dist.distributed.zero import (
     sharded_loading,
     whole_loading,
     with_layer_prefetch,
-    with_nvme,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
@@ -175,11 +174,11 @@ def load_scored(
         with whole_loading(world):
             engine = QuantizedReference(load())
     else:
-        deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
+        own, largest_shard = None, 0
         if placement.nvme_path is not None:
             own = own_folder(placement.nvme_path, world)
             largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-            deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
+        deepspeed_config = frozen_config(placement.offload, config.model.dtype, own, largest_shard)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out

@@ -53,11 +53,11 @@ class Experts(nn.Module):
         return first(hidden) + (second(hidden) if hidden.shape[-2] > 8 else 0.0)
 
 
-def test_experts_without_tokens_may_be_skipped() -> None:
-    """Their gradients are ready at once (`distributed.leaves`)."""
+def test_a_list_of_experts_that_a_short_sequence_does_not_visit_is_refused() -> None:
     causal_lm = tiny_family("olmo3", VOCABULARY)
     causal_lm.model.layers[1].mlp = Experts(causal_lm.config.hidden_size)
-    check_use(checked(causal_lm))
+    with pytest.raises(ConfigError, match="several processes"):
+        check_use(checked(causal_lm))
 
 
 def test_weights_that_are_not_trained_may_be_skipped() -> None:
