@@ -10,6 +10,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
@@ -198,7 +200,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "format": source.format,
         "split": source.split,
         "columns": source.columns,
-        "tags": source.tags,
+        "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

@@ -87,7 +87,7 @@ def ends_with_response(turns: Any) -> bool:
 
 
 def with_context(
-    prompt: Prompt, record: Fields, responses: Collection[str], *, plain: bool
+    prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
 ) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
@@ -97,7 +97,7 @@ def with_context(
         prompt: as a reader returned it.
         record: all fields of the record.
         responses: names of the fields that were read as responses.
-        plain: whether the configured format says that prompts are plain text.
+        is_plain: whether the configured format says that prompts are plain text.
 
     Raises:
         UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
@@ -110,7 +110,7 @@ def with_context(
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     given += [_THINKING] if record.get(_THINKING) not in (None, "") else []
     turns: list[Message] = []
-    if plain or is_dialogue:
+    if is_plain or is_dialogue:
         unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
     else:
         unread += _TOOLS[1:] if set(_TOOLS) <= set(given) else ()

@@ -27,7 +27,8 @@ _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut th
 _REASONS = {
     "unparsable": "the line cannot be parsed",
     "unknown_format": "the fields are of no known format",
-    "ambiguous_format": "the record has two formats, or two different pairs",
+    "ambiguous_format": "the record has other responses beside those that are read",
+    "reader_failed": "the source's reader raised an error, or returned no record",
     "unpaired": "a single response with a good or bad label",
     "missing_field": "a prompt or response is missing",
     "no_ranking": "fewer than two responses",
@@ -60,6 +61,7 @@ _REMEDIES = {
     "unparsable": "check how the file was written; the name of one with JSON lines ends in .jsonl",
     "unknown_format": f"{_COLUMNS}; or convert the records to one of the formats in docs/data.md",
     "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
+    "reader_failed": "correct the function that reader of the source names",
     "unpaired": UNPAIRED_REMEDY,
     "missing_field": _COLUMNS,
     "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",

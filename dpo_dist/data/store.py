@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.folders import root_of
+from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
     content_digest,
