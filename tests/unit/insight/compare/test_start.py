@@ -69,7 +69,7 @@ def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
         (["{0}/base"], "needs two models", "compare.models="),
         (["{0}/base", "{0}/open"], "this run directory has no model", "step-1000000"),
         (["a={0}/base", "a={0}/run"], "two models have the same name", "first=PATH"),
-        (["{0}/base", "{0}/basis"], "does not exist", "did you mean"),
+        (["{0}/base", "{0}/basis"], "does not exist", "check the path"),
     ],
 )
 def test_models_that_cannot_be_compared(models: Path, written: list[str], message: str, remedy: str) -> None:
