@@ -28,11 +28,10 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.generation.judges.judge import Judge
-from dpo_dist.generation.judges.score import describe_judge, open_judge
+from dpo_dist.generation.judges.score import ask_judge, describe_judge, open_judge
 from dpo_dist.generation.pairs.files import describe_counts, write_lines
 from dpo_dist.generation.pairs.preflight import (
     Fault,
-    ask_judge,
     describe_responder,
     fault_of,
     first_records,

@@ -52,7 +52,7 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         check_source(source, needs_pairs=False)
     check_template_file(config.data.chat_template)
     _check_revision(config, models)
-    check_judge(config.pairs, is_needed=False)
+    check_judge(config)
     return models
 
 

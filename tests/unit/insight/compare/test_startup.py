@@ -83,7 +83,7 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
     ("overrides", "message"),
     [
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
-        (("pairs.endpoint.criterion=short",), "pairs.endpoint has no effect"),
+        (("pairs.endpoint.criterion=short",), "has no effect with this pairs.endpoint.url"),
         (("pairs.function=json:nothing",), "nothing"),
         (("data.eval=[]",), "no evaluation data to compare"),
     ],
