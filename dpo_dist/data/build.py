@@ -10,6 +10,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
@@ -57,18 +59,9 @@ def prepare_dataset(
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
     A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
-    another weight or a lower limit. Damaged folders are encoded again.
-
-    Args:
-        sources, config, tokenizer, part: what to encode, for which policy.
-        digest: the `tokenizer_digest`.
-        progress: called for each source that is not encoded yet.
-        needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
-
-    Raises:
-        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
-            `data.on_bad_record` is `error`.
-        PeerLostError: a process that encodes has died.
+    another weight or a lower limit. Damaged folders are encoded again. `digest` is the `tokenizer_digest`;
+    with `needs_pairs` a Hub dataset of unpaired responses is an error before any source is encoded.
+    Raises DataError; PeerLostError if a process that encodes has died.
     """
     check_template_keys(config, tokenizer)
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
@@ -198,7 +191,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "format": source.format,
         "split": source.split,
         "columns": source.columns,
-        "tags": source.tags,
+        "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

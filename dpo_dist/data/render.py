@@ -25,7 +25,7 @@ class Rendered:
     """Escaped texts to tokenise: a prompt, and each response after it, with its end of turn.
 
     `counted` are the spans of the turns of each response that the loss counts, without their headers, and
-    `changes` names of `counts.CHANGES`.
+    `changes` names in counts.yaml.
     """
 
     prompt: str

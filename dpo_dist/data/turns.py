@@ -34,10 +34,13 @@ _TARGET = re.compile(r"for\s+(\w+)\s+in\b")
 
 @dataclass(frozen=True)
 class Trace:
-    """The output of a template and the position of its turns; after `end` is the generation prompt."""
+    """The output of a template with the span of each turn (None: not written in a loop over messages).
+
+    The generation prompt follows the last turn, at `end`.
+    """
 
     text: str
-    spans: list[Span | None]  # None: not written inside a loop over messages
+    spans: list[Span | None]
     end: int
 
 
@@ -87,16 +90,16 @@ def _read_trace(rendered: str, turns: int) -> Trace | None:
 
 @dataclass(frozen=True, eq=False)
 class Escapable:
-    """A value for the template.
+    """A value for the template; if it spells control tokens, also `marked`.
 
-    If it spells control tokens: also with each token `marked`, replaced by a mark and with a mark beside it.
+    That is the value with a mark in place of each token, and with a mark beside each token.
     """
 
     plain: Mapping[str, Any]
     marked: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def form(self, number: int | None) -> Mapping[str, Any]:
-        """Return the plain value, or one with marks."""
+        """Return the plain value (None), or one with marks."""
         return self.plain if self.marked is None or number is None else self.marked[number]
 
     def __or__(self, other: "Escapable | Mapping[str, Any]") -> "Escapable":
@@ -149,7 +152,10 @@ class ChatRenderer:
         return Escapable(value, (self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)))
 
     def render(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> str:
-        """Render a conversation of `turn` with a context of `data`, escaped."""
+        """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
+
+        Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
+        """
         return self._render(self.template, turns, context, generation)
 
     def trace(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> Trace:
@@ -253,10 +259,9 @@ _LONGEST_OPENING = 128
 
 @dataclass(frozen=True)
 class UntrainedParts:
-    """`data.untrained`, compiled: patterns of text that the loss does not count.
+    """`data.untrained`, compiled: patterns of text that the loss does not count, `inside` of a turn.
 
-    Those of `opened` are at the start of a turn, each with the opened thought or marker with which the text
-    before it ends ("": any).
+    Those of `opened` match the start of a turn, after a text that ends with the opening beside them.
     """
 
     inside: tuple[re.Pattern[str], ...]
@@ -298,9 +303,9 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
 def counted_characters(
     before: str, text: str, turns: Sequence[Span], parts: UntrainedParts
 ) -> list[Span] | None:
-    """Return the spans of a response that the loss counts; None if it counts the whole text.
+    """Return the spans of a response `text` after a prompt that the loss counts; None: all of it.
 
-    `before` is the rendered prompt, and `turns` are the counted turns of the rendered response `text`.
+    `turns` are the spans of its trained turns, and `parts` what is not trained in them.
     """
     before = before[-_LONGEST_OPENING:]
     counted = [
@@ -312,7 +317,10 @@ def counted_characters(
 
 
 def token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
-    """Return whether each token has a counted character; `starts` of tokens and `length` in characters."""
+    """Return whether each token has a counted character: the loss counts it.
+
+    `starts` are the positions of the tokens' first characters, not falling, in a text of `length` characters.
+    """
     begins = np.array(starts, dtype=np.int64)
     # A character of several tokens (bytes) belongs to each of them.
     following = np.searchsorted(np.append(begins, length), begins, side="right")

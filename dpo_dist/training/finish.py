@@ -169,10 +169,10 @@ def run_card(
     folder = RunFolder.of(config)
     judged = verdict(rows, summary, data_findings(folder, console))
     results = folder.evaluation_of(LAST_EVALUATION).results
-    evaluation = None
+    evaluation = {}
     if is_evaluated and results.is_file():
         evaluation = json.loads(results.read_text(encoding="utf-8"))
-    return model_card(config, {**summary, "verdict": judged.as_dict()}, rows, evaluation, versions)
+    return model_card(config, {**summary, "verdict": judged.as_dict()}, evaluation, versions)
 
 
 def data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:

@@ -22,26 +22,13 @@ Rows = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or more metrics.
-
-    Attributes:
-        title: above the chart.
-        keys: of the metrics.
-        is_log: whether the axis is logarithmic.
-        is_smoothed: whether training values have a moving mean.
-        by_source: whether the curves are those of its metric by source; only means, as they are many.
-    """
+    """A chart of one or more metrics; `by_source` of its metric by source, only means, as they are many."""
 
     title: str
     keys: tuple[str, ...]
     is_log: bool = False
     is_smoothed: bool = True
     by_source: bool = False
-
-    @property
-    def unit(self) -> str:
-        """Unit of its first metric."""
-        return METRICS[self.keys[0]].unit
 
 
 def _sides(key: str) -> tuple[str, str]:
@@ -74,7 +61,13 @@ def charts(rows: Rows) -> list[Markup]:
     merged = rows_by_step(rows)
     steps = [row["step"] for row in merged]
     figures = (
-        chart(panel.title, list(panel_lines(panel, merged)), steps, panel.unit, log=panel.is_log)
+        chart(
+            panel.title,
+            list(panel_lines(panel, merged)),
+            steps,
+            METRICS[panel.keys[0]].unit,
+            log=panel.is_log,
+        )
         for panel in PANELS
     )
     return [figure for figure in figures if figure]

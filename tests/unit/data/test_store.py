@@ -99,15 +99,14 @@ def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
-def test_columns_and_tags_change_the_fingerprint_and_the_file_of_an_entry_does_not(tmp_path: Path) -> None:
+def test_columns_change_the_fingerprint_and_the_file_of_an_entry_does_not(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "question"}]
     path = jsonl(
         tmp_path,
         *({"conversations": turns} | {side: one[side] for side in ("chosen", "rejected")} for one in GOOD),
     )
-    columns, tags = {"rejected": "rejected"}, {"user_tag": "human"}
-    sources = [SourceConfig(path), SourceConfig(path, columns=columns), SourceConfig(path, tags=tags)]
-    assert len({prepare(tmp_path, source) for source in sources}) == 3
+    sources = [SourceConfig(path), SourceConfig(path, columns={"rejected": "rejected"})]
+    assert len({prepare(tmp_path, source) for source in sources}) == 2
     entry = {"file_name": "records.jsonl", "ranking": True, "formatting": "alpaca"}
     places = files(tmp_path, *[[{"instruction": "q", **record} for record in GOOD]] * 2)
     for place in map(Path, places):

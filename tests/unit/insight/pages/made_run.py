@@ -48,71 +48,37 @@ class Page(HTMLParser):
 def row(step: int, source: str) -> dict[str, float]:
     """Metrics of a training step."""
     return {
-        "step": step,
-        "loss": 0.7 - step / 100,
-        "rewards/accuracies": 0.5 + step / 100,
-        "rewards/margins": step / 20,
-        f"rewards/accuracies/{source}": 0.75,
-        f"rewards/margins/{source}": 1.25,
-        "logps/chosen_per_token": -1.0 - step / 100,
-        "logps/rejected_per_token": -1.1 - step / 50,
-        "pairs": 64,
-        "step_seconds": 1.0,
+        **{"step": step, "loss": 0.7 - step / 100, "pairs": 64, "step_seconds": 1.0},
+        **{"rewards/accuracies": 0.5 + step / 100, "rewards/margins": step / 20},
+        **{f"rewards/accuracies/{source}": 0.75, f"rewards/margins/{source}": 1.25},
+        **{"logps/chosen_per_token": -1.0 - step / 100, "logps/rejected_per_token": -1.1 - step / 50},
     }
 
 
 def evaluation(step: int, source: str) -> dict[str, float]:
     """Metrics of an evaluation of 2 seconds."""
     return {
-        "step": step,
-        "eval_loss": 0.71 - step / 100,
-        "eval_rewards/accuracies": 0.625,
-        "eval_rewards/margins": 0.5,
-        f"eval_rewards/accuracies/{source}": 0.55,
-        "eval_rewards/both_fall": 0.6,
-        "eval_logps/chosen": -50.0 - step,
-        "eval_step_seconds": 2.0,
+        **{"step": step, "eval_loss": 0.71 - step / 100, "eval_step_seconds": 2.0},
+        **{"eval_rewards/accuracies": 0.625, "eval_rewards/margins": 0.5, "eval_rewards/both_fall": 0.6},
+        **{f"eval_rewards/accuracies/{source}": 0.55, "eval_logps/chosen": -50.0 - step},
     }
 
 
 def summary(label: str) -> dict[str, Any]:
     """The summary, without final and best values."""
     counts = {
-        "read": 2000,
-        "kept": 1920,
-        "pairs": 1920,
-        "dropped": {"identical_responses": 80},
-        "response_truncated": 17,
-        "duplicates": 0,
-        "examples": [f"{label}:3 identical_responses"],
+        **{"read": 2000, "kept": 1920, "pairs": 1920, "dropped": {"identical_responses": 80}},
+        **{"response_truncated": 17, "duplicates": 0, "examples": [f"{label}:3 identical_responses"]},
         "details": {"identical_responses": label},
         "sources": [{"label": label, "path": label, "read": 2000, "kept": 1920, "pairs": 1920}],
     }
-    drift = {
-        "responses": 32,
-        "mean_token_drift": 2e-9,
-        "largest_token_drift": 3e-6,
-        "largest_response_drift": 4e-6,
-    }
+    drift = {"responses": 32, "mean_token_drift": 2e-9, "largest_token_drift": 3e-6}
+    seconds = {"starting": 60.0, "reference": 84.0, "training": 4210.4, "evaluation": 60.0, "other": 0.0}
     return {
-        "steps": 30,
-        "pairs_seen": 1920,
-        "train_seconds": 4210.4,
-        "pairs_per_second": 0.5,
-        "peak_memory_bytes": 3 * 2**30,
-        "world_size": 2,
+        **{"steps": 30, "pairs_seen": 1920, "train_seconds": 4210.4, "pairs_per_second": 0.5},
+        **{"peak_memory_bytes": 3 * 2**30, "world_size": 2, "settings": {"loss.beta": 0.1}},
         "reference": {"mode": "cached", "hits": 3000, "computed": 840, "seconds": 84.0, "drift": drift},
-        "settings": {"loss.beta": 0.1},
-        "work": {
-            "seconds": {
-                "starting": 60.0,
-                "reference": 84.0,
-                "training": 4210.4,
-                "evaluation": 60.0,
-                "other": 0.0,
-            },
-            "device_seconds": 14400.0,
-        },
+        "work": {"seconds": seconds, "device_seconds": 14400.0},
         "data": {"train": counts, "eval": {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}},
         "exit": "completed",
         "verdict": {
@@ -124,18 +90,11 @@ def summary(label: str) -> dict[str, Any]:
 
 def evaluated(source: str) -> dict[str, Any]:
     """evaluation.json of the last evaluation."""
-    of_source = {"eval_rewards/accuracies": [0.45, 0.65]}
-    whole = {
-        "eval_rewards/accuracies": [0.55, 0.7],
-        "eval_rewards/margins": [0.4, 0.6],
-    }
+    whole = {"eval_rewards/accuracies": [0.55, 0.7], "eval_rewards/margins": [0.4, 0.6]}
     values = {name: value for name, value in evaluation(30, source).items() if name.startswith("eval_")}
+    of_source = {"eval_rewards/accuracies": [0.45, 0.65]}
     return {
-        "all": {
-            **values,
-            "eval_pairs": 100,
-            "intervals": whole,
-        },
+        "all": {**values, "eval_pairs": 100, "intervals": whole},
         source: {"eval_pairs": 40, "intervals": of_source},
     }
 
@@ -170,13 +129,8 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     run.evaluation_of(LAST_EVALUATION).path.mkdir(parents=True)
     run.evaluation_of(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
     run.doctor_report.parent.mkdir()
-    finding = {
-        "rule": "label_leak",
-        "level": "error",
-        "text": text,
-        "source": text,
-        "examples": [f"{text}:4"],
-    }
+    finding: dict[str, Any] = {"rule": "label_leak", "level": "error", "text": text, "source": text}
+    finding["examples"] = [f"{text}:4"]
     run.doctor_report.write_text(json.dumps({"findings": [{**finding, "remedy": text}]}))
     run.samples.mkdir()
     sample = {"prompt": text, "prompt_id": "1", "source": text, "step": 30, "chosen": text}

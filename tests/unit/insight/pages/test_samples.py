@@ -10,7 +10,6 @@ from dpo_dist.insight.pages.samples import (
     Response,
     Shown,
     choose,
-    end_notes,
     faults,
     marked,
     prompt_items,
@@ -71,29 +70,6 @@ def test_responses_are_compared_with_one_of_them() -> None:
         assert ("not known" if text is None else "empty") in html
 
 
-def test_texts_are_inert_everywhere() -> None:
-    hostile = "</div><script>alert(1)</script>\u202eabc\x1b"
-    html = shown([Response(hostile, hostile, hostile), Response("b", "x")], hostile, hostile)
-    assert "<script" not in html
-    assert "\u202e" not in html
-    assert html.count("<div") == html.count("</div>")
-
-
-def test_prompts_beyond_the_room_are_counted() -> None:
-    huge = "\u202e" * 30_000
-    prompts = [Shown(huge, [Response("a", huge), Response("b", huge)], "a", "why")] * 12
-    items, omitted = prompt_items(prompts, 400_000)
-    assert len(items) + omitted == 12
-    assert 0 < sum(map(len, items)) < 400_000
-    assert "first 400 of 30,000 characters" in items[0]
-
-
-def test_notes_of_length_and_end() -> None:
-    assert end_notes(184, False) == "184 tokens, did not end"
-    assert end_notes(1, True) == "1 token"
-    assert end_notes(None, None) == ""
-
-
 @pytest.mark.parametrize(
     ("row", "found"),
     [
@@ -146,12 +122,8 @@ def test_metrics_over_steps_without_columns_of_zeros(tmp_path: Path) -> None:
     write_samples(tmp_path, 100, [sample(1)])
     rows: list[dict[str, float]] = [{"step": step, "eval_loss": 1.0} for step in range(5)]
     rows += [
-        {
-            "step": step,
-            "eval_samples/length": 100.0 + step,
-            "eval_samples/finished": 0.5,
-            "eval_samples/empty": 0.0,
-        }
+        {"step": step, "eval_samples/length": 100.0 + step}
+        | {"eval_samples/finished": 0.5, "eval_samples/empty": 0.0}
         for step in range(0, 1001, 10)
     ]
     rows.append({"step": 1010, "eval_samples/length": 870.0, "eval_samples/reference_length": 30})
