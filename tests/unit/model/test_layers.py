@@ -20,8 +20,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.layers import (
-    check_liger,
-    check_offload,
+    check_device,
     checkpoint_layers,
     decoder_layers,
     offload_inputs,
@@ -79,7 +78,7 @@ def test_layers_of_rows_recompute_without_changing_gradients(model_type: str) ->
     causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded).train()
     if not decoder_layers(causal_lm):
-        with pytest.raises(ConfigError, match="cannot checkpoint the layers of this architecture"):
+        with pytest.raises(ConfigError, match="no layer would be checkpointed"):
             checkpoint_layers(causal_lm, "full")
         return
     expected = gradients(causal_lm, model(BATCH))
@@ -123,18 +122,30 @@ def test_inputs_of_checkpointed_layers_wait_in_host_memory(
     assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 
-def test_options_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_offload(CUDA)
-    with pytest.raises(ConfigError, match="in host memory already"):
-        check_offload(CPU)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
-    check_liger("qwen2", CUDA)
-    with pytest.raises(ConfigError, match="Liger's kernels") as raised:
-        check_liger("gpt2", CUDA)
-    assert "gpt2" in raised.value.got
+@pytest.mark.parametrize(
+    ("option", "kind", "device", "fault"),
+    [
+        ("activation_offload", "qwen2", CUDA, ""),
+        ("activation_offload", "qwen2", CPU, "in host memory already"),
+        ("compile", "qwen2", CPU, r"C\+\+ compiler"),
+        ("liger", "qwen2", CPU, "Liger's kernels are exact on CUDA"),
+        ("liger", "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
+        ("liger", "qwen2", CUDA, "liger-kernel is not installed"),
+    ],
+)
+def test_options_that_cannot_run_are_refused(
+    option: str, kind: str, device: torch.device, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match="liger-kernel is not installed"):
-        check_liger("qwen2", CUDA)
+    config = ModelConfig(**{option: True})
+    if not fault:
+        check_device(config, kind, device)
+        return
+    with pytest.raises(ConfigError, match=fault) as raised:
+        check_device(config, kind, device)
+    assert raised.value.where == f"model.{option}"
 
 
 def load(folder: Path) -> PackedCausalLM:
