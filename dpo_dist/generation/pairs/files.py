@@ -80,9 +80,7 @@ def good_records(
         else:
             outcomes[Outcome(dropped=record.reason)] += 1
             bad += [record] if len(bad) < SHOWN_EXAMPLES else []
-    examples = [f"{record.origin} {record.reason}" for record in bad]
-    details = {record.reason: record.detail for record in reversed(bad) if record.detail}
-    counts = DataCounts.of(outcomes, examples, details)
+    counts = DataCounts.of(outcomes, bad)
     check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
