@@ -178,7 +178,7 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
 def test_a_missing_package_is_an_error(tracker: OtherTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="is not installed") as caught:
-        optional_packages.check_tracker(tracker)
+        optional_packages.check_installed(tracker, "tracking.also", tracker, "[]")
     assert f"pip install 'dpo-dist[{tracker.value}]'" in str(caught.value)
 
 
