@@ -9,7 +9,6 @@ from typing import Any
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import read_small
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
@@ -37,7 +36,7 @@ def is_checkpoint(folder: Path) -> bool:
 def best_checkpoints(root: Path) -> list[str]:
     """Return the names of the best checkpoints below `root`, the best first."""
     try:
-        names = read_small(root / BEST).decode().split()
+        names = (root / BEST).read_bytes().decode().split()
     except (OSError, ValueError):
         return []
     return [name for name in names if step_of(name) is not None]

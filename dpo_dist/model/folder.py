@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.run_folder import BEST, best_checkpoints
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.files import is_absent_offline, read_small
+from dpo_dist.foundation.files import is_absent_offline
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -210,7 +210,7 @@ def read_model_json(file: Path) -> dict[str, object]:
     """
     got = "JSON that is not an object"
     try:
-        content = json.loads(read_small(file))
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         content, got = None, str(error)
     if not isinstance(content, dict):
