@@ -49,7 +49,7 @@ class EncodedExample:
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        changes: names of `counts.CHANGES`: what was changed or is particular.
+        changes: names in counts.yaml: what was changed or is particular.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
         read_as: `Rendered.read_as`.

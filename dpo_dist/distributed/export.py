@@ -42,13 +42,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Exported:
-    """A written folder before it gets its name.
+    """A written folder before it gets its name, with those of the base and of the adapter at the start.
 
-    Attributes:
-        folder: as it is on disk.
-        base: folder of the model that training started from.
-        start: folder of the adapter that training started from, or None.
-        read: returns a trained weight by transformers name in float32, before it was rounded.
+    `read` returns a trained weight by transformers name in float32, before it was rounded.
     """
 
     folder: Path
@@ -66,18 +62,13 @@ def export_checkpoint(
     *,
     replaces: bool = True,
 ) -> None:
-    """Write the trained weights of a checkpoint as a model or adapter folder, whole or not.
+    """Write the trained weights of a checkpoint, of any number of processes, as a model or adapter folder.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32.
-
-    Args:
-        checkpoint: of any number of processes and kind of parallelism.
-        folder: its final name.
-        config: of the run; `config.export` says how.
-        card: returns the content of README.md; None or "": there is none.
-        check: called with the folder before it gets its name; an error removes it.
-        replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
+    has tensors that are not trained. The model is in host memory once, a merged one in float32. `card`
+    returns the content of README.md; `check` is called with the folder before it gets its name, and an
+    error removes it. A folder that another process has made meanwhile is kept unless this one `replaces`
+    it.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)

@@ -46,10 +46,8 @@ def joined(
 ) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
-    Args:
-        deepspeed_config: from `policy_config`: loading weights depends on it.
-        timeout_seconds: timeout of a collective call.
-        reports: outputs, used also if the main thread is blocked.
+    `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
+    `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
     reports = reports or Reports()
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
@@ -98,10 +96,7 @@ def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
-    """Join the processes that the launcher started; without a launcher, return a world of one process.
-
-    Arguments are those of `joined`.
-    """
+    """Join the processes that the launcher started; without a launcher, return a world of one process."""
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "accelerate launch --cpu starts processes without DeepSpeed",

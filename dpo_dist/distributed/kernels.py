@@ -20,11 +20,7 @@ _LOADED_WITH = {"async_io": ("pin_memory",)}
 def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
     """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
 
-    Args:
-        builder: of the kernel.
-        where: the key that needs it, for the error.
-        remedy: a value of this key that needs no kernel.
-        say: prints a line.
+    Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
     """
     for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
         lock = Path(_get_build_directory(name, False)) / "lock"

@@ -43,13 +43,7 @@ def with_interval(value: float | None, ends: Ends, form: str) -> str:
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Row], summary: Row) -> list[str]:
-    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown.
-
-    Args:
-        folder: the run directory.
-        rows: of log_history.json.
-        summary: the content of summary.json.
-    """
+    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in _CLOSING:
@@ -120,11 +114,7 @@ def evaluation_table(results: Mapping[str, Row]) -> list[str]:
 
 
 def comparison_table(results: Row) -> list[str]:
-    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two.
-
-    Args:
-        results: the content of comparison.json.
-    """
+    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two."""
     base, wins = results["base"], results["wins"]
     of_base = {win["second"]: _of_second(win) for win in wins if win["first"] == base}
     has_scores = any(model["score"] is not None for model in results["models"])

@@ -22,7 +22,6 @@ from dpo_dist.distributed.zero import (
     sharded_loading,
     whole_loading,
     with_layer_prefetch,
-    with_nvme,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
@@ -33,6 +32,10 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
+
+# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
+# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
+FAULT_SECONDS = 60.0
 
 
 def settle_engine(
@@ -45,11 +48,11 @@ def settle_engine(
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
-    def agree(fault: str, seconds: float | None = None) -> str:
+    def agree(fault: str) -> str:
         if are_forwards_collective and is_of_communication(fault):
             raise RuntimeError(fault)  # no fault of the model: the world names the rank
         try:
-            return world.first_fault(fault, seconds if are_forwards_collective else None)
+            return world.first_fault(fault, FAULT_SECONDS if are_forwards_collective else None)
         except TimeoutError:
             raise ConfigError(
                 "the model's forward fails on one rank, and the others wait for it",
@@ -175,11 +178,11 @@ def load_scored(
         with whole_loading(world):
             engine = QuantizedReference(load())
     else:
-        deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
+        own, largest_shard = None, 0
         if placement.nvme_path is not None:
             own = own_folder(placement.nvme_path, world)
             largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-            deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
+        deepspeed_config = frozen_config(placement.offload, config.model.dtype, own, largest_shard)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out

@@ -336,11 +336,8 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 class InBackground:
     """A wandb run that is opened and called in a thread of its own; no method but `finish` waits.
 
-    Args:
-        start: opens it; takes a function for what a user should know. None: there is none.
-        say: called, also from the thread, with that, and with the reason if wandb fails.
-        folder: the run directory.
-        first_wait: seconds to wait for `start`, so that its messages come in order if it is fast.
+    `start` takes a function for what a user should know; None: there is no run. `first_wait` are the seconds
+    to wait for it, so that its messages come in order if it is fast.
     """
 
     def __init__(
