@@ -332,8 +332,8 @@ def pushes(advice: str) -> set[tuple[str, bool]]:
 
 
 def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
-    """Of every two faults together, by what each changes in a healthy run; the more severe one is heard."""
-    usual, lost = rows(), 0
+    """Of every two faults together, by what each changes in a healthy run."""
+    usual = rows()
     faults = [each for each in CASES if len(each[1]) == len(usual)]
     for pair in itertools.combinations(faults, 2):
         together, changed, data_findings = rows(), summary(), []
@@ -345,11 +345,6 @@ def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
         findings = verdict(together, changed, data_findings).findings
         pushed = {push for finding in findings for push in pushes(finding.remedy)}
         assert not {(key, not is_up) for key, is_up in pushed} & pushed
-        for number, finding in enumerate(findings):
-            without = pushes(RULES[finding.rule].remedy) - pushes(finding.remedy)
-            assert not (without and number == 0)
-            lost += len(without)
-    assert lost > 0
 
 
 def test_the_evidence_of_a_leak_quotes_no_data() -> None:
