@@ -64,6 +64,7 @@ def test_a_record_of_the_corpus_becomes_what_its_row_says(row: dict[str, Any]) -
     """A row has a record, and either its prompt, responses and scores or the reason why it is dropped."""
     if "reason" in row:
         found = bad(row["record"])
+        assert "secret" not in found.detail  # it never quotes a text
         expected = (row["reason"], row.get("unread", []), row.get("detail", found.detail))
         assert (found.reason, list(found.unread), found.detail) == expected
         return
