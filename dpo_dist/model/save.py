@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import read_small, staged_folder
-from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
+from dpo_dist.foundation.files import read_small
+from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack
 from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
-from dpo_dist.model.lora import TRAINED, adapted_layers, trained_aliases
+from dpo_dist.model.lora import TRAINED, trained_aliases
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
@@ -39,44 +39,7 @@ _TOKENIZER_FILES = (
 )
 # In the errors of the library of tokenizers, which all have the class Exception.
 _OF_SYSTEM = "(os error "
-_REMEDY = "free disk space, or name another folder"
-
-
-def write_model_folder(
-    folder: Path,
-    causal_lm: Any,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    card: Callable[[], str] | None = None,
-    remedy: str = _REMEDY,
-    below: AdapterWeights | None = None,
-    tokenizer_files: Mapping[str, bytes] | None = None,
-    description: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write `folder`, which appears whole or not at all; an older one is replaced.
-
-    Args:
-        folder: its final name.
-        causal_lm: the transformers model; its tensors are not used.
-        weights: trained weights by transformers name; taken out while they are written.
-        tokenizer: written beside them.
-        card: returns the content of README.md; None or "": there is none.
-        remedy: of a full disk.
-        below: the adapter below the trained one, if there is one; both become one adapter.
-        tokenizer_files: from `read_tokenizer`; None: transformers writes new ones.
-        description: from `read_description` of the base; None: transformers writes a new one.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    with writing_errors(folder, remedy), staged_folder(folder) as temporary:
-        if adapted_layers(causal_lm):
-            dtype = next(iter(weights.values())).dtype
-            write_adapter(temporary, trained_update(causal_lm, weights, below), dtype)
-        else:
-            write_weights(temporary, causal_lm, weights, description)
-        write_tokenizer(temporary, tokenizer, tokenizer_files)
-        write_card(temporary, card)
+_REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
 
 
 def write_weights(

@@ -42,6 +42,7 @@ from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import whole_weights
 
 EXPERTS, UNUSED = 8, 7
 SECONDS = 60
@@ -146,7 +147,7 @@ def listed_steps(
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
-    weights = policy.whole_weights()
+    weights = whole_weights(policy)
     if weights is not None:
         save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / "after.safetensors")
     return {"norms": norms, "visited": visits(policy.causal_lm)}
@@ -244,7 +245,7 @@ def compiled_in_fp16(
             assert policy.has_overflowed
             policy.set_loss_scale(scale)
         norms.append(step(rows, budget))
-    weights = policy.whole_weights() or {}
+    weights = whole_weights(policy) or {}
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return {"norms": norms, "graphs": graphs, "sums": [w.double().norm().item() for w in weights.values()]}
 

@@ -20,6 +20,7 @@ from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.training import reference
 from dpo_dist.training import run as run_module
 from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.start import Run
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -61,7 +62,8 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
 
 def reference_of(overrides: list[str], world: World) -> reference.Reference:
     config, console = load_run_config(overrides), Console(None)
-    return reference.prepare_reference(config, load_inputs(config, world, console), world, console)
+    run = Run(config, world, console)
+    return reference.prepare_reference(run, load_inputs(run))
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
@@ -81,12 +83,13 @@ def test_weights_replaced_while_the_reference_loads_store_nothing(
 
 def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
     policy = while_exchanged(run_module.load_policy, *models)
-    joined = contextlib.nullcontext(world)
+    config, console = load_run_config(overrides), Console(None)
+    joined = contextlib.nullcontext(Run(config, world, console))
     with (
         patch.object(run_module, "load_policy", policy),
-        patch.object(run_module, "open_world", lambda *_, **__: joined),
+        patch.object(run_module, "open_run", lambda *_, **__: joined),
     ):
-        run_module.train(load_run_config(overrides), Console(None), StopRequest())
+        run_module.train(config, console, StopRequest())
 
 
 def test_a_policy_replaced_while_it_loads_is_not_trained(

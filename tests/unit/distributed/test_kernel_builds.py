@@ -15,7 +15,8 @@ from dpo_dist.distributed.kernels import load_kernel
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.console import Console
 from dpo_dist.training import start
-from dpo_dist.training.start import open_world
+from dpo_dist.training.start import open_run
+from tests.support.alone import ALONE
 
 
 @pytest.fixture
@@ -72,14 +73,14 @@ def test_without_an_optimizer_no_kernel_for_it_is_loaded(
     given: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
-    def joined_with(deepspeed_config: dict[str, Any], *_: object) -> Iterator[None]:
+    def joined_with(deepspeed_config: dict[str, Any], *_: object) -> Iterator[Any]:
         given.append(deepspeed_config["zero_optimization"])
-        yield
+        yield ALONE
 
     monkeypatch.setattr(start, "joined", joined_with)
     overrides = ["model.path=m", "data.train=[a]", "parallelism.offload_optimizer=cpu", f"run.dir={tmp_path}"]
     config = load_run_config(overrides)
     for trains in (False, True):
-        with open_world(config, Console(None), trains=trains):
+        with open_run(config, Console(None), trains=trains):
             pass
     assert ["offload_optimizer" in zero for zero in given] == [False, True]

@@ -20,11 +20,10 @@ from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.save import write_model_folder
-from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
+from tests.support.written import write_trained
 
 PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])
 BATCH = pack_unkeyed(PAIRS)
@@ -105,7 +104,7 @@ def test_plain_peft_computes_the_log_probs_of_training(folder: Path, tmp_path: P
     model = adapted(folder)
     move(model)
     weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
-    write_model_folder(tmp_path / "out", model.causal_lm, weights, tiny.qwen())
+    write_trained(model.causal_lm, weights, tmp_path / "out")
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert written["modules_to_save"] == ["lm_head", "model.embed_tokens", "model.norm"]
     files = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -137,7 +136,7 @@ def test_an_sft_adapter_with_whole_modules_is_start_and_reference(
         weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
         out = tmp_path / f"out{len(saved)}"
         below = read_adapter(sft) if on_top else None
-        write_model_folder(out, model.causal_lm, weights, tiny.qwen(), below=below)
+        write_trained(model.causal_lm, weights, out, below)
         torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
         assert (of_peft(folder, out) - started).abs().max() > 0.01
 
