@@ -95,7 +95,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     with open_console(RunFolder(run_dir)) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.foundation.process import StopRequest
-        from dpo_dist.reference.engine import load_digested
+        from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import finish, loop
         from dpo_dist.training import reference as reference_setup
@@ -105,7 +105,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         swap = patch.object
         swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))
         swaps.enter_context(swap(StoreFiller, "fill", filling.around(StoreFiller.fill)))
-        swaps.enter_context(swap(reference_setup, "load_digested", loading.around(load_digested)))
+        swaps.enter_context(swap(reference_setup, "load_reference", loading.around(load_reference)))
         if run.weighs_reference:
             build = partial(build_and_weigh, reference_setup.prepare_reference, measured.memory)
             swaps.enter_context(swap(run_module, "prepare_reference", build))

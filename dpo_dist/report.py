@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = existing_run(given.run)
         if given.other is None:
-            path = write_page(run, given.price, given.output)
+            path = write_page(run, given.output)
             if given.output is None and not run.summary.exists():
                 _draw(run)
         else:
-            path = write_difference((run, existing_run(given.other)), given.price, given.output)
+            path = write_difference((run, existing_run(given.other)), given.output)
     except DpoDistError as error:
         fault = error
     except (OSError, ValueError) as error:
@@ -58,23 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
     output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    price = "price of a GPU for an hour, in any currency, for the cost of the run"
-    parser.add_argument("--price", type=_price, metavar="NUMBER", help=price)
     return parser
 
 
 def _run(text: str) -> Path:
     return Path(text.removeprefix("run.dir=")).expanduser()
-
-
-def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def _configuration() -> str:
         "    optim.lr: 1e-6\n",
         "Several files are merged from left to right. The order is: defaults, presets, experiments "
         "(`+experiment=NAME`), files,\nthe command line with its presets; later ones win. Presets and "
-        "experiments are in [conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` and the "
-        "like, with or without a line `# @package _global_`.\n",
+        "experiments are in [conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` "
+        "and the like.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; experiments and files "
         "may have it, as they serve several verbs.\n"

@@ -21,8 +21,7 @@ import dpo_dist
 from dpo_dist.config.keys import COMMAND_LINE, Key, all_keys, entry_of, run_keys, section_meanings
 from dpo_dist.config.load import group_folders, is_within, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, LossKind, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, preset_names, unknown_key
-from dpo_dist.config.names import answer_to, key_of, likely, suggestion
+from dpo_dist.config.mistakes import SCHEMA, assignment, likely, meant, preset_names, suggestion, unknown_key
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, read_config, written_values
@@ -142,11 +141,15 @@ def _unknown_option(name: str, value: str) -> ConfigError:
     key = name.lstrip("-").replace("-", "_")
     if key in run_keys():
         remedy = f"write {assignment(key, value or 'true')}"
-    elif key_of(key) or answer_to(key) or likely(key, run_keys()):
-        remedy = unknown_key(key, value or "true").remedy
     else:
-        found = suggestion(name, _parser()._option_string_actions) if name.startswith("--") else ""
-        remedy = f"{found}keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
+        is_foreign = meant(key, "keys") or meant(key, "answers")
+        found = "" if is_foreign or len(key) == 1 else suggestion(name, _parser()._option_string_actions)
+        if is_foreign or (not found and likely(key, run_keys())):
+            remedy = unknown_key(key, value or "true").remedy
+        else:
+            remedy = (
+                f"{found}keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
+            )
     where = f"{COMMAND_LINE}: {f'{name} {value}'.strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 

@@ -3,11 +3,11 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, as_entry, key, schema
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
+DataFormat = StrEnum("DataFormat", "auto hh text messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
@@ -18,6 +18,7 @@ TEMPLATE_DATE = "2024-07-26"
 UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
 MARKER_GAP = "..."
 """Between the begin and the end marker in an entry of `data.untrained`."""
+Untrained = Annotated[str, Field(pattern=rf"^({'|'.join(UNTRAINED_PARTS)}|(?s:.*\S.*)\.\.\.(?s:.*\S.*))$")]
 
 
 @schema
@@ -45,10 +46,8 @@ class SourceConfig:
         "Column, or path into nested objects, of a field with another name; null: it is ignored.",
         accepts="a mapping, {prompt: question, chosen: answers.good}",
     )
-    tags: dict[str, Any] | None = key(
-        None,
-        "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
-        accepts="a mapping, {role_tag: role, user_tag: user}",
+    reader: str | None = key(
+        None, "Your own function, as `module:function`: from a record's fields to those of a format."
     )
     label: str | None = key(
         None,
@@ -121,11 +120,14 @@ class DataConfig:
         accepts="a mapping",
         verbs=VERBS_WITH_DATA,
     )
-    trained_roles: list[str] = key(["assistant"], "Roles whose turns in a response the loss counts.")
-    untrained: list[str] = key(
+    trained_roles: list[Filled] = key(
+        ["assistant"], "Roles whose turns in a response the loss counts.", min_length=1
+    )
+    untrained: list[Untrained] = key(
         ["empty_thoughts"],
         "Parts of these turns that the loss does not count: `empty_thoughts`, `thoughts`, `formatting` "
         "(tokens around turns), or the text from one marker to another, as `<note>...</note>`.",
+        accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END",
     )
     ranked: Ranked = key(
         Ranked.whole,

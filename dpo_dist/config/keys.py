@@ -1,12 +1,12 @@
-"""Every key of a run as a row of plain facts, and the rules between values."""
+"""Every key of a run as a row of plain facts."""
 
 import json
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from functools import cache, reduce
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
@@ -15,23 +15,16 @@ from pydantic_core import PydanticUndefined
 from dpo_dist.config.fields import EVERY_VERB, default_of, facts_of, fields_of
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.foundation.errors import ConfigError
 
+COMMAND_LINE = "command line"
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key, as the schema declares it.
+    """One key, as the schema declares it: `loss.beta`, or `data.train[].path` of the entries of a list.
 
-    Attributes:
-        name: `loss.beta`; `data.train[].path` for a key of the entries of a list.
-        type: the declared type.
-        default: NO_MODEL for a key that must be set.
-        bounds: of a number, in words.
-        defines_result: whether the key is part of the run's digest.
-        verbs: the verbs that use it.
-        accepts: the accepted values in words, if the type does not say them.
+    `default` is NO_MODEL if it must be set; `accepts` has the values in words if the type does not say them.
     """
 
     name: str
@@ -153,96 +146,12 @@ def describe_type(hint: Any) -> str:
 def choices(hint: Any) -> list[str]:
     """Return the names that a type enumerates; empty for other types."""
     if get_origin(hint) is Literal:
-        return list(get_args(hint))
+        return [str(name) for name in get_args(hint)]
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return [member.name for member in hint]
+        return [member.value for member in hint]
     if get_origin(hint) in (types.UnionType, Union):
         return [name for part in get_args(hint) for name in choices(part)]
     return []
-
-
-LOSS = "loss"
-"""As a key of a rule: `loss.kind`, or `loss.terms` if the loss is made of terms."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule between values.
-
-    Attributes:
-        keys: the keys of these values, separated by spaces; they give an error's `where` and `got`.
-        broken: whether a configuration breaks the rule.
-        why: the error in one sentence; `{model.attention}` is replaced by the value of that key.
-        remedy: the keys to set or remove, in the same notation.
-    """
-
-    keys: str
-    broken: Callable[[RunConfig], bool]
-    why: str
-    remedy: str
-
-    def error(self, config: RunConfig) -> ConfigError:
-        """Return the error of a configuration that breaks the rule."""
-        loss_key = "loss.terms" if config.loss.terms else "loss.kind"
-        return ConfigError(
-            self.why.format(**vars(config)),
-            where=", ".join(loss_key if key == LOSS else key for key in self.keys.split()),
-            got=", ".join(_value(config, key) for key in self.keys.split()),
-            remedy=self.remedy.format(**vars(config)),
-        )
-
-
-def unused(keys: str, unless: Callable[[RunConfig], bool], remedy: str) -> Rule:
-    """Return the rule that a key is at its default, unless it has an effect.
-
-    Args:
-        keys: the key, and those on which its effect depends.
-        unless: whether it has an effect.
-        remedy: what gives it one.
-    """
-    key, *others = keys.split()
-    default = _rows()[key].default
-    return Rule(
-        keys,
-        lambda config: _at(config, key, default) != default and not unless(config),
-        f"{key} has no effect with this {' and '.join(others)}",
-        f"remove {key}, or {remedy}",
-    )
-
-
-COMMAND_LINE = "command line"
-_NEXT_LINE = "\n" + " " * 12
-
-
-def raise_all(mistakes: Sequence[ConfigError]) -> None:
-    """Raise one error for all mistakes, of several with a line each; without any do nothing."""
-    if len(mistakes) == 1:
-        raise mistakes[0]
-    if mistakes:
-        lines = list(dict.fromkeys(map(_line, mistakes)))
-        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=_NEXT_LINE.join(lines))
-
-
-def _line(mistake: ConfigError) -> str:
-    where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
-    got = "" if not mistake.got or "=" in where else f" ({mistake.got})"
-    return f"{where or mistake.got}{got if where else ''}: {mistake.message}; {mistake.remedy}"
-
-
-def check(config: RunConfig, rules: Iterable[Rule]) -> None:
-    """Raise one error with every rule that a configuration breaks."""
-    raise_all([rule.error(config) for rule in rules if rule.broken(config)])
-
-
-def _at(config: RunConfig, key: str, absent: Any = None) -> Any:
-    """Return the value of a key; `absent` for one of an adapter without an adapter."""
-    if key.startswith("model.adapter.") and config.model.adapter is None:
-        return absent
-    return reduce(getattr, key.split("."), config)
-
-
-def _value(config: RunConfig, key: str) -> str:
-    return "+".join(config.loss.kinds) if key == LOSS else as_written(_at(config, key))
 
 
 def as_written(value: Any) -> str:

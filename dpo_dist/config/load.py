@@ -1,61 +1,55 @@
-"""Compose, type and check the configuration of a run: a command to one frozen `RunConfig`, to YAML and back.
+"""Compose, type and check the configuration of a run: a command to one frozen `RunConfig`, and YAML.
 
-Hydra composes defaults, presets, experiments and the command line; pydantic types the result.
+Layers, lowest first: defaults, experiments, YAML files, the command line. In each, presets come before keys.
+Hydra parses the words of a command, pydantic types the result.
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_origin
 
-import hydra
 import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import COMMAND_LINE, Rule, check, raise_all, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, read_by, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
     preset_names,
+    raise_all,
     unknown_key,
     unknown_preset,
     unreadable,
-    with_quoted_names,
+    values_of,
     wrong_values,
 )
-from dpo_dist.config.names import values_of
 from dpo_dist.config.reference import resolve_reference
-from dpo_dist.config.rules import RULES
+from dpo_dist.config.rules import RULES, Rule, check
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, read_config, written_values
-from dpo_dist.config.verbs import TRAIN, VERBS, keys_of, not_read
+from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-# ValueError: Hydra's own, for example for a group chosen by a number.
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+_COMPOSITION_ERRORS = (OmegaConfBaseException, yaml.YAMLError, ValueError)
 _EXPERIMENT = "experiment"
-_OWN_FILES = "files_of_the_command"
-_FORMER = "run_of_the_command"
 
 
 def config_dir() -> Path:
-    """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
+    """Return the folder of presets and experiments, of an installed package or a source checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
+        if (folder / _EXPERIMENT).is_dir():
             return folder
     raise ConfigError(
         "the configuration files of dpo_dist are missing",
@@ -65,7 +59,7 @@ def config_dir() -> Path:
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:
-    """Return the folders of configuration groups, in the order in which Hydra searches them."""
+    """Return the folders of presets and experiments, in the order in which they are searched."""
     return [config_dir(), *([own_folder] if own_folder is not None else [])]
 
 
@@ -81,20 +75,17 @@ def load_run_config(
 
     Args:
         words: as on the command line of a verb: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`.
-        own_folder: a folder of further configuration groups, as of `--config-dir`.
+        own_folder: further presets and experiments, as of `--config-dir`.
         verb: it reads all keys of the command, and has the keys that it needs.
         former: values of a run's config.yaml, which the command changes.
         mistakes: that were found in the command before.
-
-    Returns:
-        The configuration with every value resolved, and `reference.mode` and `run.dir` filled in.
 
     Raises:
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
     """
     find_function.cache_clear()
-    command = _Command(words, own_folder, verb, mistakes)
-    values = command.composed(former)
+    command = _Command(words, own_folder, verb, former, mistakes)
+    values = command.composed()
     config = None
     try:
         config = SCHEMA.validate_python(values)
@@ -106,15 +97,9 @@ def load_run_config(
 
 
 def checked(config: RunConfig, given: Collection[str] = (), needs: Iterable[Rule] = ()) -> RunConfig:
-    """Check the rules of a typed configuration, and fill in `reference.mode` and `run.dir`.
-
-    Args:
-        config: with values that fit the schema.
-        given: the keys on the command line.
-        needs: further rules.
-    """
+    """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     config = resolve_reference(config, given)
-    check(config, (*needs, *RULES))
+    check(config, (*needs, *RULES), given)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
@@ -128,64 +113,97 @@ def given_keys(overrides: Iterable[Override]) -> frozenset[str]:
     return frozenset(keys)
 
 
-def parse_overrides(lines: Iterable[str]) -> tuple[list[Override], list[str]]:
+def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
     """Return the overrides of a command line, and the words that are none."""
-    parser, parsed, unread = OverridesParser.create(), [], []
-    for line in lines:
-        try:
-            override = parser.parse_override(with_quoted_names(line))
-        except HydraException:
-            override = None
+    parsed, unread = [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        override = _parsed(word) or (_parsed(f"{key}={_quoted(value)}") if equals else None)
         if override is None or not override.key_or_group:
-            unread.append(line)
+            unread.append(word)
         else:
             parsed.append(override)
     return parsed, unread
 
 
+def _parsed(line: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException:
+        return None
+
+
+def _quoted(value: str) -> str:
+    """Return a text, or a flat list of texts, in quotes: Hydra's grammar has no `~/m`, `é` or `NAME=PATH`."""
+    if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
+        return "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
+    return value if set(value) & set("[]{}\"',\\") or value != value.strip() else f'"{value}"'
+
+
+@dataclass
+class _Layer:
+    """The keys of a file, and the presets that it chooses, which come below its keys."""
+
+    name: str
+    values: Mapping[str, Any]
+    presets: Mapping[str, str]
+
+
 class _Command:
-    """A command line: its overrides, the files that it names, and the mistakes in both."""
+    """A command line: its layers, its overrides, and the mistakes in both."""
 
     def __init__(
-        self, words: Sequence[str], own_folder: Path | None, verb: str, mistakes: Iterable[ConfigError]
+        self,
+        words: Sequence[str],
+        own_folder: Path | None,
+        verb: str,
+        former: Mapping[str, Any] | None,
+        mistakes: Iterable[ConfigError],
     ) -> None:
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
-        self.folders = group_folders(own_folder)
-        self.verb = verb
-        self.sources: list[tuple[str, dict[str, Any]]] = []
-        """Names and contents of experiments and of own files."""
+        self.folders, self.verb = group_folders(own_folder), verb
         trains = not given_keys(parsed).isdisjoint({"pairs.rounds", _EXPERIMENT})  # `composed` knows for sure
         self._own = keys_of(verb or TRAIN, trains=trains)
-        self.overrides = []
+        right = []
         for override in parsed:
             if (mistake := self._mistake(override)) is None:
-                self.overrides.append(override)
+                right.append(override)
             else:
                 self.mistakes.append(mistake)
-        self._file_values = self._read_files(files)
+        experiments = [name for each in right if each.key_or_group == _EXPERIMENT for name in _names(each)]
+        self.overrides = [override for override in right if override.key_or_group != _EXPERIMENT]
+        layers = [
+            self._layer(self._preset(_EXPERIMENT, name), f"experiment/{name}.yaml") for name in experiments
+        ]
+        layers += [self._layer(Path(file), file) for file in files]
+        self.layers = [layer for layer in layers if layer is not None]
+        if former is not None:
+            self.layers.append(_Layer("config.yaml", former, {}))
 
-    def composed(self, former: Mapping[str, Any] | None) -> dict[str, Any]:
+    def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
-        lines = [_line(override) for override in self.overrides if override.key_or_group != _EXPERIMENT]
+        config = OmegaConf.create(_plain(RunConfig()))
+        typed = {one.key_or_group: str(one.value()) for one in self.overrides if self._is_choice(one)}
+        layers = [*self.layers, _Layer(COMMAND_LINE, {}, typed)]
+        chosen = {group: name for layer in layers for group, name in layer.presets.items()}
         try:
-            experiments = self._experiments()
-            for name, values in ((_FORMER, former), (_OWN_FILES, self._file_values)):
-                if values:
-                    _store(name, values)
-                    experiments.append(name)
-            found = self._compose(
-                [f"+{_EXPERIMENT}=[{','.join(experiments)}]", *lines] if experiments else lines
-            )
-            if experiments:
-                self._apply_chosen_presets(found, lines)
-            whole = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(found), resolve=True))
+            for layer in [_Layer("", {}, chosen), *layers]:
+                for group, name in layer.presets.items():
+                    if name == chosen[group]:  # a preset replaces those of its group below it
+                        self._choose(config, group, name)
+                config.merge_with(layer.values)
+            for override in self.overrides:
+                if override.key_or_group not in typed:
+                    OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+            whole = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         except _COMPOSITION_ERRORS as error:
-            self.mistakes.append(composition_error(error, self.folders))
+            self.mistakes.append(composition_error(error))
             raise_all(self.mistakes)
         if self.verb:
-            self.mistakes += not_read(self.overrides, self.verb, trains=bool(whole["pairs"]["rounds"]))
+            trains = bool(OmegaConf.select(config, "pairs.rounds"))
+            self.mistakes += _not_read(self.overrides, self.verb, trains=trains)
         return whole
 
     def origin(self, key: str) -> str:
@@ -194,28 +212,41 @@ class _Command:
             given = override.key_or_group
             if is_within(key, given) or is_within(given, key):
                 return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
-        for name, values in reversed(self.sources):
-            inner: Any = values
+        for layer in reversed(self.layers):
+            inner: Any = layer.values
             for part in key.partition("[")[0].split("."):
-                inner = inner.get(part) if isinstance(inner, dict) and part in inner else _ABSENT
+                inner = inner.get(part, _ABSENT) if isinstance(inner, Mapping) else _ABSENT
             if inner is not _ABSENT:
-                return f"{key} in {name}"
+                return f"{key} in {layer.name}"
         return key
 
+    def _preset(self, group: str, name: str) -> Path:
+        files = (folder / group / f"{name}.yaml" for folder in self.folders)
+        return next(file for file in files if file.is_file())
+
+    def _choose(self, config: DictConfig, group: str, name: str) -> None:
+        """Apply a preset; a loss, and a preset without keys, on the defaults of its section."""
+        values = _read(self._preset(group, name))
+        if group == "loss" or not values:
+            config[group] = _plain(RunConfig())[group]
+        config.merge_with({group: values})
+
+    def _is_choice(self, override: Override) -> bool:
+        is_group = any((folder / override.key_or_group).is_dir() for folder in self.folders)
+        return is_group and not isinstance(override.value(), dict)
+
     def _mistake(self, override: Override) -> ConfigError | None:
-        """Return the error of an override whose key, group or form does not exist."""
+        """Return the error of an override whose key, preset or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
-        is_group = any((folder / key).is_dir() for folder in self.folders)
-        if is_group and not override.is_sweep_override() and not isinstance(override.value(), dict):
+        text, message, remedy = line.partition("=")[2], "", ""
+        is_choice = self._is_choice(override)
+        if is_choice and not override.is_sweep_override():
             return self._wrong_choice(override)
-        if not is_group and key.partition("[")[0] not in run_keys():
-            text = line.partition("=")[2]
+        if not is_choice and key.partition("[")[0] not in run_keys():
             where = f"{COMMAND_LINE}: {line}"
             return unknown_key(key, text, where=where, own=self._own, is_strict=bool(self.verb))
-        message = remedy = ""
         if isinstance(override.value(), dict) and get_origin(run_keys().get(key)) is list:
-            message = f"{key} has the wrong type"
-            remedy = f"write {assignment(key, line.partition('=')[2])}"
+            message, remedy = f"{key} has the wrong type", f"write {assignment(key, text)}"
         elif override.is_delete():
             message, remedy = f"{key} cannot be removed", f"set {key} to another value, or remove {line}"
         elif override.is_sweep_override():
@@ -226,7 +257,6 @@ class _Command:
     def _wrong_choice(self, override: Override) -> ConfigError | None:
         group, value, line = override.key_or_group, override.value(), str(override.input_line)
         known = preset_names(group, self.folders)
-        names = value if isinstance(value, list) else [value]
         if group != _EXPERIMENT and not isinstance(value, str):
             remedy = f"choose one of {', '.join(known)}, or remove {group}"
             if isinstance(value, list) and group == "loss":
@@ -235,103 +265,30 @@ class _Command:
             elif isinstance(value, list) and group == "data":
                 remedy = f"name the sources: 'data.train=[{', '.join(map(str, value))}]'"
             return ConfigError(f"{group} is chosen by name", where=COMMAND_LINE, got=line, remedy=remedy)
-        return next(
-            (
-                unknown_preset(group, str(name), self.folders, self.verb)
-                for name in names
-                if name not in known
-            ),
-            None,
-        )
+        unknown = [name for name in _names(override) if name not in known]
+        return unknown_preset(group, unknown[0], self.folders, self.verb) if unknown else None
 
-    def _experiments(self) -> list[str]:
-        """Return the chosen experiments; one without `# @package` is read as if it had that line."""
-        names: list[str] = []
-        for override in self.overrides:
-            if override.key_or_group == _EXPERIMENT:
-                value = override.value()
-                names += value if isinstance(value, list) else [str(value)]
-        for index, name in enumerate(names):
-            file = next(
-                file for folder in self.folders if (file := folder / _EXPERIMENT / f"{name}.yaml").is_file()
-            )
-            values = _read_keys(file)
-            self.sources.append((f"{_EXPERIMENT}/{name}.yaml", values))
-            if not re.search(r"^#\s*@package", file.read_text(encoding="utf-8"), re.MULTILINE):
-                names[index] = f"{name}_without_package"
-                _store(names[index], values)
-        return names
-
-    def _read_files(self, files: Iterable[str]) -> dict[str, Any]:
-        """Return the merged values of the YAML files of the command.
-
-        A section that is a text is a preset: it replaces the section of the files before, and the file's own
-        keys apply to it.
-        """
-        merged: dict[str, Any] = {}
-        chosen: dict[str, str] = {}
-        for file in files:
-            try:
-                content = _read(Path(file))
-                presets = {
-                    group: content.pop(group)
-                    for group, name in [*content.items()]
-                    if isinstance(name, str) and group != _EXPERIMENT and preset_names(group, self.folders)
-                }
-                if "defaults" in content:
-                    raise ConfigError(
-                        "a file of keys has no list of defaults",
-                        where=file,
-                        remedy="name a preset by its group, such as 'loss: ipo', and remove the list",
-                    )
-                values = _nested(content, file)
-            except _COMPOSITION_ERRORS as error:
-                self.mistakes.append(composition_error(error, self.folders))
-                continue
-            except ConfigError as error:
-                self.mistakes.append(error)
-                continue
-            self.sources.append((file, values))
-            for group, name in presets.items():
-                merged.pop(group, None)
-                if name in preset_names(group, self.folders):
-                    chosen[group] = name
-                else:
-                    self.mistakes.append(unknown_preset(group, name, self.folders, self.verb))
-            merged = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(merged, values)))
-        return merged | {"defaults": [{f"override /{group}": name} for group, name in chosen.items()]}
-
-    def _compose(self, lines: Sequence[str]) -> dict[str, Any]:
-        """Return Hydra's composition, with its interpolations."""
-        searched = []
-        if self.folders[1:]:
-            quoted = str(self.folders[1].resolve()).replace("\\", "\\\\").replace('"', '\\"')
-            searched = [f'hydra.searchpath=["file://{quoted}"]']
-        with _hydra():
-            composed = hydra.compose("config", overrides=[*searched, *lines])
-        return cast(dict[str, Any], OmegaConf.to_container(composed))
-
-    def _apply_chosen_presets(self, composed: dict[str, Any], lines: Sequence[str]) -> None:
-        """Restore in `composed` the values of presets of the command line that an experiment replaced.
-
-        Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, the options
-        that the experiment sets for its own loss would replace those of `simpo`. Values on the command line
-        still win. A preset without values restores the defaults of its section.
-        """
-        values = {override.key_or_group: override.value() for override in self.overrides}
-        values.pop(_EXPERIMENT, None)
-        chosen = {
-            group: file
-            for group, name in values.items()
-            for folder in self.folders
-            if isinstance(name, str) and (file := folder / group / f"{name}.yaml").is_file()
-        }
-        alone = self._compose(lines) if chosen else {}
-        for group, file in chosen.items():
-            keys = [key for key in _read_keys(file) if key != "defaults"]
-            # An option that an experiment sets for its own loss has no meaning for another loss.
-            for key in alone[group] if group == "loss" or not keys else keys:
-                composed[group][key] = alone[group][key]
+    def _layer(self, file: Path, name: str) -> _Layer | None:
+        """Read a YAML file of keys; texts of sections and its list of `defaults` are presets."""
+        try:
+            content = _read(file)
+            presets = _defaults(content.pop("defaults", []), name)
+            for group, value in list(content.items()):
+                if isinstance(value, str) and group != _EXPERIMENT and preset_names(group, self.folders):
+                    presets[group] = content.pop(group)
+            values = OmegaConf.create()
+            for key, value in content.items():
+                OmegaConf.update(values, key, value, force_add=True)  # `loss.beta: 0.2` too
+        except ConfigError as error:
+            self.mistakes.append(error)
+            return None
+        except _COMPOSITION_ERRORS as error:
+            self.mistakes.append(composition_error(error))
+            return None
+        for group, preset in list(presets.items()):
+            if preset not in preset_names(group, self.folders):
+                self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders, self.verb))
+        return _Layer(name, cast(dict[str, Any], OmegaConf.to_container(values)), presets)
 
 
 _ABSENT = object()
@@ -342,20 +299,9 @@ def is_within(key: str, above: str) -> bool:
     return key == above or key.startswith((f"{above}.", f"{above}["))
 
 
-def _line(override: Override) -> str:
-    """Return an override for Hydra; a key may be one that the defaults leave out, as of an adapter."""
-    line = str(override.input_line)
-    is_key = "." in override.key_or_group or isinstance(override.value(), dict)
-    return f"++{line.lstrip('+')}" if is_key else line.lstrip("+")
-
-
-def _store(name: str, values: Mapping[str, Any]) -> None:
-    """Make values an experiment for Hydra."""
-    ConfigStore.instance().store(name, dict(values), group=_EXPERIMENT, package="_global_")
-
-
-def _read_keys(file: Path) -> dict[str, Any]:
-    return _nested(_read(file), str(file))
+def _names(override: Override) -> list[str]:
+    value = override.value()
+    return [str(name) for name in value] if isinstance(value, list) else [str(value)]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -372,49 +318,56 @@ def _read(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _nested(content: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Return the keys of a file, `loss.beta: 0.2` as if it were nested."""
-    nested = OmegaConf.create()
-    for key, value in content.items():
-        section = key.partition(".")[0]
-        if section != key and isinstance(content.get(section), str):
-            fault = f"{section} is the name of a preset here, and cannot have keys beside it"
-            remedy = f"choose the preset by 'defaults: [override /{section}: {content[section]}]'"
-            raise ConfigError(fault, where=file, got=f"{section}: {content[section]}; {key}", remedy=remedy)
-        OmegaConf.update(nested, key, value, force_add=True)
-    return cast(dict[str, Any], OmegaConf.to_container(nested))
+def _defaults(entries: Any, file: str) -> dict[str, str]:
+    """Return the presets of a list of defaults as Hydra writes it: `[override /loss: ipo]`."""
+    listed = [entry for entry in entries if entry != "_self_"] if isinstance(entries, list) else [entries]
+    if not all(isinstance(entry, dict) for entry in listed):
+        raise ConfigError(
+            "the list of defaults names presets only",
+            where=file,
+            got=str(entries),
+            remedy="name a preset by its group, 'loss: ipo', and other files on the command line",
+        )
+    return {group.split()[-1].lstrip("/"): str(name) for entry in listed for group, name in entry.items()}
 
 
-@contextlib.contextmanager
-def _hydra() -> Iterator[None]:
-    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
-    callers = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = callers
+def _not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list[ConfigError]:
+    """Return an error for each override whose key a verb does not read; files may serve several verbs."""
+    own, mistakes = keys_of(verb, trains=trains), []
+    for override in overrides:
+        group, value = override.key_or_group, override.value()
+        given = [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
+        for name in given:
+            key = "reference.mode" if name == "reference" else name.partition("[")[0]
+            if key in own or key not in run_keys():
+                continue
+            same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
+            expected = " or ".join(same)
+            mistakes.append(
+                ConfigError(
+                    f"{verb} does not read {key}",
+                    where=f"{COMMAND_LINE}: {override.input_line}",
+                    expected=expected,
+                    remedy=f"{f'did you mean {expected}?' if same else 'remove it:'} {read_by(key)}",
+                )
+            )
+    return mistakes
 
 
 def to_yaml(config: RunConfig) -> str:
     """Return `config` as YAML without secrets, for `from_yaml` or as an experiment."""
-    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(without_secrets(_plain(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(_plain(config))))
 
 
 def from_yaml(text: str) -> RunConfig:
-    """Return the configuration that `to_yaml` wrote.
-
-    Raises:
-        ConfigError: as `load_run_config`.
-    """
+    """Return the configuration that `to_yaml` wrote."""
     try:
         return checked(SCHEMA.validate_python(written_values(text)))
     except ValidationError as error:
         raise_all(wrong_values(error, lambda key: key))
         raise
     except (yaml.YAMLError, ValueError) as error:
-        raise composition_error(error, group_folders()) from error
+        raise composition_error(error) from error
 
 
 def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -433,6 +386,3 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     """Return the values of a configuration without enums."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return values
-
-
-ConfigStore.instance().store("schema", _plain(RunConfig()))

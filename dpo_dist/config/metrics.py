@@ -14,11 +14,7 @@ PREFIX = "eval_"
 class Metric:
     """A row of the table.
 
-    Attributes:
-        title: for people.
-        form: writes a value.
-        unit: behind the title of a chart.
-        best: which values are the best; None: neither end is.
+    `form` writes a value; `best` says which values are the best; None: neither end is.
     """
 
     title: str

@@ -1,17 +1,21 @@
-"""Mistakes in a command or a file of keys, each with its answer; all of one command are one error."""
+"""Mistakes in a command or a file of keys, each with its answer; all of one command are one error.
 
-import re
+Names that users meant are those of other trainers (names.yaml), and names that are nearly right.
+"""
+
+import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
-from yaml import MarkedYAMLError
 
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import (
@@ -25,7 +29,6 @@ from dpo_dist.config.keys import (
     read_by,
     run_keys,
 )
-from dpo_dist.config.names import answer_to, key_of, likely, nearest, source_key_of, values_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
@@ -38,20 +41,87 @@ _PRESET_PATHS = {
 """The keys by which verbs take the path of what a group of presets names."""
 
 
+@cache
+def _table(section: str) -> dict[str, tuple[str, ...]]:
+    """Return, for each name of a section of names.yaml, what it stands for."""
+    content = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+    found: dict[str, tuple[str, ...]] = {}
+    for meant, names in content[section].items():
+        for name in names.split():
+            found[name] = (*found.get(name, ()), meant)
+    return found
+
+
+def meant(name: str, table: str) -> tuple[str, ...]:
+    """Return what a name of another trainer, or its last part, stands for in a table of names.yaml.
+
+    `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value;
+    `sources`: keys of an entry of `data.train`; `values`: words for values.
+    """
+    plain = name.lower().replace("-", "_")
+    return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
+
+
+def values_of(word: str) -> tuple[str, ...]:
+    """Return the values for which a word of other trainers stands."""
+    return _table("values").get(word.lower(), ())
+
+
+# A guess of lower similarity misleads more people than it helps.
+_SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
+# A wrong guess at one of these would end the run early, or late, without a message.
+_NOT_GUESSED = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known`, the most similar to `word` first; for dotted keys the last part counts again."""
+    return sorted(known, key=lambda candidate: sum(_similarities(word, candidate)), reverse=True)
+
+
+def likely(word: str, known: Iterable[str]) -> list[str]:
+    """Return those of `known` that the user probably meant by `word`, the most similar first."""
+    candidates = list(known)
+    if same := [name for name in (word.lower(), *values_of(word)) if name in candidates]:
+        return same[:1]
+    section, _, last_part = word.rpartition(".")
+    # Keys of the same section with the word as a part of their name: loss.alpha, loss.ld_alpha.
+    with_part = [
+        candidate
+        for candidate in candidates
+        if candidate.rpartition(".")[0] == section
+        and last_part in candidate.rpartition(".")[2].split("_")
+        and candidate not in _NOT_GUESSED
+    ]
+    if with_part:
+        return with_part
+    for candidate in nearest(word, candidates)[:3]:
+        whole, last = _similarities(word, candidate)
+        similarity = last if "." in word or "." not in candidate else max(whole, last)
+        elsewhere = section in candidates and candidate.rpartition(".")[0] != section
+        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _NOT_GUESSED else _SIMILAR):
+            return [candidate]
+    return []
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return a question after the likely names of `known`, with a space after it; empty if there are none."""
+    found = likely(word, known)
+    return f"did you mean {' or '.join(found)}? " if found else ""
+
+
+def _similarities(word: str, candidate: str) -> tuple[float, float]:
+    """Return the similarity of the whole keys and that of their last parts, each from 0 to 1."""
+    whole = difflib.SequenceMatcher(None, word, candidate).ratio()
+    last = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return whole, last
+
+
 def unreadable(words: Sequence[str]) -> ConfigError:
     """Return the error for the words of a command line that are no overrides."""
     whole = " ".join(words)
-    key, equals, value = whole.partition("=")
-    quoted = _quoted(value.strip())
-    is_text = quoted[0] == value[:1] or value[:1] not in ("[", "{", "(")
-    readable = (f"{key.strip()}={text}" for text in (value.strip(), *([quoted] if is_text else [])))
-    remedy = (
-        "no space is around =, and a value with spaces, commas, brackets or = needs quotes: 'KEY=\"a, b\"'"
-    )
-    if not equals and Path(whole).expanduser().exists():
+    remedy = "no space is around =, and a value with spaces, commas or brackets needs quotes: 'KEY=\"a, b\"'"
+    if "=" not in whole and Path(whole).expanduser().exists():
         remedy = f"write its key: run.dir={whole}, model.path={whole} or 'data.train=[{whole}]'"
-    elif key and value and (corrected := next(filter(is_readable, readable), "")):
-        remedy = f"write {shlex.quote(corrected)}; {remedy}"
     return ConfigError(
         "the command has words that are not KEY=VALUE",
         where=COMMAND_LINE,
@@ -61,30 +131,21 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     )
 
 
-def is_readable(line: str) -> bool:
-    """Return whether Hydra can parse an override."""
-    try:
-        OverridesParser.create().parse_override(line)
-    except HydraException:
-        return False
-    return True
+def raise_all(mistakes: Sequence[ConfigError]) -> None:
+    """Raise one error for all mistakes, of several with a line each; without any do nothing."""
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        lines = list(dict.fromkeys(map(_line, mistakes)))
+        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
 
 
-def _quoted(value: str) -> str:
-    """Return `value` in quotes; for a flat list, with quotes around the entries that need them."""
-    if value.startswith("[") and value.endswith("]") and not set(value[1:-1]) & set("[]{}\"'"):
-        entries = [entry.strip() for entry in value[1:-1].split(",")]
-        return f"[{','.join(entry if is_readable(f'key={entry}') else _quoted(entry) for entry in entries)}]"
-    escaped = value.replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def with_quoted_names(line: str) -> str:
-    """Return an override with quotes around entries NAME=VALUE of a list, as Hydra needs them."""
-    key, _, value = line.partition("=")
-    quoted = f"{key}={_quoted(value)}"
-    is_list = re.fullmatch(r"\[[^\[\]{}\"']*=[^\[\]{}\"']*\]", value)
-    return quoted if is_list and not is_readable(line) and is_readable(quoted) else line
+def _line(mistake: ConfigError) -> str:
+    where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
+    got = "" if not mistake.got or "=" in where else f" ({mistake.got})"
+    is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
+    expected = "" if is_said else f", expected {mistake.expected}"
+    return f"{where or mistake.got}{got if where else ''}: {mistake.message}{expected}; {mistake.remedy}"
 
 
 def assignment(key: str, value: str) -> str:
@@ -96,8 +157,6 @@ def assignment(key: str, value: str) -> str:
 
 
 def _is_accepted(key: str, text: str) -> bool:
-    if key == "model.adapter.target_modules" and text == "all":  # the name of no layer
-        return False
     if key == "loss":
         return text in [*choices(run_keys()["loss.kind"]), "sigmoid_sft"]
     try:
@@ -130,22 +189,23 @@ def unknown_key(
     above = all_keys().get(entry_of(mapping).removesuffix("[]"))
     kind = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in fields_of(kind)] if kind else list(run_keys())
-    is_source = kind is not None and mapping != "model.adapter" and "terms" not in mapping
-    source_key = source_key_of(name) if is_source else None
-    same = f"{mapping}.{source_key}" if source_key else None if is_source else key_of(key)
-    answer, expected = None if is_source else answer_to(key), ""
-    if key.startswith("hydra."):
-        answer = "remove it: run.dir sets the run directory, and a sweep is one job for each value"
-    of_verb = [option for option in own if option.partition(".")[2] == key]
-    if same and len(of_verb) == 1:
-        same = of_verb[0]  # `output` of export is no other name of run.dir
-    found = [same] if same else [] if answer else likely(key, own) or likely(key, known)
+    expected = ""
+    if mapping.endswith("]") and "path" in (fields_of(kind) if kind else ()):  # an entry of a list of sources
+        same = [f"{mapping}.{found}" for found in meant(name, "sources")[:1]]
+        answer = None
+    else:
+        same, answer = _same_keys(key, own), next(iter(meant(key, "answers")), None)
+        if key.startswith("hydra."):
+            answer = "remove it: run.dir sets the run directory, and a sweep is one job for each value"
+    found = same or ([] if answer else likely(key, own) or likely(key, known))
     if is_strict and found and set(own).isdisjoint(found) and found[0] != "loss":
         remedy = f"remove it: {read_by(found[0])}"
+    elif same and "[" in same[0]:
+        remedy = f"did you mean {same[0].rpartition('.')[2]}?"
     elif same:
-        row = all_keys().get(entry_of(same))
-        expected = f"{same}, {row.type_words}" if row else same
-        remedy = f"did you mean {source_key}?" if source_key else f"write {assignment(same, value)}"
+        written = [assignment(one, value) for one in same]
+        remedy = f"write {next((line for line in written if not line.endswith('=...')), written[0])}"
+        expected = f"{same[0]}, {all_keys()[same[0]].type_words}" if same[0] in all_keys() else same[0]
     elif answer:
         remedy = answer.replace("{value}", value or "...")
     elif found:
@@ -154,6 +214,17 @@ def unknown_key(
     else:
         remedy = _keys_beside(key, known if kind else own if is_strict else known)
     return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
+
+
+def _same_keys(key: str, own: Collection[str]) -> list[str]:
+    """Return the keys that are meant: those of another trainer, or the only one of this name in a section."""
+    if key.startswith("hydra."):
+        return []
+    foreign = meant(key, "keys")
+    named = [option for option in own or run_keys() if option.rpartition(".")[2] == key]
+    if foreign:  # `output` of export is no other name of run.dir
+        named = [option for option in named if option.partition(".")[2] == key]
+    return list(dict.fromkeys([*(named if len(named) == 1 else []), *foreign]))
 
 
 def _key_of_an_entry(mapping: str, name: str, value: str, where: str) -> ConfigError:
@@ -200,12 +271,9 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str =
     )
 
 
-def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
-    """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return unknown_preset(group, choice, folders)
-    if isinstance(error, MarkedYAMLError):
+def composition_error(error: Exception) -> ConfigError:
+    """Return the `ConfigError` for an exception of OmegaConf or the YAML parser."""
+    if isinstance(error, yaml.MarkedYAMLError):
         message = f"a configuration file is not valid YAML: {error.problem}"
         return ConfigError(message, where=str(error.problem_mark).strip(), remedy="correct the file")
     if isinstance(error, InterpolationResolutionError):
@@ -216,12 +284,11 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
             expected="${SECTION.KEY} of a key with a value, such as ${run.root}",
             remedy="correct the name, or write the value itself",
         )
-    cause = error.msg if isinstance(error, OmegaConfBaseException) else None
     return ConfigError(
         "the configuration cannot be composed",
         where="command line, or a file that it names",
-        got=" ".join(str(cause or error).split()),
-        remedy="correct the key or the file; without a file of your own, --cfg job prints the composition",
+        got=" ".join(str(error.msg if isinstance(error, OmegaConfBaseException) else error).split()),
+        remedy="correct the key or the file",
     )
 
 
@@ -241,28 +308,27 @@ def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
 def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
     """Return an error for each key whose value does not fit the schema.
 
-    Args:
-        error: of pydantic.
-        origin: the override or file that gives a key.
+    `origin` returns the override or file that gives a key.
     """
     found: dict[str, ConfigError] = {}
     missing: dict[str, ConfigError] = {}
     for one in error.errors():
         is_unknown = one["type"] == "unexpected_keyword_argument"
         key = _key_at(one["loc"], is_unknown=is_unknown)
-        where = origin(key)
+        where, value = origin(key), one["input"]
         if is_unknown:
-            value = as_written(one["input"])
-            found[key] = unknown_key(key, "" if isinstance(one["input"], dict) else value, where=where)
+            text = "" if isinstance(value, dict) else as_written(value)
+            found[key] = unknown_key(key, text, where=where)
         elif one["type"] == "missing":
-            missing[key] = ConfigError(
-                f"{key} is not set", where=key, remedy=f"write {key.rpartition('.')[2]}: ..."
-            )
+            remedy = f"write {key.rpartition('.')[2]}: ..."
+            missing[key] = ConfigError(f"{key} is not set", where=key, remedy=remedy)
         else:
             found.setdefault(key, _wrong_value(key, one, where))
     unknown = {key.rpartition(".")[0] for key in found}  # the missing key may be there under another name
-    missing = {key: error for key, error in missing.items() if key.rpartition(".")[0] not in unknown}
-    return list((found | missing).values())
+    return [
+        *found.values(),
+        *(error for key, error in missing.items() if key.rpartition(".")[0] not in unknown),
+    ]
 
 
 _BOUNDS = {
@@ -272,8 +338,6 @@ _BOUNDS = {
     "less_than_equal": "<= {le:g}",
     "finite_number": "a finite number",
 }
-
-
 _TEXTS = {"empty": "write a value, or remove the key", "home": "write the whole path"}
 
 
@@ -283,24 +347,19 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     if row and key.endswith("]"):
         hint = nested(hint) or get_args(hint)[0]
     null = " or null" if type(None) in get_args(hint) else ""
-    got, expected, names = (
-        as_written(value),
-        (row.accepts if row else "") or describe_type(hint),
-        choices(hint),
-    )
+    got, names = as_written(value), choices(hint)
+    expected = (row.accepts if row else "") or describe_type(hint)
     if kind in _BOUNDS:
         expected = ((row.bounds if row else "") or _BOUNDS[kind].format(**error.get("ctx", {}))) + null
         message, remedy = "is out of range", f"choose {key} in that range" + (null and ", or null")
     elif kind in _TEXTS:
         message, expected, remedy = error["msg"], "", _TEXTS[kind]
     elif names or kind == "string_pattern_mismatch":
-        words = [] if names or "[" in key else re.findall(r"[\w-]+", expected)
-        known = names or [word for word in words if _is_accepted(key, word)]
-        found = likely(got, known) or [name for name in [Path(got).name] if words and _is_accepted(key, name)]
         message, remedy = "has no such value", f"set {key} to one of these, or remove it"
+        last = Path(got).name  # `export.checkpoint=out/checkpoints/step-000100`
         if isinstance(value, bool) and " in " in where:
             remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-        elif found:
+        elif found := likely(got, names) or ([last] if last != got and _is_accepted(key, last) else []):
             remedy = f"did you mean {key}={found[0]}?"
         if len(names) > 2:
             expected = "one of " + ", ".join(nearest(got, names)) + null
@@ -312,15 +371,20 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
 def _typed(key: str, hint: Any, value: Any, expected: str) -> str:
     """Return how to write a value of the right type."""
     got, inner = as_written(value), nested(hint)
+    first = next(iter(fields_of(inner))) if inner is not None else ""
     if get_origin(hint) is list:
         return f"write {assignment(key, got)}"
     if key == "model.adapter":
-        path = "/" in got
-        return f"write model.adapter.path={got}" if path else "write 'model.adapter={r: 64, alpha: 128}'"
-    if inner is not None and key.endswith("]"):
-        return f"write a {next(iter(fields_of(inner)))}, or a mapping with it"
-    if inner is not None:
-        return f"write {key}.{next(iter(fields_of(inner)))}=...; or another of its keys"
+        return (
+            f"write model.adapter.path={got}" if "/" in got else "write 'model.adapter={r: 64, alpha: 128}'"
+        )
+    if first:
+        is_entry = key.endswith("]")
+        return (
+            f"write a {first}, or a mapping with it"
+            if is_entry
+            else f"write {key}.{first}=...; or another of its keys"
+        )
     if isinstance(value, float) and value.is_integer():
         return f"write {key}={int(value)}"
     return f"set {key} to {expected}"

@@ -33,7 +33,12 @@ class FolderConfig:
     """The run directory, and whether to resume the run in it."""
 
     dir: Filled | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.")
-    name: str = key("run", "Name of the run, for its directory and for reports.")
+    name: str = key(
+        "run",
+        "Name of the run, for its directory and for reports.",
+        accepts="the name of one folder; run.root is the folder above it",
+        pattern=r"^[^/]*[^/.][^/]*$",
+    )
     root: Filled = key("output", "Folder of run directories, encoded data and the reference store.")
     resume: Resume = key(
         Resume.auto,
@@ -93,7 +98,7 @@ class SamplesConfig:
 class EvaluationConfig:
     """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
 
-    model: str | list[str] | None = key(
+    model: Filled | Annotated[list[Filled], Field(min_length=1)] | None = key(
         None,
         "Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this "
         "configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`.",
@@ -179,7 +184,7 @@ class AdapterConfig:
         gt=0,
     )
     dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
-    target_modules: str | list[str] | None = key(
+    target_modules: Literal["all-linear"] | Annotated[list[Filled], Field(min_length=1)] | None = key(
         None,
         f"`all-linear` (all but the output layer), or a list of names; null: `all-linear`{_OR_OWN}",
         accepts="all-linear, a list in brackets: [q_proj,v_proj], or null",
@@ -196,7 +201,7 @@ class AdapterConfig:
         "policy starts as the two, which are the reference too, and continues to train it.",
     )
     on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.")
-    modules_to_save: list[str] | None = key(
+    modules_to_save: list[Filled] | None = key(
         None,
         "Modules trained in full beside the matrices, by the last parts of their names: "
         "`[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: "
@@ -223,6 +228,7 @@ Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
 Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
+PolicyOffload = Literal[Offload.none, Offload.cpu]
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
@@ -328,10 +334,8 @@ class ParallelismConfig:
         "ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1.",
         verbs="train precompute evaluate compare pairs",
     )
-    offload_parameters: Offload = key(Offload.none, "Memory of the policy's weights: `none` or `cpu`.")
-    offload_optimizer: Offload = key(
-        Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
-    )
+    offload_parameters: PolicyOffload = key(Offload.none, "Memory of the policy's weights.")
+    offload_optimizer: PolicyOffload = key(Offload.none, "Memory of optimizer states.", verbs="train")
     sequence_parallel: int = key(
         1,
         "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",

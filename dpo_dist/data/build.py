@@ -1,27 +1,24 @@
 """Encode sources to disk, or find them there by content; for one process of a run."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
 from dpo_dist.data.read import Meter, file_kind
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity, source_labels
-from dpo_dist.data.store import (
-    MEMO_FOLDER,
-    EncodedChunk,
-    EncodedSource,
-    find_encoded,
-    writing,
-)
+from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
@@ -62,18 +59,9 @@ def prepare_dataset(
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
     A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
-    another weight or a lower limit. Damaged folders are encoded again.
-
-    Args:
-        sources, config, tokenizer, part: what to encode, for which policy.
-        digest: the `tokenizer_digest`.
-        progress: called for each source that is not encoded yet.
-        needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
-
-    Raises:
-        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
-            `data.on_bad_record` is `error`.
-        PeerLostError: a process that encodes has died.
+    another weight or a lower limit. Damaged folders are encoded again. `digest` is the `tokenizer_digest`;
+    with `needs_pairs` a Hub dataset of unpaired responses is an error before any source is encoded.
+    Raises DataError; PeerLostError if a process that encodes has died.
     """
     check_template_keys(config, tokenizer)
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
@@ -99,21 +87,26 @@ def _write(
     source: SourceConfig,
     cache: Path,
     fingerprint: str,
-    encode: Callable[[Records], EncodedChunk],
+    encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
     count: Callable[[int, float | None], None],
 ) -> Path:
     """Encode a source and return its folder."""
     meter, state = Meter(), source_state(source)
-    with writing(cache, fingerprint, source.path, source.limit) as writer:
+
+    def encoded() -> Generator[pa.RecordBatch, None, None]:
+        records = 0
         with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
             for chunk in chunks:
-                writer.add(chunk)
-                count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
+                yield chunk
+                records += len(chunk)
+                count(len(chunk), share_read(meter, source.limit, records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if source_state(source) != state:
             raise changed_data(source)
-    return writer.final
+
+    with closing(encoded()) as batches:
+        return write_source(cache, fingerprint, source.path, source.limit, batches)
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -198,7 +191,7 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "format": source.format,
         "split": source.split,
         "columns": source.columns,
-        "tags": source.tags,
+        "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

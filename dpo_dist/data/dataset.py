@@ -1,6 +1,6 @@
 """Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
-Token ids and masks are never loaded. With several sources the other columns are, about 140 bytes a pair.
+Token ids and masks are never loaded. The other columns are, about 140 bytes a pair.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dpo_dist.batching.pack import Mask, Sequences, packed_tokens
 from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
@@ -20,14 +21,13 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
-    COLUMNS,
     MEMO_FOLDER,
     Array,
     EncodedSource,
-    Parts,
+    columns_of,
+    counts_of,
     data_fingerprint,
-    joined,
-    view,
+    read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import recall, remember
@@ -75,13 +75,13 @@ class PreferenceDataset:
     source_pairs: tuple[int, ...]
     source_labels: tuple[str, ...]
     largest_id: int
-    ids: Array | Parts
+    ids: Array | pa.ChunkedArray
     piece_starts: Array
     piece_tokens: Array
     pair_pieces: Array
     keys: Array
     scores: Array
-    trained: Array | Parts
+    trained: Array | pa.ChunkedArray
     mask_starts: Array
     trained_tokens: Array
     truncated: Array
@@ -119,7 +119,7 @@ class PreferenceDataset:
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
-        prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
+        prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
         if which is None:
             return Sequences(prompt, tuple(responses), masks)
@@ -136,7 +136,9 @@ class PreferenceDataset:
             return ()
         starts = map(int, self.mask_starts[within.start : within.stop])
         return tuple(
-            np.ones(tokens, dtype=np.bool_) if trained == tokens else self.trained[start : start + tokens]
+            np.ones(tokens, dtype=np.bool_)
+            if trained == tokens
+            else np.asarray(self.trained[start : start + tokens])
             for start, tokens, trained in zip(starts, lengths, counts, strict=True)
         )
 
@@ -227,26 +229,21 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         DataError: a file is damaged, more records were dropped than `data.max_bad_share` allows, or none is
             left.
     """
-    views = list(map(view, sources))
-    counts = DataCounts()
-    by_source = []
-    for source, mapped in zip(sources, views, strict=True):
-        check_counts(mapped.counts, source.path, config)
-        by_source.append({"label": source.label, "path": source.path, **mapped.counts.numbers()})
-        counts.add(mapped.counts)
+    tables = list(map(read_source, sources))
+    counts, by_source = DataCounts(), []
+    for source, rows in zip(sources, tables, strict=True):
+        of_source = counts_of(rows)
+        check_counts(of_source, source.path, config)
+        by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
+        counts.add(of_source)
     check_split(counts)
-    columns: dict[str, Any] = {name: joined(views, name) for name in COLUMNS if name != "outcomes"}
     return PreferenceDataset(
-        fingerprint=data_fingerprint(
-            (mapped.manifest.fingerprint, source.limit) for mapped, source in zip(views, sources, strict=True)
-        ),
+        fingerprint=data_fingerprint(sources),
         counts=counts.as_dict() | {"sources": by_source},
-        source_paths=tuple(file for mapped in views for file in mapped.files),
-        source_pairs=tuple(mapped.counts.pairs for mapped in views),
+        source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
-        largest_id=max(mapped.manifest.largest_id for mapped in views),
         encoded=tuple(sources),
-        **columns,
+        **columns_of(pa.concat_tables(tables)),
     )
 
 

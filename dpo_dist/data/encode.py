@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -10,26 +11,26 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
-from dpo_dist.data.counts import SHOWN_EXAMPLES, Outcome
+from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import RESERVED, RESERVED_CHARACTER, SpecialTokenInTextError, any_text
 from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
     BadRecord,
-    Origin,
     PreferenceRecord,
     UnusableRecordError,
     bad_record_error,
     training_examples,
 )
 from dpo_dist.data.render import Rendered, render_record
-from dpo_dist.data.store import COLUMNS, EncodedChunk
+from dpo_dist.data.store import SCHEMA
 from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
@@ -48,7 +49,7 @@ class EncodedExample:
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        changes: names of `counts.CHANGES`: what was changed or is particular.
+        changes: names in counts.yaml: what was changed or is particular.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
         read_as: `Rendered.read_as`.
@@ -60,6 +61,11 @@ class EncodedExample:
     trained: tuple[Mask, ...] = ()
     truncated: tuple[bool, ...] = ()
     read_as: str = ""
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """`trained`, also if all tokens count."""
+        return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
 
 
 def encode_pair(
@@ -225,6 +231,16 @@ class EncodedRecord:
             for ranks in self.ranks
         ]
 
+    @property
+    def outcome(self) -> Outcome:
+        """What is counted of the record."""
+        changed = dict.fromkeys(self.encoded.changes, 1) | {"ties_left_out": self.ties}
+        best, *others = self.encoded.truncated
+        if others:
+            changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
+        counted = tuple(sorted((name, times) for name, times in changed.items() if times))
+        return Outcome(None, len(self.ranks), counted, self.encoded.read_as)
+
 
 def encode_record(
     record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
@@ -241,101 +257,76 @@ def encode_record(
     return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties)
 
 
-class _Examples:
-    """Collects the examples of a chunk: lists of values, or of arrays, by the names of `COLUMNS`."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        self.tokens = self.pieces = self.masked_tokens = 0
-
-    def add(self, record: EncodedRecord, prompt: int, origin: Origin) -> None:
-        encoded, values = record.encoded, self.values
-        pieces = (encoded.prompt_ids, *encoded.responses)
-        *starts, self.tokens = itertools.accumulate(map(len, pieces), initial=self.tokens)
-        values["ids"] += pieces
-        keys, mask_starts, trained_tokens = [], [], []
-        for number, response in enumerate(encoded.responses):
-            keys.append(np.frombuffer(response_key(encoded.prompt_ids, response), dtype=np.uint64))
-            mask_starts.append(self.masked_tokens)
-            trained_tokens.append(len(response))
-            if encoded.trained and not encoded.trained[number].all():
-                trained_tokens[-1] = int(encoded.trained[number].sum())
-                values["trained"].append(encoded.trained[number])
-                self.masked_tokens += len(response)
-        of_responses: dict[str, Sequence[Any]] = {
-            "keys": keys,
-            "scores": record.scores,
-            "mask_starts": mask_starts,
-            "trained_tokens": trained_tokens,
-            "truncated": encoded.truncated,
-        }
-        for ranks in record.ranks:
-            used = [0, *(1 + index for index in ranks)]
-            self.pieces += len(used)
-            values["piece_starts"] += [starts[piece] for piece in used]
-            values["piece_tokens"] += [len(pieces[piece]) for piece in used]
-            values["pair_pieces"].append(self.pieces)
-            for name, column in of_responses.items():
-                values[name] += [column[index] for index in ranks]
-            values["prompts"].append(prompt)
-            values["origins"].append(origin)
-
-
 def encode_chunk(
     records: Sequence[PreferenceRecord | BadRecord],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     part: Part = ALL_RECORDS,
-) -> EncodedChunk:
-    """Encode the `records` of `part`; one that cannot be used is dropped and its reason recorded.
+) -> pa.RecordBatch:
+    """Encode the `records` of `part` as rows of `store.SCHEMA`; an unusable one is dropped with its reason.
 
     Raises:
         DataError: a record cannot be used and `data.on_bad_record` is `error`.
     """
-    examples = _Examples()
-    outcomes: list[Outcome] = []
-    bad: list[tuple[int, BadRecord]] = []
-    for index, record in enumerate(records):
-        outcome = _outcome(record, config, tokenizer, part, examples)
-        if isinstance(outcome, BadRecord):
-            if config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(outcome)
-            if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
-                bad.append((index, outcome))
-            unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
-            outcome = Outcome(dropped=outcome.reason, changed=unread)
-        outcomes.append(outcome)
-    values = examples.values
-    files = list(dict.fromkeys(origin.source for origin in values["origins"]))
-    values["origins"] = [(files.index(origin.source), origin.line) for origin in values["origins"]]
-    arrays = {name: column.array(values[name]) for name, column in COLUMNS.items()}
-    return EncodedChunk(arrays, files, outcomes, bad)
+    return pa.RecordBatch.from_pylist(
+        [_row(record, config, tokenizer, part) for record in records], schema=SCHEMA
+    )
 
 
-def _outcome(
+_NOTHING = {
+    "detail": "",
+    "prompt": 0,
+    "largest_id": -1,
+    **{field.name: () for field in SCHEMA if pa.types.is_list(field.type)},
+}
+
+
+def _row(
     record: PreferenceRecord | BadRecord,
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     part: Part,
-    examples: _Examples,
-) -> Outcome | BadRecord:
-    """Add the examples of a record, if it belongs to `part`."""
-    elsewhere = Outcome(changed=((part.others, 1),))
+) -> dict[str, Any]:
+    found: EncodedRecord | BadRecord | None = None  # of another part
+    prompt = 0
     if isinstance(record, BadRecord):
-        return record if part.has_bad_records else elsewhere
-    prompt = prompt_hash(record.prompt)
-    if not part.has(prompt):
-        return elsewhere
-    found = encode_record(record, config, tokenizer)
+        found = record if part.has_bad_records else None
+    elif part.has(prompt := prompt_hash(record.prompt)):
+        found = encode_record(record, config, tokenizer)
+    values: dict[str, Any] = {}
     if isinstance(found, BadRecord):
-        return found
-    examples.add(found, prompt, record.origin)
-    changed = dict.fromkeys(found.encoded.changes, 1) | {"ties_left_out": found.ties}
-    best, *others = found.encoded.truncated
-    if others:
-        changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
-    counted = tuple(sorted((name, times) for name, times in changed.items() if times))
-    return Outcome(None, len(found.ranks), counted, found.encoded.read_as)
+        if config.on_bad_record is OnBadRecord.error:
+            raise bad_record_error(found)
+        outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
+        values = {"detail": found.detail}
+    elif found is None:
+        outcome = Outcome(changed=((part.others, 1),))
+    else:
+        outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
+    origin = {"file": record.origin.source, "line": record.origin.line}
+    return {**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values}
+
+
+def _columns(record: EncodedRecord) -> dict[str, Any]:
+    """Return the columns of a kept record."""
+    encoded = record.encoded
+    pieces = (encoded.prompt_ids, *encoded.responses)
+    ids = np.concatenate(pieces)
+    keys = b"".join(response_key(encoded.prompt_ids, response) for response in encoded.responses)
+    return {
+        "largest_id": ids.max(),
+        "ids": ids,
+        "piece_tokens": list(map(len, pieces)),
+        "keys": np.frombuffer(keys, dtype=np.uint64),
+        "scores": record.scores,
+        "truncated": encoded.truncated,
+        "trained_tokens": [int(mask.sum()) for mask in encoded.masks],
+        "trained": np.concatenate([*(mask for mask in encoded.masks if not mask.all()), _NO_MASK]),
+        "examples": record.ranks,
+    }
+
+
+_NO_MASK: Mask = np.empty(0, dtype=np.bool_)
 
 
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]

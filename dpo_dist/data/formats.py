@@ -1,26 +1,23 @@
 """Formats of input records: one table, and how a record is read by its row.
 
-To add a format: add its name to `DataFormat`, a function that returns a record's `Content` to `responses`,
-and a row to `FORMATS`. `messages` reads the text, messages and HH dialogues in these fields, `context` the
+To add a format: add its name to `DataFormat`, a function that returns a record's `Content` to
+`responses`, and a row to `FORMATS`. `messages` reads the texts and messages in these fields, `context` the
 fields beside them.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.context import CONVERSATIONS, QUESTIONS, check_content, has_prompt, with_context
 from dpo_dist.data.counts import DataCounts, Outcome, check_counts
-from dpo_dist.data.folders import check_cached_offline
 from dpo_dist.data.messages import (
     Reader,
     from_json,
     read_hh,
-    read_implicit,
     read_messages,
     read_text,
     reader_of,
@@ -42,40 +39,31 @@ from dpo_dist.data.responses import (
     SIDE_NAMES,
     UNPAIRED,
     Content,
-    as_pair,
     completion,
     has_completion,
-    has_only_sides,
     has_pair,
     has_ranking,
     is_labelled,
+    is_response,
     pair,
     ranking,
 )
-from dpo_dist.data.sources import local_files, raw_records
+from dpo_dist.data.sources import check_cached_offline, local_files, raw_records
 
 _CHECKED_RECORDS = 64
 _MANY_RECORDS = 16_384
 # Reasons that the other records of a source share, if the first ones have them.
-_SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field"})
+_SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field", "reader_failed"})
+_MAX_SHOWN_KEYS = 12
 
 
 def read_records(
     source: SourceConfig | str, meter: Meter | None = None
 ) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source in its order, in bounded memory: pairs, rankings or completions.
+    """Read the records of a source (a string: its path) in its order, in bounded memory.
 
-    Args:
-        source: a string is its path: a file, a pattern of files, a folder, or a dataset on the Hub.
-        meter: gets the share of the source that has been read.
-
-    Returns:
-        One item per record. Its origin is the file (for a Hub dataset its name), and its line in .jsonl and
-        .csv or its number elsewhere.
-
-    Raises:
-        DataError: the source does not exist or cannot be read; raised by this call if it is known then.
-        ConfigError: `split` or another key has no effect on such a source.
+    One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
+    ConfigError are raised by this call if they are known then.
     """
     source = resolved(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
@@ -87,8 +75,7 @@ def read_records(
 def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     """Check that one of the first records has a known format; for a Hub dataset, that offline it is cached.
 
-    Raises:
-        DataError: none of them can be used, or one cannot and `data.on_bad_record` is `error`.
+    With `data.on_bad_record=error` all of the first ones must be usable. Raises DataError.
     """
     source = resolved(source)
     if local_files(source) is None:
@@ -111,19 +98,18 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     if bad and (is_whole or _SHARED_REASONS.issuperset(reasons)):
         counts = DataCounts.of(
             {Outcome(dropped=reason): number for reason, number in reasons.items()},
-            [f"{one.origin} {one.reason}" for one in bad],
-            {one.reason: one.detail for one in reversed(bad) if one.detail},
+            bad,
         )
         check_counts(counts, source.path, config, of_first=not is_whole)
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return the preference in a record of format `name`; `auto`: of the only format that matches.
+    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
 
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
     try:
-        return _parse(record, name, origin)
+        return _parse(_with_values(record, name), name, origin)
     except UnusableRecordError as fault:
         return fault.at(origin)
     except RecursionError:
@@ -131,12 +117,16 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
-    record = _with_values(as_pair(record), name)
-    row = _detected(record) if name is DataFormat.auto else FORMATS[name]
+    if name is DataFormat.auto:
+        row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
+        if row is None:
+            raise _unknown_format(record)
+    else:
+        row = FORMATS[name]
     content = row.content(record)
+    if name is DataFormat.auto:
+        _check_no_other(record, content)
     read = row.read or reader_of(content.prompt, content.responses)
-    if read is None and has_only_sides(record):
-        read = read_implicit
     if read is None:
         raise (
             UnusableRecordError("empty_prompt")
@@ -144,8 +134,7 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
             else _unknown_format(record)
         )
     prompt, responses = read(content.prompt, content.responses)
-    is_plain = row.read in (read_text, read_implicit)
-    prompt, tools, arguments = with_context(prompt, record, content.responses, plain=is_plain)
+    prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=row.read is read_text)
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
     check_content(result)
     return result
@@ -166,17 +155,19 @@ class Format:
     matches: Callable[[Fields], bool] | None = None
 
 
-def _detected(record: Fields) -> Format:
-    """Return the only format that matches a record. Raises UnusableRecordError: none, or several."""
-    found = {name: row for name, row in FORMATS.items() if row.matches is not None and row.matches(record)}
-    if len(found) > 1:
-        names = ["pair" if name is DataFormat.auto else name for name in found]
+def _check_no_other(record: Fields, content: Content) -> None:
+    """Check that a record has no other responses than those read; copies of them are none."""
+    used = {content.field} if content.field else set(content.responses)
+    values = [record.get(name) for name in used]
+    others = [
+        name
+        for name in (*SIDE_NAMES, "completion", *LISTS, *CONVERSATIONS)
+        if name not in used and is_response(record, name) and record[name] not in values
+    ]
+    if others:
         raise UnusableRecordError(
-            "ambiguous_format", f"the record is a {' and a '.join(names)}; choose by `format`, or {IGNORE}"
+            "ambiguous_format", f"other responses in {', '.join(others)}; choose by `format`, or {IGNORE}"
         )
-    if not found:
-        raise _unknown_format(record)
-    return next(iter(found.values()))
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
@@ -188,23 +179,25 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
 
-_MAX_SHOWN_KEYS = 12
+# The role of a message that a text in one of these fields may spell alone.
+_SPELLED = {
+    **dict.fromkeys(("prompt", *QUESTIONS, "context"), "user"),
+    **dict.fromkeys(("completion", *SIDE_NAMES, "response"), "assistant"),
+}
 
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
-    is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
-    spelled = {} if is_text else _SPELLED
-    return {field: _value(field, value, spelled) for field, value in record.items()}
-
-
-def _value(field: str, value: Any, spelled: Mapping[str, str]) -> Any:
-    if field in CONVERSATIONS:
-        return from_json(value)
-    if field in LISTS:
-        found = from_json(value)
-        return found if isinstance(found, list) else value
-    return spelled_messages(value, spelled[field]) if field in spelled else value
+    is_text = name in (DataFormat.text, DataFormat.hh)
+    found = dict(record)
+    for field, value in record.items():
+        if field in CONVERSATIONS:
+            found[field] = from_json(value)
+        elif field in LISTS and isinstance(listed := from_json(value), list):
+            found[field] = listed
+        elif field in _SPELLED and not is_text:
+            found[field] = spelled_messages(value, _SPELLED[field])
+    return found
 
 
 def _with(*names: str) -> Callable[[Fields], Content]:
@@ -220,17 +213,11 @@ def _with(*names: str) -> Callable[[Fields], Content]:
     return content
 
 
-# The role of a message that a text in one of these fields may spell alone.
-_SPELLED = {
-    **dict.fromkeys(("prompt", *QUESTIONS, "context"), "user"),
-    **dict.fromkeys(("completion", *SIDE_NAMES, "response"), "assistant"),
-}
-# Formats with `matches` exclude each other: a record that matches two of them is ambiguous.
+# The first that matches is read.
 FORMATS: dict[DataFormat, Format] = {
     DataFormat.text: Format(pair, read=read_text),
     DataFormat.messages: Format(pair, read=read_messages),
     DataFormat.hh: Format(pair, read=read_hh),
-    DataFormat.implicit_prompt: Format(pair, read=read_implicit),
     DataFormat.alpaca: Format(_with("instruction")),
     DataFormat.sharegpt: Format(_with("conversations", "messages")),
     # A pair in any of these.

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -84,14 +83,14 @@ def has_value(value: Any) -> bool:
 
 
 # Roles that other programs write for those of chat templates.
-_ROLES = {
+ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
 }
 # The content of a turn with such a role is a tool call, as JSON.
-_CALLING = ("function_call", "tool_call")
-_ALL_ROLES = (*_ROLES, *_CALLING, "system", "developer", "user", "assistant", "tool")
+CALLING = ("function_call", "tool_call")
+_ALL_ROLES = (*ROLES, *CALLING, "system", "developer", "user", "assistant", "tool")
 _THOUGHTS = {
     "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
@@ -120,7 +119,7 @@ def role_of(value: Any) -> str | None:
     role = value.get("role", value.get("from")) if is_message(value) else None
     if not isinstance(role, str):
         return None
-    return "assistant" if role in _CALLING else _ROLES.get(role, role)
+    return "assistant" if role in CALLING else ROLES.get(role, role)
 
 
 def is_messages(value: Any) -> bool:
@@ -129,10 +128,7 @@ def is_messages(value: Any) -> bool:
 
 
 def spelled_messages(value: Any, alone: str = "assistant") -> Any:
-    """Return the messages that a text spells as JSON; any other value unchanged.
-
-    They are a list of messages, or one of the role `alone` with no fields but role and content.
-    """
+    """Return the messages that a text spells as JSON, of one only with the role `alone`; else `value`."""
     found = from_json(value)
     if not isinstance(value, str) or found is value:
         return value
@@ -145,11 +141,7 @@ def spelled_messages(value: Any, alone: str = "assistant") -> Any:
 
 
 def messages_of(value: Any, role: str) -> Messages:
-    """Return messages from a list, one message, or a text, which gets the role `role`.
-
-    Raises:
-        UnusableRecordError: it is something else, or a message cannot be read.
-    """
+    """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
         return (Message(role, value),)
     if not is_messages(value):
@@ -173,17 +165,16 @@ def check_no_media(messages: Sequence[Fields]) -> None:
 
 
 def _read_message(fields: Fields) -> Message:
-    names = ("role", "content") if "role" in fields else ("from", "value")
-    role, content = map(fields.get, names)
-    if isinstance(role, str) and isinstance(content, str) and len(fields) == 2 and role not in _CALLING:
-        return Message(_ROLES.get(role, role), content)
+    role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
+    if isinstance(role, str) and isinstance(content, str) and len(fields) == 2 and role not in CALLING:
+        return Message(ROLES.get(role, role), content)  # most are so
     check_no_media([fields])
     if not isinstance(role, str):
         raise UnusableRecordError("unread_content", "the role of a message is not a text", ("role",))
     if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
     calls: list[Fields] = []
-    if role in _CALLING:
+    if role in CALLING:
         role, content, calls = "assistant", "", _tool_calls(content)
     if content is None and has_more(fields):
         content = ""
@@ -200,7 +191,7 @@ def _read_message(fields: Fields) -> Message:
     if calls:
         extra["tool_calls"] = calls
     text = "".join(text for kind, text in parts if kind == "text")
-    return Message(_ROLES.get(role, role), text, extra, _is_trained(fields))
+    return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
 
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
@@ -221,12 +212,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tool_calls(value: Any) -> list[Fields]:
-    """Return tool calls as chat templates read them: a function's name, and its arguments as an object.
-
-    Args:
-        value: a list of calls or one call, as `{name, arguments}` or `{function: {name, arguments}}`; it and
-            its arguments may be JSON texts.
-    """
+    """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
     found = from_json(value)
     calls = [found] if isinstance(found, Mapping) else found
     if not isinstance(calls, list) or not calls:
@@ -271,47 +257,6 @@ def _check_turns(messages: Sequence[Fields]) -> None:
             raise UnusableRecordError("roles_out_of_turn", f"turn {index} follows one of the same side")
 
 
-# Names of the fields of a message, and of its roles, in ShareGPT's turns.
-TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-
-
-def role_tag(tags: Mapping[str, str]) -> str:
-    """Return the name of the field with the role of a turn."""
-    return {**TAGS, **tags}["role_tag"]
-
-
-def has_role_tag(value: Any, tags: Mapping[str, str]) -> bool:
-    """Return whether a value is a turn of these tags, or a list with one."""
-    if isinstance(value, list):
-        return any(has_role_tag(item, tags) for item in value)
-    return isinstance(value, Mapping) and role_tag(tags) in value
-
-
-def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
-    """Return messages whose fields and roles have other names by their usual names; other values unchanged.
-
-    `tags` has the name of each tag of `TAGS` that is not usual.
-    """
-    if isinstance(value, list):
-        return [with_usual_tags(item, tags) for item in value]
-    if not has_role_tag(value, tags):
-        return value
-    names = {**TAGS, **tags}
-    role, content = names.pop("role_tag"), names.pop("content_tag")
-    usual = {name: TAGS[tag] for tag, name in names.items()}
-    given = usual.get(value[role], value[role]) if isinstance(value[role], str) else value[role]
-    rest = {name: item for name, item in value.items() if name not in (role, content)}
-    return rest | {"from": given, "value": value.get(content)}
-
-
 Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
 """Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
 
@@ -342,23 +287,8 @@ def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response
     return texts[0], texts[1:]
 
 
-def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split texts where they part: the prompt is the start that they share, as TRL's `extract_prompt`."""
-    texts = list(responses.values())
-    if prompt is not None or not all(isinstance(text, str) for text in texts):
-        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
-    # A response has at least one character, and the space before it.
-    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
-    end = min(len(shared), min(map(len, texts)) - 1)
-    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
-    return texts[0][:end], [text[end:] for text in texts]
-
-
 def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862).
-
-    A prompt that is such a dialogue up to its last `Assistant:` precedes each response.
-    """
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
     start = prompt if _is_open(prompt) else ""
     histories, texts = [], []
     for name, side in responses.items():
@@ -378,12 +308,9 @@ def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]
 
 
 def _dialogue(text: str, prompt: Any) -> str:
-    """Return a text, with the blank line before its first turn that is missing from some dialogues.
-
-    Only without a prompt, or if it repeats a prompt that is a dialogue: else it may be a story of one.
-    """
+    """Return a text, with the blank line before its first turn that is missing from some dialogues."""
     start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
-    may_be = prompt is None or _is_open(prompt)
+    may_be = prompt is None or _is_open(prompt)  # else it may be a story of one
     if may_be and _LAST_TURN in text and text.lstrip().startswith(start):
         return "\n\n" + text.lstrip()
     return text
@@ -397,8 +324,7 @@ def _is_open(prompt: Any) -> bool:
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
     """Return the messages that all sides share, and those of each side after the point where they part.
 
-    The prompt is a field of its own, or the start of every side, or both. A single side parts before its last
-    message, or before the first assistant turn that its data weigh in the loss.
+    The prompt is a field of its own, or the start of every side, or both.
     """
     sides = []
     for name, value in responses.items():
@@ -432,7 +358,10 @@ def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int
 
 
 def _parting(sides: list[Messages]) -> int:
-    """Return the number of first turns that all sides share, so that each has a turn left."""
+    """Return the number of first turns that all sides share, so that each has a turn left.
+
+    A single side parts before its last turn, or before the first that its data weigh in the loss.
+    """
     limit = min(map(len, sides)) - 1
     if len(sides) == 1:
         trained = (at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant")

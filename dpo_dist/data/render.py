@@ -28,7 +28,7 @@ class Rendered:
         prompt: up to the start of the responses.
         responses: the text of each response after the prompt, with its end of turn.
         counted: for each response the spans of its turns that the loss counts, without their headers.
-        changes: names of `counts.CHANGES`, of what rendering changed or found.
+        changes: names in counts.yaml of what rendering changed or found.
         read_as: form of the prompt, and how it is rendered.
     """
 

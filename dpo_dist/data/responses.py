@@ -1,4 +1,4 @@
-"""Where a record has its responses, and their scores: pairs, compared responses, rankings, completions."""
+"""Where a record has its responses, and their scores: pairs, rankings, completions."""
 
 import itertools
 import math
@@ -22,27 +22,28 @@ class Content:
         prompt: text or messages; None if the responses contain it.
         responses: text or messages each, best first, by the names that error messages use.
         scores: of each response, finite; None if the source has none.
+        field: the field that has the responses, if they are a list.
     """
 
     prompt: Any
     responses: Fields
     scores: tuple[float, ...] | None = None
+    field: str | None = None
 
 
 # Pairs: the names of the chosen and the rejected side.
-SIDES = ("chosen", "rejected")
-_ALL_SIDES = (
-    SIDES,
+_PAIRS = (
+    ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
-    ("messages", "rejected_messages"),
-    ("messages", "rejected_response"),
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
     ("response", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
 )
 # Fields of other kinds of records too: by themselves they are no pair.
 _SHARED_NAMES = ("messages", "response")
-SIDE_NAMES = frozenset(itertools.chain(*_ALL_SIDES)).difference(_SHARED_NAMES)
+SIDE_NAMES = tuple(dict.fromkeys(name for names in _PAIRS for name in names if name not in _SHARED_NAMES))
 _PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     # Read if both sides have one: some datasets score the chosen side only.
@@ -53,29 +54,31 @@ _PAIR_SCORES = (
 )
 
 
+def _sides(record: Fields) -> tuple[str, str] | None:
+    """Return the names of the first complete pair of a record, else of the first with a side."""
+    given = [
+        (chosen, rejected)
+        for chosen, rejected in _PAIRS
+        if record.get(rejected) is not None
+        or (record.get(chosen) is not None and (chosen not in _SHARED_NAMES or rejected in record))
+    ]
+    complete = [names for names in given if None not in map(record.get, names)]
+    return next(iter([*complete, *given]), None)
+
+
 def has_pair(record: Fields) -> bool:
     """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
-    return any(
-        record.get(rejected) is not None
-        or (record.get(chosen) is not None and (chosen not in _SHARED_NAMES or rejected in record))
-        for chosen, rejected in _ALL_SIDES
-    )
-
-
-def has_only_sides(record: Fields) -> bool:
-    """Return whether the sides of a pair are all that a record has, so that they contain its prompt."""
-    known = {*SIDES, *itertools.chain(*_PAIR_SCORES), "metadata"}
-    return all(name in known or value is None for name, value in record.items())
+    return _sides(record) is not None
 
 
 def pair(record: Fields) -> Content:
     """Return the two sides of a pair, and their scores from the record or its metadata."""
-    chosen, rejected = _side_names(record)
-    for name in (chosen, rejected):
+    chosen, rejected = names = _sides(record) or _PAIRS[0]
+    for name in names:
         if record.get(name) is None:
             raise UnusableRecordError("missing_field", name)
     scores = _pair_scores(record)
-    sides = {name: record[name] for name in (chosen, rejected)}
+    sides = {name: record[name] for name in names}
     if chosen == "messages" and not is_conversation(record[rejected]):
         # The other response to the same question as the last message.
         turns = record[chosen]
@@ -83,22 +86,6 @@ def pair(record: Fields) -> Content:
             raise UnusableRecordError("not_one_answer", "messages does not end with an assistant message")
         return Content(turns[:-1], sides | {chosen: turns[-1]}, scores)
     return Content(prompt_of(record, sides.values()), sides, scores)
-
-
-def _side_names(record: Fields) -> tuple[str, str]:
-    """Return the names of the chosen and the rejected side. Raises UnusableRecordError: two pairs."""
-    complete = [names for names in _ALL_SIDES if all(record.get(name) is not None for name in names)]
-    if len(complete) > 1 and not ends_with_response(record.get("messages")):
-        # Messages before other sides are their prompt.
-        complete = [names for names in complete if names[0] != "messages"] or complete
-    pairs = [[record[name] for name in names] for names in complete]
-    if any(pair != pairs[0] for pair in pairs):
-        shown = "; ".join(", ".join(names) for names in complete)
-        raise UnusableRecordError("ambiguous_format", f"two pairs: {shown}; {IGNORE}")
-    found = {
-        names: [name for name in names if record.get(name) is not None] for names in complete or _ALL_SIDES
-    }
-    return max(found, key=lambda names: (len(found[names]), len(record.keys() & {*names})))
 
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
@@ -110,87 +97,6 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
         if all(has_score) or (any(has_score) and names == _PAIR_SCORES[0]):
             return _finite(scores)
     return None
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The fields of two compared responses, and of the better one's name with its values.
-
-    Without the name of a prompt the responses contain it.
-    """
-
-    prompt: str
-    responses: tuple[str, str]
-    winner: str
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    ties: tuple[str, ...] = ()
-    scores: tuple[str, str] | None = None
-
-
-_COMPARISONS = (
-    # PKU-SafeRLHF
-    _Comparison("prompt", ("response_0", "response_1"), "better_response_id", ("0",), ("1",)),
-    # SHP
-    _Comparison(
-        "history", ("human_ref_A", "human_ref_B"), "labels", ("1",), ("0",), scores=("score_A", "score_B")
-    ),
-    # HelpSteer3
-    _Comparison(
-        "context",
-        ("response1", "response2"),
-        "overall_preference",
-        ("-3", "-2", "-1"),
-        ("1", "2", "3"),
-        ("0",),
-    ),
-    # Chatbot Arena, MT-Bench: whole conversations
-    _Comparison(
-        "",
-        ("conversation_a", "conversation_b"),
-        "winner",
-        ("model_a",),
-        ("model_b",),
-        ("tie", "tie (bothbad)"),
-    ),
-)
-
-
-def as_pair(record: Fields) -> Fields:
-    """Return a record of two compared responses as a pair; any other record unchanged.
-
-    Raises:
-        UnusableRecordError: the better response is not named, or the record also has another pair.
-    """
-    for row in _COMPARISONS:
-        if row.winner in record and all(record.get(name) is not None for name in row.responses):
-            break
-    else:
-        return record
-    winner = record[row.winner]
-    if winner is None or winner == "":
-        raise UnusableRecordError("missing_field", row.winner)
-    value = format(winner, "g") if isinstance(winner, int | float) else str(winner).strip()
-    if value in row.ties:
-        raise UnusableRecordError("all_tied", f"{row.winner} says that no response is better")
-    if value not in (*row.first, *row.second):
-        expected = ", ".join((*row.first, *row.second, *row.ties))
-        raise UnusableRecordError("invalid_scores", f"{row.winner} is none of {expected}")
-    order = 1 if value in row.first else -1
-    found = {side: record[name] for side, name in zip(SIDES, row.responses[::order], strict=True)}
-    if row.scores and all(record.get(name) is not None for name in row.scores):
-        scores = zip(_PAIR_SCORES[0], row.scores[::order], strict=True)
-        found |= {side: record[name] for side, name in scores}
-    fields = {name: value for name, value in record.items() if name not in row.responses}
-    if any(fields.get(name) not in (None, value) for name, value in found.items()):
-        raise UnusableRecordError(
-            "ambiguous_format",
-            f"another pair beside {', '.join(row.responses)}; to read it, ignore {row.winner}: columns: "
-            f"{{{row.winner}: null}}",
-        )
-    if row.prompt and fields.get("prompt") is None:
-        found["prompt"] = fields.pop(row.prompt, None)
-    return fields | found
 
 
 # Rankings.
@@ -208,12 +114,11 @@ def has_ranking(record: Fields) -> bool:
 
 def ranking(record: Fields) -> Content:
     """Return a list of responses: best first as given, or sorted by the score inside each of them."""
-    lists = {name: record[name] for name in LISTS if record.get(name) is not None}
+    lists = [name for name in LISTS if record.get(name) is not None]
     if not lists:
         raise UnusableRecordError("missing_field", "responses")
-    name, items = next(iter(lists.items()))
-    if any(isinstance(other, list) and other != items for other in lists.values()):
-        raise UnusableRecordError("ambiguous_format", f"several lists: {', '.join(lists)}; {IGNORE}")
+    name = next((one for one in lists if isinstance(record[one], list)), lists[0])
+    items = record[name]
     if not isinstance(items, list):
         raise UnusableRecordError("unknown_format", f"{name} is not a list")
     if len(items) < 2:
@@ -229,7 +134,7 @@ def ranking(record: Fields) -> Content:
         detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
         raise UnusableRecordError("unread_content", detail, tuple(unread))
     by_rank = {f"rank {rank}": spelled_messages(one) for rank, one in enumerate(responses, start=1)}
-    return Content(prompt_of(record, by_rank.values()), by_rank, scores)
+    return Content(prompt_of(record, by_rank.values()), by_rank, scores, name)
 
 
 def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
@@ -256,18 +161,7 @@ def _scored_response(item: Fields) -> Any:
 
 
 def _own_score(response: Fields) -> Any:
-    """Return the score inside a response: the mean rating of its aspects if it has them, else one number.
-
-    A rank without a score, 1 for the best, is a negative score. UltraFeedback's `overall_score` is wrong for
-    hundreds of responses (a rating of 1 became 10); the ratings of the aspects are right (dataset card of
-    argilla/ultrafeedback-binarized-preferences).
-    """
-    annotations = response.get("annotations")
-    aspects = annotations.values() if isinstance(annotations, Mapping) else ()
-    ratings = [aspect["Rating"] for aspect in aspects if isinstance(aspect, Mapping) and "Rating" in aspect]
-    if ratings:
-        given = _finite(rating for rating in ratings if rating not in (None, "N/A"))
-        return sum(given) / len(given)
+    """Return the score inside a response; a rank without a score, 1 for the best, is a negative score."""
     score, rank = _first(response, _SCORES), response.get("rank")
     return -_finite([rank])[0] if score is None and rank is not None else score
 
@@ -300,47 +194,34 @@ _LABEL_VALUES = frozenset(
 
 def is_labelled(record: Fields) -> bool:
     """Return whether a record is a single response with a good/bad label, as for KTO."""
-    if not any(name in record and str(record[name]).strip().lower() in _LABEL_VALUES for name in _LABELS):
-        return False
-    return not has_pair(record) and not has_ranking(record)
+    has_label = any(str(record.get(name)).strip().lower() in _LABEL_VALUES for name in _LABELS)
+    return has_label and not has_pair(record) and not has_ranking(record)
+
+
+def is_response(record: Fields, name: str) -> bool:
+    """Return whether a field has a response or several."""
+    value = record.get(name)
+    if name in CONVERSATIONS:
+        return ends_with_response(value)
+    if name == "output" and isinstance(value, str):
+        return record.get("instruction") is not None
+    return isinstance(value, list) if name in LISTS else value is not None
 
 
 def has_completion(record: Fields) -> bool:
-    """Return whether a record has a single response that is no side of its pair."""
-    if is_labelled(record):
-        return False
-    if record.get("completion") is not None:
-        return True
-    is_other = has_pair(record) or has_ranking(record)
-    if record.get("instruction") is not None and isinstance(record.get("output"), str):
-        return not is_other or record["output"] != record.get("chosen")
-    turns = [record[name] for name in CONVERSATIONS if record.get(name) is not None]
-    return (
-        any(map(ends_with_response, turns)) and not _repeat_a_side(record, turns) if is_other else bool(turns)
-    )
-
-
-def _repeat_a_side(record: Fields, turns: list[Any]) -> bool:
-    """Return whether each conversation is a side of the record's pair, or is equal to one."""
-    sides = [record[name] for name in SIDE_NAMES if record.get(name) is not None]
-    sides += [record["messages"]] if has_pair(record) and _side_names(record)[0] == "messages" else []
-    return all(turn in sides for turn in turns)
+    """Return whether a record has a single response."""
+    has_one = any(record.get(name) is not None for name in ("completion", *CONVERSATIONS))
+    return (has_one or is_response(record, "output")) and not is_labelled(record)
 
 
 def completion(record: Fields) -> Content:
     """Return the one response to learn: `completion`, the end of a conversation, `output`, or `chosen`."""
     if is_labelled(record):
         raise UnusableRecordError("unpaired", UNPAIRED)
-    turns = [name for name in CONVERSATIONS if ends_with_response(record.get(name))]
-    names = [name for name in ("completion", *turns) if record.get(name) is not None]
-    if len(names) > 1:
-        detail = f"one response in each of {', '.join(names)}; {IGNORE}"
-        raise UnusableRecordError("ambiguous_format", detail)
-    if not names and isinstance(record.get("output"), str) and record.get("instruction") is not None:
-        names = ["output"]
-    names += ["chosen"] if record.get("chosen") is not None else []
-    if names:
-        return Content(prompt_of(record, [record[names[0]]]), {names[0]: record[names[0]]})
+    for name in ("completion", *CONVERSATIONS, "output", "chosen"):
+        value = record.get(name)
+        if is_response(record, name) and not (name == "output" and isinstance(value, list)):
+            return Content(prompt_of(record, [value]), {name: value})
     if any(record.get(name) is not None for name in CONVERSATIONS):
         raise UnusableRecordError("not_one_answer", "the messages do not end with the assistant's")
     raise UnusableRecordError("missing_field", "completion or messages")

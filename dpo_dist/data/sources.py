@@ -1,55 +1,64 @@
 """Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub."""
 
+import contextlib
 import difflib
 import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.data import folders
-from dpo_dist.data.columns import check_columns, check_first_columns, resolved, with_columns
-from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
-from dpo_dist.data.folders import (
-    check_unused,
-    globbed_files,
-    is_glob,
-    is_saved,
-    root_of,
-    saved_records,
-    shards,
-)
-from dpo_dist.data.read import KINDS, Meter, check_kind, read_file, table_records
+from dpo_dist.data.columns import is_saved, resolved, with_columns
+from dpo_dist.data.counts import no_records, remedy_of
+from dpo_dist.data.read import KINDS, Meter, check_kind, file_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.data.responses import is_labelled
-from dpo_dist.foundation.errors import ConfigError, DataError, dead_link
-from dpo_dist.foundation.files import remembered_digest, text_digest
+from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
+from dpo_dist.foundation.files import is_absent_offline, recall, remember, remembered_digest, text_digest
+
+log = logging.getLogger(__name__)
 
 _FIRST_RECORDS = 20
+_SUFFIXES = (*KINDS, ".gz", ".zst")
+_GLOB = re.compile(r"[*?\[]")
+_DATA_NAME = re.compile(
+    r"\.(jsonl|json|csv|parquet|ndjson|jsonlines|tsv|arrow|feather)(\.(gz|zst|bz2|xz|zip|lz4|7z|br))?$",
+    re.IGNORECASE,
+)
+# Files that describe a dataset beside its data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+_NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
 def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
     """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
 
-    Fields have the names that `columns` of the source gives them.
+    They have passed its `reader`, and fields have the names that its `columns` give them.
     """
     source = resolved(source)
-    written = _written(source, meter or Meter())
-    return with_columns(itertools.islice(written, source.limit), source)
+    return with_columns(itertools.islice(_written(source, meter or Meter()), source.limit), source)
 
 
 def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
-    files = local_files(source)
+    files, local = local_files(source), Path(source.path).expanduser()
+    if files is not None and local.is_dir() and is_saved(local):
+        return _saved_records(local, source)
+    names: Iterable[str] = map(str, files or ())
     if files is None:
-        return table_records(folders.hub_records(source), source.path)
-    local = Path(source.path).expanduser()
-    if local.is_dir() and is_saved(local):
-        return table_records(saved_records(local, source.split), source.path)
+        folder = _download(source)
+        files = _data_files(folder, source)
+        names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
     meter.total = sum(file.stat().st_size for file in files)
     if files == [local]:
         return read_file(local, source.path, meter)
-    return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
+    return itertools.chain.from_iterable(
+        read_file(file, name, meter) for file, name in zip(files, names, strict=True)
+    )
 
 
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
@@ -65,16 +74,13 @@ def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both
 
 
 def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check that a local source exists and can be read; sends no request for a Hub dataset.
+    """Check the keys and the first records of a local source; sends no request for a Hub dataset.
 
     With `needs_pairs`, no record, or unpaired responses with a good/bad label (KTO), are an error.
-
-    Raises:
-        DataError: it cannot be read, or its first records have not the columns of the source.
-        ConfigError: as `read_records`.
+    Raises DataError or ConfigError.
     """
     source = resolved(source)
-    check_columns(source)
+    with_columns(iter(()), source)
     if local_files(source):
         check_first_records(source, needs_pairs=needs_pairs)
 
@@ -85,37 +91,25 @@ def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> No
     A Hub dataset is downloaded. `needs_pairs` is that of `check_source`. Raises DataError.
     """
     most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
-    first = list(itertools.islice(_written(source, Meter()), most))
+    first = list(with_columns(itertools.islice(_written(source, Meter()), most), source, of_first=True))
     if needs_pairs and not first:
         raise no_records(source.path)
-    check_first_columns([record for record, _ in first if not isinstance(record, BadRecord)], source)
-    renamed = itertools.islice(with_columns(iter(first), source), len(first))
-    records = [record for record, _ in renamed if not isinstance(record, BadRecord)]
+    records = [record for record, _ in first if not isinstance(record, BadRecord)]
     if needs_pairs and records and all(map(is_labelled, records)):
         raise DataError(
             "the source has single responses with a good/bad label, not pairs",
             where=source.path,
             got=f"a label and no second response in each of the first {len(records)} records",
             expected="pairs, rankings or completions",
-            remedy=UNPAIRED_REMEDY,
+            remedy=remedy_of("unpaired"),
         )
-
-
-def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
-    """Return the source that an entry of a dataset_info.json describes, or the source itself.
-
-    A Hub dataset has its commit as `revision`; see `folders.pinned`.
-    """
-    source = resolved(source)
-    return source if local_files(source) is not None else folders.pinned(source, cache)
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:
     """Return the files of a local source; None for a dataset on the Hugging Face Hub.
 
-    Raises:
-        DataError: the source does not exist, or has a file of a kind that cannot be read.
-        ConfigError: `split`, `name`, `data_dir` or `revision` is set and has no effect.
+    Raises DataError: the source does not exist, or has a file of a kind that cannot be read; ConfigError: a
+    key has no effect on it.
     """
     path = source.path
     if "://" in path:
@@ -128,17 +122,25 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     local = Path(path).expanduser()
     _check_path(local)
     looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not (local.exists() or is_glob(path) or looks_local):
+    if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
-    check_unused(path, name=source.name, data_dir=source.data_dir, revision=source.revision)
+    unused = ("revision",) if local.is_dir() else ("name", "data_dir", "revision", "split")
+    for key in unused:
+        if (value := getattr(source, key)) is not None:
+            raise ConfigError(
+                f"{key} has no effect on this source",
+                where=f"{key} of {path}",
+                got=value,
+                expected="null",
+                remedy=f"remove {key}: it is of Hub datasets" + (" and folders" * (key != "revision")),
+            )
     if local.is_dir():
         if is_saved(local):
             return sorted(below for below in local.rglob("*") if below.is_file())
-        return shards(local, source.split)
-    check_unused(path, split=source.split)
-    if not local.is_file() and not is_glob(path):
+        return _folder_files(local, source)
+    if not local.is_file() and not _GLOB.search(path):
         raise _missing(local)
-    files = [local] if local.is_file() else globbed_files(str(local))
+    files = [local] if local.is_file() else _globbed_files(str(local))
     for file in files:
         check_kind(file, path)
     return files
@@ -193,7 +195,210 @@ def _missing(file: Path) -> DataError:
     )
 
 
-_SUFFIXES = (*KINDS, ".gz", ".zst")
+# Patterns and folders.
+
+
+def root_of(path: str) -> Path:
+    """Return the folder to which names of a source's files are relative; of a pattern the part before it."""
+    return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
+
+
+def _globbed_files(pattern: str) -> list[Path]:
+    """Return the files that match, sorted by path; `**` follows no links to folders."""
+    root = root_of(pattern)
+    parts = [part if part == "**" else re.sub(r"\*\*+", "*", part) for part in Path(pattern).parts]
+    below = Path(*parts[len(root.parts) :]) / ("*" if parts[-1] == "**" else "")
+    shows_hidden = any(part.startswith(".") for part in below.parts)
+    found = (file for file in root.glob(str(below)) if file.is_file())
+    files = sorted(file for file in found if shows_hidden or not _is_hidden(root, file))
+    if not files:
+        raise DataError(
+            "no file matches the pattern",
+            where=pattern,
+            remedy="check the pattern; `**` matches folders at any depth",
+        )
+    return files
+
+
+def _is_hidden(root: Path, file: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
+    """Return the data files of a folder's split. Raises DataError: none, or others would not be read."""
+    below = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not _is_hidden(folder, file) and file.name not in _DESCRIPTIONS
+    )
+    if not any(map(file_kind, below)):
+        raise DataError(
+            "the folder has no data files",
+            where=str(folder),
+            got=", ".join(file.name for file in below[:5]) or "an empty folder",
+            expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
+            remedy="check the path; a file with another ending is named itself, or by a pattern",
+        )
+    files = _data_files(folder, source, [file for file in below if _DATA_NAME.search(file.name)])
+    shards = Counter(found.groups() for file in files if (found := _SHARD.match(str(file))))
+    for (name, total), present in shards.items():
+        if present != int(total):
+            raise DataError(
+                "shards of the source are missing",
+                where=name,
+                got=f"{present} of {int(total)}",
+                remedy="copy or download the folder again, or select the shards that exist by a pattern",
+            )
+    return files
+
+
+def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) -> list[Path]:
+    """Return the files of a split, by their names or the folder's card, as `datasets` finds them.
+
+    None of `every` may be outside of all splits, unless the source selects a part of the folder.
+    """
+    from datasets import load_dataset_builder  # noqa: PLC0415  # slow to import
+
+    with _as_data_error(source):
+        builder = load_dataset_builder(str(folder), source.name, data_dir=source.data_dir)
+    splits = {
+        str(split): sorted(Path(os.path.normpath(file)) for file in files)
+        for split, files in (builder.config.data_files or {}).items()
+    }
+    known = set(itertools.chain(*splits.values()))
+    # Strangers write the card of a dataset: it names no files of this machine.
+    if outside := [file for file in known if not file.is_relative_to(folder)]:
+        raise DataError(
+            "the card of the dataset names a file outside its folder",
+            where=source.path,
+            got=str(outside[0]),
+            remedy="set path of the source to this file, if you want it to be read",
+        )
+    if not (source.name or source.data_dir) and (unread := [file for file in every if file not in known]):
+        raise DataError(
+            "files of the folder are in no split, or of another kind",
+            where=str(folder),
+            got=", ".join(str(file.relative_to(folder)) for file in unread[:5]),
+            expected="files of one kind, with a split in every name or in none",
+            remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
+        )
+    if (source.split or "train") not in splits:
+        raise _no_split(source, splits)
+    files = splits[source.split or "train"]
+    for file in files:
+        check_kind(file, str(file))
+    return files
+
+
+def _no_split(source: SourceConfig, names: Iterable[str]) -> DataError:
+    return DataError(
+        "the source has no such split",
+        where=_described(source),
+        got=source.split or "train (the default)",
+        expected=", ".join(sorted(map(str, names))),
+        remedy="set split of this source",
+    )
+
+
+def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
+    """Return the records of a folder written by `Dataset.save_to_disk`."""
+    from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
+
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as fault:  # the library's errors share no base class
+        raise DataError(
+            "the folder saved by datasets cannot be loaded",
+            where=str(folder),
+            got=first_line(fault),
+            remedy="save it again with Dataset.save_to_disk",
+        ) from fault
+    splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    if (source.split or "train") not in splits:
+        raise _no_split(source, splits)
+    return table_records(splits[source.split or "train"], source.path)
+
+
+# The Hugging Face Hub.
+
+
+def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
+    """Return the source that an entry of a dataset_info.json describes, or the source itself.
+
+    A Hub dataset has its commit as `revision` (null: main); if the Hub cannot be reached, the last known one,
+    from the Hub's own cache or from `cache`. Raises DataError: there is none, or no such dataset.
+    """
+    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
+    from huggingface_hub.errors import RevisionResolutionError  # noqa: PLC0415
+
+    source = resolved(source)
+    if local_files(source) is not None:
+        return source
+    key = f"{source.path}@{source.revision or 'main'}"
+    memo = None if cache is None else cache / "hub_commits"
+    known = recall(memo, key)
+    with _as_data_error(source):
+        try:
+            found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
+        except RevisionResolutionError:
+            if known is None:
+                raise
+            log.warning("the Hub cannot be reached for %s; its commit %s is used", source.path, known)
+            return replace(source, revision=known)
+    if found.resolved != known:
+        remember(memo, key, found.resolved)
+    return replace(source, revision=found.resolved)
+
+
+def _download(source: SourceConfig) -> Path:
+    """Return the folder of a Hub dataset; files missing in the Hub's cache are downloaded."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import
+
+    wanted = ["*.md", "*.yaml", f"{source.data_dir}/**"] if source.data_dir else None
+    with _as_data_error(source):
+        return Path(
+            snapshot_download(
+                source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
+            )
+        )
+
+
+def check_cached_offline(source: SourceConfig) -> None:
+    """Check that a Hub dataset is cached if HF_HUB_OFFLINE allows no download. Raises DataError."""
+    if is_absent_offline("dataset", source.path):
+        raise DataError(
+            _NOT_FOUND,
+            where=_described(source),
+            got="nothing in the cache of the Hub, and HF_HUB_OFFLINE=1",
+            expected="a local path, or a dataset that was downloaded before",
+            remedy="check the path or the name, download the dataset, or unset HF_HUB_OFFLINE",
+        )
+
+
+@contextlib.contextmanager
+def _as_data_error(source: SourceConfig) -> Iterator[None]:
+    """Raise DataError for all errors of the Hub's libraries, which share no base class."""
+    try:
+        yield
+    except Exception as fault:
+        is_folder = Path(source.path).expanduser().is_dir()
+        raise DataError(
+            "the data files of the folder cannot be found" if is_folder else _NOT_FOUND,
+            where=_described(source),
+            got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
+            remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
+            "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
+        ) from fault
+
+
+def _described(source: SourceConfig) -> str:
+    keys = ("name", "data_dir", "revision", "split")
+    options = [f"{key} {getattr(source, key)}" for key in keys if getattr(source, key)]
+    return f"{source.path} ({', '.join(options) or 'split train'})"
+
+
+# Labels.
+
 # Names of files and folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "val", "validation"})
 
@@ -201,27 +406,25 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
     """Return a label for each source: its own `label`, or the shortest name that no other has.
 
-    Derived names are unique in the list: the name of file, folder, dataset or entry, then with subset, folder
-    and split, then with the folders above; equal sources are numbered. Sources with the same own `label`
-    share it.
+    Equal sources are numbered. Sources with the same own `label` share it.
     """
     own = {source.label for source in sources if source.label is not None}
-    candidates = [[] if source.label is not None else _candidates(source) for source in sources]
+    listed = [[] if source.label is not None else _names(source) for source in sources]
     labels: list[str] = []
-    for source, here in zip(sources, candidates, strict=True):
+    for source, names in zip(sources, listed, strict=True):
         if source.label is not None:
             labels.append(source.label)
             continue
-        others = {name for names in candidates if names != here for name in names}
-        name = next((name for name in here if name not in others | own), here[-1])
-        taken = {*own, *labels, *(others - {name})}
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        labels.append(name if name not in taken else next(one for one in numbered if one not in taken))
+        others = own.union(*(other for other in listed if other != names))
+        label = next((name for name in names if name not in others), names[-1])
+        taken = {*labels, *own, *(others - {label})}
+        numbered = (f"{label}-{number}" for number in itertools.count(2))
+        labels.append(next(one for one in itertools.chain([label], numbered) if one not in taken))
     return labels
 
 
-def _candidates(source: SourceConfig) -> list[str]:
-    """Return names of a source, short ones first; at least one."""
+def _names(source: SourceConfig) -> list[str]:
+    """Return names of a source, short ones first: of its file, then with subset, folder, split and path."""
     file = PurePath(source.path)
     while file.suffix in _SUFFIXES:
         file = file.with_suffix("")

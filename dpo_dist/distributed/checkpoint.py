@@ -1,28 +1,41 @@
 """Save checkpoints that are complete or absent (law L4), and load them on any number of ranks.
 
-All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests. Then
-the folder is renamed, `latest` and `best` are updated, and after that older checkpoints are deleted. Only
-files that match a manifest are loaded. Training continues while copies of the weights are written in the
-background.
+    checkpoints/
+      latest                                  name of the last committed checkpoint
+      best                                    names of the best ones (`trainer.keep_best`), the best first
+      step-000100/
+        manifest.json                         size and digest of every other file
+        state.json                            state of the loop
+        random_states_0.json                  of rank 0, ...
+        engine/rank-00000-00000.safetensors   slices of weights and optimizer states of rank 0, ...
+        reference/rank-00000-00000...         of a reference that follows the policy
+
+All ranks write a checkpoint under a temporary name, and rank 0 its manifest; then the folder is renamed,
+`latest` and `best` are updated, and after that older checkpoints are deleted. Only files that match a
+manifest are loaded. Training continues while copies of the weights are written in the background.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import deepspeed
 import numpy as np
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from dpo_dist.config.run_folder import (
     BEST,
@@ -32,24 +45,17 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.manifest import (
-    Entries,
-    damaged_checkpoint,
-    find_faults,
-    has_all_files,
-    write_file,
-    write_manifest,
-)
-from dpo_dist.distributed.slices import HostCopy, ModelSlices, SavedSlices, Sharded, write_slices
+from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import SHARDS
-from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.errors import CheckpointError, first_line
 from dpo_dist.foundation.files import (
     commit_folder,
+    content_digest,
     final_name,
     is_temporary,
     recover_folder,
     temporary_name,
+    text_digest,
     write_text,
 )
 from dpo_dist.foundation.process import note_progress
@@ -57,7 +63,227 @@ from dpo_dist.foundation.text import size
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
 _LATEST = "latest"
+_FILE_BYTES = 2**28
+"""Size at which a rank begins another file: about three times as much host memory is used at a time."""
+
+
+class FileEntry(TypedDict):
+    """Size and digest of a file."""
+
+    bytes: int
+    digest: str
+
+
+Entries = dict[str, FileEntry]
+"""The files of a checkpoint, by name relative to its folder.
+
+No directory is listed to write or check them: on a network file system a listing may lack files that another
+node has just written.
+"""
+
+
+def write_file(file: Path, content: bytes) -> FileEntry:
+    """Write a file to disk and return its entry."""
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return {"bytes": len(content), "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}
+
+
+def write_manifest(folder: Path, entries: Entries) -> None:
+    """Write the manifest of `folder`, with a digest of the manifest itself."""
+    content = {"files": entries, "digest": _digest(entries)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def read_manifest(folder: Path) -> Entries:
+    """Return the entries that `write_manifest` wrote."""
+    content = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(content, dict) or content.get("digest") != _digest(content.get("files")):
+        raise ValueError("its list of files differs from its digest")
+    entries: Entries = content["files"]
+    return entries
+
+
+def has_all_files(folder: Path) -> bool:
+    """Return whether `folder` has all files of its manifest in the right sizes, without reading them."""
+    try:
+        entries = read_manifest(folder)
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
+    except (OSError, ValueError):
+        return False
+
+
+def find_faults(folder: Path, part: int, parts: int) -> list[str]:
+    """Read every `parts`-th file of the manifest, starting at `part`, and return the faults found."""
+    try:
+        entries = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST}: {error}"]
+    faults = []
+    for name in sorted(entries)[part::parts]:
+        try:
+            if content_digest([folder / name]) != entries[name]["digest"]:
+                faults.append(f"{name} differs from its digest")
+        except OSError as error:
+            faults.append(f"{name} cannot be read: {error.strerror}")
+    return faults
+
+
+def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
+    """Return the error of a named checkpoint with `faults`."""
+    is_gone = not folder.is_dir()
+    return CheckpointError(
+        "the checkpoint has been removed" if is_gone else "the checkpoint is damaged",
+        where=str(folder),
+        got="; ".join(faults[:5]),
+        remedy="name another checkpoint; a run that trains keeps its last ones (trainer.keep_last)"
+        if is_gone
+        else "restore its files, or name another checkpoint",
+    )
+
+
+def _digest(entries: Any) -> str:
+    return text_digest(json.dumps(entries, sort_keys=True))
+
+
+def write_slices(
+    model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None
+) -> dict[str, FileEntry]:
+    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
+
+    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
+    """
+    (checkpoint / model.folder).mkdir(exist_ok=True)
+    entries = {}
+    for number, batch in enumerate(_batches(model.slices)):
+        slices: Sequence[Slice] = batch
+        if copy is not None and copy.is_cuda:
+            slices = copy.of([replace(model, slices=batch)])[0].slices
+        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
+        ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
+        content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
+        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
+        entries[name] = write_file(checkpoint / name, content)
+    return entries
+
+
+def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+    batch: list[Slice] = []
+    size = 0
+    for own in slices:
+        batch.append(own)
+        size += sum(tensor.nbytes for tensor in own.parts.values())
+        if size >= _FILE_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class SavedSlices:
+    """The slices of one model in a checkpoint: shapes of whole weights, names of parts, number of updates.
+
+    `_ranges` has start and end of each saved range of a weight's elements, and its file; `_private` the files
+    of what only its own rank can read.
+    """
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    parts: Sequence[str]
+    step: int
+    _ranges: dict[str, list[tuple[int, int, str]]]
+    _private: dict[str, str]
+
+    @classmethod
+    def find(cls, folder: Path, name: str) -> "SavedSlices":
+        """Return the slices below `folder / name`, from the headers of their files."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        ranges: dict[str, list[tuple[int, int, str]]] = {}
+        private: dict[str, str] = {}
+        parts: dict[str, None] = {}
+        step = 0
+        with _reading_errors(folder):
+            files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
+            if not files:
+                raise ValueError(f"it has no {name}/*.safetensors")
+            for file in sorted(files):
+                with safe_open(folder / file, "pt") as opened:
+                    header = opened.metadata()
+                    starts, step = json.loads(header["ranges"]), int(header["step"])
+                    for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
+                        part, _, weight = key.partition("/")
+                        if weight not in starts:
+                            private[key] = file
+                            continue
+                        parts[part] = None
+                        if part == WEIGHT:
+                            start, *shape = starts[weight]
+                            end = start + opened.get_slice(key).get_shape()[0]
+                            shapes[weight] = tuple(shape)
+                            ranges.setdefault(weight, []).append((start, end, file))
+        return cls(folder, shapes, list(parts), step, {w: sorted(r) for w, r in ranges.items()}, private)
+
+    def load_into(self, slices: Iterable[Slice]) -> None:
+        """Fill the parts of `slices`, of which no other rank needs to have the same ranges."""
+        with _reading_errors(self.folder), contextlib.ExitStack() as stack:
+
+            @functools.cache
+            def opened(file: str) -> Any:
+                return stack.enter_context(safe_open(self.folder / file, "pt"))
+
+            for own in slices:
+                is_shared = WEIGHT in own.parts
+                if is_shared and self.shapes.get(own.name) != own.shape:
+                    raise ValueError(f"{own.name} is missing or has another shape")
+                for part, target in own.parts.items():
+                    key = f"{part}/{own.name}"
+                    if not is_shared:
+                        target.copy_(opened(self._file_of_private(key)).get_tensor(key))
+                        continue
+                    for start, stop, file in self._ranges[own.name]:
+                        first, last = max(own.start, start), min(own.start + target.numel(), stop)
+                        if first < last:
+                            saved = opened(file).get_slice(key)[first - start : last - start]
+                            target[first - own.start : last - own.start].copy_(saved)
+
+    def _file_of_private(self, key: str) -> str:
+        if key not in self._private:
+            raise CheckpointError(
+                "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
+                where=str(self.folder),
+                got=f"no {key}",
+                remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
+                "continues on any number",
+            )
+        return self._private[key]
+
+    def whole(self, name: str, part: str = WEIGHT) -> Tensor:
+        """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
+        with _reading_errors(self.folder):
+            pieces = []
+            for _, _, file in self._ranges[name]:
+                with safe_open(self.folder / file, "pt") as opened:
+                    pieces.append(opened.get_tensor(f"{part}/{name}"))
+            return torch.cat(pieces).view(self.shapes[name])
+
+
+@contextlib.contextmanager
+def _reading_errors(folder: Path) -> Iterator[None]:
+    """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            "the weights of the checkpoint cannot be read",
+            where=str(folder),
+            got=first_line(error),
+            remedy="restore its files, or name another checkpoint",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -70,11 +296,7 @@ class Checkpoint:
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective.
-
-    Raises:
-        CheckpointError: all checkpoints are damaged.
-    """
+    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective."""
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
@@ -94,11 +316,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """Return the checkpoint in a folder; collective.
-
-    Raises:
-        CheckpointError: its files do not match its manifest.
-    """
+    """Return the checkpoint in a folder; collective."""
     if faults := _find_faults(folder, world):
         raise damaged_checkpoint(folder, faults)
     return Checkpoint(folder, world.on_main(lambda: read_state(folder)))
@@ -110,21 +328,13 @@ def _find_faults(folder: Path, world: World) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state in a checkpoint, whose files are not checked; not collective.
-
-    Raises:
-        OSError, ValueError: it cannot be read.
-    """
+    """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     return state
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
-    """Restore weights, optimizer and random states on any number of ranks; collective.
-
-    Raises:
-        CheckpointError: a file cannot be read, or is not of this model.
-    """
+    """Restore weights, optimizer and random states on any number of ranks; collective."""
     for part in parts:
         part.load_shards(checkpoint.folder)
     # Ranks that compute the same micro-batches draw the same numbers: a user's loss may be random.
@@ -168,11 +378,7 @@ def random_states_name(rank: int) -> str:
 
 
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
-    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint.
-
-    Raises:
-        CheckpointError: they cannot be read, or have other names or shapes.
-    """
+    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
     saved = SavedSlices.find(folder, SHARDS)
     wanted = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in trained.items()}
     missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
@@ -191,9 +397,6 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
     """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
 
     Rank 0 reads and sends one master weight at a time. Trained weights require a gradient.
-
-    Raises:
-        CheckpointError: the checkpoint, whose files have been checked, is not of this model.
     """
     trained = {
         name.removeprefix("causal_lm."): weight
@@ -212,14 +415,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is not committed yet, as one rank writes it.
-
-    Attributes:
-        temporary: the folder that is written.
-        folder: its final name.
-        bytes: of the whole checkpoint.
-        entries: of this rank's files, once they are on disk; or the error.
-    """
+    """A checkpoint of so many bytes that is not committed yet, with the entries of this rank's files."""
 
     temporary: Path
     folder: Path
@@ -245,14 +441,8 @@ class _Pending:
 class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
-    Args:
-        root: folder of the checkpoints; its parent, the run directory, exists.
-        keep_last: number of checkpoints to keep.
-        parts: the weights.
-        world: of this start.
-        damaged: names of checkpoints that are not counted, and are deleted after the next commit.
-        say: called with a warning on every rank.
-        committed: called on rank 0 with the step of each committed checkpoint.
+    `damaged` ones are not counted, and are deleted after the next commit. `say` is called with a warning on
+    every rank, `committed` on rank 0 with the step of each committed checkpoint.
     """
 
     def __init__(
@@ -279,9 +469,6 @@ class CheckpointSaver:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
 
         Training may continue at once, unless it `is_last`. A former checkpoint is committed first.
-
-        Raises:
-            CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
@@ -329,11 +516,7 @@ class CheckpointSaver:
         return self._pending is not None and self._pending.entries.done()
 
     def commit(self) -> None:
-        """Wait for the pending checkpoint, if any, and make it the latest; collective.
-
-        Raises:
-            CheckpointError: the disk is full or failed; checkpoints committed before are unchanged.
-        """
+        """Wait for the pending checkpoint, if any, and make it the latest; collective."""
         pending, self._pending, world = self._pending, None, self._world
         if pending is None:
             return
@@ -375,13 +558,7 @@ class CheckpointSaver:
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
-
-        Args:
-            folder: of the checkpoint.
-            best_steps: steps of the best checkpoints, the best first.
-
-        Raises:
-            CheckpointError: `latest` or `best` cannot be written.
+        `best_steps` are those of the best checkpoints, the best first.
         """
         best = [checkpoint_name(step) for step in best_steps]
 

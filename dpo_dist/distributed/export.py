@@ -12,8 +12,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.template import with_chosen_template
-from dpo_dist.distributed.checkpoint import read_weights
-from dpo_dist.distributed.manifest import damaged_checkpoint, find_faults
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder

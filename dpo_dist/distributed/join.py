@@ -46,14 +46,8 @@ def joined(
 ) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
-    Args:
-        deepspeed_config: from `policy_config`: loading weights depends on it.
-        timeout_seconds: timeout of a collective call.
-        reports: outputs, used also if the main thread is blocked.
-
-    Raises:
-        ConfigError: a kernel that the optimizer needs cannot be compiled.
-        PeerLostError: not all processes joined in time, or one ended meanwhile.
+    `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
+    `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
     reports = reports or Reports()
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
@@ -102,14 +96,7 @@ def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
-    """Join the processes that the launcher started; without a launcher, return a world of one process.
-
-    Arguments are those of `joined`.
-
-    Raises:
-        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
-        PeerLostError: not all processes joined in time, or one ended meanwhile.
-    """
+    """Join the processes that the launcher started; without a launcher, return a world of one process."""
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "accelerate launch --cpu starts processes without DeepSpeed",
@@ -146,11 +133,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def _check_devices(environ: Mapping[str, str]) -> None:
-    """Check that the GPUs that were asked for are there, before the processes join.
-
-    Raises:
-        ConfigError: there are none, or fewer than processes on this host.
-    """
+    """Check that the GPUs that were asked for are there, before the processes join."""
     if _is_on("ACCELERATE_USE_CPU"):
         return
     visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()

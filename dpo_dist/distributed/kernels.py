@@ -20,14 +20,7 @@ _LOADED_WITH = {"async_io": ("pin_memory",)}
 def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
     """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
 
-    Args:
-        builder: of the kernel.
-        where: the key that needs it, for the error.
-        remedy: a value of this key that needs no kernel.
-        say: prints a line.
-
-    Raises:
-        ConfigError: it cannot be compiled.
+    Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
     """
     for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
         lock = Path(_get_build_directory(name, False)) / "lock"
@@ -46,11 +39,7 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
 
 
 def check_async_io() -> None:
-    """Check that DeepSpeed can build its asynchronous file access.
-
-    Raises:
-        ConfigError: libaio or a compiler is not installed.
-    """
+    """Check that DeepSpeed can build its asynchronous file access."""
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(
             "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
@@ -61,11 +50,7 @@ def check_async_io() -> None:
 
 
 def load_async_io(say: Callable[[str], None]) -> None:
-    """Load DeepSpeed's asynchronous file access; `say` prints a line.
-
-    Raises:
-        ConfigError: it cannot be compiled.
-    """
+    """Load DeepSpeed's asynchronous file access; `say` prints a line."""
     check_async_io()
     load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
 
@@ -74,9 +59,6 @@ def own_folder(nvme_path: str, world: World) -> Path:
     """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
 
     DeepSpeed deletes everything in its folder, so processes must not share one.
-
-    Raises:
-        ConfigError: the folder cannot be created.
     """
     peer, root = world.peers[world.rank], Path(nvme_path)
     for folder in root.glob(f"dpo_dist-{peer.host}-*"):

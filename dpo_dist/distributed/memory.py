@@ -60,8 +60,13 @@ def return_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
-            torch.accelerator.empty_host_cache()
+    return_host_memory()
+
+
+def return_host_memory() -> None:
+    """Release pinned memory of the host without references."""
+    if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
+        torch.accelerator.empty_host_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

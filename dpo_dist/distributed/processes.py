@@ -99,9 +99,7 @@ class FailureRecord:
     """The first failure of the run, in the store of rank 0 or of its launcher; thread-safe.
 
     The client of the store has no timeout for a host that hangs, so only threads that nobody waits for ask.
-
-    Attributes:
-        exit_code: of the first failure, as it was last read; None: there is none.
+    `exit_code` is that of the first failure, as it was last read; None: there is none.
     """
 
     def __init__(self, size: int):

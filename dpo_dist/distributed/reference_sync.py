@@ -14,7 +14,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.distributed.slices import ModelSlices, SavedSlices, Slice, frozen_slices, own_range
+from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.slices import ModelSlices, Slice, frozen_slices, own_range
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
@@ -24,11 +25,7 @@ _SHARDS = "reference"
 
 
 class ReferenceSync:
-    """Move the reference towards the policy, and save the moved reference in checkpoints.
-
-    Raises:
-        ConfigError: their weights differ in names or shapes.
-    """
+    """Move the reference towards the policy, and save the moved reference in checkpoints."""
 
     def __init__(
         self, reference: FrozenEngine, policy: PolicyEngine, config: SyncReferenceConfig, world: World
@@ -62,11 +59,7 @@ class ReferenceSync:
 
     @torch.no_grad()
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks; collective.
-
-        Raises:
-            CheckpointError: a file cannot be read, or is not of this model.
-        """
+        """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, _SHARDS))
         self._world.together(lambda: saved.load_into(self._slices()))
         for weight in self._reference.values():

@@ -18,11 +18,7 @@ from dpo_dist.foundation.process import check_groups
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:
-    """Return `world` in groups of `ranks` consecutive ranks, on one host where possible; collective.
-
-    Raises:
-        ConfigError: the number of ranks is no multiple of `ranks`.
-    """
+    """Return `world` in groups of `ranks` consecutive ranks, on one host where possible; collective."""
     if ranks == 1:
         return world
     check_groups(world.size, ranks)

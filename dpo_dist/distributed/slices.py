@@ -1,10 +1,7 @@
-"""Slices of weights and optimizer states, their copies and files: read on any number of ranks."""
+"""Slices of weights and optimizer states: what this rank has of a model, and its copies in host memory."""
 
-import contextlib
-import functools
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,15 +12,13 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from dpo_dist.distributed.manifest import FileEntry, read_manifest, write_file
-from dpo_dist.distributed.memory import available_memory
+from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.world import World
-from dpo_dist.foundation.errors import CheckpointError, first_line
 
+SHARDS = "engine"
+"""The folder of the policy's slices in a checkpoint."""
 WEIGHT = "weight"
 """The part of a slice that is the weight itself, for a trained one its float32 master weight."""
 EMA = "ema"
@@ -51,13 +46,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ModelSlices:
-    """This rank's slices of one model, as a checkpoint has them.
-
-    Attributes:
-        folder: name of their folder in a checkpoint.
-        slices: of every weight that changes.
-        step: number of updates of the optimizer.
-    """
+    """This rank's slices of a model, by the name of their folder in a checkpoint, after `step` updates."""
 
     folder: str
     slices: Sequence[Slice]
@@ -82,11 +71,7 @@ class Sharded(Protocol):
         ...
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks; collective.
-
-        Raises:
-            CheckpointError: a file cannot be read, or is not of this model.
-        """
+        """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
         ...
 
 
@@ -255,28 +240,33 @@ def _whole_shape(weight: Any) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
-_ALIGNED_BYTES = 64
-
-
 class HostCopy:
     """Memory of this rank for copies of its slices: allocated once, pinned if `device` is a GPU."""
 
     def __init__(self, device: torch.device):
         self.is_cuda = device.type == "cuda"
-        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
         """Return whether every host has memory for the copies of all its ranks; collective."""
-        missing = max(0, sum(map(_copy_bytes, models)) - self._buffer.nbytes)
+        missing = max(0, self._bytes(models) - self._buffer.nbytes)
         ranks = world.gather((world.host, missing, available_memory() if missing else 0))
         needed = Counter[str]()
         for host, of_rank, _ in ranks:
             needed[host] += of_rank
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
+    def _bytes(self, models: Sequence[ModelSlices]) -> int:
+        count = sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
+        # As PyTorch's allocator of pinned memory does.
+        return 1 << (count - 1).bit_length() if self.is_cuda and count else count
+
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
-        self._reserve(sum(map(_copy_bytes, models)))
+        count = self._bytes(models)
+        if count > self._buffer.nbytes:
+            self.close()
+            self._buffer = torch.empty(count, dtype=torch.uint8, pin_memory=self.is_cuda)
         copied, start = [], 0
         for model in models:
             slices = []
@@ -292,202 +282,11 @@ class HostCopy:
             torch.cuda.synchronize()
         return copied
 
-    def _reserve(self, count: int) -> None:
-        """Have room for `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
-        if count <= self._buffer.nbytes:
-            return
-        self.close()
-        self._buffer = torch.empty(count, dtype=torch.uint8)
-        if self.is_cuda:
-            self._is_pinned = not int(_cuda().cudaHostRegister(self._buffer.data_ptr(), count, 0))
-            if not self._is_pinned:  # copies are slower
-                _forget_error()
-
     def close(self) -> None:
-        """Release the memory, as soon as nothing reads the copies any more.
-
-        Another run of this process may get the same addresses, which must not count as pinned then.
-        """
-        if self._is_pinned:
-            _cuda().cudaHostUnregister(self._buffer.data_ptr())
-        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
-
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _forget_error() -> None:
-    """Clear the error of a call of CUDA, which the next kernel would otherwise raise."""
-    with contextlib.suppress(RuntimeError):
-        torch.ones(1, device="cuda")
-
-
-def _copy_bytes(model: ModelSlices) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in model.tensors)
+        """Release the memory, as soon as nothing reads the copies any more."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        return_host_memory()
 
 
 def _aligned(count: int) -> int:
-    return -(-count // _ALIGNED_BYTES) * _ALIGNED_BYTES
-
-
-_FILE_BYTES = 2**28
-"""Size at which a rank begins another file: about three times as much host memory is used at a time."""
-
-
-def write_slices(
-    model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None
-) -> dict[str, FileEntry]:
-    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
-
-    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    (checkpoint / model.folder).mkdir(exist_ok=True)
-    entries = {}
-    for number, batch in enumerate(_batches(model.slices)):
-        slices: Sequence[Slice] = batch
-        if copy is not None and copy.is_cuda:
-            slices = copy.of([replace(model, slices=batch)])[0].slices
-        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
-        content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
-        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        entries[name] = write_file(checkpoint / name, content)
-    return entries
-
-
-def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
-    batch: list[Slice] = []
-    size = 0
-    for own in slices:
-        batch.append(own)
-        size += sum(tensor.nbytes for tensor in own.parts.values())
-        if size >= _FILE_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-_SavedRange = tuple[int, int, str]
-"""Start and end of a range of one weight's elements, and its file."""
-
-
-@dataclass(frozen=True)
-class SavedSlices:
-    """The slices of one model in a checkpoint.
-
-    Attributes:
-        folder: the checkpoint.
-        shapes: of the whole weights, by name.
-        parts: names of the weight and of the optimizer states.
-        step: number of updates of the optimizer.
-    """
-
-    folder: Path
-    shapes: dict[str, tuple[int, ...]]
-    parts: Sequence[str]
-    step: int
-    _ranges: dict[str, list[_SavedRange]]
-    _private: dict[str, str]
-
-    @classmethod
-    def find(cls, folder: Path, name: str) -> "SavedSlices":
-        """Return the slices below `folder / name`, from the headers of their files.
-
-        Raises:
-            CheckpointError: a file cannot be read.
-        """
-        shapes: dict[str, tuple[int, ...]] = {}
-        ranges: dict[str, list[_SavedRange]] = {}
-        private: dict[str, str] = {}
-        parts: dict[str, None] = {}
-        step = 0
-        with _reading_errors(folder):
-            files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
-            if not files:
-                raise ValueError(f"it has no {name}/*.safetensors")
-            for file in sorted(files):
-                with safe_open(folder / file, "pt") as opened:
-                    header = opened.metadata()
-                    starts, step = json.loads(header["ranges"]), int(header["step"])
-                    for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
-                        part, _, weight = key.partition("/")
-                        if weight not in starts:
-                            private[key] = file
-                            continue
-                        parts[part] = None
-                        if part == WEIGHT:
-                            start, *shape = starts[weight]
-                            end = start + opened.get_slice(key).get_shape()[0]
-                            shapes[weight] = tuple(shape)
-                            ranges.setdefault(weight, []).append((start, end, file))
-        return cls(folder, shapes, list(parts), step, {w: sorted(r) for w, r in ranges.items()}, private)
-
-    def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, of which no other rank needs to have the same ranges.
-
-        Raises:
-            CheckpointError: a file cannot be read, or has no such weight.
-        """
-        with _reading_errors(self.folder), contextlib.ExitStack() as stack:
-
-            @functools.cache
-            def opened(file: str) -> Any:
-                return stack.enter_context(safe_open(self.folder / file, "pt"))
-
-            for own in slices:
-                is_shared = WEIGHT in own.parts
-                if is_shared and self.shapes.get(own.name) != own.shape:
-                    raise ValueError(f"{own.name} is missing or has another shape")
-                for part, target in own.parts.items():
-                    key = f"{part}/{own.name}"
-                    if not is_shared:
-                        target.copy_(opened(self._file_of_private(key)).get_tensor(key))
-                        continue
-                    for start, stop, file in self._ranges[own.name]:
-                        first, last = max(own.start, start), min(own.start + target.numel(), stop)
-                        if first < last:
-                            saved = opened(file).get_slice(key)[first - start : last - start]
-                            target[first - own.start : last - own.start].copy_(saved)
-
-    def _file_of_private(self, key: str) -> str:
-        if key not in self._private:
-            raise CheckpointError(
-                "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
-                where=str(self.folder),
-                got=f"no {key}",
-                remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
-                "continues on any number",
-            )
-        return self._private[key]
-
-    def whole(self, name: str, part: str = WEIGHT) -> Tensor:
-        """Return a whole weight or optimizer state in host memory, float32 for a trained weight.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        with _reading_errors(self.folder):
-            pieces = []
-            for _, _, file in self._ranges[name]:
-                with safe_open(self.folder / file, "pt") as opened:
-                    pieces.append(opened.get_tensor(f"{part}/{name}"))
-            return torch.cat(pieces).view(self.shapes[name])
-
-
-@contextlib.contextmanager
-def _reading_errors(folder: Path) -> Iterator[None]:
-    """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            "the weights of the checkpoint cannot be read",
-            where=str(folder),
-            got=first_line(error),
-            remedy="restore its files, or name another checkpoint",
-        ) from error
+    return -(-count // 64) * 64

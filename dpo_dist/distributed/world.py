@@ -93,12 +93,7 @@ class World:
             self._wait()
 
     def _wait(self, seconds: float | None = None) -> None:
-        """Wait for every rank, at most so long; answers signals meanwhile, as a collective call does not.
-
-        Raises:
-            RuntimeError: a rank has ended.
-            TimeoutError: a rank has not come; no other call may follow.
-        """
+        """Wait for every rank, at most so long; answers signals meanwhile, as a collective call does not."""
         options, has_ended = dist.BarrierOptions(), threading.Event()
         options.device_ids, options.timeout = [], _PATIENCE
         call = self.control.barrier(options)
@@ -276,20 +271,12 @@ class Stops:
         return self.world.agree(self.request.is_urgent)
 
     def give_way(self) -> None:
-        """End the work if a rank was asked to stop at once.
-
-        Raises:
-            GivenWay: on all ranks.
-        """
+        """End the work if a rank was asked to stop at once."""
         if self.must_stop():
             raise GivenWay
 
     def check(self, when: str = "before the first step") -> None:
-        """End the run if a rank was asked to stop at once; waits for ranks that are slower.
-
-        Raises:
-            StoppedError: on all ranks.
-        """
+        """End the run if a rank was asked to stop at once; waits for ranks that are slower."""
         self.world.barrier()
         if self.must_stop():
             raise stopped_by(self.reasons(), when)

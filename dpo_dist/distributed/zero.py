@@ -32,6 +32,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
+from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.join import restore_linear
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
@@ -42,10 +43,10 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices, SavedSlices, is_eight_bit
+from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
+from dpo_dist.model.layers import compressors, decoder_layers, join_gradients, without_gradient
 from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
@@ -82,11 +83,7 @@ STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
@@ -99,11 +96,7 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
 
 
 def _check_lengths(optimizer: object, masters: Iterable[Tensor]) -> None:
-    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor.
-
-    Raises:
-        ConfigError: they cannot; on all ranks, whose tensors have equal lengths.
-    """
+    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor."""
     longest = max(map(torch.numel, masters), default=0)
     if is_eight_bit(optimizer) and longest >= 2**31:
         raise ConfigError(
@@ -136,23 +129,13 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
 def gather_at_once(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
 
-    Compiled layers, so that no hook is in compiled code. Modules that may compute with some of their parts
-    only: a rank that skips a part would not gather it, and the others would wait.
+    Compiled layers, so that no hook is in compiled code; and modules that may compute with some of their
+    weights only: a rank that skips a part would not gather it, and the others would wait.
     """
-    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm)]:
+    for module in compressors(model.causal_lm):
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
-
-
-def reduce_at_once(model: PackedCausalLM, stage: int) -> None:
-    """Make the gradients of modules that may compute with some of their parts ready at once.
-
-    ZeRO-3 (`stage`) does so for its leaves, but not where a leaf has no output at all, as a compressor may.
-    """
-    blocks = expert_blocks(model.causal_lm) if stage < 3 else []
-    for block in [*blocks, *compressors(model.causal_lm)]:
-        join_gradients(block)
 
 
 _Kind = tuple[bool, frozenset[str], bool, int]
@@ -161,18 +144,13 @@ _Kind = tuple[bool, frozenset[str], bool, int]
 def record_gather_orders(engine: Any, offload: Any) -> None:
     """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
 
-    DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
-    weights in that order. A forward in another order discards the record, and recording again takes two
-    forwards without prefetch and several collective comparisons. A policy has forwards of different orders:
-    with gradients, without them, without its adapter, and in generation.
+    DeepSpeed records the order in which one forward and the backward after it use modules. A forward in
+    another order discards the record, and recording again takes two forwards without prefetch and
+    collective comparisons. A policy has forwards of different orders: with gradients, without them, without
+    its adapter, and in generation. And a layer that reads the weights of its active adapter registers them
+    as its own, so orders recorded before are wrong then.
 
-    A forward of one kind can add weights to those that a module gathers in every kind: a layer reads the
-    weights of its active adapter, and DeepSpeed registers them as the layer's own. Orders recorded before
-    are wrong then.
-
-    Args:
-        engine: of a `PackedCausalLM`, that shards its weights.
-        offload: DeepSpeed's part of the engine that gathers weights.
+    `offload` is DeepSpeed's part of the `engine` that gathers weights.
     """
     unused = offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
@@ -223,9 +201,9 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
-# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE, which need it where
-# experts are a list of modules; `layers.expert_blocks` finds these. Stacked experts, as transformers has them
-# now, are gathered alike by all ranks; and a leaf with an adapter and an input without a gradient fails.
+# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. Stacked experts, as
+# transformers has them, are gathered alike by all ranks; and a leaf with an adapter and an input without a
+# gradient fails.
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
@@ -252,9 +230,9 @@ def policy_communication(stage: int, hidden_size: int) -> dict[str, Any]:
     """Return the bucket sizes of the policy's ZeRO configuration, in elements, for a model of this width.
 
     Stage 3 has the values of DeepSpeed's documentation and of transformers' `auto`: gradients are reduced,
-    and weights prefetched, in buckets of about one square matrix; vectors are not sharded; 1e9 weights may
-    be live, which is DeepSpeed's default. The other stages reduce about one decoder layer at a time, 2e8
-    elements for a 7B model, where DeepSpeed would allocate 5e8 for a model of any size.
+    and weights prefetched, in buckets of about one square matrix; vectors are not sharded. The other stages
+    reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed would allocate
+    5e8.
     """
     square = hidden_size**2
     if stage < 3:
@@ -267,32 +245,28 @@ def policy_communication(stage: int, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
+def frozen_config(
+    offload: Offload, dtype: Dtype, folder: Path | None = None, largest_shard: int = 0
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer.
+
+    With NVMe, its weights are in `folder`, which this process uses alone. DeepSpeed reads shards into a few
+    buffers in host memory, and fails where a shard is larger than a buffer (`largest_shard` elements).
+    """
     zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
     if offload is not Offload.none:
         zero["offload_param"] = _offload(offload)
+    if folder is not None:
+        zero["offload_param"] |= {"nvme_path": str(folder), "buffer_size": largest_shard}
     return _shared_config(zero, dtype)
-
-
-def with_nvme(frozen: dict[str, Any], folder: Path, largest_shard: int) -> dict[str, Any]:
-    """Return `frozen_config`, with offload, with its weights in `folder`, which this process uses alone.
-
-    DeepSpeed reads shards into a few buffers in host memory, and fails where a shard is larger than a buffer
-    (`largest_shard` elements).
-    """
-    zero = frozen["zero_optimization"]
-    offload = {**zero["offload_param"], "nvme_path": str(folder), "buffer_size": largest_shard}
-    return {**frozen, "zero_optimization": {**zero, "offload_param": offload}}
 
 
 def with_layer_prefetch(frozen: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """Return `frozen_config` with prefetch of a whole decoder layer, for a model of this width.
 
-    The memory that training needs for gradients, optimizer states and activations is free while a model is
-    scored, so a layer is gathered while the one before it computes. DeepSpeed prefetches nothing while more
-    than `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
-    Vectors are not sharded: each would be a gather of its own.
+    A layer is gathered while the one before it computes: the memory that training needs for gradients,
+    optimizer states and activations is free. DeepSpeed prefetches nothing while more than
+    `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
     """
     layer = _SQUARES_PER_LAYER * hidden_size**2
     options = {
@@ -316,10 +290,6 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
-
-
-SHARDS = "engine"
-"""The folder of the policy's slices in a checkpoint."""
 
 
 class Engine:
@@ -406,15 +376,8 @@ class FrozenEngine(Engine):
 class PolicyEngine(Engine):
     """The trained model: forward, accumulated backward, optimizer step. Methods are collective.
 
-    Args:
-        model: with the weights at the start.
-        optim: the optimizer.
-        world: of this start.
-        ema_decay: of the moving average of the weights; None: there is none.
-
-    Attributes:
-        loss_scale: of the next step in fp16; None with another `model.dtype`.
-        has_overflowed: the last step was not applied, and a smaller loss scale may help.
+    `loss_scale` is that of the next step in fp16; `has_overflowed` says that the last step was not applied,
+    and that a smaller loss scale may help.
     """
 
     def __init__(
@@ -423,7 +386,8 @@ class PolicyEngine(Engine):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         gather_at_once(model)
-        reduce_at_once(model, zero["stage"])
+        for module in compressors(model.causal_lm):  # ZeRO-3 does so for a leaf that has an output
+            join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         super().__init__(model, engine)
@@ -523,11 +487,7 @@ class PolicyEngine(Engine):
         return ModelSlices(SHARDS, list(slices), slices.step)
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
-
-        Raises:
-            CheckpointError: a file cannot be read, or is not of this model.
-        """
+        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)

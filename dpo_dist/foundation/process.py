@@ -62,9 +62,6 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-_SIZES = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
-_LAST_PORT = 65535
-_LAUNCH = "start with accelerate launch or torchrun, which set them, or unset all of them for one process"
 _WITHOUT_EFFECT = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "choose parallelism=zero3, zero2 or ddp; remove "
     "deepspeed_config_file from the launcher's configuration",
@@ -79,32 +76,39 @@ _OFF = ("", "0", "false", "no", "none")
 def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     """Check that the variables of a launcher describe one process of a world, and that none is ignored.
 
-    Args:
-        environ: the environment.
-        repeated: variables of accelerate that may repeat a setting of the run, each with this setting, such
-            as "parallelism.kind=zero3", and with the value of the variable that says the same.
-
-    Raises:
-        ConfigError: they do not, or rank 0 cannot use its port.
+    `repeated` are variables of accelerate that may repeat a setting of the run, each with this setting, such
+    as "parallelism.kind=zero3", and with the value of the variable that says the same.
     """
     _check_accelerate(environ, repeated)
-    numbers = {name: _number(name, environ) for name in (*_SIZES, *_SIZES.values()) if name in environ}
-    size = numbers.get("WORLD_SIZE", 1)
-    if "RANK" not in numbers and size > 1:
-        raise _error("WORLD_SIZE is set without RANK", f"WORLD_SIZE={size}")
-    if "RANK" in numbers and "WORLD_SIZE" not in numbers:
-        raise _error("RANK is set without WORLD_SIZE", f"RANK={numbers['RANK']}")
-    for rank, world in _SIZES.items():
-        if rank in numbers and world in numbers and numbers[rank] >= numbers[world]:
-            error = _error(
-                f"{rank} is not below {world}",
-                f"{rank}={numbers[rank]}, {world}={numbers[world]}",
-                f"{rank} from 0 to {world} - 1",
-            )
-            error.reporting_rank = this_rank()  # rank 0 does not have it
-            raise error
-    if size > 1:
-        _check_address(environ)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not _is_one_process(environ):
+        error = ConfigError(
+            "the variables of a launcher do not describe one process of a world",
+            where="environment",
+            got=", ".join(f"{name}={environ.get(name, '')}" for name in names),
+            remedy="start with accelerate launch or torchrun, which set them, or unset all of them for one "
+            "process",
+        )
+        error.reporting_rank = this_rank()  # rank 0 may not have it
+        raise error
+    # torchrun and accelerate open the port in the launcher.
+    is_opened = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if environ.get("WORLD_SIZE", "1") != "1" and environ["RANK"] == "0" and not is_opened:
+        _check_free(int(environ["MASTER_PORT"]))
+
+
+def _is_one_process(environ: Mapping[str, str]) -> bool:
+    if ("RANK" in environ) != ("WORLD_SIZE" in environ):
+        return False
+    try:
+        rank, size, local, of_node = (
+            int(environ.get(name, default))
+            for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items()
+        )
+        has_address = bool(environ.get("MASTER_ADDR")) and 0 < int(environ.get("MASTER_PORT", 0)) < 2**16
+    except ValueError:
+        return False
+    return 0 <= rank < size and 0 <= local < of_node and (size == 1 or has_address)
 
 
 def check_groups(processes: int, ranks: int) -> None:
@@ -122,27 +126,6 @@ def check_groups(processes: int, ranks: int) -> None:
             expected=f"a divisor of {processes}",
             remedy=f"set {key} to one, or start a multiple of {ranks} processes",
         )
-
-
-def _number(name: str, environ: Mapping[str, str]) -> int:
-    text, least = environ[name], int(name in _SIZES.values())
-    if not text.isdecimal() or int(text) < least:
-        raise _error(
-            f"{name} is not the number of a process", f"{name}={text}", f"a whole number from {least}"
-        )
-    return int(text)
-
-
-def _check_address(environ: Mapping[str, str]) -> None:
-    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-    if missing:
-        raise _error(f"{' and '.join(missing)} must be set for several processes", "no value")
-    port = environ["MASTER_PORT"]
-    if not port.isdecimal() or not 0 < int(port) <= _LAST_PORT:
-        raise _error("MASTER_PORT is not a port", f"MASTER_PORT={port}", f"a number from 1 to {_LAST_PORT}")
-    # torchrun and accelerate open the port in the launcher.
-    if environ["RANK"] == "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        _check_free(int(port))
 
 
 def _check_free(port: int) -> None:
@@ -192,10 +175,6 @@ def _ignored(got: str, remedy: str) -> ConfigError:
         expected="a launcher that only starts processes, as with the files of launch/accelerate",
         remedy=remedy,
     )
-
-
-def _error(message: str, got: str, expected: str = "") -> ConfigError:
-    return ConfigError(message, where="environment", got=got, expected=expected, remedy=_LAUNCH)
 
 
 def this_rank() -> int:

@@ -14,7 +14,6 @@ _KIBI = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FEW_SECONDS = 10
 _FEW_WORDS = 3
-_SMALL_AMOUNT = 0.1
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -82,11 +81,6 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
-
-
-def money(amount: float) -> str:
-    """Return an amount with two decimals, a small one with two digits."""
-    return f"{amount:.2g}" if 0 < amount < _SMALL_AMOUNT else f"{amount:,.2f}"
 
 
 def size(count: float) -> str:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -18,9 +17,10 @@ from datetime import datetime
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import ConsoleDimensions, ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import ConsoleDimensions
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from dpo_dist.config.metrics import METRICS, PREFIX
@@ -37,21 +37,14 @@ _REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
-_BAR_WIDTH, _MIN_BAR_WIDTH = 24, 8
+_BAR_WIDTH = 20
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 _EVALUATED = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
 
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """The state of the training after a step.
-
-    Attributes:
-        step: steps done.
-        steps: of the whole run.
-        values: metrics, as in a metrics row; absent ones are not shown.
-        seconds_left: estimated; None if unknown.
-    """
+    """The state of the training: steps done, steps of the run, values as in a metrics row, estimated time."""
 
     step: int
     steps: int
@@ -135,25 +128,13 @@ LINE_SECONDS = 30.0
 
 
 class LineScreen:
-    """Lines without control characters.
+    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`."""
 
-    Args:
-        print_line: prints one line, given without its end.
-        seconds: shortest time between two lines about progress.
-        print_result: prints a line of a result; None: `print_line`.
-    """
-
-    def __init__(
-        self,
-        print_line: Callable[[str], None],
-        seconds: float,
-        print_result: Callable[[str], None] | None = None,
-    ):
+    def __init__(self, print_line: Callable[[str], None], seconds: float):
         self.seconds = seconds
         self.due: float | None = None
         """When progress is printed again; None: its first line is printed at once."""
         self._print = print_line
-        self._print_result = print_result or print_line
 
     def message(self, text: str) -> None:
         """Print a message; a warning starts with `WARNING`."""
@@ -179,11 +160,19 @@ class LineScreen:
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print a result: `content` is for programs, `lines` for people."""
         for line in lines:
-            self._print_result(printable_lines(line))
+            self._print(printable_lines(line))
 
     def end_progress(self) -> None:
         """End the progress of training or other work."""
         self.due = None
+
+
+class TimedScreen(LineScreen):
+    """Lines with date and time, but those of results."""
+
+    def message(self, text: str) -> None:
+        """Print a message."""
+        super().message(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {text}")
 
 
 class JsonScreen(LineScreen):
@@ -220,9 +209,9 @@ class LiveScreen(LineScreen):
     """Messages above one live line on a terminal; without progress there is no live line."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_above, _REFRESH_SECONDS, self._print_wrapped)
+        super().__init__(self._print_above, _REFRESH_SECONDS)
         self._terminal = terminal
-        self._live: Live | None = None
+        self._live: RichProgress | None = None
 
     def error(self, text: str) -> None:
         """Print an error, below the last state of the live line."""
@@ -230,17 +219,24 @@ class LiveScreen(LineScreen):
         self.message(text)
 
     def progress(self, progress: Progress) -> float:
-        """Replace the live line."""
+        """Replace the live line; a narrow terminal cuts its end."""
+        line, share = _GAP.join(progress.parts()), round(1000 * (progress.share or 0))
         if self._live is None:
-            self._live = Live(
+            text = TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop")
+            )
+            self._live = RichProgress(
+                *(text, BarColumn(_BAR_WIDTH)),
                 console=self._terminal,
                 auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,
                 transient=isinstance(progress, Work),
             )
+            self._live.add_task(line, total=1000, completed=share)
             self._live.start()
-        self._live.update(_LiveLine(progress), refresh=True)
+        else:
+            self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
         return self.seconds
 
     def end_progress(self) -> None:
@@ -250,48 +246,16 @@ class LiveScreen(LineScreen):
         if live is not None:
             live.stop()
 
+    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
+        """Print the lines, broken between words; messages are not, as they have commands to copy."""
+        for line in lines:
+            width = max(self._terminal.width - 1, 8)
+            for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]:
+                self.message(part)
+
     def _print_above(self, line: str) -> None:
         style = "yellow" if line.startswith(WARNING) else ""
         self._terminal.print(Text(line, style), soft_wrap=True)
-
-    def _print_wrapped(self, line: str) -> None:
-        # Messages have commands to copy: the terminal wraps them without a line end.
-        for part in wrapped(line, self._terminal.width - 1):
-            self._print_above(part)
-
-
-def wrapped(line: str, width: int) -> list[str]:
-    """Return a line of a result, broken between words at `width` columns where that is possible.
-
-    What follows is indented to the text after a label ("time       1 min of training"), else by four columns.
-    """
-    label = re.match(r"\S+( \S+)* {2,}", line)
-    indent = " " * (label.end() if label and label.end() <= width // 2 else 4)
-    parts = textwrap.wrap(
-        line, max(width, 8), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return parts or [line]
-
-
-class _LiveLine:
-    """One line within the width of the terminal, with a bar if there is room for it."""
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-
-    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
-        # Some terminals wrap a line that has all their columns.
-        width = max(options.max_width - 1, 1)
-        parts = self._progress.parts()
-        while len(parts) > 1 and len(_GAP.join(parts)) > width:
-            parts.pop()
-        text = _GAP.join(parts)
-        room = min(width - len(text) - 2, _BAR_WIDTH)
-        if self._progress.share is None or room < _MIN_BAR_WIDTH:
-            yield Text(text, no_wrap=True, overflow="crop", end="")
-            return
-        yield Text(text + "  ", end="")
-        yield ProgressBar(total=1.0, completed=self._progress.share, width=room)
 
 
 class Terminal(RichConsole):
@@ -316,13 +280,7 @@ class Terminal(RichConsole):
 
 
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
-    """Return the screen that `settings` asks for.
-
-    Args:
-        messages: for people: a terminal, a file or a pipe.
-        objects: for programs.
-        settings: the section `console`.
-    """
+    """Return the screen that `settings` asks for: messages for people, objects for programs."""
 
     def printer(stream: SafeStream) -> Callable[[str], None]:
         def print_line(line: str) -> None:
@@ -337,12 +295,7 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    print_line = printer(messages)
-
-    def print_timed(line: str) -> None:
-        print_line(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}")
-
-    return LineScreen(print_timed, LINE_SECONDS, print_line)
+    return TimedScreen(printer(messages), LINE_SECONDS)
 
 
 Count = Callable[..., None]
@@ -352,19 +305,12 @@ Count = Callable[..., None]
 class Console:
     """Messages and progress on the screen, also written to the log; ranks other than 0 print only errors.
 
-    Printing never raises.
-
-    Args:
-        screen: of rank 0; None on other ranks.
-        errors: screen for errors; None: `screen`.
-        seconds: shortest time between two lines about progress in the log.
+    Printing never raises. `screen` is None on other ranks, which have `errors`; `seconds` are the shortest
+    time between two lines about progress in the log.
     """
 
     def __init__(
-        self,
-        screen: LineScreen | None,
-        errors: LineScreen | None = None,
-        seconds: float = LINE_SECONDS,
+        self, screen: LineScreen | None, errors: LineScreen | None = None, seconds: float = LINE_SECONDS
     ):
         self._screen = screen
         self._errors = errors or screen
@@ -560,9 +506,7 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     handler.setFormatter(_LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    callers_show = warnings.showwarning
     logging.captureWarnings(True)
-    is_captured_by_caller = warnings.showwarning is callers_show
 
     def is_new(record: logging.LogRecord) -> bool:
         """Some libraries repeat a warning at every step."""
@@ -576,7 +520,6 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
         yield
     finally:
         warned.removeFilter(is_new)
-        if not is_captured_by_caller:
-            logging.captureWarnings(False)
+        logging.captureWarnings(False)
         root.handlers[:] = callers[0]
         root.setLevel(callers[1])

@@ -1,4 +1,4 @@
-"""Results of an evaluation: metrics with intervals, calibration, scores of every pair."""
+"""Results of an evaluation: metrics with intervals, scores of every pair."""
 
 import json
 import math
@@ -30,7 +30,6 @@ and an interval of one outcome has no width."""
 _MOST_PROMPTS = 1 << 17
 """Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 _SHARES = ("rewards/accuracies", "rewards/both_fall")
-_BINS = 10
 _SCORES = {
     "reward_chosen": "reward_chosen",
     "reward_rejected": "reward_rejected",
@@ -43,40 +42,6 @@ _SCORES = {
 _LENGTHS = ("tokens_chosen", "tokens_rejected")
 
 
-def calibration(margins: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Return the reliability of the model's implied preferences (Guo et al. 2017, arXiv 1706.04599).
-
-    By the Bradley-Terry model, a margin m means the probability sigmoid(m) that the chosen response is
-    better. The model's own preference is the response with the larger reward, and its confidence in it
-    sigmoid(abs(m)), from 0.5 to 1.
-
-    Args:
-        margins: reward of the chosen minus that of the rejected response, [pairs].
-
-    Returns:
-        `bins`: of equal width in confidence; those with pairs, each with `low`, `high`, `pairs`, mean
-        `confidence` and `accuracy`, the share of pairs whose chosen response the model prefers; a tie counts
-        half. `expected_calibration_error`: mean of abs(accuracy - confidence) of the bins, weighted by pairs;
-        None without pairs in them. `not_a_number`: pairs whose margin is nan; they are in no bin.
-    """
-    undefined = int(np.isnan(margins).sum())
-    margins = margins[~np.isnan(margins)]
-    confidence = 1 / (1 + np.exp(-np.abs(margins.astype(np.float64))))
-    right = (margins > 0) + 0.5 * (margins == 0)
-    numbers = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(np.int64), _BINS - 1)
-    bins, error = [], 0.0
-    for number in np.unique(numbers).tolist():
-        inside = numbers == number
-        mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
-        error += abs(accuracy - mean) * float(inside.mean())
-        low, high = (0.5 + edge / (2 * _BINS) for edge in (number, number + 1))
-        bins.append(
-            {"low": low, "high": high, "pairs": int(inside.sum()), "confidence": mean, "accuracy": accuracy}
-        )
-    expected = error if bins else None
-    return {"bins": bins, "expected_calibration_error": expected, "not_a_number": undefined}
-
-
 def bootstrap_intervals(
     measured: Mapping[Name, tuple[Column, Column]],
     prompts: npt.NDArray[np.uint64],
@@ -87,18 +52,10 @@ def bootstrap_intervals(
 ) -> dict[Name, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
-    Args:
-        measured: by name, values and counts of each pair, float64 [pairs]: the metric is the sum of values
-            divided by the sum of counts.
-        prompts: [pairs], equal for pairs of the same prompt.
-        seed: of the resamples.
-        resamples: their number; 0: no intervals.
-        shares: names of metrics whose values are outcomes from 0 to 1.
-        differences: names of metrics whose values are differences of two such outcomes.
-
-    Returns:
-        By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample, or
-        if a value is not finite.
+    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
+    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. Values of
+    `shares` are outcomes from 0 to 1, those of `differences` differences of two such outcomes. A metric is
+    absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
     """
     measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
     if not measured or not len(prompts) or not resamples:
@@ -152,18 +109,9 @@ def results(
 ) -> dict[str, dict[str, Any]]:
     """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
-    Args:
-        means: exact means of all metrics of `plan`.
-        values: of every pair.
-        labels: for each label of the sources, whether a pair has it, [pairs].
-        prompts: hash of each pair's prompt, [pairs].
-        plan: the metrics of the evaluation.
-        resampling: of the intervals.
-
-    Returns:
-        Each with the keys of an evaluation's row in log_history.json and `eval_prompts`, their number;
-        `intervals`, [low, high] of metrics that are means over pairs or tokens; and `calibration`, unless
-        pairs have one response.
+    Each has the keys of an evaluation's row in log_history.json, `eval_prompts`, and `intervals`, [low, high]
+    of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
+    for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
     found = {ALL: _of_group(values, prompts, plan, resampling)}
     divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
@@ -193,7 +141,6 @@ def _of_group(
     found["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if not plan.loss.is_one_sided and len(values):
         found |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
-        found["calibration"] = calibration(values.margin)
     return found
 
 

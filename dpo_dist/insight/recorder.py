@@ -9,8 +9,8 @@ from typing import Any
 from dpo_dist.foundation.errors import DpoDistError, first_line
 from dpo_dist.insight.doctor.findings import Finding
 from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.names import Histogram
 from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.verdict.rules import RULES, sample_alarms
@@ -37,23 +37,14 @@ def spared(missing: str, say: Callable[[str], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recorder:
-    """Metrics files and trackers of one run.
-
-    Attributes:
-        say: called with alarms about sampled responses.
-    """
+    """Metrics files and trackers of one run; `say` gets alarms about sampled responses."""
 
     metrics: MetricsLog
     trackers: Trackers
     say: Callable[[str], None]
 
-    def record(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
-        """Write and send one metrics row; that of samples with the number of alarms about them.
-
-        Args:
-            row: the row.
-            margins: of the pairs of its evaluation; only sent.
-        """
+    def record(self, row: Mapping[str, float], margins: Margins | None = None) -> None:
+        """Write and send one metrics row; that of samples with the number of alarms about them."""
         if _SAMPLED not in row:
             self._add(row, margins)
             return
@@ -69,7 +60,7 @@ class Recorder:
                 self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
                 self.trackers.alert(headline, alarm.with_remedy)
 
-    def _add(self, row: Mapping[str, float], margins: Histogram | None) -> None:
+    def _add(self, row: Mapping[str, float], margins: Margins | None) -> None:
         self.metrics.append(row)
         self.trackers.log(row, margins)
 

@@ -43,13 +43,7 @@ def with_interval(value: float | None, ends: Ends, form: str) -> str:
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Row], summary: Row) -> list[str]:
-    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown.
-
-    Args:
-        folder: the run directory.
-        rows: of log_history.json.
-        summary: the content of summary.json.
-    """
+    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
         for name in _CLOSING:
@@ -105,13 +99,9 @@ def describe_reference(report: Row) -> str:
 
 
 def evaluation_table(results: Mapping[str, Row]) -> list[str]:
-    """Return the lines of a table with 95 % intervals: a row for all pairs and for each label.
-
-    Args:
-        results: of `evaluation.results`.
-    """
+    """Return the lines of a table with 95 % intervals: a row for all pairs and for each label."""
     names = [name for name in _EVALUATED if any(f"eval_{name}" in row for row in results.values())]
-    lines = [["evaluation", "pairs", *(METRICS[name].title for name in names), "calibration error"]]
+    lines = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
     for label, row in results.items():
         cells = [
             with_interval(row[f"eval_{name}"], row["intervals"].get(f"eval_{name}"), ".3f")
@@ -119,20 +109,12 @@ def evaluation_table(results: Mapping[str, Row]) -> list[str]:
             else ""
             for name in names
         ]
-        error = row.get("calibration", {}).get("expected_calibration_error")
-        cells.append("" if error is None else f"{error:.3f}")
         lines.append([label, f"{row['eval_pairs']:,}", *cells])
-    undefined = next(iter(results.values())).get("calibration", {}).get("not_a_number", 0)
-    warning = f"warning: the margin of {counted(undefined, 'pair')} is not a number: counted as wrong, "
-    return [*aligned(lines), *([f"{warning}and in no bin of the calibration"] if undefined else [])]
+    return aligned(lines)
 
 
 def comparison_table(results: Row) -> list[str]:
-    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two.
-
-    Args:
-        results: the content of comparison.json.
-    """
+    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two."""
     base, wins = results["base"], results["wins"]
     of_base = {win["second"]: _of_second(win) for win in wins if win["first"] == base}
     has_scores = any(model["score"] is not None for model in results["models"])

@@ -1,20 +1,18 @@
 """Digest of the files that determine a model's function; each file is read once and remembered in the store.
 
-Weights are digested as files, never as live tensors, which are empty under ZeRO-3. After loading,
-`ModelFiles.check_unchanged` checks that no file has changed since the digest.
+Weights are digested as files, never as live tensors, which are empty under ZeRO-3.
 """
 
-import contextlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.foundation.files import file_identity, remembered_digest, text_digest
+from dpo_dist.foundation.files import remembered_digest, text_digest
 from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
@@ -23,20 +21,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Digests of the files that determine a model's function.
+    """Digests by name of a model folder's weight files, and of its configuration and code.
 
-    Attributes:
-        folder: the model folder.
-        code: digest of each file of configuration and code, by name; under "classes" the `auto_map`.
-        weights: digest of each weight file, by name.
-        identities: `file_identity` of each file that this process loads, at the time of the digest.
-        adapter: folder of the adapter on the model; its files are in `code`, as every rank loads them.
+    `code` also has the files of an `adapter` on the model, and under "classes" the `auto_map`.
     """
 
     folder: Path
     code: dict[str, str]
     weights: dict[str, str]
-    identities: dict[Path, str]
     adapter: Path | None = None
 
     @property
@@ -44,23 +36,6 @@ class ModelFiles:
         """Digest of the model; 32 hex digits, the same for a copy of the folder."""
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
         return text_digest(json.dumps(parts))
-
-    def check_unchanged(self) -> None:
-        """Check after loading that no file has changed since it was digested; one put back has changed too.
-
-        Raises:
-            ReferenceModelError: a file has changed.
-        """
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            now = pool.map(_identity_or_none, self.identities)
-        pairs = zip(self.identities.items(), now, strict=True)
-        if changed := [file.name for (file, then), is_now in pairs if then != is_now]:
-            raise ReferenceModelError(
-                "the model's files changed while the model was loaded",
-                where=str(self.folder),
-                got=", ".join(changed),
-                remedy="start again when no process writes to the folder",
-            )
 
 
 def digest_model(
@@ -73,15 +48,8 @@ def digest_model(
 ) -> ModelFiles:
     """Digest config.json, code, and the weight files that transformers loads.
 
-    Args:
-        folder: the model folder.
-        store: folder in which digests are remembered by `file_identity`, so that a file is read once.
-        remote_code: `model.trust_remote_code`: the folder's own classes replace those of transformers.
-        with_weights: whether this process loads the weight files.
-        adapter: folder of an adapter on the model.
-
-    Raises:
-        ConfigError: a file cannot be read, or changes while it is read; the code is in another repository.
+    `store` remembers digests, so that a file is read once. With `remote_code` (`model.trust_remote_code`) the
+    folder's own classes replace those of transformers.
     """
     memo = store / MEMO_FOLDER if store is not None else None
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
@@ -91,13 +59,11 @@ def digest_model(
     names = {file: file.relative_to(folder).as_posix() for file in [*code, *weights]}
     names |= {file: f"adapter/{file.name}" for file in added}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        identities = dict(zip(names, pool.map(_identity, names), strict=True))
         digests = dict(zip(names, pool.map(lambda file: remembered_digest(file, memo), names), strict=True))
     return ModelFiles(
         folder,
         {names[file]: digests[file] for file in [*code, *added]} | {"classes": _classes(folder, remote_code)},
         {names[file]: digests[file] for file in weights},
-        identities,
         adapter,
     )
 
@@ -111,23 +77,16 @@ def digest_on_every_node(
     while_waiting: WhileWaiting | None = None,
     adapter: Path | None = None,
 ) -> ModelFiles:
-    """Digest a model on rank 0, and on one rank of every other node what the node loads; collective.
+    """Return the digest of rank 0, and check that every other node has the files that it loads. Collective.
 
-    If `loads_whole`, every rank loads the weights; otherwise rank 0 loads and scatters them. The result has
-    the digests of rank 0; its `identities` are empty on ranks whose files another rank of their node checks.
-
-    Raises:
-        ConfigError: as `digest_model`.
-        ReferenceModelError: nodes have different files.
+    If `loads_whole`, every rank loads the weights; otherwise rank 0 loads and scatters them.
     """
     digest = partial(digest_model, folder, store, remote_code=remote_code, adapter=adapter)
     main = world.on_main(digest, while_waiting)
 
     def digest_here() -> ModelFiles:
-        if world.is_main:
+        if world.is_main or not world.is_first_of_host:
             return main
-        if not world.is_first_of_host:
-            return replace(main, identities={})
         return digest(with_weights=loads_whole)
 
     mine = world.together(digest_here, while_waiting)
@@ -144,7 +103,7 @@ def digest_on_every_node(
             expected=f"the files of {world.peers[0].host} (rank 0)",
             remedy="copy the same model to every node, or put it on a file system that all nodes share",
         )
-    return replace(mine, weights=main.weights)
+    return main
 
 
 def model_label(path: str, folder: Path) -> str:
@@ -167,21 +126,3 @@ def _classes(folder: Path, remote_code: bool) -> str:
             remedy="copy the code into the model folder and name it in auto_map without a repository",
         )
     return text
-
-
-def _identity(file: Path) -> str:
-    try:
-        return file_identity(file)
-    except OSError as error:
-        raise ConfigError(
-            "a file of the model cannot be read",
-            where=str(file),
-            got=str(error),
-            remedy="check its permissions, or download the model again",
-        ) from error
-
-
-def _identity_or_none(file: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        return file_identity(file)
-    return None

@@ -22,7 +22,6 @@ from dpo_dist.distributed.zero import (
     sharded_loading,
     whole_loading,
     with_layer_prefetch,
-    with_nvme,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
@@ -34,6 +33,10 @@ from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
+# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
+# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
+FAULT_SECONDS = 60.0
+
 
 def settle_engine(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
@@ -42,19 +45,14 @@ def settle_engine(
 
     If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
     use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
-
-    Raises:
-        ConfigError: no arrangement is exact, on any rank; log-probs are others in training mode, or
-            sequences use other weights.
-        RuntimeError: a forward waited too long for another rank, or that rank has ended.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
-    def agree(fault: str, seconds: float | None = None) -> str:
+    def agree(fault: str) -> str:
         if are_forwards_collective and is_of_communication(fault):
             raise RuntimeError(fault)  # no fault of the model: the world names the rank
         try:
-            return world.first_fault(fault, seconds if are_forwards_collective else None)
+            return world.first_fault(fault, FAULT_SECONDS if are_forwards_collective else None)
         except TimeoutError:
             raise ConfigError(
                 "the model's forward fails on one rank, and the others wait for it",
@@ -82,9 +80,6 @@ def check_same_vocabulary(
     """Check that the model of `key` has the policy's token ids, for the same tokens.
 
     Without a tokenizer in its folder only the number of ids is compared.
-
-    Raises:
-        ConfigError: the model has fewer token ids, or other tokens for them.
     """
     vocabulary = tokenizer.get_vocab()
     ids_needed = max(vocabulary.values()) + 1
@@ -167,15 +162,7 @@ def load_scored(
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
-    Args:
-        folder: of the model, or of the adapter's base.
-        model_config: with its quantization.
-        config: of the run.
-        finish: adds an adapter, or replaces the weights of the model, sharded or not.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or its log-probs are not exact.
+    `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
     """
     log.info("loading a model to score from %s", folder)
     placement, length = config.reference, config.data.max_length
@@ -191,27 +178,16 @@ def load_scored(
         with whole_loading(world):
             engine = QuantizedReference(load())
     else:
-        deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
+        own, largest_shard = None, 0
         if placement.nvme_path is not None:
             own = own_folder(placement.nvme_path, world)
             largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-            deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
+        deepspeed_config = frozen_config(placement.offload, config.model.dtype, own, largest_shard)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine = FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
     settle_engine(engine, length, world, key)
-    return engine
-
-
-def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
-    """Load the reference and check that its files are still those that were digested; collective.
-
-    Raises:
-        ReferenceModelError: a file has changed since it was digested.
-    """
-    engine = load_reference(files, config, world)
-    world.together(files.check_unchanged)
     return engine
 
 

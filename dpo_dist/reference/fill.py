@@ -2,11 +2,10 @@
 
 import contextlib
 import logging
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,11 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.distributed.world import Stops, World
-from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
 from dpo_dist.reference.scoring import Scorer, Work, plan_round, score_round
-from dpo_dist.reference.shard import Values
-from dpo_dist.reference.store import LogpStore, first_of_each
+from dpo_dist.reference.store import LogpStore, Values, first_of_each
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +27,11 @@ Progress = Callable[[int, int], None]
 
 _LOCK = "fill.lock"
 _RETRY_SECONDS = 1.0
-_KEYS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """Cache hits and computed log-probs of a fill.
-
-    Attributes:
-        hits: distinct responses found in the store.
-        computed: distinct responses computed.
-        seconds: spent computing.
-        damaged: shards with damage, and files in the store that are not shards.
-    """
+    """Distinct responses found and computed, seconds of computing, and names of damaged shards."""
 
     hits: int = 0
     computed: int = 0
@@ -77,8 +67,8 @@ class StoreFiller:
         costs: of the model, to balance ranks; `load_scorer` may set them.
         entries_per_shard: approximate number of entries in a shard.
         stops: asked after each micro-batch; None: nobody stops the fill.
-        shards: size in bytes of every shard with an entry that the run uses, by name; equal on all ranks. A
-            listing is not enough: on a network file system it may lack files that another node just wrote.
+        shards: names of all shards that the run may use; equal on all ranks. A listing is not enough: on a
+            network file system it may lack files that another node just wrote.
     """
 
     store: LogpStore
@@ -88,21 +78,14 @@ class StoreFiller:
     costs: ComputeCosts
     entries_per_shard: int
     stops: Stops | None = None
-    shards: Mapping[str, int] = field(default_factory=dict)
+    shards: frozenset[str] = frozenset()
 
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
         """Compute and store the missing log-probs of the pairs `indices` of `dataset`.
 
         Rank 0 decides what is missing. One job at a time fills a fingerprint; the others wait for it and then
         compute what is still missing. A killed fill loses at most two shards of each rank.
-
-        Args:
-            progress: called with pairs done and pairs in all: at the start, and after each micro-batch.
-
-        Raises:
-            ReferenceModelError: the store cannot be written, or a log-prob is not finite.
-            DataError: token ids do not match the key that they would be stored under.
-            StoppedError: a rank was asked to stop; what is scored is stored.
+        `progress` is called with pairs done and pairs in all: at the start, and after each micro-batch.
         """
         survey = partial(self._survey, dataset, indices)
         missing, report, self.shards = self.world.on_main(survey)
@@ -116,23 +99,16 @@ class StoreFiller:
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def open_filled(self) -> LogpStore:
-        """Open the same shards on every rank: all that the fills found or wrote.
-
-        Raises:
-            ReferenceModelError: a shard does not become visible on some rank.
-        """
-        return self.world.together(lambda: self.store.wait_for(self.shards))
+        """Open the same shards on every rank: all that the fills found or wrote."""
+        return self.world.together(lambda: self.store.reopen(self.shards))
 
     def _survey(
         self, dataset: PreferenceDataset, indices: Indices
-    ) -> tuple[Indices, FillReport, dict[str, int]]:
+    ) -> tuple[Indices, FillReport, frozenset[str]]:
         """Return the responses that are missing now, a report, and the shards that exist; not collective."""
-        listed = self.store.reopen()
-        shards = {**listed.shards, **self.shards}
-        store = listed if shards == listed.shards else self.store.wait_for(shards)
+        store = self.store.reopen()
         missing, hits = missing_responses(store, dataset, indices)
-        damaged = frozenset([*listed.foreign, *listed.damaged, *store.damaged_entries])
-        return missing, FillReport(hits, damaged=damaged), shards
+        return missing, FillReport(hits, damaged=frozenset(store.damaged)), self.shards.union(store.shards)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -158,13 +134,13 @@ class StoreFiller:
     def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: Progress) -> FillReport:
         """Score responses in rounds; while one round is scored, the shards of the one before are written."""
         started, work, done, is_stopped = time.monotonic(), Work.of(dataset, missing), 0, False
-        score, written, own = self.load_scorer(), dict[str, int](), 0
+        score, written, own = self.load_scorer(), set[str](), 0
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
         rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.replicas)
         must_stop = self.stops.must_stop if self.stops is not None else lambda: False
         progress(0, len(work))
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
-            writing: Future[dict[str, int]] = pool.submit(dict)
+            writing: Future[set[str]] = pool.submit(set)
             for round_ in planned:
 
                 def within(share: float, before: int = done, pairs: int = len(round_.work)) -> None:
@@ -177,55 +153,28 @@ class StoreFiller:
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
-        for of_rank in self.world.gather(written):
-            self.shards = {**self.shards, **of_rank}
+        self.shards = self.shards.union(*self.world.gather(written))
         if is_stopped and self.stops is not None:
             stored = sum(self.world.gather(own))
             when = f"after {stored:,} of the {len(missing):,} missing reference log-probs were stored"
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
 
-    def _write(self, keys: Keys, entries: list[Values]) -> dict[str, int]:
-        """Write this rank's shard of a round, if it has entries; return its size by name."""
+    def _write(self, keys: Keys, entries: list[Values]) -> set[str]:
+        """Write this rank's shard of a round, if it has entries; return its name."""
         if not entries:
-            return {}
+            return set()
         name = self.store.write(keys, entries)
         note_progress(name)
-        return {name: (self.store.root / name).stat().st_size}
+        return {name}
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
     """Return the distinct responses of the pairs `indices` without an intact entry, and how many have one.
 
-    Returns:
-        int64 [missing], ascending indices in `dataset.keys`; number of distinct responses with an entry.
+    The first are int64 [missing], ascending indices in `dataset.keys`.
     """
     responses = dataset.response_indices(indices)
     distinct = responses[first_of_each(dataset.keys[responses])]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
-
-
-def check_complete(store: LogpStore, dataset: PreferenceDataset, indices: Indices, world: World) -> None:
-    """Check on every rank, before training, that the store has all entries of the pairs; collective.
-
-    Reads no values: rank 0 has verified those that were stored before, and each is verified again when read.
-
-    Raises:
-        ReferenceModelError: an entry is missing on some rank.
-    """
-
-    def check() -> None:
-        responses = dataset.response_indices(indices)
-        parts = np.split(responses, range(_KEYS_AT_ONCE, len(responses), _KEYS_AT_ONCE))
-        missing = sum(int((~store.has_keys(dataset.keys[part])).sum()) for part in parts)
-        if missing:
-            raise ReferenceModelError(
-                "the reference store lacks log-probs right after it was filled",
-                where=f"{store.folder} on rank {world.rank} ({socket.gethostname()})",
-                got=f"{missing:,} of {len(responses):,} responses have none",
-                remedy="check that every node sees the same folder and that nothing changes files in it, and "
-                "start the same command again: missing log-probs are computed before training",
-            )
-
-    world.together(check)

@@ -5,11 +5,13 @@ exact token ids. Imports no torch.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.files import read_small, text_digest
+from dpo_dist.foundation.errors import ReferenceModelError
+from dpo_dist.foundation.files import is_temporary, read_small, text_digest
 
 # Raised when the code that computes log-probs changes their digits, which
 # tests/unit/reference/test_scoring_digits.py detects.
@@ -22,6 +24,8 @@ FINGERPRINT_FILE = "space.json"
 
 # Beside the fingerprints' folders: digests of model files, one file for each.
 MEMO_FOLDER = "file_digests"
+
+_FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,34 @@ class ReferenceFingerprint:
 
 
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
-    """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's.
-
-    Raises:
-        OSError: `space.json` exists and cannot be read.
-    """
+    """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's."""
     try:
         content = json.loads(read_small(folder / FINGERPRINT_FILE))
         found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
         return found if found.as_dict() == content and found.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def fingerprint_folders(root: Path) -> list[Path]:
+    """Return the folders of all fingerprints in a store; a folder that is no store is an error."""
+    try:
+        content = sorted(root.iterdir())
+    except OSError as error:
+        raise _no_store(root, str(error.strerror)) from error
+    named = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    # Encoded data have such names too.
+    found = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
+    others = [path for path in content if path.name != MEMO_FOLDER and not is_temporary(path)]
+    if others and not found:
+        raise _no_store(root, f"{others[0].name} and no log-probs")
+    return found
+
+
+def _no_store(root: Path, got: str) -> ReferenceModelError:
+    return ReferenceModelError(
+        "no reference store is found in this folder",
+        where=str(root),
+        got=got,
+        remedy="give the folder set as reference.store, by default output/reference",
+    )

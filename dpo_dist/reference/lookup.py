@@ -15,23 +15,17 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.model.adapter_files import start_folder
 from dpo_dist.model.folder import description_folder
-from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.maintenance import fingerprint_folders
-from dpo_dist.reference.shard import Values
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.reference.store import LogpStore, Values
 
 _EXAMPLES_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
 class StoredSums:
-    """Summed log-probs of the pairs of a dataset: of the first and the last response of each example.
+    """Log-probs of the first and the last response of each example, over the tokens that the loss counts.
 
-    Attributes:
-        chosen: float64 [examples], sums over the tokens that the loss counts; nan if not stored.
-        rejected: the same of the last response; nan too if an example has one response.
-        chosen_tokens: int64 [examples], number of these tokens.
-        rejected_tokens: the same of the last response.
+    Sums are float64 [examples], nan where nothing is stored; numbers of tokens int64 [examples].
     """
 
     chosen: npt.NDArray[np.float64]
@@ -51,10 +45,6 @@ def find_stored(config: RunConfig) -> LogpStore | None:
 
     The weight files are digested, unless the store remembers their digests. Nothing is created in a store
     that does not exist.
-
-    Raises:
-        ConfigError: the reference model does not exist, or its files cannot be read.
-        ReferenceModelError: the store cannot be read.
     """
     root = Path(config.reference.store)
     folders = fingerprint_folders(root) if root.is_dir() else []

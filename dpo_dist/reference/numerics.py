@@ -11,8 +11,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.model.numerics import TOLERABLE_FIELDS
-from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.maintenance import fingerprint_folders
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, fingerprint_folders, read_fingerprint
 from dpo_dist.reference.store import LogpStore, first_of_each
 
 Profile = dict[str, str]
@@ -24,9 +23,6 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
 
     Tolerant ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values, because a reader
     of an entry does not know which rank computed it.
-
-    Raises:
-        ReferenceModelError: ranks differ in a field that they may not differ in.
     """
     profiles = world.gather(profile)
     names = sorted({name for each in profiles for name in each})
@@ -79,11 +75,9 @@ def _differing_fields(own: ReferenceFingerprint, other: ReferenceFingerprint) ->
 
 @dataclass(frozen=True)
 class Reused:
-    """Entries that a run uses, by their numerics.
+    """Number of distinct responses by difference of their numerics (`OWN_NUMERICS` for none).
 
-    Attributes:
-        entries: number of distinct responses, by difference of their numerics; `OWN_NUMERICS` for none.
-        audited: index of a dataset in `visited`, and its pairs with compatible entries; None if none has.
+    `audited`: index in `visited` of a dataset, and its pairs with compatible entries; None if none has.
     """
 
     entries: dict[str, int]

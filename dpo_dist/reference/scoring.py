@@ -18,8 +18,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.reference.engine import ReferenceEngine
-from dpo_dist.reference.shard import Values
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, Values
 
 Scorer = Callable[[PackedBatch], Tensor]
 """Per-token log-probs of a batch by the reference model: float32 [targets]."""
@@ -111,9 +110,6 @@ def score_round(
     Returns:
         Keys uint64 [n, 2] and log-probs of this rank's responses, none if it does not lead its replica; and
         whether the round was ended.
-
-    Raises:
-        DataError: token ids do not match the key that they would be stored under.
     """
     columns = itertools.zip_longest(*world.gather(round_.responses), fillvalue=0)
     forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]

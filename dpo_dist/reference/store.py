@@ -1,168 +1,191 @@
 """Reference log-probs on disk: append-only shards of entries, found by content key, verified when read.
 
-Shards are named by their content, so that a shard is whole or absent whoever writes it. Opening a store reads
-everything except the values.
+    <reference.store>/
+      <fingerprint>/space.json                what the fingerprint is made of
+      <fingerprint>/<digest>.safetensors      a shard: sorted keys, ends and checksums of entries, all values
+      file_digests/                           digests of model files
+
+The name of a shard is a digest of its fingerprint and of everything but the values, which the checksums
+cover: it is whole or absent whoever writes it, and one copied from another fingerprint counts as damaged.
 """
 
+import hashlib
 import json
 import logging
 import os
+import re
 import socket
-import time
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from dpo_dist.batching.sampler import Indices
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.files import staged_file, write_text
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.shard import (
-    Keys,
-    Shard,
-    Values,
-    list_foreign,
-    list_shards,
-    open_shard,
-    write_shard,
-)
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 90
-"""How long another node's shard may stay invisible: NFS clients list a folder again after at most 60 s."""
+Keys = npt.NDArray[np.uint64]
+Values = npt.NDArray[np.float32]
+_Numbers = npt.NDArray[np.int64]
 
-_RETRY_SECONDS = 1.0
-_KEYS_AT_ONCE = 1 << 16  # the entries of one look-up are Python objects
+_SUFFIX = ".safetensors"
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
-class Index:
-    """Entries of many shards, sorted by the first words of their keys; 36 bytes each, values stay mapped.
+@dataclass(frozen=True)
+class Shard:
+    """A verified shard, whose values are mapped when they are first asked for.
 
-    Attributes:
-        damaged: number of look-ups whose values did not match their checksum, by number of the shard.
+    `keys` are uint64 [entries, 2]; `ends` int64 [entries], the end of each entry in `values`; `checks` int64
+    [entries], the CRC-32 of its values.
     """
 
-    def __init__(self, shards: Sequence[Shard]):
-        self.damaged: Counter[int] = Counter()
-        self._values = [shard.values for shard in shards]
-        keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
-        stops = np.concatenate([np.empty(0, np.int64), *(shard.ends for shard in shards)])
-        tokens = [np.diff(shard.ends, prepend=0).astype(np.int32) for shard in shards]
-        checks = np.concatenate([np.empty(0, np.int64), *(shard.checks for shard in shards)])
-        numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.keys) for shard in shards])
-        # Stable, so that of two entries of one key every rank takes the same: the one of the earlier shard.
-        order = np.argsort(keys[:, 0], kind="stable")
-        self._first_words, self._second_words = keys[order, 0], keys[order, 1]
-        self._shards, self._stops = numbers[order], stops[order]
-        self._tokens = np.concatenate([np.empty(0, np.int32), *tokens])[order]
-        self._checks = checks.astype(np.uint32)[order]
+    file: Path
+    keys: Keys
+    ends: _Numbers
+    checks: _Numbers
 
-    def __len__(self) -> int:
-        return len(self._first_words)
+    @property
+    def tokens(self) -> int:
+        """Number of values."""
+        return int(self.ends[-1])
 
-    def _matches(self, keys: Keys, is_found: npt.NDArray[np.bool_]) -> Iterator[tuple[Indices, Indices]]:
-        """Yield indices of `keys` and of an entry of each: the earliest, then others until it is found."""
-        wanted = np.arange(len(keys))
-        entries = np.searchsorted(self._first_words, keys[:, 0])
-        while len(wanted):
-            inside = entries < len(self)
-            wanted, entries = wanted[inside], entries[inside]
-            alike = self._first_words[entries] == keys[wanted, 0]
-            wanted, entries = wanted[alike], entries[alike]
-            same = self._second_words[entries] == keys[wanted, 1]
-            yield wanted[same], entries[same]
-            left = ~is_found[wanted]
-            wanted, entries = wanted[left], entries[left] + 1
+    @cached_property
+    def values(self) -> Values:
+        """float32 [tokens]: the last numbers of the file, as safetensors writes narrow numbers last."""
+        import torch  # noqa: PLC0415  (statistics of a store need no values)
 
-    def has_keys(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which `keys` have an entry, intact or not; bool [n]. Reads no values."""
-        found = np.zeros(len(keys), dtype=np.bool_)
-        for numbers, _ in self._matches(keys, found):
-            found[numbers] = True
-        return found
+        # Unlike `numpy.memmap` this keeps no file open: shards may be thousands.
+        size = self.file.stat().st_size
+        content: npt.NDArray[np.uint8] = torch.from_file(
+            str(self.file), False, size, dtype=torch.uint8
+        ).numpy()
+        content.flags.writeable = False
+        return content[len(content) - 4 * self.tokens :].view(np.float32)
 
-    def find(self, keys: Keys) -> tuple[list[Values | None], Indices]:
-        """Return the values of each key and the number of their shard; None and -1 if none is intact."""
-        values: list[Values | None] = [None] * len(keys)
-        shards, is_found = np.full(len(keys), -1), np.zeros(len(keys), dtype=np.bool_)
-        for numbers, entries in self._matches(keys, is_found):
-            columns = (self._shards, self._stops, self._tokens, self._checks)
-            rows = zip(numbers.tolist(), *(column[entries].tolist() for column in columns), strict=True)
-            for number, shard, stop, tokens, check in rows:
-                found = self._values[shard][stop - tokens : stop]
-                if zlib.crc32(found.data) == check:
-                    values[number], shards[number], is_found[number] = found, shard, True
-                else:
-                    self.damaged[shard] += 1
-        return values, shards
+    def count_damaged(self) -> int:
+        """Return the number of entries whose values do not match their checksums."""
+        parts = np.split(self.values, self.ends[:-1])
+        return sum(zlib.crc32(part.data) != check for part, check in zip(parts, self.checks, strict=True))
 
-    def shards_of(self, keys: Keys) -> Indices:
-        """Return the number of the shard with an intact entry of each key, -1 for none; int64 [n]."""
-        parts = [keys[start : start + _KEYS_AT_ONCE] for start in range(0, len(keys), _KEYS_AT_ONCE)]
-        return np.concatenate([np.empty(0, np.int64), *(self.find(part)[1] for part in parts)])
+
+def list_shards(folder: Path) -> list[str]:
+    """Return the names of all shards in the folder of a fingerprint, damaged ones included."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file())
+
+
+def write_shard(folder: Path, keys: Keys, entries: Sequence[Values]) -> str:
+    """Write entries to `folder` as one shard, whole or not at all; return its name."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
+    keys = np.ascontiguousarray(keys[order])
+    ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
+    checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
+    name = _name(folder, keys, ends, checks)
+    with staged_file(folder / name) as temporary:
+        tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
+        save_file(tensors, temporary)
+    return name
+
+
+def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
+    digest = hashlib.blake2b(folder.name.encode(), digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest() + _SUFFIX
+
+
+def open_shard(file: Path) -> Shard | None:
+    """Read and verify a shard's keys by its name and folder; None, with a warning, if they are others."""
+    try:
+        with safe_open(file, "np") as opened:
+            keys, ends, checks = (opened.get_tensor(name) for name in ("keys", "ends", "checks"))
+        shard = Shard(file, keys.view(np.uint64).reshape(-1, 2), ends.view(np.int64), checks.view(np.int64))
+        if _name(file.parent, shard.keys, shard.ends, shard.checks) == file.name:
+            return shard
+        fault = "its keys do not match its name and folder"
+    except (FileNotFoundError, SafetensorError, ValueError, TypeError) as error:
+        fault = str(error)
+    except OSError as error:  # to compute its entries again would be expensive, and would not cure the cause
+        raise OSError(f"{file}: {error}") from error
+    log.warning("shard %s is damaged, its entries count as missing: %s", file, fault)
+    return None
 
 
 class LogpStore:
-    """View of some shards of a store: response key to per-token float32 log-probs.
+    """Entries of a fingerprint, and of compatible ones where it has none: response key to log-probs.
 
-    An entry has one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.encode.response_key`). Shards are named by their path below the root. Entries of the store's own
-    fingerprint are preferred to those of compatible ones. Without `names` all shards are opened that exist;
-    nothing is written.
+    An entry has one float32 value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
+    (`data.encode.response_key`). Opening reads everything but the values.
 
     Attributes:
         root: the store's folder (`reference.store`).
         fingerprints: the store's own, then compatible ones, the most similar first.
-        folder: where the store's own shards are.
-        shards: size in bytes of each shard in this view, by name.
-        damaged: shards that fail verification; all their entries count as missing.
-        foreign: files among the store's own shards that are not shards; known after `open` without names.
+        folder: of the own fingerprint.
+        shards: names below the root of the shards in this view.
+        damaged: names of those that have no entry, or for which a look-up found damaged values.
     """
 
     def __init__(
         self, root: Path, fingerprints: Sequence[ReferenceFingerprint], names: Iterable[str] | None = None
     ):
         self.root, self.fingerprints = root, fingerprints
-        self.folder = root / fingerprints[0].name
-        self.foreign: list[str] = []
-        names = list(self.list_now() if names is None else names)
+        folders = [each.name for each in fingerprints]
+        self.folder = root / folders[0]
+        if names is None:
+            existing = [folder for folder in folders if (root / folder).is_dir()]
+            names = [f"{folder}/{name}" for folder in existing for name in list_shards(root / folder)]
+        # Of several entries of a key every rank takes the same one.
+        names = sorted(names, key=lambda name: (folders.index(name.partition("/")[0]), name))
         with ThreadPoolExecutor(max_workers=8) as pool:
-            opened = dict(zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True))
-        shards = {name: shard for name, shard in opened.items() if shard is not None}
-        self.shards = {name: shard.bytes for name, shard in shards.items()}
-        self.damaged = [name for name in opened if name not in shards]
-        self._names, self._index = list(shards), Index(list(shards.values()))
+            opened = list(pool.map(lambda name: open_shard(root / name), names))
+        shards = [shard for shard in opened if shard is not None]
+        self.shards = [name for name, shard in zip(names, opened, strict=True) if shard is not None]
+        self.damaged = set(names) - set(self.shards)
+        self._sources = [folders.index(name.partition("/")[0]) for name in self.shards]
+        self._values = [shard.values for shard in shards]
+        keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
+        # Stable, so that of two entries of one key the one of the earlier shard comes first.
+        order = np.argsort(keys[:, 0], kind="stable")
+        self._first_words, self._second_words = keys[order, 0], keys[order, 1]
+        columns = [
+            (np.full(len(shard.ends), number), np.diff(shard.ends, prepend=0), shard.ends, shard.checks)
+            for number, shard in enumerate(shards)
+        ]
+        # Shard, number of values, end in the values of the shard, checksum.
+        types = (np.int32, np.int32, np.int64, np.uint32)
+        self._entries = [
+            np.concatenate([np.empty(0, kind), *(of_shard[place].astype(kind) for of_shard in columns)])[
+                order
+            ]
+            for place, kind in enumerate(types)
+        ]
 
     @classmethod
     def open(
         cls,
         root: Path,
         fingerprint: ReferenceFingerprint,
-        names: Sequence[str] | None = None,
+        names: Iterable[str] | None = None,
         compatible: Sequence[ReferenceFingerprint] = (),
     ) -> "LogpStore":
-        """Open the entries of `fingerprint`, and those of `compatible` ones where it has none.
-
-        Without `names`, the folders are marked as used, and created if they are missing.
-
-        Raises:
-            ReferenceModelError: the folder cannot be created or read.
-        """
+        """Open all shards of `names`; without `names` those that exist, whose folders are marked as used."""
         fingerprints = [fingerprint, *compatible]
         try:
             if names is None:
                 for each in fingerprints:
                     _mark_used(root / each.name, each)
             store = cls(root, fingerprints, names)
-            if names is None:
-                store.foreign = [f"{fingerprint.name}/{name}" for name in list_foreign(store.folder)]
         except OSError as error:
             raise ReferenceModelError(
                 "the reference store cannot be opened",
@@ -170,51 +193,23 @@ class LogpStore:
                 got=f"{root / fingerprint.name}: {error}",
                 remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
-        for name in store.foreign:
-            log.warning("%s is not a shard of the reference store and is ignored", root / name)
+        if names is not None and store.damaged:
+            raise ReferenceModelError(
+                "shards of reference log-probs that this run uses cannot be read",
+                where=f"reference.store on {socket.gethostname()}",
+                got=f"{len(store.damaged)} missing or damaged: {root / min(store.damaged)}",
+                remedy="put reference.store on a file system that every node sees, and start again: "
+                "missing log-probs are computed before training",
+            )
         return store
 
-    def reopen(self, names: Sequence[str] | None = None) -> "LogpStore":
-        """Open other shards of the same store; as `open`."""
+    def reopen(self, names: Iterable[str] | None = None) -> "LogpStore":
+        """Open shards of the same fingerprints, as `open`."""
         own, *compatible = self.fingerprints
         return LogpStore.open(self.root, own, names, compatible)
 
-    def wait_for(self, shards: Mapping[str, int]) -> "LogpStore":
-        """Open these shards, of these sizes; waits a little for those that this node does not see yet.
-
-        Raises:
-            ReferenceModelError: a shard does not appear, or not with its size.
-        """
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        order = [fingerprint.name for fingerprint in self.fingerprints]
-        names = sorted(shards, key=lambda name: (order.index(_folder_of(name)), name))
-        while True:
-            store = self.reopen(names)
-            unseen = sorted(name for name, size in shards.items() if store.shards.get(name) != size)
-            if not unseen:
-                return store
-            if time.monotonic() > deadline:
-                raise ReferenceModelError(
-                    "shards of reference log-probs that this run uses cannot be read",
-                    where=f"reference.store on {socket.gethostname()}",
-                    got=f"{len(unseen)} of {len(shards)} missing or damaged: {self.root / unseen[0]}",
-                    remedy="put reference.store on a file system that every node sees, and start again; "
-                    "missing log-probs are computed before training",
-                )
-            time.sleep(_RETRY_SECONDS)
-            self.list_now()  # listing a folder makes a network file system's client look for new files
-
-    def list_now(self) -> list[str]:
-        """Return the names of all shards that exist now, in this view or not, the own ones first."""
-        folders = [each.name for each in self.fingerprints if (self.root / each.name).is_dir()]
-        return [f"{folder}/{name}" for folder in folders for name in list_shards(self.root / folder)]
-
     def check_writable(self) -> None:
-        """Check, before hours of scoring, that entries can be stored.
-
-        Raises:
-            ReferenceModelError: the folder is read-only.
-        """
+        """Check, before hours of scoring, that entries can be stored."""
         if not os.access(self.folder, os.W_OK):
             raise ReferenceModelError(
                 "the reference store lacks log-probs that this run needs, and cannot be written",
@@ -224,58 +219,54 @@ class LogpStore:
             )
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._first_words)
 
-    @property
-    def damaged_entries(self) -> dict[str, int]:
-        """Number of look-ups so far whose values failed their checksum, by shard."""
-        return {self._names[number]: count for number, count in self._index.damaged.items()}
-
-    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
-        found: npt.NDArray[np.bool_] = self._index.shards_of(keys) >= 0
-        return found
-
-    def has_keys(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which `keys` have an entry; bool [n]. Reads no values, so the entry may be damaged."""
-        return self._index.has_keys(keys)
-
-    def sources(self, keys: Keys) -> Indices:
-        """Return the index in `fingerprints` of each key's entry, -1 for none; int64 [n]."""
-        folders = [fingerprint.name for fingerprint in self.fingerprints]
-        by_shard = [folders.index(_folder_of(name)) for name in self._names]
-        # The last one is that of shard number -1: no entry.
-        return np.array([*by_shard, -1], dtype=np.int64)[self._index.shards_of(keys)]
+    def _find(self, keys: Keys) -> Iterator[tuple[Values | None, int]]:
+        """Yield the values of each key and the index of their fingerprint; None and -1 if none is intact."""
+        starts = np.searchsorted(self._first_words, keys[:, 0])
+        stops = np.searchsorted(self._first_words, keys[:, 0], side="right")
+        for start, stop, second in zip(starts.tolist(), stops.tolist(), keys[:, 1].tolist(), strict=True):
+            for entry in range(start, stop):
+                if self._second_words[entry] != second:
+                    continue
+                shard, tokens, end, check = (int(column[entry]) for column in self._entries)
+                values = self._values[shard][end - tokens : end]
+                if zlib.crc32(values.data) == check:
+                    yield values, self._sources[shard]
+                    break
+                self.damaged.add(self.shards[shard])
+            else:
+                yield None, -1
 
     def find(self, keys: Keys) -> list[Values | None]:
         """Return the log-probs of each key, float32 [completion tokens]; None if missing or damaged."""
-        return self._index.find(keys)[0]
+        return [values for values, _ in self._find(keys)]
+
+    def sources(self, keys: Keys) -> _Numbers:
+        """Return the index in `fingerprints` of each key's intact entry, -1 for none; int64 [n]."""
+        return np.fromiter((source for _, source in self._find(keys)), np.int64, len(keys))
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
+        return self.sources(keys) >= 0
 
     def read(self, keys: Keys) -> list[Values]:
-        """Return the log-probs of each key, float32 [completion tokens].
-
-        Raises:
-            ReferenceModelError: an entry is missing or damaged.
-        """
+        """Return the log-probs of each key, float32 [completion tokens]; a missing one is an error."""
         entries = []
-        for key, values in zip(keys, self.find(keys), strict=True):
+        for key, (values, _) in zip(keys, self._find(keys), strict=True):
             if values is None:
-                damaged = ", ".join(self.damaged_entries)
+                damaged = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
-                    got=f"entry {key[0]:016x}{key[1]:016x}" + (f"; damaged: {damaged}" if damaged else ""),
+                    got=f"entry {key[0]:016x}{key[1]:016x}{damaged}",
                     remedy="start the same command again: missing log-probs are computed before training",
                 )
             entries.append(values)
         return entries
 
     def write(self, keys: Keys, entries: Sequence[Values]) -> str:
-        """Append entries as one shard, whole or not at all, and return its name; later stores see it.
-
-        Raises:
-            ReferenceModelError: it cannot be written, or a value is not finite.
-        """
+        """Append entries as one shard, and return its name; stores that are opened later see it."""
         not_finite = sum(not np.isfinite(values).all() for values in entries)
         if not_finite:
             raise ReferenceModelError(
@@ -295,7 +286,7 @@ class LogpStore:
             ) from error
 
 
-def first_of_each(keys: Keys) -> Indices:
+def first_of_each(keys: Keys) -> _Numbers:
     """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)
@@ -304,11 +295,7 @@ def first_of_each(keys: Keys) -> Indices:
 
 
 def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
-    """Set the time of last use of a folder, and write its `space.json` if missing; warn if it is read-only.
-
-    Raises:
-        OSError: the folder does not exist and cannot be created.
-    """
+    """Set the time of last use of a folder, and write its `space.json` if missing."""
     try:
         if read_fingerprint(folder) is not None:
             os.utime(folder / FINGERPRINT_FILE)
@@ -318,7 +305,3 @@ def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
         if not folder.is_dir():
             raise
         log.warning("the reference store is read, but cannot be written: %s", error)
-
-
-def _folder_of(name: str) -> str:
-    return name.split("/", maxsplit=1)[0]

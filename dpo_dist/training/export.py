@@ -9,9 +9,8 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, step_of
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
-from dpo_dist.distributed.checkpoint import read_state
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
-from dpo_dist.distributed.manifest import damaged_checkpoint
 from dpo_dist.foundation.errors import ConfigError, RunOutcome, first_line
 from dpo_dist.foundation.files import read_small, staged_folder
 from dpo_dist.insight.console import Console

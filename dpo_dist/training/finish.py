@@ -116,7 +116,7 @@ def run_card(
         versions: of packages, by name.
         is_evaluated: whether the last evaluation of training is one of this model.
     """
-    folder, evaluation = RunFolder.of(config), None
+    folder, evaluation = RunFolder.of(config), {}
     found = [""]
     with spared("the model card", say):
         judged = verdict(rows, summary, data_findings(folder, say))
@@ -124,7 +124,7 @@ def run_card(
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         judged_summary = {**summary, "verdict": judged.as_dict()}
-        found = [model_card(config, judged_summary, rows, evaluation, versions)]
+        found = [model_card(config, judged_summary, evaluation, versions)]
     return found[0]
 
 

@@ -19,8 +19,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.manifest import has_all_files
+from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
@@ -29,7 +28,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.console import Console, TrainingStatus
 from dpo_dist.insight.metrics.log import Row
-from dpo_dist.insight.metrics.names import Histogram
+from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.model.flops import PeakFlops
@@ -318,7 +317,7 @@ class Loop:
         margins = None
         if found.values is not None and not self.run.config.loss.is_one_sided:
             metrics |= found.values.margin_percentiles()
-            margins = Histogram.of(found.values.margin)
+            margins = found.values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
             measured |= self.samples.at(position.step, self.policy, self.run.stops.give_way)
@@ -361,7 +360,7 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float], margins: Histogram | None = None) -> None:
+    def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
         if self.recorder is not None:
             self.recorder.record(row, margins)
             self.run.console.row(row, self.inputs.sampler.steps)

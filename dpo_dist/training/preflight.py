@@ -19,7 +19,6 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_cached_offline,
     check_tokenizer_files,
@@ -176,6 +175,5 @@ def _described_model(path: str, revision: str | None, key: str) -> Path | None:
     if folder is None:
         check_cached_offline(path, key)
     else:
-        check_described(folder, key)
         check_weights(weight_files(folder), key)
     return folder

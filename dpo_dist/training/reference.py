@@ -29,11 +29,11 @@ from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import (
     ReferenceEngine,
     check_same_vocabulary,
-    load_digested,
+    load_reference,
     scored_model,
     scoring_tokens,
 )
-from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
+from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.numerics import (
     OWN_NUMERICS,
@@ -211,7 +211,7 @@ def prepare_reference(
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+        return _unstored(LiveReference(load_reference(files, config, world)), is_start, mode, inputs)
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
@@ -275,7 +275,7 @@ def _stored(
 
     def load_scorer() -> Scorer:
         if not engines:
-            engines.append(load_digested(files, config, world))
+            engines.append(load_reference(files, config, world))
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
@@ -291,8 +291,6 @@ def _stored(
             "reference.numerics=tolerant uses them"
         )
     provider = StoredReference(filler.open_filled())
-    for dataset, indices in inputs.visited:
-        check_complete(provider.store, dataset, indices, world)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
@@ -336,7 +334,7 @@ def _fill(run: Run, inputs: Inputs | EvaluationInputs, filler: StoreFiller) -> F
     run.say(f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
     store = run.config.reference.store
     for name in sorted(filled.damaged):
-        run.say(f"warning: reference: damaged or foreign file ignored: {store}/{name}")
+        run.say(f"warning: reference: damaged file ignored: {store}/{name}")
     return filled
 
 

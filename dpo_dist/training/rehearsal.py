@@ -1,22 +1,23 @@
 """`--check`: load and check everything of a run that needs no weights and no GPU; writes nothing."""
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
-from dpo_dist.data.counts import DataCounts, check_counts, in_one_line, read_in_words
+from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import check_fits_loss
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
+from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
@@ -138,22 +139,21 @@ def _first_records(
     source = pinned(source, None)
     for most in (_FIRST_RECORDS, _MORE_RECORDS):
         records = list(itertools.islice(read_records(source), most + 1))
-        chunk = encode_chunk(records[:most], config.data, tokenizer)
-        examples = [f"{bad.origin} {bad.reason}" for _, bad in chunk.bad]
-        details = {bad.reason: bad.detail for _, bad in reversed(chunk.bad) if bad.detail}
-        counts = DataCounts.of(Counter(chunk.outcomes), examples, details)
+        rows = pa.Table.from_batches([encode_chunk(records[:most], config.data, tokenizer)])
+        counts = counts_of(rows)
         if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
             break
     has_more = len(records) > most
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
-    scores, origins = chunk.arrays["scores"], chunk.arrays["origins"]
-    response_counts = np.diff(chunk.arrays["pair_pieces"], prepend=0) - 1
+    columns = columns_of(rows)
+    scores, origins = columns["scores"], columns["origins"]
+    response_counts = np.diff(columns["pair_pieces"], prepend=0) - 1
     ends = np.cumsum(response_counts)
     check_fits_loss(
         config.loss,
         response_counts,
         lambda: scores[ends - response_counts] - scores[ends - 1],
-        lambda index: f"{key}: {chunk.files[origins[index][0]]}:{origins[index][1]}",
+        lambda index: f"{key}: {columns['source_paths'][origins[index][0]]}:{origins[index][1]}",
     )
     name = f" ({source.name})" if source.name else ""
     rest = " (the others were not looked at)" if has_more else ""
@@ -162,6 +162,6 @@ def _first_records(
         f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
-        f"{chunk.arrays['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
+        f"{columns['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
     ]
     return "; ".join(filter(None, found))

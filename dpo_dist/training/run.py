@@ -133,7 +133,6 @@ def _set_up(
         samples = prepare_samples(run, inputs, start.step)
     reference, policy = _load_models(run, start, inputs, engines)
     inputs = arranged(run, inputs, policy, reference)
-    world.together(inputs.policy_files.check_unchanged)
     run.stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
     reference_sync = open_reference_sync(run, reference.provider, policy)

@@ -24,7 +24,7 @@ from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
 from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
-from dpo_dist.reference.engine import load_digested
+from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.start import Run
 
@@ -197,7 +197,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     samples.reference = run.world.on_main(samples.read_reference)
     if samples.reference is None and not samples.asks_policy:
         run.say("samples: the reference is loaded for its responses")
-        engine = load_digested(files, config, run.world)
+        engine = load_reference(files, config, run.world)
         samples.ask_reference(engine)
         engine.free()
     return samples

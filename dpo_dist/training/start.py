@@ -21,10 +21,9 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
+from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
-from dpo_dist.distributed.manifest import has_all_files
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.sequence_parallel import with_sequence_groups
 from dpo_dist.distributed.world import Stops, WhileWaiting, World

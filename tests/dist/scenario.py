@@ -47,7 +47,7 @@ class Assets:
 
 def files_of(folder: Path) -> ModelFiles:
     """Return a model folder as `load_reference` takes it, without digests."""
-    return ModelFiles(folder, {}, {}, {})
+    return ModelFiles(folder, {}, {})
 
 
 def fill(

@@ -28,12 +28,19 @@ from dpo_dist.config.schema import (
     Quantization,
 )
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.manifest import MANIFEST, read_manifest
+from dpo_dist.distributed.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointSaver,
+    SavedSlices,
+    latest_checkpoint,
+    load_checkpoint,
+    read_manifest,
+)
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import SavedSlices, Sharded
+from dpo_dist.distributed.slices import SHARDS, Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import SHARDS, PolicyEngine
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
@@ -337,7 +344,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
     trainer.save(root, 1)
     if world.rank == dying:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.slices.save", kill).start()
+        mock.patch("dpo_dist.distributed.checkpoint.save", kill).start()
     trainer.save(root, 2)
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, OptimizerKind, ParallelismKind
-from dpo_dist.distributed.checkpoint import Checkpoint, load_checkpoint
-from dpo_dist.distributed.slices import SavedSlices
+from dpo_dist.distributed.checkpoint import Checkpoint, SavedSlices, load_checkpoint
+from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import SHARDS
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
 from tests.support.precision import NEEDS_FP16

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from dpo_dist.distributed.world import World
-from dpo_dist.reference import shard as shard_module
+from dpo_dist.reference import store as store_module
 from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import FINGERPRINT, PAIRS, Assets, fill
 from tests.support.ranks import run_ranks, start_ranks
@@ -48,7 +48,7 @@ def fill_and_die(
 ) -> dict[str, Any]:
     """Fill; one rank is killed when half of its second shard is written."""
     if world.rank == dying:
-        shard_module.save_file = dying_at_call(2, shard_module.save_file)
+        store_module.save_file = dying_at_call(2, store_module.save_file)
     return fill(assets, store, pairs, world, folder)
 
 

@@ -13,10 +13,9 @@ from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, Parall
 from dpo_dist.distributed import processes
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model import exactness
-from dpo_dist.model import exactness as trial
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference import engine
 from dpo_dist.reference.engine import settle_engine
 from tests.support.ranks import OPTIM, Outcome, start_ranks
 from tests.support.tiny_model import write_model
@@ -30,7 +29,7 @@ def settle(
 ) -> str:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
     processes.FAREWELL_SECONDS = processes.GRACE_SECONDS = 1.0
-    exactness.LAST_SECONDS = trial.LADDER_SECONDS = 1.0
+    engine.FAULT_SECONDS = 1.0
     config = ModelConfig(str(folder), dtype=Dtype.fp32)
     model = load_packed(folder, config, 512, world.device, sequence=world.sequence)
     policy = PolicyEngine(model, OPTIM, world)

@@ -82,8 +82,10 @@ def test_encoded_data_that_decay_end_a_run(loss: list[str], command: list[str], 
     """A bit of the disk flips: size and time of the file are the same, and all log-probs are stored."""
     changing(
         tmp_path,
-        "import os; file = next((HERE / 'encoded').rglob('ids.bin')); time = file.stat().st_mtime_ns; "
-        "content = file.read_bytes(); file.open('r+b').write(bytes([content[0] ^ 1]) + content[1:]); "
+        "import os, pyarrow.ipc; file = next((HERE / 'encoded').rglob('*.arrow')); "
+        "time = file.stat().st_mtime_ns; content = bytearray(file.read_bytes()); "
+        "ids = pyarrow.ipc.open_file(file).get_batch(0)['ids'].values.to_numpy(); "
+        "content[content.index(ids.tobytes())] ^= 1; file.open('r+b').write(content); "
         "os.utime(file, ns=(time, time))",
     )
     ended = run_verb("train", [*command, *loss, "trainer.epochs=3"], cwd=tmp_path)

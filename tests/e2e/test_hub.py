@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.data.folders import pinned
+from dpo_dist.data.sources import pinned
 from tests.support.hub_server import HubServer
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.

@@ -18,7 +18,7 @@ STEPS = ("trainer.max_steps=2", "reference.rows_per_shard=4")
 
 
 def all_keys(shards: list[Path]) -> np.ndarray:
-    from dpo_dist.reference.shard import open_shard
+    from dpo_dist.reference.store import open_shard
 
     opened = [shard for file in shards if (shard := open_shard(file)) is not None]
     return np.concatenate([shard.keys for shard in opened])

@@ -20,8 +20,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.insight.metrics.log import PHASES
 from dpo_dist.insight.metrics.names import wandb_names
 from dpo_dist.reference.fingerprint import read_fingerprint
-from dpo_dist.reference.shard import open_shard
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, open_shard
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides
 from tests.support import tiny

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 from dpo_dist.distributed import checkpoint
-from dpo_dist.distributed.manifest import FileEntry
+from dpo_dist.distributed.checkpoint import FileEntry
 
 
 @contextlib.contextmanager

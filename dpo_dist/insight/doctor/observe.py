@@ -1,5 +1,6 @@
 """Observe records in a worker process: facts about each one, from which the report is made."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
-from dpo_dist.data.counts import Outcome
-from dpo_dist.data.encode import TokenIds, encode_chunk
+from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
-from dpo_dist.data.store import EncodedChunk
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
@@ -178,48 +177,45 @@ class Observer:
         self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
     ) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept one."""
-        chunk = encode_chunk([record], self._config, tokenizer)
-        [outcome], pieces = chunk.outcomes, _pieces(chunk)
-        whole = pieces
-        if _is_cut(outcome):
-            whole = _pieces(encode_chunk([record], self._whole, tokenizer))
-        if whole:
-            facts.tokens = _lengths(whole)
-        if outcome.dropped is not None:
-            [(_, bad)] = chunk.bad
-            facts.dropped, facts.detail = bad.reason, bad.detail
+        found = encode_record(record, self._config, tokenizer)
+        whole = found
+        if _is_cut(found):
+            whole = encode_record(record, self._whole, tokenizer)
+        if isinstance(whole, EncodedRecord):
+            facts.tokens = _lengths(whole.encoded)
+        if isinstance(found, BadRecord):
+            facts.dropped, facts.detail = found.reason, found.detail
             return set()
-        prompt, *responses = map(len, pieces)
-        kept = _lengths(pieces)
-        facts.cut = [before - after for before, after in zip(_lengths(whole), kept, strict=True)]
-        facts.changed = dict(outcome.changed)
+        assert isinstance(whole, EncodedRecord)
+        assert facts.tokens is not None
+        encoded, prompt = found.encoded, len(found.encoded.prompt_ids)
+        facts.cut = [before - after for before, after in zip(facts.tokens, _lengths(encoded), strict=True)]
+        facts.changed = dict(found.outcome.changed)
+        responses = list(map(len, encoded.responses))
+        used = list(itertools.chain(*found.ranks))
         facts.sums = Counter(
-            pairs=outcome.pairs,
+            pairs=len(found.ranks),
             tokens=prompt * len(responses) + sum(responses),
             unique_tokens=prompt + sum(responses),
-            response_tokens=int(chunk.arrays["piece_tokens"].sum()) - outcome.pairs * prompt,
-            trained_tokens=int(chunk.arrays["trained_tokens"].sum()),
+            response_tokens=sum(responses[index] for index in used),
+            trained_tokens=sum(int(encoded.masks[index].sum()) for index in used),
         )
-        return {*facts.changed, *_token_names(whole, tokenizer)}
+        return {*facts.changed, *_token_names(whole.encoded, tokenizer)}
 
 
-def _is_cut(outcome: Outcome) -> bool:
-    return outcome.dropped in _TOO_LONG or any(name in _CUT for name, _times in outcome.changed)
+def _is_cut(found: EncodedRecord | BadRecord) -> bool:
+    if isinstance(found, BadRecord):
+        return found.reason in _TOO_LONG
+    return not _CUT.isdisjoint(found.encoded.changes)
 
 
-def _pieces(chunk: EncodedChunk) -> list[TokenIds]:
-    """Return the prompt and the different responses of the only record, best first; empty if dropped."""
-    starts, lengths = (chunk.arrays[name].tolist() for name in ("piece_starts", "piece_tokens"))
-    spans = sorted(dict(zip(starts, lengths, strict=True)).items())
-    return [chunk.arrays["ids"][start : start + length] for start, length in spans]
+def _lengths(encoded: EncodedExample) -> Lengths:
+    lengths = list(map(len, encoded.responses))
+    return len(encoded.prompt_ids), lengths[0], lengths[-1] if len(lengths) > 1 else -1
 
 
-def _lengths(pieces: list[TokenIds]) -> Lengths:
-    return len(pieces[0]), len(pieces[1]), len(pieces[-1]) if len(pieces) > 2 else -1
-
-
-def _token_names(pieces: list[TokenIds], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    prompt, *responses = pieces
+def _token_names(encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    prompt, responses = encoded.prompt_ids, encoded.responses
     if tokenizer.bos_token_id is not None and (prompt[:2] == tokenizer.bos_token_id).sum() > 1:
         yield "doubled_bos"
     special = set(tokenizer.all_special_ids)

@@ -20,7 +20,6 @@ from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, number, without_secrets
 from dpo_dist.insight.evaluation import results_name
-from dpo_dist.insight.pages.svg import evenly
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]
@@ -35,12 +34,6 @@ _SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
 _EVALUATED = ("rewards/accuracies", "rewards/margins", "loss")
-_CURVES = (
-    *("loss", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen_per_token", "logps/rejected_per_token"),
-)
-_MOST_EVALUATIONS = 20
-_MOST_LABELS = 50
 
 
 def inert(value: object) -> Markup:
@@ -61,19 +54,10 @@ def code(value: object) -> Markup:
 def model_card(
     config: RunConfig,
     summary: Row,
-    rows: Sequence[Row],
-    evaluation: Mapping[str, Row] | None,
+    evaluation: Mapping[str, Row],
     versions: Mapping[str, str],
 ) -> str:
-    """Return the content of the card.
-
-    Args:
-        config: of the run.
-        summary: content of summary.json, with `verdict`.
-        rows: of log_history.json.
-        evaluation: content of evaluation.json, of the run's last evaluation; None without evaluation data.
-        versions: by package.
-    """
+    """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json."""
     # As on pages, every text of a template becomes inert.
     environment = Environment(finalize=inert, undefined=StrictUndefined, trim_blocks=True, autoescape=True)
     environment.filters |= {"code": code, "plain": Markup}
@@ -95,13 +79,12 @@ def model_card(
         verdict=summary["verdict"],
         loader="AutoModelForCausalLM" if adapter is None else "AutoPeftModelForCausalLM",
         evaluation=_evaluation(evaluation) if evaluation else None,
-        has_rewards=any("calibration" in row for row in (evaluation or {}).values()),
-        curve=_curve(rows),
+        has_rewards=any(PREFIX + "rewards/accuracies" in row for row in evaluation.values()),
         data=_data(config, summary),
         training=_training(config),
         versions=[(code(name), code(version)) for name, version in versions.items()],
     )
-    metadata = _metadata(config, summary, evaluation or {}).to_yaml()
+    metadata = _metadata(config, summary, evaluation).to_yaml()
     text: str = without_secrets(re.sub(r"\n{3,}", "\n\n", str(body)))
     return text.replace("METADATA", metadata, 1) + "\n"
 
@@ -195,7 +178,7 @@ def _number(value: float | None, ends: Sequence[float] | None = None) -> Markup:
 
 
 def _evaluation(evaluation: Mapping[str, Row]) -> Table:
-    rows = list(evaluation.items())[: _MOST_LABELS + 1]
+    rows = list(evaluation.items())
     keys = [key for key in _EVALUATED if any(PREFIX + key in row for _, row in rows)]
     head = ["pairs of", "pairs", *(METRICS[key].title for key in keys)]
     lines: list[list[object]] = [
@@ -206,22 +189,7 @@ def _evaluation(evaluation: Mapping[str, Row]) -> Table:
         ]
         for label, row in rows
     ]
-    if any("calibration" in row for _, row in rows):  # not of a loss of one response
-        head.append("calibration error")
-        for line, (_, row) in zip(lines, rows, strict=True):
-            line.append(_number(row.get("calibration", {}).get("expected_calibration_error")))
     return head, lines
-
-
-def _curve(rows: Sequence[Row]) -> Table:
-    """Return a table of evaluations, evenly thinned, with the first and the last."""
-    found = [row for row in rows if "eval_loss" in row]
-    keys = [key for key in _CURVES if any(PREFIX + key in row for row in found)]
-    lines: list[list[object]] = [
-        [f"{row['step']:,}", *(_number(row.get(PREFIX + key)) for key in keys)]
-        for row in evenly(found, _MOST_EVALUATIONS)
-    ]
-    return ["step", *(METRICS[key].title for key in keys)], lines
 
 
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:

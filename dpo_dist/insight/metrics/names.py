@@ -4,9 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from dpo_dist.config.metrics import PREFIX, metric_of
 from dpo_dist.config.schema import Direction
 
@@ -18,20 +15,6 @@ MARGINS = "eval/margins_histogram"
 SAMPLES = "eval/samples_table"
 BEST = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 """Metrics whose best value is in the summary of a tracker."""
-_BINS = 64
-
-
-class Histogram(NamedTuple):
-    """Counts of values in bins of equal width: int64 [bins], float64 [bins + 1]."""
-
-    counts: npt.NDArray[np.int64]
-    edges: npt.NDArray[np.float64]
-
-    @classmethod
-    def of(cls, values: npt.NDArray[np.float32]) -> "Histogram | None":
-        """Return the histogram of the finite values; None if there is none."""
-        finite = values[np.isfinite(values)].astype(np.float64)
-        return cls(*np.histogram(finite, bins=_BINS)) if len(finite) else None
 
 
 class RowOrder(NamedTuple):
@@ -46,12 +29,10 @@ def order_of(row: Row) -> RowOrder:
     return RowOrder(row["step"], any(key.startswith(PREFIX) for key in row))
 
 
-def order_of_sent(values: Mapping[str, Any]) -> RowOrder:
-    """Return the place of the last row sent, from its values or from the summary of its run."""
-    if STEP_AXIS not in values:
-        return RowOrder()
-    step = values[STEP_AXIS]
-    return RowOrder(step, values.get(EVALUATED_AT) == step)
+def order_of_sent(summary: Mapping[str, Any]) -> RowOrder:
+    """Return the place of the last row sent, from the summary of a wandb run."""
+    step = summary.get(STEP_AXIS)
+    return RowOrder() if step is None else RowOrder(step, summary.get(EVALUATED_AT) == step)
 
 
 def wandb_name(key: str) -> str:

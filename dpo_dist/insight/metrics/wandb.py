@@ -5,14 +5,18 @@ import dataclasses
 import json
 import logging
 import os
+import queue
 import shlex
 import sys
+import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from dpo_dist.config.identity import title
@@ -25,7 +29,7 @@ from dpo_dist.insight.metrics.names import (
     MARGINS,
     SAMPLES,
     STEP_AXIS,
-    Histogram,
+    Row,
     RowOrder,
     last_and_best,
     order_of,
@@ -36,7 +40,9 @@ from dpo_dist.insight.metrics.names import (
 if TYPE_CHECKING:
     import wandb
 
+Margins = npt.NDArray[np.float32]
 Mode = Literal["online", "offline"]
+Say = Callable[[str], None]
 
 _MODES = {
     "online": WandbMode.online,
@@ -47,7 +53,10 @@ _MODES = {
 }
 """Values of WANDB_MODE, the older two too."""
 _MOST_CHARACTERS = 4000
+_BINS = 64
+_FIRST_WAIT_SECONDS, _LAST_SECONDS = 10.0, 2.0
 _STAGING = "WANDB_DATA_DIR"
+_EMPTY_FILE_BYTES = 7
 
 _log = logging.getLogger(__name__)
 
@@ -55,62 +64,49 @@ _log = logging.getLogger(__name__)
 class Tracker:
     """A wandb run, online or offline; its methods raise what wandb raises.
 
-    Args:
-        init: arguments of `wandb.init`.
-        config: of the run.
-        folder: the run directory.
-        rows: metrics rows of earlier starts; those that wandb does not have are sent.
-        say: called with what a user should know.
-
-    Attributes:
-        run: the wandb run.
-        received: place of the last row that wandb has.
+    It sends those of `rows`, of earlier starts, that wandb does not have; it has those up to `received`.
     """
 
     run: "wandb.Run"
     received: RowOrder
 
     def __init__(
-        self,
-        init: Mapping[str, Any],
-        config: RunConfig,
-        folder: RunFolder,
-        rows: Sequence[Mapping[str, float]],
-        say: Callable[[str], None],
+        self, init: Mapping[str, Any], config: RunConfig, folder: RunFolder, rows: Sequence[Row], say: Say
     ):
         self._init, self._tracking, self._folder, self._say = init, config.tracking, folder, say
+        self._is_offline = init["mode"] == "offline"
+        self._sent = folder.wandb_id.with_name("sent.json")
         self._rows = list(rows)
         self._is_restarted = False
         self._has_row = False  # wandb had the last row before it was logged here
-        # wandb's number of the next row, over all starts of an offline run. None: wandb itself knows it from
-        # the server (`run.step` of a resumed run is 0 before a row).
-        self._number: int | None = None
+        self._number = 0  # wandb's number of the next row, over all starts of an offline run
         self._start()
 
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
-        offline, last = self._init["mode"] == "offline", None
-        if offline:
-            from dpo_dist.insight.metrics.wandb_file import last_row  # noqa: PLC0415 (imports wandb)
-
-            last = last_row(self._folder.wandb_id.parent, self._init["id"])
-        client = _set_up(self._init["mode"])
-        self.run = client.init(**self._init)
+        if self._is_offline:
+            for file in self._sent.parent.glob("*run-*/run-*.wandb"):
+                if file.stat().st_size <= _EMPTY_FILE_BYTES:  # of a killed start; `wandb sync` fails on it
+                    file.unlink()
+        self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)
         for names in ("train/*", "eval/*"):
             self.run.define_metric(names, step_metric=STEP_AXIS)
-        self.received = order_of_sent(last or dict(self.run.summary))
-        self._number = (last["_step"] + 1 if last else 0) if offline else None
+        self.received = order_of_sent(dict(self.run.summary))
+        if self._is_offline and self._sent.exists():
+            *order, self._number = json.loads(self._sent.read_bytes())
+            self.received = RowOrder(*order)
         for row in self._rows:
             self._send(row)
 
     @property
     def address(self) -> str:
         """The address of the run's page, or the command that uploads it later."""
-        command = f"offline; upload with: {upload_command(self._folder)}"
-        return command if self._init["mode"] == "offline" else str(self.run.url)
+        return (
+            f"offline; upload with: {upload_command(self._folder)}" if self._is_offline else str(self.run.url)
+        )
 
-    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+    def log(self, row: Row, margins: Margins | None = None) -> None:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._has_row = order_of(row) <= self.received
         self._rows.append(row)
@@ -124,22 +120,25 @@ class Tracker:
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run: verdict, summary (as in `summary.json`), outcome."""
         self._do(lambda: self._close(outcome, summary))
-        tear_down()
+        end_service()
 
-    def _send(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+    def _send(self, row: Row, margins: Margins | None = None) -> None:
         if order_of(row) <= self.received:
             return
-        values: dict[str, Any] = dict(wandb_names(row))
-        if margins is not None:
-            import wandb  # noqa: PLC0415
+        import wandb  # noqa: PLC0415
 
-            values[MARGINS] = wandb.Histogram(np_histogram=margins)
+        values: dict[str, Any] = {**wandb_names(row)}
+        if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
+            values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
         if self._tracking.samples and "eval_samples/length" in row:
             file = self._folder.samples_file(int(row["step"]))
             values |= _samples_table(file, self._tracking.samples)
-        self.run.log(values, step=self._number, commit=True)
-        self._number = None if self._number is None else self._number + 1
+        # Online, wandb knows the number from the server.
+        self.run.log(values, step=self._number if self._is_offline else None, commit=True)
+        self._number += 1
         self.received = order_of(row)
+        if self._is_offline:
+            files.write_text(self._sent, json.dumps([*self.received, self._number]))
 
     def _close(self, outcome: str, summary: Mapping[str, Any]) -> None:
         self.run.summary.update({**last_and_best(self._rows), **without_secrets(summary)})
@@ -171,14 +170,14 @@ class Tracker:
             try:
                 action()
             except ConnectionError:
-                tear_down(is_dead=True)
+                end_service(is_dead=True)
                 if self._is_restarted:
                     raise
                 self._is_restarted = True
                 self._start()
                 action()
         except Exception:
-            tear_down()
+            end_service()
             raise
 
 
@@ -204,9 +203,9 @@ def open_tracker(
     folder: RunFolder,
     request_stop: Callable[[], None],
     *,
-    rows: Sequence[Mapping[str, float]] = (),
+    rows: Sequence[Row] = (),
     environment: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    say: Say = lambda _text: None,
     init_seconds: float = 60.0,
     finish_seconds: float = 20.0,
 ) -> Tracker | None:
@@ -214,15 +213,8 @@ def open_tracker(
 
     If wandb cannot go online, the run is stored in the directory for a later upload.
 
-    Args:
-        config: logged completely, without secrets.
-        folder: the run directory.
-        request_stop: called from another thread if someone stops the run on its web page.
-        rows: metrics rows up to the checkpoint that training resumes from.
-        environment: content of `environment.json`, logged beside `config`.
-        say: called with the address of the run, and with the reason if it is not online.
-        init_seconds: timeout for the server at the start.
-        finish_seconds: timeout for uploads at the end; a preempted job has little time.
+    `say` gets the address of the run, and the reason if it is not online; `init_seconds` are the timeout for
+    the server, `finish_seconds` that for uploads at the end; see `open_trackers`.
     """
     limits = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
     for mode in _modes_to_try(wanted_mode(config), say):
@@ -231,7 +223,7 @@ def open_tracker(
             tracker = Tracker(init, config, folder, rows, say)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
-            tear_down()
+            end_service()
             continue
         if tracker.received.step > (rows[-1]["step"] if rows else 0):
             say(f"wandb has the rows up to step {tracker.received.step}; they are not sent again")
@@ -247,7 +239,7 @@ def wanted_mode(config: RunConfig) -> WandbMode:
     return _MODES.get(_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
 
 
-def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
+def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
     if wanted in (WandbMode.off, WandbMode.offline):
         return [] if wanted is WandbMode.off else ["offline"]
     try:
@@ -312,7 +304,7 @@ def _set_up(mode: Mode) -> Any:
     return wandb
 
 
-def _warn(text: str, say: Callable[[str], None]) -> None:
+def _warn(text: str, say: Say) -> None:
     _log.warning(text)
     say(f"warning: {text}")
 
@@ -322,48 +314,83 @@ def upload_command(folder: RunFolder) -> str:
     return f"wandb sync {shlex.quote(str(folder.wandb_id.parent))}"
 
 
-def tear_down(*, is_dead: bool = False) -> None:
+def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
     """End wandb's service, so that it releases the run id and prints nothing when the program ends.
 
-    Args:
-        is_dead: the service has ended already; else a service that also has a run of the caller is kept.
+    A service that also has a run of the caller is kept, but not one that `is_dead`. One that is killed ends a
+    call that waits for it; its file has all rows.
     """
     # wandb raises SystemExit if its service ended with an error.
     with contextlib.suppress(Exception, SystemExit):
         import wandb  # noqa: PLC0415
 
-        if is_dead or wandb.run is None:
+        if wandb.run is not None and not is_dead:
+            return
+        if not kills:
             wandb.teardown()
+        for child in psutil.Process().children() if kills else ():
+            if child.name().startswith("wandb-core"):
+                child.kill()
 
 
-def services() -> set[psutil.Process]:
-    """Return the services of wandb that this process has started."""
-    with contextlib.suppress(psutil.Error):
-        return {child for child in psutil.Process().children() if child.name().startswith("wandb-core")}
-    return set()
+class InBackground:
+    """A wandb run that is opened and called in a thread of its own; no method but `finish` waits.
 
-
-def kill_services(others: Collection[psutil.Process]) -> None:
-    """Kill wandb's service, so that a call that waits for it returns; its file has all rows.
-
-    `others` live on: they were there before the run, and have runs of the caller.
+    `start` takes a function for what a user should know; None: there is no run. `first_wait` are the seconds
+    to wait for it, so that its messages come in order if it is fast.
     """
-    for service in services().difference(others):
-        with contextlib.suppress(psutil.Error):
-            service.kill()
 
+    def __init__(
+        self,
+        start: Callable[[Say], Tracker | None],
+        say: Say,
+        folder: RunFolder,
+        first_wait: float = _FIRST_WAIT_SECONDS,
+    ):
+        self._say, self._folder, self._is_ended = say, folder, False
+        self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._is_open = threading.Event()
+        # wandb writes the files of tables into the home otherwise, and reads the folder from a variable only.
+        self._is_staging = _STAGING not in os.environ
+        if self._is_staging:
+            os.environ[_STAGING] = str(folder.wandb_id.with_name("staging").absolute())
+        self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
+        self._thread.start()
+        self._is_open.wait(first_wait)
 
-@contextlib.contextmanager
-def staged_in(folder: RunFolder) -> Iterator[None]:
-    """Let wandb write the files of tables into the run directory; by default it writes them into the home.
+    def log(self, row: Row, margins: Margins | None = None) -> None:
+        """Send one metrics row later, in order."""
+        self._calls.put(lambda run: run.log(row, margins))
 
-    wandb reads the folder from a variable only, which the main thread sets.
-    """
-    if _STAGING in os.environ:
-        yield
-        return
-    os.environ[_STAGING] = str((folder.wandb_id.parent / "staging").absolute())
-    try:
-        yield
-    finally:
-        os.environ.pop(_STAGING, None)
+    def alert(self, title: str, text: str) -> None:
+        """Raise an alert later, in order."""
+        self._calls.put(lambda run: run.alert(title, text))
+
+    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
+        """Close the run; return after about `seconds` even if a call does not return."""
+        self._calls.put(lambda run: run.finish(outcome, summary))
+        self._calls.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            advice = f"later: {upload_command(self._folder)}"
+            _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
+            self._is_ended = True  # what the call says now is no news
+            end_service(kills=True)
+            self._thread.join(_LAST_SECONDS)
+        if self._is_staging:
+            os.environ.pop(_STAGING, None)
+
+    def _tell(self, text: str) -> None:
+        if not self._is_ended:
+            self._say(text)
+
+    def _work(self, start: Callable[[Say], Tracker | None]) -> None:
+        try:
+            run = start(self._tell)
+            self._is_open.set()
+            while run is not None and (call := self._calls.get()) is not None:
+                call(run)
+        except Exception as error:
+            _warn(f"wandb tracking stops, training continues: {first_line(error)}", self._tell)
+        finally:
+            self._is_open.set()

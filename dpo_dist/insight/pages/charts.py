@@ -22,26 +22,13 @@ Rows = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or more metrics.
-
-    Attributes:
-        title: above the chart.
-        keys: of the metrics.
-        is_log: whether the axis is logarithmic.
-        is_smoothed: whether training values have a moving mean.
-        by_source: whether the curves are those of its metric by source; only means, as they are many.
-    """
+    """A chart of one or more metrics; `by_source` of its metric by source, only means, as they are many."""
 
     title: str
     keys: tuple[str, ...]
     is_log: bool = False
     is_smoothed: bool = True
     by_source: bool = False
-
-    @property
-    def unit(self) -> str:
-        """Unit of its first metric."""
-        return METRICS[self.keys[0]].unit
 
 
 def _sides(key: str) -> tuple[str, str]:
@@ -74,7 +61,13 @@ def charts(rows: Rows) -> list[Markup]:
     merged = rows_by_step(rows)
     steps = [row["step"] for row in merged]
     figures = (
-        chart(panel.title, list(panel_lines(panel, merged)), steps, panel.unit, log=panel.is_log)
+        chart(
+            panel.title,
+            list(panel_lines(panel, merged)),
+            steps,
+            METRICS[panel.keys[0]].unit,
+            log=panel.is_log,
+        )
         for panel in PANELS
     )
     return [figure for figure in figures if figure]
@@ -145,10 +138,11 @@ _STYLES: Mapping[Role, Mapping[str, Any]] = {
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
     merged = rows_by_step(rows)
-    figure = Figure(figsize=(16, 8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(16, 8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
-    for axes, panel in zip(figure.subplots(2, 3).flat, IMAGE_PANELS, strict=True):
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.05, "top": 0.9, "hspace": 0.25, "wspace": 0.2}
+    for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, IMAGE_PANELS, strict=True):
         axes.set_title(panel.title, loc="left")
         axes.grid(alpha=0.3)
         colors: dict[str, str] = {}
@@ -165,7 +159,10 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
             name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
             axes.plot(*zip(*points, strict=True), color=color, label=name, **_STYLES[line.role])
         axis = Axis.around(drawn, 0, 1, is_log=panel.is_log)
-        axes.set_yscale("log" if panel.is_log else "linear")
+        if panel.is_log:
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.set_ylim(axis.low, axis.high)
         if colors:
             axes.legend(frameon=False)

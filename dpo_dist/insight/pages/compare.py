@@ -7,9 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import number, percent, without_secrets
+from dpo_dist.foundation.text import number, without_secrets
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
 from dpo_dist.insight.pages.svg import Interval, Point, scatter
@@ -25,22 +26,9 @@ _FRAME_BYTES = 150_000
 _MOST_PAIRS = 15
 _MOST_FILTERED = 8
 _HALF = 0.5
-_STYLE = {
-    "length": "tokens",
-    "finished": "ended",
-    "refusals": "refusals",
-    "distinct_3": "distinct 3-grams",
-    "longest_repeat": "longest repeat",
-    "empty": "empty",
-}
-_DIFFERENCES = {
-    "score": "score",
-    "kl": "KL, nats per response",
-    "length": "tokens",
-    "finished": "ended",
-    "refusals": "refusals",
-    "empty": "empty",
-}
+_STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
+_DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
+_TITLES = {"score": "score", "kl": "KL, nats per response"}
 _NO_SHARES = ("score", "kl", "length")
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """By the credit of the base, what the other model does."""
@@ -82,37 +70,38 @@ def headline(results: Row) -> list[str]:
     A model of which no response ends is not called the best: the judge saw beginnings of its responses only.
     """
     rates, base = _rates(results), results["base"]
-    models = {model["name"]: model for model in results["models"]}
-    judged = {
-        name: quality[0] for name, model in models.items() if (quality := _quality(model, results, rates))
+    means = {
+        model["name"]: quality[0]
+        for model in results["models"]
+        if (quality := _quality(model, results, rates))
     }
-    ranked = [name for name in judged if models[name]["style"]["finished"]]
-    if not judged:
+    models = {model["name"]: model for model in results["models"]}
+    ranked = [name for name in means if models[name]["style"]["finished"]]
+    if not means:
         return ["Without a judge the models can be compared by KL and style only."]
     if not ranked:
         return ["No response ends within compare.max_new_tokens: no model is called the best."]
-    best = max(ranked, key=lambda name: (judged[name], -(models[name]["kl"] or 0)))
-    sentence = f"{best} has the highest win rate over {base}"
-    if _has_scores(results):
-        kl = models[best]["kl"]
-        sentence = f"{best} has the highest score, {number(judged[best])}"
-        sentence += f" at a KL of {number(kl)} nats" if kl else ""
-    elif best == base:
-        sentence = f"No model wins over {base} on more than half of the prompts"
-    if (best, base) in rates:
-        sentence += f"; its win rate over {base} is {_rate_text(rates[best, base])}"
-    unended = [name for name in judged if name not in ranked]
-    sentences = [f"Not ranked, as no response ends: {', '.join(unended)}."] if unended else []
-    sentences.append(f"{sentence}.")
-    others = {name: rates.get((name, best), (_HALF, None)) for name in ranked if name != best}
+    best = max(ranked, key=lambda name: (means[name], -(models[name]["kl"] or 0)))
+    sentences = [f"{best} has the highest {_measure(results)}, {number(means[best])}."]
+    if best == base and not _has_scores(results):
+        sentences = [f"No model wins over {base} on more than half of the prompts."]
+    if unended := ", ".join(name for name in means if name not in ranked):
+        sentences.append(f"Not ranked, as no response ends: {unended}.")
+    others = [name for name in ranked if name != best]
     as_good = ", ".join(
-        f"{name} (win rate {_rate_text(rate)} over it)"
-        for name, rate in others.items()
-        if _side(rate[1], _HALF) >= 0
+        name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
     )
     if others:
         sentences.append(f"Not clearly worse: {as_good}." if as_good else "All others are clearly worse.")
     return sentences
+
+
+def _measure(results: Row) -> str:
+    return "score" if _has_scores(results) else f"win rate over {results['base']}"
+
+
+def _title(metric: str) -> str:
+    return _TITLES.get(metric) or METRICS[f"samples/{metric}"].title
 
 
 def _rates(results: Row) -> Rates:
@@ -122,11 +111,6 @@ def _rates(results: Row) -> Rates:
         rates[win["first"], win["second"]] = rate, ends
         rates[win["second"], win["first"]] = 1 - rate, ends and [1 - ends[1], 1 - ends[0]]
     return rates
-
-
-def _rate_text(rate: tuple[float, Interval]) -> str:
-    value, ends = rate
-    return percent(value) + (f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]" if ends else "")
 
 
 def _side(ends: Interval, of: float) -> int:
@@ -180,7 +164,7 @@ def _style(results: Row) -> Table:
             times = style["length"] / base["style"]["length"]
             cells[0] += Markup("<small>{:.2f} times</small>").format(times)
         rows.append([model["name"], *cells])
-    return ["model", *_STYLE.values()], rows
+    return ["model", *map(_title, _STYLE)], rows
 
 
 def _rate(rate: tuple[float, Interval] | None) -> Markup:
@@ -207,7 +191,7 @@ def _differences(results: Row, rates: Rates) -> Table:
         cells = [win] if rates else []
         cells += [_difference(metric, row.get(metric), row.get(f"{metric}_interval")) for metric in metrics]
         rows.append([_name(second, f"minus {first}"), *cells])
-    titles = [*(["win rate"] if rates else []), *(_DIFFERENCES[metric] for metric in metrics)]
+    titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
     return ["models", *titles], rows if titles else []
 
 
@@ -230,9 +214,8 @@ def _picture(results: Row, rates: Rates) -> Markup:
         if (model["kl"] or 0) > 0 and (quality := _quality(model, results, rates))
     ]
     level = _quality(base, results, rates)
-    measure = "score" if _has_scores(results) else f"win rate over {base['name']}"
     line = (level[0], base["name"]) if level else None
-    return scatter(points, f"KL to {base['name']}, nats per response", measure, line)
+    return scatter(points, f"KL to {base['name']}, nats per response", _measure(results), line)
 
 
 def _prompt(row: Row, results: Row) -> Shown:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import duration, money, number, size
+from dpo_dist.foundation.text import duration, number, size
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.facts import PageFacts, read_facts
 from dpo_dist.insight.pages.render import estimate, flat, page
@@ -17,35 +16,23 @@ from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 
 Two = tuple[PageFacts, PageFacts]
 
-_NAME_BYTES = 80
 _ABSENT = "not recorded"
 _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 
 
-def write_difference(
-    folders: tuple[RunFolder, RunFolder],
-    price_per_gpu_hour: float | None = None,
-    output: Path | None = None,
-) -> Path:
-    """Write the page about two runs, and return its path.
-
-    Args:
-        folders: run directories, which may still be written by training.
-        price_per_gpu_hour: in any currency, for the cost.
-        output: the page; None: `difference-A-B.html` in the working folder, with the names of the runs.
-
-    Raises:
-        ConfigError: both are the same run directory.
-    """
+def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None = None) -> Path:
+    """Write the page about two runs to `output` or to the working folder, and return its path."""
     if folders[0].path.resolve() == folders[1].path.resolve():
         raise ConfigError(
             "both are the same run directory",
             where=str(folders[0].path.resolve()),
             remedy="name two runs, or one for its own page",
         )
-    two = read_facts(folders[0], price_per_gpu_hour), read_facts(folders[1], price_per_gpu_hour)
-    names = names_of(folders)
+    two, names = (
+        (read_facts(folders[0]), read_facts(folders[1])),
+        [one.path.resolve().name for one in folders],
+    )
     runs = [
         {
             "label": label,
@@ -59,7 +46,6 @@ def write_difference(
     others = [row for row in differing if row[0].startswith(_OF_NO_RESULT)]
     settings = [row for row in differing if row not in others]
     others += _differing(*(dict(flat(facts.environment)) for facts in two))
-    warnings = dict(_warnings(two))
     is_evaluated = all(facts.run.evaluations for facts in two)
     html = page(
         "difference.jinja",
@@ -67,26 +53,13 @@ def write_difference(
         runs=runs,
         settings=settings,
         others=others,
-        warnings=list(warnings),
+        warnings=list(_warnings(two)),
         of="the last evaluation" if is_evaluated else "the last logged steps",
-        results=[*_metrics(two, warnings), *_amounts(two)],
+        results=[*_metrics(two), *_amounts(two)],
     )
-    path = output or Path("-".join(["difference", *map(_in_file_name, names)]) + ".html")
+    path = output or Path("-".join(["difference", *names]) + ".html")
     files.write_text(path, html)
     return path
-
-
-def names_of(folders: Sequence[RunFolder]) -> list[str]:
-    """Return the names of two run directories, with as many parent folders as distinguish them."""
-    parts = [folder.path.resolve().parts for folder in folders]
-    count = 1
-    while parts[0][-count:] == parts[1][-count:] and count < max(map(len, parts)):
-        count += 1
-    return ["/".join(each[-count:]) for each in parts]
-
-
-def _in_file_name(name: str) -> str:
-    return name.replace("/", "-").encode()[-_NAME_BYTES:].decode(errors="ignore")
 
 
 def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -97,37 +70,25 @@ def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Iterator[
             yield key, *values
 
 
-def _warnings(two: Two) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the reasons for which values of the two runs are not comparable, with prefixes of their names."""
+def _warnings(two: Two) -> Iterator[str]:
+    """Yield the reasons for which values of the two runs are not comparable."""
     identities = [facts.state.get("identity") or {} for facts in two]
 
-    def differ(one: object, other: object) -> bool:
-        return one is not None and other is not None and one != other
-
-    def settings(key: str) -> list[Any]:
-        return [facts.setting(key) for facts in two]
+    def differ(*values: object) -> bool:
+        return None not in values and values[0] != values[1]
 
     if differ(*(identity.get("eval_data") for identity in identities)):
-        yield "The runs were evaluated on different data: their metrics are not comparable.", ("",)
+        yield "The runs were evaluated on different data: their metrics are not comparable."
     if differ(*(identity.get("reference") for identity in identities)):
-        text = "Their reference models differ: rewards, margins and accuracies are relative to other models."
-        yield text, ("loss", "rewards/", "kl/")
-    if differ(*settings("loss.kind")) or differ(*settings("loss.terms")):
-        yield "Their losses differ: values of the loss are not comparable.", ("loss",)
-    if differ(*settings("loss.beta")):
-        values = " and ".join(number(beta, 3) for beta in settings("loss.beta"))
-        yield (
-            f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends on "
-            "it: compare accuracies, log-probs and KL.",
-            ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
-        )
+        yield "Their reference models differ: rewards, margins and accuracies are relative to other models."
+    if any(differ(*(facts.setting(key) for facts in two)) for key in ("loss.kind", "loss.terms")):
+        yield "Their losses differ: values of the loss are not comparable."
+    if differ(*(facts.setting("loss.beta") for facts in two)):
+        yield "Their beta differs: rewards and margins are multiples of it. Compare accuracies and log-probs."
 
 
-def _metrics(two: Two, warnings: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[object, ...]]:
-    """Yield the last metrics of both runs with their difference and whether their intervals overlap.
-
-    Values that are not comparable have neither.
-    """
+def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
+    """Yield the last metrics of both runs with their difference and whether their intervals overlap."""
     is_evaluated = all(facts.run.evaluations for facts in two)
     rows = [row for facts in two for row in (facts.run.evaluations if is_evaluated else facts.run.steps)[-1:]]
     if len(rows) < len(two):
@@ -139,10 +100,7 @@ def _metrics(two: Two, warnings: Mapping[str, tuple[str, ...]]) -> Iterator[tupl
         if all(key in row for row in rows):
             own = [each.get(key) for each in ends]
             cells = [estimate(row[key], interval) for row, interval in zip(rows, own, strict=True)]
-            if any(key.startswith(prefixes) for prefixes in warnings.values()):
-                yield key, *cells, "", ""
-            else:
-                yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", _overlap(*own)
+            yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", _overlap(*own)
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
@@ -161,14 +119,13 @@ def _overlap(first: Sequence[float] | None, second: Sequence[float] | None) -> s
 
 
 def _amounts(two: Two) -> Iterator[tuple[object, ...]]:
-    """Yield time, speed, memory and cost of both runs, as far as both have them, with their ratio."""
+    """Yield time, speed and memory of both runs, as far as both have them, with their ratio."""
     forms: Mapping[str, Callable[[float], str]] = {
         "train_seconds": duration,
         "pairs_per_second": number,
         "peak_memory_bytes": size,
-        "cost": money,
     }
     for name, form in forms.items():
-        first, second = (facts.cost if name == "cost" else facts.summary.get(name) for facts in two)
+        first, second = (facts.summary.get(name) for facts in two)
         if first and second:
             yield name.replace("_", " "), form(first), form(second), f"\u00d7 {number(second / first, 3)}", ""

@@ -35,27 +35,17 @@ _OF_AN_END = (
 
 @dataclass(frozen=True)
 class PageFacts:
-    """The content of a run directory, without secrets; empty where a file is missing.
+    """The content of the files of a run directory, without secrets; empty where one is missing.
 
-    Attributes:
-        folder: the run directory.
-        config: of config.yaml.
-        environment: of environment.json.
-        state: of run_state.json.
-        run: metrics rows and summary.
-        evaluation: of the last evaluation of training, with intervals.
-        doctor: of doctor.json.
-        price: of a GPU for an hour; None: not known.
+    `evaluation` is that of the last evaluation of training, with intervals.
     """
 
-    folder: RunFolder
     config: Fields
     environment: Fields
     state: Fields
     run: RunFacts
     evaluation: Fields
     doctor: Fields
-    price: float | None
 
     @property
     def summary(self) -> Fields:
@@ -81,48 +71,24 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
     @property
-    def devices(self) -> int:
-        """Number of processes, each with a GPU if there are any."""
-        return int(self.summary.get("world_size") or self.environment.get("world_size") or 1)
-
-    @property
     def seconds_by_work(self) -> dict[str, float]:
         """Wall-clock seconds of the kinds of work above 0; before the end of a run those of its rows."""
         found = self.section("work").get("seconds") or {
-            "training": sum(seconds for _, seconds in timed_steps(self.run.rows)),
+            "training": _seconds(self.run.rows),
             "evaluation": sum(row.get("step_seconds", 0.0) for row in self.run.evaluations),
         }
         return {WORK_NAMES[work]: found[work] for work in WORKS if found.get(work, 0.0) > 0}
 
-    @property
-    def device_hours(self) -> float:
-        """Hours of this work on all devices, with the number of devices of each start."""
-        measured = self.section("work").get("device_seconds")
-        seconds = self.devices * sum(self.seconds_by_work.values()) if measured is None else measured
-        return float(seconds) / 3600
 
-    @property
-    def cost(self) -> float | None:
-        """Price of these hours; None without a price or a measurement."""
-        return None if self.price is None or not self.device_hours else self.price * self.device_hours
-
-
-def timed_steps(rows: Sequence[Mapping[str, float]]) -> list[tuple[Mapping[str, float], float]]:
-    """Return the rows of training steps with the seconds of the steps since the row before."""
+def _seconds(rows: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds of the steps of the rows, each of which has the mean since the row before."""
     timed = [row for row in rows if "step_seconds" in row]
     before = [0.0, *(row["step"] for row in timed)]
-    return [
-        (row, row["step_seconds"] * (row["step"] - last)) for row, last in zip(timed, before, strict=False)
-    ]
+    return sum(row["step_seconds"] * (row["step"] - last) for row, last in zip(timed, before, strict=False))
 
 
-def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
-    """Read the files of a run directory.
-
-    Args:
-        folder: the run directory.
-        price: of a GPU for an hour.
-    """
+def read_facts(folder: RunFolder) -> PageFacts:
+    """Read the files of a run directory."""
     config, doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
     try:
         rows = read_latest_rows(folder)
@@ -138,14 +104,12 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     loss = (evaluation.get("all") or {}).get("eval_loss")
     is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
     return PageFacts(
-        folder=folder,
         config=config,
         environment=_fields(folder.environment),
         state=_fields(folder.state),
         run=run,
         evaluation=evaluation if is_last else {},
         doctor=doctor,
-        price=price,
     )
 
 

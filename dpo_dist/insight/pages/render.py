@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, duration, money, number, percent, size
+from dpo_dist.foundation.text import counted, duration, number, percent, size
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
@@ -52,13 +52,7 @@ def attribute(text: object) -> Markup:
 
 
 def estimate(value: float | None, ends: Sequence[float] | None = None, scale: float = 1) -> Markup:
-    """Return a number with its interval below it; "" for None.
-
-    Args:
-        value: the number.
-        ends: of the interval; None without one.
-        scale: 100 writes shares in percent.
-    """
+    """Return a number with its interval below it, "" for None; a `scale` of 100 writes shares in percent."""
     if value is None:
         return Markup("")
     shown = percent(value) if scale == 100 else number(value)
@@ -93,9 +87,7 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
 def joined_origins(examples: Sequence[str], most: int = 5) -> str:
     """Return the first origins, with a file named once: "data.jsonl:3, :9 (with :2); other.jsonl:1".
 
-    Args:
-        examples: origins of records; of a group of records joined by ", ".
-        most: number of examples.
+    Origins of a group of records are joined by ", ".
     """
     shown, file = "", ""
     for example in examples[:most]:
@@ -134,7 +126,6 @@ _ENVIRONMENT.filters |= {
     "estimate": estimate,
     "capital": _capital,
     "coded": _coded,
-    "money": money,
     "number": number,
     "origins": joined_origins,
     "percent": percent,
@@ -143,13 +134,9 @@ _ENVIRONMENT.filters |= {
 
 
 def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any) -> str:
-    """Return a page that loads nothing and may run nothing but its own style sheet and script.
+    """Return a page that loads nothing and may run nothing but its own style sheet and script files.
 
-    Args:
-        template: name of the file.
-        title: plain text.
-        scripts: names of the files of its script, without which it is complete.
-        content: of the template.
+    Without its scripts it is complete.
     """
     style = (_TEMPLATES / "page.css").read_text()
     script = "\n".join((_TEMPLATES / name).read_text() for name in scripts)

@@ -11,7 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted, duration, money, number, percent, size
+from dpo_dist.foundation.text import counted, duration, number, percent, size
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.charts import charts
@@ -37,17 +37,9 @@ _SECTIONS = {
 """Sections of the page with their titles, in their order."""
 
 
-def write_page(
-    folder: RunFolder, price_per_gpu_hour: float | None = None, output: Path | None = None
-) -> Path:
-    """Write the report page of a run directory, and return its path; sections without a file are omitted.
-
-    Args:
-        folder: the run directory.
-        price_per_gpu_hour: in any currency, for the cost.
-        output: the page, in place of `report.html` in the run directory.
-    """
-    facts = read_facts(folder, price_per_gpu_hour)
+def write_page(folder: RunFolder, output: Path | None = None) -> Path:
+    """Write the report page of a run directory, or `output`, and return its path."""
+    facts = read_facts(folder)
     parts = {"train": "Training data", "eval": "Evaluation data"}
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
@@ -95,7 +87,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
     if steps := facts.summary.get("steps"):
         yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), 'pair')}"
     unit = ("GPU", "GPUs") if facts.environment.get("gpus") else ("process", "processes")
-    yield counted(facts.devices, *unit) + "."
+    yield counted(facts.summary.get("world_size") or facts.environment.get("world_size") or 1, *unit) + "."
 
 
 def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
@@ -127,6 +119,8 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         remarks.setdefault(key, []).append(f"best {number(found['value'])} at step {number(found['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
+    seconds = facts.section("work").get("device_seconds")
+    hours = None if seconds is None else seconds / 3600
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
         *(
@@ -143,7 +137,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         ("pairs per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
         ("processes", summary.get("world_size"), number, gpus),
-        ("cost", facts.cost, money, f"{number(facts.device_hours, 3)} hours at {money(facts.price or 0)}"),
+        ("hours of all processes", hours, number, "all work of all starts"),
     )
     for label, value, form, small in shown:
         if value is not None:

@@ -33,14 +33,7 @@ _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 @dataclass(frozen=True)
 class Response:
-    """A response as it is shown.
-
-    Attributes:
-        label: its model, such as "step 300".
-        text: None: not known.
-        notes: plain text behind the label: "184 tokens, did not end".
-        pieces: of the text.
-    """
+    """A response: the label of its model, its text (None: not known), notes behind the label, its pieces."""
 
     label: str
     text: str | None
@@ -50,15 +43,9 @@ class Response:
 
 @dataclass(frozen=True)
 class Shown:
-    """A prompt with its responses.
+    """A prompt as the model reads it, with responses, of which the others are compared with that `against`.
 
-    Attributes:
-        prompt: as the model reads it.
-        responses: in the order of the columns.
-        against: label of the response that the others are compared with.
-        why: in small letters below the title.
-        labels: of filters.
-        order: the smallest is the first.
+    `why` is in small letters below the title, `labels` are of filters, the smallest `order` is the first.
     """
 
     prompt: str

@@ -131,13 +131,10 @@ Role = Literal["raw", "smooth", "evaluation", "spike"]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart, with a value for each step; lines with the same label share their colour.
 
-    Attributes:
-        label: name in the legend, plain text. Lines with the same label share their colour.
-        values: a value for each step of the chart. None: the line has no point there and continues over it.
-            nan or infinite: a gap, which is counted below the chart.
-        role: "raw" is light if the label also has a "smooth" line; a "spike" is a mark without a line.
+    None: the line has no point there and continues over it; a value that is not finite is a gap, which is
+    counted below the chart. A "raw" line is light beside a "smooth" one; a "spike" is a mark without a line.
     """
 
     label: str
@@ -167,16 +164,10 @@ class _Drawn:
 def chart(
     title: str, lines: Sequence[Line], steps: Sequence[float], unit: str = "", *, log: bool = False
 ) -> Markup:
-    """Return a `<figure>` with one chart; empty if no line has a point.
+    """Return a `<figure>` with one chart over increasing steps; empty if no line has a point.
 
-    Of a long line about 400 points are drawn, the smallest and largest values among them.
-
-    Args:
-        title: plain text.
-        lines: what is drawn, each with a value for each of `steps`.
-        steps: increasing.
-        unit: of the values, plain text.
-        log: logarithmic axis; values that are not positive are gaps.
+    Of a long line about 400 points are drawn, the smallest and largest values among them. On a logarithmic
+    axis values that are not positive are gaps.
     """
     whole = list(_drawn(lines, log))
     if not whole:
@@ -302,11 +293,7 @@ class Point:
 def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[float, str] | None) -> Markup:
     """Return numbered points with intervals as bars, and a legend; empty without a point.
 
-    Args:
-        points: with a positive x, whose axis is logarithmic.
-        x_title: of the axis; as `y_title` plain text.
-        y_title: of the axis.
-        level: value on the vertical axis of a horizontal line, with its name.
+    The horizontal axis is logarithmic; `level` is a value on the vertical one of a line with its name.
     """
     if not points:
         return Markup("")
@@ -343,14 +330,9 @@ def histogram(
     title: str,
     limit: float | None = None,
 ) -> Markup:
-    """Return a histogram; its axis is logarithmic for numbers from 0.
+    """Return a histogram of bins between `edges`; its axis is logarithmic for numbers from 0.
 
-    Args:
-        edges: [bins + 1], increasing.
-        counts: [bins].
-        labelled: values that get a label where there is room, the most important first.
-        title: for readers that see no pictures.
-        limit: a value to mark by a line, if it is on the axis.
+    Values of `labelled` get a label where there is room, the first ones first; `limit` is marked by a line.
     """
     width, bottom, room = 360, 92, 44
     shape: Callable[[float], float] = math.log1p if edges[0] >= 0 else float

@@ -10,29 +10,24 @@ from tests.e2e.catalogue.case import Case
 from tests.e2e.catalogue.conftest import Check
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-LOCAL = {"MASTER_ADDR": "127.0.0.1"}
+LOCAL = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHER = "environment: accelerate launch"
 
 # fmt: off
 CASES = [
-    Case("rank without a world", "", "RANK is set without WORLD_SIZE", "environment", "RANK=0",
-         to_do="torchrun", place={"RANK": "0"}),
-    Case("world without a rank", "", "WORLD_SIZE is set without RANK", "environment", "WORLD_SIZE=2",
-         to_do="torchrun", place={"WORLD_SIZE": "2"}),
-    Case("rank outside the world", "", "RANK is not below WORLD_SIZE", "environment", "RANK=2, WORLD_SIZE=2",
-         "from 0 to", "torchrun", place=RANK_0 | {"RANK": "2"}),
-    Case("rank that is no number", "", "RANK is not the number of a process", "environment", "RANK=one",
-         "whole number", "torchrun", place=RANK_0 | {"RANK": "one"}),
-    Case("negative rank", "", "RANK is not the number of a process", "environment", "RANK=-1",
-         "whole number", "torchrun", place=RANK_0 | {"RANK": "-1"}),
-    Case("empty world", "", "WORLD_SIZE is not the number", "environment", "WORLD_SIZE=0", "from 1",
-         "torchrun", place=RANK_0 | {"WORLD_SIZE": "0"}),
-    Case("local rank outside its node", "", "LOCAL_RANK is not below LOCAL_WORLD_SIZE", "environment",
-         "LOCAL_RANK=3", "from 0", "torchrun", place=RANK_0 | {"LOCAL_RANK": "3"}),
-    Case("no address of rank 0", "", "MASTER_ADDR and MASTER_PORT must be set", "environment", "no value",
-         to_do="torchrun", place=RANK_0),
-    Case("port that is no number", "", "MASTER_PORT is not a port", "environment", "MASTER_PORT=http",
-         "1 to 65535", "torchrun", place=RANK_0 | LOCAL | {"MASTER_PORT": "http"}),
+    *(
+        Case(f"variables of a launcher: {place}", "", "do not describe one process", "environment", got,
+             to_do="torchrun", place=place)
+        for got, place in (
+            ("RANK=0, WORLD_SIZE=,", {"RANK": "0"}),
+            ("RANK=, WORLD_SIZE=2", {"WORLD_SIZE": "2"}),
+            ("RANK=2, WORLD_SIZE=2", RANK_0 | LOCAL | {"RANK": "2"}),
+            ("RANK=one", RANK_0 | LOCAL | {"RANK": "one"}),
+            ("LOCAL_RANK=3", RANK_0 | LOCAL | {"LOCAL_RANK": "3"}),
+            ("MASTER_PORT=", RANK_0),
+            ("MASTER_PORT=http", RANK_0 | LOCAL | {"MASTER_PORT": "http"}),
+        )
+    ),
     Case("launcher on CPUs without DeepSpeed", "", "without DeepSpeed", "accelerate launch",
          to_do="cpu_2.yaml", joins=True, place={"ACCELERATE_USE_CPU": "true"}),
     Case("deepspeed file of a launcher", "", "option of the launcher would have no effect", LAUNCHER,

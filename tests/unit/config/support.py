@@ -1,28 +1,25 @@
-"""Configurations from a few values, without a command line, and their errors."""
+"""Configurations from the words of a command, and their errors."""
 
-from typing import Any
+import shlex
 
 import pytest
-from omegaconf import OmegaConf
 
-from dpo_dist.config.load import from_yaml
+from dpo_dist.config.command_line import divide
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
-
-def configured(values: dict[str, Any]) -> RunConfig:
-    config = OmegaConf.create({"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}})
-    for key, value in values.items():
-        OmegaConf.update(config, key, value, force_add=True)
-    return from_yaml(OmegaConf.to_yaml(config))
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
 
 
-def check_refused(values: dict[str, Any], where: str) -> None:
+def configured(typed: str = "", *, verb: str = "", run: list[str] = RUN) -> RunConfig:
+    arguments = divide([*run, *shlex.split(typed)])
+    return load_run_config(arguments.words, arguments.own_folder, verb=verb, mistakes=arguments.mistakes)
+
+
+def error_of(typed: str, *, verb: str = "", run: list[str] = RUN) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        configured(values)
-    assert where in (
-        caught.value.where,
-        *(line.strip().partition(" (")[0] for line in caught.value.remedy.splitlines()),
-    )
+        configured(typed, verb=verb, run=run)
     assert caught.value.remedy
     assert caught.value.exit_code == 2
+    return caught.value

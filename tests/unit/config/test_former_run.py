@@ -57,13 +57,6 @@ def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Pat
     assert evaluated(f"run.dir={tmp_path}/new", *RUN[:2]).run.dir == f"{tmp_path}/new", "a whole command"
 
 
-def test_a_configuration_without_its_comment_is_used(tmp_path: Path) -> None:
-    config = write_run(tmp_path / "run")
-    file = tmp_path / "run" / "config.yaml"
-    file.write_text(file.read_text().split("\n", 1)[1])
-    assert evaluated(f"run.dir={tmp_path}/run") == config
-
-
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"model: {", b"\0", b"\xff"])
 def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> None:
     write_run(tmp_path / "run")

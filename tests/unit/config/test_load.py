@@ -5,7 +5,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
 
 from dpo_dist.config.data import SourceConfig
@@ -59,13 +58,6 @@ def test_the_run_is_frozen() -> None:
     config = load_run_config(RUN)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.loss.beta = 1.0  # type: ignore[misc]
-
-
-def test_a_program_that_uses_hydra_can_load_a_configuration(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("mine: 1\n")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
-        assert load_run_config(RUN).model.path == "m"
-        assert hydra.compose("config").mine == 1
 
 
 def test_shared_folders_follow_the_root() -> None:
@@ -245,3 +237,8 @@ def test_an_option_that_the_mode_does_not_use_is_an_error() -> None:
 def test_a_verb_can_work_without_a_model() -> None:
     assert load_run_config(["data.train=[a.jsonl]"], verb="doctor").model.path == NO_MODEL
     assert load_run_config(RUN, verb="doctor").model.path == "m"
+
+
+def test_a_preset_of_the_command_line_replaces_that_of_an_experiment() -> None:
+    assert load_run_config(["+experiment=qwen7b"]).data.max_length == 2048
+    assert load_run_config(["+experiment=qwen7b", "data=hh_rlhf"]).data.max_length == 1024

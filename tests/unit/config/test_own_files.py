@@ -82,12 +82,6 @@ def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
     assert (config.loss.kind, config.loss.beta) == (kind, beta)
 
 
-def test_a_preset_and_keys_beside_it_in_an_experiment_are_an_error() -> None:
-    Path("conf/experiment/mine.yaml").write_text("loss: simpo\nloss.beta: 2.5\n")
-    with pytest.raises(ConfigError, match="loss is the name of a preset here"):
-        load("--config-dir", "conf", "+experiment=mine", "model.path=m", "data.train=[a]")
-
-
 def test_a_file_may_have_keys_of_several_verbs() -> None:
     Path("more.yaml").write_text("doctor: {texts: false}\n")
     assert not load("mine.yaml", "more.yaml", verb="train").doctor.texts
@@ -113,7 +107,7 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         "lora_rank in bad.yaml: there is no key 'lora_rank'; write model.adapter.r=8",
         "trainer.seed in bad.yaml (x): trainer.seed has the wrong type",
         "gone.yaml (No such file or directory): this file of keys cannot be read",
-        "epochs=2: there is no key 'epochs'; did you mean trainer.epochs?",
+        "epochs=2: there is no key 'epochs'; write trainer.epochs=2",
     ):
         assert line in text
 
@@ -126,7 +120,8 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         ("- a", "this file has no keys"),
         ("loss: ipoo", "did you mean loss=ipo?"),
         ("experiment: qwen7b", "+experiment=NAME"),
-        ("defaults: [{loss: ipo}]", "a file of keys has no list of defaults"),
+        ("defaults: [other]", "the list of defaults names presets only"),
+        ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:

@@ -37,11 +37,3 @@ def test_no_preset_restates_a_default(file: Path) -> None:
     found = leaves(content(file), "" if file in EXPERIMENTS else f"{file.parent.name}.")
     restated = {key for key, value in found if value == all_keys()[key].default}
     assert {key for key in restated if not {key, f"{key} in {file.stem}"} & EXEMPT} == set()
-
-
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
-def test_no_experiment_chooses_a_preset_that_is_chosen_by_default(file: Path) -> None:
-    default = content(config_dir() / "config.yaml")["defaults"]
-    overridden = [item for entry in content(file).get("defaults", []) for item in entry.items()]
-    chosen = [(name.removeprefix("override /"), preset) for name, preset in overridden]
-    assert [(group, preset) for group, preset in chosen if {group: preset} in default] == []

@@ -24,7 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
 
 def test_a_token_without_an_embedding_is_named_before_training(dataset: PreferenceDataset) -> None:
     """The largest id is counted when the data are encoded: ids are not read at each start."""
-    largest = int(dataset.ids[0 : len(dataset.ids)].max())
+    largest = int(np.asarray(dataset.ids).max())
     assert largest + 1 < len(tiny.qwen())
     dataset = replace(dataset, ids=np.empty(0, dtype=np.int32))
     check_ids_in_vocabulary(dataset, tiny.qwen(), len(tiny.qwen()))

@@ -1,4 +1,4 @@
-"""Sources whose records name their fields otherwise: `columns` and `tags`."""
+"""Other names of the fields of records: `columns`, `reader`, LLaMA-Factory's dataset_info.json."""
 
 import csv
 import json
@@ -9,26 +9,29 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import check_source
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.data.sources import check_source, source_labels
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
+from tests.support.cache import prepare
 from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, jsonl, user
 
-RECORD = {"task": "q", "answers": {"good": "yes", "bad": ["no", "never"]}, "id": 7}
+NESTED = {"task": "q", "answers": {"good": "yes", "bad": ["no", "never"]}, "id": 7}
 COLUMNS = {"prompt": "task", "chosen": "answers.good", "rejected": "answers.bad.1"}
+PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
-def read(folder: Path, record: Any, columns: Any, **options: Any) -> PreferenceRecord | BadRecord:
-    [found] = read_records(SourceConfig(path=jsonl(folder, record), columns=columns, **options))
-    return found
+def read(path: str | Path, **options: Any) -> list[PreferenceRecord | BadRecord]:
+    return list(read_records(SourceConfig(path=str(path), **options)))
 
 
-def good(folder: Path, record: Any, columns: Any, **options: Any) -> PreferenceRecord:
-    found = read(folder, record, columns, **options)
+def good(path: str | Path, **options: Any) -> PreferenceRecord:
+    found = read(path, **options)[0]
     assert isinstance(found, PreferenceRecord), found
     return found
 
@@ -36,59 +39,53 @@ def good(folder: Path, record: Any, columns: Any, **options: Any) -> PreferenceR
 @pytest.mark.parametrize(
     ("record", "columns"),
     [
-        (RECORD, COLUMNS),
-        (RECORD | {"answers": json.dumps(RECORD["answers"])}, COLUMNS),
-        (RECORD, COLUMNS | {"rejected": "answers.bad.-1"}),
-        (RECORD | {"prompt": "another"}, COLUMNS),
-        (RECORD | {"answers.good": "yes", "answers": {"good": "", "bad": ["", "never"]}}, COLUMNS),
+        (NESTED, COLUMNS),
+        (NESTED | {"answers": json.dumps(NESTED["answers"])}, COLUMNS),
+        (NESTED, COLUMNS | {"rejected": "answers.bad.-1"}),
+        (NESTED | {"prompt": "another"}, COLUMNS),
+        (NESTED | {"answers.good": "yes", "answers": {"good": "", "bad": ["", "never"]}}, COLUMNS),
         ({"prompt": "yes", "chosen": "q", "rejected": "never"}, {"prompt": "chosen", "chosen": "prompt"}),
         ({"inner": {"prompt": "q", "chosen": "yes", "rejected": "never"}, "id": 3}, {"record": "inner"}),
         (
             {"inner": {"task": 1, "chosen": "yes", "rejected": "never"}, "t": "q"},
             {"record": "inner", "prompt": "t"},
         ),
-        (RECORD | {"images": ["a.png"]}, COLUMNS | {"images": None}),
-        (RECORD | {"completion": "maybe"}, COLUMNS | {"completion": None}),
-        (RECORD | {"images": ["a.png"], "completion": "maybe"}, COLUMNS | {"*": None}),
+        (NESTED | {"images": ["a.png"]}, COLUMNS | {"images": None}),
+        (NESTED | {"completion": "maybe"}, COLUMNS | {"completion": None}),
+        (NESTED | {"images": ["a.png"], "completion": "maybe"}, COLUMNS | {"*": None}),
     ],
 )
 def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, columns: Any) -> None:
-    found = good(tmp_path, record, columns)
+    found = good(jsonl(tmp_path, record), columns=columns)
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
 
 
 def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
-    turns = [{"role": "system", "content": "be kind"}, user("q")]
     row = {
-        "talk": json.dumps(turns),
+        "talk": json.dumps([{"role": "system", "content": "be kind"}, user("q")]),
         "sides": json.dumps({"good": [assistant("yes")], "bad": [assistant("no")]}),
         "defs": json.dumps([{"name": "f"}]),
     }
     with (tmp_path / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerow(row)
+        csv.writer(file).writerows([row.keys(), row.values()])
     columns = {"prompt": "talk", "chosen": "sides.good", "rejected": "sides.bad", "tools": "defs"}
-    [found] = read_records(SourceConfig(path=str(tmp_path / "table.csv"), columns=columns))
-    assert isinstance(found, PreferenceRecord)
+    found = good(tmp_path / "table.csv", columns=columns)
     assert found.prompt == (Message("system", "be kind"), Message("user", "q"))
     assert (found.responses, found.tools[0]["function"]) == (("yes", "no"), {"name": "f"})
 
 
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("columns", "names"),
     [
-        ({"columns": {"promt": "task"}}, ("promt", "chosen", "did you mean prompt")),
-        ({"columns": {"prompt": 3}}, ("columns.prompt", "answers.good")),
-        ({"columns": {"*": "task"}}, ("columns.*",)),
-        ({"tags": {"role": "role"}}, ("role_tag",)),
-        ({"tags": {"role_tag": None}}, ("tags.role_tag",)),
+        ({"promt": "task"}, ("promt", "chosen", "did you mean prompt")),
+        ({"prompt": 3}, ("columns.prompt", "answers.good")),
+        ({"*": "task"}, ("columns.*",)),
     ],
 )
 def test_unknown_names_are_errors_before_a_record_is_read(
-    tmp_path: Path, options: Any, names: tuple[str, ...]
+    tmp_path: Path, columns: Any, names: tuple[str, ...]
 ) -> None:
-    source = SourceConfig(path=jsonl(tmp_path, RECORD), **options)
+    source = SourceConfig(path=jsonl(tmp_path, NESTED), columns=columns)
     for check in (check_source, read_records):
         with pytest.raises(ConfigError) as raised:
             check(source)
@@ -96,20 +93,17 @@ def test_unknown_names_are_errors_before_a_record_is_read(
 
 
 def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, RECORD, RECORD)
+    path = jsonl(tmp_path, NESTED, NESTED)
     for limit in (None, 1):
         columns = COLUMNS | {"system": "system_text", "chosen": "answer.good"}
-        records = read_records(SourceConfig(path=path, columns=columns, limit=limit))
         with pytest.raises(DataError) as raised:
-            list(records)
-        assert "answer.good, system_text" in str(raised.value)
-        assert "task, answers, id" in str(raised.value)
-        assert "did you mean answers" in str(raised.value)
+            read(path, columns=columns, limit=limit)
+        for words in ("answer.good, system_text", "task, answers, id", "did you mean answers"):
+            assert words in str(raised.value)
 
 
 def test_a_missing_column_is_found_before_a_large_file_is_read(tmp_path: Path) -> None:
-    late = RECORD | {"system_text": "be kind"}
-    path = jsonl(tmp_path, *[RECORD] * 30, late)
+    path = jsonl(tmp_path, *[NESTED] * 30, NESTED | {"system_text": "be kind"})
     check_source(SourceConfig(path=path, columns=COLUMNS | {"system": "system_text"}))
     with pytest.raises(DataError, match="no record has a column"):
         check_source(SourceConfig(path=path, columns=COLUMNS | {"prompt": "tasks"}))
@@ -117,36 +111,165 @@ def test_a_missing_column_is_found_before_a_large_file_is_read(tmp_path: Path) -
 
 def test_a_record_that_is_no_object_is_bad(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"inner": TEXT}, {"inner": "text"}, {"other": 1})
-    outcomes = list(read_records(SourceConfig(path=path, columns={"record": "inner"})))
-    assert [getattr(found, "reason", "") for found in outcomes] == ["", "missing_field", "missing_field"]
-
-
-def test_tags_name_the_fields_and_roles_of_turns(tmp_path: Path) -> None:
-    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "assistant_tag": "clerk"}
-    record = {
-        "conversations": [{"who": "system", "says": "be kind"}, {"who": "customer", "says": "q"}],
-        "chosen": {"who": "clerk", "says": "yes"},
-        "rejected": {"who": "clerk", "says": "no"},
-    }
-    found = good(tmp_path, record, None, tags=tags)
-    assert found.prompt == (Message("system", "be kind"), Message("user", "q"))
-    assert found.responses == ("yes", "no")
-    wrong = read(tmp_path, record, None, tags=tags | {"user_tag": "client"})
-    assert isinstance(wrong, BadRecord)
-    assert wrong.reason == "roles_out_of_turn"
-
-
-def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="tags have no effect"):
-        read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
+    found = read(path, columns={"record": "inner"})
+    assert [getattr(one, "reason", "") for one in found] == ["", "missing_field", "missing_field"]
 
 
 def test_names_that_are_not_english_are_quoted_as_on_the_page(tmp_path: Path) -> None:
-    [line] = re.findall(r"`(data\.train=.*问题.*)`", (ROOT / "docs" / "data.md").read_text())
+    [line] = re.findall(r"`(data\.train=.*问题.*)`", PAGE)
     [override] = shlex.split(line)
     columns = load_run_config(["model.path=m", override]).data.train[0].columns
     assert columns == {"prompt": "问题", "chosen": "好的回答", "rejected": "answer (bad)"}
     record = dict(zip(columns.values(), ("q", "yes", "no"), strict=True))
-    assert good(tmp_path, record, columns).responses == ("yes", "no")
+    assert good(jsonl(tmp_path, record), columns=columns).responses == ("yes", "no")
     with pytest.raises(ConfigError, match="needs quotes"):
         load_run_config(["model.path=m", override.replace('"', "")])
+
+
+def test_the_reader_on_the_page_makes_pairs_and_what_it_cannot_read_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "readers.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1},
+        {"prompt": "q"},
+    ]
+    source = SourceConfig(jsonl(tmp_path, *rows, 3), reader="readers:safer", columns={"system": "style"})
+    with pytest.raises(DataError, match="no record has a column"):
+        list(read_records(source))
+    first, *others = read(source.path, reader="readers:safer")
+    assert isinstance(first, PreferenceRecord)
+    assert (first.prompt, first.responses) == ("q", ("yes", "no"))
+    assert [(one.reason, one.detail) for one in others if isinstance(one, BadRecord)] == [
+        ("reader_failed", "it raised KeyError"),
+        ("unparsable", "a int instead of an object"),
+    ]
+    with pytest.raises(ConfigError, match="no such function"):
+        check_source(SourceConfig(source.path, reader="readers:other"))
+
+
+def test_another_reader_encodes_the_data_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = SourceConfig(jsonl(tmp_path, TEXT), reader="readers:one")
+    folders = []
+    for number in (1, 1, 2):
+        find_function.cache_clear()
+        (tmp_path / "readers.py").write_text(f"def one(record): return record | {{'prompt': '{number}'}}")
+        folders.append(prepare(tmp_path, source))
+    assert folders[0] == folders[1] != folders[2]
+
+
+# Entries of LLaMA-Factory's dataset_info.json.
+ENTRY = {"columns": {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad"}, "ranking": True}
+FILE = ENTRY | {"file_name": "records.jsonl"}
+RECORD = {"q": "do", "more": "this", "good": "yes", "bad": "no", "images": ["no column"], "system": "unread"}
+
+
+def registry(folder: Path, **entries: Any) -> Path:
+    (folder / "dataset_info.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
+    jsonl(tmp_path, RECORD)
+    folder = registry(tmp_path, mine=FILE)
+    for path in (folder, folder / "dataset_info.json"):
+        record = good(path, name="mine")
+        assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
+        assert record.origin.source == str(tmp_path / "records.jsonl")
+    assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
+
+
+def test_an_entry_may_name_a_folder_and_a_number_of_samples(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    jsonl(tmp_path / "shards", *[RECORD] * 5)
+    registry(tmp_path, mine=ENTRY | {"file_name": "shards", "num_samples": 3, "split": "train"})
+    assert [len(read(tmp_path, name="mine", limit=limit)) for limit in (None, 2)] == [3, 2]
+
+
+def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
+    jsonl(
+        tmp_path,
+        {"talk": [user("q")], "good": assistant("yes"), "bad": assistant("no"), "defs": '[{"name": "f"}]'},
+    )
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "talk", "chosen": "good", "rejected": "bad", "tools": "defs"}
+    entry = {"file_name": "records.jsonl", "ranking": True, "columns": columns, "formatting": "sharegpt"}
+    registry(tmp_path, mine=entry | {"tags": tags}, other=entry | {"formatting": "openai"})
+    for name in ("mine", "other"):
+        record = good(tmp_path, name=name)
+        assert (record.prompt, record.responses) == ((Message("user", "q"),), ("yes", "no"))
+        assert record.tools[0]["function"]["name"] == "f"
+
+
+def test_an_entry_that_is_no_ranking_reads_no_pairs(tmp_path: Path) -> None:
+    jsonl(tmp_path, {"instruction": "q", "output": "yes", "chosen": "good", "rejected": "bad"})
+    for ranking, responses in ((False, ("yes",)), (True, ("good", "bad"))):
+        registry(tmp_path, mine={"file_name": "records.jsonl", "ranking": ranking})
+        assert good(tmp_path, name="mine").responses == responses
+
+
+def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
+    hub = {"hf_hub_url": "org/pairs", "ms_hub_url": "org/copy", "subset": "en", "folder": "data"}
+    registry(tmp_path, mine=ENTRY | hub | {"split": "test", "revision": "v1"})
+    columns = {"instruction": "q", "input": "more", "chosen": "good", "rejected": "bad", "*": None}
+    part: dict[str, Any] = {
+        "name": "en",
+        "data_dir": "data",
+        "split": "test",
+        "revision": "v1",
+        "weight": 0.5,
+    }
+    expected = SourceConfig("org/pairs", format=DataFormat.alpaca, columns=columns, **part)
+    assert resolved(SourceConfig(path=str(tmp_path), name="mine", weight=0.5)) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "kind", "words"),
+    [
+        ({}, {"name": "mime"}, ConfigError, ("mime", "mine, other", "did you mean mine")),
+        ({}, {"name": None}, ConfigError, ("mine, other", "name: ENTRY")),
+        ({}, {"format": DataFormat.text}, ConfigError, ("the entry decides",)),
+        ({}, {"columns": {"prompt": "q"}}, ConfigError, ("the entry decides",)),
+        ({}, {"split": "test"}, ConfigError, ("split of the source", "test")),
+        ({"format": "x"}, {}, ConfigError, ("format", "formatting")),
+        ({"formatting": "vicuna"}, {}, ConfigError, ("vicuna", "sharegpt")),
+        ({"columns": {"promt": "q"}}, {}, ConfigError, ("promt", "prompt, query")),
+        ({"columns": ["q"]}, {}, ConfigError, ("columns", "dictionary")),
+        ({"tags": {"user": "q"}}, {}, ConfigError, ("user", "user_tag")),
+        ({"tags": {"user_tag": "customer"}}, {}, ConfigError, ("user_tag", "customer", "human", "reader")),
+        ({"ranking": False}, {}, ConfigError, ("chosen, rejected", '"ranking": true')),
+        ({"columns": {"prompt": "q", "kto_tag": "label"}}, {}, DataError, ("KTO", "pair good and bad")),
+        ({"file_name": None, "script_url": "load.py"}, {}, DataError, ("script_url", "file_name")),
+        ({"file_name": "absent.jsonl"}, {}, DataError, ("absent.jsonl",)),
+    ],
+)
+def test_a_wrong_entry_is_an_error_at_the_start(
+    tmp_path: Path, entry: Any, options: Any, kind: type[DpoDistError], words: tuple[str, ...]
+) -> None:
+    jsonl(tmp_path, RECORD)
+    registry(tmp_path, mine=FILE | entry, other=FILE)
+    with pytest.raises(kind) as raised:
+        check_source(SourceConfig(**{"path": str(tmp_path), "name": "mine", **options}))
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ('{"features": {}, "splits": {"train": {}}}', "no entry"),
+        ("[1", "character"),
+        ('[{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]', "a list, as of ms-swift"),
+    ],
+)
+def test_a_description_of_another_program_is_no_registry(tmp_path: Path, content: str, got: str) -> None:
+    jsonl(tmp_path, TEXT)
+    (tmp_path / "dataset_info.json").write_text(content)
+    # Without a name the folder is one of data files.
+    assert len(read(tmp_path)) == 1
+    for path, name in ((tmp_path, "a"), (tmp_path / "dataset_info.json", None)):
+        with pytest.raises(DataError, match="no dataset_info") as raised:
+            resolved(SourceConfig(path=str(path), name=name))
+        assert got in raised.value.got

@@ -1,6 +1,7 @@
 """Counts of records by source and by field, errors with their remedies, duplicates."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from dpo_dist.batching.sampler import Span, make_sampler
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     count_duplicates,
@@ -19,6 +20,7 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
+from tests.support.pages import ROOT
 from tests.support.records import TEXT, jsonl
 
 GOOD = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
@@ -153,3 +155,14 @@ def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, float], ex
         int(np.unique(sampler.indices(step), return_counts=True)[1].max()) for step in range(sampler.steps)
     )
     assert ("times in one step" in (expected or "")) == (most > 2)
+
+
+def test_every_count_on_the_page_has_words() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    tables = re.findall(r"^\| (?:count|reason) \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M)
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert {"unparsable", "held_out_for_eval", "too_long"} <= names
+    assert [name for name in sorted(names) if in_words(name) == name.replace("_", " ")] == []
+    assert in_words("unread_images") == "the field images is not read"
+    assert in_words("of_a_later_version") == "of a later version"

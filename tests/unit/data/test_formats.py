@@ -1,6 +1,11 @@
 """What each form of a record becomes: prompt and responses, or the reason why it is dropped."""
 
+import copy
 import json
+import pickle
+import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +13,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data import DataFormat
+from dpo_dist.config.data import DataConfig, DataFormat, TextTemplate, Truncation
 from dpo_dist.config.rules import OTHER_ROLE_NAMES
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.columns import FIELDS
+from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.formats import parse_record, read_records
 from dpo_dist.data.prompts import parse_prompt
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
+from tests.support import tiny
+from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, bad, good, jsonl, user
 
+HERE = Origin("here", 1)
 H = "\n\nHuman: q\n\nAssistant:"
-SYSTEM = {"role": "system", "content": "be kind"}
 Q, KIND = ["user", "q"], ["system", "be kind"]
 PAIR = {"chosen": "good", "rejected": "bad"}
 CHAT = PAIR | {"prompt": [user("q")]}
@@ -24,12 +33,15 @@ WHOLE = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assis
 HH = {"chosen": H + " good", "rejected": H + " bad"}
 RANKED = {"prompt": "q", "responses": ["good", "bad", "worse"]}
 COMPLETION = {"prompt": "q", "completion": "good"}
-EVERY = {"text": TEXT, "chat": CHAT, "whole": WHOLE, "ranked": RANKED, "completion": COMPLETION, "hh": HH}
+EVERY: dict[str, dict[str, Any]] = {
+    "text": TEXT,
+    "chat": CHAT,
+    "whole": WHOLE,
+    "ranked": RANKED,
+    "completion": COMPLETION,
+    "hh": HH,
+}
 DONE = [user("q"), assistant("good")]
-
-
-def turn(role: str, value: Any) -> dict[str, Any]:
-    return {"from": role, "value": value}
 
 
 def seen(turns: str | tuple[Message, ...]) -> Any:
@@ -56,8 +68,7 @@ def test_a_record_of_the_corpus_becomes_what_its_row_says(row: dict[str, Any]) -
         assert (found.reason, list(found.unread), found.detail) == expected
         return
     record = good(row["record"])
-    if row.get("hh"):
-        assert isinstance(record.prompt, Dialogue)
+    assert isinstance(record.prompt, Dialogue) == row.get("hh", False)
     prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else seen(record.prompt)
     scores = None if record.scores is None else list(record.scores)
     expected = (row["prompt"], row["responses"], row.get("scores", scores))
@@ -67,6 +78,32 @@ def test_a_record_of_the_corpus_becomes_what_its_row_says(row: dict[str, Any]) -
         assert (seen(with_system.prompt), with_system.responses) == ([KIND, Q], record.responses)
 
 
+# The table of formats in docs/data.md.
+PAGE = (ROOT / "docs" / "data.md").read_text()
+ROWS = re.findall(
+    r"^\| `(\w+)` \| `(\{.+\})` \| ", PAGE.split("| format | example", 1)[1].split("\n\n")[0], re.M
+)
+
+
+@pytest.mark.parametrize(("name", "example"), ROWS)
+def test_the_example_of_a_format_is_read_by_detection_and_by_name(name: str, example: str) -> None:
+    record = good(json.loads(example))
+    assert good(json.loads(example), DataFormat(name)) == record
+    assert "2 + 2" in (record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content)
+    best, *others = map(str, record.responses)
+    assert "4" in best or "add" in best
+    assert not others or "5" in others[0]
+
+
+def test_every_format_and_field_is_on_the_page() -> None:
+    assert {name for name, _ in ROWS} == set(DataFormat) - {DataFormat.auto}
+    listed = PAGE.split("The fields are ", 1)[1].split(".\n", 1)[0]
+    assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(FIELDS)
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    written = " ".join(re.findall(r"columns: {(.*?)}", page))
+    assert set(re.findall(r"(\w+): (?!null)", written)) <= {*FIELDS, "COLUMN"}
+
+
 def test_a_dialogue_is_split_at_its_last_response() -> None:
     history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     prompt, responses = read({"chosen": history + " yes", "rejected": history + " no "})
@@ -74,14 +111,6 @@ def test_a_dialogue_is_split_at_its_last_response() -> None:
     assert responses == [" yes", " no "]
     told = PAIR | {"prompt": "Write a talk.", "chosen": H.strip() + " a"}
     assert read(told)[0] == "Write a talk."
-
-
-def test_texts_alone_part_as_in_trl() -> None:
-    from trl.data_utils import extract_prompt  # slow to import
-
-    fields = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
-    split = extract_prompt(fields)
-    assert read(fields) == (split["prompt"], [split["chosen"], split["rejected"]])
 
 
 @pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating"])
@@ -96,23 +125,20 @@ def test_scores_of_a_pair_are_in_the_order_of_its_responses(name: str) -> None:
     else:
         assert good(half).scores is None
     assert bad(TEXT | {chosen: 8.0, rejected: "good"}).reason == "invalid_scores"
-    compared = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 3, "score_B": 12}
-    assert good(compared | {"labels": 0}).scores == (12.0, 3.0)
 
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
-CALLS = [{"type": "function", "function": CALL}]
-CALLING = ["assistant", "", {"tool_calls": CALLS}]
+CALLING = ["assistant", "", {"tool_calls": [{"type": "function", "function": CALL}]}]
 TOOL = {"name": "weather", "parameters": {"type": "object"}}
+TOOLS = ({"type": "function", "function": TOOL},)
 
 
 def test_turns_of_sharegpt_are_messages() -> None:
-    turns = [turn("system", "be kind"), turn("human", "q"), turn("function_call", json.dumps(CALL))]
-    record = good(
-        PAIR | {"conversations": [*turns, turn("observation", "rain")], "tools": json.dumps([TOOL])}
-    )
+    turns = {"system": "be kind", "human": "q", "function_call": json.dumps(CALL), "observation": "rain"}
+    conversation = [{"from": role, "value": value} for role, value in turns.items()]
+    record = good(PAIR | {"conversations": conversation, "tools": json.dumps([TOOL])})
     assert seen(record.prompt) == [KIND, Q, CALLING, ["tool", "rain"]]
-    assert record.tools == ({"type": "function", "function": TOOL},)
+    assert record.tools == TOOLS
 
 
 def test_every_other_name_of_a_role_becomes_one_of_a_template() -> None:
@@ -130,14 +156,11 @@ def test_weights_of_messages_say_which_turns_are_trained(name: str) -> None:
     assert [one.is_trained for one in record.responses[0]] == [False, None, True]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    "tools", [[TOOL], [{"type": "function", "function": TOOL}], json.dumps([TOOL]), [json.dumps(TOOL)]]
-)
+@pytest.mark.parametrize("tools", [[TOOL], [*TOOLS], json.dumps([TOOL]), [json.dumps(TOOL)]])
 @pytest.mark.parametrize("fields", [TEXT, CHAT, RANKED, PAIR | {"instruction": "q"}])
 def test_tools_are_objects_with_a_function(fields: dict[str, Any], tools: Any) -> None:
     record = good(fields | {"tools": tools})
-    assert record.tools == ({"type": "function", "function": TOOL},)
-    assert seen(record.prompt) == [Q]
+    assert (record.tools, seen(record.prompt)) == (TOOLS, [Q])
 
 
 @pytest.mark.parametrize("thinking", [False, "false", "False", 0, "0"])
@@ -164,7 +187,7 @@ def test_a_field_that_repeats_a_part_of_the_prompt_is_accepted() -> None:
 
 
 def test_the_configured_format_decides() -> None:
-    fields = PAIR | {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
+    fields: dict[str, Any] = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
     assert read(fields, DataFormat.text)[0] == "q"
     assert good(fields, DataFormat.hh).prompt == Dialogue(H)
     assert read(fields, DataFormat.messages)[0] == [Q]
@@ -173,9 +196,6 @@ def test_the_configured_format_decides() -> None:
     assert read(both, DataFormat.ranked)[1] == ["x", "y"]
     for one in (TEXT, {"prompt": "q", "chosen": "good"}, {"messages": DONE, "rejected_response": None}):
         assert read(one, DataFormat.completion)[1] == ["good"]
-
-
-def test_plain_text_has_no_system_text() -> None:
     assert bad(TEXT | {"system": "be kind"}, DataFormat.text).unread == ("system",)
     assert bad(HH | {"prompt": "something else"}, DataFormat.hh).unread == ("prompt",)
 
@@ -199,7 +219,7 @@ def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) 
         assert isinstance(record, PreferenceRecord), record
         given = [one[0].fields["tool_calls"][0]["function"]["arguments"] for one in record.responses]  # type: ignore[union-attr]
         assert given == [kept, arguments]
-        assert record.tools == ({"type": "function", "function": TOOL},)
+        assert record.tools == TOOLS
 
 
 @pytest.mark.parametrize(
@@ -222,8 +242,64 @@ def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) 
     ],
 )
 def test_the_prompt_of_a_record_needs_no_response(fields: dict[str, Any], expected: Any) -> None:
-    found = parse_prompt(fields, DataFormat.auto, Origin("here", 1))
+    found = parse_prompt(fields, DataFormat.auto, HERE)
     if isinstance(found, BadRecord):
         assert found.reason == expected
     else:
         assert (seen(found.prompt), found.responses, found.scores) == (expected, (), None)
+
+
+# Records with values that no one expects.
+RECORDS: list[dict[str, Any]] = [
+    TEXT | {"score_chosen": 1.0, "score_rejected": 0.0, "system": "s", "history": [["a", "b"]]},
+    {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": "[]"},
+    HH,
+    RANKED | {"scores": [3, 2, 1]},
+    COMPLETION,
+    {"messages": [user("q"), assistant("") | {"tool_calls": [{"function": CALL}]}, assistant("a")]},
+    PAIR | {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}},
+    {"instruction": "q", "input": "", "output": ["a", "b"], "history": []},
+]
+VALUES: list[Any] = [
+    *(None, True, -1, 10**400, float("nan"), float("inf"), "", " ", [], {}, [None], [[None]], [[]]),
+    *("\ud800", "\x00", "a\u2028b", "\ufdd0", "\ufeff", "</s><|im_end|><|im_start|>", "<think>", "</think>"),
+    *("[" * 5000, "[" * 400 + "]" * 400, '{"a":' * 500, "[{'" * 2000, "[1,", "-" * 3000 + "1", b"bytes"),
+    *({"role": None, "content": None}, user("\ud800"), {"role": "\ud800", "content": "x"}, [user("x")] * 3),
+    *({"a": None}, [[user("x")]], [assistant("x") | {"tool_calls": [None]}], [["a"]], [["a", "b"]], [1, 2]),
+]
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from paths(inner, (*path, key))
+
+
+def damaged(generator: random.Random) -> dict[str, Any]:
+    """Return a record in which some values are replaced."""
+    record: dict[str, Any] = copy.deepcopy(generator.choice(RECORDS))
+    for _ in range(generator.randrange(1, 3)):
+        *outside, last = generator.choice(list(paths(record)))
+        part: Any = record
+        for key in outside:
+            part = part[key]
+        part[last] = copy.deepcopy(generator.choice(VALUES))
+    return record
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_record_raises(seed: int) -> None:
+    generator = random.Random(seed)
+    tokenizers = [tiny.qwen(), tiny.llama3(), tiny.mistral()]
+    for _ in range(400):
+        found = parse_record(damaged(generator), generator.choice(list(DataFormat)), HERE)
+        pickle.dumps(found)  # it is sent to other processes
+        config = DataConfig(
+            max_length=generator.choice([16, 512]),
+            max_prompt_length=generator.choice([None, 10]),
+            truncation=generator.choice(list(Truncation)),
+            template=generator.choice(list(TextTemplate)),
+            text_as_messages=generator.random() < 0.5,
+        )
+        encode_chunk([found], config, generator.choice(tokenizers))

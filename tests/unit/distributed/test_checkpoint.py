@@ -1,22 +1,52 @@
-"""Checkpoints of one process: damage, resuming, and deletion."""
+"""Checkpoints of one process: damage, resuming, deletion, writing behind training, and files of slices."""
 
+import errno
 import json
+import pickle
 import random
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from dpo_dist.config.run_folder import best_checkpoints
-from dpo_dist.distributed.checkpoint import drop_checkpoints, latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.manifest import MANIFEST, read_manifest
+from dpo_dist.distributed import checkpoint, slices
+from dpo_dist.distributed.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    Entries,
+    SavedSlices,
+    drop_checkpoints,
+    find_faults,
+    latest_checkpoint,
+    load_checkpoint,
+    random_states,
+    random_states_name,
+    write_file,
+    write_manifest,
+    write_slices,
+)
+from dpo_dist.distributed.sequence_parallel import SequenceGroup
+from dpo_dist.distributed.slices import ModelSlices, Slice
+from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
+from tests.support.slow_disk import slow_disk
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path)
+    run.start()
+    return run
 
 
 def flip(file: Path) -> None:
@@ -31,7 +61,6 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "an emptied manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
     "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
-    "a manifest that is a list": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "a manifest that lost a file": lambda folder: lose_entry(folder / MANIFEST),
 }
 
@@ -43,34 +72,20 @@ def lose_entry(manifest: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_neither_resumed_nor_ignored(damage: str, tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.start()
+def test_a_damaged_checkpoint_is_neither_resumed_nor_ignored(damage: str, run: Run, tmp_path: Path) -> None:
     run.save(50, 100)
     DAMAGE[damage](tmp_path / "step-000100")
-    run.keep_last = 1
     assert run.start() == 50
     assert run.left() == ["step-000050", "step-000100"]
     run.save(75)
-    assert run.left() == ["step-000075"]
-    DAMAGE[damage](tmp_path / "step-000075")
+    assert run.left() == ["step-000050", "step-000075"]
+    for folder in tmp_path.glob("step-*"):
+        DAMAGE[damage](folder)
     with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
         run.start()
 
 
-def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.start()
-    run.save(50, 100)
-    flip(tmp_path / "step-000100" / WEIGHTS)
-    assert run.start() == 50
-    run.save(150)
-    assert run.left() == ["step-000050", "step-000150"]
-
-
-def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.start()
+def test_folders_with_other_names_are_not_checkpoints(run: Run, tmp_path: Path) -> None:
     run.save(1, 2)
     shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002-best")
     run.save(3, 4)
@@ -106,18 +121,7 @@ def test_the_last_checkpoint_always_exists_and_is_that_of_the_highest_step(tmp_p
     assert run.start() == 1_000_000
 
 
-def test_the_manifest_lists_every_written_file(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.start()
-    run.save(3)
-    folder = tmp_path / "step-000003"
-    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert files == {*read_manifest(folder), MANIFEST}
-
-
-def test_random_states_are_restored(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.start()
+def test_random_states_are_restored(run: Run, tmp_path: Path) -> None:
     run.save(1)
 
     def draw() -> list[float]:
@@ -128,10 +132,10 @@ def test_random_states_are_restored(tmp_path: Path) -> None:
     assert draw() == wanted
 
 
-def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has no state of the GPU's random numbers, of which training takes none."""
-    run = Run(tmp_path)
-    run.start()
     run.save(1)
     found = latest_checkpoint(tmp_path, ALONE)
     assert found is not None
@@ -139,3 +143,224 @@ def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
     load_checkpoint(found, [run.weights], replace(ALONE, device=torch.device("cuda")))
     assert not taken
+
+
+class Alone(World):
+    """A rank that asks no other one."""
+
+    def together(self, work: Any, while_waiting: Any = None) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize("saved_ranks", [1, 2, 4])
+def test_ranks_of_a_replica_draw_the_same_numbers(saved_ranks: int, tmp_path: Path) -> None:
+    for rank in range(saved_ranks):
+        torch.manual_seed(rank)
+        (tmp_path / random_states_name(rank)).write_text(random_states(ALONE.device))
+    drawn = []
+    for rank in range(4):
+        group = SequenceGroup(rank % 2, 2, None)
+        world = Alone(accelerator=None, rank=rank, size=4, device=ALONE.device, peers=(), sequence=group)
+        load_checkpoint(Checkpoint(tmp_path, {"world_size": saved_ranks}), [], world)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+def begin(run: Run, step: int) -> None:
+    run.weights.weight.fill_(step)
+    run.saver.save(step, {"step": step})
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything but state and manifest."""
+    found: dict[str, Any] = {}
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                tensors = {key: opened.get_tensor(key).tolist() for key in opened.keys()}  # noqa: SIM118
+                found[name] = tensors, opened.metadata()
+        elif file.is_file() and name not in ("state.json", "manifest.json"):
+            found[name] = file.read_bytes()
+    return found
+
+
+def test_a_checkpoint_written_behind_is_that_written_at_once(run: Run, tmp_path: Path) -> None:
+    at_once = Run(tmp_path / "at_once")
+    at_once.start()
+    at_once.weights.weight.fill_(1)
+    at_once.saver.save(1, {"step": 1}, is_last=True)
+    at_once.saver.commit()
+    running = {"reward": 0.5}
+    with slow_disk() as disk:
+        run.weights.weight.fill_(1)
+        run.saver.save(1, {"step": 1, "running": running})
+        assert not run.saver.is_written
+        run.weights.weight.fill_(2)  # the next step
+        torch.rand(3)
+        running["reward"] = 0.7
+        disk.set()
+        run.saver.commit()
+    first, second = (content(folder / "step-000001") for folder in (tmp_path, tmp_path / "at_once"))
+    assert len(first) == 2
+    assert first == second
+    found = latest_checkpoint(tmp_path, ALONE)
+    assert found is not None
+    assert found.state == {"step": 1, "running": {"reward": 0.5}, "world_size": 1}
+
+
+def test_a_second_save_waits_for_the_first(run: Run) -> None:
+    with slow_disk() as disk:
+        begin(run, 1)
+        assert run.left() == [run.saver._pending.temporary.name]  # type: ignore[union-attr]
+        threading.Timer(0.1, disk.set).start()
+        begin(run, 2)
+        assert "step-000001" in run.left()
+        run.saver.commit()
+    assert run.left() == ["step-000001", "step-000002"]
+    assert run.start() == 2
+
+
+def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    run.saver._say = said.append
+    monkeypatch.setattr(slices, "available_memory", lambda: 0)
+    for step in (1, 2):
+        begin(run, step)
+        run.weights.weight.fill_(7)
+    run.saver.commit()
+    assert run.start() == 2
+    assert len(said) == 1
+    assert "host memory has no room" in said[0]
+
+
+def full(*_: Any) -> list[Path]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("available", [2**40, 0], ids=["behind", "at once"])
+def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
+    available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "available_memory", lambda: available)
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    monkeypatch.setattr(checkpoint, "write_slices", full)
+
+    def step() -> None:
+        begin(run, 2)
+        while not run.saver.is_written:
+            pass
+        run.saver.commit()
+
+    with pytest.raises(CheckpointError, match="No space left on device; a checkpoint needs"):
+        step()
+    assert not run.saver.is_written
+    assert run.left() == ["step-000001"]
+    assert run.start() == 1
+
+
+def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run" / "checkpoints")
+    run.start()
+    run.save(1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="a checkpoint cannot be written"):
+        run.save(2)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "moved/checkpoints").iterdir() if path.is_dir()] == [
+        "step-000001"
+    ]
+    run.saver.close()
+
+
+def test_a_checkpoint_that_is_not_committed_is_dropped_by_the_next_start(run: Run) -> None:
+    run.save(1)
+    begin(run, 2)
+    run.saver.close()
+    assert len(run.left()) == 2
+    checkpoint.remove_unfinished(run.root)
+    assert run.left() == ["step-000001"]
+    assert run.start() == 1
+
+
+WHOLE = {
+    "embedding": torch.arange(35, dtype=torch.float32).view(7, 5),
+    "norm": torch.arange(100, 103, dtype=torch.float32),
+    "scalar": torch.tensor(7.0),
+}
+
+
+def cut(borders: dict[str, list[int]], rank: int) -> Iterator[Slice]:
+    """The slices of one rank; `borders` has the first elements of ranks 1, 2, ... of each weight."""
+    for name, weight in WHOLE.items():
+        start, end = [0, *borders[name], weight.numel()][rank : rank + 2]
+        if start < end:
+            flat = weight.flatten()[start:end]
+            yield Slice(name, tuple(weight.shape), start, {"weight": flat.clone(), "exp_avg": -flat})
+
+
+def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
+    entries: Entries = {}
+    for rank in range(ranks):
+        entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
+    write_manifest(folder, entries)
+    assert find_faults(folder, 0, 1) == []
+    return folder
+
+
+@pytest.mark.parametrize("file_bytes", [1, 100, 10_000])
+def test_any_ranks_read_what_any_ranks_wrote(
+    file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", file_bytes)
+    folder = written(tmp_path, 3, {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]})
+    saved = SavedSlices.find(folder, "engine")
+    assert saved.step == 3
+    for name, weight in WHOLE.items():
+        assert torch.equal(saved.whole(name), weight)
+        assert torch.equal(saved.whole(name, "exp_avg"), -weight)
+    others = {"embedding": [0, 2, 30], "norm": [1, 1, 2], "scalar": [1, 1, 1]}
+    for rank in range(4):
+        wanted = list(cut(others, rank))
+        empty = [
+            Slice(
+                own.name,
+                own.shape,
+                own.start,
+                {part: torch.zeros_like(own.parts[part]) for part in own.parts},
+            )
+            for own in wanted
+        ]
+        saved.load_into(empty)
+        for own, read in zip(wanted, empty, strict=True):
+            assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return Path.touch, (self.victim,)  # type: ignore[return-value]
+
+
+def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
+    folder = written(tmp_path, 1, {name: [] for name in WHOLE})
+    content = pickle.dumps(Malicious(folder / "it ran"))
+    file = Path("engine/rank-00000-00000.safetensors")
+    write_manifest(folder, {str(file): write_file(folder / file, content)})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SavedSlices.find(folder, "engine")
+    assert not (folder / "it ran").exists()
+
+
+def test_weights_of_another_model_are_one_error(tmp_path: Path) -> None:
+    saved = SavedSlices.find(written(tmp_path, 1, {name: [] for name in WHOLE}), "engine")
+    for name, shape in (("embedding", (5, 7)), ("other", (3,))):
+        with pytest.raises(CheckpointError, match=f"{name} is missing or has another shape"):
+            saved.load_into([Slice(name, shape, 0, {"weight": torch.zeros(3)})])

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, RunConfig
 from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
 from dpo_dist.distributed import export as checkpoint_export
+from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
 from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.distributed.manifest import Entries, write_manifest
-from dpo_dist.distributed.slices import ModelSlices, Slice, write_slices
+from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed

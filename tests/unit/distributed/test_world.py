@@ -1,24 +1,40 @@
-"""A world of one process, which may survive an error, as in a notebook."""
+"""A world of one process: what it answers, how it ends, kernels it compiles, and faults told apart."""
 
 import contextlib
 import ctypes
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import PartialState
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
 
-from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.join import joined, start_world
+from dpo_dist.distributed.kernels import load_kernel
 from dpo_dist.distributed.processes import Peer, Watcher
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import GivenWay, Stops, World
 from dpo_dist.distributed.zero import policy_config
-from dpo_dist.foundation.errors import ConfigError, PeerLostError
+from dpo_dist.foundation.errors import ConfigError, PeerLostError, StoppedError
+from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import Engine, settle_engine
+from tests.support.families import tiny_family
+from tests.support.packing import VOCABULARY
 
 _PR_GET_PDEATHSIG = 2
+CONFIG = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+
+
+def alone() -> World:
+    return World(None, 0, 1, torch.device("cpu"), (Peer.here(0),))
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("timed out"), ValueError("a bug")])
@@ -28,10 +44,7 @@ def test_an_error_of_the_only_process_is_raised_at_once(
     """No other process caused it, and SIGTERM ends this process again afterwards."""
     monkeypatch.delattr(Watcher, "_consequence")
     handler = signal.getsignal(signal.SIGTERM)
-    with (
-        pytest.raises(type(failure)) as caught,
-        World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch(),
-    ):
+    with pytest.raises(type(failure)) as caught, alone().watch():
         raise failure
     assert caught.value is failure
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -39,7 +52,7 @@ def test_an_error_of_the_only_process_is_raised_at_once(
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     def watch() -> str:
-        with World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
+        with alone().watch():
             return "left"
 
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -62,7 +75,7 @@ def test_a_verb_with_nothing_to_save_ends_with_its_launcher(
         assert ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked)) == 0
         return asked.value
 
-    with World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
+    with alone().watch():
         assert ask() == signal_of_death
     assert ask() == 0
 
@@ -101,19 +114,14 @@ def test_gpus_that_are_asked_for_are_there(
         joined_module._check_devices(variables)
 
 
-def test_accelerate_may_have_been_used_in_this_process_before() -> None:
-    PartialState(cpu=True)
-    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
-        assert world.gather("here") == ["here"]
-
-
 def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """No port is chosen before it is opened, and the environment is the caller's again."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
+    PartialState(cpu=True)  # of another library in this process
     for _ in range(2):
-        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
+        with joined(CONFIG, 60) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ
@@ -126,7 +134,121 @@ def test_a_rendezvous_that_times_out_is_an_error_for_the_user(monkeypatch: pytes
     monkeypatch.setattr(joined_module, "Accelerator", wait)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
-    with pytest.raises(PeerLostError, match="not all 2 processes") as found, joined(config, 60):
+    with pytest.raises(PeerLostError, match="not all 2 processes") as found, joined(CONFIG, 60):
         pass
     assert "1/2 clients joined" in found.value.got
+
+
+class Alone(World):
+    def gather(self, value: Any) -> list[Any]:
+        return [value, "", "SIGTERM"]
+
+
+def stops() -> Stops:
+    return Stops(StopRequest(stop_after_steps=1), Alone(None, 0, 1, torch.device("cpu"), (Peer.here(0),)))
+
+
+def test_work_ends_only_when_a_rank_is_asked() -> None:
+    asked = stops()
+    asked.check()
+    asked.give_way()
+    asked.request.ask("SIGUSR1")
+    with pytest.raises(GivenWay):
+        asked.give_way()
+    with pytest.raises(StoppedError, match="stopped: by SIGTERM, SIGUSR1 before the first step"):
+        asked.check()
+    assert asked.agreed == "SIGTERM, SIGUSR1"
+
+
+@pytest.mark.parametrize("reason", ["SIGUSR1", BY_TRACKER, BY_STEPS])
+def test_a_stop_of_a_person_is_noted(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS, str(tmp_path / "progress"))
+    asked = stops()
+    asked.request.ask(reason)
+    asked.reasons()
+    noted = (tmp_path / "progress").read_text() if (tmp_path / "progress").exists() else ""
+    assert noted.startswith("stopped by") is (reason != "SIGUSR1")
+    assert (reason in noted) is (reason != "SIGUSR1")
+
+
+TIMEOUT = "[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 4000ms for send operation to complete"
+CUT = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"
+
+
+def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
+    def token_logps(*_arguments: Any) -> None:
+        raise error
+
+    model = PackedCausalLM(tiny_family("olmo3", VOCABULARY), AttentionBackend.sdpa)
+    engine = SimpleNamespace(model=model, is_synchronised=is_synchronised, token_logps=token_logps)
+    world = SimpleNamespace(
+        size=2,
+        device=torch.device("cpu"),
+        sequence=None,
+        barrier=lambda: None,
+        first_fault=lambda fault, _seconds: fault,
+    )
+    settle_engine(cast(Engine, engine), 64, cast(World, world))
+
+
+@pytest.mark.parametrize("text", [TIMEOUT, CUT])
+def test_a_forward_that_waits_in_vain_is_no_error_of_the_model(text: str) -> None:
+    """The world makes it the error that names the rank, whose exit code lets clusters start the job again."""
+    with pytest.raises(RuntimeError, match=r"Timed out|closed by peer"):
+        settle_failing(RuntimeError(text), is_synchronised=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_synchronised"), [("sizes of tensors must match", True), ("the hub timed out", False)]
+)
+def test_a_forward_that_fails_is_an_error_of_the_model(text: str, is_synchronised: bool) -> None:
+    with pytest.raises(ConfigError, match="own forward cannot score"):
+        settle_failing(RuntimeError(text), is_synchronised=is_synchronised)
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = tmp_path / "cpu_adam" / "lock"
+    path.parent.mkdir()
+    return path
+
+
+def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not lock.exists()
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda _: [])  # describing the processor takes seconds
+    monkeypatch.setenv("CXX", "/bin/false")
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found, joined(offload, 60):
+        pass
+    assert found.value.where == "parallelism.offload_optimizer"
+    assert "/bin/false" in found.value.expected
+    assert not lock.exists()
+
+
+def test_a_lock_of_another_build_is_said(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of a kernel which another one loads."""
+    other = lock.parents[1] / "pin_memory" / "lock"
+    other.parent.mkdir()
+    other.touch()
+    monkeypatch.setattr(AsyncIOBuilder, "load", lambda _, verbose: None)
+    said: list[str] = []
+    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", said.append)
+    (line,) = said
+    assert f"delete {other}" in line
+
+
+def test_a_host_without_the_compiler_of_cuda_gets_one_error(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: object, verbose: bool = False) -> None:
+        raise MissingCUDAException("no nvcc")
+
+    monkeypatch.setattr(AsyncIOBuilder, "load", load)
+    assert not lock.exists()
+    with pytest.raises(ConfigError, match="async_io cannot be compiled") as found:
+        load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", lambda _line: None)
+    assert "no nvcc" in found.value.got

@@ -21,7 +21,6 @@ from dpo_dist.generation.pairs.rounds import (
     run_command,
     run_rounds,
 )
-from dpo_dist.generation.pairs.start import check_pairs
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -264,20 +263,6 @@ def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
     assert not Path("calls.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "where"),
-    [
-        ("pairs.launcher=python", "pairs.launcher"),
-        ("pairs.reference=first", "pairs.reference"),
-        ("pairs.prompt_part=1", "pairs.prompt_part"),
-    ],
-)
-def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_pairs(config("pairs.launcher=null", "pairs.rounds=0", override))
-    assert caught.value.where == where
-
-
 def test_rounds_are_not_started_by_several_processes(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="launcher"):
@@ -302,23 +287,14 @@ def test_shares_of_won_comparisons_have_no_mean() -> None:
         assert [row["samples"]["mean_score"] for row in rows] == means
 
 
-def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
-    row = {
-        "responses": [{"content": "a", "score": 1.0}, {"content": "b", "score": 0.0}],
-        "unused": [{"content": " a", "score": None}, {"content": "cut", "score": None}],
-    }
+def test_every_scored_response_counts(tmp_path) -> None:
+    scored = [{"content": "a", "score": 1.0}, {"content": "b", "score": 0.0}]
+    unused = [{"content": " a", "score": 1.0}, {"content": "cut", "score": None}]
     file = tmp_path / "samples.jsonl"
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(json.dumps({"responses": scored, "unused": unused}) + "\n")
     found, widest = read_samples("policy", file, is_relative=False)
     assert found == {"policy": "policy", "prompts": 1, "responses": 3, "unscored": 1, "mean_score": 2 / 3}
     assert widest == 1.0
-    thoughts = [
-        {"content": "a", "reasoning_content": thought, "score": score}
-        for thought, score in (("t", 1.0), ("u", 0.0))
-    ]
-    thought_file = tmp_path / "thoughts.jsonl"
-    thought_file.write_text(json.dumps({"responses": thoughts, "unused": []}) + "\n")
-    assert read_samples("policy", thought_file, is_relative=False)[0]["mean_score"] == 0.5
     assert read_samples("policy", file, is_relative=True)[0]["mean_score"] is None
 
 

@@ -1,4 +1,4 @@
-"""Results of an evaluation: the same means as the sums, calibration, the file of scores."""
+"""Results of an evaluation: the same means as the sums, intervals, the file of scores."""
 
 import json
 from dataclasses import fields
@@ -11,7 +11,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.insight.evaluation import Resampling, calibration, results, write_scores
+from dpo_dist.insight.evaluation import Resampling, bootstrap_intervals, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 from tests.support import tiny
@@ -64,36 +64,7 @@ def test_one_response_has_no_margins() -> None:
     found = results({"loss": 2.0}, invented(), everyone, prompts, plan, Resampling(0, 0))
     assert found["only"]["eval_loss"] == 2.0
     assert not [key for row in found.values() for key in row if "rejected" in key or "margins" in key]
-    assert "calibration" not in found["all"]
     assert "accuracy" not in evaluation_table(found)[0]
-
-
-def test_calibration_compares_confidence_with_accuracy() -> None:
-    """Nine of ten right at a confidence of 0.9 are calibrated; five of ten are not."""
-    margin = np.float32(np.log(0.905 / 0.095))
-    right, wrong = np.full(1810, margin), np.full(190, -margin)
-    good = calibration(np.concatenate((right, wrong)))
-    assert good["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
-    assert [(one["pairs"], one["accuracy"]) for one in good["bins"]] == [(2000, pytest.approx(0.905))]
-    half = calibration(np.concatenate((right[:50], -right[:50])))
-    assert half["expected_calibration_error"] == pytest.approx(0.405, abs=1e-6)
-    ties = calibration(np.zeros(4, dtype=np.float32))
-    assert ties["bins"] == [{"low": 0.5, "high": 0.55, "pairs": 4, "confidence": 0.5, "accuracy": 0.5}]
-    assert calibration(np.full(3, 1e4, dtype=np.float32))["expected_calibration_error"] == 0
-
-
-def test_margins_that_are_not_a_number_are_counted_and_said() -> None:
-    values = invented()
-    values.margin[:3] = np.nan
-    plan = MetricPlan(LossConfig(), (), is_evaluation=True)
-    prompts = np.arange(PAIRS, dtype=np.uint64)
-    found = results({}, values, {}, prompts, plan, Resampling(0, 0))
-    calibrated = found["all"]["calibration"]
-    assert calibrated["not_a_number"] == 3
-    assert sum(one["pairs"] for one in calibrated["bins"]) == PAIRS - 3
-    assert calibrated | {"not_a_number": 0} == calibration(values.margin[3:])
-    assert "the margin of 3 pairs is not a number" in evaluation_table(found)[-1]
-    assert calibration(np.full(2, np.nan, dtype=np.float32))["expected_calibration_error"] is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -148,3 +119,66 @@ def test_scores_name_source_and_line(tmp_path: Path) -> None:
         **{"logp_chosen": 10, "logp_rejected": 13, "tokens_chosen": 22, "tokens_rejected": 25},
         **{"reference_logp_chosen": None, "reference_logp_rejected": None},
     }
+
+
+def each(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint64)
+
+
+def test_the_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
+    """Pairs of one prompt are drawn together: each value four times is no more information."""
+    values = np.random.default_rng(1).normal(3, 2, 2000)
+    found = bootstrap_intervals({"m": (values, np.ones(2000))}, each(2000))["m"]
+    error = values.std() / np.sqrt(2000)
+    assert found == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.01)
+    copies = {"m": (np.repeat(values, 4), np.ones(8000))}
+    assert bootstrap_intervals(copies, np.repeat(each(2000), 4))["m"] == pytest.approx(found)
+    low, high = bootstrap_intervals(copies, each(8000))["m"]
+    assert found[1] - found[0] > 1.8 * (high - low)
+
+
+def test_an_interval_covers_the_true_share_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(2), 0
+    for seed in range(100):
+        right = (generator.random(150) < 0.7).astype(np.float64)
+        low, high = bootstrap_intervals({"m": (right, np.ones(150))}, each(150), seed)["m"]
+        covered += low <= 0.7 <= high
+    assert 88 <= covered <= 100
+
+
+def test_a_ratio_of_sums_is_resampled_as_a_ratio_and_the_seed_decides() -> None:
+    tokens = np.array([1.0, 10, 100, 1000] * 50)
+    found = bootstrap_intervals({"m": (-2 * tokens, tokens)}, each(200))
+    assert found["m"] == pytest.approx((-2, -2))
+    values = {"m": (np.random.default_rng(4).random(50), np.ones(50))}
+    assert bootstrap_intervals(values, each(50)) == bootstrap_intervals(values, each(50))
+    assert bootstrap_intervals(values, each(50)) != bootstrap_intervals(values, each(50), seed=1)
+
+
+def test_a_metric_without_enough_finite_values_has_no_interval() -> None:
+    """Five wins of five prompts would have the interval [1, 1], which excludes chance."""
+    ones = np.ones(12)
+    measured = {"m": (ones, ones), "rare": (ones, ones * (each(12) == 2)), "none": (ones, 0 * ones)}
+    measured["five"] = ones, 1.0 * (each(12) < 5)
+    for name, value in (("nan", np.nan), ("infinite", np.inf)):
+        measured[name] = np.where(each(12) == 2, value, 1.0), ones
+    assert bootstrap_intervals(measured, each(12)) == {"m": (1, 1)}
+    assert bootstrap_intervals(measured, each(12) % 5) == bootstrap_intervals(measured, each(0)) == {}
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [(1.0, (0.7225, 1.0)), (0.0, (0.0, 0.2775))])
+def test_equal_outcomes_have_the_interval_of_wilson(outcome: float, ends: tuple[float, float]) -> None:
+    """Of ten prompts; pairs of one prompt add nothing. A mean that is no share keeps its resamples."""
+    values, prompts = np.full(20, outcome), np.repeat(each(10), 2)
+    measured = {"share": (values, np.ones(20)), "mean": (values, np.ones(20))}
+    found = bootstrap_intervals(measured, prompts, shares={"share"})
+    assert found["share"] == pytest.approx(ends, abs=1e-4)
+    assert found["mean"] == (outcome, outcome)
+
+
+@pytest.mark.parametrize(("value", "sides"), [(0, (-1, 1)), (1, (-1, 0)), (-1, (0, 1))])
+def test_a_difference_of_equal_outcomes_has_both_signs(value: float, sides: tuple[int, int]) -> None:
+    measured = {"m": (np.full(48, float(value)), np.ones(48))}
+    found = bootstrap_intervals(measured, each(48), differences={"m"})["m"]
+    width = bootstrap_intervals({"m": (np.zeros(48), np.ones(48))}, each(48), shares={"m"})["m"][1]
+    assert found == pytest.approx((value + sides[0] * width, value + sides[1] * width))

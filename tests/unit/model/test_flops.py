@@ -11,7 +11,6 @@ from dpo_dist.batching.plan import Reach
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import flops as counting
-from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import (
     StepFlops,
     compute_costs,
@@ -22,12 +21,12 @@ from dpo_dist.model.flops import (
 )
 from dpo_dist.model.lora import add_adapter
 from tests.support.packing import pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import ARCHITECTURES, SHAPES, packed, tiny_causal_lm, tiny_config
 
 PATTERN = ["sliding_attention", "full_attention"]
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_flops_of_matrices_equal_pytorchs_count(model_type: str) -> None:
     config = tiny_config(model_type)
     config._experts_implementation = "eager"  # the counter knows no grouped product

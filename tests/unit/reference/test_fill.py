@@ -18,14 +18,12 @@ from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedEr
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.reference import fill as fill_module
-from dpo_dist.reference import store as store_module
-from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
+from tests.unit.reference.test_store import FINGERPRINT, flip
 
-FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 RESPONSES = [2, 1, 3, 2, 2, 2]
 # Two pairs with the same content, as datasets have them.
 TWINS = (1, 4)
@@ -51,7 +49,7 @@ def dataset(tmp_path: Path) -> PreferenceDataset:
 
 
 def logps_of(ids: Tensor) -> Tensor:
-    """Return log-probs that identify their tokens."""
+    """Log-probs that identify their tokens."""
     return -ids.float() / 7
 
 
@@ -91,7 +89,7 @@ def fill(
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Print nothing."""
+    pass
 
 
 def assert_filled(root: Path, dataset: PreferenceDataset, indices: list[int]) -> None:
@@ -180,16 +178,12 @@ def test_damaged_files_are_reported_and_their_entries_computed_again(
 ) -> None:
     indices = list(range(len(RESPONSES)))
     fill(tmp_path, dataset, indices, world, entries_per_shard=4)
-    first, second, third = sorted(tmp_path.glob("*/*.safetensors"))
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1  # a value of its last entry
-    first.write_bytes(content)
+    first, second, _ = sorted(tmp_path.glob("*/*.safetensors"))
+    flip(first, -1)  # a value of its last entry
     second.write_bytes(b"")
-    (third.parent / "x.safetensors").write_bytes(b"")
     left = len(LogpStore.open(tmp_path, FINGERPRINT)) - 1
     report, scorer = fill(tmp_path, dataset, indices, world)
-    names = (first.name, second.name, "x.safetensors")
-    assert report.damaged == {f"{FINGERPRINT.name}/{name}" for name in names}
+    assert report.damaged == {f"{FINGERPRINT.name}/{file.name}" for file in (first, second)}
     assert report.computed == scorer.responses == sum(RESPONSES) - 1 - left
     assert_filled(tmp_path, dataset, indices)
 
@@ -239,69 +233,16 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert_filled(tmp_path, dataset, [0, 1, 2])
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(store_module, "_RETRY_SECONDS", 0.05)
-
-
-def test_shards_missing_in_a_stale_listing_are_used(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A network file system may list a folder without the files that another node just wrote."""
-    monkeypatch.setattr("dpo_dist.reference.store.list_shards", lambda _folder: [])
-    filler = filler_of(tmp_path, world, entries_per_shard=2)
-    filler.fill(dataset, np.arange(3), no_progress)
-    assert len(filler.shards) == len(list(tmp_path.glob("*/*.safetensors"))) == 3
-    check_complete(filler.open_filled(), dataset, np.arange(3), world)
-    again = filler.fill(dataset, np.arange(2, 4), no_progress)
-    assert (again.hits, again.computed) == (3, 2)
-    check_complete(filler.open_filled(), dataset, np.arange(4), world)
-
-
-def test_a_shard_that_appears_late_or_in_part_is_awaited(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
+def test_a_shard_that_was_removed_since_is_an_error(
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     filler = filler_of(tmp_path, world)
     filler.fill(dataset, np.arange(2), no_progress)
     [name] = filler.shards
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-4])
-    list_now = LogpStore.list_now
-
-    def arrive(self: LogpStore) -> list[str]:
-        (tmp_path / name).write_bytes(content)
-        return list_now(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LogpStore, "list_now", arrive)
-        check_complete(filler.open_filled(), dataset, np.arange(2), world)
-    for damage in (lambda: (tmp_path / name).write_bytes(content[:-4]), (tmp_path / name).unlink):
-        damage()
-        with pytest.raises(ReferenceModelError, match="cannot be read") as raised:
-            filler.open_filled()
-        assert name in raised.value.got
-
-
-def test_completeness_is_checked_without_reading_values(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    filler = filler_of(tmp_path, world, entries_per_shard=2)
-    filler.fill(dataset, np.arange(4), no_progress)
-    for file in tmp_path.glob("*/*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    check_complete(filler.open_filled(), dataset, np.arange(4), world)
-
-
-def test_an_incomplete_store_is_an_error_before_training(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    filler = filler_of(tmp_path, world)
-    filler.fill(dataset, np.arange(2), no_progress)
-    with pytest.raises(ReferenceModelError, match="lacks log-probs") as raised:
-        check_complete(filler.open_filled(), dataset, np.array([1, 2]), world)
-    assert "3 of 4" in raised.value.got
-    assert "rank 0" in raised.value.where
+    (tmp_path / name).unlink()
+    with pytest.raises(ReferenceModelError, match="cannot be read") as raised:
+        filler.open_filled()
+    assert name in raised.value.got
 
 
 def test_a_stop_stores_what_is_scored_and_says_how_much(

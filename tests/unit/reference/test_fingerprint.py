@@ -10,8 +10,7 @@ import pytest
 
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.foundation import files as digest_module
-from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.reference import fingerprint as fingerprint_module
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.reference.digest import digest_model, model_label
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 
@@ -93,24 +92,6 @@ def test_a_change_that_keeps_size_and_time_is_detected(model: Path, tmp_path: Pa
     assert digest_model(model, tmp_path).digest != before
 
 
-def test_weights_replaced_and_put_back_count_as_changed(model: Path, tmp_path: Path) -> None:
-    files = digest_model(model, tmp_path / "memo")
-    files.check_unchanged()
-    weights, aside = model / "model-1.safetensors", tmp_path / "aside"
-    weights.rename(aside)
-    weights.write_bytes(b"weights of another model")
-    with pytest.raises(ReferenceModelError, match="changed while the model was loaded") as raised:
-        files.check_unchanged()
-    assert raised.value.got == weights.name
-    aside.replace(weights)
-    assert digest_model(model).digest == files.digest
-    with pytest.raises(ReferenceModelError):
-        files.check_unchanged()
-    weights.unlink()
-    with pytest.raises(ReferenceModelError):
-        files.check_unchanged()
-
-
 def test_other_classes_are_another_model(model: Path) -> None:
     """`model.trust_remote_code` selects the folder's own classes, and all of their code counts."""
     plain = digest_model(model).digest
@@ -181,11 +162,9 @@ def test_fingerprints_differ_by_reference_and_every_field_of_the_profile() -> No
 
 
 @pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
-def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_version_is_a_new_fingerprint(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ReferenceFingerprint("weights", {}).name
-    monkeypatch.setattr(fingerprint_module, version, getattr(fingerprint_module, version) + 1)
+    monkeypatch.setattr(f"dpo_dist.reference.fingerprint.{version}", 77)
     assert ReferenceFingerprint("weights", {}).name != before
 
 
@@ -205,12 +184,8 @@ def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
 )
 def test_files_that_decide_token_ids_are_in_the_tokenizers_digest(model: Path, name: str) -> None:
     before = tokenizer_digest(model)
+    (model / "model-1.safetensors").write_bytes(b"changed")
+    assert tokenizer_digest(model) == before
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(b"changed")
     assert tokenizer_digest(model) != before
-
-
-def test_weights_are_not_in_the_tokenizer_s_digest(model: Path) -> None:
-    before = tokenizer_digest(model)
-    (model / "model-1.safetensors").write_bytes(b"changed")
-    assert tokenizer_digest(model) == before

@@ -15,7 +15,7 @@ from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
 from dpo_dist.insight.pages.doctor import write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
-from tests.unit.report.run_page.made_run import Page
+from tests.unit.insight.pages.made_run import Page
 
 HOSTILE = (
     "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"

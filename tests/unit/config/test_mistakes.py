@@ -1,0 +1,267 @@
+"""Mistakes in a command, and options of other trainers, are one error with an answer to each."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dpo_dist.config import mistakes
+from dpo_dist.config.command_line import divide
+from dpo_dist.config.keys import run_keys
+from tests.unit.config.support import RUN, configured, error_of
+
+SECTIONS = "|".join(name for name in run_keys() if "." not in name)
+
+# A command line as typed, and a part of the error.
+MISTYPED = [
+    ("loss=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
+    ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
+    ("data=[hh_rlhf,ultrafeedback]", "data.train="),
+    ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
+    ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
+    ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
+    ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
+    ("loss=kto", "one of "),
+    ("loss=DPO", "did you mean loss=sigmoid?"),
+    ("loss=null", "choose one of aot"),
+    ("optim=sgd", "one of adamw, adamw_8bit"),
+    ("parallelism=deepspeed", "did you mean parallelism=zero3?"),
+    ("tracking=none", "one of off, wandb"),
+    ("loss=sigmoid,ipo", "one job for each value"),
+    ("optim=adamw_8bit stochastic_rounding=true", "an update below 2^-9 of a weight is lost"),
+    ("optim.kind=adamw_bf16", "set optim.kind to one of these"),
+    ("model.dtype=bf16_full", "set model.dtype to one of these"),
+    ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
+    ("optim=paged_adamw_32bit", "did you mean optim=adamw?"),
+    ("'data.train=[{file: a}]'", "did you mean path?"),
+    ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
+    ("reference=../base", "named by reference.path=../base"),
+    ("hydra.run.dir=out", "run.dir sets the run directory"),
+    ("+loss.foo=1", "the keys of loss are kind, beta, "),
+    ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
+    ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
+    ("trainer.batch=4", "trainer.global_batch_pairs or trainer.micro_batch_tokens"),
+    ("foo=1", "the sections are run, model, "),
+    ("lossbeta=1", "did you mean loss.beta?"),
+    ("trainer.max_step=9", "did you mean trainer.max_steps?"),
+    ("--loss.beta=0.2", "write loss.beta=0.2"),
+    ("'data.cache=${run.rot}/x'", "run.rot"),
+    ("loss=ipo.yaml", "did you mean loss=ipo?"),
+    ("trainer.max_steps=-1", "in that range, or null"),
+    ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "did you mean loss.terms[1].kind=sft?"),
+    ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
+    ("'data.train={path: a}'", "write 'data.train=[{path: a}]'"),
+    ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("optim.lr=[1e-5]", "set optim.lr to a number"),
+    ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
+    ("trainer.seed=1 trainer.seed=x", "where:    command line: trainer.seed=x"),
+    ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
+    ("model.dtype=half", "did you mean model.dtype=fp16?"),
+    ("model.dtype=int32", "set model.dtype to one of these"),
+    ("run.dir=", "run.dir is empty"),
+    ("model.path=", "model.path is empty"),
+    ("'data.train=[\"\"]'", "data.train[0].path is empty"),
+    ("~loss.beta", "cannot be removed"),
+    ("data.truncation=left", "did you mean data.truncation=keep_end?"),
+    ("data.on_bad_record=skip", "did you mean data.on_bad_record=drop?"),
+    ("tracking.wandb=on", "did you mean tracking.wandb=online?"),
+    ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
+    ("loss.router.z_coefficient=model", "set loss.router.z_coefficient to a number"),
+    ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
+    ("loss.aux_coefficient=0.01", "did you mean loss.router.aux_coefficient?"),
+    ("export.dtype=fp8", "bf16, fp16 or fp32"),
+    ("model.dtype=torch.float16", "did you mean model.dtype=fp16?"),
+    ("model.dtype=32", "did you mean model.dtype=fp32?"),
+    ("export.checkpoint=3", "such as step-000100"),
+    ("export.average=step-000100", "write 'export.average=[step-000100]'"),
+    ("optim.schedule=inv_sqrt", "did you mean optim.schedule=inverse_sqrt?"),
+    ("optim.kind=adamw8bit", "did you mean optim.kind=adamw_8bit?"),
+    ("trainer.ema_decay=1", "choose trainer.ema_decay in that range"),
+    ("--config-dir nowhere", "--config-dir is no folder"),
+    ("--confg-dir x", "did you mean --config-dir?"),
+    ("--cfg job --resolve", "prints resolved values"),
+    # Values of other trainers are kept.
+    ("lora_rank=8", "write model.adapter.r=8"),
+    ("lora_alpha=16", "write model.adapter.alpha=16"),
+    ("lora_dropout=0.05", "remove it: an adapter has no dropout"),
+    ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
+    ("lora_target=all", "write model.adapter.target_modules=all-linear"),
+    ("rl_beta=0.2", "write loss.beta=0.2"),
+    ("load_in_8bit=false", "not needed if false"),
+    ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
+    ("model.adapter.rank=8", "write model.adapter.r=8"),
+    ("adam_beta1=0.8", "write 'optim.betas=[0.8,0.999]'"),
+    ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
+    ("gradient_checkpointing=true", "write model.gradient_checkpointing=full"),
+    ("gradient_checkpointing=false", "write model.gradient_checkpointing=none"),
+    ("torch_dtype=bfloat16", "write model.dtype=bf16"),
+    ("torch_dtype=auto", "write model.dtype=..."),
+    ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
+    ("dpo_loss_type=dpo", "write loss=sigmoid"),
+    ("pref_ftx=0.1", "{kind: sft, weight: 0.1}"),
+    ("dataset_path=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("max_samples=9", "'data.train=[{path: pairs.jsonl, limit: 9}]'"),
+    ("val_size=0.1", "write data.eval_share=0.1"),
+    ("seed=3", "write trainer.seed=3"),
+    ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("--learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("--learning_rate 1e-5", "write optim.lr=1e-5"),
+    ("--gradient_checkpointing", "write model.gradient_checkpointing=full"),
+    ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
+    ("data.eval.path=a.jsonl", "write 'data.eval=[{path: a.jsonl}]'"),
+    ("loss.terms.weight=2", "write 'loss.terms=[{kind: KIND, weight: 2}]'"),
+    ("tracking.also=[wandb]", "one of tensorboard"),
+    ("pissa_init=true", "not offered: an adapter starts as 0"),
+    ("--seed 42", "write trainer.seed=42"),
+    # Quotes and spaces: one hint.
+    ("'data.train=[a.jsonl,' 'b.jsonl]'", "needs quotes"),
+    ("loss.beta = 0.2", "no space is around ="),
+    ("loss.beta:0.2", "needs quotes"),
+    ("=3", "needs quotes"),
+    ("model.adapter=sft/adapter", "write model.adapter.path=sft/adapter"),
+    ("'model.adapter={alhpa: 16}'", "did you mean model.adapter.alpha?"),
+    ("export.checkpoint=out/checkpoints/step-000100/", "did you mean export.checkpoint=step-000100?"),
+    ("hydra.run.dir=out", "run.dir sets the run directory"),
+    # A key without its section, and a word of an option.
+    ("max_steps=3", "write trainer.max_steps=3"),
+    ("epochs=2", "write trainer.epochs=2"),
+    ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
+    ("warmup_steps=10", "write optim.warmup_steps=10"),
+    ("report_to=none", "in place of none write tracking=off"),
+    ("ddp_timeout=180000000", "set parallelism.timeout_seconds"),
+    ("tokenizer_type=AutoTokenizer", "put its files into the folder of the model"),
+    ("'datasets=[{path: a, type: b}]'", "'data.train=[{path: FILE_OR_NAME, split: train, name: SUBSET}]'"),
+    ("loss=simpo loss.kind=ipo", "write loss=ipo in place of loss.kind=ipo"),
+    ("--chekc", "did you mean --check?"),
+    ("--check=1", "ignored explicit argument"),
+    ("--cfg jobb", "invalid choice: 'jobb'"),
+    ("--config-dir", "expected one argument"),
+]
+# Of a new user's trial: options of TRL, LLaMA-Factory, axolotl and open-instruct.
+TRIED = """
+plot_loss hub_model_id early_stopping_patience auto_find_batch_size dataset_config model_init_kwargs
+use_logits_to_keep lora_target_linear wandb_name wandb_project_name flash_attention saves_per_epoch
+evals_per_epoch special_tokens dpo_use_weighting strict mixer_list dataset_mixer_list tokenizer_name
+dpo_loss_type cache_logprobs reference_logprobs_cache_path concatenated_forward checkpointing_steps
+keep_last_n_checkpoints max_train_steps load_balancing_loss rl adapter seed lora_r lora_dropout
+"""
+
+
+@pytest.mark.parametrize(("typed", "text"), MISTYPED)
+def test_a_mistake_gets_a_correction(typed: str, text: str) -> None:
+    error = error_of(typed)
+    assert text in error.block()
+    assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
+
+
+def test_all_mistakes_of_a_command_are_one_error() -> None:
+    foreign = """
+        --model_name_or_path org/m --dataset_path a.jsonl --output_dir out --learning_rate 5e-6 --beta 0.1
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --num_train_epochs 2
+        --gradient_checkpointing --bf16 true --max_length 512 --lora_r 8 --lora_alpha 16 --report_to wandb
+    """
+    error = error_of(
+        f"{foreign} loss.betta=1 trainer.max_steps=x optim.lr=0 loss=ipoo pairs.limit=3", verb="train"
+    )
+    lines = [line.strip().removeprefix("to do:").strip() for line in error.block().splitlines()]
+    assert lines[0] == "configuration error: this command has 19 mistakes"
+    assert len(lines) == 1 + 19
+    for line in (
+        "--learning_rate 5e-6: there is no option --learning_rate; write optim.lr=5e-6",
+        "--gradient_checkpointing: there is no option --gradient_checkpointing; "
+        "write model.gradient_checkpointing=full",
+        "loss.betta=1: there is no key 'loss.betta'; did you mean loss.beta?",
+        "trainer.max_steps=x: trainer.max_steps has the wrong type; "
+        "set trainer.max_steps to a whole number or null",
+        "optim.lr=0: optim.lr is out of range, expected > 0; choose optim.lr in that range",
+        "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
+        "pairs.limit=3: train does not read pairs.limit; remove it: pairs reads pairs.limit",
+    ):
+        assert line in lines
+
+
+def test_all_rules_that_a_command_breaks_are_one_error() -> None:
+    error = error_of("loss.simpo_gamma=1 trainer.eval_every=5 data.max_prompt_length=2000")
+    assert error.message == "this command has 3 mistakes"
+    assert "remove loss.simpo_gamma" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("verb", "typed", "text"),
+    [
+        ("evaluate", "data=hard.jsonl", "named by 'evaluation.data=[hard.jsonl]'"),
+        ("evaluate", "model=output/a/model", "named by evaluation.model=output/a/model"),
+        ("compare", "model=output/a", "named by 'compare.models=[output/a]'"),
+        ("compare", "data=hard.jsonl", "named by 'data.eval=[hard.jsonl]'"),
+        ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
+        ("evaluate", "export.chekpoint=best", "remove it: export reads export.checkpoint"),
+        ("compare", "learning_rate=1", "remove it: train reads optim.lr"),
+        ("pairs", "learning_rate=1", "remove it: train reads optim.lr"),
+        ("pairs", "pairs.rounds=2 learning_rate=1", "write optim.lr=1"),
+        ("export", "output=foo", "write export.output=foo"),
+        ("train", "output=foo", "write run.dir=foo"),
+        ("compare", "reference=none", "compare does not read reference.mode"),
+        ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
+    ],
+)
+def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
+    run = [] if verb == "compare" else RUN
+    assert text in error_of(typed, verb=verb, run=run).block()
+
+
+@pytest.mark.parametrize(
+    "typed", sorted({typed for typed, text in MISTYPED if text.startswith("write ") and "..." not in text})
+)
+def test_the_corrected_line_can_be_parsed(typed: str) -> None:
+    written = re.search(r"write (.*?)(;|$)", error_of(typed).remedy)
+    assert written is not None
+    for line in shlex.split(written[1]):
+        if "=" in line:
+            OverridesParser.create().parse_override(line)
+
+
+@pytest.mark.parametrize("name", TRIED.split())
+def test_every_option_that_a_new_user_tried_has_an_answer(name: str) -> None:
+    assert "the sections are" not in error_of(f"{name}=1").remedy
+
+
+def test_every_answer_names_keys_that_exist() -> None:
+    text = Path(mistakes.__file__).with_name("names.yaml").read_text()
+    for name in yaml.safe_load(text)["keys"]:
+        assert name in run_keys()
+    for answer in yaml.safe_load(text)["answers"]:
+        named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", answer)
+        assert [key for key in named if key not in run_keys() and not key.endswith((".jsonl", ".yaml"))] == []
+
+
+@pytest.mark.parametrize("typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9"])
+def test_no_guess_ends_a_run_early(typed: str) -> None:
+    assert "trainer.max_steps" not in error_of(typed).remedy
+
+
+def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
+    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "--cfg=job"])
+    assert arguments.words == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
+    assert (str(arguments.own_folder), arguments.options.cfg) == (".", "job")
+    config = configured("", run=[*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])
+    assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
+
+
+def test_a_path_without_its_key_gets_the_keys_of_paths() -> None:
+    assert "write its key: run.dir=/tmp, " in error_of("/tmp").block()
+
+
+@pytest.mark.parametrize(
+    ("typed", "paths"),
+    [
+        ("data.train=[~/x,b.jsonl]", ["~/x", "b.jsonl"]),
+        ("'data.train=[a=b, modèle]'", ["a=b", "modèle"]),
+        ("data.train=[data/*.jsonl]", ["data/*.jsonl"]),
+    ],
+)
+def test_paths_need_no_quotes(typed: str, paths: list[str]) -> None:
+    assert [source.path for source in configured(typed).data.train] == paths
+    assert configured(f"model.path={paths[0]}").model.path == paths[0]

@@ -1,0 +1,243 @@
+"""Memory: copies of slices in the host's, limits of cgroups, and errors that name the micro-batch."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from dpo_dist.batching.pack import PackedBatch, Sequences, pack
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.distributed import slices as host_copy
+from dpo_dist.distributed.memory import available_memory, peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.foundation.errors import DeviceMemoryError
+from dpo_dist.objective.token_logps import Statistic
+from tests.support.alone import ALONE
+
+CPU = torch.device("cpu")
+GIB = 2**30
+FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+class Engine:
+    """Fake DeepSpeed engine that runs out of memory in the named call."""
+
+    training = True
+
+    def __init__(self, fails_in: str, calls: int = 0):
+        self._fails_in, self._calls = fails_in, calls
+        self.optimizer = type("Optimizer", (), {"param_groups": []})
+
+    def _reach(self, what: str) -> None:
+        if what == self._fails_in:
+            self._calls -= 1
+            if self._calls < 0:
+                raise torch.OutOfMemoryError(FAULT + "\nand much more text")
+
+    def __call__(self, batch: PackedBatch, _statistics: Sequence[Statistic] = ()) -> torch.Tensor:
+        self._reach("forward")
+        return torch.zeros(len(batch.targets))
+
+    def backward(self, _loss: torch.Tensor) -> None:
+        self._reach("backward")
+
+    def step(self) -> None:
+        self._reach("step")
+
+    def set_gradient_accumulation_boundary(self, _is_last: bool) -> None:
+        pass
+
+
+def policy(engine: Engine, arrangement: Arrangement = Arrangement.packed) -> PolicyEngine:
+    made: Any = object.__new__(PolicyEngine)
+    made.model = SimpleNamespace(arrangement=arrangement)
+    made._engine, made._world = engine, type("World", (), {"size": 1})
+    made._backwards, made._current = 0, ("", "")
+    return made
+
+
+def batch(*responses: int) -> PackedBatch:
+    """A pair for each number: a prompt of 3 tokens and two responses of so many."""
+    ids = [np.arange(count, dtype=np.int32) for count in (3, *responses)]
+    return pack(
+        [Sequences(ids[0], (response, response)) for response in ids[1:]],
+        np.zeros((2 * len(responses), 2), dtype=np.uint64),
+    )
+
+
+def error_of(work: Callable[[], Any]) -> DeviceMemoryError:
+    with pytest.raises(DeviceMemoryError) as raised:
+        work()
+    return raised.value
+
+
+def one_step(engine: PolicyEngine, *batches: PackedBatch) -> None:
+    for number, micro_batch in enumerate(batches, start=1):
+        engine.token_logps(micro_batch)
+        engine.backward(torch.zeros(()), is_last=number == len(batches))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
+    engine = policy(Engine(where, calls=3))
+    one_step(engine, batch(2), batch(2))
+    error = error_of(lambda: one_step(engine, batch(2), batch(5, 9)))
+    # Responses without their last tokens: 3 + 4 + 4, and 3 + 8 + 8.
+    assert error.where == "micro-batch 2 of a step: 30 tokens in 2 pairs, the longest of 19"
+    assert error.got == FAULT
+    assert "trainer.micro_batch_tokens" in error.remedy
+    assert "model.gradient_checkpointing" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "can_share"), [(Arrangement.packed, True), (Arrangement.padded, False)]
+)
+def test_a_single_pair_needs_a_shorter_max_length(arrangement: Arrangement, can_share: bool) -> None:
+    error = error_of(lambda: one_step(policy(Engine("forward"), arrangement), batch(5)))
+    assert "data.max_length" in error.remedy
+    assert ("sequence_parallel" in error.remedy) is can_share
+    assert "micro_batch_tokens" not in error.remedy
+
+
+def test_rows_are_named_with_their_padding() -> None:
+    # Two rows of 3 + 4, and two of 3 + 8.
+    error = error_of(lambda: one_step(policy(Engine("forward"), Arrangement.padded), batch(5, 9)))
+    assert error.where == "micro-batch 1 of a step: 44 tokens with padding in 2 pairs, the longest of 19"
+
+
+def test_the_optimizer_step_is_named() -> None:
+    error = error_of(lambda: policy(Engine("step")).step(1e-6))
+    assert error.where == "the optimizer's step"
+    assert "zero3_offload" in error.remedy
+
+
+def test_the_reference_has_its_own_remedy() -> None:
+    reference: Any = object.__new__(FrozenEngine)
+    reference._engine, reference.model = Engine("forward"), SimpleNamespace(arrangement=Arrangement.packed)
+    error = error_of(lambda: reference.token_logps(batch(5, 9)))
+    assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
+    assert "trainer.micro_batch_tokens" in error.remedy
+
+
+def test_a_reset_peak_counts_from_there() -> None:
+    cpu = torch.device("cpu")
+    block = np.ones(1 << 27, dtype=np.uint8)
+    assert len(block) < peak_memory_bytes(cpu)
+    del block
+    before = peak_memory_bytes(cpu)
+    reset_peak_memory(cpu)
+    assert peak_memory_bytes(cpu) < before - (1 << 26)
+
+
+def slices(value: float, *, with_states: bool = True) -> list[ModelSlices]:
+    """Slices of the policy in float32 and of a reference in bfloat16, as views of flat tensors."""
+    flat = torch.arange(12, dtype=torch.float32) + value
+    policy = [
+        Slice("first", (2, 4), 3, {"weight": flat[:5]} | ({"exp_avg": -flat[:5]} if with_states else {})),
+        Slice("second", (7,), 0, {"weight": flat[5:]} | ({"exp_avg": -flat[5:]} if with_states else {})),
+    ]
+    frozen = [Slice("first", (3,), 0, {"weight": flat[:3].bfloat16()})]
+    return [ModelSlices("engine", policy, 4), ModelSlices("reference", frozen)]
+
+
+def listed(models: list[ModelSlices]) -> list[Any]:
+    return [
+        (model.folder, model.step, own.name, own.shape, own.start, part, tensor.dtype, tensor.tolist())
+        for model in models
+        for own in model.slices
+        for part, tensor in own.parts.items()
+    ]
+
+
+def test_copies_are_exact_and_do_not_change_with_the_tensors() -> None:
+    own = slices(1.0)
+    copied, wanted = HostCopy(CPU).of(own), listed(slices(1.0))
+    for model in own:
+        for each in model.slices:
+            for tensor in each.parts.values():
+                tensor.zero_()
+    assert listed(copied) == wanted
+
+
+def test_memory_is_reused_and_grows_once_there_are_optimizer_states() -> None:
+    copy, places = HostCopy(CPU), []
+    for value, with_states in ((1.0, False), (2.0, True), (3.0, True), (4.0, False)):
+        copied = copy.of(slices(value, with_states=with_states))
+        assert listed(copied) == listed(slices(value, with_states=with_states))
+        places.append(copied[0].slices[0].parts["weight"].data_ptr())
+    assert places[1] == places[2] == places[3]
+
+
+@pytest.mark.parametrize(
+    ("available", "others", "has_room"),
+    [
+        (320, [], True),
+        (319, [], False),
+        (1000, [("a", 680, 1000)], True),
+        (1000, [("a", 681, 1000)], False),
+        (320, [("b", 1000, 1000)], True),
+        (320, [("b", 1001, 1000)], False),
+    ],
+)
+def test_all_ranks_of_every_host_need_room(
+    available: int, others: list[tuple[str, int, int]], has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "available_memory", lambda: available)
+    world: Any = SimpleNamespace(host="a", gather=lambda value: [value, *others])
+    assert HostCopy(CPU).has_room(slices(0.0), world) is has_room, "5 tensors, of at most 64 bytes each"
+
+
+def test_memory_that_was_taken_before_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
+    copy = HostCopy(CPU)
+    assert not copy.has_room(slices(0.0), ALONE)
+    copy.of(slices(0.0))
+    assert copy.has_room(slices(0.0), ALONE)
+
+
+def group(folder: Path, names: tuple[str, str, str], limit: str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+# Lines of /proc/self/cgroup; folder, names, limit, use and file cache of groups with a limit or a use.
+GROUPS = {
+    "a job": (
+        "5:cpu:/slurm/job_7\n9:memory:/slurm/job_7/step_0\n1:name=systemd:/\n",
+        ("memory/slurm/job_7", V1, str(10 * GIB), 6 * GIB, 2 * GIB),
+        ("memory/slurm/job_7/step_0", V1, str(2**63 - 4096), 6 * GIB, 2 * GIB),
+    ),
+    "a service": (
+        "0::/job.slice/run.scope\n",
+        ("job.slice", V2, str(10 * GIB), 6 * GIB, 2 * GIB),
+        ("job.slice/run.scope", V2, "max", GIB, 0),
+    ),
+    # Its own limit is at the root; the path is that on its host.
+    "a container": ("0::/kubepods/pod1/container2\n", (".", V2, str(10 * GIB), 6 * GIB, 2 * GIB)),
+    "nothing": ("",),
+}
+
+
+@pytest.mark.parametrize("of", GROUPS)
+def test_the_limit_of_a_job_or_container_counts(
+    of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=300 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    own, root = tmp_path / "own", tmp_path / "cgroup"
+    lines, *groups = GROUPS[of]
+    own.write_text(lines)
+    for folder, names, *values in groups:
+        group(root / folder, names, *values)  # type: ignore[arg-type]
+    # A tenth is kept free: of 10 GiB, 4 of them used; or of the host.
+    assert available_memory(root, own) == (5 if groups else 200) * GIB

@@ -1,0 +1,133 @@
+"""Models, data and judge of a comparison are checked before processes join, and by `--check`."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.insight.compare.models import rehearse_comparison
+from dpo_dist.insight.compare.start import Kind, check_comparison, compared_models
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl, user
+from tests.support.tiny_model import write_model
+
+TWO = "compare.models=[{0}/base,{0}/run]"
+
+
+def folder(path: Path, *files: str) -> Path:
+    for name in files:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("{}")
+    return path
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    weights = ("config.json", "model.safetensors")
+    folder(tmp_path / "base", *weights)
+    run = folder(tmp_path / "run", "config.yaml", *(f"model/{name}" for name in weights))
+    folder(run / "checkpoints" / "step-000100", "state.json")
+    folder(tmp_path / "lora" / "model", "adapter_config.json")
+    folder(
+        tmp_path / "open",
+        "config.yaml",
+        *(f"checkpoints/step-{n}/state.json" for n in ("000002", "1000000", "999999")),
+    )
+    return tmp_path
+
+
+def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
+    data = f"data.eval=[{jsonl(tmp_path, TEXT)}]"
+    return load_run_config(["model.path=x", "data.train=[x.jsonl]", models, data, *overrides])
+
+
+def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
+    paths = ("base", "run", "run/model", "run/checkpoints/step-000100", "lora/model")
+    names = ("", "beta=", "same=", "", "lora 2=")
+    written = [f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)]
+    found = compared_models([*written, "org/small", "big=org/large"])
+    assert [(model.name, model.kind, model.location) for model in found] == [
+        ("base", Kind.model, f"{models}/base"),
+        ("beta", Kind.model, f"{models}/run/model"),
+        ("same", Kind.model, f"{models}/run/model"),
+        ("run/step-000100", Kind.checkpoint, f"{models}/run/checkpoints/step-000100"),
+        ("lora 2", Kind.adapter, f"{models}/lora/model"),
+        ("small", Kind.model, "org/small"),
+        ("big", Kind.model, "org/large"),
+    ]
+    assert found[1].path == f"{models}/run"
+    # On the command line names need no quotes.
+    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
+    assert [model.name for model in check_comparison(config(models, line))] == ["a", "run", "b c"]
+
+
+@pytest.mark.parametrize(
+    ("written", "message", "remedy"),
+    [
+        (["{0}/base"], "needs two models", "compare.models="),
+        (["{0}/base", "{0}/open"], "this run directory has no model", "step-1000000"),
+        (["a={0}/base", "a={0}/run"], "two models have the same name", "first=PATH"),
+        (["{0}/base", "{0}/basis"], "does not exist", "check the path"),
+    ],
+)
+def test_models_that_cannot_be_compared(models: Path, written: list[str], message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        compared_models([entry.format(models) for entry in written])
+    assert remedy in error.value.block()
+    assert "compare.models" in error.value.block()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
+        (("pairs.endpoint.criterion=short",), "has no effect with this pairs.endpoint.url"),
+        (("pairs.function=json:nothing",), "nothing"),
+        (("data.eval=[]",), "no evaluation data to compare"),
+    ],
+)
+def test_keys_that_contradict_each_other(models: Path, overrides: tuple[str, ...], message: str) -> None:
+    two = TWO.format(models)
+    check_comparison(config(models, two))
+    check_comparison(config(models, two, "pairs.function=json:dumps"))
+    with pytest.raises(ConfigError, match=message):
+        check_comparison(config(models, two, *overrides))
+
+
+def test_a_revision_without_its_model_is_refused(models: Path) -> None:
+    named = f"compare.models=[{models}/base,{models}/run]"
+    with pytest.raises(ConfigError, match=r"model\.revision has no effect"):
+        check_comparison(config(models, named, "model.revision=abc"))
+    hub = f"compare.models=[org/name,{models}/run]"
+    assert check_comparison(config(models, hub, "model.revision=abc", "model.path=org/name"))
+
+
+def test_a_missing_source_is_a_data_error(models: Path) -> None:
+    with pytest.raises(DataError):
+        check_comparison(config(models, TWO.format(models), "data.eval=[missing.jsonl]"))
+
+
+def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp_path: Path) -> None:
+    prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
+    jsonl(tmp_path, *prompts)
+    write_model(tmp_path / "base")
+    write_model(tmp_path / "other", tiny.zephyr())
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    keys = ["model.path=x", "data.train=[x.jsonl]", f"data.eval=[{tmp_path}/records.jsonl]"]
+    keys += [f"compare.models=[{tmp_path}/base,{tmp_path}/other]", f"run.dir={tmp_path}/run"]
+
+    def rehearsed(*overrides: str) -> str:
+        checked = load_run_config([*keys, *overrides])
+        return rehearse_comparison(checked, check_comparison(checked))
+
+    before = sorted(tmp_path.rglob("*"))
+    report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
+    assert f"base: {tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
+    assert "judge:    function tests.support.own_judge:letter_shares" in report
+    assert report.count("3 of the first 4 records can be used; not used: 1 prompt_fills_max_length") == 2
+    assert "none: no scores, no win rates" in rehearsed()
+    with pytest.raises(DataError, match="none of the first records"):
+        rehearsed("compare.max_new_tokens=4000")
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,184 @@
+"""The model card: valid for the hub, complete, without paths of this machine, inert."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.insight.metrics.card import code, hub_name, inert, model_card
+
+COUNTS = {"read": 1200, "kept": 1190, "pairs": 1190, "dropped": {"too_long": 4, "empty_response": 6}}
+VERSIONS = {"dpo-dist": "0.1.0", "torch": "2.13.0"}
+OF_ALL = {
+    "eval_pairs": 40,
+    "eval_rewards/accuracies": 0.75,
+    "eval_rewards/margins": 1.25,
+    "eval_loss": 0.5,
+    "intervals": {"eval_rewards/accuracies": [0.7, 0.8]},
+}
+
+
+def summary(train: list[str], evaluated: list[str], **verdict: Any) -> dict[str, Any]:
+    data = {
+        name: {"sources": [{"label": label, **COUNTS} for label in labels]}
+        for name, labels in (("train", train), ("eval", evaluated))
+        if labels
+    }
+    judged = {"sentence": "learnt: accuracy 0.75", "findings": []} | verdict
+    return {"pairs_seen": 2380, "steps": 38, "data": data, "verdict": judged}
+
+
+def card(
+    overrides: list[str], content: dict[str, Any], evaluation: dict[str, Any] | None = None
+) -> ModelCard:
+    """The card as the hub reads it; errors in its metadata raise."""
+    text = model_card(load_run_config(overrides), content, evaluation or {}, VERSIONS)
+    found = ModelCard(text)
+    assert ModelCardData(**found.data.to_dict()).to_dict() == found.data.to_dict()
+    return found
+
+
+def test_a_card_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_TOKEN", "3f6c1be2a9")
+    label = "hf_" + "0123456789abcdef" * 2
+    overrides = ["model.path=org/base", f"data.train=[{{path: local.jsonl, label: {label}}}]"]
+    overrides.append("reference.path=other/3f6c1be2a9")
+    overrides += [f"data.eval=[{{path: held.jsonl, label: {label}}}]"]
+    found = card(overrides, summary([label], [label]), {"all": OF_ALL, label: OF_ALL})
+    assert found.data.eval_results[0].dataset_name == "***"
+    assert [text for text in ("hf_0123", "3f6c1be2a9") if text in str(found)] == []
+
+
+def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
+    overrides = ["model.path=org/base-7B", "loss.beta=0.3", "optim.lr=2e-6"]
+    overrides += ["data.train=[org/pairs, a.jsonl]", "data.eval=[{path: org/pairs, split: t, label: held}]"]
+    found = card(overrides, summary(["pairs", "local"], ["held"]), {"all": OF_ALL, "held": OF_ALL})
+    data = found.data
+    assert (data.base_model, data["base_model_relation"]) == ("org/base-7B", "finetune")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert (data.datasets, data.license, data.model_name) == (["org/pairs"], None, "base-7B-sigmoid")
+    assert "dpo" in data.tags
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results == {"accuracy": 0.75, "margin": 1.25, "loss": 0.5}
+    places = {(one.dataset_type, one.dataset_name, one.dataset_split) for one in data.eval_results}
+    assert places == {("org/pairs", "held", "t")}
+    for part in (
+        *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
+        *("| `held` | 40 | 0.75 [0.7, 0.8] | 1.25 | 0.5 |", "4 too\\_long", "1,190"),
+        *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
+        *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
+    ):
+        assert part in found.text, part
+    once = card(["model.path=org/base", "data.train=[org/pairs]"], summary(["pairs"], []))
+    assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in once.text
+
+
+def test_a_source_labelled_as_the_results_of_all_pairs_has_its_own() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
+    overrides.append("data.eval=[{path: b.jsonl, label: all}, {path: org/pairs, label: c}]")
+    of_label = OF_ALL | {"eval_rewards/accuracies": 0.5}
+    evaluation = {"all": OF_ALL, "all (source)": of_label, "c": OF_ALL}
+    found = card(overrides, summary(["a"], ["all", "c"]), evaluation)
+    accuracies = [each for each in found.data.eval_results if each.metric_type == "accuracy"]
+    assert [(each.dataset_type, each.metric_value) for each in accuracies] == [
+        ("all (source)", 0.5),
+        ("org/pairs", 0.75),
+    ]
+
+
+def test_an_adapter_is_loaded_by_peft() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
+    overrides += ["model.adapter={r: 8}", "reference.mode=adapter"]
+    found = card(overrides, summary(["a"], []))
+    assert (found.data.library_name, found.data["base_model_relation"]) == ("peft", "adapter")
+    assert found.data.eval_results is None
+    assert "AutoPeftModelForCausalLM" in found.text
+    assert "`org/base`" in found.text
+    assert "Evaluation" not in found.text
+
+
+def test_a_loss_of_one_response_has_no_rewards() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "loss=sft"]
+    of_all = {"eval_pairs": 40, "eval_loss": 2.5, "intervals": {}}
+    found = card(overrides, summary(["a"], ["b"]), {"all": of_all, "b": of_all})
+    assert [(result.metric_type, result.metric_value) for result in found.data.eval_results] == [
+        ("loss", 2.5)
+    ]
+    assert "| `b` | 40 | 2.5 |" in found.text
+    assert "A reward" not in found.text
+
+
+@pytest.mark.parametrize("on_top", ["", ", on_top: true, r: 8"])
+def test_local_folders_are_named_without_their_place(on_top: str, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "alice"
+    for name in ("my-base", "sft", "start"):
+        (home / name).mkdir(parents=True)
+    (home / "chat.jinja").write_text("x")
+    overrides = [f"model.path={home}/my-base", f"data.train=[{home}/a.jsonl]", f"data.eval=[{home}/b.jsonl]"]
+    overrides += [f"data.chat_template={home}/chat.jinja", f"run.dir={home}/run"]
+    found = card(
+        [*overrides, f"reference.path={home}/sft"], summary(["a"], ["b"]), {"all": OF_ALL, "b": OF_ALL}
+    )
+    adapter = [f"model.adapter={{path: {home}/start{on_top}}}", "reference.mode=adapter"]
+    other = card([*overrides, *adapter], summary(["a"], ["b"]))
+    for each in (found, other):
+        assert "alice" not in each.content
+        assert str(tmp_path) not in each.content
+        assert each.data.base_model is None, "no model of the hub"
+    assert [name for name in ("`my-base`", "`sft`", "`chat.jinja`") if name not in found.text] == []
+    assert found.data.eval_results[0].dataset_type == "b"
+    assert "LoRA adapter of `my-base`, which started from the adapter `start`" in other.text
+    assert other.text.count("start") >= 3, "among the settings, too"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("models--org--base-7B", "org/base-7B"), ("models--gpt2", "gpt2")]
+)
+def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(folder: str, name: str, tmp_path: Path) -> None:
+    snapshot = tmp_path / folder / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    assert hub_name(str(snapshot)) == name
+    assert hub_name(str(tmp_path)) is None
+    assert hub_name("gpt2") == "gpt2"
+
+
+def test_the_model_of_a_run_has_the_name_of_its_run_directory(tmp_path: Path) -> None:
+    base = tmp_path / "warmup" / "model"
+    base.mkdir(parents=True)
+    overrides = [f"model.path={base}", "data.train=[a.jsonl]"]
+    assert "# model-sigmoid" in card(overrides, summary(["a"], [])).text, "a folder called model"
+    (tmp_path / "warmup" / "config.yaml").touch()
+    text = card(overrides, summary(["a"], [])).text
+    assert "# warmup-sigmoid" in text
+    assert "`warmup`" in text
+
+
+@pytest.mark.parametrize("name", ["a: [b", "---", "x\n---\nlicense: mit", "`|<img src=x>|``", "yes", "- *b*"])
+def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
+    base = tmp_path / name
+    base.mkdir()
+    overrides = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]"]
+    config = load_run_config(["model.path=placeholder", *overrides])
+    object.__setattr__(config.model, "path", str(base))
+    content = summary(
+        ["a"], ["b"], sentence=f"<script> {name}", findings=[{"rule": "x", "text": f"[a](b) {name}"}]
+    )
+    evaluation = {"all": OF_ALL, "b": OF_ALL}
+    text = model_card(config, content, evaluation, VERSIONS)
+    found = ModelCard(text)
+    assert found.data.license is None
+    assert found.data.library_name == "transformers"
+    assert found.data.model_name == f"{name}-sigmoid"
+    assert "<script>" not in text.replace("\\<script>", "")
+    assert "\n## How to load it\n" in found.text
+    assert found.text.count("\n---\n") == 0
+
+
+def test_code_spans_end_where_their_text_ends() -> None:
+    assert code("a`b") == "``a`b``"
+    assert code("`a") == "`` `a ``"
+    assert code("a|b\nc") == "`a\\|b c`"
+    assert inert("www.d.org") == "www\\.d.org"
+    assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"

@@ -1,0 +1,406 @@
+"""Trackers get every row once over all starts, online or offline, and never stop, block or prompt a run."""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import wandb
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.metrics.names import last_and_best, order_of, order_of_sent, wandb_names
+from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
+from dpo_dist.insight.metrics.wandb import InBackground, Tracker, end_service, open_tracker, wanted_mode
+from dpo_dist.model import optional_packages
+from tests.support.sample_files import write_samples
+from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
+from tests.support.wandb_server import WandbServer
+
+SECRET = "0123456789abcdef" * 2 + "01234567"
+OFFLINE = WandbMode.offline
+ROWS = [
+    {"step": 1, "loss": 0.2, "rewards/margins": 0.0},
+    {"step": 2, "loss": 0.65, "rewards/margins/a (b)": 0.2},
+    {"step": 2, "eval_loss": 0.66},
+    {"step": 3, "loss": 0.5},
+    {"step": 4, "loss": float("nan")},
+]
+
+pytestmark = pytest.mark.usefixtures("own_wandb")
+
+
+def config_of(mode: WandbMode = OFFLINE, **tracking: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, **tracking))
+
+
+def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> Tracker:
+    run_dir.mkdir(exist_ok=True)
+    options.setdefault("request_stop", lambda: None)
+    tracker = open_tracker(config or config_of(), RunFolder(run_dir), **options)
+    assert tracker is not None
+    return tracker
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    items = [item for record in records_of(run_dir, "summary") for item in record.update]
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("dpo_dist") and record.levelno >= logging.WARNING
+    ]
+
+
+def assert_no_secret_below(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+class Stuck:
+    """A wandb run whose calls return when `network` is up."""
+
+    def __init__(self) -> None:
+        self.network, self.sent, self.outcome = threading.Event(), list[float](), ""
+
+    def log(self, row: Mapping[str, float], margins: object = None) -> None:
+        assert self.network.wait(60)
+        self.sent.append(row["step"])
+
+    def alert(self, title: str, text: str) -> None:
+        raise ConnectionError("no server")
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        self.outcome = outcome
+
+
+def background(start: Callable[[Any], Any], say: Callable[[str], None], folder: Path) -> InBackground:
+    return InBackground(start, say, RunFolder(folder), first_wait=0.0)
+
+
+def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) -> None:
+    stuck = Stuck()
+    tracker = background(lambda say: stuck, print, tmp_path)
+    for step in range(1000):
+        tracker.log({"step": step})
+    assert stuck.sent == []
+    stuck.network.set()
+    tracker.finish("completed", {}, seconds=60)
+    assert (stuck.sent, stuck.outcome) == (list(range(1000)), "completed")
+
+
+def test_a_call_that_does_not_return_is_left_behind(tmp_path: Path) -> None:
+    stuck, said = Stuck(), list[str]()
+    tracker = background(lambda say: stuck, said.append, tmp_path)
+    tracker.log({"step": 1})
+    threading.Timer(0.5, stuck.network.set).start()
+    tracker.finish("completed", {}, seconds=0.1)
+    [warning] = said
+    assert "has not finished" in warning
+    assert f"wandb sync {tmp_path / 'wandb'}" in warning
+
+
+def test_a_failure_is_one_warning(tmp_path: Path) -> None:
+    stuck, said = Stuck(), list[str]()
+    stuck.network.set()
+    tracker = background(lambda say: stuck, said.append, tmp_path)
+    tracker.alert("an alarm", "")
+    tracker.log({"step": 1})
+    tracker.finish("completed", {}, seconds=60)
+    assert said == ["warning: wandb tracking stops, training continues: ConnectionError: no server"]
+    assert (stuck.sent, stuck.outcome) == ([], "")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException], tmp_path: Path) -> None:
+    stuck = Stuck()
+    stuck.network.set()
+    trackers = Trackers([background(lambda say: stuck, print, tmp_path)])
+    trackers.log({"step": 1})
+    with pytest.raises(error), trackers.ended_by_errors():
+        raise error
+    assert (stuck.sent, stuck.outcome) == ([1], "failed")
+
+
+def test_rows_have_an_order_also_in_a_summary_of_wandb() -> None:
+    orders = [order_of(row) for row in ROWS]
+    assert orders == sorted(orders)
+    assert [order_of_sent(wandb_names(row)) for row in ROWS] == orders
+    assert order_of_sent({}) < orders[0]
+
+
+def test_the_evaluation_before_the_first_step_is_not_the_best() -> None:
+    rows = [{"step": 0, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.7}, {"step": 8, "eval_loss": 0.8}]
+    assert last_and_best(rows) == {"eval/loss": 0.8, "best/eval/loss": 0.7}
+
+
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    PartialState(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerate_state")
+def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_of(WandbMode.off, also=[OtherTracker.tensorboard])
+    for known, computed in ((0, ROWS[:4]), (1, ROWS[1:])):  # resumed from step 1
+        options: dict[str, Any] = {"rows": ROWS[:known], "environment": {}, "say": pytest.fail}
+        trackers = open_trackers(config, RunFolder(tmp_path), lambda: None, **options)
+        for row in computed:
+            trackers.log(row)
+        trackers.finish("preempted", {})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for row in ROWS:
+        for name, value in wandb_names(row).items():
+            expected.setdefault(name, []).append((int(row["step"]), pytest.approx(value, nan_ok=True)))
+    tags = events.Tags()["scalars"]
+    assert {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags} == expected
+
+
+@pytest.mark.parametrize("tracker", OtherTracker)
+def test_a_missing_package_is_an_error(tracker: OtherTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="is not installed") as caught:
+        optional_packages.check_tracker(tracker)
+    assert f"pip install 'dpo-dist[{tracker.value}]'" in str(caught.value)
+
+
+def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
+    run_dir, said = tmp_path / "a-run-12345678", list[str]()
+    tracker = open_in(run_dir, environment={"torch": "2.13.0"}, say=said.append)
+    assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
+    for row in ROWS[:3]:
+        tracker.log(row)
+    tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
+    assert history_rows(run_dir) == [wandb_names(row) for row in ROWS[:3]]
+    run = records_of(run_dir, "run")[0]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (config["model"]["path"], config["environment"]) == ("org/model", {"torch": "2.13.0"})
+    assert (run.project, run.display_name) == ("dpo_dist", "a-run-12345678 sigmoid beta=0.1 lr=1e-06")
+    metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
+    axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
+    assert axes == {"train/global_step"}
+    summary = summary_of(run_dir)
+    losses = {name: value for name, value in summary.items() if "loss" in name}
+    assert losses == {"train/loss": 0.65, "best/train/loss": 0.2, "eval/loss": 0.66, "best/eval/loss": 0.66}
+    assert summary["steps"] == 2
+    assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
+
+
+def test_a_run_has_tables_histograms_its_verdict_and_its_model_by_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    folder = RunFolder(tmp_path)
+    row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
+    write_samples(tmp_path, 2, [row, row, row])
+    folder.model.mkdir()
+    (folder.model / "model.safetensors").write_text("w" * 100)
+    config = config_of(samples=2)
+    tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
+    assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
+    tracker.log({"step": 1, "loss": 0.7})
+    margins = np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32)
+    tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
+    tracker.finish("completed", {"steps": 2, "verdict": {"sentence": "learnt little", "findings": []}})
+    assert "WANDB_DATA_DIR" not in os.environ
+    steps, evaluation = media_rows(tmp_path)
+    assert steps == {}
+    histogram = evaluation["eval/margins_histogram"]
+    assert (sum(histogram["values"]), histogram["bins"][0], histogram["bins"][-1]) == (3, 0.0, 1.0)
+    (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
+    content = json.loads(table.read_text())
+    assert (content["columns"], len(content["data"])) == (list(row), 2)
+    prompt, reference, policy, _ = content["data"][0]
+    assert (prompt, reference, len(policy) < 4100) == ("a prompt", "by ***", True)
+    assert records_of(tmp_path, "run")[-1].notes == "Verdict: learnt little"
+    artifacts = {record.type: record.manifest.contents for record in records_of(tmp_path, "artifact")}
+    (model,) = artifacts.pop("model")
+    assert model.ref == f"{folder.model.as_uri()}/model.safetensors"
+    staged = [entry.local_path for entries in artifacts.values() for entry in entries]
+    assert all(Path(path).is_relative_to(tmp_path) for path in staged)
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
+def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -> None:
+    open_in(tmp_path).finish(outcome, {})
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [code]
+    assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
+
+
+def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
+    callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    tracker = open_in(tmp_path / "run")
+    tracker.log(ROWS[0])
+    tracker.finish("completed", {})
+    assert wandb.run is callers
+    callers.log({"own": 1})
+    callers.finish()
+    wandb.teardown()  # writes its file
+    assert history_rows(tmp_path / "run") == [wandb_names(ROWS[0])]
+    assert [row["own"] for row in all_rows(tmp_path)] == [1]
+
+
+def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Path) -> None:
+    """The first start is preempted, the second killed, and the third begins at an earlier checkpoint."""
+    run_ids, said = set(), list[str]()
+    for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
+        tracker = open_in(tmp_path, rows=ROWS[:known], say=said.append)
+        run_ids.add(tracker.run.id)
+        for row in ROWS[known:computed]:
+            tracker.log(row)
+            tracker.alert("an alarm", f"of step {row['step']}")
+        if end == "killed":
+            time.sleep(2.0)  # wandb writes its file once a second
+            [service] = [each for each in psutil.Process().children() if "wandb-core" in each.name()]
+            service.kill()
+            service.wait()
+            end_service(is_dead=True)
+        else:
+            tracker.finish(end, {})
+        time.sleep(1.0)  # wandb names its folders by the second
+    assert run_ids == {(tmp_path / "wandb" / "run_id.txt").read_text()}
+    assert "wandb has the rows up to step 2" in str(said)
+    assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1, 2, 3, 4]
+    assert [row["train/global_step"] for row in all_rows(tmp_path)] == [1, 2, 2, 3, 4]
+    steps = [alert.text for alert in records_of(tmp_path, "alert")]
+    assert steps == [f"of step {step}" for step in (1, 2, 2, 3, 4)]
+    found = summary_of(tmp_path)
+    assert (found["best/train/loss"], found["eval/loss"], found["train/global_step"]) == (0.2, 0.66, 4)
+
+
+def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B adds the command line itself, unless it has a secret."""
+    monkeypatch.setenv("MY_PASSWORD", SECRET)
+    monkeypatch.setattr(sys, "argv", ["train", f"tracking.project={SECRET}"])
+    monkeypatch.setenv("WANDB_NOTES", f"of {SECRET}")
+    open_in(tmp_path, config_of(project=SECRET)).finish("completed", {})
+    assert records_of(tmp_path, "environment") == []
+    assert_no_secret_below(tmp_path)
+
+
+def test_off_writes_nothing(tmp_path: Path) -> None:
+    assert open_tracker(config_of(WandbMode.off), RunFolder(tmp_path / "run"), lambda: None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [WandbMode.auto, WandbMode.online])
+def test_without_a_key_the_run_is_offline_without_a_prompt(
+    tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path, config_of(mode))
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert ("no usable key" in caplog.text) == (mode is WandbMode.online)
+
+
+def test_an_unreachable_server_leaves_an_offline_run_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    said: list[str] = []
+    tracker = open_in(tmp_path, config_of(WandbMode.auto), init_seconds=2.0, say=said.append)
+    assert "cannot start online" in said[0]
+    assert "wandb sync" in said[1]
+    tracker.log(ROWS[0])
+    tracker.finish("completed", {})
+    assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
+    assert_no_secret_below(tmp_path)
+
+
+def test_online_runs_send_what_the_server_lacks_and_its_stop_button_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three starts the first is offline, and the third computes steps again."""
+    open_in(tmp_path).finish("preempted", {})
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    stop = threading.Event()
+    with WandbServer(stops_the_run=True) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for known, computed in ((ROWS[:1], ROWS[1:3]), (ROWS[:2], ROWS[2:4])):
+            online = open_in(tmp_path, config_of(WandbMode.auto), rows=known, request_stop=stop.set)
+            assert not online.run.offline
+            assert stop.wait(timeout=240)
+            for row in computed:
+                online.log(row)
+            online.finish("preempted", {})
+        assert server.history_rows() == [wandb_names(row) for row in ROWS[:4]]
+
+
+def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        tracker = open_in(tmp_path, config_of(WandbMode.auto), finish_seconds=1.0)
+    tracker.log(ROWS[0])
+    tracker.finish("completed", {})
+    (warning,) = warnings(caplog)
+    assert f"wandb sync {tmp_path / 'wandb'}" in warning
+    assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
+
+
+def test_a_service_killed_by_a_preemption_loses_no_later_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path)
+    tracker.log(ROWS[0])
+    time.sleep(1.0)
+    (service,) = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+    service.terminate()
+    psutil.wait_procs([service], timeout=120)
+    tracker.log(ROWS[1])
+    tracker.finish("preempted", {"steps": 2})
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
+    assert warnings(caplog) == []
+
+
+def test_a_run_directory_that_cannot_be_written_ends_only_tracking(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wandb").write_text("a file in the way")
+    assert open_tracker(config_of(), RunFolder(tmp_path), lambda: None) is None
+    assert "cannot start offline" in caplog.text
+
+
+def test_unset_values_are_those_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "name", "TAGS": "one,two", "NOTES": "notes"}
+    for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    open_in(tmp_path).finish("completed", {"verdict": {"sentence": "learnt little"}})
+    first, *_, last = records_of(tmp_path, "run")
+    assert (first.project, first.entity, first.display_name) == ("theirs", "team", "name")
+    assert (list(first.tags), first.notes) == (["one", "two"], "notes")
+    assert last.notes == "notes\n\nVerdict: learnt little"
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [("", "auto"), ("online", "online"), ("dryrun", "offline"), ("disabled", "off"), ("shared", "auto")],
+)
+def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", value)
+    assert wanted_mode(config_of(WandbMode.auto)) == mode

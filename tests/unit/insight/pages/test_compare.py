@@ -1,0 +1,176 @@
+"""The page of a comparison: its headline, tables, picture, responses; limits and hostile texts."""
+
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.insight.pages.compare import MOST_BYTES, headline, write_comparison_page
+from tests.support.comparison_files import (
+    answer,
+    betas,
+    differing,
+    model,
+    results,
+    row,
+    win,
+    write_comparison,
+)
+
+NAMES = [each["name"] for each in betas()["models"]]
+
+
+def page_of(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    file = write_comparison(folder, content, rows)
+    write_comparison_page(RunFolder(folder), content)
+    return file.read_text(encoding="utf-8")
+
+
+def two(scores: tuple[float | None, float | None] = (None, None)) -> dict[str, dict[str, Any]]:
+    return {"a": answer("one cat", scores[0]), "b": answer("one dog", scores[1])}
+
+
+def pair(**others: object) -> dict[str, Any]:
+    return results([model("a", None, 0.4), model("b", 3, 0.6)], [win("a", "b", 0.4)], **others)
+
+
+BASE, ENDED, UNENDED = model("base", None, 0.5), model("a", 5, 0.4), model("a", 5, 0.4, finished=0.0)
+
+
+@pytest.mark.parametrize(
+    ("models", "rates", "sentences"),
+    [
+        ([BASE, ENDED], [0.6], "base has the highest score, 0.5. All others are clearly worse."),
+        # The base has the higher mean and loses most prompts.
+        ([BASE, ENDED], [0.4], "base has the highest score, 0.5. Not clearly worse: a."),
+        ([BASE, model("a", 3, 0.53)], [0.47], "a has the highest score, 0.53. Not clearly worse: base."),
+        # A judge that compares gives no scores.
+        (
+            [model("base"), model("a")],
+            [0.3],
+            "a has the highest win rate over base, 0.7. All others are clearly worse.",
+        ),
+        (
+            [model("base"), model("a")],
+            [0.52],
+            "No model wins over base on more than half of the prompts. Not clearly worse: a.",
+        ),
+        (
+            [model("base"), model("a", 2)],
+            [],
+            "Without a judge the models can be compared by KL and style only.",
+        ),
+        ([BASE, UNENDED], [0.3], "base has the highest score, 0.5. Not ranked, as no response ends: a."),
+        (
+            [model("base", None, 0.1, finished=0.0), UNENDED],
+            [0.3],
+            "No response ends within compare.max_new_tokens: no model is called the best.",
+        ),
+        # Of equal scores the model of least KL is named first.
+        (
+            [BASE, model("a", 3, 0.9), model("b", 2, 0.9)],
+            [0.2, 0.2, 0.5],
+            "b has the highest score, 0.9. Not clearly worse: a.",
+        ),
+    ],
+)
+def test_the_headline(models: list[dict[str, Any]], rates: list[float], sentences: str) -> None:
+    pairs = combinations([each["name"] for each in models], 2)
+    wins = [win(*names, rate) for names, rate in zip(pairs, rates, strict=False)]
+    assert " ".join(headline(results(models, wins))) == sentences
+
+
+def test_the_first_screen_and_the_tables(tmp_path: Path) -> None:
+    page = page_of(tmp_path, betas(), [row(1, {name: answer(f"{name} text", 0.5) for name in NAMES})])
+    head = page[page.index("<h1>") : page.index("<h2>")]
+    assert "5 models, 100 prompts, judge: reward model helpfulness" in head
+    assert "beta 0.1 has the highest score, 0.62. Not clearly worse: beta 0.3." in " ".join(head.split())
+    assert "<td>14 <small>[12.6, 15.4]</small></td>" in page
+    assert '<span class="better">71 % <small>[65, 77]</small></span>' in page
+    assert '<span class="open">52 %' in page
+    assert "2.60 times" in page
+    assert page.count("<circle") == 4, "the base is a line"
+    assert "no positions are swapped" in page
+    assert "position disagreements: 31." in page
+
+
+def test_a_judge_that_compares_and_no_judge(tmp_path: Path) -> None:
+    compared = results([model("a"), model("b", 3)], [win("a", "b", 0.4)], judge_compares=True)
+    page = page_of(tmp_path, compared, [row(1, two())])
+    assert "every two responses in both positions" in page
+    assert "win rate over a against KL" in page
+    page = page_of(tmp_path, results([model("a"), model("b", 3)], []), [row(1, two())])
+    assert "no judge" in page
+    assert "win rate over" not in page
+    assert "<svg" not in page
+
+
+def test_differences_say_whether_0_is_inside(tmp_path: Path) -> None:
+    differences = [differing("a", "b", score=(0.1, 0.3), length=(-2, 6), empty=(0.0, 0.0))]
+    page = page_of(tmp_path, pair(differences=differences), [row(1, two())])
+    assert '<span class="clear">+0.2 <small>[+0.1, +0.3]</small></span>' in page
+    assert '<span class="open">+2 <small>[-2, +6]</small></span>' in page
+    table = page[page.index("<h2>Differences") : page.index("<h2>Style")]
+    assert "<th>tokens</th>" in table
+    assert "<th>empty</th>" not in table, "a column of zeros"
+
+
+def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) -> None:
+    rows = [
+        row(1, two((0.2, 0.9)), source="code", verdicts=[{"first": "a", "second": "b", "credit": 0.0}]),
+        row(2, two((0.9, 0.8)), verdicts=[{"first": "a", "second": "b", "credit": None}]),
+        row(3, {"a": answer("", 0.1), "b": answer("x", 0.1, finished=False)}),
+    ]
+    page = page_of(tmp_path, pair(), rows)
+    assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
+    assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
+    assert "one <mark>dog</mark>" in page
+    assert "chosen in the data" in page
+    assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
+        ("source code|b wins over a", "-0.7"),
+        ("source qa", "-0.1"),
+        ("source qa|a response does not end|a response is empty", "0"),
+    ]
+    options = re.findall(r'<option value="([^"]+)">[^<]*\((\d)\)', page)
+    assert ("source qa", "2") in options
+    assert ("b wins over a", "1") in options
+
+
+def test_the_page_is_bounded_and_says_what_is_left_out(tmp_path: Path) -> None:
+    source = random.Random(0)
+    words = [f"word{number}" for number in range(300)]
+    names = [f"model {number}" for number in range(6)]
+
+    def text() -> str:
+        return " ".join(source.choices(words, k=400))
+
+    rows = [row(at, {name: answer(text()) for name in names}) for at in range(400)]
+    rows[2] = row(2, {name: answer("\u202e" * 200_000) for name in names}, prompt="\u202e" * 200_000)
+    content = results([model(name, at) for at, name in enumerate(names)], [])
+    page = page_of(tmp_path, content, rows)
+    assert 0.9 * MOST_BYTES < len(page.encode()) < MOST_BYTES
+    [omitted] = re.findall(r"([\d,]+) prompts at the end of answers\.jsonl are not on this page", page)
+    assert page.count('<details class="prompt') + int(omitted) == 400
+    assert "first 400 of 200,000 characters" in page
+
+
+def test_texts_and_names_are_inert(tmp_path: Path) -> None:
+    hostile = "</text></svg></details><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x07\n"
+    other = f"{hostile}2"
+    content = results(
+        [model(hostile, None, 0.4), model(other, 3, 0.6)],
+        [win(hostile, other, 0.4)],
+        judge=hostile,
+        counts={hostile: 3},
+    )
+    rows = [row(1, {hostile: answer(hostile, 1), other: answer(hostile, 2)}, prompt=hostile, source=hostile)]
+    page = page_of(tmp_path, content, rows)
+    assert page.count("<script") == 1
+    assert "<img" not in page
+    assert page.count("<svg") == page.count("</svg>") == 1
+    assert "\u202e" not in page
+    assert "<i" not in page[page.index("<svg") : page.index("</svg>")]

@@ -1,0 +1,300 @@
+"""Pages of a run and of two runs, and their verb: complete, inert, also of a run in training."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from markupsafe import Markup
+
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.foundation.streams import printable
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
+from dpo_dist.insight.pages.difference import write_difference
+from dpo_dist.insight.pages.render import inert, joined_origins, page, part
+from dpo_dist.insight.pages.run import write_page
+from dpo_dist.report import main
+from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
+
+Runs = tuple[RunFolder, RunFolder]
+
+
+def page_of(*runs: RunFolder) -> Page:
+    """The page of a run, or of the difference of two."""
+    if len(runs) == 2:
+        return Page(write_difference(runs, runs[0].path.parent / "page.html").read_text(encoding="utf-8"))
+    return Page(write_page(runs[0]).read_text(encoding="utf-8"))
+
+
+def change(file: Path, *keys: str, value: Any) -> None:
+    """Set a nested value of a JSON or YAML file."""
+    is_json = "json" in file.suffix
+    content = json.loads(file.read_text()) if is_json else yaml.safe_load(file.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+    place[keys[-1]] = value
+    file.write_text(json.dumps(content) if is_json else yaml.safe_dump(content))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return made_run(tmp_path / "a"), made_run(tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(made_run(tmp_path_factory.mktemp("page")))
+
+
+def test_the_verdict_comes_first(made: Page) -> None:
+    text = made.section("qwen-sigmoid-3fa9c1d2")
+    order = ("completed", "Does not generalise: plain.", "Plain fell.", "Try", "final loss", "Samples")
+    later = ("Light lines", "all pairs", "Training data", "training steps", "cached: 840", "abc123")
+    places = [text.index(part) for part in (*order, *later)]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
+        ("final loss", "0.4"),
+        ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
+        ("steps", "30 1,920 pairs"),
+        ("training time", "1 h 10 min"),
+        ("hours of all processes", "4 "),
+        ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
+        ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
+        ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
+        ("Training data", "17 (0.89 %) the end of a response is cut, and with it"),
+        ("First dropped records", "plain:3 identical_responses"),
+        ("Findings of the doctor", "error label leak plain"),
+        ("Time", "training steps 1 h 10 min 95 %"),
+        ("Reference model", "cached: 840 log-probs computed, 3,000 reused. Before the first step"),
+        ("Repeat this run", "python -m dpo_dist.train plain"),
+        ("Repeat this run", "abc123, with 2 changed files"),
+        ("Configuration", "loss.beta 0.1"),
+        ("Environment", "packages.torch 2.13.0"),
+    ],
+)
+def test_the_page_says(made: Page, heading: str, expected: str) -> None:
+    assert expected in made.section(heading)
+
+
+def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    remark = {"rule": "displacement", "text": "log-probs fell. Try: read the samples"}
+    change(run.summary, "verdict", value={"sentence": "no fault found", "findings": [remark]})
+    shown = page_of(run).section("Verdict")
+    assert 'class="verdict good"' in run.report.read_text(encoding="utf-8")
+    assert "Both responses become less likely" in shown
+    assert "read the samples" in shown
+
+
+def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    change(run.evaluation_of(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
+    assert "[0.55, 0.7]" not in page_of(run).text
+
+
+def test_secrets_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "3f6c1be2a9")
+    run = made_run(tmp_path, "https://me:pass-word@host/x?token=abcdef 3f6c1be2a9")
+    run.samples_file(30).unlink()
+    html = write_page(run).read_text()
+    assert "https://***@host" in html
+    assert [text for text in ("pass-word", "abcdef", "3f6c1be2a9") if text in html] == []
+
+
+def test_texts_add_no_element(tmp_path: Path) -> None:
+    hostile = tmp_path / "<img src=x onerror=alert(1)>"
+    first, second = made_run(hostile / "a", HOSTILE, HOSTILE), made_run(hostile / "b", f"{HOSTILE}2", HOSTILE)
+    plain, shown = page_of(made_run(tmp_path / "plain")), page_of(first)
+    tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, shown)]
+    assert tags[0] == tags[1]
+    assert shown.tags.count("script") == 1
+    for each in (shown, page_of(first, second)):
+        assert not {"img", "link", "iframe"} & set(each.tags)
+        assert not [name for name, _ in each.attributes if name.startswith("on") or name in ("src", "style")]
+        assert all(value.startswith("#") for name, value in each.attributes if name == "href")
+        assert "onerror" in each.text
+    html = first.report.read_text()
+    assert "default-src 'none'" in html
+    assert not {"\u202e", "\x1b"} & set(html)
+    assert "url(" not in html
+
+
+def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
+    found = page_of(RunFolder(tmp_path))
+    assert tmp_path.name in found.text
+    assert not {"h2", "table", "svg", "details", "script"} & set(found.tags)
+
+
+def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
+    history = MetricsLog.open(RunFolder(tmp_path), None)
+    history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
+    history.save()
+    history.write_summary({**final_and_best(history.rows), "exit": "diverged"})
+    found = page_of(RunFolder(tmp_path))
+    assert "diverged" in found.text
+    assert "not finite" in found.text
+
+
+def training(folder: Path) -> RunFolder:
+    """A run that was killed before its first checkpoint, while it wrote a row."""
+    run = made_run(folder)
+    run.summary.unlink()
+    run.log_history.unlink()
+    with run.metrics_table.open("a") as table:
+        table.write("31,0.1,12.")
+    return run
+
+
+def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path)
+    assert main([f"run.dir={run}"]) == main([str(run), "--output", str(tmp_path / "other.html")]) == 0
+    assert capsys.readouterr().out == f"report: {run.report}\nreport: {tmp_path / 'other.html'}\n"
+    assert run.report.read_text() == (tmp_path / "other.html").read_text()
+    assert [file.name for file in run.path.iterdir() if "tmp" in file.name] == []
+
+
+def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    assert main([str(run)]) == 0
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    html = run.report.read_text()
+    assert "This run has not ended: its last metrics are of step 30." in html
+    assert html.count('<figure class="curves') >= 5
+    assert "training steps 30 s 33 %" in Page(html).section("Time")
+
+
+def test_a_run_that_was_continued_does_not_show_its_earlier_end(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    with run.metrics_table.open("a") as table:
+        table.write("40,0.1,12.0\n")
+    assert main([str(run)]) == 0
+    assert "its last metrics are of step 40" in run.report.read_text()
+    assert "badge completed" not in run.report.read_text()
+
+
+def test_mistakes_are_plain_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path)
+    for path, found in (
+        (tmp_path / "absent", "no such folder"),
+        (run.config, "a file"),
+        (tmp_path, f"such as {run}"),
+    ):
+        assert main([str(path)]) == main([str(run), str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("this is no run directory") == 2
+        assert found in error
+    assert main([str(run), str(run.metrics / "..")]) == 2
+    assert "both are the same run directory" in capsys.readouterr().err
+    assert main([str(run), "--output", str(run.path)]) == 2
+    run.summary.write_text("[1,")
+    assert main([str(run)]) == 2
+    assert capsys.readouterr().err.count("the page cannot be written") == 2
+
+
+def test_a_page_of_two_runs_has_the_settings_that_differ(runs: Runs) -> None:
+    assert "All settings of the training are equal." in page_of(*runs).text
+    change(runs[1].config, "optim", "lr", value=5e-6)
+    change(runs[1].config, "tracking", "project", value="mine")
+    found = page_of(*runs)
+    settings = found.section("Settings").split("Results")[0]
+    assert "setting A B optim.lr 1e-06 5e-06 Other settings, versions and hardware that differ" in settings
+    assert "tracking.project not recorded mine" in settings
+    assert "model.path" not in settings
+    assert "A: qwen-sigmoid-3fa9c1d2 completed Does not generalise: plain." in " ".join(found.text.split())
+
+
+def test_a_page_of_two_runs_has_their_metrics_and_whether_intervals_overlap(runs: Runs) -> None:
+    rows = json.loads(runs[1].log_history.read_text())
+    rows[-1]["eval_rewards/accuracies"] = 0.9
+    runs[1].log_history.write_text(json.dumps(rows))
+    results = runs[1].evaluation_of(LAST_EVALUATION).results
+    change(results, "all", "intervals", "eval_rewards/accuracies", value=[0.85, 0.95])
+    change(runs[1].summary, "train_seconds", value=8420.8)
+    shown = page_of(*runs).section("Results")
+    assert "rewards/accuracies 0.625 [0.55, 0.7] 0.9 [0.85, 0.95] +0.275 do not overlap" in shown
+    assert "rewards/accuracies/math 0.55 [0.45, 0.65] 0.55 [0.45, 0.65] +0 overlap" in shown
+    assert "train seconds 1 h 10 min 2 h 20 min \u00d7 2 " in shown
+
+
+def test_a_page_of_two_runs_says_what_is_not_comparable(runs: Runs) -> None:
+    assert "comparable" not in page_of(*runs).text
+    for run, digest, beta in zip(runs, "xy", (0.1, 0.5), strict=True):
+        change(run.state, "identity", "eval_data", value=digest)
+        change(run.state, "identity", "reference", value=digest)
+        change(run.config, "loss", "beta", value=beta)
+        change(run.config, "loss", "kind", value=f"loss {digest}")
+    text = page_of(*runs).section("Results")
+    for said in (
+        "different data",
+        "Their reference models differ",
+        "Their losses differ",
+        "Their beta differs",
+    ):
+        assert said in text
+
+
+def test_the_verb_writes_a_page_of_two_runs_to_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = made_run(tmp_path / "a"), RunFolder(tmp_path / "empty")
+    second.path.mkdir()
+    second.config.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(first), str(second)]) == 0
+    name = "difference-qwen-sigmoid-3fa9c1d2-empty.html"
+    assert capsys.readouterr().out == f"report: {name}\n"
+    shown = Page((tmp_path / name).read_text())
+    assert "This run has not ended" in shown.text
+    assert "Results" not in shown.text
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("plain text", "plain text"),
+        ("<b>&\"'</b>", "&lt;b&gt;&amp;&quot;&#x27;&lt;/b&gt;"),
+        ("a\n\tb", "a\n\tb"),
+        ("a\u202eb", 'a<i class="mark" title="RIGHT-TO-LEFT OVERRIDE">U+202E</i>b'),
+        ("\u200b", '<i class="mark" title="ZERO WIDTH SPACE">U+200B</i>'),
+        ("\x1b[31m", '<i class="mark" title="U+001B">ESC</i>[31m'),
+        ("\ud800", '<i class="mark" title="U+D800">U+D800</i>'),
+        ("\u3164", '<i class="mark" title="HANGUL FILLER">U+3164</i>'),
+        ("שלום 你好 é", "שלום 你好 é"),
+        (Markup("<b>"), "<b>"),
+        (None, ""),
+    ],
+)
+def test_html_has_no_markup_and_no_invisible_character(text: object, html: str) -> None:
+    assert inert(text) == html
+
+
+def test_templates_are_guarded_and_the_policy_allows_the_own_style_and_script_only() -> None:
+    text = "<b>\u202e\x1b</b>"
+    shown = part("macros.jinja", "table", [text], [[text]])
+    assert shown.count("&lt;b&gt;") == shown.count(">U+202E<") == shown.count(">ESC<") == 2
+    html = page(
+        "difference.jinja", text, ["charts.js"], runs=[], settings=[(text,) * 3], others=[], results=[]
+    )
+    assert html.count("<script>") == 1
+    assert "\u202e" not in html
+    assert re.search(r"style-src 'sha256-[\w+/=]{44}'; script-src 'sha256-[\w+/=]{44}'; ", html)
+    assert "unsafe" not in html
+
+
+def test_a_terminal_gets_no_control_code() -> None:
+    assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\\nb\\u202e"
+    assert printable("data/é.jsonl:3\ud800") == "data/é.jsonl:3\\ud800"
+
+
+def test_a_file_is_named_once() -> None:
+    examples = ("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4")
+    assert joined_origins(examples, 3) == "a.jsonl:1, :2 (with b.jsonl:1), :4"
+    assert joined_origins(("a.jsonl:1", "a.jsonl:2"), 1) == "a.jsonl:1"

@@ -1,0 +1,133 @@
+"""Responses side by side: different words marked; which samples of a run its page shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.insight.pages.samples import (
+    Response,
+    Shown,
+    choose,
+    faults,
+    marked,
+    prompt_items,
+    samples_of,
+)
+from tests.support.sample_files import GOOD, sample, write_samples
+
+BABBLE = "the same again and " * 60
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "passages"),
+    [
+        ("A cat stood on a mat", "The cat sat on the mat", ["A", "stood", "a"]),
+        ("a b c", "a b c", []),
+        ("a b", "a b c d", []),
+        ("new start, same end", "same end", ["new start,"]),
+        ("", "a", []),
+        ("a", "", ["a"]),
+        ("don't", "don", ["don't"]),
+        ("a\n\n    b", "a b", []),
+        # Words of scripts without spaces are compared by character.
+        ("我们今天去北京大学", "我们昨天去清华大学", ["今", "北京"]),
+        # A vowel sign stays with its letter, a family of emoji is one word.
+        ("हिन्दी में", "हिन्दू में", ["हिन्दी"]),
+        ("a 👩\u200d👩\u200d👧", "a 👩\u200d👩\u200d👦", ["👩\u200d👩\u200d👧"]),
+    ],
+)
+def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: list[str]) -> None:
+    pieces, _ = marked(text, other)
+    assert [piece for piece, is_different in pieces if is_different] == passages
+    assert "".join(piece for piece, _ in pieces) == text
+
+
+def test_long_texts_of_few_words_are_compared_in_time() -> None:
+    """The test's time limit is the bound."""
+    assert marked("a b " * 4000, "b a a " * 3000)[1] >= 0
+    assert marked(" ".join(f"a{n}" for n in range(4000)), " ".join(f"b{n}" for n in range(4000)))[1] == 1
+
+
+def shown(responses: list[Response], prompt: str = "Who?", against: str = "a", room: int = 900_000) -> str:
+    items, _ = prompt_items([Shown(prompt, responses, against, "why")], room)
+    return "".join(items)
+
+
+def test_responses_are_compared_with_one_of_them() -> None:
+    html = shown([Response("a", "I am a cat"), Response("b", "I am a dog"), Response("c", "I am a cat")])
+    assert re.findall("<mark>(.*?)</mark>", html) == ["dog"]
+    assert "<h4>b <small>25 % of its words not in a</small></h4>" in html
+    assert "<h4>c <small>the same text as a</small></h4>" in html
+    ours, theirs = (" ".join(f"{side}{number}" for number in range(30)) for side in "ab")
+    html = shown([Response("a", ours), Response("b", theirs)])
+    assert "<mark>" not in html
+    assert "100 % of its words not in a, not marked" in html
+    for text in (None, "", " \n"):
+        html = shown([Response("a", text), Response("b", "one dog")])
+        assert "<mark>" not in html
+        assert ("not known" if text is None else "empty") in html
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (sample(1), []),
+        (sample(1, " \n"), ["is empty"]),
+        (sample(1, policy_finished=False), ["does not end"]),
+        (sample(1, BABBLE), ["repeats itself", "is 15.0 times as long as the reference's"]),
+        (sample(1, policy_tokens=None, reference=None, reference_tokens=None, chosen=None), []),
+    ],
+)
+def test_faults_of_a_response(row: dict[str, object], found: list[str]) -> None:
+    assert faults(row) == found
+
+
+def test_the_worst_and_some_at_random_are_shown() -> None:
+    rows = [sample(number) for number in range(30)]
+    rows[4] = sample(4, policy_finished=False, policy_tokens=20)
+    rows[5] = sample(5, policy_finished=False, policy_tokens=30)
+    rows[6] = sample(6, "", policy_finished=False)
+    chosen = choose(rows)
+    assert [row["prompt_id"] for row, _ in chosen[:3]] == [f"{number:016x}" for number in (6, 5, 4)]
+    assert chosen[0][1] == "the response is empty, does not end"
+    assert [reason for _, reason in chosen[3:]] == ["chosen at random"] * 7
+    assert choose(rows) == chosen
+    assert len(choose([sample(number, "") for number in range(99)])) == 10
+
+
+def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -> None:
+    for step, word in ((0, "three"), (100, "one"), (200, "four"), (300, "five"), (1000300, "six")):
+        write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
+    found = samples_of(RunFolder(tmp_path), [])
+    [html] = found["items"]
+    labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
+    assert labels == [
+        "prompt",
+        "reference",
+        "step 1,000,300",
+        "step 300",
+        "chosen",
+    ]  # step 0 is the reference's
+    assert re.findall("<mark>(.*?)</mark>", html)[:2] == ["six", "five"]
+    assert re.findall(r"<summary[^>]*>(.*?) <small>(.*?)</small>", html) == [
+        ("Question 1?", "qa: chosen at random")
+    ]
+    assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
+    assert samples_of(RunFolder(tmp_path / "none"), []) == {}
+
+
+def test_metrics_over_steps_without_columns_of_zeros(tmp_path: Path) -> None:
+    write_samples(tmp_path, 100, [sample(1)])
+    rows: list[dict[str, float]] = [{"step": step, "eval_loss": 1.0} for step in range(5)]
+    rows += [
+        {"step": step, "eval_samples/length": 100.0 + step}
+        | {"eval_samples/finished": 0.5, "eval_samples/empty": 0.0}
+        for step in range(0, 1001, 10)
+    ]
+    rows.append({"step": 1010, "eval_samples/length": 870.0, "eval_samples/reference_length": 30})
+    found = samples_of(RunFolder(tmp_path), rows)
+    assert found["head"] == ["step", "tokens", "ended"]
+    assert found["rows"][:2] == [["reference", "30", ""], ["0", "100", "50 %"]]
+    assert (len(found["rows"]), found["rows"][-1]) == (9, ["1,010", "870", ""])

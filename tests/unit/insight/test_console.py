@@ -1,0 +1,353 @@
+"""Console: messages and progress as lines, JSON objects or a live line; logs of ranks; failing streams."""
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import pty
+import re
+import select
+import struct
+import sys
+import termios
+import time
+import warnings
+from collections.abc import Iterator
+from fcntl import ioctl
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.streams import SafeStream
+from dpo_dist.insight.console import (
+    Console,
+    LineScreen,
+    LiveScreen,
+    TrainingStatus,
+    open_console,
+    open_screen,
+    warnings_off,
+)
+
+ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
+VALUES = {
+    **{"loss": 0.51234, "rewards/accuracies": 0.78, "rewards/margins": 0.4123},
+    **{"pairs_per_second": 1234.5, "mfu": 0.41, "memory/peak_bytes": 61.2 * 2**30},
+}
+STATUS = TrainingStatus(120, 1000, VALUES, seconds_left=7200.0)
+LINE = (
+    "step 120/1,000  loss 0.5123  accuracy 0.780  2 h 00 min left  margin 0.412  1,234.5 pairs/s  MFU 41 %"
+    "  61.2 GiB"
+)
+
+
+@contextlib.contextmanager
+def opened(run_dir: Path) -> Iterator[Console]:
+    """Open a console with descriptor 2 as standard error, as in a process without pytest."""
+    stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
+    with stderr, open_console(RunFolder(run_dir)) as console:
+        yield console
+
+
+def log_of(run_dir: Path, rank: int = 0) -> str:
+    return (run_dir / "logs" / f"rank-{rank}.log").read_text()
+
+
+def test_the_log_has_a_repeated_warning_once_and_the_callers_logging_is_restored(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with warnings.catch_warnings(), opened(tmp_path):
+        for _ in range(3):
+            for text in ("a feature is deprecated", "another one is deprecated"):
+                warnings.simplefilter("always")  # like some libraries
+                warnings.warn(text, FutureWarning, stacklevel=1)
+    assert log_of(tmp_path).count("FutureWarning: a feature is deprecated") == 1
+    assert log_of(tmp_path).count("FutureWarning: another one is deprecated") == 1
+    assert (root.handlers, root.level) == before
+    with warnings_off():
+        assert not logging.getLogger("a").isEnabledFor(logging.WARNING)
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_a_record_of_the_log_is_one_record_whatever_text_of_data_it_has(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        logging.getLogger("dpo_dist.test").warning("the file %s is damaged", ATTACKS)
+    logged = log_of(tmp_path)
+    assert [line for line in logged.splitlines() if line[:2] != "  " and "dpo_dist.test" not in line] == []
+    assert "\n  2026-01-01 00:00:00 dpo_dist INFO forged" in logged
+    assert all(character.isprintable() or character == "\n" for character in logged)
+
+
+def test_other_ranks_print_errors_only_and_log_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with opened(tmp_path) as console:
+        console.say("good news")
+        with console.counter("encoding train data", "record") as count:
+            count(1)
+        assert console.is_due()
+        console.training(STATUS)
+        assert not console.is_due()
+        console.alarm("process lost: rank 0 of 2 died")
+    assert re.fullmatch(r"\d{4}-\S+ [\d:]{8}  process lost: rank 0 of 2 died\n", capfd.readouterr().err)
+    logged = log_of(tmp_path, 1)
+    assert [text for text in ("good news", "process lost", LINE) if text not in logged] == []
+    assert "encoding" not in logged
+
+
+def test_the_log_has_an_errors_traceback_and_ends_with_its_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError), opened(tmp_path):
+        raise DataError("no pair", where="a.jsonl:3")
+    assert "Traceback" in log_of(tmp_path)
+    assert log_of(tmp_path).endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
+
+
+def test_a_full_disk_does_not_hide_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log cannot be written: the error stays the same, and the screen is restored for it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0.log").symlink_to("/dev/full")
+    output = os.fdopen(1, "w", closefd=False)
+    monkeypatch.setattr(sys, "stdout", output)
+
+    def fail() -> None:
+        output.write("of a library\n")
+        raise DataError("no pair", where="a.jsonl:3")
+
+    with pytest.raises(DataError), opened(tmp_path):
+        fail()
+    os.write(2, b"printed")
+    assert capfd.readouterr().err == "printed"
+    output.flush()
+
+
+class Clock:
+    """The monotonic clock, set by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(time, "monotonic", found)
+    return found
+
+
+def lines() -> tuple[Console, list[str]]:
+    printed: list[str] = []
+    return Console(LineScreen(printed.append, 30.0)), printed
+
+
+def test_a_heartbeat_is_printed_once_a_minute_and_is_silent_beside_progress(clock: Clock) -> None:
+    console, printed = lines()
+    beat = console.heartbeat("encoding the data")
+    for seconds in range(5, 140, 5):
+        beat(float(seconds))
+    assert printed == [f"encoding the data: {each} so far" for each in ("15 s", "1 min 15 s", "2 min 15 s")]
+    beat = console.heartbeat("preparing the data")
+    with console.counter("encoding", "record") as count:
+        count(1, 0.1)
+        beat(16.0)
+        clock.now += 16
+        beat(32.0)
+    assert printed[3:] == ["encoding ...", "preparing the data: 32 s so far"]
+
+
+def test_progress_is_printed_now_and_then(clock: Clock) -> None:
+    console, printed = lines()
+    with console.counter("encoding: a.jsonl", "record") as count:
+        for number in range(1, 9):
+            count(640, number / 16)
+            clock.now += 10.0
+    assert printed == [
+        "encoding: a.jsonl ...",
+        "encoding: a.jsonl: 1,280 records, 12 %, 128 a second, 1 min 10 s left",
+        "encoding: a.jsonl: 3,200 records, 31 %, 80 a second, 1 min 28 s left",
+        "encoding: a.jsonl: 5,120 records, 50 %, 73 a second, 1 min 10 s left",
+    ]
+    printed.clear()
+    with console.counter("nothing", "record"), console.progress("log-probs", "pair") as show:
+        show(0, 0)
+        assert not printed
+        show(0, 1200)
+        clock.now += 10.0
+        show(600, 1200)
+    assert printed == ["log-probs ...", "log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left"]
+
+
+def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation_always(clock: Clock) -> None:
+    console, printed = lines()
+    for step in range(1, 11):
+        if console.is_due():
+            console.training(TrainingStatus(step, 1000, {"loss": 0.5}, 90.0))
+        clock.now += 10.0
+    assert [line.split("/")[0] for line in printed] == ["step 1", "step 4", "step 7", "step 10"]
+    console.training(TrainingStatus(1000, 1000, {"loss": 0.5}), always=True)
+    console.row({"step": 5, "loss": 0.5}, 1000)
+    console.row({"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
+    assert printed[4:] == [
+        "step 1,000/1,000  loss 0.5000",
+        "step 5/1,000  evaluation: loss 0.2500, accuracy 0.750",
+    ]
+
+
+def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ConsoleConfig(style=ConsoleStyle.json)
+    console = Console(open_screen(SafeStream(sys.stderr), SafeStream(sys.stdout), settings))
+    console.say("reading\nthe data")
+    console.say("warning: a file is missing")
+    console.row({"step": 1, "loss": float("nan"), "grad_norm": 2.5}, 10)
+    console.row({"step": 1, "eval_loss": 0.5}, 10)
+    with console.until_end():
+        console.training(STATUS, always=True)
+    with console.progress("scoring", "pair") as show:
+        show(1, 4)
+    console.result("summary", {"steps": 10}, ["10 steps"])
+    console.alarm("process lost: rank 1 died")
+    printed = capsys.readouterr()
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    assert printed.err == ""
+    assert all("time" in each for each in found)
+    kinds = "message message step evaluation progress progress summary error"
+    assert [each["kind"] for each in found] == kinds.split()
+    assert found[0]["text"] == "reading\nthe data"
+    assert (found[1]["level"], found[1]["text"]) == ("warning", "a file is missing")
+    assert (found[2]["loss"], found[2]["grad_norm"]) == (None, 2.5)
+    assert (found[4]["work"], found[4]["done"], found[4]["seconds_left"]) == ("training", 120, 7200.0)
+    assert (found[5]["done"], found[5]["total"], found[5]["share"]) == (1, 4, 0.25)
+
+
+class FullDisk(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+@pytest.mark.parametrize("style", list(ConsoleStyle))
+@pytest.mark.parametrize("make", [FullDisk, closed_pipe])
+def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: ConsoleStyle) -> None:
+    stream = SafeStream(make())
+    console = Console(open_screen(stream, stream, ConsoleConfig(style=style)))
+    for _ in range(2):
+        console.say("text")
+        console.training(STATUS, always=True)
+        console.row({"step": 1, "eval_loss": 0.5}, 10)
+        console.alarm("an error")
+    stream.close()
+
+
+def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_are_escaped() -> None:
+    printed: list[str] = []
+    LineScreen(printed.append, 30.0).message("a\x1b[31mb\rc\td\ne")
+    assert printed == ["a\\x1b[31mb\\rc\\td\ne"]
+    binary = io.BytesIO()
+    text = io.TextIOWrapper(binary, encoding="ascii", write_through=True)
+    SafeStream(text).write("na\xefve\n")
+    assert binary.getvalue() == b"na\\xefve\n"
+
+
+class OnTerminal:
+    """A screen on a pseudo-terminal."""
+
+    def __init__(self, columns: int = 60):
+        self.master, self.slave = pty.openpty()
+        self.resize(columns)
+        stream = SafeStream.of_descriptor(self.slave)
+        self.screen = open_screen(stream, stream, ConsoleConfig())
+
+    def resize(self, columns: int) -> None:
+        ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def shown(self) -> str:
+        text = b""
+        while select.select([self.master], [], [], 0.05)[0]:
+            text += os.read(self.master, 100_000)
+        return text.decode()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> OnTerminal:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return OnTerminal()
+
+
+@pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
+def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> None:
+    terminal.resize(width)
+    terminal.screen.progress(STATUS)
+    line = re.sub(r"\x1b\[[\d;?]*\w", "", terminal.shown()).rsplit("\r")[-1]
+    assert "\n" not in line
+    assert len(line) <= width
+    assert line.startswith(LINE[: max(width - 22, 0)])
+    assert (LINE in line) == (width > 130)
+
+
+def test_the_live_line_is_replaced_in_place_below_messages_and_leaves_the_cursor(
+    terminal: OnTerminal,
+) -> None:
+    screen = terminal.screen
+    screen.progress(STATUS)
+    first = terminal.shown()
+    terminal.resize(150)
+    screen.progress(STATUS)
+    shown = terminal.shown()
+    assert shown.startswith("\r\x1b[2K")
+    assert "MFU 41 %" in shown
+    assert "\n" not in shown
+    screen.message("a message")
+    shown = terminal.shown()
+    assert shown.startswith("\r\x1b[2Ka message\r\n")
+    assert "step 120/1,000" in shown, "drawn again below the message"
+    screen.error("an error")
+    assert terminal.shown().endswith("an error\r\n")
+    screen.message("after it")
+    assert terminal.shown() == "after it\r\n"
+    assert "\x1b[?25l" not in first
+
+
+def test_the_line_of_other_work_disappears_when_it_ends(terminal: OnTerminal) -> None:
+    with Console(terminal.screen).counter("encoding train data", "record") as count:
+        count(64, 0.5)
+    shown = terminal.shown()
+    assert "encoding train data: 64 records" in shown
+    assert shown.endswith("\x1b[2K")
+
+
+def test_a_terminal_breaks_results_between_words_and_leaves_messages_whole(terminal: OnTerminal) -> None:
+    path = "/a/long-path/" + 60 * "x"
+    terminal.screen.result(
+        "summary", {}, ["verdict: no fault found: the training loss 0.671 -> 0.64 in 8", path, ""]
+    )
+    terminal.screen.message("to upload the files of this run: wandb sync output/wandb/offline-run")
+    shown = terminal.shown()
+    assert "0.671 -> 0.64 in\r\n8\r\n" in shown
+    assert f"{path}\r\n\r\n" in shown
+    assert "wandb sync output/wandb/offline-run" in shown
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_only_a_terminal_gets_a_live_line(term: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERM", term)
+    assert not isinstance(OnTerminal().screen, LiveScreen)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with (tmp_path / "slurm.out").open("w") as file:
+        screen = open_screen(SafeStream(file), SafeStream(sys.stdout), ConsoleConfig())
+    assert not isinstance(screen, LiveScreen)

@@ -1,0 +1,66 @@
+"""Alarms about sampled responses: once on the screen and in trackers, and counted; bugs end no run."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.insight import recorder as recorder_module
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.recorder import Recorder
+
+
+class Opened:
+    """A recorder with a tracker that keeps its calls."""
+
+    def __init__(self, run: Path) -> None:
+        self.tracker, self.said, self.folder = mock.Mock(), list[str](), RunFolder(run)
+        log = MetricsLog.open(self.folder, None, print)
+        self.recorder = Recorder(log, Trackers([self.tracker]), self.said.append)
+
+
+def sampled(step: int, **values: float) -> dict[str, float]:
+    found = {"length": 20.0, "finished": 1.0, "reference_length": 20.0, "prompts": 8.0} | values
+    return {"step": step, "eval_loss": 0.5} | {f"eval_samples/{name}": one for name, one in found.items()}
+
+
+def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
+    opened = Opened(tmp_path)
+    opened.recorder.record({"step": 1, "loss": 0.6})
+    for step, length in ((2, 20.0), (4, 70.0), (6, 80.0), (8, 20.0), (10, 90.0)):
+        opened.recorder.record(sampled(step, length=length))
+    [first, again] = opened.said
+    assert first.startswith("warning: over-optimised after step 4: sampled responses are 3.5x longer")
+    assert again.startswith("warning: over-optimised after step 10")
+    assert [call.args[0] for call in opened.tracker.alert.mock_calls] == ["over-optimised"] * 2
+    alarms = [row.get("eval_samples/alarms") for row in opened.recorder.metrics.rows]
+    assert alarms == [None, 0, 1, 1, 0, 1]
+
+
+def test_a_bug_in_a_report_is_a_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("draw_curves", "write_page", "sample_alarms"):
+        monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
+    opened = Opened(tmp_path)
+    opened.recorder.record(sampled(2))
+    opened.recorder.close({"exit": "completed"})
+    assert [row["step"] for row in opened.recorder.metrics.rows] == [2]
+    assert ["is missing because of a bug" in text for text in opened.said] == [True] * 3
+    assert opened.tracker.finish.mock_calls[0].args[0] == "completed"
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "write_page", mock.Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        Opened(tmp_path).recorder.close({"exit": "completed"})
+
+
+def test_a_name_without_an_encoding_is_drawn(tmp_path: Path) -> None:
+    opened = Opened(tmp_path / "run\udcff")
+    opened.recorder.record({"step": 1, "loss": 0.5, "grad_norm": 1.0})
+    opened.recorder.close({"exit": "completed", "steps": 1})
+    assert opened.said == []
+    assert opened.folder.curves.exists()
