@@ -33,9 +33,7 @@ from dpo_dist.model.architectures import (
 from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_layers
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import (
-    check_compiler,
-    check_liger,
-    check_offload,
+    check_device,
     checkpoint_layers,
     offload_inputs,
     use_liger,
@@ -170,17 +168,6 @@ def load_packed(
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
-
-
-def check_device(config: ModelConfig, model_type: str, device: torch.device) -> None:
-    """Check that options of the model have an effect on `device`, and can run there."""
-    check_precision(config.dtype, device)
-    if config.liger:
-        check_liger(model_type, device)
-    if config.compile:
-        check_compiler(device)
-    if config.activation_offload:
-        check_offload(device)
 
 
 def check_shared_tokens(model_config: Any, ranks: int) -> None:

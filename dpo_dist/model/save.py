@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import read_small
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack
 from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
@@ -37,8 +36,6 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-# In the errors of the library of tokenizers, which all have the class Exception.
-_OF_SYSTEM = "(os error "
 _REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
 
 
@@ -60,7 +57,7 @@ def read_description(base: Path) -> dict[str, bytes]:
     """Return config.json, generation_config.json and the processors of images and sounds, by name."""
     files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
     files += sorted(base.glob(_PROCESSORS))
-    return {file.name: read_small(file) for file in files if file.is_file()}
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def restore_description(
@@ -68,10 +65,8 @@ def restore_description(
 ) -> None:
     """Give a model folder that transformers wrote the description of its base, from `read_description`.
 
-    config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
-    in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
-    text model only, it is the one of transformers with the base's dropout and noise; the files about images
-    are not written.
+    Of a base that also reads images or sounds, and of which transformers wrote the text model only,
+    config.json is the one of transformers with the base's dropout and noise, without files about images.
     """
     file = folder / CONFIG_FILE
     written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
@@ -107,20 +102,16 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
 def write_tokenizer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes] | None
 ) -> None:
-    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    if files is not None:
+    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes."""
+    if files is None:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library of tokenizers has no other class
+            if "(os error " not in str(error):
+                raise
+            raise OSError(str(error)) from error
+    else:
         write_files(folder, files)
-        return
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if _OF_SYSTEM not in str(error):
-            raise
-        raise OSError(str(error)) from error
 
 
 def write_card(folder: Path, card: Callable[[], str] | None) -> None:
@@ -132,7 +123,7 @@ def write_card(folder: Path, card: Callable[[], str] | None) -> None:
 def read_tokenizer(source: Path) -> dict[str, bytes]:
     """Return the files of a tokenizer with its chat template, by name below the model folder `source`."""
     found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
-    return {str(file.relative_to(source)): read_small(file) for file in found}
+    return {str(file.relative_to(source)): file.read_bytes() for file in found}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -12,7 +12,7 @@ from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.foundation.errors import ConfigError, RunOutcome, first_line
-from dpo_dist.foundation.files import read_small, staged_folder
+from dpo_dist.foundation.files import staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import read_latest_rows
 from dpo_dist.model.adapter_files import start_folder
@@ -44,7 +44,7 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
             "data": state["counts"],
         }
         rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
-        versions = json.loads(read_small(folder.environment))["packages"]
+        versions = json.loads(folder.environment.read_bytes())["packages"]
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
         return run_card(merged, rows, summary, console.say, versions, is_evaluated=is_evaluated)

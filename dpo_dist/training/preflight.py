@@ -26,7 +26,7 @@ from dpo_dist.model.folder import (
     local_model_folder,
     weight_files,
 )
-from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
+from dpo_dist.model.optional_packages import check_bitsandbytes, check_installed
 
 
 @contextlib.contextmanager
@@ -149,9 +149,9 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
     if trains and config.optim.kind is OptimizerKind.adamw_8bit:
         check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     if config.model.liger:
-        check_liger_kernel()
+        check_installed("liger-kernel", "model.liger", "true", "false")
     for tracker in config.tracking.also:
-        check_tracker(tracker)
+        check_installed(tracker, "tracking.also", tracker, "[]")
 
 
 def _check_models(config: RunConfig) -> None:

@@ -169,7 +169,7 @@ def _set_up(
         objective=objective,
         reference_sync=reference_sync,
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peaks=peak_flops(run),
+        peak=peak_flops(run),
         checkpoints=checkpoints,
         identity=identity,
         samples=samples,

@@ -1,5 +1,6 @@
 """Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -127,7 +128,8 @@ def run_command(command: list[str], codes: Path) -> int:
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     code = process.wait()

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from markupsafe import Markup
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, number, without_secrets
+from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.evaluation import results_name
+from dpo_dist.insight.tables import evaluation_rows
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]
@@ -33,7 +34,6 @@ _SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 """A folder of the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
-_EVALUATED = ("rewards/accuracies", "rewards/margins", "loss")
 
 
 def inert(value: object) -> Markup:
@@ -148,7 +148,7 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
         first.setdefault(results_name(counts["label"]), source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
         dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
-        for key in _EVALUATED:
+        for key in MAIN:
             value, title = row.get(PREFIX + key), METRICS[key].title
             if value is not None and math.isfinite(value):
                 yield EvalResult(
@@ -171,25 +171,9 @@ def _pairs(summary: Row) -> str:
     return Markup(f"{counted(pairs, 'pair')} ({seen:,} with repetitions)")  # noqa: S704  (digits)
 
 
-def _number(value: float | None, ends: Sequence[float] | None = None) -> Markup:
-    """Return a number with its interval; "" without one."""
-    shown = "" if value is None or not math.isfinite(value) else number(value)
-    return Markup(shown + (f" [{number(ends[0])}, {number(ends[1])}]" if ends else ""))  # noqa: S704
-
-
 def _evaluation(evaluation: Mapping[str, Row]) -> Table:
-    rows = list(evaluation.items())
-    keys = [key for key in _EVALUATED if any(PREFIX + key in row for _, row in rows)]
-    head = ["pairs of", "pairs", *(METRICS[key].title for key in keys)]
-    lines: list[list[object]] = [
-        [
-            code(label),
-            f"{row['eval_pairs']:,}",
-            *(_number(row.get(PREFIX + key), row["intervals"].get(PREFIX + key)) for key in keys),
-        ]
-        for label, row in rows
-    ]
-    return head, lines
+    head, *rows = evaluation_rows(evaluation, MAIN)
+    return head, [[code(label), *map(Markup, cells)] for label, *cells in rows]
 
 
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:

@@ -41,7 +41,7 @@ COLUMNS = (
     *("grad_norm", "learning_rate", "pairs", "tokens"),
     *("step_seconds", "pairs_per_second", "tokens_per_second"),
     *(f"time/{phase}" for phase in PHASES),
-    *("mfu", "mfu/datasheet", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
+    *("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
     *(PREFIX + key for key in PAIR_METRICS),
 )
 """Columns of a new CSV file."""

@@ -1,9 +1,8 @@
 """The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -397,7 +396,7 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
 @_rule
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
-    if is_cut or facts.total_steps < _FEWEST_STEPS:
+    if is_cut or facts.summary.get("bad_steps") or facts.total_steps < _FEWEST_STEPS:
         return
     accuracy, training = facts.accuracy(), facts.training_accuracy()
     if accuracy is not None and training is not None and accuracy.pairs >= 30:
@@ -457,8 +456,6 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
 
 
 _NEXT = "; "
-_DIRECTIONS = {"higher": 1, "larger": 1, "more": 1, "lower": -1, "smaller": -1, "fewer": -1, "set": 0}
-_PUSH = re.compile(rf"\b({'|'.join(_DIRECTIONS)}) ([a-z_]+(?:\.[a-z_]+)?)")
 
 
 @dataclass(frozen=True)
@@ -496,7 +493,7 @@ def verdict(
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
-    findings = _agreed([one for name, one in found.items() if name not in explained])
+    findings = [one for name, one in found.items() if name not in explained]
     worst = next((one for one in findings if one.level is not Level.note), None)
     sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
@@ -517,21 +514,6 @@ def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, Finding]:
         for name, text in texts.items()
         if text
     }
-
-
-def _agreed(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings without advice that pushes a key against that of a finding before."""
-    pushed: dict[str, int] = {}
-    agreed = []
-    for finding in findings:
-        pieces = [(piece, _PUSH.search(piece)) for piece in finding.remedy.split(_NEXT)]
-        remedy = _NEXT.join(
-            piece
-            for piece, push in pieces
-            if push is None or pushed.setdefault(push[2], _DIRECTIONS[push[1]]) == _DIRECTIONS[push[1]]
-        )
-        agreed.append(replace(finding, remedy=remedy))
-    return agreed
 
 
 def _success(facts: RunFacts) -> str:

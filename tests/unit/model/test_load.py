@@ -133,17 +133,6 @@ def test_tensors_that_the_architecture_does_not_read_are_refused_or_of_other_mod
         assert name in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("option", "message"), [("liger", "Liger's kernels"), ("compile", r"C\+\+ compiler")]
-)
-def test_options_that_cannot_run_here_are_refused_before_weights_are_read(
-    option: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    error = refused(message, load, folder, ModelConfig(dtype=Dtype.fp32, **{option: True}))
-    assert error.where == f"model.{option}"
-
-
 @pytest.mark.parametrize("is_sharded", [True, False])
 def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     is_sharded: bool, monkeypatch: pytest.MonkeyPatch

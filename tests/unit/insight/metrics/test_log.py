@@ -51,7 +51,7 @@ def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path)
     cost = (
         "grad_norm learning_rate pairs tokens step_seconds pairs_per_second tokens_per_second time/data"
         " time/reference time/forward time/backward time/optimizer time/checkpoint time/other mfu"
-        " mfu/datasheet memory/peak_allocated_bytes bad_steps loss_spikes"
+        " memory/peak_allocated_bytes bad_steps loss_spikes"
     )
     columns = ["step", "epoch", *names.split(), *cost.split(), *(f"eval_{name}" for name in names.split())]
     assert log_of(tmp_path).folder.metrics_table.read_text() == ",".join(columns) + "\n"
