@@ -12,8 +12,7 @@ from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import OptimizerKind, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.data.formats import check_first_formats
-from dpo_dist.data.sources import check_source
+from dpo_dist.data.formats import check_first_formats, check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.process import check_groups
