@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.files import is_absent_offline, read_small
+from dpo_dist.foundation.files import is_absent_offline
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,11 +24,7 @@ _AGAIN = "download or save the model again"
 def model_folder(
     path: str, revision: str | None, key: str = "model.path", *, accepts_adapter: bool = False
 ) -> Path:
-    """Return the local folder of a model: `path` itself, or its snapshot from the hub, downloaded if needed.
-
-    Raises:
-        ConfigError: the model does not exist, has no weights or pickled ones, or has an adapter beside them.
-    """
+    """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed."""
     folder = local_model_folder(path, revision, key, accepts_adapter=accepts_adapter)
     if folder is None:
         folder = _snapshot(path, revision, key, ignored=_FOREIGN_WEIGHTS)
@@ -152,7 +148,7 @@ def read_model_json(file: Path) -> dict[str, object]:
     """Return the object in a JSON file of a model folder."""
     got = "JSON that is not an object"
     try:
-        content = json.loads(read_small(file))
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         content, got = None, first_line(error)
     if not isinstance(content, dict):

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import read_small, staged_folder
-from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
+from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack
 from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
-from dpo_dist.model.lora import TRAINED, adapted_layers, trained_aliases
+from dpo_dist.model.lora import TRAINED, trained_aliases
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
@@ -37,33 +36,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-_REMEDY = "free disk space, or name another folder"
-
-
-def write_model_folder(
-    folder: Path,
-    causal_lm: Any,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    card: Callable[[], str] | None = None,
-    remedy: str = _REMEDY,
-    below: AdapterWeights | None = None,
-    tokenizer_files: Mapping[str, bytes] | None = None,
-    description: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write trained weights by transformers name as `folder`, whole or not at all; an older one is replaced.
-
-    The adapter `below` the trained one becomes one with it. `tokenizer_files` are from `read_tokenizer`,
-    `description` is from `read_description` of the base; without them transformers writes new files.
-    """
-    with writing_errors(folder, remedy), staged_folder(folder) as temporary:
-        if adapted_layers(causal_lm):
-            dtype = next(iter(weights.values())).dtype
-            write_adapter(temporary, trained_update(causal_lm, weights, below), dtype)
-        else:
-            write_weights(temporary, causal_lm, weights, description)
-        write_tokenizer(temporary, tokenizer, tokenizer_files)
-        write_card(temporary, card)
+_REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
 
 
 def write_weights(
@@ -84,7 +57,7 @@ def read_description(base: Path) -> dict[str, bytes]:
     """Return config.json, generation_config.json and the processors of images and sounds, by name."""
     files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
     files += sorted(base.glob(_PROCESSORS))
-    return {file.name: read_small(file) for file in files if file.is_file()}
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def restore_description(
@@ -150,7 +123,7 @@ def write_card(folder: Path, card: Callable[[], str] | None) -> None:
 def read_tokenizer(source: Path) -> dict[str, bytes]:
     """Return the files of a tokenizer with its chat template, by name below the model folder `source`."""
     found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
-    return {str(file.relative_to(source)): read_small(file) for file in found}
+    return {str(file.relative_to(source)): file.read_bytes() for file in found}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -31,13 +31,12 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.reference.scoring import AdapterReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
-from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import write_model
 
 LOSS = LossConfig(beta=0.5)
 STEPS: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9))
@@ -82,7 +81,7 @@ def steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> dic
     trainer = Trainer(model, assets, world)
     before = trainer.scored()
     norms = [trainer.step(rows) for rows in STEPS]
-    export_model(trainer.policy, tiny.qwen(), folder / "model", world)
+    write_model(trainer.policy, folder / "model", world)
     inner = trainer.policy._engine.optimizer.optimizer
     moments = sum(state["exp_avg"].numel() for state in inner.state.values())
     return {"before": before, "norms": norms, "after": trainer.scored(), "moments": moments}
@@ -201,10 +200,10 @@ def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
     trainer = Trainer(model, assets, world, OptimConfig(lr=2e-5, eps=1e-12))
-    export_model(trainer.policy, tiny.qwen(), folder / "before", world)
+    write_model(trainer.policy, folder / "before", world)
     for _ in range(40):
         trainer.step((0, 1))
-    export_model(trainer.policy, tiny.qwen(), folder / "after", world)
+    write_model(trainer.policy, folder / "after", world)
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)

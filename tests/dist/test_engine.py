@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -32,6 +30,7 @@ from tests.dist.scenario import Assets, files_of
 from tests.support.packing import COSTS, plain_logps
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import whole_weights
 
 LOSS = LossConfig(beta=0.5)
 # Rows of each global batch with the token budget that divides it: odd numbers, fewer pairs than ranks, one
@@ -139,12 +138,7 @@ def steps(
 
 
 def write_whole(policy: PolicyEngine, file: Path) -> None:
-    if dist.get_rank():  # only rank 0 has a copy in host memory
-        refuse = AssertionError("a copy of the whole model")
-        with mock.patch.object(type(policy._engine.module), "state_dict", side_effect=refuse):
-            assert policy.whole_weights() is None
-        return
-    weights = policy.whole_weights()
+    weights = whole_weights(policy)
     if weights is not None:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, file)
 

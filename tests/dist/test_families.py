@@ -36,6 +36,7 @@ from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.tiny_model import write_model
+from tests.support.written import whole_weights
 
 # Indices of each global batch with the token budget: several micro-batches, and a rank without a pair.
 STEPS = (((0, 1, 2, 3, 4), 160), ((5,), 8192))
@@ -110,7 +111,7 @@ def walk(
             ready = objective.ready_step(plan, world.device)
             clock, running = StepClock(world.device), RunningMeans()
             norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, running)[1].item())
-        weights = policy.whole_weights()
+        weights = whole_weights(policy)
         if weights is not None:
             save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / f"{name}.safetensors")
         found[name] = {

@@ -20,13 +20,12 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.scoring import NoReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets
-from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import write_model
 
 LENGTHS = (3, 11, 1, 6, 24, 2, 7)
 STOPS = tuple(range(60, 90))
@@ -87,7 +86,7 @@ def train(
     if speaks:
         result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
         result |= {"base": speak(GREEDY, of_base=True)} if adapter is not None else {}
-        export_model(policy, tiny.qwen(), folder / "model", world)
+        write_model(policy, folder / "model", world)
     norms.append(step())
     policy.free()
     return {**result, "norms": norms, "scores": scores}

@@ -18,7 +18,6 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, train_step
 from tests.dist.scenario import Assets
@@ -26,6 +25,7 @@ from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import write_model
 
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
@@ -91,7 +91,7 @@ def moe_steps(
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
-    export_model(policy, tiny.qwen(), folder / "model", world)
+    write_model(policy, folder / "model", world)
     return norms
 
 

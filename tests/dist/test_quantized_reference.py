@@ -16,6 +16,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start import Run
 from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS
@@ -52,7 +53,8 @@ def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])
         console = Console(None)
-        reference = prepare_reference(config, load_inputs(config, world, console), world, console)
+        run = Run(config, world, console)
+        reference = prepare_reference(run, load_inputs(run))
         results.append([reference.report["computed"], reference.is_policys_start])
     return results
 

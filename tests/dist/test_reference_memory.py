@@ -19,6 +19,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start import Run
 from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS
@@ -67,7 +68,8 @@ def test_a_freed_engine_leaves_no_weights_behind(offload: Offload, assets: Asset
 
 def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
     config, console = load_run_config(overrides), Console(None)
-    inputs = load_inputs(config, world, console)
+    run = Run(config, world, console)
+    inputs = load_inputs(run)
     free, filled = FrozenEngine.free, []
 
     def weigh_and_free(engine: FrozenEngine) -> None:
@@ -76,7 +78,7 @@ def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str,
 
     FrozenEngine.free = weigh_and_free
     before = tensor_bytes()
-    reference = prepare_reference(config, inputs, world, console)
+    reference = prepare_reference(run, inputs)
     return {
         "computed": reference.report["computed"],
         "grown": filled[0] - before,

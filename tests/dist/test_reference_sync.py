@@ -32,6 +32,7 @@ from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.slow_disk import slow_disk
 from tests.support.tiny_model import write_model
+from tests.support.written import whole_weights
 
 ROWS = [(0, 1, 2), (3, 4), (5, 6, 7, 8), (9,), (10, 0), (1, 2, 3)]
 MIXUP = 0.6
@@ -152,7 +153,7 @@ def follow_and_score(assets: Assets, model: Path, reference: Path, world: World,
     trainer.steps(1)
     trainer.margin()  # now small weights are gathered on every rank
     trainer.steps(1)
-    weights = trainer.policy.whole_weights()
+    weights = whole_weights(trainer.policy)
     if weights is not None:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / POLICY)
     [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()

@@ -1,18 +1,12 @@
 """Files beside the weights of an exported model: those of the tokenizer, and of what reads images."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 from dpo_dist.config.schema import AdapterConfig, Dtype
 from dpo_dist.config.verb_options import ExportConfig
 from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.save import write_model_folder
-from dpo_dist.training.finish import keep_files
 from tests.support import tiny
 from tests.support.multimodal import write_multimodal
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, run_of, weights_of
@@ -45,20 +39,3 @@ def test_a_model_has_the_files_of_its_inputs(
     assert {name for name in PROCESSORS if (out / name).exists()} == (PROCESSORS if reads_images else set())
     for file in (*TOKENIZER, *(PROCESSORS if reads_images else ())):
         assert (out / file).read_bytes() == (base / file).read_bytes()
-
-
-def test_a_run_keeps_the_files_of_its_inputs_from_its_start(tmp_path: Path) -> None:
-    base, out = write_base(tmp_path / "base", "gemma3"), tmp_path / "out"
-    config = run_of(base, dtype=Dtype.fp32)
-    inputs: Any = SimpleNamespace(
-        tokenizer_files=base, policy_files=SimpleNamespace(folder=base, adapter=None)
-    )
-    world: Any = SimpleNamespace(is_main=True, together=lambda work: work())
-    kept = keep_files(config, inputs, world)
-    contents = {name: (base / name).read_bytes() for name in (*TOKENIZER, *PROCESSORS)}
-    for name in contents:
-        (base / name).unlink()
-    model = load_packed(base, config.model, 64, torch.device("cpu"))
-    weights = {name: weight.detach() for name, weight in model.causal_lm.state_dict().items()}
-    write_model_folder(out, model.causal_lm, weights, tiny.qwen(), **kept)
-    assert {name: (out / name).read_bytes() for name in contents} == contents

@@ -15,9 +15,15 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges.judge import Judgement, Question
-from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
-from dpo_dist.generation.judges.score import FunctionJudge, describe_judge, score
+from dpo_dist.generation.judges import (
+    FunctionJudge,
+    Judgement,
+    Question,
+    RewardModel,
+    describe_judge,
+    describe_reward_model,
+    score,
+)
 from dpo_dist.generation.sampling.respond import Answer
 from tests.support import tiny
 from tests.support.tiny_model import write_model
@@ -129,11 +135,11 @@ def test_the_digest_is_that_of_the_files(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", "another number of scores"),
-        ("return ['high', 'low']", "no finite number"),
+        ("return [1.0]", "returns 1 scores"),
+        ("return ['1', '2']", "no finite number"),
         ("return [float('nan'), 1]", "no finite number"),
-        ("return [[], 1]", "no finite number"),
-        ("raise ValueError(prompt)", "raises an exception"),
+        ("return [[1], 1]", "raises TypeError"),
+        ("raise ValueError(prompt)", "raises ValueError"),
     ],
 )
 def test_a_function_that_does_not_score_is_named(
