@@ -80,10 +80,11 @@ def load_policy(
     seed: int = 0,
     start: Path | None = None,
     ema_decay: float | None = None,
+    max_length: int = 1024,
 ) -> PolicyEngine:
     """A policy in float32, or as a configuration says, with its adapter."""
     config = ModelConfig(str(model), dtype=Dtype.fp32) if isinstance(model, Path) else model
-    packed = load_packed(Path(config.path), config, 1024, world.device, sequence=world.sequence)
+    packed = load_packed(Path(config.path), config, max_length, world.device, sequence=world.sequence)
     if config.adapter is not None:
         add_adapter(packed, config, seed, start=start)
     return PolicyEngine(packed, optim, world, ema_decay)

@@ -123,7 +123,7 @@ def walk(
     dataset, found = assets.dataset(), {}
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
     for name, path in models.items():
-        policy = load_policy(model_config(name, path), world)
+        policy = load_policy(model_config(name, path), world, max_length=512)
         settle_engine(policy, 512, world, trains=True)
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
@@ -234,7 +234,7 @@ def train_beside(assets: Assets, models: dict[str, Path], world: World, _folder:
     dataset, found = assets.dataset(), []
     for names in PAIRINGS:
         own, other = (model_config(name, models[name]) for name in names)
-        policy = load_policy(own, world)
+        policy = load_policy(own, world, max_length=512)
         settle_engine(policy, 512, world)
         reference = load_reference(files_of(models[names[1]]), RunConfig(model=other), world)
         objective = Objective(LOSS, LiveReference(reference))
