@@ -15,11 +15,7 @@ from dpo_dist.insight.console import open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
-    """Write the comparison of `compare.models`; return the exit code.
-
-    Raises:
-        DpoDistError: data, a model or the judge cannot be used.
-    """
+    """Write the comparison of `compare.models`; return the exit code."""
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder, config.console) as console:
         from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
@@ -35,11 +31,7 @@ def main(config: RunConfig) -> int:
 
 
 def check(config: RunConfig) -> int:
-    """Check everything that needs no weights and no GPU; return the exit code.
-
-    Raises:
-        DpoDistError: the first check that fails.
-    """
+    """Check everything that needs no weights and no GPU; return the exit code."""
     models = check_comparison(config)
     with warnings_off():
         from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)

@@ -15,7 +15,7 @@ from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.insight.doctor.rules import with_thresholds
+from dpo_dist.insight.doctor.findings import with_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 

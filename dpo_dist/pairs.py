@@ -10,23 +10,23 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.generation.pairs.rounds import run_rounds
-from dpo_dist.generation.pairs.start import check_pairs, needs_this_process
+from dpo_dist.generation.pairs.start import check_pairs
 from dpo_dist.insight.console import console_on, open_console, print_text, warnings_off
+
+_ALONE = (PairsMethod.scores, PairsMethod.people)
+"""Methods without a model, done on rank 0."""
 
 
 def main(config: RunConfig) -> int:
-    """Write the preference records of `config.pairs`; return the exit code.
-
-    Raises:
-        DpoDistError: they cannot be made.
-    """
+    """Write the preference records of `config.pairs`; return the exit code."""
     check_pairs(config)
     try:
         if config.pairs.rounds:
             return run_rounds(config, console_on(sys.stderr, config.console).say)
-        if needs_this_process(config):
+        if config.pairs.method not in _ALONE or os.environ.get("RANK", "0") == "0":
             with open_console(RunFolder.of(config), config.console) as console:
                 from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
@@ -41,11 +41,7 @@ def main(config: RunConfig) -> int:
 
 
 def check(config: RunConfig) -> int:
-    """Check everything that needs no weights and no GPU; return the exit code.
-
-    Raises:
-        DpoDistError: the first check that fails.
-    """
+    """Check everything that needs no weights and no GPU; return the exit code."""
     check_pairs(config)
     with warnings_off():
         from dpo_dist.generation.pairs.preflight import rehearse_pairs  # noqa: PLC0415  (slow)

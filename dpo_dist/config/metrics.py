@@ -14,11 +14,7 @@ PREFIX = "eval_"
 class Metric:
     """A row of the table.
 
-    Attributes:
-        title: for people.
-        form: writes a value.
-        unit: behind the title of a chart.
-        best: which values are the best; None: neither end is.
+    `form` writes a value; `best` says which values are the best; None: neither end is.
     """
 
     title: str
@@ -62,6 +58,10 @@ METRICS: Mapping[str, Metric] = {
     "samples/refusals": Metric("refusals", percent),
     "samples/empty": Metric("empty", percent),
 }
+
+
+MAIN = ("loss", "rewards/accuracies", "rewards/margins")
+"""The metrics that say first how a run goes: of tables, the terminal and the card."""
 
 
 def metric_of(key: str) -> Metric:

@@ -59,18 +59,9 @@ def prepare_dataset(
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
     A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
-    another weight or a lower limit. Damaged folders are encoded again.
-
-    Args:
-        sources, config, tokenizer, part: what to encode, for which policy.
-        digest: the `tokenizer_digest`.
-        progress: called for each source that is not encoded yet.
-        needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
-
-    Raises:
-        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
-            `data.on_bad_record` is `error`.
-        PeerLostError: a process that encodes has died.
+    another weight or a lower limit. Damaged folders are encoded again. `digest` is the `tokenizer_digest`;
+    with `needs_pairs` a Hub dataset of unpaired responses is an error before any source is encoded.
+    Raises DataError; PeerLostError if a process that encodes has died.
     """
     check_template_keys(config, tokenizer)
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))

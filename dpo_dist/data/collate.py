@@ -21,15 +21,12 @@ class RankBatch:
     Attributes:
         micro_batches: dataset indices of the examples of each micro-batch; an empty one becomes a dummy.
         positions: positions of these examples in the global batch.
-        pairs: examples of the global batch, over all ranks.
-        tokens: packed tokens of the global batch, over all ranks.
-        rows_tokens: the same with each prompt once for each of its responses.
-        targets: completion tokens of the global batch that the loss counts.
-        attended: query-key pairs of the global batch that attention computes in the mean layer.
-        mean_chosen_tokens: mean number of such tokens in the chosen responses of the global batch.
-        sources: int64 [pairs], index in `dataset.labels` of the source of each pair of the global batch; None
-            without labels.
-        only_chosen: whether only the chosen responses are computed.
+        pairs: examples of the global batch, over all ranks; as are all that follow.
+        rows_tokens: `tokens` with each prompt once for each of its responses.
+        targets: completion tokens that the loss counts.
+        attended: query-key pairs that attention computes in the mean layer.
+        mean_chosen_tokens: mean number of targets in the chosen responses.
+        sources: int64 [pairs], index in `dataset.labels` of the source of each pair; None without labels.
         forwards: for each micro-batch `PackedBatch.forwards`.
     """
 
@@ -86,11 +83,7 @@ def shard_batch(
 
 
 def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
-    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none.
-
-    Raises:
-        DataError: token ids are not those that were encoded.
-    """
+    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
     labels = dataset.labels
     if not indices:
         none = torch.zeros(1, dtype=torch.int64) if labels else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.data.counts import UNPAIRED_REMEDY
+from dpo_dist.data.counts import remedy_of
 from dpo_dist.data.messages import CALLING, ROLES, fault_of, from_json, parse_json
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -249,7 +249,7 @@ def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
             where=where,
             got=f"kto_tag: {named['kto_tag']}",
             expected="pairs: columns with chosen and rejected",
-            remedy=UNPAIRED_REMEDY,
+            remedy=remedy_of("unpaired"),
         )
     columns: dict[str, str | None] | None = None
     if named:  # as in LLaMA-Factory, no other column is read

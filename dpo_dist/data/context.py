@@ -42,11 +42,7 @@ _UNREAD_NUMBERS = {"weight": 1.0, "sample_weight": 1.0, "loss_weight": 1.0, "mar
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
-    """Return a record's prompt: text or messages, to which `with_context` adds the system text and history.
-
-    It is `prompt`, a conversation that does not end with the assistant, `instruction` with `input`, or a
-    question; None if the record has none of them, or if its responses are whole conversations.
-    """
+    """Return a record's prompt: text or messages; None without one, or if responses are conversations."""
     if record.get("prompt") is not None or any(map(is_conversation, responses)):
         return record.get("prompt")
     for turns in map(record.get, CONVERSATIONS):
@@ -91,17 +87,9 @@ def with_context(
 ) -> tuple[Prompt, tuple[Fields, ...], Fields]:
     """Return the prompt after the record's system text and `history`, its tools and template arguments.
 
-    A text prompt becomes a user's turn if the record has any of them.
-
-    Args:
-        prompt: as a reader returned it.
-        record: all fields of the record.
-        responses: names of the fields that were read as responses.
-        is_plain: whether the configured format says that prompts are plain text.
-
-    Raises:
-        UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
-            `invalid_tools`.
+    A text prompt becomes a user's turn if the record has any of them, unless the configured format says that
+    it `is_plain`. `responses` are the names of the fields that were read. Raises UnusableRecordError:
+    `unread_content` with the names of fields that would be lost, or `invalid_tools`.
     """
     is_dialogue = isinstance(prompt, Dialogue)
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -150,12 +138,11 @@ def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) ->
 
 def _exchanges(history: Any) -> list[Message] | None:
     """Return the turns of a list of messages or of [question, answer] pairs; None if it is anything else."""
-    if not isinstance(history, list):
-        return None
     if is_messages(history):
         return list(messages_of(history, role="user"))
-    is_pair = [isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history]
-    if not all(is_pair):
+    if not isinstance(history, list) or any(
+        not isinstance(pair, list) or list(map(type, pair)) != [str, str] for pair in history
+    ):
         return None
     return [
         Message(role, text)
@@ -214,24 +201,16 @@ _FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
 
 
 def check_content(record: PreferenceRecord) -> None:
-    """Check that something can be learned from a record.
-
-    Raises:
-        UnusableRecordError: `invalid_unicode`, `empty_prompt`, `empty_response` or `identical_responses`.
-    """
+    """Check that something can be learned from a record. Raises UnusableRecordError."""
     parts = [_values(turns) for turns in (record.prompt, *record.responses)]
     try:
         _json([parts, record.tools, record.template_arguments]).encode()
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
-    prompt = record.prompt
-    if not (
-        prompt.strip()
-        if isinstance(prompt, str)
-        else any(turn.content.strip() or turn.fields for turn in prompt)
-    ):
+    prompt, number = record.prompt, len(record.responses)
+    as_turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    if not any(turn.content.strip() or turn.fields for turn in as_turns):
         raise UnusableRecordError("empty_prompt")
-    number = len(record.responses)
     names = _FEW.get(number, [f"response {rank} of the ranking" for rank in range(1, number + 1)])
     empty = [name for name, response in zip(names, record.responses, strict=True) if _is_empty(response)]
     if empty:
@@ -241,7 +220,6 @@ def check_content(record: PreferenceRecord) -> None:
 
 
 def _values(turns: Prompt | Response) -> Any:
-    """Return a text or messages as values for JSON, without outer white space."""
     if isinstance(turns, str):
         return turns.strip()
     return [(turn.role, turn.content.strip(), turn.fields) for turn in turns]
@@ -253,9 +231,6 @@ def _json(values: Any) -> str:
 
 def _is_empty(response: Response) -> bool:
     """Return whether the loss can count nothing of a response."""
-    if isinstance(response, str):
-        return not response.strip()
-    return not any(
-        turn.role == "assistant" and turn.is_trained is not False and (turn.content.strip() or turn.fields)
-        for turn in response
-    )
+    turns = (Message("assistant", response),) if isinstance(response, str) else response
+    trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
+    return not any(turn.content.strip() or turn.fields for turn in trained)

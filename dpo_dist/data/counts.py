@@ -3,116 +3,38 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.data import DataConfig, TextTemplate
+from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 EMPTY_REMEDY = "check the path, or remove the source"
-UNPAIRED_REMEDY = (
-    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered; "
-    "if the label is no judgement of the response, ignore it: columns: {label: null}"
-)
-_COLUMNS = (
-    "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; "
-    "correct its format, if one is set"
-)
-_CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
-
-# Why a record is dropped.
-_REASONS = {
-    "unparsable": "the line cannot be parsed",
-    "unknown_format": "the fields are of no known format",
-    "ambiguous_format": "the record has other responses beside those that are read",
-    "reader_failed": "the source's reader raised an error, or returned no record",
-    "unpaired": "a single response with a good or bad label",
-    "missing_field": "a prompt or response is missing",
-    "no_ranking": "fewer than two responses",
-    "all_tied": "no response is better than another",
-    "history_differs": "the turns before the two responses differ",
-    "not_one_answer": "a side does not end with a turn of the assistant",
-    "roles_out_of_turn": "the roles of the turns are unknown or out of order",
-    "untrained_response": "no turn of a response has a weight in the loss",
-    "unread_content": "a field that the responses may depend on is not read",
-    "invalid_tools": "the definitions of tools are no JSON objects",
-    "invalid_tool_call": "a tool call is no JSON object",
-    "invalid_scores": "a score is missing, or is no number",
-    "invalid_unicode": "a text is no valid Unicode",
-    "reserved_character": "a text has a character that the encoder reserves",
-    "special_token_in_text": "a text spells a special token, and the tokenizer cannot encode it as text",
-    "template_rejected": "the chat template rejects the conversation",
-    "turn_not_rendered": "the chat template does not write a turn of a response",
-    "turns_not_found": "the turns of a response are not found in the output of the chat template",
-    "no_trained_token": "the loss would count no token of a response",
-    "empty_prompt": "the prompt is empty",
-    "empty_response": "a response is empty",
-    "identical_responses": "two responses are the same",
-    "identical_after_encoding": "two responses have the same tokens",
-    "identical_after_truncation": "two responses have the same tokens after they were cut",
-    "too_long": "longer than data.max_length",
-    "prompt_fills_max_length": "the prompt fills data.max_length: no room for a response",
-    "response_fills_max_length": "a response fills data.max_length: no room for the prompt",
-}
-_REMEDIES = {
-    "unparsable": "check how the file was written; the name of one with JSON lines ends in .jsonl",
-    "unknown_format": f"{_COLUMNS}; or convert the records to one of the formats in docs/data.md",
-    "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
-    "reader_failed": "correct the function that reader of the source names",
-    "unpaired": UNPAIRED_REMEDY,
-    "missing_field": _COLUMNS,
-    "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
-    "template_rejected": "write the turns as the chat template accepts them, or set data.chat_template",
-    "no_trained_token": "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
-    "identical_after_truncation": f"raise data.max_length, or {_CUT_PROMPTS}",
-    "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
-    "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
-    "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
-}
-# What encoding changes in a kept record, or finds in it.
-CHANGES = {
-    "prompt_truncated": "the start of the prompt is cut",
-    "response_truncated": "the end of a response is cut, and with it the token that ends it",
-    "boundary_resplit": "a response is tokenised apart from its prompt, to keep the prompt's last tokens",
-    "templated_text": "a text seems to be the output of a chat template",
-    "templated_content": "a message has tokens of a chat template, which are encoded as text",
-    "opened_thought_joined": "the opening of a thought is in the prompt, and removed from the response",
-    "opened_thought_removed": "the prompt's opening of a thought is removed, as a response has none",
-    "ended_thought_reopened": "a response has a thought although the template ends it in the prompt",
-    "prompt_not_prefix": "the chat template writes the prompt alone differently",
-    "unknown_template_argument": "an argument that the chat template does not use",
-    "content_not_rendered": "the chat template omits or changes a text, a thought, a tool or a call",
-    "partly_trained": "the loss does not count all tokens of the responses",
-    "ties_left_out": "pairs of equal scores, which are not used",
-}
 _PLAIN = "chat_template_not_applied"
-_WORDS = {
-    **_REASONS,
-    **CHANGES,
-    "chosen_truncated": "the end of the chosen response is cut",
-    "rejected_truncated": "the end of the rejected response is cut",
-    _PLAIN: "plain text, although the tokenizer has a chat template",
-    "duplicates": "pairs with the same tokens as an earlier pair",
-    "also_in_train": "pairs with the same tokens as a training pair",
-    HELD_OUT: "reserved for evaluation, not trained",
-    LEFT_IN_TRAIN: "in the training part of the split",
-    "prompts_also_in_train": "pairs whose prompt is also in the training data",
-}
+_TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
+    Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
+)
+_ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 
 def in_words(name: str) -> str:
     """Return the meaning of a count or of a reason; an unknown name with spaces."""
-    if name.startswith("unread_") and name not in _WORDS:
+    if name.startswith("unread_") and name not in _ROWS:
         return f"the field {name.removeprefix('unread_')} is not read"
-    return _WORDS.get(name, name.replace("_", " "))
+    return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
 
 
 def remedy_of(reason: str) -> str:
     """Return advice about records that are dropped for this reason."""
-    return _REMEDIES.get(reason, "correct the records; docs/data.md explains the reason")
+    row = _ROWS.get(reason, [])
+    return row[1] if len(row) > 1 else "correct the records; docs/data.md explains the reason"
 
 
 @dataclass(frozen=True)
@@ -152,17 +74,19 @@ class DataCounts:
     kept: int = 0
     pairs: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CHANGES, 0)))
     read_as: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
     examples: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, outcomes: Mapping[Outcome, int], examples: Iterable[str], details: Mapping[str, str]
-    ) -> "DataCounts":
-        """Return the counts of records, given the number of records with each outcome."""
-        counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
+    def of(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
+        """Return the counts of records, given the number of records with each outcome and some bad ones."""
+        bad = list(bad)
+        counts = cls(
+            examples=[f"{one.origin} {one.reason}" for one in bad[:SHOWN_EXAMPLES]],
+            details={one.reason: one.detail for one in reversed(bad) if one.detail},
+        )
         for outcome, records in outcomes.items():
             if not records:
                 continue
@@ -179,25 +103,18 @@ class DataCounts:
 
     def add(self, later: "DataCounts") -> None:
         """Add the counts of the following records."""
-        self.read += later.read
-        self.kept += later.kept
-        self.pairs += later.pairs
-        self.dropped.update(later.dropped)
-        self.changed.update(later.changed)
-        self.read_as.update(later.read_as)
+        for name in ("read", "kept", "pairs"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in ("dropped", "changed", "read_as"):
+            getattr(self, name).update(getattr(later, name))
         self.examples += later.examples[: SHOWN_EXAMPLES - len(self.examples)]
         self.details = later.details | self.details
 
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples and details, for JSON."""
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            "pairs": self.pairs,
-            "dropped": dict(self.dropped),
-            "read_as": dict(self.read_as),
-            **dict(sorted(self.changed.items())),
-        }
+        whole = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
+        by_name = {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
+        return whole | by_name | dict(sorted(self.changed.items()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts, examples and details for JSON."""
@@ -207,7 +124,7 @@ class DataCounts:
 def in_one_line(counts: Mapping[str, int]) -> str:
     """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
     return ", ".join(
-        f"{number:,} {name}" + (f" ({in_words(name)})" if name in _WORDS else "")
+        f"{number:,} {name}" + (f" ({in_words(name)})" if name in _ROWS else "")
         for name, number in sorted(counts.items())
         if number
     )

@@ -223,12 +223,7 @@ class PreferenceDataset:
 
 
 def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map the encoded sources and verify their digests; only files that have changed are read for that.
-
-    Raises:
-        DataError: a file is damaged, more records were dropped than `data.max_bad_share` allows, or none is
-            left.
-    """
+    """Map the encoded sources and verify their digests; only files that have changed are read for that."""
     tables = list(map(read_source, sources))
     counts, by_source = DataCounts(), []
     for source, rows in zip(sources, tables, strict=True):

@@ -49,10 +49,9 @@ class EncodedExample:
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        changes: names of `counts.CHANGES`: what was changed or is particular.
+        changes: names in counts.yaml.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
-        read_as: `Rendered.read_as`.
     """
 
     prompt_ids: TokenIds
@@ -75,9 +74,6 @@ def encode_pair(
 
     A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
     text: EOS) exactly once. A special token spelled in a content is encoded as text.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     try:
@@ -210,7 +206,6 @@ class EncodedRecord:
         encoded: the prompt and the responses that an example uses; others count for no limit.
         ranks: for each example the indices of its responses in `encoded.responses`, best first.
         scores: of `encoded.responses`, nan if the record has none.
-        ties: of `training_examples`.
     """
 
     encoded: EncodedExample
@@ -263,11 +258,7 @@ def encode_chunk(
     tokenizer: "PreTrainedTokenizerBase",
     part: Part = ALL_RECORDS,
 ) -> pa.RecordBatch:
-    """Encode the `records` of `part` as rows of `store.SCHEMA`; an unusable one is dropped with its reason.
-
-    Raises:
-        DataError: a record cannot be used and `data.on_bad_record` is `error`.
-    """
+    """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""
     return pa.RecordBatch.from_pylist(
         [_row(record, config, tokenizer, part) for record in records], schema=SCHEMA
     )
@@ -343,17 +334,10 @@ _CHUNKS_AHEAD = 2
 def in_order(
     chunks: Iterable[Records], work: Callable[[Records], Result], processes: int | None
 ) -> Generator[Result, None, None]:
-    """Yield the result of `work` for each chunk, in order, computed on several processes.
+    """Yield the result of `work`, which can be pickled, for each chunk, in order, on several processes.
 
-    Closing the generator ends the processes. At most a few chunks a process are in memory.
-
-    Args:
-        chunks: of about `CHUNK_RECORDS` records each.
-        work: can be pickled, as can its results.
-        processes: null: one per core, if there are enough chunks.
-
-    Raises:
-        PeerLostError: one of the processes has died. An error of `work` is raised as it is.
+    Closing the generator ends the processes. At most a few chunks a process are in memory. Without
+    `processes` there is one for each core, if there are enough chunks.
     """
     first: list[Records] = []
     chunks = iter(chunks)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
 from dpo_dist.data.template import THOUGHT_TAGS, any_of
 from dpo_dist.foundation.errors import ConfigError
@@ -139,36 +139,6 @@ def token_ids(
     return ids
 
 
-# A space between two ASCII words, with some text after it that no match of a word looks beyond.
-_WORD_START = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_TAIL_CHARACTERS = 16
-_SEARCHED_CHARACTERS = 256
-
-
-def has_local_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether the tokens of each word of a text depend on this word only: byte-level BPE."""
-    if not tokenizer.is_fast:
-        return False
-    backend = tokenizer.backend_tokenizer
-    splitter = backend.pre_tokenizer
-    if isinstance(splitter, pre_tokenizers.Sequence):
-        *_, splitter = splitter  # type: ignore[misc]
-    return (
-        isinstance(backend.model, models.BPE)
-        and not backend.model.dropout
-        and isinstance(backend.normalizer, normalizers.NFC | None)
-        and isinstance(splitter, pre_tokenizers.ByteLevel)
-        and not splitter.add_prefix_space
-    )
-
-
-def last_words(text: str) -> int:
-    """Return the start of the last words of a text, a space between two ASCII letters; 0 if there is none."""
-    first = max(len(text) - _SEARCHED_CHARACTERS, 0)
-    starts = [found.start() for found in _WORD_START.finditer(text, first, len(text) - _TAIL_CHARACTERS)]
-    return starts[-1] if starts else 0
-
-
 def _with_backend(
     tokenizer: "PreTrainedTokenizerBase", change: Callable[[dict[str, Any]], Any]
 ) -> "PreTrainedTokenizerBase":
@@ -221,14 +191,10 @@ class EscapedEncoder:
         token across the boundary), the response is tokenised by itself.
         """
         tail = self._tail(prompt)
-        words = tail[last_words(tail) :] if self._has_local_tokens else tail
-        for start in dict.fromkeys((words, tail)):
-            texts = [prompt, start, *(start + response for response in responses)]
-            distinct = list(dict.fromkeys(texts))
-            ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
-            prompt_ids, start_ids, *joint = (ids_of[text] for text in texts)
-            if prompt_ids[len(prompt_ids) - len(start_ids) :] == start_ids:
-                break
+        texts = [prompt, tail, *(tail + response for response in responses)]
+        distinct = list(dict.fromkeys(texts))
+        ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
+        prompt_ids, start_ids, *joint = (ids_of[text] for text in texts)
         is_whole = [ids[: len(start_ids)] == start_ids for ids in joint]
         response_ids = [
             ids[len(start_ids) :] if whole else self.encode_continuation(text)
@@ -241,9 +207,6 @@ class EscapedEncoder:
 
         A token that starts before the response, with a space of the prompt, has a negative one. `ids` are
         those of the response by `encode_after`.
-
-        Raises:
-            ConfigError: the tokenizer cannot return positions.
         """
         tail = self._tail(prompt)
         joint, starts = self._with_starts(tail + response)
@@ -312,10 +275,6 @@ class EscapedEncoder:
             start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
             starts.append(origin + (position - start) * is_same)
         return [self._real_ids.get(token, token) for token in encoded["input_ids"]], starts
-
-    @cached_property
-    def _has_local_tokens(self) -> bool:
-        return has_local_tokens(self._tokenizer)
 
     @cached_property
     def _literal_copy(self) -> "PreTrainedTokenizerBase":

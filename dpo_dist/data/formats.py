@@ -98,8 +98,7 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     if bad and (is_whole or _SHARED_REASONS.issuperset(reasons)):
         counts = DataCounts.of(
             {Outcome(dropped=reason): number for reason, number in reasons.items()},
-            [f"{one.origin} {one.reason}" for one in bad],
-            {one.reason: one.detail for one in reversed(bad) if one.detail},
+            bad,
         )
         check_counts(counts, source.path, config, of_first=not is_whole)
 

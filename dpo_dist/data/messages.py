@@ -128,10 +128,7 @@ def is_messages(value: Any) -> bool:
 
 
 def spelled_messages(value: Any, alone: str = "assistant") -> Any:
-    """Return the messages that a text spells as JSON; any other value unchanged.
-
-    They are a list of messages, or one of the role `alone` with no fields but role and content.
-    """
+    """Return the messages that a text spells as JSON, of one only with the role `alone`; else `value`."""
     found = from_json(value)
     if not isinstance(value, str) or found is value:
         return value
@@ -144,11 +141,7 @@ def spelled_messages(value: Any, alone: str = "assistant") -> Any:
 
 
 def messages_of(value: Any, role: str) -> Messages:
-    """Return messages from a list, one message, or a text, which gets the role `role`.
-
-    Raises:
-        UnusableRecordError: it is something else, or a message cannot be read.
-    """
+    """Return messages from a list, one message, or a text, which gets the role `role`."""
     if isinstance(value, str):
         return (Message(role, value),)
     if not is_messages(value):
@@ -172,10 +165,9 @@ def check_no_media(messages: Sequence[Fields]) -> None:
 
 
 def _read_message(fields: Fields) -> Message:
-    names = ("role", "content") if "role" in fields else ("from", "value")
-    role, content = map(fields.get, names)
+    role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
     if isinstance(role, str) and isinstance(content, str) and len(fields) == 2 and role not in CALLING:
-        return Message(ROLES.get(role, role), content)
+        return Message(ROLES.get(role, role), content)  # most are so
     check_no_media([fields])
     if not isinstance(role, str):
         raise UnusableRecordError("unread_content", "the role of a message is not a text", ("role",))
@@ -220,12 +212,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tool_calls(value: Any) -> list[Fields]:
-    """Return tool calls as chat templates read them: a function's name, and its arguments as an object.
-
-    Args:
-        value: a list of calls or one call, as `{name, arguments}` or `{function: {name, arguments}}`; it and
-            its arguments may be JSON texts.
-    """
+    """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
     found = from_json(value)
     calls = [found] if isinstance(found, Mapping) else found
     if not isinstance(calls, list) or not calls:
@@ -301,10 +288,7 @@ def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response
 
 
 def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862).
-
-    A prompt that is such a dialogue up to its last `Assistant:` precedes each response.
-    """
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
     start = prompt if _is_open(prompt) else ""
     histories, texts = [], []
     for name, side in responses.items():
@@ -324,12 +308,9 @@ def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]
 
 
 def _dialogue(text: str, prompt: Any) -> str:
-    """Return a text, with the blank line before its first turn that is missing from some dialogues.
-
-    Only without a prompt, or if it repeats a prompt that is a dialogue: else it may be a story of one.
-    """
+    """Return a text, with the blank line before its first turn that is missing from some dialogues."""
     start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
-    may_be = prompt is None or _is_open(prompt)
+    may_be = prompt is None or _is_open(prompt)  # else it may be a story of one
     if may_be and _LAST_TURN in text and text.lstrip().startswith(start):
         return "\n\n" + text.lstrip()
     return text
@@ -343,8 +324,7 @@ def _is_open(prompt: Any) -> bool:
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
     """Return the messages that all sides share, and those of each side after the point where they part.
 
-    The prompt is a field of its own, or the start of every side, or both. A single side parts before its last
-    message, or before the first assistant turn that its data weigh in the loss.
+    The prompt is a field of its own, or the start of every side, or both.
     """
     sides = []
     for name, value in responses.items():
@@ -378,7 +358,10 @@ def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int
 
 
 def _parting(sides: list[Messages]) -> int:
-    """Return the number of first turns that all sides share, so that each has a turn left."""
+    """Return the number of first turns that all sides share, so that each has a turn left.
+
+    A single side parts before its last turn, or before the first that its data weigh in the loss.
+    """
     limit = min(map(len, sides)) - 1
     if len(sides) == 1:
         trained = (at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant")

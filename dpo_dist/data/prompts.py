@@ -51,11 +51,7 @@ def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]
 
 
 def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return the prompt of a record of format `name`, as a record without responses.
-
-    A record without responses has a `prompt`, or `messages` that end before an assistant turn, with the same
-    fields beside them as other formats.
-    """
+    """Return the prompt of a record of format `name`, perhaps without responses, as a record without them."""
     parsed = parse_record(record, name, origin)
     if isinstance(parsed, BadRecord) and parsed.reason in _OF_RESPONSES:
         completed = parse_record(_completed(record), DataFormat.completion, origin)
@@ -79,12 +75,7 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u
 
 
 def prompt_hash(prompt: Prompt) -> int:
-    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen.
-
-    White space is a single space, characters are composed (Unicode's NFC), and those without width are
-    omitted. A text is the same prompt as a user turn of this text, a dialogue the same as its messages, also
-    if a text spells it. A system turn without text does not count.
-    """
+    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen; see docs/data.md."""
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
     for message in _messages(prompt):
         if message.role == "system" and not message.content.strip():
@@ -108,10 +99,8 @@ def _messages(prompt: Prompt) -> Messages:
 class Part:
     """The records of sources that belong to the training data, or to the evaluation data.
 
-    Attributes:
-        is_eval: whether these are the evaluation data of a split of the training sources.
-        share: `data.eval_share`.
-        held_out: uint64 [prompts], ascending: `prompt_hash` of prompts that are not in the training data.
+    `is_eval`: those of a split of the training sources by `share`. `held_out`: uint64 [prompts], ascending,
+    the `prompt_hash` of prompts that are not in the training data.
     """
 
     is_eval: bool = False
@@ -153,12 +142,7 @@ ALL_RECORDS = Part()
 
 
 def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
-    """Return the part of the training sources that is trained.
-
-    Args:
-        config: `eval_share` and `drop_eval_prompts` are used.
-        eval_prompts: uint64 [examples], prompt hashes of the encoded evaluation data, if there are any.
-    """
+    """Return the part that is trained; `eval_prompts`: uint64 [examples], hashes of the evaluation data."""
     held_out = None if eval_prompts is None or not config.drop_eval_prompts else np.unique(eval_prompts)
     return Part(share=config.eval_share, held_out=held_out)
 

@@ -71,34 +71,21 @@ def check_kind(file: Path, path: str) -> None:
 
 
 def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
-    """Read records in the file's order, in bounded memory.
+    """Yield the records of a file, or why they cannot be read, in its order and in bounded memory.
 
-    Args:
-        file: of one of `KINDS`.
-        path: the source as configured, for origins.
-        meter: of the source.
-
-    Returns:
-        Each record or the reason why it cannot be read, and its origin: the 1-based line of its start in
-        .jsonl and .csv, its number elsewhere.
-
-    Raises:
-        DataError: the file cannot be read; raised by this call if the start of the file shows it.
+    Their origin is `path` with the 1-based line of their start in .jsonl and .csv, their number elsewhere.
+    Raises DataError: the file cannot be read.
     """
     with _as_data_error(path):
         match file_kind(file):
             case ".jsonl":
-                records = _jsonl_records(_opened(file, meter), path)
+                yield from _jsonl_records(_opened(file, meter), path)
             case ".json":
-                records = _numbered(_array(_opened(file, meter), path), path)
+                yield from _numbered(_array(_opened(file, meter), path), path)
             case ".csv":
-                records = _csv_records(_opened(file, meter), path)
+                yield from _csv_records(_opened(file, meter), path)
             case _:
-                # Buffered: else a whole column of a row group is loaded at once.
-                table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
-                _check_columns(table.schema_arrow.names, path)
-                records = table_records(_rows(table, file, meter), path)
-    return _guarded(records, path)
+                yield from table_records(_rows(file, path, meter), path)
 
 
 def table_records(rows: Iterable[Any], path: str) -> Iterator[RawRecord]:
@@ -124,11 +111,6 @@ def _as_record(value: Any, origin: Origin) -> RawRecord:
     if isinstance(value, Mapping):
         return value, origin
     return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
-
-
-def _guarded(records: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:
-    with _as_data_error(path):
-        yield from records
 
 
 @contextlib.contextmanager
@@ -214,16 +196,11 @@ def _after_spaces(text: str, at: int) -> int:
 
 
 def _csv_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
-    """Read the header now, and the records as the iterator advances."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
     rows = csv.reader(io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), strict=True)
     header = next(rows, [])
     _check_columns(header, f"{path}:1")
-    return _of_rows(rows, header, path)
-
-
-def _of_rows(rows: Any, header: list[str], path: str) -> Iterator[RawRecord]:
     line = rows.line_num + 1
     for cells in rows:
         origin, line = Origin(path, line), rows.line_num + 1
@@ -243,7 +220,10 @@ def _check_columns(names: list[str], where: str) -> None:
         )
 
 
-def _rows(table: pyarrow.parquet.ParquetFile, file: Path, meter: Meter) -> Iterator[Any]:
+def _rows(file: Path, path: str, meter: Meter) -> Iterator[Any]:
+    # Buffered: else a whole column of a row group is loaded at once.
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
+    _check_columns(table.schema_arrow.names, path)
     read = 0
     per_row = file.stat().st_size / max(table.metadata.num_rows, 1)
     meter.start(file, lambda: int(read * per_row))

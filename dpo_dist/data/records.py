@@ -23,12 +23,9 @@ Fields: TypeAlias = Mapping[str, Any]
 class Message:
     """One turn of a conversation.
 
-    Attributes:
-        role: `system`, `user`, `assistant`, `tool`, ...
-        content: empty if the turn only calls tools.
-        fields: what a chat template renders besides the content: `tool_calls` (arguments as objects),
-            `tool_call_id`, `name`, `reasoning_content`, `thinking`.
-        is_trained: whether the data say that the loss counts this turn of a response; None: by its role.
+    `fields` are what a chat template renders besides the content: `tool_calls` (arguments as objects),
+    `tool_call_id`, `name`, `reasoning_content`, `thinking`. `is_trained`: whether the data say that the loss
+    counts this turn of a response; None: by its role.
     """
 
     role: str
@@ -82,14 +79,8 @@ class Origin:
 class PreferenceRecord:
     """One prompt and its responses, best first: one to learn, two (chosen, rejected), or a ranking of more.
 
-    Attributes:
-        prompt: plain text or a conversation.
-        responses: each follows the prompt; messages only after messages.
-        origin: position of the record.
-        scores: in the order of `responses`, None if the source has none; those of a ranking never rise, and
-            equal scores are ties.
-        tools: definitions of the tools that the chat template renders, as JSON objects.
-        template_arguments: further arguments of the chat template for this record (`enable_thinking`).
+    Responses are messages only after messages. Scores are in their order; those of a ranking never rise, and
+    equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`.
     """
 
     prompt: Prompt
@@ -108,13 +99,9 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used.
+    """A record that cannot be used, by a reason of counts.yaml.
 
-    Attributes:
-        reason: the name under which it is counted; `counts` has its words and its remedy.
-        origin: its position in the source.
-        detail: more about the reason, without any text of the record.
-        unread: fields of the record that no format reads; each is counted by its name too.
+    The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
     """
 
     reason: str

@@ -22,14 +22,10 @@ _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 
 @dataclass(frozen=True)
 class Rendered:
-    """Escaped texts to tokenise.
+    """Escaped texts to tokenise: a prompt, and each response after it, with its end of turn.
 
-    Attributes:
-        prompt: up to the start of the responses.
-        responses: the text of each response after the prompt, with its end of turn.
-        counted: for each response the spans of its turns that the loss counts, without their headers.
-        changes: names of `counts.CHANGES`, of what rendering changed or found.
-        read_as: form of the prompt, and how it is rendered.
+    `counted` are the spans of the turns of each response that the loss counts, without their headers, and
+    `changes` names in counts.yaml.
     """
 
     prompt: str
@@ -40,12 +36,7 @@ class Rendered:
 
 
 def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> Rendered:
-    """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template.
-
-    Raises:
-        UnusableRecordError: the template rejects the record or would lose a part of it.
-        ConfigError: the tokenizer has no chat template for messages, or an unusable one.
-    """
+    """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template."""
     prompt, responses = record.prompt, record.responses
     is_text = all(isinstance(response, str) for response in responses)
     if isinstance(prompt, Dialogue):
@@ -62,23 +53,22 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     texts = record.response_texts
     is_templated = facts.is_templated(prompt)
     changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set()
-    is_applied = bool(changes) and config.template is TextTemplate.applied
-    if is_applied:
+    if changes and config.template is TextTemplate.applied:
+        form = "text, with the template that is in it"
         ends = [facts.split_end(text) for text in texts]
         texts = tuple(bare for bare, _ in ends)
         if is_templated:
             whole = tuple(bare + end for bare, end in ends)
-            read_as = "text, with the template that is in it"
-            return Rendered(prompt, whole, tuple(map(_all_of, whole)), frozenset(changes), read_as)
+            return Rendered(prompt, whole, tuple(map(_all_of, whole)), frozenset(changes), form)
+    else:
+        form = ""
     if config.text_as_messages:
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
         return replace(rendered, changes=rendered.changes - {"templated_content"} | changes)
-    rendered = _as_text(prompt, texts, facts, "text")
-    if is_applied:
-        return replace(rendered, changes=frozenset(changes), read_as="text, with the template that is in it")
-    if facts.tokenizer.chat_template:
+    if not form and facts.tokenizer.chat_template:
         changes.add("chat_template_not_applied")
-    return replace(rendered, changes=frozenset(changes))
+    rendered = _as_text(prompt, texts, facts, "text")
+    return replace(rendered, changes=frozenset(changes), read_as=form or rendered.read_as)
 
 
 def _all_of(text: str) -> tuple[Span, ...]:
@@ -145,35 +135,27 @@ def thought_of(message: Message) -> str | None:
     return next((thought for thought in found if thought and isinstance(thought, str)), None)
 
 
+@dataclass
 class _Conversation:
     """The prompt of one record, with the tools and arguments of the template for it."""
 
-    def __init__(
-        self,
-        prompt: Messages,
-        context: Escapable,
-        facts: TokenizerFacts,
-        chat: ChatRenderer,
-        config: DataConfig,
-    ):
-        self._facts = facts
-        self._chat = chat
-        self._config = config
-        self._prompt: Turns = tuple(map(chat.turn, prompt))
-        self._context = context
-        self._role = prompt[-1].role if prompt else ""
-        self._generation: dict[str, str] = {}
+    messages: Messages
+    context: Escapable
+    facts: TokenizerFacts
+    chat: ChatRenderer
+    config: DataConfig
+
+    def __post_init__(self) -> None:
+        self.prompt: Turns = tuple(map(self.chat.turn, self.messages))
+        self.role = self.messages[-1].role if self.messages else ""
+        self.generation: dict[str, str] = {}
 
     def render(self, responses: Sequence[Messages]) -> Rendered:
-        """Render the prompt and its responses.
-
-        Raises:
-            UnusableRecordError: the template rejects a conversation or omits a turn of a response.
-        """
+        """Render the prompt and its responses."""
         if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
             return self._render_turns(responses)
         messages = [turns[0] for turns in responses]
-        prompt = self._chat.render(self._prompt, self._context, generation=True)
+        prompt = self.chat.render(self.prompt, self.context, generation=True)
         changes = set[str]()
         if _opens_thought(prompt):
             prompt, texts, changes = self._after_opened_thought(messages, prompt)
@@ -181,7 +163,7 @@ class _Conversation:
             texts, is_prefix = self._after(messages, prompt)
             if not is_prefix:
                 changes.add("prompt_not_prefix")
-            if _has_ended_thought(prompt) and any(_CLOSE in text for text in texts):
+            if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
                 changes.add("ended_thought_reopened")
                 if self._ends_thoughts_by_itself():
                     prompt = _ENDED.sub("", prompt)
@@ -193,53 +175,56 @@ class _Conversation:
         return Rendered(prompt, tuple(texts), counted, frozenset(changes))
 
     def _is_counted(self, turn: Message) -> bool:
-        return turn.role in self._config.trained_roles if turn.is_trained is None else turn.is_trained
+        return turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
 
     def _ends_thoughts_by_itself(self) -> bool:
         """Return whether the template ends a thought in the prompt without an argument that asks for it."""
-        tools = {name: value for name, value in self._context.plain.items() if name == "tools"}
-        return _has_ended_thought(self._chat.render(self._prompt, self._chat.data(tools), generation=True))
+        tools = {name: value for name, value in self.context.plain.items() if name == "tools"}
+        prompt = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
+        return prompt.rstrip().endswith(_CLOSE)
 
-    def _after_prompt(self, message: Message, prompt: str) -> str | None:
-        """Return the text of a response after the rendered `prompt`, up to its end of turn.
+    def _following(self, messages: Sequence[Message], prompt: str) -> list[str | None]:
+        """Return the text of each response after the rendered `prompt`, up to its end of turn.
 
         Includes text that the template adds to a response (a leading space, an empty thought). None if the
         template renders the prompt differently when a response follows.
         """
-        whole = self._chat.render((*self._prompt, self._chat.turn(message)), self._context)
-        return self._facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+        wholes = [
+            self.chat.render((*self.prompt, self.chat.turn(message)), self.context) for message in messages
+        ]
+        return [
+            self.facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+            for whole in wholes
+        ]
 
     def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
         """Return the text of each response, and whether all follow the prompt as it is."""
-        found = [self._after_prompt(message, prompt) for message in messages]
-        texts = [
-            self._alone(message) if text is None else text
-            for text, message in zip(found, messages, strict=True)
-        ]
-        return texts, None not in found
+        found = self._following(messages, prompt)
+        pairs = zip(found, messages, strict=True)
+        return [self._alone(message) if text is None else text for text, message in pairs], None not in found
 
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
-        trace = self._chat.trace((*self._prompt, self._chat.turn(message)), self._context)
+        trace = self.chat.trace((*self.prompt, self.chat.turn(message)), self.context)
         first, end = _written(trace.spans[-1])
         turn = trace.text[first:end]
-        header = turn[: self._header_length(turn, self._prompt, self._role)]
+        header = turn[: self._header_length(turn, self.prompt, self.role)]
         # The prompt before it has no opened thought.
-        return self._facts.until_end(turn[len(_before_open_thought(header)) :])
+        return self.facts.until_end(turn[len(_before_open_thought(header)) :])
 
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
-        """Return the length of the header of an assistant turn: the part that a generation prompt writes.
+        """Return the length of a turn's header: what a generation prompt writes after `before`.
 
-        `before` are the turns before it, and `role` that of the last of them.
+        `role` is that of the last turn of `before`.
         """
-        if role not in self._generation:
-            trace = self._chat.trace(before, self._context, generation=True)
+        if role not in self.generation:
+            trace = self.chat.trace(before, self.context, generation=True)
             end = trace.end
             if not before or trace.spans[-1] is None:
                 # Llama 3.1 writes tools and the first question before its loop over messages.
-                end = _common_length(trace.text, self._chat.render(before, self._context))
-            self._generation[role] = trace.text[end:]
-        generation = self._generation[role]
+                end = _common_length(trace.text, self.chat.render(before, self.context))
+            self.generation[role] = trace.text[end:]
+        generation = self.generation[role]
         header = turn[: _common_length(turn, generation)]
         # The thought of the turn is the model's if the generation prompt opens none, or ends it.
         return len(header if _opens_thought(generation) else _before_open_thought(header))
@@ -251,11 +236,8 @@ class _Conversation:
 
         Each response ends the thought and none opens it again; else the prompt does not open it.
         """
-        found = [self._after_prompt(message, prompt) for message in messages]
-        texts = [text for text in found if text is not None]
-        if len(texts) == len(messages) and all(
-            _CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts
-        ):
+        texts = [text or "" for text in self._following(messages, prompt)]
+        if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
             scaffold = self._common_scaffold(texts)
             return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], set()
         spelled = list(map(_with_spelled_thought, messages))
@@ -269,7 +251,7 @@ class _Conversation:
         ended = [
             self._ended(message, message.content, closed)
             if _CLOSE in message.content
-            and not _has_thought_of(self._facts.marks.spell(whole), message.content)
+            and not _has_thought_of(self.facts.marks.spell(whole), message.content)
             else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]
@@ -277,7 +259,7 @@ class _Conversation:
 
     def _common_scaffold(self, responses: Iterable[str]) -> str:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
-        if "empty_thoughts" not in self._config.untrained:
+        if "empty_thoughts" not in self.config.untrained:
             return ""
         starts = {found.group() if (found := _EMPTY_END.match(text)) else "" for text in responses}
         return starts.pop() if len(starts) == 1 else ""
@@ -285,11 +267,11 @@ class _Conversation:
     def _ended(self, message: Message, content: str, prompt: str) -> str:
         """Return a content with its thought and an end of turn; tool calls as the template writes them."""
         if not message.fields.get(CALLS):
-            return self._facts.escape_response(content) + self._facts.end_of_turn
+            return self.facts.escape_response(content) + self.facts.end_of_turn
         thought, rest = _split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
         [rendered], _ = self._after([replace(message, content=rest)], prompt)
-        return self._facts.escape_response(thought) + separator + rendered.lstrip()
+        return self.facts.escape_response(thought) + separator + rendered.lstrip()
 
     def _render_turns(self, responses: Sequence[Messages]) -> Rendered:
         """Render responses of several turns, after the prompt as it is in the whole conversation."""
@@ -299,10 +281,10 @@ class _Conversation:
         is_prefix = len(set(prompts)) == 1
         if not is_prefix:
             common = min(_common_length(prompt, other) for other in prompts[1:])
-            start = self._facts.after_last_special(prompt[:common])
-        elif self._prompt:
+            start = self.facts.after_last_special(prompt[:common])
+        elif self.prompt:
             generation = all(turns[0].role == "assistant" for turns in responses)
-            alone = self._chat.render(self._prompt, self._context, generation=generation)
+            alone = self.chat.render(self.prompt, self.context, generation=generation)
             is_prefix = alone == prompt
             if _opens_thought(alone):
                 start += len(self._common_scaffold(text[start:] for text, start, _ in parts))
@@ -317,23 +299,24 @@ class _Conversation:
 
     def _whole(self, response: Messages) -> tuple[str, int, list[Span]]:
         """Return a whole conversation up to the end of its last turn, and in it the start of its response
-        and the spans that the loss counts."""
-        turns = (*self._prompt, *map(self._chat.turn, response))
-        trace = self._chat.trace(turns, self._context)
-        role, first, turn = self._role, 0, ""
+        and the spans that the loss counts.
+        """
+        turns = (*self.prompt, *map(self.chat.turn, response))
+        trace = self.chat.trace(turns, self.context)
+        role, first, turn = self.role, 0, ""
         starts: list[int] = []
         spans: list[Span] = []
-        for index, message in enumerate(response, start=len(self._prompt)):
+        for index, message in enumerate(response, start=len(self.prompt)):
             first, end = _written(trace.spans[index])
             turn = trace.text[first:end]
             is_assistant = message.role == "assistant"
             header = self._header_length(turn, turns[:index], role) if is_assistant else 0
             if index == len(turns) - 1:
-                turn = self._facts.until_end(turn)
+                turn = self.facts.until_end(turn)
             starts.append(first + header)
             if self._is_counted(message):
                 content = header if is_assistant else max(turn.find(message.content.strip()), 0)
-                length = self._facts.end_of_rendered(turn, trace.text[end:])
+                length = self.facts.end_of_rendered(turn, trace.text[end:])
                 spans.append((first + content, first + length))
             role = message.role
         return trace.text[:first] + turn, starts[0], spans
@@ -361,10 +344,6 @@ def _common_length(one: str, other: str) -> int:
 
 def _opens_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(_OPEN)
-
-
-def _has_ended_thought(prompt: str) -> bool:
-    return prompt.rstrip().endswith(_CLOSE)
 
 
 def _before_open_thought(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
+from dpo_dist.data.counts import no_records, remedy_of
 from dpo_dist.data.read import KINDS, Meter, check_kind, file_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.data.responses import is_labelled
@@ -101,7 +101,7 @@ def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> No
             where=source.path,
             got=f"a label and no second response in each of the first {len(records)} records",
             expected="pairs, rankings or completions",
-            remedy=UNPAIRED_REMEDY,
+            remedy=remedy_of("unpaired"),
         )
 
 

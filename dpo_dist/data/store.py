@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import (
@@ -188,11 +189,12 @@ def counts_of(rows: pa.Table) -> DataCounts:
     _, first_of_reason = np.unique(reasons[bad], return_index=True)
     shown = np.union1d(bad[:SHOWN_EXAMPLES], bad[first_of_reason])
     found = rows.select(["file", "line", "detail"]).take(shown).to_pylist()
-    named = [(str(reason), row) for reason, row in zip(reasons[shown], found, strict=True)]
-    examples = [f"{row['file']}:{row['line']} {reason}" for reason, row in named]
-    details = {reason: row["detail"] for reason, row in reversed(named) if row["detail"]}
+    named = [
+        BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])
+        for reason, row in zip(reasons[shown], found, strict=True)
+    ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
-    return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), examples, details)
+    return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
 
 
 def columns_of(rows: pa.Table) -> dict[str, Any]:

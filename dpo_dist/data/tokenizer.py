@@ -22,14 +22,7 @@ _FOREIGN_MARKS = (
 
 
 class TokenizerFacts:
-    """A tokenizer with its probed properties.
-
-    Attributes:
-        prefix_ids: ids that the tokenizer adds before a text (BOS, or none).
-        marks: the control tokens of the tokenizer and its template.
-        encoder: encodes escaped texts.
-        chat: renders conversations; None if the tokenizer has no chat template.
-    """
+    """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
         self.tokenizer = tokenizer

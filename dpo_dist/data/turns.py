@@ -34,12 +34,9 @@ _TARGET = re.compile(r"for\s+(\w+)\s+in\b")
 
 @dataclass(frozen=True)
 class Trace:
-    """The output of a template and the position of its turns.
+    """The output of a template with the span of each turn (None: not written in a loop over messages).
 
-    Attributes:
-        text: the output.
-        spans: of each turn; None if the template does not write it inside a loop over messages.
-        end: position after the last turn; the generation prompt follows.
+    The generation prompt follows the last turn, at `end`.
     """
 
     text: str
@@ -93,19 +90,16 @@ def _read_trace(rendered: str, turns: int) -> Trace | None:
 
 @dataclass(frozen=True, eq=False)
 class Escapable:
-    """A value for the template, with marks if it spells control tokens.
+    """A value for the template; if it spells control tokens, also `marked`.
 
-    Attributes:
-        plain: the value.
-        marked: its forms with each token replaced by a mark, and with a mark beside each token; None if
-            it spells no control token.
+    That is the value with a mark in place of each token, and with a mark beside each token.
     """
 
     plain: Mapping[str, Any]
     marked: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def form(self, number: int | None) -> Mapping[str, Any]:
-        """Return the plain value, or one with marks."""
+        """Return the plain value (None), or one with marks."""
         return self.plain if self.marked is None or number is None else self.marked[number]
 
     def __or__(self, other: "Escapable | Mapping[str, Any]") -> "Escapable":
@@ -158,24 +152,14 @@ class ChatRenderer:
         return Escapable(value, (self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)))
 
     def render(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> str:
-        """Render a conversation, escaped.
+        """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
 
-        Args:
-            turns: of `turn`.
-            context: of `data`: tools and arguments of the template.
-            generation: whether the generation prompt follows the last turn.
-
-        Raises:
-            UnusableRecordError: the template rejects the conversation, or marks would change its decisions.
+        Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
         """
         return self._render(self.template, turns, context, generation)
 
     def trace(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> Trace:
-        """Render a conversation as `render`, with the position of each turn.
-
-        Raises:
-            UnusableRecordError: as `render`, or the turns are not found.
-        """
+        """Render a conversation as `render`, with the position of each turn."""
         text = self.render(turns, context, generation=generation)
         marks = ({_START: f"start{index}", _END: f"end{index}"} for index in range(len(turns)))
         numbered = tuple(
@@ -275,12 +259,9 @@ _LONGEST_OPENING = 128
 
 @dataclass(frozen=True)
 class UntrainedParts:
-    """`data.untrained`, compiled.
+    """`data.untrained`, compiled: patterns of text that the loss does not count, `inside` of a turn.
 
-    Attributes:
-        inside: patterns of text anywhere in a turn that the loss does not count.
-        opened: patterns of such text at the start of a turn, each with the opened thought or marker with
-            which the text before it ends ("": any).
+    Those of `opened` match the start of a turn, after a text that ends with the opening beside them.
     """
 
     inside: tuple[re.Pattern[str], ...]
@@ -322,13 +303,9 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
 def counted_characters(
     before: str, text: str, turns: Sequence[Span], parts: UntrainedParts
 ) -> list[Span] | None:
-    """Return the spans of a response that the loss counts; None if it counts the whole text.
+    """Return the spans of a response `text` after a prompt that the loss counts; None: all of it.
 
-    Args:
-        before: the rendered prompt.
-        text: the rendered response.
-        turns: the spans of its turns that the loss counts.
-        parts: untrained parts of these turns.
+    `turns` are the spans of its trained turns, and `parts` what is not trained in them.
     """
     before = before[-_LONGEST_OPENING:]
     counted = [
@@ -340,12 +317,9 @@ def counted_characters(
 
 
 def token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
-    """Return whether the loss counts each token: whether it has a counted character.
+    """Return whether each token has a counted character: the loss counts it.
 
-    Args:
-        starts: position of each token's first character, not falling.
-        length: of the text, in characters.
-        counted: spans of characters, ascending.
+    `starts` are the positions of the tokens' first characters, not falling, in a text of `length` characters.
     """
     begins = np.array(starts, dtype=np.int64)
     # A character of several tokens (bytes) belongs to each of them.

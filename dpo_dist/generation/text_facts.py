@@ -107,31 +107,19 @@ _MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\[\]\n
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Facts of one response.
+    """Facts of one response."""
 
-    Attributes:
-        tokens: generated, without the one that ended it.
-        is_finished: whether it ended by itself.
-        distinct_3: share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055);
-            None for fewer words.
-        longest_repeat: share of its words in its longest passage that occurs twice, overlapping; near 1 if it
-            repeats one phrase to the end.
-        is_empty: whether it has no text.
-        is_refusal: whether it starts like a refusal.
-        language: ISO 639-1 code; None if it is not clear.
-        words: with letters or digits; a letter of a script without spaces is one, with its marks.
-        has_list: whether two of its lines are items of a list.
-        has_markdown: whether it has a heading, bold text, code, a table or a link of Markdown.
-    """
-
-    tokens: int
-    is_finished: bool
+    tokens: int  # generated, without the one that ended it
+    is_finished: bool  # by itself
     distinct_3: float | None
+    """Share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
     longest_repeat: float
+    """Share of its words in its longest passage that occurs twice, overlapping; near 1 if it repeats one
+    phrase to the end."""
     is_empty: bool
     is_refusal: bool
-    language: str | None
-    words: int
+    language: str | None  # ISO 639-1; None if it is not clear
+    words: int  # with letters or digits
     has_list: bool
     has_markdown: bool
 

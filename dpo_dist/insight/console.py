@@ -23,7 +23,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
@@ -39,7 +39,6 @@ _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
-_EVALUATED = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,9 @@ def _in_words(name: str, value: float) -> str:
 
 def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     """Return the line about a metrics row of an evaluation: "step 100/1,000  evaluation: loss 0.6, ..."."""
-    parts = [_in_words(name, row[PREFIX + name]) for name in _EVALUATED if PREFIX + name in row]
+    parts = [
+        _in_words(name, row[PREFIX + name]) for name in (*MAIN, "pairs_per_second") if PREFIX + name in row
+    ]
     if (length := row.get("eval_samples/length")) is not None:
         parts.append(f"samples of {length:,.0f} tokens")
     if (finished := row.get("eval_samples/finished")) is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.metrics import MAIN, METRICS
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
@@ -12,7 +12,6 @@ from dpo_dist.insight.verdict.facts import mean_over_time
 Row = Mapping[str, Any]
 Ends = Sequence[float] | None
 
-_CLOSING = ("loss", "rewards/accuracies", "rewards/margins")
 _EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _MOST_RATES = 6
 """Win rates without the base that are printed; those of more models are on the page only."""
@@ -43,16 +42,10 @@ def with_interval(value: float | None, ends: Ends, form: str) -> str:
 
 
 def closing_table(folder: RunFolder, rows: Sequence[Row], summary: Row) -> list[str]:
-    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown.
-
-    Args:
-        folder: the run directory.
-        rows: of log_history.json.
-        summary: the content of summary.json.
-    """
+    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
-        for name in _CLOSING:
+        for name in MAIN:
             metric, measured = METRICS[name], [row[prefix + name] for row in rows if prefix + name in row]
             best = summary.get("best", {}).get(prefix + name)
             at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
@@ -120,11 +113,7 @@ def evaluation_table(results: Mapping[str, Row]) -> list[str]:
 
 
 def comparison_table(results: Row) -> list[str]:
-    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two.
-
-    Args:
-        results: the content of comparison.json.
-    """
+    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two."""
     base, wins = results["base"], results["wins"]
     of_base = {win["second"]: _of_second(win) for win in wins if win["first"] == base}
     has_scores = any(model["score"] is not None for model in results["models"])

@@ -1,6 +1,5 @@
 """The files of the adapter that a policy starts from; imports no torch, so that errors appear at once."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,43 +25,22 @@ _LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft by which an adapter is more than low-rank matrices on linear layers.
 _OTHER_FORMS = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "arrow_config",
-    "monteclora_config",
-    "velora_config",
+    "alora_invocation_tokens layer_replication lora_bias target_parameters trainable_token_indices use_qalora"
 )
+# What an adapter is, which is read from the one that is continued.
+_FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 
 
 def start_folder(config: ModelConfig) -> Path | None:
     """Return the local folder of `model.adapter.path`, downloaded if needed; None if there is none.
 
     Raises:
-        ConfigError: it does not exist, is not a LoRA adapter, or contradicts the other keys of the adapter.
+        ConfigError: it does not exist, is not a LoRA adapter, or other keys of the adapter contradict it.
     """
     adapter: AdapterConfig | None = config.adapter
     if adapter is None or adapter.path is None:
         return None
     folder = model_folder(adapter.path, None, _KEY, accepts_adapter=True)
-    check_start(adapter, folder)
-    is_dora = read_model_json(folder / ADAPTER_CONFIG).get("use_dora") is True
-    if is_dora and config.quantization is Quantization.int8:
-        raise ConfigError(
-            "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
-            where="model.adapter.path, model.quantization",
-            got=f"{folder} with use_dora, int8",
-            remedy="set model.quantization=nf4 or null",
-        )
-    return folder
-
-
-def check_start(adapter: AdapterConfig, folder: Path) -> None:
-    """Check that a policy can start from the adapter in `folder`, as `adapter` says."""
     if not is_adapter(folder):
         raise ConfigError(
             "the adapter to start from is a whole model",
@@ -71,60 +49,31 @@ def check_start(adapter: AdapterConfig, folder: Path) -> None:
             expected="a folder with adapter_config.json and without config.json",
             remedy="set model.path to it, and remove model.adapter.path",
         )
-    _check_form(folder)
-    own = _read_config(folder)
-    if adapter.on_top and own.variant is AdapterVariant.dora:
+    is_dora = _checked_config(folder).get("use_dora") is True
+    modules_on_disk(folder)
+    given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
+    if given and adapter.continues:
+        raise ConfigError(
+            "an adapter that is continued stays what it is",
+            where=", ".join(given),
+            got=str(folder),
+            remedy=f"set {' '.join(f'{key}=null' for key in given)}, or model.adapter.on_top=true",
+        )
+    if is_dora and adapter.on_top:
         raise ConfigError(
             "a new adapter cannot be trained above DoRA, which scales the weights that it changes",
             where="model.adapter.on_top, model.adapter.path",
             got=f"true, {folder}",
             remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
         )
-    if not adapter.on_top:
-        names = ("r", "alpha", "variant", "target_modules", "modules_to_save")
-        _check_same(adapter, own, [name for name in names if getattr(adapter, name) is not None])
-
-
-def check_all_linear(adapter: AdapterConfig, start: Path, layers: Collection[str]) -> None:
-    """Check that the adapter in `start` is on all linear `layers` of its base, if `adapter` says so."""
-    own, saved = modules_on_disk(start)
-    if adapter.target_modules == "all-linear" and set(own) != set(layers) - set(saved):
-        raise _contradiction({"target_modules": "all-linear"}, {"target_modules": own})
-
-
-def _check_same(adapter: AdapterConfig, own: AdapterConfig, names: list[str]) -> None:
-    """Check that keys that are given repeat what the adapter on disk is."""
-    given, read = {}, {}
-    for name in names:
-        value, known = getattr(adapter, name), getattr(own, name)
-        if value == "all-linear":  # `check_all_linear` knows the layers
-            continue
-        if _differ(value, known) if isinstance(value, list) else value != known:
-            given[name], read[name] = value, known
-    if given:
-        raise _contradiction(given, read)
-
-
-def _differ(given: list[str], modules: list[str]) -> bool:
-    """Return whether names, which may be the last parts of others, name other modules than these."""
-    named = {(one, module) for module in modules for one in given if f".{module}".endswith(f".{one}")}
-    return {module for _, module in named} != set(modules) or {one for one, _ in named} != set(given)
-
-
-def _contradiction(given: Mapping[str, Any], read: Mapping[str, Any]) -> ConfigError:
-    def shown(value: Any) -> str:
-        if not isinstance(value, list):
-            return str(value)
-        return ", ".join(sorted({module.rpartition(".")[2] for module in value})) or "none"
-
-    keys = [f"model.adapter.{name}" for name in given]
-    return ConfigError(
-        f"the adapter of model.adapter.path has another {', '.join(given)}",
-        where=", ".join(keys),
-        got=", ".join(map(shown, given.values())),
-        expected=", ".join(map(shown, read.values())),
-        remedy=f"set {' '.join(f'{key}=null' for key in keys)}, or model.adapter.on_top=true for a new one",
-    )
+    if is_dora and config.quantization is Quantization.int8:
+        raise ConfigError(
+            "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
+            where="model.adapter.path, model.quantization",
+            got=f"{folder} with use_dora, int8",
+            remedy="set model.quantization=nf4 or null",
+        )
+    return folder
 
 
 def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
@@ -136,21 +85,15 @@ def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | 
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the layers for which an adapter folder has matrices, and of its modules in full.
-
-    Raises:
-        ConfigError: its weights cannot be read, or are not those of LoRA on linear layers and of
-            `modules_to_save`.
-    """
+    """Return the names of the layers for which an adapter folder has matrices, and of its modules in full."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
-            names = sorted(name for name in weights.keys() if not is_repeated(name))  # noqa: SIM118
+            names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise unreadable(folder / ADAPTER_WEIGHTS, error) from error
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
-    short = [name.removeprefix(PEFT_PREFIX) for name in names]
-    layers = {name.rpartition(".lora_")[0] for name in short if name.endswith(_LORA_WEIGHTS)}
-    saved = {name.rpartition(".")[0] for name in short if not name.endswith(_LORA_WEIGHTS)}
+    layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(_LORA_WEIGHTS)}
+    saved = {name.rpartition(".")[0] for name in names if not name.endswith(_LORA_WEIGHTS)}
     foreign = [module for module in saved if not module.endswith(tuple(found.get("modules_to_save") or ()))]
     if foreign or not layers:
         raise unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
@@ -183,25 +126,21 @@ def _read_config(folder: Path) -> AdapterConfig:
     )
 
 
-def _check_form(folder: Path) -> None:
-    found: Any = read_model_json(folder / ADAPTER_CONFIG)
-    init = str(found.get("init_lora_weights", True)).lower()
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter on linear layers, in which a base keeps its weights."""
+    found: dict[str, Any] = read_model_json(folder / ADAPTER_CONFIG)
+    other = [name for name in _OTHER_FORMS.split() if found.get(name)]
     if found.get("peft_type") != "LORA":
-        raise unsupported(folder, f"peft_type {found.get('peft_type')}")
+        other.append(f"peft_type {found.get('peft_type')}")
     if found.get("bias", "none") != "none":
-        raise unsupported(folder, f"bias: {found['bias']}")
+        other.append(f"bias: {found['bias']}")
     if found.get("ensure_weight_tying") and found.get("modules_to_save"):
-        raise unsupported(folder, "modules_to_save with ensure_weight_tying")
-    if other := [name for name in _OTHER_FORMS if found.get(name)]:
+        other.append("modules_to_save with ensure_weight_tying")
+    if (init := str(found.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
+        other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
+    if other:
         raise unsupported(folder, ", ".join(other))
-    if init.startswith(_CHANGES_BASE):
-        raise ConfigError(
-            "the adapter belongs to a base whose weights its initialization has changed",
-            where=_KEY,
-            got=f"{folder} with init_lora_weights: {init}",
-            expected="a LoRA adapter of the original base",
-            remedy="convert it by peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
+    return found
 
 
 def unreadable(file: Path, error: Exception) -> ConfigError:

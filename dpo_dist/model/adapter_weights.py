@@ -23,12 +23,7 @@ _NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA adapter in host memory.
-
-    Attributes:
-        config: peft's.
-        weights: by name in a file, without `PEFT_PREFIX`.
-    """
+    """A LoRA adapter in host memory: its weights by name in a file, without `PEFT_PREFIX`."""
 
     config: LoraConfig
     weights: Mapping[str, Tensor]
@@ -47,11 +42,7 @@ class AdapterWeights:
 
 
 def read_adapter(folder: Path) -> AdapterWeights:
-    """Return the adapter that peft or a run wrote into `folder`.
-
-    Raises:
-        ConfigError: its weights cannot be read, or peft cannot read its configuration.
-    """
+    """Return the adapter that peft or a run wrote into `folder`."""
     file = folder / ADAPTER_WEIGHTS
     try:
         weights = load_file(file)

@@ -1,22 +1,11 @@
-"""Architectures that tests cover, and checks of config.json; imports no torch."""
+"""What is known about architectures, and checks of config.json."""
 
-from pathlib import Path
 from typing import Any
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.folder import CONFIG_FILE, read_model_json
+from dpo_dist.foundation.errors import ConfigError
 
-# By `model_type`. tests/unit/model/test_architectures.py shows that the packed forward of each is exact. The
-# check at start decides for the model at hand (model/exactness.py), also if its architecture is not here.
-_PACKED = """
-cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gpt_oss
-granite granitemoe hyperclovax llama minicpm3 ministral ministral3 mistral mixtral olmo olmo2 olmo3
-olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
-"""
-ARCHITECTURES = frozenset(_PACKED.split())
-
-# Of these, the ones that are also exact with Liger's norms, rotary embedding and gated MLP
+# Architectures, by `model_type`, that are exact with Liger's norms, rotary embedding and gated MLP, too
 # (tests/gpu/test_layers_gpu.py).
 _LIGER = """
 exaone4 gemma gemma3_text glm4 granite llama ministral mistral olmo2 olmo3 phi3 qwen2 qwen3 smollm3
@@ -49,79 +38,18 @@ _NOISES = ("drop", "jitter", "noise", "rescale_every")
 # of the experts' weights in evaluation, too (SparseMixer of Phi-3.5-MoE, arXiv:2409.12136).
 SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
-# A value of `use_bidirectional_attention`, by which only tokens of images see later ones (Gemma 4).
-_OF_IMAGES = "vision"
-
 
 def recorded_arrangement(model_type: str) -> Arrangement:
     """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
 
 
-def check_described(folder: Path, key: str) -> None:
-    """Check that config.json of a model folder names an architecture and no quantized weights."""
-    content = read_model_json(folder / CONFIG_FILE)
-    if "auto_map" in content:  # the model's own code may give it another type
-        return
-    if not content.get("model_type"):
-        raise ConfigError(
-            "config.json of the model names no architecture",
-            where=key,
-            got=f"{folder / CONFIG_FILE} without model_type",
-            remedy="download or save the model again",
-        )
-    quantized = content.get("quantization_config")
-    if isinstance(quantized, dict):
-        raise quantized_weights(folder, quantized, key)
-
-
-def quantized_weights(folder: Path, quantized: dict[str, object], key: str) -> ConfigError:
-    """Return the error for quantized weight files, which have no gradient: only norms would be trained."""
-    return ConfigError(
-        "the weight files of the model are quantized",
-        where=key,
-        got=f"{folder}, quantized by {quantized.get('quant_method', 'a method without a name')}",
-        expected="weights in bf16, fp16 or fp32",
-        remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
-    )
-
-
-def check_text(model_config: Any, key: str = "model.path") -> None:
-    """Check that a transformers configuration describes one model of text, which has layers.
-
-    Raises:
-        ConfigError: it describes several, as of a model of sounds that reads text (MusicGen), or no layers.
-    """
-    try:
-        text = model_config.get_text_config()
-    except ValueError as error:
-        raise ConfigError(
-            "config.json describes several models of text",
-            where=key,
-            got=f"{model_config.model_type}: {first_line(error)}",
-            expected="a causal language model",
-            remedy="choose another model",
-        ) from error
-    if getattr(text, "num_hidden_layers", None) == 0:
-        raise ConfigError(
-            "config.json describes a model without layers",
-            where=key,
-            got=f"{model_config.model_type} with num_hidden_layers=0",
-            expected="1 or more",
-            remedy="download or save the model again",
-        )
-
-
 def check_supported(model_config: Any, max_length: int) -> None:
-    """Check what config.json says about log-probs of sequences; the check at start tries the model.
-
-    Raises:
-        ConfigError: the model is not causal, or has fewer positions than `max_length` tokens need.
-    """
+    """Check what config.json says about log-probs of sequences; the check at start tries the model."""
     text = model_config.get_text_config()
-    bidirectional = getattr(text, "use_bidirectional_attention", None)
-    if bidirectional and bidirectional != _OF_IMAGES:
-        raise not_causal(f"{text.model_type} with use_bidirectional_attention={str(bidirectional).lower()}")
+    # Gemma 4 has a value by which only tokens of images see later ones.
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        raise not_causal(f"{text.model_type} with use_bidirectional_attention")
     if not getattr(text, "is_causal", True):
         raise not_causal(f"{text.model_type} with is_causal=false")
     table = _POSITION_TABLES.get(text.model_type)

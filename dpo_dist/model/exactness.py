@@ -4,7 +4,8 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.architectures import check_supported, check_text, few_positions, recorded_arrangement
+from dpo_dist.model.architectures import check_supported, few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.layers import layer_values
 from dpo_dist.model.packed import PackedCausalLM
@@ -25,23 +26,10 @@ from dpo_dist.model.ulysses import cannot_be_shared
 
 log = logging.getLogger(__name__)
 
-# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
-# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
-# Ranks may compile a kernel before they fail, and then a costlier arrangement may succeed.
-LAST_SECONDS, LADDER_SECONDS = 5.0, 60.0
-
-T = TypeVar("T")
 Score = Callable[[PackedBatch], Tensor]
 """Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
-Agree = Callable[[str, float | None], str]
-"""Fault of this rank (empty: none) to that of the lowest rank that has one; collective.
-
-A rank with a fault waits so many seconds for the others, then raises ConfigError; None: without a limit.
-"""
-
-
-def _alone(fault: str, _seconds: float | None) -> str:
-    return fault
+Agree = Callable[[str], str]
+"""Fault of this rank (empty: none) to that of the lowest rank that has one; collective."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class CheckedModel:
     device: torch.device
     max_length: int
     key: str = "model.path"
-    agree: Agree = _alone
+    agree: Agree = str
 
     @property
     def kind(self) -> str:
@@ -70,21 +58,24 @@ class CheckedModel:
         """Return the log-probs of a batch, float32 [targets] on the host."""
         return self.score(batch.to(self.device)).float().cpu()
 
-    def attempt(self, work: Callable[[], T], seconds: float) -> tuple[T | None, str]:
-        """Return the result of `work`, or None and the first line of an error on some rank. Collective.
+    def fault(self, work: Callable[[], str]) -> str:
+        """Return the fault that `work` returns, or the first line of an error, on some rank. Collective.
 
         A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
         """
-        result, fault = None, ""
         try:
-            result = work()
+            fault = work()
         except (DeviceMemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             fault = first_line(error)
             log.info("%s, in the check at start:", self.kind, exc_info=True)
-        fault = self.agree(fault, seconds)
-        return (None if fault else result), fault
+        return self.agree(fault)
+
+    def refuse(self, work: Callable[[], str], message: str, remedy: str) -> None:
+        """Raise a `ConfigError` if `work` returns a fault or fails on some rank; collective."""
+        if fault := self.fault(work):
+            raise ConfigError(message, where=self.key, got=f"{self.kind}, {fault}", remedy=remedy)
 
 
 _USUAL_LENGTH = 64
@@ -113,17 +104,25 @@ _INT8_OTHERS = 0.1
 class Trial:
     """Invented sequences, and their log-probs `plain` by the model's own forward of one row at a time."""
 
+    plain: Tensor
+    found: Tensor
+    spread: float
+
     def __init__(self, checked: CheckedModel):
         self.checked = checked
         self.sequences = trial_sequences(checked.model.causal_lm, checked.max_length)
         self.batch = pack_trial(self.sequences)
         self.is_float32 = next(checked.model.parameters()).dtype == torch.float32 and not checked.is_int8
+        self.noise = 0.0
+
+    def score_plainly(self) -> str:
+        """Compute `plain`, and what rounding explains; return no fault. Collective."""
         self.plain = self.found = self._plain_again()
         self.spread = float(self.plain.std())
-        self.noise = 0.0
         if not self.is_float32:
-            with _rounded_once_more(checked.model.causal_lm):
+            with _rounded_once_more(self.checked.model.causal_lm):
                 self.noise = float((self._plain_again() - self.plain).abs().mean())
+        return ""
 
     def _scores(self, batch: PackedBatch, arrangement: Arrangement, own_logits: bool) -> Tensor:
         self.checked.model.arrange(arrangement, own_logits=own_logits)
@@ -141,8 +140,13 @@ class Trial:
     def _exact(self) -> float:
         return _ROUNDING + _SHARE_OF_SPREAD * self.spread
 
-    def effect_of_later_tokens(self) -> float:
-        """Return the largest effect of later tokens on a token in nats; 0: none but rounding.
+    def not_finite(self) -> str:
+        """Return in words how many log-probs are not finite; empty: none."""
+        lost = int((~self.plain.isfinite()).sum())
+        return f"{lost} of {len(self.plain)} of invented tokens" if lost else ""
+
+    def effect_of_later_tokens(self) -> str:
+        """Return in words the largest effect of later tokens on a token; empty: none but rounding.
 
         The last two responses have one length, and begin with the same tokens.
         """
@@ -155,34 +159,15 @@ class Trial:
         else:
             share = _INT8_OTHERS if self.checked.is_int8 else _FUTURE
             is_rounding = mean <= share * self.spread
-        return 0.0 if is_rounding else largest
+        return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
-    def random_change(self) -> str:
-        """Return the change from one forward to the next in words; empty: rounding explains it."""
-        change = float((self._plain_again() - self._plain_again()).abs().mean())
-        is_rounding = change <= _ROUNDING + _TYPICAL * self.spread
-        return "" if is_rounding else f"by {change:.2g} nats in the mean"
-
-    def fault(self, arrangement: Arrangement, own_logits: bool, after: int) -> str:
-        """Return why this arrangement of the model is not exact on some rank; empty: it is. Collective.
-
-        A sequence of `after` tokens is scored before, as code of the model's own may keep what it computed
-        for the longest sequence so far; 0: none.
-        """
-
-        def difference() -> str:
-            if after:
-                ids = np.resize(self.sequences[0].prompt_ids, after)
-                long = Sequences(ids[:-1], (ids[-1:],))
-                self._scores(pack_trial([long]), arrangement, own_logits)
-            self.found = self._scores(self.batch, arrangement, own_logits)
-            neighbours = ""
-            if not self.is_float32 and arrangement is not Arrangement.single:
-                neighbours = self._effect_of_neighbours()
-            return self._difference() or neighbours
-
-        fault, raised = self.checked.attempt(difference, LADDER_SECONDS)
-        return raised if fault is None else self.checked.agree(fault, None)
+    def fault(self, arrangement: Arrangement, own_logits: bool) -> str:
+        """Return why this arrangement of the model is not exact; empty: it is. Collective."""
+        self.found = self._scores(self.batch, arrangement, own_logits)
+        neighbours = ""
+        if not self.is_float32 and arrangement is not Arrangement.single:
+            neighbours = self._effect_of_neighbours()
+        return self._difference() or neighbours
 
     def _difference(self) -> str:
         """Return in words what rounding does not explain of the difference from `plain`; empty: nothing."""
@@ -277,66 +262,69 @@ def settle(checked: CheckedModel) -> Trial:
     Raises:
         ConfigError: the model is not causal or is random, its own forward fails, or it has too few positions.
     """
-    model, kind, max_length = checked.model, checked.kind, checked.max_length
+    model, max_length = checked.model, checked.max_length
     check_positions(model.causal_lm, max_length, checked.key)
-    trial = _tried(checked)
-    after = max_length if model.mixes_lengths(max_length) else 0
+    trial = Trial(checked)
+    checked.refuse(
+        trial.score_plainly,
+        "the model's own forward cannot score a sequence of tokens",
+        "choose a causal language model",
+    )
+    checked.refuse(
+        trial.not_finite,
+        "the model computes log-probs that are not finite",
+        "check the model's weights, or set model.dtype=fp32",
+    )
+    checked.refuse(
+        trial.effect_of_later_tokens,
+        "this model is not causal, or its forward is random",
+        "choose a causal language model, or remove dropout and noise from the model's own code",
+    )
     failures: list[str] = []
     for arrangement, own_logits in _ladder(model, max_length):
-        fault = trial.fault(arrangement, own_logits, after)
+        fault = checked.fault(partial(trial.fault, arrangement, own_logits))
         if not fault:
             break
         head = "its own logits" if own_logits else "the log-prob head"
         failures.append(f"{arrangement} with {head}: {fault}")
     else:
-        _check_not_random(trial)
         if model.sequence is not None:
-            raise cannot_be_shared(kind, model.sequence.ranks, "; ".join(failures))
+            raise cannot_be_shared(checked.kind, model.sequence.ranks, "; ".join(failures))
         raise ConfigError(
             "training would not compute the log-probs of this model's own forward",
             where=checked.key,
-            got=f"{kind}, {'; '.join(failures)}",
-            expected="differences that rounding explains",
-            remedy="choose another model",
+            got=f"{checked.kind}, {'; '.join(failures)}",
+            remedy="choose another model, or remove dropout and noise from its own code",
         )
     for failure in failures:
-        log.info("%s, %s", kind, failure)
+        log.info("%s, %s", checked.kind, failure)
     if model.own_logits:
         text = "%s: log-probs are computed from all logits of the model, which takes memory for %s per token"
-        log.warning(text, kind, f"{model.causal_lm.config.get_text_config().vocab_size:,} values")
+        vocabulary = model.causal_lm.config.get_text_config().vocab_size
+        log.warning(text, checked.kind, f"{vocabulary:,} values")
     return trial
 
 
 def check_training(trial: Trial) -> None:
     """Check that a settled model computes the same log-probs in training mode, where it stays; collective.
 
-    Raises:
-        ConfigError: it does not, as with dropout in code of its own that no option switches off, or it fails.
+    Its own code may have dropout that no option switches off.
     """
     checked = trial.checked
     checked.model.train()
-    scores, fault = checked.attempt(lambda: checked.scores(trial.batch), LAST_SECONDS)
-    if scores is None:
-        raise ConfigError(
-            "the model cannot score a sequence of tokens in training mode",
-            where=checked.key,
-            got=f"{checked.kind}, {fault}",
-            expected="the forward of evaluation mode",
-            remedy="remove what the model's own code does in training mode only, or choose another model",
-        )
-    mean, limit = float((scores - trial.found).abs().mean()), trial.rounding
-    if checked.is_int8 and checked.device.type != "cuda":
-        # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
-        limit = max(limit, _INT8_OTHERS * trial.spread)
-    is_rounding = mean <= limit
-    if change := checked.agree("" if is_rounding else f"by {mean:.2g} nats in the mean", None):
-        raise ConfigError(
-            "log-probs of this model are others in training mode",
-            where=checked.key,
-            got=f"{checked.kind}, {change}",
-            expected="a forward without dropout or noise, as policy and reference compute the same function",
-            remedy="remove dropout and noise from the model's own code, or choose another model",
-        )
+
+    def change() -> str:
+        mean, limit = float((checked.scores(trial.batch) - trial.found).abs().mean()), trial.rounding
+        if checked.is_int8 and checked.device.type != "cuda":
+            # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+            limit = max(limit, _INT8_OTHERS * trial.spread)
+        return "" if mean <= limit else f"by {mean:.2g} nats in the mean"
+
+    checked.refuse(
+        change,
+        "the forward of this model is another in training mode",
+        "remove dropout, noise and what else is only for training from the model's own code",
+    )
 
 
 def check_use(checked: CheckedModel) -> None:
@@ -344,9 +332,6 @@ def check_use(checked: CheckedModel) -> None:
 
     Ranks add up gradients weight by weight. A rank whose sequences do not use one has no gradient to add,
     and the others would wait for it.
-
-    Raises:
-        ConfigError: a short sequence uses others than a long one, or the forward fails.
     """
     causal_lm = checked.model.causal_lm
     long = trial_sequences(causal_lm, checked.max_length)[0]
@@ -356,15 +341,11 @@ def check_use(checked: CheckedModel) -> None:
         differing = _reached(checked, long) ^ _reached(checked, short)
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
-    names, fault = checked.attempt(sometimes_used, LAST_SECONDS)
-    if fault or checked.agree(names or "", None):
-        raise ConfigError(
-            "some sequences do not use all weights of this model, so several processes cannot train it",
-            where=checked.key,
-            got=f"{checked.kind}, {fault or names}",
-            expected="a gradient of each trained weight from each sequence",
-            remedy="train on one process, or add 0 times these weights to the output of their module",
-        )
+    checked.refuse(
+        sometimes_used,
+        "some sequences do not use all weights of this model, so several processes cannot train it",
+        "train on one process, or add 0 times these weights to the output of their module",
+    )
 
 
 def _reached(checked: CheckedModel, sequences: Sequences) -> set[nn.Parameter]:
@@ -380,58 +361,6 @@ def _reached(checked: CheckedModel, sequences: Sequences) -> set[nn.Parameter]:
                 found.add(node.variable)
             waiting += [following for following, _ in node.next_functions]
     return found
-
-
-def _tried(checked: CheckedModel) -> Trial:
-    """Return the trial of a model whose own forward is causal; collective.
-
-    Raises:
-        ConfigError: the forward fails, is not causal, or gives log-probs that are not finite.
-    """
-    trial, fault = checked.attempt(lambda: Trial(checked), LAST_SECONDS)
-    if trial is None:
-        raise ConfigError(
-            "the model's own forward cannot score a sequence of tokens",
-            where=checked.key,
-            got=f"{checked.kind}, {fault}",
-            expected="causal_lm(input_ids=...).logits",
-            remedy="choose a causal language model",
-        )
-    lost = int((~trial.plain.isfinite()).sum())
-    if fault := checked.agree(f"{lost} of {len(trial.plain)} of invented tokens" if lost else "", None):
-        raise ConfigError(
-            "the model computes log-probs that are not finite",
-            where=checked.key,
-            got=f"{checked.kind}, {fault}",
-            remedy="check the model's weights, or set model.dtype=fp32",
-        )
-    effect = trial.effect_of_later_tokens()
-    if change := checked.agree(f"{effect:.2g} nats" if effect else "", None):
-        _check_not_random(trial)
-        raise ConfigError(
-            "this model is not causal: its log-probs depend on later tokens",
-            where=checked.key,
-            got=f"{checked.kind}, of which a log-prob changes by {change} with the tokens after it",
-            remedy="choose a causal language model",
-        )
-    return trial
-
-
-def _check_not_random(trial: Trial) -> None:
-    """Check that the model's own forward repeats its log-probs: dropout looks like other faults; collective.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    checked = trial.checked
-    if change := checked.agree(trial.random_change(), None):
-        raise ConfigError(
-            "log-probs of this model are random: the same tokens have others in each forward",
-            where=checked.key,
-            got=f"{checked.kind}, of which they change {change}",
-            expected="a forward without dropout or noise in evaluation mode",
-            remedy="remove dropout and noise from the model's own code, or choose another model",
-        )
 
 
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
@@ -454,11 +383,7 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str) -> None:
-    """Check that a model with learned positions has one for each input token.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
+    """Check that a model with learned positions has one for each input token."""
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or max_length - 1 <= positions:
         return
@@ -485,7 +410,6 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
         )
-    check_text(model.config, "model")
     check_supported(model.config, longest)
     if model.training:
         raise ConfigError(

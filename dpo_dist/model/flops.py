@@ -1,6 +1,5 @@
 """FLOPs of a training step, compute costs of micro-batches, and peak FLOP/s of a device."""
 
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -29,39 +28,7 @@ _FORWARD_AND_INPUT_GRADIENT = 4
 # the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
-# On a CPU, many products of a few milliseconds: one of them runs uninterrupted also on a busy machine.
-_PEAK_TRIALS = {"cuda": 5, "cpu": 20}
-_PEAK_SIDE = {"cuda": 8192, "cpu": 512}
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
-# TFLOP/s of dense matrix products by the makers' data sheets: 16 bits, and float32 without TF32. The first
-# entry whose name is part of PyTorch's name of the device is used.
-_DATASHEET_TFLOPS = (
-    ("GB200", 2500.0, 80.0),
-    ("B200", 2250.0, 75.0),
-    ("H200", 989.4, 66.9),
-    ("H100 PCIe", 756.0, 51.2),
-    ("H100 NVL", 835.5, 60.0),
-    ("H100", 989.4, 66.9),
-    ("H800", 989.4, 66.9),
-    ("GH200", 989.4, 66.9),
-    ("H20", 148.0, 44.0),
-    ("A100", 312.0, 19.5),
-    ("A800", 312.0, 19.5),
-    ("A40", 149.7, 37.4),
-    ("A30", 165.0, 10.3),
-    ("A10G", 70.0, 35.0),
-    ("A10", 125.0, 31.2),
-    ("L40S", 362.0, 91.6),
-    ("L40", 181.0, 90.5),
-    ("L4", 121.0, 30.3),
-    ("RTX A6000", 154.8, 38.7),
-    ("RTX 4090", 165.2, 82.6),
-    ("RTX 3090", 71.0, 35.6),
-    ("MI300X", 1307.4, 163.4),
-    ("V100-SXM2", 125.0, 15.7),
-    ("V100-PCIE", 112.0, 14.0),
-    ("T4", 65.0, 8.1),
-)
 
 
 @dataclass(frozen=True)
@@ -82,20 +49,8 @@ class StepFlops:
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
-@dataclass(frozen=True)
-class PeakFlops:
-    """Peak FLOP/s of all devices of a run together, in `model.dtype`; data sheets may not know a device."""
-
-    measured: float
-    datasheet: float | None
-
-
 def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model of a configuration on the meta device.
-
-    Raises:
-        ConfigError: transformers cannot make a model of this configuration.
-    """
+    """Return the causal language model of a configuration on the meta device."""
     try:
         model_class = _model_class(config, trust_remote_code)
         if model_class.config_class is config.sub_configs.get("text_config"):
@@ -209,28 +164,18 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     Takes hundredths of a second on a large GPU, tenths on a CPU. The matrices are random, as a GPU multiplies
     constant matrices faster than those of training. The global random state does not change.
     """
-    side = _PEAK_SIDE[device.type]
+    side, trials = (8192, 5) if device.type == "cuda" else (512, 20)  # on a busy CPU one runs uninterrupted
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
-    fastest = min(_seconds(left, right, product) for _ in range(_PEAK_TRIALS[device.type]))
-    return 2 * side**3 / fastest
-
-
-def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
-    """Return the FLOP/s of a device by its data sheet; None if the device is not in the table."""
-    for name, sixteen_bit, fp32 in _DATASHEET_TFLOPS:
-        if re.search(rf"\b{name}\b", device_name) and "Laptop" not in device_name:
-            return 1e12 * (fp32 if dtype is torch.float32 else sixteen_bit)
-    return None
-
-
-def _seconds(left: Tensor, right: Tensor, product: Tensor) -> float:
-    _wait(left.device)
-    started = time.perf_counter()
-    torch.mm(left, right, out=product)
-    _wait(left.device)
-    return time.perf_counter() - started
+    fastest = float("inf")
+    for _ in range(trials):
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(left, right, out=product)
+        _wait(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return float(2 * side**3 / fastest)
 
 
 def _wait(device: torch.device) -> None:

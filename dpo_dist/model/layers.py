@@ -1,10 +1,10 @@
-"""Layers of a model: options by layer, experts, the text part, checkpointing, torch.compile, Liger."""
+"""Layers of a model: options by layer, the text part, checkpointing, torch.compile, Liger."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
-from dpo_dist.model.optional_packages import check_liger_kernel
+from dpo_dist.model.numerics import check_precision
+from dpo_dist.model.optional_packages import check_installed
 
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
@@ -77,27 +79,16 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
     """Make decoder layers keep only their input and recompute their activations in backward.
 
     `every` is `none`, `full` (every layer), or n: layers n, 2n, and so on, counted from 1.
-
-    Raises:
-        ConfigError: the model has fewer than n layers, or none that transformers can checkpoint.
     """
     if every == "none":
         return
     layers: list[Any] = decoder_layers(causal_lm)
-    if not layers:
-        raise ConfigError(
-            "transformers cannot checkpoint the layers of this architecture",
-            where="model.gradient_checkpointing",
-            got=f"{every} for {causal_lm.config.model_type}",
-            remedy="set model.gradient_checkpointing=none",
-        )
     distance = 1 if every == "full" else int(every)
     if distance > len(layers):
         raise ConfigError(
             "no layer would be checkpointed",
             where="model.gradient_checkpointing",
-            got=f"every {distance} layers of a model with {len(layers)}",
-            expected=f"none, full, or a number from 2 to {len(layers)}",
+            got=f"every {distance} layers of a model with {len(layers)} that transformers can checkpoint",
             remedy="set model.gradient_checkpointing=none",
         )
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -105,15 +96,27 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         layer.gradient_checkpointing = number % distance == 0
 
 
-def check_offload(device: torch.device) -> None:
-    """Check that activations are in another memory than the host's."""
-    if device.type != "cuda":
+def check_device(config: ModelConfig, model_type: str, device: torch.device) -> None:
+    """Check that options of the model have an effect on `device`, and can run there."""
+    check_precision(config.dtype, device)
+    on_cuda, fault = device.type == "cuda", ("", "")
+    if config.liger and not (on_cuda and model_type in EXACT_WITH_LIGER):
+        known = ", ".join(sorted(EXACT_WITH_LIGER))
+        fault = "liger", f"Liger's kernels are exact on CUDA for {known}"
+    elif config.liger:
+        check_installed("liger-kernel", "model.liger", "true", "false")
+    compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
+    if config.compile and compiler is None:
+        fault = "compile", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
+    if config.activation_offload and not on_cuda:
+        fault = "activation_offload", "activations are in host memory already"
+    key, message = fault
+    if key:
         raise ConfigError(
-            "activations are in host memory already, so there is nothing to move",
-            where="model.activation_offload",
-            got=f"true on {device.type}",
-            expected="a GPU",
-            remedy="set model.activation_offload=false",
+            message,
+            where=f"model.{key}",
+            got=f"true for {model_type} on {device.type}",
+            remedy=f"set model.{key}=false",
         )
 
 
@@ -131,21 +134,6 @@ def _checkpointed(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
         return checkpoint(*arguments)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Check for the compiler of torch.compile, which would otherwise fail in the first forward."""
-    if device.type == "cuda":
-        needed, found = "Triton", importlib.util.find_spec("triton") is not None
-    else:
-        needed, found = "a C++ compiler", shutil.which(os.environ.get("CXX", "g++")) is not None
-    if not found:
-        raise ConfigError(
-            f"torch.compile needs {needed}, which is not installed",
-            where="model.compile",
-            got=f"true on {device.type}",
-            remedy=f"install {needed}, or set model.compile=false",
-        )
-
-
 def compile_layers(causal_lm: nn.Module) -> None:
     """Compile the parts of each decoder layer with torch.compile, for any number of tokens.
 
@@ -154,24 +142,6 @@ def compile_layers(causal_lm: nn.Module) -> None:
     for layer in decoder_layers(causal_lm):
         for part in layer.children():
             part.compile(dynamic=True)
-
-
-def check_liger(model_type: str, device: torch.device) -> None:
-    """Check that liger-kernel is installed, runs on `device` and is exact for this architecture."""
-    if device.type != "cuda":
-        reason = f"Liger's kernels run on CUDA only, and this is {device.type}"
-    elif model_type not in EXACT_WITH_LIGER:
-        reason = f"Liger's kernels are not known to be exact for {model_type}"
-    else:
-        check_liger_kernel()
-        return
-    raise ConfigError(
-        "Liger's kernels cannot be used",
-        where="model.liger",
-        got=reason,
-        expected=f"CUDA and one of {', '.join(sorted(EXACT_WITH_LIGER))}",
-        remedy="set model.liger=false",
-    )
 
 
 def use_liger(causal_lm: nn.Module) -> None:

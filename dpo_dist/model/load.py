@@ -27,17 +27,13 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     check_supported,
-    check_text,
-    quantized_weights,
     recorded_arrangement,
     switch_off_noise,
 )
 from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_layers
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
 from dpo_dist.model.layers import (
-    check_compiler,
-    check_liger,
-    check_offload,
+    check_device,
     checkpoint_layers,
     offload_inputs,
     use_liger,
@@ -63,10 +59,11 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
 
     Raises:
         ConfigError: config.json cannot be read, names code in the folder or on the Hub, describes quantized
-            weights or several models of text.
+            weights, several models of text, or no layers.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        text = model_config.get_text_config()
     except Exception as error:  # a configuration's validation can raise anything
         raise _own_code_error(folder, config, key, CONFIG_FILE) or ConfigError(
             "the model's config.json cannot be read",
@@ -82,20 +79,30 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             expected="an implementation of transformers",
             remedy="remove it from config.json: model.attention selects the kernel",
         )
-    check_text(model_config, key)
+    if getattr(text, "num_hidden_layers", None) == 0:
+        raise ConfigError(
+            "config.json describes a model without layers",
+            where=key,
+            got=f"{folder} with num_hidden_layers=0",
+            remedy="download or save the model again",
+        )
     quantized = getattr(model_config, "quantization_config", None)
-    if quantized is not None:
-        raise quantized_weights(folder, dict(quantized), key)
+    if quantized is not None:  # such weights have no gradient: only norms would be trained
+        raise ConfigError(
+            "the weight files of the model are quantized",
+            where=key,
+            got=f"{folder}, quantized by {dict(quantized).get('quant_method')}",
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
+        )
     switch_off_noise(model_config)
     return model_config
 
 
 def _own_code_error(folder: Path, config: ModelConfig, key: str, file: str) -> ConfigError | None:
     """Return the error of a folder that transformers cannot load without the code that `file` names."""
-    try:
-        named = None if config.trust_remote_code else read_model_json(folder / file).get("auto_map")
-    except ConfigError:
-        return None
+    is_read = not config.trust_remote_code and (folder / file).is_file()
+    named = read_model_json(folder / file).get("auto_map") if is_read else None
     if not named:
         return None
     return ConfigError(
@@ -109,11 +116,7 @@ def _own_code_error(folder: Path, config: ModelConfig, key: str, file: str) -> C
 
 
 def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder.
-
-    Raises:
-        ConfigError: the folder has no tokenizer, or it cannot be loaded.
-    """
+    """Return the tokenizer of a model folder."""
     # Without files, transformers would create an empty tokenizer of the model's class.
     check_tokenizer_files(folder)
     try:
@@ -121,14 +124,11 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
             folder, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        refused = _own_code_error(folder, config, key, "tokenizer_config.json")
-        if refused is None and (folder / CONFIG_FILE).is_file():  # which transformers reads first
-            load_config(folder, config, key)
-        raise refused or ConfigError(
+        raise _own_code_error(folder, config, key, "tokenizer_config.json") or ConfigError(
             "the model folder's tokenizer cannot be loaded",
             where=key,
             got=f"{folder}: {first_line(error)}",
-            remedy="put the tokenizer's files beside config.json",
+            remedy="put the tokenizer's files beside config.json, and correct these files",
         ) from error
     return tokenizer
 
@@ -146,17 +146,8 @@ def load_packed(
     Whether this is exact is for `exactness.settle` to check. Under a ZeRO-3 loading context every process
     keeps its own shard only. Dropout is off: policy and reference compute the same function (law L7).
 
-    Args:
-        folder: from `model_folder`.
-        config: precision, attention backend, options of layers, remote code.
-        max_length: the longest prompt plus response, in tokens.
-        device: of the forward.
-        key: the configuration key to name in an error.
-        sequence: the ranks that share the tokens of each batch; None: this rank computes all.
-
-    Raises:
-        ConfigError: the model cannot be loaded, a kernel cannot run, its heads cannot be divided among the
-            ranks of `sequence`, or an option of its layers has no effect.
+    `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
+    each batch. Errors name `key`.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
@@ -179,23 +170,8 @@ def load_packed(
     return model
 
 
-def check_device(config: ModelConfig, model_type: str, device: torch.device) -> None:
-    """Check that options of the model have an effect on `device`, and can run there."""
-    check_precision(config.dtype, device)
-    if config.liger:
-        check_liger(model_type, device)
-    if config.compile:
-        check_compiler(device)
-    if config.activation_offload:
-        check_offload(device)
-
-
 def check_shared_tokens(model_config: Any, ranks: int) -> None:
-    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says.
-
-    Raises:
-        ConfigError: its heads cannot be divided, or its architecture cannot be packed.
-    """
+    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says."""
     text = model_config.get_text_config()
     for heads in heads_of_layers(text):
         check_heads(heads, ranks)
@@ -219,11 +195,7 @@ def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | 
 def load_weights(
     folder: Path, model_config: Any, config: ModelConfig, device: torch.device, *, key: str = "model.path"
 ) -> Any:
-    """Return the causal language model of `folder`, with every weight read and none left at random.
-
-    Raises:
-        ConfigError: no causal language model, unread or missing weights, or the device lacks this precision.
-    """
+    """Return the causal language model of `folder`, with every weight read and none left at random."""
     check_precision(config.dtype, device)
     check_causal_class(model_config, key)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
@@ -243,7 +215,7 @@ def load_weights(
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
-            got=f"{folder}: {_loading_fault(error)}",
+            got=f"{folder}: {first_line(error)}",
             remedy=f"download or save the model again, or set {key} to another model{unsharded}",
         ) from error
     if missing := sorted(report["missing_keys"]):
@@ -306,13 +278,6 @@ def keep_trainable(causal_lm: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _loading_fault(error: Exception) -> str:
-    """Return the first line of an error, and the next one where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    is_announced = len(lines) > 1 and lines[0].endswith(":")
-    return f"{first_line(error)} {lines[1][:200]}" if is_announced else first_line(error)
-
-
 def _keep_evaluating(causal_lm: Any) -> None:
     """Keep routers that draw experts at random in training in evaluation mode, whatever that of the model."""
     router, _ = SAMPLING_ROUTERS.get(causal_lm.config.get_text_config().model_type, ("", ""))
@@ -368,16 +333,15 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
     """
     modules = dict(causal_lm.named_modules())
     # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).
-    predicting = getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    predicts_more = bool(getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None))
     foreign: list[str] = []
     own: list[str] = []
     for name in unread:
         parts = name.split(".")
         depth = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
         owner = ".".join(parts[:depth])
-        is_foreign = owner in ("", causal_lm.base_model_prefix)
-        if isinstance(modules[owner], nn.ModuleList) and parts[depth].isdecimal():
-            is_foreign = int(parts[depth]) < len(modules[owner]) + predicting
+        is_layer = isinstance(modules[owner], nn.ModuleList) and parts[depth].isdecimal()
+        is_foreign = predicts_more if is_layer else owner in ("", causal_lm.base_model_prefix)
         (foreign if is_foreign else own).append(name)
     if own:
         raise ConfigError(

@@ -15,10 +15,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_dist.config.mistakes import suggestion
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_files import PEFT_PREFIX, check_all_linear, is_repeated, modules_on_disk
+from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, modules_on_disk
 from dpo_dist.model.adapter_weights import read_adapter
 from dpo_dist.model.layers import compressors, indexers, text_part
 from dpo_dist.model.packed import PackedCausalLM
@@ -35,18 +34,12 @@ _FUSED = ("gate_proj", "up_proj", "w1", "w3")
 def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
-    The adapter has the same values on every rank and for every kind of parallelism. With `start` a frozen
-    copy of the adapter in that folder stays in the model, so that `adapter_off` finds the policy's start.
-
-    Args:
-        model: from `load_packed`, sharded or not, before it is in an engine.
-        config: with an adapter.
-        seed: of the adapter's initialization.
-        start: folder of the adapter that is continued, or that stays below the new one, or None.
+    Before the model is in an engine, sharded or not. The adapter has the same values on every rank and for
+    every kind of parallelism. With `start`, the folder of the adapter that is continued or stays below the
+    new one, a frozen copy of that one stays in the model, so that `adapter_off` finds the policy's start.
 
     Raises:
-        ConfigError: a target names no linear layer of the model, or its output layer, or one that peft takes
-            for experts; a module to train in full is none of the model; `start` is no adapter of the model.
+        ConfigError: the adapter names modules that the model does not have, or `start` is no adapter of it.
     """
     adapter, causal_lm = config.adapter, model.causal_lm
     assert adapter is not None
@@ -56,7 +49,6 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     if start is not None:
         _add_from(causal_lm, start, _START, _KEY)
     if start is not None and adapter.continues:
-        check_all_linear(adapter, start, targets)
         lora = _add_from(causal_lm, start, TRAINED, _KEY)
     else:
         lora = _add_new(causal_lm, adapter, targets, saved, seed)
@@ -78,11 +70,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
 
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
-    """Add the LoRA adapter that training or peft wrote into `folder` to its base, to be scored.
-
-    Raises:
-        ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
-    """
+    """Add the LoRA adapter that training or peft wrote into `folder` to its base, to be scored."""
     _add_from(model.causal_lm, folder, TRAINED, key)
 
 
@@ -186,7 +174,6 @@ def check_adaptable(causal_lm: Any, targets: Collection[str]) -> None:
             why,
             where="model.adapter.target_modules",
             got=", ".join(_last_parts(refused)),
-            expected=f"others, such as {kept}" if kept else "other layers",
             remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
         )
 
@@ -199,9 +186,6 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     """Return the names of the layers that get `adapter`.
 
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
-
-    Raises:
-        ConfigError: a target names no linear layer of the model's body.
     """
     head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
     trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
@@ -217,16 +201,14 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
     targets = adapter.target_modules
     for target in targets:
         if not any(_matches(name, target) for name in layers):
-            short = _last_parts(layers)
-            existing = f"{suggestion(target, short)}name existing layers"
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model",
                 where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
                 got=target,
-                expected=f"all-linear, or a list of {', '.join(short)}",
+                expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
                 remedy="set model.path to the base that the adapter was trained on"
                 if adapter.continues
-                else f"{existing}; model.adapter.modules_to_save trains embeddings and output layer in full",
+                else "name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 
@@ -236,23 +218,18 @@ def _matches(name: str, target: str) -> bool:
 
 
 def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
-    """Return the whole names of the modules that `wanted` names by the last parts of their names.
-
-    Raises:
-        ConfigError: a name is of no module that can be trained in full, or of one of two that share a weight.
-    """
+    """Return the whole names of the modules that `wanted` names by the last parts of their names."""
     if not wanted:
         return []
     plain = [name for name, module in causal_lm.named_modules() if _has_plain_weights(module)]
     for one in wanted:
         if not any(_matches(name, one) for name in plain):
-            short = _last_parts(plain)
             raise ConfigError(
                 "a module to train in full is not one of this model",
                 where=_SAVED_KEY,
                 got=one,
-                expected=", ".join(short),
-                remedy=f"{suggestion(one, short)}name modules that have unquantized weights of their own",
+                expected=", ".join(_last_parts(plain)),
+                remedy="name modules that have unquantized weights of their own",
             )
     found = [name for name in plain if any(_matches(name, one) for one in wanted)]
     if len(shared := _shared_pair(causal_lm)) == 2 and len(set(found) & set(shared)) == 1:

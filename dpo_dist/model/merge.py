@@ -53,9 +53,6 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
     """Write the float32 mean of whole models of one kind, with the other files of the first.
 
     The coefficients of `members` have the sum 1. Without a dtype, weights have that of the first model.
-
-    Raises:
-        ConfigError: they are no whole models, or not of one kind and of the same sizes.
     """
     (share, first), *others = members
     for member in (path for _, path in members):

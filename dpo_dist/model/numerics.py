@@ -79,11 +79,7 @@ def _minor(version: str) -> str:
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
-    """Check that a device computes in this precision, other than by slow emulation.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Check that a device computes in this precision, other than by slow emulation."""
     if device.type == "cuda" and dtype is Dtype.bf16:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return

@@ -24,16 +24,6 @@ def check_bitsandbytes(value: str, key: str, instead: str = "null") -> None:
     check_installed("bitsandbytes", key, value, instead)
 
 
-def check_liger_kernel() -> None:
-    """Check that liger-kernel is installed."""
-    check_installed("liger-kernel", "model.liger", "true", "false")
-
-
-def check_tracker(tracker: str) -> None:
-    """Check that the package of a tracker is installed."""
-    check_installed(tracker, "tracking.also", tracker, "[]")
-
-
 def has_flash_attn() -> bool:
     """Return whether flash-attn 2 is installed; the module of flash-attn-4 has the same name."""
     try:

@@ -56,12 +56,9 @@ class LogpHead(nn.Linear):
     """Output layer that returns the log-probs of targets and never the logits of all positions.
 
     All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
-
-    Attributes:
-        is_precise: whether logits are float32; they have the dtype of the model otherwise.
     """
 
-    is_precise = False
+    is_precise = False  # whether logits without targets are float32; else they have the dtype of the model
     change: LogitChange
 
     @classmethod
@@ -92,17 +89,9 @@ class LogpHead(nn.Linear):
 class PackedCausalLM(nn.Module):
     """Causal language model whose forward maps a packed batch to per-token log-probs.
 
-    Args:
-        causal_lm: a transformers model; loaded with the packed attention interface if it is packed.
-        backend: the attention kernel of the packed arrangement.
-        compiled: whether torch.compile compiles the decoder layers.
-        sequence: the ranks that share the tokens of each packed batch; None: this rank computes all.
-        arrangement: of the responses in the forward; may be changed by `arrange`.
-
-    Attributes:
-        own_logits: whether log-probs are computed from the logits of the model's own forward; else by the
-            chunked head from the last hidden states.
-        is_generating: whether the model is `unpacked`.
+    The transformers model has the packed attention interface if its `arrangement` is packed, and `backend`
+    is the kernel of it. The ranks of `sequence` share the tokens of each packed batch. Log-probs are computed
+    by the chunked head from the last hidden states, or from its `own_logits`.
     """
 
     def __init__(

@@ -37,8 +37,6 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-# In the errors of the library of tokenizers, which all have the class Exception.
-_OF_SYSTEM = "(os error "
 _REMEDY = "free disk space, or name another folder"
 
 
@@ -53,21 +51,10 @@ def write_model_folder(
     tokenizer_files: Mapping[str, bytes] | None = None,
     description: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `folder`, which appears whole or not at all; an older one is replaced.
+    """Write trained weights by transformers name as `folder`, whole or not at all; an older one is replaced.
 
-    Args:
-        folder: its final name.
-        causal_lm: the transformers model; its tensors are not used.
-        weights: trained weights by transformers name; taken out while they are written.
-        tokenizer: written beside them.
-        card: returns the content of README.md; None or "": there is none.
-        remedy: of a full disk.
-        below: the adapter below the trained one, if there is one; both become one adapter.
-        tokenizer_files: from `read_tokenizer`; None: transformers writes new ones.
-        description: from `read_description` of the base; None: transformers writes a new one.
-
-    Raises:
-        CheckpointError: it cannot be written.
+    The adapter `below` the trained one becomes one with it. `tokenizer_files` are from `read_tokenizer`,
+    `description` is from `read_description` of the base; without them transformers writes new files.
     """
     with writing_errors(folder, remedy), staged_folder(folder) as temporary:
         if adapted_layers(causal_lm):
@@ -105,10 +92,8 @@ def restore_description(
 ) -> None:
     """Give a model folder that transformers wrote the description of its base, from `read_description`.
 
-    config.json differs from the base's in `dtype`, in `architectures` if they named no model of language, and
-    in `transformers_weights`. Of a base that also reads images or sounds, and of which transformers wrote the
-    text model only, it is the one of transformers with the base's dropout and noise; the files about images
-    are not written.
+    Of a base that also reads images or sounds, and of which transformers wrote the text model only,
+    config.json is the one of transformers with the base's dropout and noise, without files about images.
     """
     file = folder / CONFIG_FILE
     written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
@@ -144,20 +129,16 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
 def write_tokenizer(
     folder: Path, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes] | None
 ) -> None:
-    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    if files is not None:
+    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes."""
+    if files is None:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library of tokenizers has no other class
+            if "(os error " not in str(error):
+                raise
+            raise OSError(str(error)) from error
+    else:
         write_files(folder, files)
-        return
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if _OF_SYSTEM not in str(error):
-            raise
-        raise OSError(str(error)) from error
 
 
 def write_card(folder: Path, card: Callable[[], str] | None) -> None:

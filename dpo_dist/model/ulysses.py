@@ -82,17 +82,13 @@ def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigErro
 class TokenShare:
     """One rank's share of the tokens and targets of a packed sequence.
 
-    Attributes:
-        tokens: int64 [ceil(tokens / ranks)], indices in the sequence; a share that would be shorter than the
-            others ends with another copy of the last token.
-        targets: int64 [own targets], indices of the targets that are predicted by own tokens.
-        predictors: int64 [own targets], index in `tokens` of the token that predicts each.
+    Shares have one length: one that would be shorter ends with another copy of the last token.
     """
 
     exchange: TokenExchange
-    tokens: Tensor
-    targets: Tensor
-    predictors: Tensor
+    tokens: Tensor  # int64 [ceil(tokens / ranks)], indices in the sequence
+    targets: Tensor  # int64 [own targets], indices of the targets that are predicted by own tokens
+    predictors: Tensor  # int64 [own targets], index in `tokens` of the token that predicts each
     _most_targets: int
     _gathered: Tensor
 

@@ -33,6 +33,10 @@ from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
+# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
+# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
+FAULT_SECONDS = 60.0
+
 
 def settle_engine(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
@@ -44,11 +48,11 @@ def settle_engine(
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
-    def agree(fault: str, seconds: float | None = None) -> str:
+    def agree(fault: str) -> str:
         if are_forwards_collective and is_of_communication(fault):
             raise RuntimeError(fault)  # no fault of the model: the world names the rank
         try:
-            return world.first_fault(fault, seconds if are_forwards_collective else None)
+            return world.first_fault(fault, FAULT_SECONDS if are_forwards_collective else None)
         except TimeoutError:
             raise ConfigError(
                 "the model's forward fails on one rank, and the others wait for it",

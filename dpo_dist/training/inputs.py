@@ -37,13 +37,8 @@ from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_fol
 from dpo_dist.model.architectures import check_supported, training_notes
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import (
-    check_device,
-    check_modules,
-    check_shared_tokens,
-    load_config,
-    load_tokenizer,
-)
+from dpo_dist.model.layers import check_device
+from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
 from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node

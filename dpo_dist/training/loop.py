@@ -34,7 +34,6 @@ from dpo_dist.insight.metrics.log import MetricsLog, Row
 from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
-from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import (
@@ -58,8 +57,8 @@ from dpo_dist.training.step import Evaluation, StepClock, StepTotals, evaluate, 
 class Progress:
     """Shows the steps of one start of a run of `steps`; the first and the last one always."""
 
-    def __init__(self, console: Console, steps: int, peaks: PeakFlops, device: torch.device):
-        self._console, self._steps, self._peaks, self._device = console, steps, peaks, device
+    def __init__(self, console: Console, steps: int, peak: float, device: torch.device):
+        self._console, self._steps, self._peak, self._device = console, steps, peak, device
         self._window = LogWindow()
         self._first: tuple[int, float] | None = None
 
@@ -74,7 +73,7 @@ class Progress:
             return
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
-        row = self._window.row(self._peaks) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
+        row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
         self._console.training(TrainingStatus(step, self._steps, row, left), always=is_first or is_last)
         self._window = LogWindow()
 
@@ -152,7 +151,7 @@ class Loop:
     Attributes:
         reference_sync: None unless the reference follows the policy.
         start_is_known: the evaluation before the first step takes the reference's log-probs for the policy's.
-        peaks: floating-point operations per second of all devices.
+        peak: floating-point operations per second of all devices.
         checkpoints: saves the engines.
         identity: digests of the run's inputs, written to every checkpoint.
         recorder: on rank 0; None on the others.
@@ -168,7 +167,7 @@ class Loop:
     objective: Objective
     reference_sync: ReferenceSync | None
     start_is_known: bool
-    peaks: PeakFlops
+    peak: float
     checkpoints: CheckpointSaver
     identity: dict[str, Any]
     recorder: Recorder | None
@@ -188,7 +187,7 @@ class Loop:
         if eval_set is not None and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
-        progress = Progress(self.console, steps, self.peaks, self.world.device)
+        progress = Progress(self.console, steps, self.peak, self.world.device)
         with (
             self.stops.request.deferred(),
             self.console.until_end(),
@@ -364,7 +363,7 @@ class Loop:
         """Record one metrics row of the steps since the last one, if one of them was applied."""
         if not position.window.steps:
             return
-        row = {**self._row_start(position), **position.window.row(self.peaks)}
+        row = {**self._row_start(position), **position.window.row(self.peak)}
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         row["bad_steps"] = position.bad_steps

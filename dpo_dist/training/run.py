@@ -179,7 +179,7 @@ def _set_up(
         objective=objective,
         reference_sync=reference_sync,
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peaks=peak_flops(config, world),
+        peak=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identity,
         samples=samples,

@@ -35,7 +35,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.recorder import spared
-from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
+from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
@@ -230,17 +230,13 @@ def recorded_stop(folder: RunFolder, state: RunState, stops: Stops) -> Iterator[
         raise
 
 
-def peak_flops(config: RunConfig, world: World) -> PeakFlops:
-    """Return the peak of all devices, measured while all of them are busy; collective."""
-    dtype = TORCH_DTYPES[config.model.dtype]
-    is_cuda = world.device.type == "cuda"
-    datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
+def peak_flops(config: RunConfig, world: World) -> float:
+    """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
     world.barrier()
-    peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
-    if is_cuda:
+    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype]))
+    if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # without those matrices
-    sheets = [sheet for _, sheet in peaks if sheet is not None]
-    return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
+    return sum(peaks)
 
 
 def say_header(config: RunConfig, world: World, console: Console) -> None:

@@ -19,7 +19,6 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.architectures import check_described
 from dpo_dist.model.folder import (
     check_cached_offline,
     check_tokenizer_files,
@@ -27,7 +26,7 @@ from dpo_dist.model.folder import (
     local_model_folder,
     weight_files,
 )
-from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
+from dpo_dist.model.optional_packages import check_bitsandbytes, check_installed
 
 
 @contextlib.contextmanager
@@ -150,9 +149,9 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
     if trains and config.optim.kind is OptimizerKind.adamw_8bit:
         check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     if config.model.liger:
-        check_liger_kernel()
+        check_installed("liger-kernel", "model.liger", "true", "false")
     for tracker in config.tracking.also:
-        check_tracker(tracker)
+        check_installed(tracker, "tracking.also", tracker, "[]")
 
 
 def _check_models(config: RunConfig) -> None:
@@ -176,6 +175,5 @@ def _described_model(path: str, revision: str | None, key: str) -> Path | None:
     if folder is None:
         check_cached_offline(path, key)
     else:
-        check_described(folder, key)
         check_weights(weight_files(folder), key)
     return folder

@@ -9,7 +9,6 @@ from typing import Any
 from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.distributed.zero import LossScale
 from dpo_dist.insight.metrics.log import Work
-from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
@@ -56,7 +55,7 @@ class LogWindow:
         self.flops += other.flops
         self.seconds += other.seconds
 
-    def row(self, peaks: PeakFlops) -> dict[str, float]:
+    def row(self, peak: float) -> dict[str, float]:
         """Return one row of the metrics log, without `step` and `epoch`.
 
         Metrics are means over their counts (pairs, tokens), values of a step and `step_seconds` means over
@@ -67,9 +66,7 @@ class LogWindow:
         row["learning_rate"] = self.learning_rate
         row |= throughput(self.pairs, self.tokens, self.seconds)
         row["step_seconds"] = self.seconds / self.steps
-        row["mfu"] = self.flops / self.seconds / peaks.measured
-        if peaks.datasheet is not None:
-            row["mfu/datasheet"] = self.flops / self.seconds / peaks.datasheet
+        row["mfu"] = self.flops / self.seconds / peak
         return row
 
 

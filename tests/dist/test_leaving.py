@@ -22,7 +22,7 @@ from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import EXIT_CODES, StopRequest, exit_codes
-from dpo_dist.model import exactness
+from dpo_dist.reference import engine
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import settle_engine
 from tests.dist.scenario import load_policy
@@ -289,7 +289,7 @@ def settle(
 ) -> Arrangement:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
     processes.FAREWELL_SECONDS = processes.GRACE_SECONDS = 1.0
-    exactness.LAST_SECONDS = exactness.LADDER_SECONDS = 1.0
+    engine.FAULT_SECONDS = 1.0
     policy = load_policy(folder, world)
     if world.rank in on:
         layer = policy.causal_lm.model.layers[1]

@@ -161,9 +161,9 @@ def test_delta_pairs_prefer_the_first_model(place: Path) -> None:
     [
         (["pairs.method=samples"], "samples need one judge"),
         (["pairs.method=delta"], "delta pairs need two models"),
-        (["pairs.method=scores"], "has no effect with pairs.method=scores"),
+        (["pairs.method=scores"], "has no effect with this pairs.method"),
         ([*SAMPLES, "pairs.temperature=0"], "every sample of a model is the same"),
-        ([*SAMPLES, "pairs.endpoint.model=x"], "pairs.endpoint has no effect"),
+        ([*SAMPLES, "pairs.endpoint.model=x"], "pairs.endpoint.model has no effect"),
         ([*SAMPLES, "pairs.reward_model=m"], "samples need one judge"),
         ([*SAMPLES, "data.train=[{path: prompts.jsonl, weight: 2}]"], "has no effect on pairs"),
     ],

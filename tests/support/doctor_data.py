@@ -8,8 +8,7 @@ from typing import Any
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
-from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.rules import with_thresholds
+from dpo_dist.insight.doctor.findings import Finding, Level, with_thresholds
 
 Pair = dict[str, Any]
 

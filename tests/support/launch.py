@@ -26,7 +26,6 @@ TIMINGS = frozenset(
         "pairs_per_second",
         "tokens_per_second",
         "mfu",
-        "mfu/datasheet",
         *(f"time/{phase}" for phase in PHASES),
     }
 )

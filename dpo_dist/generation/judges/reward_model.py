@@ -12,14 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data.build import tokenizer_digest
-from dpo_dist.data.records import (
-    Dialogue,
-    Message,
-    Messages,
-    PreferenceRecord,
-    Prompt,
-    UnusableRecordError,
-)
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
@@ -43,11 +36,7 @@ class RewardModel:
         self._longest = getattr(self._model.config, "max_position_embeddings", None) or math.inf
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None for a conversation too long for it, or rejected by its template.
-
-        Raises:
-            ConfigError: a score is not finite.
-        """
+        """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
         encoded = [self._encoded(each.record, response) for each in questions for response in each.responses]
         scores = iter(self._scores(encoded))
         judgements = []
@@ -70,12 +59,15 @@ class RewardModel:
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
         prompt, chat = record.prompt, facts.chat
+        messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         if chat is None:
-            turns = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
+            turns = "\n\n".join(turn.content for turn in messages)
+            if isinstance(prompt, Dialogue):
+                turns = prompt.text
             ids: list[int] = self._tokenizer(turns, response, split_special_tokens=True)["input_ids"]
             return ids
         tools = {"tools": list(record.tools)} if record.tools else {}
-        whole = tuple(chat.turn(turn) for turn in (*_messages(prompt), Message("assistant", response)))
+        whole = tuple(chat.turn(turn) for turn in (*messages, Message("assistant", response)))
         try:
             rendered = chat.render(whole, chat.data({**record.template_arguments, **tools}))
         except UnusableRecordError:
@@ -119,14 +111,6 @@ def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[s
     return {"kind": "reward_model", "name": name, "digest": digest, "dtype": str(config.dtype)}
 
 
-def _messages(prompt: Prompt) -> Messages:
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
-
-
-def _text(messages: Messages) -> str:
-    return "\n\n".join(turn.content for turn in messages)
-
-
 def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -137,13 +121,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
             use_safetensors=True,
         )
     except Exception as error:  # an architecture's constructor can raise anything
-        raise ConfigError(
-            "the reward model cannot be loaded",
-            where=KEY,
-            got=f"{folder}: {first_line(error)}",
-            expected="a model of AutoModelForSequenceClassification",
-            remedy=f"check the folder, or set {KEY} to another model",
-        ) from error
+        raise _no_reward_model(f"{folder}: {first_line(error)}") from error
     outputs, missing = model.config.num_labels, sorted(report["missing_keys"])
     if outputs != 1 or missing:
         fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
@@ -154,9 +132,9 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
 
 def _no_reward_model(got: str) -> ConfigError:
     return ConfigError(
-        "the model is no reward model",
+        "the model is no reward model that can be loaded",
         where=KEY,
         got=got,
-        expected="a sequence classification model with one output",
+        expected="a model of AutoModelForSequenceClassification with one output",
         remedy="name a reward model, or set pairs.function for another kind of score",
     )

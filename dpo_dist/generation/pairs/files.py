@@ -12,7 +12,7 @@ from dpo_dist.config.keys import as_written
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import collect_abandoned, staged_file, write_text
+from dpo_dist.foundation.files import staged_file, write_text
 from dpo_dist.foundation.text import counted
 
 _TOTALS = {
@@ -44,15 +44,10 @@ _WORDS = {
 _NOT_ASKED = "prompts_dropped_"
 
 
-def describe_totals(counts: Mapping[str, int]) -> str:
-    """Return prompts, responses and comparisons: "18 prompts, 54 responses"; empty without any."""
-    found = [(counts[name], *words.partition(" ")) for name, words in _TOTALS.items() if counts.get(name)]
-    return ", ".join(counted(number, noun) + space + rest for number, noun, space, rest in found)
-
-
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
     """Return lines for the screen: the totals, then each other count with its name and meaning."""
-    totals = describe_totals(counts)
+    found = [(counts[name], *words.partition(" ")) for name, words in _TOTALS.items() if counts.get(name)]
+    totals = ", ".join(counted(number, noun) + space + rest for number, noun, space, rest in found)
     lines = [totals] if totals else []
     for name, number in sorted(counts.items()):
         if number and name not in _TOTALS:
@@ -85,9 +80,7 @@ def good_records(
         else:
             outcomes[Outcome(dropped=record.reason)] += 1
             bad += [record] if len(bad) < SHOWN_EXAMPLES else []
-    examples = [f"{record.origin} {record.reason}" for record in bad]
-    details = {record.reason: record.detail for record in reversed(bad) if record.detail}
-    counts = DataCounts.of(outcomes, examples, details)
+    counts = DataCounts.of(outcomes, bad)
     check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
@@ -161,20 +154,15 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return number
 
 
-def summary_file(file: Path) -> Path:
-    """Return the path of the summary of a file of pairs."""
+def _summary_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.summary.json")
 
 
 def check_output(file: Path, settings: Mapping[str, Any]) -> None:
-    """Check that an existing file of pairs was made with the same settings; it is then written again.
-
-    Raises:
-        ConfigError: it was made with other settings, or not by this program.
-    """
+    """Check that an existing file of pairs was made with the same settings; it is then written again."""
     if not file.exists():
         return
-    summary = summary_file(file)
+    summary = _summary_file(file)
     old = json.loads(summary.read_text(encoding="utf-8"))["settings"] if summary.exists() else {}
     now = json.loads(json.dumps(settings))
     changed = [
@@ -191,13 +179,6 @@ def check_output(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def write_samples(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write every prompt with all its responses, whole or not at all."""
-    collect_abandoned(file.parent)  # of starts that were killed while they wrote samples or pairs
-    with staged_file(file) as temporary:
-        write_lines(temporary, rows)
-
-
 def write_results(
     file: Path,
     records: Iterable[Mapping[str, Any]],
@@ -207,15 +188,7 @@ def write_results(
 ) -> None:
     """Write pairs as JSON lines, whole or not at all, and their summary; print the counts.
 
-    Args:
-        file: of the pairs.
-        records: counted in `counts` while they are read.
-        settings: of `check_output`.
-        counts: by name.
-        say: prints a line.
-
-    Raises:
-        DataError: there is no record.
+    `counts` is filled while `records` are read.
     """
     try:
         with staged_file(file) as temporary:
@@ -231,7 +204,7 @@ def write_results(
             found = {name: times for name, times in sorted(counts.items()) if times}
             facts = {"settings": dict(settings), "version": dpo_dist.__version__}
             content = json.dumps({"pairs": number, "counts": found, **facts}, indent=1, ensure_ascii=False)
-            write_text(summary_file(file), content + "\n")
+            write_text(_summary_file(file), content + "\n")
     finally:
         for line in describe_counts(counts):
             say(line)

@@ -13,14 +13,14 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from socketserver import ThreadingMixIn
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl, urlencode
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import jinja2
 
@@ -37,7 +37,7 @@ from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
-    describe_totals,
+    describe_counts,
     good_records,
     pair_fields,
     write_results,
@@ -46,6 +46,8 @@ from dpo_dist.generation.pairs.files import (
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
 _LINE_EVERY = 25
+_OVERLAP = 0.2
+"""Share of the comparisons that every annotator judges, for their agreement."""
 
 Say: TypeAlias = Callable[[str], None]
 TIE, SKIP = "tie", "skip"
@@ -53,24 +55,14 @@ _SIDES = ("first", "second")
 """Verdicts for a response, by its index."""
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A line of the log: an annotator's verdict on an item; a later one on the same item replaces it.
-
-    Attributes:
-        item: key of the item.
-        annotator: their name.
-        verdict: `first` or `second`, the better response in the item's own order; `tie` or `skip`.
-        left: index of the response that was shown on the left: 0 or 1.
-        seconds: from the display to the verdict.
-        time: of the verdict, ISO 8601.
-    """
+class Judgement(NamedTuple):
+    """A line of the log: a verdict on an item; a later one of the same annotator replaces it."""
 
     item: str
     annotator: str
-    verdict: str
-    left: int
-    seconds: float
+    verdict: str  # first or second, the better response in the item's own order; tie or skip
+    left: int  # index of the response that was shown on the left
+    seconds: float  # from the display to the verdict
     time: str
 
 
@@ -82,23 +74,23 @@ def draw_items(
     The keys are digests of prompt and responses, whatever their order. `counts` gets `read`, and the records
     that give no item by reason.
     """
+    seen: set[str] = set()
 
     def different() -> Iterator[tuple[str, PreferenceRecord]]:
-        seen: set[str] = set()
         for record in records:
             counts["read"] += 1
             if len(record.responses) < 2:
                 counts["one_response"] += 1
                 continue
             key, pair = _item(record, seed)
-            if key in seen:
-                counts["duplicate"] += 1
-                continue
-            seen.add(key)
-            yield key, pair
-        counts["not_drawn"] = max(len(seen) - most, 0)
+            counts["duplicate"] += key in seen
+            if key not in seen:
+                seen.add(key)
+                yield key, pair
 
-    return dict(heapq.nsmallest(most, different(), key=lambda item: _fraction(seed, "draw", item[0])))
+    drawn = dict(heapq.nsmallest(most, different(), key=lambda item: _fraction(seed, "draw", item[0])))
+    counts["not_drawn"] = len(seen) - len(drawn)
+    return drawn
 
 
 def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
@@ -121,18 +113,13 @@ def _fraction(seed: int, *names: str) -> float:
     return int.from_bytes(digest) / 256**6
 
 
-_OVERLAP = 0.2
-"""Share of the comparisons that every annotator judges, for their agreement."""
-
-
 class Labelling:
-    """The items of a session and the judgements so far, which are those of a log and appended to it."""
+    """The items of a session, and the judgements in force by annotator and item, as in the open log."""
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
         self.items, self._log, self._seed = items, log, seed
         self.given: dict[tuple[str, str], Judgement] = {}
-        """The judgements in force, by annotator and item."""
-        self._shared = {key for key in items if _fraction(self._seed, "shared", key) < _OVERLAP}
+        self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
         """Take the judgements of earlier starts, but for a line that was cut off; count those not used."""
@@ -148,17 +135,16 @@ class Labelling:
                 got=str(fault),
                 remedy="restore the file from a copy, or delete this line; the other judgements stay",
             ) from None
-        known = [one for one in lines if one.item in self.items]
-        self.given = {(one.annotator, one.item): one for one in known}
-        return len(lines) - len(known)
+        self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
+        return sum(one.item not in self.items for one in lines)
 
     def judge(self, annotator: str, item: str, choice: str, seconds: float) -> None:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
         left = self.left(annotator, item)
-        sides = {"left": _SIDES[left], "right": _SIDES[1 - left]}
+        verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        judgement = Judgement(item, annotator, sides.get(choice, choice), left, round(seconds, 2), now)
-        os.write(self._log, (json.dumps(asdict(judgement), ensure_ascii=False) + "\n").encode())
+        judgement = Judgement(item, annotator, verdict, left, round(seconds, 2), now)
+        os.write(self._log, (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode())
         os.fsync(self._log)
         self.given[annotator, item] = judgement
 
@@ -186,71 +172,51 @@ class Labelling:
         return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "now": time.time()}
 
 
-class LabelServer(ThreadingHTTPServer):
+class _Request(WSGIRequestHandler):
+    timeout = 2.0  # of a connection that a browser opens in advance
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing: the address gives access to the data."""
+
+
+class LabelServer(ThreadingMixIn, WSGIServer):
     """The page on this machine only, below a random address that nobody can guess."""
 
     daemon_threads = False  # a request is finished before the log is closed
 
     def __init__(self, labelling: Labelling, judged: Callable[[], None]):
-        self.labelling, self.judged, self.lock = labelling, judged, threading.Lock()
+        self._labelling, self._judged, self._lock = labelling, judged, threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
         page = resources.files("dpo_dist.generation").joinpath("label.html").read_text("utf-8")
-        self.template = jinja2.Environment(autoescape=True).from_string(page)
-        super().__init__((HOST, 0), _Handler)  # a free port
+        self._page = jinja2.Environment(autoescape=True).from_string(page)
+        super().__init__((HOST, 0), _Request)  # a free port
+        self.set_app(self._reply)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: a browser may close a connection at any time."""
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: LabelServer
-    timeout = 2.0  # of a connection that a browser opens in advance
-
-    def do_GET(self) -> None:
-        """Send a comparison, or the form for the annotator's name."""
-        address = urlsplit(self.path)
-        fields = dict(parse_qsl(address.query, keep_blank_values=True))
-        annotator = fields.get("annotator", "").strip()
-        if address.path != self.server.path:
-            self.send_error(404)
-        elif annotator and "item" not in fields:
-            self._go_on(annotator)
-        else:
-            with self.server.lock:
-                facts = self.server.labelling.shown(annotator, fields.get("item", ""))
-            body = self.server.template.render(facts).encode("utf-8", "replace")
-            headers = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
-            self._send(200, headers | {"Content-Length": str(len(body))}, body)
-
-    def do_POST(self) -> None:
-        """Store a verdict, then lead to the next comparison."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fields = dict(parse_qsl(body.decode()))
-        if urlsplit(self.path).path != self.server.path:
-            self.send_error(404)
-            return
-        seconds = time.time() - float(fields["now"])
-        with self.server.lock:
-            self.server.labelling.judge(fields["annotator"], fields["item"], fields["choice"], seconds)
-            self.server.judged()
-        self._go_on(fields["annotator"])
-
-    def _go_on(self, annotator: str) -> None:
-        """Lead to the next comparison, whose address has its key: the browser can go back to it."""
-        with self.server.lock:
-            item = next(iter(self.server.labelling.remaining(annotator)), "")
-        query = urlencode({"annotator": annotator, "item": item})
-        self._send(303, {"Location": f"{self.server.path}?{query}", "Content-Length": "0"})
-
-    def _send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Print nothing: the address gives access to the data."""
+    def _reply(self, environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
+        """Store a verdict; send a comparison, the form for the annotator's name, or where to go on."""
+        sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)).decode()
+        fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
+        annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
+        if environ["PATH_INFO"] != self.path:
+            start("404 Not Found", [])
+            return []
+        with self._lock:
+            if sent:
+                seconds = time.time() - float(fields["now"])
+                self._labelling.judge(annotator, item, fields["choice"], seconds)
+                self._judged()
+            if sent or (annotator and "item" not in fields):
+                # The address of a comparison has its key: the browser can go back to it.
+                item = next(iter(self._labelling.remaining(annotator)), "")
+                query = urlencode({"annotator": annotator, "item": item})
+                start("303 See Other", [("Location", f"{self.path}?{query}")])
+                return []
+            body = self._page.render(self._labelling.shown(annotator, item))
+        start("200 OK", [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")])
+        return [body.encode("utf-8", "replace")]
 
 
 def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
@@ -267,10 +233,9 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
 def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
-    Returns:
-        `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
-        side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
-        `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
+    `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
+    side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
+    `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
     for one in judgements:
@@ -297,16 +262,16 @@ def _of_annotator(given: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def _between(one: Mapping[str, Judgement], other: Mapping[str, Judgement]) -> dict[str, Any]:
-    verdicts = [(one[key].verdict, other[key].verdict) for key in one if key in other]
-    verdicts = [pair for pair in verdicts if SKIP not in pair]
-    if not verdicts:
+    pairs = [(one[key].verdict, other[key].verdict) for key in one if key in other]
+    pairs = [pair for pair in pairs if SKIP not in pair]
+    if not pairs:
         return {"items": 0, "agreed": None, "kappa": None}
     from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
-    agreed = statistics.fmean(first == second for first, second in verdicts)
-    is_single = len(set(chain.from_iterable(verdicts))) == 1  # chance agreement is 1
-    kappa = None if is_single else float(cohen_kappa_score(*zip(*verdicts, strict=True)))
-    return {"items": len(verdicts), "agreed": agreed, "kappa": kappa}
+    agreed = statistics.fmean(first == second for first, second in pairs)
+    has_one_verdict = len({verdict for pair in pairs for verdict in pair}) == 1  # chance agreement is 1
+    kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
+    return {"items": len(pairs), "agreed": agreed, "kappa": kappa}
 
 
 def agreement_lines(found: Mapping[str, Any]) -> list[str]:
@@ -315,41 +280,31 @@ def agreement_lines(found: Mapping[str, Any]) -> list[str]:
     for name, one in found["annotators"].items():
         seconds = "" if one["median_seconds"] is None else f", {one['median_seconds']:.1f} s each"
         left = "" if one["left_share"] is None else f", {percent(one['left_share'])} for the left side"
-        lines.append(
-            f"{name}: {one['judged']} judged, {one['ties']} tied, {one['skipped']} skipped{seconds}{left}"
-        )
-    for one in found["between"]:
-        if one["items"]:
-            kappa = "" if one["kappa"] is None else f", kappa {one['kappa']:.2f}"
-            names = " and ".join(one["annotators"])
-            lines.append(f"{names}: {one['items']} compared, {percent(one['agreed'])} agreed{kappa}")
+        counts = f"{one['judged']} judged, {one['ties']} tied, {one['skipped']} skipped"
+        lines.append(f"{name}: {counts}{seconds}{left}")
+    for one in (pair for pair in found["between"] if pair["items"]):
+        kappa = "" if one["kappa"] is None else f", kappa {one['kappa']:.2f}"
+        names = " and ".join(one["annotators"])
+        lines.append(f"{names}: {one['items']} compared, {percent(one['agreed'])} agreed{kappa}")
     return lines
 
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
-    """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement.
-
-    Raises:
-        DataError: a source cannot be read, or has no two responses to a prompt.
-        ConfigError: another process serves this session, or the file of pairs exists and
-            was made with other settings.
-    """
-    log = RunFolder.of(config).pairs_judgements
+    """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
+    folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
     settings = {
         "method": str(PairsMethod.people),
         "sources": plain(config.data.train),
-        "limit": config.pairs.limit,
-        "seed": config.trainer.seed,
+        "limit": pairs.limit,
+        "seed": seed,
     }
-    check_output(RunFolder.of(config).pairs_file, settings)
+    check_output(folder.pairs_file, settings)
     items = _draw(config, say)
     remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
-    with locked(log, "serves this labelling session", remedy) as descriptor:
-        labelling = Labelling(items, descriptor, config.trainer.seed)
-        if foreign := labelling.read(log):
-            say(
-                f"{foreign:,} earlier judgements are of comparisons that are not drawn now: they are not used"
-            )
+    with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
+        labelling = Labelling(items, descriptor, seed)
+        if foreign := labelling.read(folder.pairs_judgements):
+            say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
 
         def judged() -> None:
             if len(labelling.given) % _LINE_EVERY == 0:
@@ -357,18 +312,29 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
 
         with LabelServer(labelling, judged) as server:
             _serve(server, show)
-    _write(config, items, list(labelling.given.values()), settings, say)
+    judgements, counts = list(labelling.given.values()), Counter[str]()
+    records = list(_pairs(items, judgements, counts))
+    say(f"{len(judgements):,} judgements")
+    if judgements:
+        found = agreement(judgements)
+        for line in agreement_lines(found):
+            say(line)
+        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+    if records:
+        write_results(folder.pairs_file, records, settings, counts, say)
+    else:
+        say(f"no pair is decided yet: {', '.join(describe_counts(counts))}")
 
 
 def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
     counts: Counter[str] = Counter()
-    records = chain.from_iterable(
+    records = itertools.chain.from_iterable(
         good_records(read_records(pinned(source, None)), source, config.data, say)
         for source in config.data.train
     )
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.trainer.seed, counts)
     read = counts.pop("read", 0)
-    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number)
+    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+counts).items())
     say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
     if not items:
         raise DataError(
@@ -402,28 +368,6 @@ def _serve(server: LabelServer, show: Say) -> None:
             signal.signal(number, handler)
 
 
-def _write(
-    config: RunConfig,
-    items: Mapping[str, PreferenceRecord],
-    judgements: Sequence[Judgement],
-    settings: Mapping[str, Any],
-    say: Say,
-) -> None:
-    counts: Counter[str] = Counter()
-    records = list(_pairs(items, judgements, counts))
-    say(f"{len(judgements):,} judgements")
-    if judgements:
-        found = agreement(judgements)
-        for line in agreement_lines(found):
-            say(line)
-        content = json.dumps(found | {"items": counts}, indent=2)
-        write_text(RunFolder.of(config).pairs_agreement, content + "\n")
-    if records:
-        write_results(RunFolder.of(config).pairs_file, records, settings, counts, say)
-    else:
-        say(f"no pair is decided yet: {describe_totals(counts)}")
-
-
 def _pairs(
     items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
@@ -433,19 +377,15 @@ def _pairs(
     for key, record in items.items():
         better, name = outcome(by_item[key])
         counts[name] += 1
-        if better is not None:
-            # Sides in place of indices.
-            sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")
-            verdicts = dict(zip(_SIDES, sides, strict=True))
-            given = [
-                {
-                    "annotator": one.annotator,
-                    "verdict": verdicts.get(one.verdict, one.verdict),
-                    "left": sides[one.left],
-                    "seconds": one.seconds,
-                    "time": one.time,
-                }
-                for one in by_item[key]
-            ]
-            facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
-            yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)
+        if better is None:
+            continue
+        # Sides in place of indices.
+        sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")
+        verdicts = dict(zip(_SIDES, sides, strict=True))
+        given = []
+        for one in by_item[key]:
+            fields = one._asdict() | {"verdict": verdicts.get(one.verdict, one.verdict)}
+            given.append(fields | {"left": sides[one.left]})
+            del given[-1]["item"]
+        facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
+        yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)

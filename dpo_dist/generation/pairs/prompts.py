@@ -29,21 +29,13 @@ _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 
 @dataclass(frozen=True)
 class PromptList:
-    """Different prompts in a file, one per line.
-
-    Attributes:
-        file: written by `write_prompts`.
-        count: number of prompts.
-        part_prompts: prompts of one part of the work.
-        digest: of the file.
-        starts: byte offset of each part.
-    """
+    """Different prompts in a file of `write_prompts`, one per line."""
 
     file: Path
     count: int
-    part_prompts: int
-    digest: str
-    starts: "array[int]"
+    part_prompts: int  # of one part of the work
+    digest: str  # of the file
+    starts: "array[int]"  # byte offset of each part
 
     @property
     def parts(self) -> int:

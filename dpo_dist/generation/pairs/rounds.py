@@ -1,13 +1,14 @@
 """Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
@@ -15,11 +16,11 @@ from typing import Any, TypeAlias
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import read_config
-from dpo_dist.config.verb_options import PairsConfig, PairsMethod, RoundReference, Verdicts
-from dpo_dist.data.render import THOUGHT_FIELDS
+from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
@@ -30,7 +31,7 @@ from dpo_dist.model.folder import model_folder
 _EXPERIMENT = "round"
 _BY_SIGNAL = 128
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
-# Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
+# Keys of `pairs` that another start may change.
 _FREE = ("rounds", "launcher")
 
 Say: TypeAlias = Callable[[str], None]
@@ -39,20 +40,23 @@ Result: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
 
+_WHY = "rounds cannot be done with this setting"
+_RULES = (
+    Rule("pairs.method!=samples", _WHY, "set pairs.method=samples"),
+    Rule("pairs.models!=[]", _WHY, "name the first policy by model.path"),
+    Rule(f"model.path={NO_MODEL}", _WHY, "set it to the policy of the first round"),
+    Rule(
+        "pairs.launcher",
+        f"{_WHY}: it is started by one process",
+        "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
+        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    ),
+)
+
+
 def check_rounds(config: RunConfig) -> None:
     """Check that rounds can be done with this configuration, by one process."""
-    pairs, world = config.pairs, int(os.environ.get("WORLD_SIZE", "1"))
-    several = "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'"
-    for key, got, is_broken, remedy in (
-        ("pairs.rounds", f"a launcher of {world} processes", world > 1, several),
-        ("pairs.method", pairs.method, pairs.method is not PairsMethod.samples, "set pairs.method=samples"),
-        ("pairs.models", pairs.models, bool(pairs.models), "name the first policy by model.path"),
-        ("model.path", "nothing", config.model.path == NO_MODEL, "set it to the policy of the first round"),
-    ):
-        if is_broken:
-            raise ConfigError(
-                "rounds cannot be done with this setting", where=key, got=str(got), remedy=remedy
-            )
+    check(config, _RULES)
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
@@ -68,8 +72,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     changed = differing_keys(before, now)
     for name in {field.name for field in fields(PairsConfig)} - set(_FREE):
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
-        if old != new:
-            changed[f"pairs.{name}"] = (old, new)
+        changed |= {f"pairs.{name}": (old, new)} if old != new else {}
     if changed:
         raise ConfigError(
             "the rounds in this run directory have other settings",
@@ -91,23 +94,26 @@ def launcher(written: str | None) -> list[str]:
         try:
             return shlex.split(written)
         except ValueError as fault:
-            got = f"{written}: {fault}"
-            remedy = "close its quotes"
-            raise ConfigError(
-                "the launcher is not a command", where="pairs.launcher", got=got, remedy=remedy
-            ) from None
+            raise _bad_launcher(f"{written}: {fault}") from None
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     several = torch.cuda.device_count() > 1
     return [sys.executable, *(("-m", "dpo_dist.launch") if several else ())]
 
 
+def _bad_launcher(got: str) -> ConfigError:
+    return ConfigError(
+        "the launcher cannot be started",
+        where="pairs.launcher",
+        got=got,
+        remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
+    )
+
+
 def run_command(command: list[str], codes: Path) -> int:
     """Run a command to its end and return its exit code; signals to stop are passed on to it.
 
-    Args:
-        command: from `command_of`.
-        codes: path for the exit codes of its processes: a launcher replaces them by its own, usually 1.
+    Its processes write their exit codes to files at `codes`: a launcher replaces them by its own, usually 1.
     """
     exit_codes(codes)  # of a former start
     environment = {**os.environ, EXIT_CODES: str(codes.resolve())}
@@ -118,16 +124,12 @@ def run_command(command: list[str], codes: Path) -> int:
             command, env=environment, stdout=output_descriptor(), start_new_session=True
         )
     except OSError as fault:
-        raise ConfigError(
-            "the launcher cannot be started",
-            where="pairs.launcher",
-            got=f"{command[0]}: {fault.strerror}",
-            remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
-        ) from None
+        raise _bad_launcher(f"{command[0]}: {fault.strerror}") from None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     code = process.wait()
@@ -166,13 +168,13 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
 def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[str, Any], float]:
     """Return counts and the mean score of a file of samples, and the widest difference within a prompt.
 
-    Of equal responses to a prompt, the judge has scored the first: each counts. Scores of comparisons
-    (`is_relative`) have a mean of one half in every round, so it is not given.
+    Scores of comparisons (`is_relative`) have a mean of one half in every round, so it is not given.
     """
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            own = _scores(json.loads(line))
+            row = json.loads(line)
+            own = [one.get("score") for one in (*row["responses"], *row["unused"])]
             known = [score for score in own if score is not None]
             prompts += bool(known)
             unscored += len(own) - len(known)
@@ -183,133 +185,109 @@ def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[st
     return {"policy": policy, **counts, "mean_score": mean}, widest
 
 
-def _scores(row: Mapping[str, Any]) -> list[float | None]:
-    samples = [*row["responses"], *row["unused"]]
-    texts = [(one["content"].strip(), one.get(THOUGHT_FIELDS[0])) for one in samples]
-    scored = zip(texts, (one.get("score") for one in samples), strict=True)
-    known = {text: score for text, score in scored if score is not None}
-    return [known.get(text) for text in texts]
-
-
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
 
-    Raises:
-        DpoDistError: the rounds cannot start, or a stage has failed.
+    They end early at a preempted training, and at samples without a pair.
     """
     check_rounds(config)
-    folder = RunFolder.of(config)
+    folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
     remedy = "wait until it ends, or set another run.dir"
     with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
         check_settings(config, folder)
         os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
-        return _Rounds(config, folder, say, run).do()
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    config: RunConfig
-    folder: RunFolder
-    say: Say
-    run: Run
-
-    def do(self) -> int:
-        """Do all rounds, up to a preempted training or samples without a pair; return the exit code."""
-        count, results = self.config.pairs.rounds, list[Result]()
         for number in range(1, count + 2):
-            file, code = self.folder.round(number).round_result, int(ExitCode.completed)
-            is_new = not file.exists()
-            result = self._sampled(number) if is_new else json.loads(file.read_text(encoding="utf-8"))
-            write_text(file, json.dumps(result, indent=2) + "\n")
+            file, code = folder.round(number).round_result, int(ExitCode.completed)
+            if file.exists():
+                result = json.loads(file.read_text(encoding="utf-8"))
+            else:
+                result = {"number": number, "samples": _sample(config, number, say, run), "training": None}
+                _write(file, result)
             has_pairs = result["samples"]["pairs"] is not None
             if number <= count and has_pairs and result["training"] is None:
-                code = self._trained(number, result)
-                write_text(file, json.dumps(result, indent=2) + "\n")
+                code, result["training"] = _train(config, number, say, run)
+                _write(file, result)
             results.append(result)
-            write_text(self.folder.rounds_summary, json.dumps(finite({"rounds": results}), indent=2) + "\n")
+            _write(folder.rounds_summary, finite({"rounds": results}))
             if code != ExitCode.completed:
                 return code
             if not has_pairs:
-                self.say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
+                say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
                 break
-        trained = [one["number"] for one in results if one["training"] is not None]
-        self.say(f"the last policy: {_policy(self.config, trained[-1])}")
-        return ExitCode.completed
-
-    def _sampled(self, number: int) -> Result:
-        folder, config = self.folder.round(number), sampling_config(self.config, number)
-        self.say(f"round {number}: samples of {config.model.path}")
-        code = self._run("pairs", config, folder.path / "sampling")
-        if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
-            raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
-        endpoint = config.pairs.endpoint
-        is_relative = endpoint.url is not None and endpoint.verdicts is Verdicts.compare
-        samples, widest = read_samples(config.model.path, folder.pairs_samples, is_relative=is_relative)
-        # Of a later round, equally good samples are the end of learning.
-        is_learned = number > 1 and samples["responses"] and widest <= config.pairs.margin
-        if code != ExitCode.completed and not is_learned:
-            raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
-        pairs = None
-        if code == ExitCode.completed:
-            with folder.pairs_file.open("rb") as lines:
-                pairs = sum(1 for _ in lines)
-        mean = samples["mean_score"]
-        score = "" if mean is None else f", mean score {mean:.4f}"
-        self.say(f"round {number}: {samples['responses']:,} responses, {pairs or 0:,} pairs{score}")
-        return {"number": number, "samples": samples | {"pairs": pairs}, "training": None}
-
-    def _run(self, verb: str, config: RunConfig, folder: Path) -> int:
-        command = command_of(verb, config, folder, launcher(self.config.pairs.launcher))
-        return self.run(command, folder / "exit_codes")
-
-    def _trained(self, number: int, result: Result) -> int:
-        """Train, and set `training` of the result; return the exit code: completed or preempted."""
-        folder, config = self.folder.round(number), training_config(self.config, number)
-        self.say(f"round {number}: training of {config.model.path}")
-        code = self._run("train", config, folder.path / "training")
-        if code == ExitCode.preempted:
-            self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
-            return code
-        if code != ExitCode.completed:
-            raise _failed(f"training of round {number}", code, folder.training.rank_log(0))
-        if config.model.adapter is not None and not folder.policy.exists():
-            self.say(f"round {number}: the adapter is merged into {config.model.path}")
-            merge_adapter(folder.training.model, folder.policy, config)
-        summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-        reference, final = summary.get("reference") or {}, summary.get("final") or {}
-        result["training"] = {
-            "steps": summary["steps"],
-            "accuracy": final.get("rewards/accuracies"),
-            "computed": reference.get("computed"),
-            "found": reference.get("hits"),
-            "seconds": summary.get("train_seconds"),
-        }
-        return code
+    last = max(one["number"] for one in results if one["training"] is not None)
+    say(f"the last policy: {_policy(config, last)}")
+    return ExitCode.completed
 
 
-def sampling_config(config: RunConfig, number: int) -> RunConfig:
-    """Return the configuration of `pairs` in a round: samples of the policy so far, in its own folder."""
-    pairs = replace(
-        config.pairs,
-        rounds=0,
-        launcher=None,
-        reference=PairsConfig.reference,
-        prompt_part=(config.pairs.prompt_part + number - 1) % config.pairs.prompt_parts,
+def _write(file: Path, content: Any) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any]:
+    """Sample, score and pair in round `number`; return `samples` of its result."""
+    folder, pairs = RunFolder.of(config).round(number), config.pairs
+    stage = replace(
+        _with_policy(config, number),
+        run=replace(config.run, dir=str(folder.path)),
+        pairs=replace(
+            pairs,
+            rounds=0,
+            launcher=None,
+            reference=PairsConfig.reference,
+            prompt_part=(pairs.prompt_part + number - 1) % pairs.prompt_parts,
+        ),
+        trainer=replace(config.trainer, seed=config.trainer.seed + number - 1),
     )
-    run = replace(config.run, dir=str(RunFolder.of(config).round(number).path))
-    trainer = replace(config.trainer, seed=config.trainer.seed + number - 1)
-    return replace(_with_policy(config, number), run=run, pairs=pairs, trainer=trainer)
+    say(f"round {number}: samples of {stage.model.path}")
+    below = folder.path / "sampling"
+    code = run(command_of("pairs", stage, below, launcher(pairs.launcher)), below / "exit_codes")
+    if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
+        raise _failed(f"sampling of round {number}", code, folder)
+    is_relative = pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
+    samples, widest = read_samples(stage.model.path, folder.pairs_samples, is_relative=is_relative)
+    # Of a later round, equally good samples are the end of learning.
+    is_learned = number > 1 and samples["responses"] and widest <= pairs.margin
+    if code != ExitCode.completed and not is_learned:
+        raise _failed(f"sampling of round {number}", code, folder)
+    found = None
+    if code == ExitCode.completed:
+        with folder.pairs_file.open("rb") as lines:
+            found = sum(1 for _ in lines)
+    mean = samples["mean_score"]
+    score = "" if mean is None else f", mean score {mean:.4f}"
+    say(f"round {number}: {samples['responses']:,} responses, {found or 0:,} pairs{score}")
+    return samples | {"pairs": found}
 
 
-def training_config(config: RunConfig, number: int) -> RunConfig:
-    """Return the configuration of `train` in a round: the policy so far, on the pairs of its samples."""
+def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dict[str, Any] | None]:
+    """Train in round `number`; return the exit code, and `training` of its result unless it is preempted."""
     folder = RunFolder.of(config).round(number)
-    return replace(
+    stage = replace(
         _with_policy(config, number),
         run=replace(config.run, dir=str(folder.training.path)),
         data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
         pairs=PairsConfig(),
     )
+    say(f"round {number}: training of {stage.model.path}")
+    below = folder.path / "training"
+    code = run(command_of("train", stage, below, launcher(config.pairs.launcher)), below / "exit_codes")
+    if code == ExitCode.preempted:
+        say(f"round {number}: the training stopped with a checkpoint; the same command continues")
+        return code, None
+    if code != ExitCode.completed:
+        raise _failed(f"training of round {number}", code, folder.training)
+    if config.model.adapter is not None and not folder.policy.exists():
+        say(f"round {number}: the adapter is merged into {stage.model.path}")
+        merge_adapter(folder.training.model, folder.policy, stage)
+    summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
+    reference, final = summary.get("reference") or {}, summary.get("final") or {}
+    return code, {
+        "steps": summary["steps"],
+        "accuracy": final.get("rewards/accuracies"),
+        "computed": reference.get("computed"),
+        "found": reference.get("hits"),
+        "seconds": summary.get("train_seconds"),
+    }
 
 
 def _policy(config: RunConfig, number: int) -> Path:
@@ -318,33 +296,28 @@ def _policy(config: RunConfig, number: int) -> Path:
     return folder.training.model if config.model.adapter is None else folder.policy
 
 
-def _first_model(config: RunConfig) -> str:
-    """Return the model of the first round: its name, or its folder if the name alone is not that revision."""
-    model = config.model
-    return model.path if model.revision is None else str(model_folder(model.path, model.revision))
-
-
 def _with_policy(config: RunConfig, number: int) -> RunConfig:
     """Return the configuration with the policy that round `number` starts from, and its reference model."""
     if number == 1:
         return config
-    model = replace(config.model, path=str(_policy(config, number - 1)), revision=None)
-    reference, mode = config.reference, config.reference.mode
+    first, reference, mode = config.model, config.reference, config.reference.mode
     if config.pairs.reference is RoundReference.previous:
         reference = replace(reference, path=None)
     elif reference.path is None and mode is not ReferenceMode.none:
-        reference = replace(reference, path=_first_model(config))
+        # The name alone is not a revision of the model.
+        path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
+        reference = replace(reference, path=path)
         if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
-            quantization = config.model.quantization
-            reference = replace(reference, mode=ReferenceMode.cached, quantization=quantization)
-    return replace(config, model=model, reference=reference)
+            reference = replace(reference, mode=ReferenceMode.cached, quantization=first.quantization)
+    policy = str(_policy(config, number - 1))
+    return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
 
 
-def _failed(stage: str, code: int, log: Path) -> DpoDistError:
+def _failed(stage: str, code: int, folder: RunFolder) -> DpoDistError:
     """Return the error of a stage whose command ended with `code`; its own words are already printed."""
     error = ConfigError(
         f"the {stage} has failed",
-        where=str(log),
+        where=str(folder.rank_log(0)),
         got=f"exit code {code}" if code >= 0 else f"signal {-code}",
         remedy="see its message above; the same command continues there, and repeats no finished stage",
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.foundation.files import locked, text_digest
+from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
 from dpo_dist.generation.judges.judge import Judge
 from dpo_dist.generation.judges.score import describe_judge, open_judge, score
 from dpo_dist.generation.pairs.files import (
@@ -28,8 +28,8 @@ from dpo_dist.generation.pairs.files import (
     context_fields,
     good_records,
     pair_fields,
+    write_lines,
     write_results,
-    write_samples,
 )
 from dpo_dist.generation.pairs.people import label_pairs
 from dpo_dist.generation.pairs.prompts import (
@@ -66,75 +66,50 @@ def select_pairs(
 ) -> list[tuple[int, int]]:
     """Return pairs of responses of one prompt as indices: (chosen, rejected).
 
-    A pair's scores differ by more than the margin, so equal scores are never a pair. Among equally good or
-    bad responses the first one counts.
-
-    Args:
-        scores: [responses], finite.
-        rule: `select` and `margin`.
-        seed: of the run.
-        key: of the content: the random choice of `best_random` follows from it and the seed alone.
-        counts: gets `prompts_too_few_responses`, `prompts_all_tied` or `prompts_below_margin` for a prompt
-            without a pair, and `tied_pairs`: the number of tied pairs among all pairs of responses.
+    A pair's scores differ by more than the margin. Among equally good or bad responses the first one counts.
+    The random choice of `best_random` follows from `seed` and `key` alone. `counts` gets tied pairs, and the
+    reason of a prompt without a pair.
     """
     every = list(itertools.combinations(range(len(scores)), 2))
     counts["tied_pairs"] += sum(scores[one] == scores[other] for one, other in every)
     ordered = [(one, other) if scores[one] > scores[other] else (other, one) for one, other in every]
-    possible = [
-        (better, worse)
-        for better, worse in ordered
-        if scores[better] > scores[worse] and scores[better] - scores[worse] > rule.margin
-    ]
+    possible = [pair for pair in ordered if scores[pair[0]] - scores[pair[1]] > rule.margin]
     if not possible:
-        few = len(scores) < 2
-        reason = "too_few_responses" if few else "all_tied" if len(set(scores)) == 1 else "below_margin"
+        is_tied = len(set(scores)) == 1
+        reason = "too_few_responses" if len(scores) < 2 else "all_tied" if is_tied else "below_margin"
         counts[f"prompts_{reason}"] += 1
         return []
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    best = scores.index(max(scores))
     match rule.select:
         case PairSelection.all_pairs:
             return possible
         case PairSelection.best_worst:
-            return [(best, worst)]
+            return [(best, scores.index(min(scores)))]
         case PairSelection.best_random:
             others = [worse for better, worse in possible if better == best]
-            digest = text_digest(f"{seed} {key}")
-            return [(best, others[int(np.random.default_rng(int(digest, 16)).integers(len(others)))])]
+            random = np.random.default_rng(int(text_digest(f"{seed} {key}"), 16))
+            return [(best, others[int(random.integers(len(others)))])]
 
 
-@dataclass(frozen=True)
-class Results:
-    """Finished stages.
-
-    Attributes:
-        pairs: the configuration.
-        prompts: all prompts.
-        models: that responded.
-        responses: finished parts of each model.
-        scores: finished parts of the judge; None without a judge.
-        facts: sampling and judge, for provenance.
-        seed: of the run.
-        counts: filled by `pairs_of`.
-    """
-
-    pairs: PairsConfig
-    prompts: PromptList
-    models: Sequence[ModelSource]
-    responses: Sequence[Parts]
-    scores: Parts | None
-    facts: Mapping[str, Any]
-    seed: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+def _text(answer: Answer) -> str:
+    """Return what makes responses to a prompt different."""
+    return json.dumps([answer.content.strip(), answer.fields])
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A prompt with the answers of all models, and the counts of the judge."""
-
-    record: PreferenceRecord
-    answers: Sequence[Answer]
-    dropped: str | None
-    judge_counts: Mapping[str, int]
+def usable(answers: Sequence[Answer], pairs: PairsConfig) -> tuple[list[Answer], Counter[str]]:
+    """Return the answers to one prompt that can be part of a pair, and counts of the others by reason."""
+    found: dict[str, Answer] = {}
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        if not answer.finished and pairs.unfinished is DropOrKeep.drop:
+            counts["unfinished"] += 1
+        elif not answer.content.strip():
+            counts["empty"] += 1
+        elif _text(answer) in found:
+            counts["identical"] += 1
+        else:
+            found[_text(answer)] = answer
+    return list(found.values()), counts
 
 
 def answers_of_part(responses: Sequence[Parts], index: int) -> list[tuple[list[Answer], str | None]]:
@@ -148,39 +123,55 @@ def answers_of_part(responses: Sequence[Parts], index: int) -> list[tuple[list[A
     ]
 
 
-def usable(answers: Sequence[Answer], pairs: PairsConfig) -> tuple[list[Answer], Counter[str]]:
-    """Return the answers to one prompt that can be part of a pair, and counts of the others by reason."""
-    found: dict[str, Answer] = {}
-    counts: Counter[str] = Counter()
-    for answer in answers:
-        text = answer.content.strip()
-        response = json.dumps([text, answer.fields])
-        if not answer.finished and pairs.unfinished is DropOrKeep.drop:
-            counts["unfinished"] += 1
-        elif not text:
-            counts["empty"] += 1
-        elif response in found:
-            counts["identical"] += 1
-        else:
-            found[response] = answer
-    return list(found.values()), counts
+class _Asked(NamedTuple):
+    """A prompt with the answers of all models, the reason why it was dropped, and the judge's counts."""
+
+    record: PreferenceRecord
+    answers: list[Answer]
+    dropped: str | None
+    judge_counts: dict[str, int]
 
 
-def _asked(results: Results) -> Iterator[_Asked]:
-    for index in range(results.prompts.parts):
-        records, answers = results.prompts.part(index), answers_of_part(results.responses, index)
-        judged: Sequence[Mapping[str, Any]] = [{"scores": {}, "counts": {}}] * len(records)
-        if results.scores is not None:
-            judged = results.scores.read(index)
-        for record, (own, dropped), row in zip(records, answers, judged, strict=True):
-            scored = [replace(answer, score=row["scores"].get(str(answer.number))) for answer in own]
-            yield _Asked(record, scored, dropped, row["counts"])
+@dataclass(frozen=True)
+class Results:
+    """Finished stages: responses of each model, scores if there is a judge, `facts` for provenance."""
+
+    pairs: PairsConfig
+    prompts: PromptList
+    models: Sequence[ModelSource]
+    responses: Sequence[Parts]
+    scores: Parts | None
+    facts: Mapping[str, Any]
+    seed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_of`
+
+    def asked(self) -> Iterator[_Asked]:
+        """Yield each prompt; of equal responses the judge has scored the first, and all get its score."""
+        for index in range(self.prompts.parts):
+            records = self.prompts.part(index)
+            rows = [{}] * len(records) if self.scores is None else self.scores.read(index)
+            answers = answers_of_part(self.responses, index)
+            for record, (own, dropped), row in zip(records, answers, rows, strict=True):
+                numbers = row.get("scores", {})
+                scores = {_text(one): numbers[str(one.number)] for one in own if str(one.number) in numbers}
+                scored = [replace(answer, score=scores.get(_text(answer))) for answer in own]
+                yield _Asked(record, scored, dropped, row.get("counts", {}))
+
+    def origin(self, answer: Answer) -> dict[str, Any]:
+        """Return the provenance of a response."""
+        model = self.models[answer.model].described()
+        return {
+            "model": model,
+            "number": answer.number,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+        }
 
 
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
     counts, pairs = results.counts, results.pairs
-    for asked in _asked(results):
+    for asked in results.asked():
         counts["prompts"] += 1
         counts["samples"] += len(asked.answers)
         counts["encoded_differently"] += sum(not answer.same_ids for answer in asked.answers)
@@ -191,13 +182,11 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         answers, unused = usable(asked.answers, pairs)
         counts.update({f"samples_{reason}": number for reason, number in unused.items()})
         if results.scores is not None:
-            scored = [(answer, answer.score) for answer in answers if answer.score is not None]
+            scored = [answer for answer in answers if answer.score is not None]
             counts["samples_without_score"] += len(answers) - len(scored)
-            chosen = select_pairs(
-                [number for _, number in scored], pairs, results.seed, prompt_key(asked.record), counts
-            )
-            for better, worse in chosen:
-                yield _pair(asked, scored[better][0], scored[worse][0], results)
+            scores, key = [answer.score or 0.0 for answer in scored], prompt_key(asked.record)
+            for better, worse in select_pairs(scores, pairs, results.seed, key, counts):
+                yield _pair(asked, scored[better], scored[worse], results)
         elif len(answers) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
             yield _pair(asked, answers[0], answers[1], results)
         else:
@@ -209,43 +198,38 @@ def _pair(asked: _Asked, chosen: Answer, rejected: Answer, results: Results) -> 
     provenance = {
         "source": str(asked.record.origin),
         "method": str(pairs.method),
-        "chosen": _origin(chosen, results),
-        "rejected": _origin(rejected, results),
+        "chosen": results.origin(chosen),
+        "rejected": results.origin(rejected),
         **results.facts,
     }
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
-        chosen_by = {"select": str(pairs.select), "margin": pairs.margin}
-        provenance |= {"judge_counts": dict(asked.judge_counts)} | chosen_by
+        provenance |= {"judge_counts": asked.judge_counts} | _selection(pairs)
     return pair_fields(asked.record, (chosen.response, rejected.response), scores, provenance)
 
 
-def _origin(answer: Answer, results: Results) -> dict[str, Any]:
-    facts = {name: getattr(answer, name) for name in ("number", "tokens", "finished")}
-    return {"model": results.models[answer.model].described(), **facts}
+def _selection(pairs: PairsConfig) -> dict[str, Any]:
+    return {"select": str(pairs.select), "margin": pairs.margin}
 
 
 def samples_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
-    for asked in _asked(results):
-        record, kept = asked.record, usable(asked.answers, results.pairs)[0]
+    has_scores = results.scores is not None
+    names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
+    for record, answers, dropped, _ in results.asked():
+        kept = usable(answers, results.pairs)[0]
         row: dict[str, Any] = {"responses": [], "unused": []}
-        if not isinstance(record.prompt, Dialogue):
+        is_dialogue = isinstance(record.prompt, Dialogue)
+        if not is_dialogue:
             row = {"prompt": as_fields(record.prompt, ())[0]} | row
-        for answer in asked.answers:
-            is_used = answer in kept and (results.scores is None or answer.score is not None)
-            row["responses" if is_used else "unused"].append(_listed(record, answer, results))
-        facts = {"source": str(record.origin), "dropped": asked.dropped, **results.facts}
-        yield row | context_fields(record) | {"provenance": facts}
-
-
-def _listed(record: PreferenceRecord, answer: Answer, results: Results) -> dict[str, Any]:
-    content = answer.content
-    if isinstance(record.prompt, Dialogue):
-        content = as_fields(record.prompt, (content,))[1]
-    names = ["number", "tokens", "finished", "same_ids"] + ["score"] * (results.scores is not None)
-    facts = {name: getattr(answer, name) for name in names}
-    return {"content": content, **answer.fields, **facts, "model": results.models[answer.model].name}
+        for answer in answers:
+            is_used = answer in kept and not (has_scores and answer.score is None)
+            text = as_fields(record.prompt, (answer.content,))[1] if is_dialogue else answer.content
+            facts = {name: getattr(answer, name) for name in names}
+            listed = {"content": text, **answer.fields, **facts, "model": results.models[answer.model].name}
+            row["responses" if is_used else "unused"].append(listed)
+        provenance = {"source": str(record.origin), "dropped": dropped, **results.facts}
+        yield row | context_fields(record) | {"provenance": provenance}
 
 
 @dataclass(frozen=True)
@@ -258,10 +242,8 @@ class _FromModels:
 
     @property
     def sampling(self) -> Sampling:
-        pairs = self.config.pairs
-        return Sampling(
-            pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, self.config.trainer.seed
-        )
+        pairs, seed = self.config.pairs, self.config.trainer.seed
+        return Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, seed)
 
     @property
     def count(self) -> int:
@@ -288,8 +270,8 @@ class _FromModels:
             **self.generation,
             "models": [model.described() for model in models],
             "samples": self.count,
-            **_usable(pairs),
-            **({"select": str(pairs.select), "margin": pairs.margin} if judge else {}),
+            "unfinished": str(pairs.unfinished),
+            **(_selection(pairs) if judge else {}),
             "judge": judge,
         }
 
@@ -311,18 +293,17 @@ class _FromModels:
 
     def scores(self, responses: Sequence[Parts], judge: dict[str, Any]) -> Parts:
         """Return the finished scores of all responses."""
-        config, world = self.config, self.stages.world
-        names = [parts.folder.name for parts in responses]
+        config, names = self.config, [parts.folder.name for parts in responses]
 
         @cache
         def opened() -> Judge:
-            return open_judge(config, world.device)
+            return open_judge(config, self.stages.world.device)
 
         def part(index: int) -> list[dict[str, Any]]:
             answers = [usable(own, config.pairs)[0] for own, _ in answers_of_part(responses, index)]
             return score(self.prompts.part(index), answers, opened())
 
-        settings = {"responses": names, **_usable(config.pairs), "judge": judge}
+        settings = {"responses": names, "unfinished": str(config.pairs.unfinished), "judge": judge}
         return self._finished("scores", "scores", settings, part)
 
     def _finished(
@@ -333,18 +314,9 @@ class _FromModels:
         return parts
 
 
-def _usable(pairs: PairsConfig) -> dict[str, Any]:
-    return {"unfinished": str(pairs.unfinished)}
-
-
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
-    """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective.
-
-    Raises:
-        DpoDistError: data, a model or the judge cannot be used, or no pair can be made.
-    """
-    world, screen, pairs = stages.world, stages.screen, config.pairs
-    folder, file = RunFolder.of(config), RunFolder.of(config).pairs_file
+    """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
+    world, screen, folder = stages.world, stages.screen, RunFolder.of(config)
     prompts = world.on_main(
         lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), PART_PROMPTS),
         screen.heartbeat("reading prompts"),
@@ -352,11 +324,10 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     work = _FromModels(config, prompts, stages)
     models = [stages.found(name, config) for name in responding_models(config)]
     judge: dict[str, Any] = {}
-    if pairs.method is PairsMethod.samples:
+    if config.pairs.method is PairsMethod.samples:
         judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
     settings = work.settings(models, judge)
-    world.on_main(lambda: check_output(file, settings))
-
+    world.on_main(lambda: check_output(folder.pairs_file, settings))
     responses = []
     for index, model in enumerate(models):
         responses.append(work.responses(model, index))
@@ -364,29 +335,25 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     scores = work.scores(responses, judge) if judge else None
     return_memory()
     facts = {"sampling": asdict(work.sampling)} | ({"judge": judge} if judge else {})
-    results = Results(pairs, prompts, models, responses, scores, facts, config.trainer.seed)
+    results = Results(config.pairs, prompts, models, responses, scores, facts, config.trainer.seed)
 
     def write() -> None:
-        write_samples(folder.pairs_samples, samples_of(results))
-        write_results(file, pairs_of(results), settings, results.counts, screen.say)
+        collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
+        with staged_file(folder.pairs_samples) as temporary:
+            write_lines(temporary, samples_of(results))
+        write_results(folder.pairs_file, pairs_of(results), settings, results.counts, screen.say)
 
     world.on_main(write, screen.heartbeat("writing pairs"))
 
 
 def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Write the pairs of all scored records of `data.train`, in their order.
-
-    Raises:
-        DataError: a source cannot be read, too many of its records are bad, or no pair can be made.
-        ConfigError: the file exists and was made with other settings.
-    """
+    """Write the pairs of all scored records of `data.train`, in their order."""
     counts: Counter[str] = Counter()
     file, pairs = RunFolder.of(config).pairs_file, config.pairs
     settings = {
         "method": str(pairs.method),
         "sources": plain(config.data.train),
-        "select": str(pairs.select),
-        "margin": pairs.margin,
+        **_selection(pairs),
         "limit": pairs.limit,
         "seed": config.trainer.seed,
     }
@@ -397,7 +364,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
 def _scored_pairs(
     config: RunConfig, counts: Counter[str], say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    pairs = config.pairs
+    pairs, seed = config.pairs, config.trainer.seed
     for record in _scored_records(config, say, lambda: counts["prompts"] == pairs.limit):
         counts["prompts"] += 1
         scores = record.scores
@@ -405,14 +372,13 @@ def _scored_pairs(
             counts["without_scores"] += 1
             continue
         key = text_digest(f"{prompt_key(record)} {record.responses}")
-        for better, worse in select_pairs(scores, pairs, config.trainer.seed, key, counts):
+        for better, worse in select_pairs(scores, pairs, seed, key, counts):
             counts["order_changed"] += better > worse
             provenance = {
                 "source": str(record.origin),
                 "method": str(pairs.method),
-                "select": str(pairs.select),
-                "margin": pairs.margin,
-                "seed": config.trainer.seed,
+                **_selection(pairs),
+                "seed": seed,
                 "ranks": [better + 1, worse + 1],
                 "responses": len(record.responses),
             }
@@ -429,11 +395,7 @@ def _scored_records(
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:
-    """Write the preference records of `config.pairs`, and all responses with their scores.
-
-    Raises:
-        DpoDistError: they cannot be made.
-    """
+    """Write the preference records of `config.pairs`, and all responses with their scores."""
     match config.pairs.method:
         case PairsMethod.scores:
             with _only_start(config):

@@ -1,68 +1,15 @@
-"""Checks of `pairs` before torch is imported and processes join."""
+"""Rules of `pairs`, checked before torch is imported and processes join."""
 
-import os
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.keys import as_written
-from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
+from dpo_dist.config.rules import Rule, check, unused
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.config.verb_options import (
-    EndpointConfig,
-    PairsConfig,
-    PairsMethod,
-)
+from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.sources import check_source
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
-
-_ALONE = (PairsMethod.scores, PairsMethod.people)
-_FROM_MODELS = (PairsMethod.samples, PairsMethod.delta)
-_OF_MODELS = (
-    *("models", "max_new_tokens", "temperature", "top_p", "top_k", "unfinished"),
-    *("prompt_parts", "prompt_part"),
-)
-_OF_JUDGES = ("samples", "reward_model", "function", "endpoint")
-
-
-def check_pairs(config: RunConfig) -> None:
-    """Check everything that needs no torch, network or other processes.
-
-    Raises:
-        ConfigError: keys of `pairs` contradict each other or have no effect, or a folder cannot be written.
-        DataError: a local source is missing.
-    """
-    check_needs(config, "pairs")
-    pairs = config.pairs
-    if pairs.prompt_part >= pairs.prompt_parts:
-        raise ConfigError(
-            "there is no such part of the prompts",
-            where="pairs.prompt_part",
-            got=str(pairs.prompt_part),
-            expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
-            remedy="correct one of them",
-        )
-    _check_effects(config)
-    if pairs.method in _FROM_MODELS:
-        _check_models(config)
-    if pairs.method is PairsMethod.samples:
-        check_judge(pairs)
-    for source in config.data.train:
-        check_source(source)
-        if source.weight != SourceConfig.weight:
-            raise ConfigError(
-                "the weight of a source has no effect on pairs",
-                where=f"data.train, weight of {source.path}",
-                got=as_written(source.weight),
-                remedy="remove it, and set it in the training that reads the pairs",
-            )
-
-
-def needs_this_process(config: RunConfig) -> bool:
-    """Return whether this process has work: methods without a model run on rank 0 alone."""
-    return config.pairs.method not in _ALONE or os.environ.get("RANK", "0") == "0"
 
 
 def responding_models(config: RunConfig) -> list[str]:
@@ -70,97 +17,118 @@ def responding_models(config: RunConfig) -> list[str]:
     return list(config.pairs.models) or [config.model.path]
 
 
-def _check_effects(config: RunConfig) -> None:
-    """Refuse keys that have no effect."""
-    pairs, method = config.pairs, config.pairs.method
-    with_method = f"with pairs.method={method}"
-    for names, is_used, why in (
-        (_OF_MODELS, method in _FROM_MODELS, with_method),
-        (_OF_JUDGES, method is PairsMethod.samples, with_method),
-        (("select", "margin"), method in (PairsMethod.samples, PairsMethod.scores), with_method),
-        (("top_p", "top_k"), pairs.temperature > 0, "with pairs.temperature=0"),
-        (("launcher", "reference"), bool(pairs.rounds), "without pairs.rounds"),
-    ):
-        for name in () if is_used else names:
-            check_used(f"pairs.{name}", getattr(pairs, name), getattr(PairsConfig(), name), why)
-    check_used("run.resume", config.run.resume, Resume.auto, "on pairs: finished parts are always used again")
-    if method is PairsMethod.samples and pairs.temperature == 0 and pairs.samples > 1:
-        raise ConfigError(
-            "without a temperature every sample of a model is the same",
-            where="pairs.temperature, pairs.samples",
-            got=f"0, {pairs.samples}",
-            remedy="raise pairs.temperature, or set pairs.samples=1",
-        )
+def _two_models(config: RunConfig) -> bool:
+    models = responding_models(config)
+    return len(models) == len({Path(name).expanduser().resolve() for name in models}) == 2
 
 
-def check_used(key: str, value: Any, default: Any, why: str) -> None:
-    """Refuse a value of a key that has no effect."""
-    if value != default:
-        raise ConfigError(
-            f"{key} has no effect {why}", where=key, got=as_written(value), remedy=f"remove {key}"
-        )
+def _number_of_judges(config: RunConfig) -> int:
+    pairs = config.pairs
+    return sum(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
 
 
-def _check_models(config: RunConfig) -> None:
-    pairs, models = config.pairs, responding_models(config)
-    if NO_MODEL in models:
-        raise ConfigError(
-            "no model responds to the prompts",
-            where="pairs.models",
-            got="null",
-            remedy="set pairs.models=[MODEL], or model.path",
-        )
-    if config.model.path not in models:
-        check_used("model.revision", config.model.revision, None, "if model.path is none of pairs.models")
-    different = {Path(name).expanduser().resolve() for name in models}
-    if pairs.method is PairsMethod.delta and not len(models) == len(different) == 2:
-        raise ConfigError(
-            "delta pairs need two models",
-            where="pairs.models",
-            got=as_written(models),
-            expected="two different models: the stronger one, then the weaker one",
-            remedy="set pairs.models=[STRONGER,WEAKER]",
-        )
-    if pairs.method is PairsMethod.samples and len(models) * pairs.samples < 2:
-        raise ConfigError(
-            "a pair needs two responses",
-            where="pairs.samples",
-            got=f"{pairs.samples} of one model",
-            remedy="raise pairs.samples, or name two pairs.models",
-        )
-    key = "pairs.models" if pairs.models else "model.path"
-    for name in models:
-        folder = Path(name).expanduser()
-        if is_adapter(folder):
-            check_adapter(folder, key)
-        else:
-            local_model_folder(name, None, key)
+_SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
+_JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
+_EFFECTS = {
+    _RESPONDS: "models max_new_tokens temperature top_p top_k unfinished prompt_parts prompt_part",
+    _SAMPLES: "samples reward_model function endpoint.url",
+    "pairs.method=samples|scores": "select margin",
+    "pairs.temperature!=0": "top_p top_k",
+    "pairs.rounds!=0": "launcher reference",
+    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion "
+    "endpoint.parallel_requests",
+}
+_ENDPOINT_HAS_MODEL = Rule(
+    "pairs.endpoint.model=null pairs.endpoint.url!=null",
+    "the endpoint's model is not given",
+    "set it to the name under which the endpoint serves the judge",
+)
+_RULES = (
+    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
+    _ENDPOINT_HAS_MODEL,
+    Rule(
+        "run.resume!=auto",
+        "run.resume has no effect on pairs: finished parts are always used again",
+        "remove run.resume",
+    ),
+    Rule(
+        "data.train",
+        "the weight of a source has no effect on pairs",
+        "remove it, and set it in the training that reads the pairs",
+        lambda c: any(source.weight != SourceConfig.weight for source in c.data.train),
+    ),
+    Rule(
+        "pairs.prompt_part pairs.prompt_parts",
+        "there is no such part of the prompts: the first one is 0",
+        "correct one of them",
+        lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
+    ),
+    Rule(
+        f"pairs.temperature=0 pairs.samples {_SAMPLES}",
+        "without a temperature every sample of a model is the same",
+        "raise pairs.temperature, or set pairs.samples=1",
+        lambda c: c.pairs.samples > 1,
+    ),
+    Rule(
+        f"pairs.models {_RESPONDS}",
+        "no model responds to the prompts",
+        "set pairs.models=[MODEL], or model.path",
+        lambda c: NO_MODEL in responding_models(c),
+    ),
+    Rule(
+        f"model.revision!=null {_RESPONDS}",
+        "model.revision has no effect if model.path is none of pairs.models",
+        "remove model.revision",
+        lambda c: c.model.path not in responding_models(c),
+    ),
+    Rule(
+        "pairs.models pairs.method=delta",
+        "delta pairs need two models",
+        "set pairs.models=[STRONGER,WEAKER]",
+        lambda c: not _two_models(c),
+    ),
+    Rule(
+        f"pairs.samples {_SAMPLES}",
+        "a pair needs two responses",
+        "raise pairs.samples, or name two pairs.models",
+        lambda c: len(responding_models(c)) * c.pairs.samples < 2,
+    ),
+    Rule(
+        f"{_JUDGES} {_SAMPLES}",
+        "samples need one judge",
+        "set one of them; pairs.method=delta needs no judge",
+        lambda c: _number_of_judges(c) != 1,
+    ),
+)
 
 
-def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
-    """Check that there is one judge, or at most one if none is needed."""
-    judges = {
-        "pairs.reward_model": pairs.reward_model,
-        "pairs.function": pairs.function,
-        "pairs.endpoint.url": pairs.endpoint.url,
-    }
-    given = [key for key, value in judges.items() if value is not None]
-    if len(given) > 1 or (is_needed and not given):
-        raise ConfigError(
-            "samples need one judge" if is_needed else "a comparison has one judge",
-            where=", ".join(given or judges),
-            got=", ".join(given) or "none",
-            expected=f"one of {', '.join(judges)}",
-            remedy="set one of them" + ("; pairs.method=delta needs no judge" if is_needed else " only"),
-        )
-    if pairs.function is not None:
-        user_function(pairs.function, "pairs.function")
-    if pairs.endpoint.url is None:
-        check_used("pairs.endpoint", pairs.endpoint, EndpointConfig(), "without pairs.endpoint.url")
-    if pairs.endpoint.url is not None and pairs.endpoint.model is None:
-        raise ConfigError(
-            "the endpoint's model is not given",
-            where="pairs.endpoint.model",
-            got="null",
-            remedy="set it to the name under which the endpoint serves the judge",
-        )
+def check_pairs(config: RunConfig) -> None:
+    """Check everything that needs no torch, network or other processes; raises DpoDistError."""
+    check_needs(config, "pairs")
+    check(config, _RULES)
+    if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
+        key = "pairs.models" if config.pairs.models else "model.path"
+        for name in responding_models(config):
+            folder = Path(name).expanduser()
+            if is_adapter(folder):
+                check_adapter(folder, key)
+            else:
+                local_model_folder(name, None, key)
+    _check_function(config)
+    for source in config.data.train:
+        check_source(source)
+
+
+def check_judge(config: RunConfig) -> None:
+    """Check that a comparison has at most one judge, and that it is there."""
+    why, remedy = "a comparison has one judge", "set one of them only"
+    effects = _EFFECTS["pairs.endpoint.url!=null"].split()
+    rules = [unused(f"pairs.{name}", "pairs.endpoint.url!=null") for name in effects]
+    rules += [_ENDPOINT_HAS_MODEL, Rule(_JUDGES, why, remedy, lambda c: _number_of_judges(c) > 1)]
+    check(config, rules)
+    _check_function(config)
+
+
+def _check_function(config: RunConfig) -> None:
+    if config.pairs.function is not None:
+        user_function(config.pairs.function, "pairs.function")

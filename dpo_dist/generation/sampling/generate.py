@@ -1,7 +1,7 @@
 """Generate responses in batches: left padding, and random numbers of the sample, not of the batch."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,20 +17,12 @@ from dpo_dist.distributed.world import World
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of generation; see `PairsConfig`.
+    """Settings of generation; see `PairsConfig`."""
 
-    Attributes:
-        max_new_tokens: most tokens of a response, its end of turn included.
-        temperature: 0 is greedy; top_p, top_k and seed have no effect then.
-        top_p: applied after top_k.
-        top_k: 0 is no limit.
-        seed: of all samples.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    max_new_tokens: int  # the end of the turn included
+    temperature: float = 1.0  # 0 is greedy; the next ones have no effect then
+    top_p: float = 1.0  # applied after top_k
+    top_k: int = 0  # 0 is no limit
     seed: int = 0
 
 
@@ -77,17 +69,21 @@ def random_numbers(sampling: Sampling, request: Request) -> Tensor:
     return torch.from_numpy(generator.random(sampling.max_new_tokens))
 
 
-def batches(requests: Sequence[Request], new_tokens: int, budget: int) -> Iterator[list[int]]:
-    """Yield indices of requests of similar length, longest first.
+def batches(
+    requests: Sequence[Request], new_tokens: int, budget: int, rank: int = 0, size: int = 1
+) -> list[list[int]]:
+    """Return indices of requests of similar length, longest first: every `size`-th one in this order.
 
     The rows of a batch times the tokens of its longest prompt and response are at most `budget`; a single
     row may exceed it.
     """
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
+    found = []
     while order:
         rows = max(1, budget // (len(requests[order[0]].prompt_ids) + new_tokens))
-        yield order[:rows]
+        found.append(order[:rows])
         del order[:rows]
+    return found
 
 
 @torch.inference_mode()
@@ -97,17 +93,8 @@ def generate(
     """Return a sample for each request, in their order.
 
     Another composition of batches changes logits by rounding only: greedy responses and samples stay the
-    same unless two tokens are within that rounding, which is rare in float32 and usual in bf16.
-
-    Args:
-        causal_lm: a transformers model, in evaluation mode.
-        requests: prompts and numbers.
-        sampling: settings.
-        stop_ids: tokens that end a response, at least one.
-        budget: most tokens of a batch.
-
-    Raises:
-        NotFiniteError: the model's logits are not finite.
+    same unless two tokens are within that rounding, which is rare in float32 and usual in bf16. Raises
+    NotFiniteError if the logits are not finite. `budget`: most tokens of a batch.
     """
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
@@ -250,21 +237,12 @@ def generate_together(
 
     Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
     they generate the same number of batches, and each batch makes as many forwards as the longest of all.
-
-    Args:
-        model: the policy in any mode, to which it returns, or a model that is only scored.
-        requests: the same on all ranks; they and the next ones as for `generate`.
-        sampling: settings.
-        stop_ids: tokens that end a response.
-        budget: most tokens of a batch.
-        world: the processes.
-        of_base: generate without the adapter.
-        give_way: called before each batch, as often on all ranks; may raise.
-
-    Raises:
-        NotFiniteError: the model's logits are not finite; on all ranks.
+    `give_way` is called before each batch, as often on all ranks, and may raise. Raises NotFiniteError on all
+    ranks.
     """
-    shares = [_batches(requests, rank, world.size, sampling, budget) for rank in range(world.size)]
+    shares = [
+        batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
+    ]
     own, synchronised = shares[world.rank], model.is_synchronised
     samples: dict[int, Sample] = {}
     broken: Request | None = None
@@ -292,12 +270,3 @@ def generate_together(
         raise NotFiniteError(fault)
     everything = {index: sample for found, _ in gathered for index, sample in found.items()}
     return [everything[index] for index in range(len(requests))]
-
-
-def _batches(
-    requests: Sequence[Request], rank: int, size: int, sampling: Sampling, budget: int
-) -> list[list[int]]:
-    """Return the indices of each batch of a rank: every `size`-th request, in the order of lengths."""
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
-    share = [requests[index] for index in order]
-    return [[order[place] for place in places] for places in batches(share, sampling.max_new_tokens, budget)]

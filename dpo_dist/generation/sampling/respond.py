@@ -12,13 +12,13 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_dist.config.data import DataConfig, Truncation
-from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS
 from dpo_dist.data.tokenizer import tokenizer_facts
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
@@ -40,21 +40,13 @@ KEY = "pairs.models"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The files of a model that responds.
+    """The files of a model that responds; `folder` is that of the base if there is an adapter."""
 
-    Attributes:
-        name: as configured.
-        folder: of the model, or of the base of an adapter.
-        adapter: folder of an adapter, or None.
-        revision: of a hub model, or None.
-        digest: of all files that determine its responses, tokenizer included.
-    """
-
-    name: str
+    name: str  # as configured
     folder: Path
     adapter: Path | None
     revision: str | None
-    digest: str
+    digest: str  # of all files that determine its responses, tokenizer included
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -69,7 +61,7 @@ class ModelSource:
 def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
     """Return the files of a model or adapter by folder or hub name; downloads a hub model.
 
-    `model.revision` counts for `model.path` only. Errors name `key`.
+    `model.revision` counts for `model.path` only.
     """
     source = _located(name, config, model_folder, key)
     store = Path(config.reference.store)
@@ -112,21 +104,13 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
 
 @dataclass(frozen=True, eq=False)
 class Responder:
-    """A model as it is asked for responses.
-
-    Attributes:
-        source: its files.
-        tokenizer: its own.
-        data: the limits and the template by which prompts are rendered, as in training.
-        stop_ids: tokens that end a response.
-        longest: most tokens of a prompt and its response; None: no limit is known.
-    """
+    """A model as it is asked for responses; prompts are rendered by `data`, as in training."""
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
     stop_ids: frozenset[int]
-    longest: int | None
+    longest: int | None  # tokens of a prompt and its response; None: no limit is known
 
 
 def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Responder:
@@ -167,23 +151,6 @@ def _given_stops(folder: Path) -> set[int]:
     return set() if given is None else set(given) if isinstance(given, list) else {given}
 
 
-def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:
-    """Return the weights of a model that responds, whole on `device` and in evaluation mode."""
-    model_config = load_config(source.folder, config)
-    causal_lm = load_weights(source.folder, model_config, config, device, key=KEY)
-    if source.adapter is not None:
-        try:
-            causal_lm = PeftModel.from_pretrained(causal_lm, str(source.adapter))
-        except Exception as fault:  # peft can raise anything
-            raise ConfigError(
-                "the adapter cannot be loaded on its base model",
-                where=KEY,
-                got=f"{source.adapter}: {(str(fault).splitlines() or [''])[0][:200]}",
-                remedy="check base_model_name_or_path in its adapter_config.json",
-            ) from fault
-    return causal_lm.eval()
-
-
 BATCH_TOKENS = 32768
 """Most tokens of a batch: its rows times the longest prompt with its response."""
 Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
@@ -191,8 +158,21 @@ Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
 
 
 def open_generator(responder: Responder, config: RunConfig, device: torch.device) -> Generate:
-    """Load a responder's weights; return the function that generates with them."""
-    causal_lm = load_responder(responder.source, config.model, device)
+    """Load a responder's weights, whole on `device`; return the function that generates with them."""
+    source = responder.source
+    model_config = load_config(source.folder, config.model)
+    causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=KEY)
+    if source.adapter is not None:
+        try:
+            causal_lm = PeftModel.from_pretrained(causal_lm, str(source.adapter))
+        except Exception as fault:  # peft can raise anything
+            raise ConfigError(
+                "the adapter cannot be loaded on its base model",
+                where=KEY,
+                got=f"{source.adapter}: {first_line(fault)}",
+                remedy="check base_model_name_or_path in its adapter_config.json",
+            ) from fault
+    causal_lm.eval()
 
     def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         return generate(causal_lm, requests, sampling, responder.stop_ids, BATCH_TOKENS)
@@ -217,28 +197,16 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Answer:
-    """A response of a model to a prompt.
+    """A response of a model to a prompt."""
 
-    Attributes:
-        number: among all samples of the prompt.
-        content: its text; of a dialogue up to a further turn.
-        tokens: their number, without the one that ended it.
-        finished: whether it ended by itself.
-        same_ids: whether training encodes it as the generated tokens.
-        fields: a thought apart from the content, by its field.
-        ids: its tokens with the one that ended it, if they are kept.
-        model: index of the model that gave it.
-        score: of a judge.
-    """
-
-    number: int
-    content: str
-    tokens: int
-    finished: bool
-    same_ids: bool
-    fields: dict[str, Any] = field(default_factory=dict)
-    ids: list[int] = field(default_factory=list)
-    model: int = 0
+    number: int  # among all samples of the prompt
+    content: str  # its text; of a dialogue up to a further turn
+    tokens: int  # without the one that ended it
+    finished: bool  # by itself
+    same_ids: bool  # whether training encodes it as the generated tokens
+    fields: dict[str, Any] = field(default_factory=dict)  # a thought apart from the content
+    ids: list[int] = field(default_factory=list)  # with the one that ended it, if they are kept
+    model: int = 0  # its index
     score: float | None = None
 
     @property
@@ -249,15 +217,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """A row of a part: a model's answers to a prompt, or the reason why it cannot be asked.
-
-    `prompt_ids` are the tokens of the prompt, if they are kept.
-    """
+    """A row of a part: a model's answers to a prompt, or the reason why it cannot be asked."""
 
     key: str
     answers: list[Answer]
     dropped: str | None = None
-    prompt_ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)  # if they are kept
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Answers":
@@ -275,39 +240,35 @@ def respond(
     keeps_ids: bool = False,
 ) -> list[Answers]:
     """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids."""
+    keys = [prompt_key(record) for record in records]
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     wanted = range(numbers.first, numbers.first + numbers.count)
     requests = [
-        Request(prompt, prompt_key(record), number)
-        for record, prompt in zip(records, prompts, strict=True)
+        Request(prompt, key, number)
+        for key, prompt in zip(keys, prompts, strict=True)
         if not isinstance(prompt, str)
         for number in wanted
     ]
     try:
         samples = iter(generate_samples(requests, sampling))
     except NotFiniteError as fault:
-        raise _not_finite(fault.request, records, responder.source.name) from fault
+        origin, number = records[keys.index(fault.request.key)].origin, fault.request.number
+        raise ConfigError(
+            "the model computes logits that are not finite",
+            where=f"{responder.source.name}, sample {number} of the prompt of {origin}",
+            got="NaN or infinity",
+            remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
+        ) from fault
     rows = []
-    for record, prompt in zip(records, prompts, strict=True):
+    for record, key, prompt in zip(records, keys, prompts, strict=True):
         if isinstance(prompt, str):
-            rows.append(Answers(prompt_key(record), [], dropped=prompt))
+            rows.append(Answers(key, [], dropped=prompt))
             continue
         answers = [_answer(next(samples), number, record, prompt, responder) for number in wanted]
-        if keeps_ids:
-            rows.append(Answers(prompt_key(record), answers, prompt_ids=prompt.tolist()))
-        else:
-            rows.append(Answers(prompt_key(record), [replace(answer, ids=[]) for answer in answers]))
+        if not keeps_ids:
+            answers = [replace(answer, ids=[]) for answer in answers]
+        rows.append(Answers(key, answers, prompt_ids=prompt.tolist() if keeps_ids else []))
     return rows
-
-
-def _not_finite(request: Request, records: Sequence[PreferenceRecord], model: str) -> ConfigError:
-    origin = next(record.origin for record in records if prompt_key(record) == request.key)
-    return ConfigError(
-        "the model computes logits that are not finite",
-        where=f"{model}, sample {request.number} of the prompt of {origin}",
-        got="NaN or infinity",
-        remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
-    )
 
 
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:

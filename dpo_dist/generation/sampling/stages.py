@@ -24,13 +24,7 @@ _FAILED = "failed"
 
 @dataclass(frozen=True)
 class Parts:
-    """The folder of the parts of one stage: generation by a model, or scoring by a judge.
-
-    Attributes:
-        folder: named by the digest of `settings`; shared by all processes.
-        count: number of parts of the whole stage.
-        settings: everything that the content of the parts depends on.
-    """
+    """The parts of one stage, in a folder that is named by the digest of everything that they depend on."""
 
     folder: Path
     count: int
@@ -39,9 +33,8 @@ class Parts:
     @classmethod
     def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
         """Return the parts of a stage below `root`; other settings have another folder."""
-        return cls(
-            root / f"{stage}-{text_digest(json.dumps(settings, sort_keys=True))[:16]}", count, settings
-        )
+        digest = text_digest(json.dumps(settings, sort_keys=True))[:16]
+        return cls(root / f"{stage}-{digest}", count, settings)
 
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""

@@ -28,11 +28,10 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.generation.judges.judge import Judge
-from dpo_dist.generation.judges.score import describe_judge, open_judge
+from dpo_dist.generation.judges.score import ask_judge, describe_judge, open_judge
 from dpo_dist.generation.pairs.files import describe_counts, write_lines
 from dpo_dist.generation.pairs.preflight import (
     Fault,
-    ask_judge,
     describe_responder,
     fault_of,
     first_records,
@@ -40,7 +39,6 @@ from dpo_dist.generation.pairs.preflight import (
 from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_key
 from dpo_dist.generation.sampling.respond import Answers, find_description, open_responder
 from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
-from dpo_dist.insight.compare.judging import compare_texts, compares, describe, has_judge, score_texts
 from dpo_dist.insight.compare.responses import (
     Row,
     Speaker,
@@ -48,7 +46,14 @@ from dpo_dist.insight.compare.responses import (
     shown_prompt,
     write_held_out,
 )
-from dpo_dist.insight.compare.results import comparison
+from dpo_dist.insight.compare.results import (
+    compare_texts,
+    compares,
+    comparison,
+    describe,
+    has_judge,
+    score_texts,
+)
 from dpo_dist.insight.compare.start import KEY, Compared, Kind
 from dpo_dist.insight.evaluation import RESAMPLES, Resampling
 from dpo_dist.model.folder import hub_commit
@@ -64,11 +69,7 @@ _REMEDY = (
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
-    """Write the responses of all models and the results; return the results on rank 0.
-
-    Raises:
-        DpoDistError: data, a model or the judge cannot be used, or no prompt is left.
-    """
+    """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
     remedy = "wait until it ends, or set another run.dir"
@@ -76,7 +77,6 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
         world, parts = stages.world, folder.comparison_parts
         world.on_main(lambda: held.enter_context(only))
-        world.on_main(lambda: announce_replaced(folder, models, screen))
         prompts = world.on_main(
             lambda: open_prompts(write_held_out(parts, config, screen.say), PART_PROMPTS),
             screen.heartbeat("reading prompts"),
@@ -94,19 +94,6 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
         return world.on_main(
             lambda: _write(speakers, judge, judged, config, prompts, screen),
             screen.heartbeat("writing the comparison"),
-        )
-
-
-def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Screen) -> None:
-    """Say that the results of a former comparison of other models will be replaced."""
-    if not folder.comparison_results.exists():
-        return
-    former = json.loads(folder.comparison_results.read_bytes())["models"]
-    paths = {f"{model['name']}={model['path']}" for model in former}
-    if paths != {f"{model.name}={model.path}" for model in models}:
-        screen.say(
-            f"warning: replaces the comparison of {', '.join(sorted(paths))} in {folder.comparison}; "
-            "to keep it, set another run.dir"
         )
 
 
@@ -275,15 +262,7 @@ def _write(
 
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
-    """Load what `compare` loads before weights, ask the judge, and read the first records of each source.
-
-    Returns:
-        The findings, as lines for the screen.
-
-    Raises:
-        ConfigError: a model, its tokenizer, the judge or the run directory cannot be used.
-        DataError: a source cannot be read, or none of its first records can be used.
-    """
+    """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
     RunFolder.of(config).check_writable()
     lines: list[tuple[str, str]] = []
     faults: dict[str, Fault] = {}

@@ -124,10 +124,7 @@ Row = dict[str, Any]
 class Speaker:
     """A model of the comparison; its weights are loaded when a process has its first part to do.
 
-    Attributes:
-        responses: finished, with token ids.
-        logps: of its responses under itself.
-        base_logps: the same under the base; None if that has other tokens.
+    `logps` are of its responses under itself, `base_logps` under the base; None if that has other tokens.
     """
 
     responses: Parts

@@ -25,11 +25,7 @@ _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkp
 class Compared:
     """A model of the comparison.
 
-    Attributes:
-        name: unique; as given, or from the path.
-        path: as given.
-        location: folder or hub name of the model itself: of a run directory, its trained model.
-        kind: of the location.
+    `path` is as given, `location` the folder or hub name of the model itself: of a run, its trained model.
     """
 
     name: str
@@ -39,20 +35,14 @@ class Compared:
 
 
 def check_comparison(config: RunConfig) -> list[Compared]:
-    """Check everything that needs no torch, network or other processes; return the models.
-
-    Raises:
-        ConfigError: there are no two models or no held-out prompts, a model is missing or has another's name,
-            there are several judges, or a key has no effect.
-        DataError: a local source is missing.
-    """
+    """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.compare.models)
     check_has_evaluation_data(config.data, "compare models on", "with responses or without")
     for source in config.data.eval_sources:
         check_source(source, needs_pairs=False)
     check_template_file(config.data.chat_template)
     _check_revision(config, models)
-    check_judge(config.pairs, is_needed=False)
+    check_judge(config)
     return models
 
 

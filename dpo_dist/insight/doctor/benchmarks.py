@@ -15,15 +15,10 @@ _FIELDS = ("content", "prompt", "question", "problem", "instruction", "input", "
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """Runs of words of benchmark items, each with the origin (``file:line``) of its item.
+    """Runs of words of benchmark items, each with the origin (``file:line``) of its item."""
 
-    Attributes:
-        runs: by number of words, 8 to 13.
-        whole: the words of shorter items.
-    """
-
-    runs: dict[int, dict[str, str]] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
+    runs: dict[int, dict[str, str]] = field(default_factory=dict)  # by number of words, 8 to 13
+    whole: dict[str, str] = field(default_factory=dict)  # the words of shorter items
 
     def add(self, text: str, origin: str) -> None:
         """Add an item with its origin."""
@@ -50,15 +45,7 @@ def _runs(words: Sequence[str], size: int) -> Iterator[str]:
 
 
 def read_benchmarks(files: Sequence[str]) -> Benchmark:
-    """Return the items of benchmark files.
-
-    Args:
-        files: .jsonl (texts, or objects with a field such as `prompt` or `messages`), or .txt with an item
-            a line.
-
-    Raises:
-        DataError: a file cannot be read or has no item, or a line has no such field.
-    """
+    """Return the items of files: .jsonl (texts or objects with one of `_FIELDS`), or .txt with one a line."""
     benchmark = Benchmark()
     for file in files:
         try:

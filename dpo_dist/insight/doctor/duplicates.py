@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
-from dpo_dist.insight.doctor.findings import Finding, Level
+from dpo_dist.config.data import DataConfig
+from dpo_dist.insight.doctor.findings import Finding, Level, Rules
 from dpo_dist.insight.doctor.observe import Keys
-from dpo_dist.insight.doctor.rules import Rules
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 
@@ -30,12 +30,10 @@ def equal(keys: Iterable[int]) -> Partners:
     return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
 
 
-def near(signatures: Iterable[Signature], similarity: float = SIMILARITY) -> Partners:
+def near(signatures: Iterable[Signature]) -> Partners:
     """Return the records whose prompt and responses are nearly equal to those of an earlier one.
 
-    Args:
-        signatures: uint32 [2, 64] of each record, of prompt and responses.
-        similarity: least estimated Jaccard similarity.
+    `signatures` are uint32 [2, 64] of each record, of prompt and responses.
     """
     table, firsts, found = _table(), dict[int, Signature](), Partners()
     for index, own in enumerate(signatures):
@@ -43,7 +41,7 @@ def near(signatures: Iterable[Signature], similarity: float = SIMILARITY) -> Par
         both = np.stack([side.reshape(-1, 2) for side in own], axis=1).ravel()[:SIGNATURE_NUMBERS]
         sketch = _sketch(both)
         alike = [
-            one for one in table.query(sketch) if ((firsts[one] == own).mean(axis=1) >= similarity).all()
+            one for one in table.query(sketch) if ((firsts[one] == own).mean(axis=1) >= SIMILARITY).all()
         ]
         if alike:
             found[index] = min(alike)
@@ -93,17 +91,12 @@ def opposite(records: Sequence[Keys]) -> Partners:
 
 
 class Comparison:
-    """The readable records of all sources, compared; about 4 kB each.
+    """The readable records of all sources, compared; about 4 kB each."""
 
-    Args:
-        sources: with their records.
-        rules: by name.
-        is_split: whether `data.eval_share` splits the sources, so that both parts share no prompt.
-        drops_eval_prompts: whether training drops records with a prompt of the evaluation data.
-    """
-
-    def __init__(self, sources: Sequence[Source], rules: Rules, *, is_split: bool, drops_eval_prompts: bool):
-        self._rules, self._is_split, self._drops_eval_prompts = rules, is_split, drops_eval_prompts
+    def __init__(self, sources: Sequence[Source], rules: Rules, config: DataConfig):
+        # The parts of a split share no prompt.
+        is_split = config.eval_share > 0
+        self._rules, self._is_split, self._drops_eval_prompts = rules, is_split, config.drop_eval_prompts
         self._records = [record for source in sources for record in source.keys]
         self._source = [source for source in sources for _ in source.keys]
         self._is_eval = [

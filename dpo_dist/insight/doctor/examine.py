@@ -9,25 +9,41 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+import numpy as np
+
+from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.verb_options import FailOn
-from dpo_dist.data.build import Progress, changed_data, no_progress, share_read, source_state
+from dpo_dist.data.build import (
+    Progress,
+    changed_data,
+    no_progress,
+    prepare_dataset,
+    share_read,
+    source_state,
+    tokenizer_digest,
+)
 from dpo_dist.data.columns import resolved
+from dpo_dist.data.dataset import (
+    PreferenceDataset,
+    check_data_fits_loss,
+    check_ids_in_vocabulary,
+    open_dataset,
+)
 from dpo_dist.data.encode import CHUNK_RECORDS, in_order
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.prompts import Part, eval_part, train_part
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned, source_labels
+from dpo_dist.data.store import EncodedSource
 from dpo_dist.data.template import chosen_template
-from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.duplicates import Comparison
-from dpo_dist.insight.doctor.findings import Finding, Level, most_serious_first
+from dpo_dist.insight.doctor.findings import Finding, Level, Rules, most_serious_first, with_thresholds
 from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
-from dpo_dist.insight.doctor.prepare import prepare
-from dpo_dist.insight.doctor.rules import Rules, with_thresholds
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
@@ -46,22 +62,14 @@ _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that the doctor found.
+    """Everything that the doctor found; most fields are those of doctor.json."""
 
-    Attributes:
-        sources: by source of `data.train`, then of `data.eval`; as in doctor.json, as is `across`.
-        findings: the most serious first.
-        model: folder of the tokenizer; None: data were examined as text.
-        store: use of the reference store; None without a model.
-        shown: records for the page.
-    """
-
-    sources: Sequence[dict[str, Any]]
+    sources: Sequence[dict[str, Any]]  # of `data.train`, then of `data.eval`
     across: Mapping[str, Any]
-    findings: Sequence[Finding]
-    model: Path | None = None
+    findings: Sequence[Finding]  # the most serious first
+    model: Path | None = None  # folder of the tokenizer; None: data were examined as text
     store: dict[str, Any] | None = None
-    shown: Sequence[ShownPair] = ()
+    shown: Sequence[ShownPair] = ()  # for the page
 
     def fails(self, lowest: FailOn) -> bool:
         """Return whether there is a finding of at least this level."""
@@ -70,12 +78,7 @@ class Diagnosis:
 
 
 def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
-    """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
-
-    Raises:
-        ConfigError: the policy's tokenizer cannot be used, or a threshold names no rule.
-        DataError: a source cannot be read, or changes meanwhile.
-    """
+    """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data, rules = config.data, with_thresholds(config.doctor.thresholds)
     sources = [resolved(source) for source in (*data.train, *data.eval)]
     states = list(map(source_state, sources))
@@ -116,11 +119,6 @@ def examine(
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
     Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
-
-    Raises:
-        DataError: a source cannot be read.
-        ConfigError: encoding is impossible with this tokenizer.
-        PeerLostError: a process that encodes has died.
     """
     observer, is_split = Observer(config, tokenizer, benchmark), config.eval_share > 0
     sources: list[Source] = []
@@ -142,9 +140,7 @@ def examine(
         findings += found.findings(rules, config.max_bad_share)
         if tokenizer is not None:
             findings += _tools_not_rendered(found, tokenizer, config, rules)
-    across, compared = Comparison(
-        sources, rules, is_split=is_split, drops_eval_prompts=config.drop_eval_prompts
-    ).result()
+    across, compared = Comparison(sources, rules, config).result()
     return Diagnosis(
         [source.report() for source in sources], across, most_serious_first([*findings, *compared])
     )
@@ -185,3 +181,71 @@ def _refused(refusals: Sequence[DpoDistError], findings: Sequence[Finding]) -> I
         text = f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else "")
         examples = tuple(refusal.where.split("; "))
         yield Finding("training_refuses", Level.error, text, examples=examples, remedy=refusal.remedy)
+
+
+def prepare(
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    vocab_size: int,
+    progress: Progress = no_progress,
+) -> tuple[list[list[PreferenceDataset]], list[DpoDistError]]:
+    """Encode the data as training does, and collect the errors with which training would refuse them.
+
+    Returns the datasets of each source, those of `data.train` first: none if no record can be used, two if
+    evaluation data are split off; and the errors. `folder` has the files of the tokenizer.
+    """
+    data, digest = config.data, tokenizer_digest(folder)
+    refusals: list[DpoDistError] = []
+
+    def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
+        def shown(source: str) -> str:
+            return f"{source} ({side} part)" if data.eval_share else source
+
+        def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
+            return prepare_dataset(
+                sources, used, tokenizer, digest, lambda path: progress(shown(path)), part, needs_pairs=False
+            )
+
+        try:
+            found = encoded(data)
+            refusals.extend(_refusals(found, config, tokenizer, vocab_size))
+        except DataError as refusal:
+            if data.on_bad_record is not OnBadRecord.error:
+                raise
+            found = encoded(replace(data, on_bad_record=OnBadRecord.drop))
+            refusals.append(refusal)
+        return [list(_usable(source, data)) for source in found]
+
+    of_eval = prepared(data.eval_sources, eval_part(data), "eval")
+    prompts = [dataset.prompts[:] for datasets in of_eval for dataset in datasets]
+    of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    if data.eval:
+        return [*of_train, *of_eval], refusals
+    parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
+    return [[*trained, *evaluated] for trained, evaluated in parts], refusals
+
+
+def _refusals(
+    encoded: Sequence[EncodedSource],
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+) -> Iterator[DpoDistError]:
+    """Yield the first error of training about a list of sources."""
+    if not encoded:
+        return
+    try:
+        dataset = open_dataset(encoded, config.data)
+        check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
+        check_data_fits_loss(dataset, config.loss)
+    except (DataError, ConfigError) as refusal:
+        yield refusal
+
+
+def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+    """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
+    try:
+        yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))
+    except DataError:
+        return

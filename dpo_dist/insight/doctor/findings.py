@@ -1,8 +1,16 @@
-"""A finding: a rule that the data or a run break, with the numbers that show it and a remedy."""
+"""Findings: rules that the data or a run break, with numbers and a remedy; the doctor's rules."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import percent
 
 Level = StrEnum("Level", ["note", "warning", "error"])
 """`note`: good to know; `warning`: look at it; `error`: training is likely to fail or to mislead."""
@@ -24,7 +32,7 @@ class Finding:
     Attributes:
         text: one sentence with its numbers. It has no text of a record, except that of a label leak, which
             quotes single words by `repr`.
-        source: label of the source; None if the finding is about several.
+        source: its label; None if the finding is about several.
         count: number of records concerned (for a label leak: of records examined).
         share: `count` as a share of the records that the rule is about; of a label leak: held-out accuracy.
         examples: origins (``file:line``) of some of these records; of a group of records, joined by ", ".
@@ -49,3 +57,64 @@ def most_serious_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings by level, then by share."""
     levels = list(Level)
     return sorted(findings, key=lambda one: (-levels.index(one.level), -(one.share or 0)))
+
+
+_MAX_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class DataRule(Rule):
+    """A rule about data with its name and threshold."""
+
+    name: str
+    threshold: float
+
+    def count(
+        self,
+        count: int,
+        of: int,
+        source: str | None,
+        examples: Sequence[object] = (),
+        detail: str = "",
+        records: str = "records",
+    ) -> Iterator[Finding]:
+        """Yield the finding if any of `of` records break the rule; up to the threshold it is a note."""
+        if count:
+            level = self.level if count > self.threshold * of else Level.note
+            text = f"{count} of {of} {records} ({percent(count / of)}) {self.text}"
+            text += f": {detail}" if detail else ""
+            shown = tuple(map(str, examples[:_MAX_EXAMPLES]))
+            yield Finding(self.name, level, text, source, count, count / of, shown, self.remedy)
+
+    def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:
+        """Yield the finding if `value` is above the threshold; `count` records were examined."""
+        if value > self.threshold:
+            text = f"{self.text}: {detail}"
+            yield Finding(self.name, self.level, text, source, count, value, (), self.remedy)
+
+
+_TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
+KINDS: Mapping[str, list[str]] = _TABLE.pop("kinds")
+RULE_OF = {kind: rule for rule, kinds in KINDS.items() for kind in kinds}
+Rules = Mapping[str, DataRule]
+RULES: Rules = {
+    name: DataRule(Level(level), text, remedy, name, threshold)
+    for name, (level, threshold, text, remedy) in _TABLE.items()
+}
+
+
+def with_thresholds(thresholds: Mapping[str, float] | None) -> Rules:
+    """Return the rules, some with other thresholds. Raises ConfigError for an unknown rule."""
+    thresholds = thresholds or {}
+    if unknown := sorted(thresholds.keys() - RULES.keys()):
+        near = get_close_matches(unknown[0], RULES, n=1)
+        raise ConfigError(
+            "the doctor has no such rule",
+            where="doctor.thresholds",
+            got=", ".join(unknown),
+            expected="a rule of docs/doctor.md",
+            remedy=f"did you mean {near[0]}?" if near else "see docs/doctor.md",
+        )
+    return {
+        name: replace(rule, threshold=thresholds.get(name, rule.threshold)) for name, rule in RULES.items()
+    }

@@ -19,8 +19,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from dpo_dist.foundation.text import percent
 from dpo_dist.insight.doctor.features import GROUPS, NAMES
-from dpo_dist.insight.doctor.findings import Finding
-from dpo_dist.insight.doctor.rules import Rules
+from dpo_dist.insight.doctor.findings import Finding, Rules
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
@@ -56,25 +55,16 @@ _MEMBERS = GROUPS | {"language": (*GROUPS["language"], _LANGUAGE)}
 
 @dataclass(frozen=True)
 class LeakTest:
-    """Held-out accuracy of guessing the chosen response from side-features alone.
-
-    Attributes:
-        feature: name of the feature or of the group of features.
-        accuracy: share of held-out pairs guessed correctly; a tie counts as one half.
-        low: lower end of its confidence interval; `high` is the upper one.
-        differs: share of the pairs whose sides differ in the feature.
-        differing_prompts: number of different prompts of these pairs.
-        detail: the direction; empty for a group.
-    """
+    """Held-out accuracy of guessing the chosen response from a side-feature, or a group of them, alone."""
 
     feature: str
-    accuracy: float
+    accuracy: float  # a tie counts as one half; `low` and `high` are its confidence interval
     low: float
     high: float
     pairs: int
-    differs: float
+    differs: float  # share of the pairs whose sides differ in the feature
     differing_prompts: int
-    detail: str = ""
+    detail: str = ""  # the direction; empty for a group
 
     def exceeds(self, threshold: float) -> bool:
         """Return whether the accuracy is above the threshold, and above chance beyond its interval."""
@@ -101,12 +91,9 @@ def leak_tests(
     With fewer than 50 different prompts features are tested one by one, with fewer than 10 not at all. Of the
     first and of the last words the most one-sided one has a test of its own.
 
-    Args:
-        features: [pairs, 2, features], chosen and rejected, see `features.side_features`.
-        words: of the chosen and of the rejected response of each pair, see `features.edge_words`.
-        prompts: [pairs], key of each pair's prompt.
-        languages: [first pairs]: 1 if only the chosen side has the language of the prompt, -1 if only the
-            rejected one, else 0.
+    `features` are [pairs, 2, features] of the chosen and the rejected side, `prompts` keys of the pairs'
+    prompts, and `languages` of the first pairs 1 if only the chosen side has the language of the prompt, -1
+    if only the rejected one, else 0.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:

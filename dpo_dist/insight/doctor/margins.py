@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.insight.doctor.findings import Finding
-from dpo_dist.insight.doctor.rules import Rules
+from dpo_dist.insight.doctor.findings import Finding, Rules
 from dpo_dist.insight.doctor.sources import distribution
 from dpo_dist.reference.lookup import describe_numerics, find_stored, stored_sums
 from dpo_dist.reference.store import LogpStore
@@ -29,12 +28,7 @@ def compare_with_store(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Look up the pairs of all sources in the reference store; set the `margins` of each source's report.
 
-    Returns:
-        The section `store` of doctor.json, and the findings.
-
-    Raises:
-        ConfigError: the reference model's files cannot be read.
-        ReferenceModelError: the store cannot be read.
+    Returns the section `store` of doctor.json, and the findings.
     """
     pairs = sum(len(dataset) for of_source in datasets for dataset in of_source)
     use: dict[str, Any] = {"folder": str(Path(config.reference.store)), "pairs": pairs, "stored": 0}
@@ -85,15 +79,9 @@ def margin_findings(
 ) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
     """Judge the pairs of a source by the reference's length-normalised margins.
 
-    Args:
-        table: [4, pairs], at least one: log-probs of chosen and rejected responses, and their tokens.
-        origins: of each pair.
-        source: its label.
-        rules: by name.
-
-    Returns:
-        The margins in nats per token, their statistics, and the finding of pairs whose margin is far below 0,
-        the most extreme first.
+    `table` is [4, pairs], at least one: log-probs of chosen and rejected responses, and their tokens. Returns
+    the margins in nats per token, their statistics, and the finding of pairs whose margin is far below 0, the
+    most extreme first.
     """
     chosen, rejected, chosen_tokens, rejected_tokens = table
     margins = chosen / chosen_tokens - rejected / rejected_tokens

@@ -19,7 +19,7 @@ from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.data.template import any_of
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import edge_words, side_features
-from dpo_dist.insight.doctor.rules import RULE_OF
+from dpo_dist.insight.doctor.findings import RULE_OF
 from dpo_dist.insight.doctor.texts import Texts, signature, text_names, texts_of
 
 if TYPE_CHECKING:
@@ -40,78 +40,46 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, eq=False)
 class PairFacts:
-    """Facts about the form of the first and the last response of a record.
+    """Facts about the form of the first and the last response of a record."""
 
-    Attributes:
-        features: float32 [2, features].
-        words: `features.edge_words`.
-        prompt: key of the prompt.
-        heads: the start of the prompt's last turn and of the two responses.
-        scores: nan without scores.
-    """
-
-    features: npt.NDArray[np.float32]
-    words: tuple[tuple[str, ...], tuple[str, ...]]
-    prompt: int
-    heads: tuple[str, str, str]
-    scores: tuple[float, float]
+    features: npt.NDArray[np.float32]  # [2, features]
+    words: tuple[tuple[str, ...], tuple[str, ...]]  # `features.edge_words`
+    prompt: int  # its key
+    heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
+    scores: tuple[float, float]  # nan without scores
 
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Keys of a readable record, by which it is compared with all others.
-
-    Attributes:
-        prompt: of the prompt without differences of case and white space.
-        record: of prompt and responses.
-        numbers: of the prompt's numbers.
-        hash: `prompts.prompt_hash` of the prompt.
-        is_held_out: whether `data.eval_share` draws the record for evaluation.
-        preferences: key of each preference, and of the opposite one.
-        signatures: uint32 [2, 64], MinHash of the prompt and of all responses.
-        benchmark: origin of a benchmark item with which it overlaps, or None.
-    """
+    """Keys of a readable record, by which it is compared with all others."""
 
     origin: Origin
-    prompt: int
-    record: int
-    numbers: int
-    hash: int
-    is_held_out: bool
-    preferences: tuple[tuple[int, int], ...]
-    signatures: npt.NDArray[np.uint32]
-    benchmark: str | None
+    prompt: int  # without differences of case and white space
+    record: int  # of prompt and responses
+    numbers: int  # of the prompt's numbers
+    hash: int  # `prompts.prompt_hash`
+    is_held_out: bool  # whether `data.eval_share` draws the record for evaluation
+    preferences: tuple[tuple[int, int], ...]  # each preference, and the opposite one
+    signatures: npt.NDArray[np.uint32]  # [2, 64], MinHash of the prompt and of all responses
+    benchmark: str | None  # origin of an item with which it overlaps
 
 
 @dataclass(eq=False)
 class Facts:
-    """Facts about one record.
-
-    Attributes:
-        dropped: the reason why no example is made of it; None for a kept one.
-        detail: of the reason, without texts.
-        keys: None if it cannot be read.
-        names: rules that it breaks, kinds of these, and properties.
-        characters: of its texts.
-        tokens: as encoded, before anything is cut; None without a tokenizer, or if it cannot be encoded.
-        cut: tokens that the limits cut from each side of a kept record.
-        changed: changes made by encoding, by kind.
-        sums: `pairs` made of it; `tokens` of all responses, each with its prompt, `unique_tokens` with the
-            prompt counted once; `response_tokens`, and the `trained_tokens` of them.
-        pair: None for a single response.
-    """
+    """Facts about one record."""
 
     origin: Origin
-    dropped: str | None = None
-    detail: str = ""
-    keys: Keys | None = None
-    names: tuple[str, ...] = ()
+    dropped: str | None = None  # the reason why no example is made of it
+    detail: str = ""  # of the reason, without texts
+    keys: Keys | None = None  # None: it cannot be read
+    names: tuple[str, ...] = ()  # rules that it breaks, kinds of these, and properties
     characters: Lengths = (0, 0, -1)
-    tokens: Lengths | None = None
-    cut: Sequence[int] = (0, 0, 0)
-    changed: dict[str, int] = field(default_factory=dict)
+    tokens: Lengths | None = None  # before anything is cut; None: not encoded
+    cut: Sequence[int] = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
+    changed: dict[str, int] = field(default_factory=dict)  # by encoding
+    # Examples and tokens: each response with its prompt, each prompt once, responses, those the loss counts.
     sums: Counter[str] = field(default_factory=Counter)
-    pair: PairFacts | None = None
+    pair: PairFacts | None = None  # None: a single response
 
 
 class Observer:

@@ -35,14 +35,7 @@ Kind = StrEnum("Kind", ["text", "special", "omitted"])
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind.
-
-    Attributes:
-        text: decoded; for `omitted` a number with its unit.
-        kind: of the segment.
-        is_trained: whether the loss counts these tokens.
-        is_cut: whether `data.max_length` or `data.max_prompt_length` cuts them.
-    """
+    """Consecutive tokens of one kind: whether the loss counts them, and whether the limits cut them."""
 
     text: str
     kind: Kind = Kind.text
@@ -52,14 +45,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """The prompt or a response of a shown record.
-
-    Attributes:
-        name: `prompt`, `chosen`, `rejected`, `response 2 of 4`, ...
-        segments: its content in order.
-        tokens: number of tokens, before anything is cut; None without a tokenizer.
-        score: of the response, if the record has scores.
-    """
+    """The prompt or a response of a shown record, with its number of tokens before anything is cut."""
 
     name: str
     segments: tuple[Segment, ...]
@@ -69,18 +55,11 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownPair:
-    """One record of the page.
-
-    Attributes:
-        origin: ``file:line``.
-        rules: rules of which it is an example; empty for one of the sample.
-        note: the reason why it is dropped; empty for a kept one.
-        parts: the prompt, then the responses, best first.
-    """
+    """One record of the page: the prompt, then the responses, best first."""
 
     origin: str
-    rules: tuple[str, ...]
-    note: str
+    rules: tuple[str, ...]  # of which it is an example; empty for one of the sample
+    note: str  # the reason why it is dropped
     parts: tuple[Part, ...]
 
 

@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
 from dpo_dist.generation.text_facts import language_of, shares
-from dpo_dist.insight.doctor.findings import Finding
+from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding, Rules
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.insight.doctor.observe import SIDES, Facts, Keys, PairFacts
-from dpo_dist.insight.doctor.rules import KINDS, RULE_OF, RULES, Rules
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000

@@ -73,12 +73,7 @@ _MODEL_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a record: its turns before the responses, and its responses.
-
-    Attributes:
-        turns: role and content of each turn of the prompt.
-        responses: best first; the turns of a longer response are joined by newlines.
-    """
+    """Role and content of each turn of a prompt, and the responses, their turns joined by newlines."""
 
     turns: tuple[tuple[str, str], ...]
     responses: tuple[str, ...]
@@ -127,14 +122,10 @@ def plain_words(text: str) -> list[str]:
 
 
 def signature(text: str) -> Signature:
-    """Return the MinHash signature of a text's pairs of consecutive words (Broder 1997).
+    """Return the MinHash signature, uint32 [64], of a text's pairs of consecutive words (Broder 1997).
 
-    Args:
-        text: its case and punctuation are ignored; all numbers count as the same word.
-
-    Returns:
-        uint32 [64]; the share of equal numbers of two signatures estimates the Jaccard similarity of the two
-        sets of pairs, with a standard error of at most 0.06. All are the largest value for no words.
+    Case and punctuation are ignored; all numbers count as the same word. The share of equal numbers of two
+    signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
     """
     words = ["0" if word.isdecimal() else word for word in plain_words(text)] or words_and_marks(text)
     pairs = {f"{one} {other}".encode("utf-8", "replace") for one, other in pairwise(words)}

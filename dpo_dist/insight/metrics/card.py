@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
@@ -33,7 +33,6 @@ _SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 """A folder of the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
-_EVALUATED = ("rewards/accuracies", "rewards/margins", "loss")
 
 
 def inert(value: object) -> Markup:
@@ -148,7 +147,7 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
         first.setdefault(results_name(counts["label"]), source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
         dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
-        for key in _EVALUATED:
+        for key in MAIN:
             value, title = row.get(PREFIX + key), METRICS[key].title
             if value is not None and math.isfinite(value):
                 yield EvalResult(
@@ -179,7 +178,7 @@ def _number(value: float | None, ends: Sequence[float] | None = None) -> Markup:
 
 def _evaluation(evaluation: Mapping[str, Row]) -> Table:
     rows = list(evaluation.items())
-    keys = [key for key in _EVALUATED if any(PREFIX + key in row for _, row in rows)]
+    keys = [key for key in MAIN if any(PREFIX + key in row for _, row in rows)]
     head = ["pairs of", "pairs", *(METRICS[key].title for key in keys)]
     lines: list[list[object]] = [
         [

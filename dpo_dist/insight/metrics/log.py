@@ -41,7 +41,7 @@ COLUMNS = (
     *("grad_norm", "learning_rate", "pairs", "tokens"),
     *("step_seconds", "pairs_per_second", "tokens_per_second"),
     *(f"time/{phase}" for phase in PHASES),
-    *("mfu", "mfu/datasheet", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
+    *("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
     *(PREFIX + key for key in PAIR_METRICS),
 )
 """Columns of a new CSV file."""
@@ -56,12 +56,7 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """The metrics rows of one run, in memory and on disk.
-
-    Attributes:
-        folder: the run directory.
-        rows: all rows so far, oldest first.
-    """
+    """The metrics rows of one run, in memory and on disk."""
 
     def __init__(self, folder: RunFolder, rows: list[Row]):
         self.folder = folder
@@ -79,12 +74,8 @@ class MetricsLog:
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
-        Args:
-            folder: the run directory.
-            resume_step: step of the checkpoint that training resumes from: later rows are computed again.
-                None starts without rows.
-            say: called with a warning if the existing rows cannot be read.
-            owes_evaluation: the evaluation after `resume_step` is made again, too.
+        Rows after `resume_step` (None: of a new run) are computed again, with `owes_evaluation` the
+        evaluation after it, too. `say` gets a warning if the existing rows cannot be read.
         """
         rows: list[Row] = []
         if resume_step is not None:
@@ -118,8 +109,7 @@ class MetricsLog:
 
         Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
 
-        Raises:
-            OSError: a file cannot be written. A run directory that was moved away is not created again.
+        A run directory that was moved away is not created again.
         """
         self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
@@ -139,12 +129,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a `log_history.json`; null becomes nan.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no JSON.
-    """
+    """Read the rows of a `log_history.json`; null becomes nan."""
     return [
         {key: math.nan if value is None else value for key, value in row.items()}
         for row in json.loads(path.read_bytes())
@@ -152,11 +137,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_latest_rows(folder: RunFolder) -> list[Row]:
-    """Read the metrics rows of a run, also those that are only in the CSV file, which grows during the run.
-
-    Raises:
-        OSError: a file cannot be read; FileNotFoundError: there is neither.
-    """
+    """Read the rows of a run, also those that are only in the CSV file, which grows during the run."""
     rows = read_rows(folder.log_history) if folder.log_history.exists() else []
     if rows and not folder.metrics_table.exists():
         return rows
@@ -172,10 +153,8 @@ def read_latest_rows(folder: RunFolder) -> list[Row]:
 def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return `final` and `best` of `summary.json`; the evaluation before the first step is no result.
 
-    Returns:
-        `final`: metrics of the last logged step, with its `step`, and of the last evaluation, with its
-        `eval_step`. `best`: lowest `eval_loss` and highest `eval_rewards/accuracies`, each as
-        ``{"value", "step"}``, the earliest of equal ones. Values without a measurement are absent.
+    `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`); `best`
+    has the lowest `eval_loss` and the highest `eval_rewards/accuracies`, the earliest of equal ones.
     """
     final: Row = {}
     for prefix in ("", PREFIX):

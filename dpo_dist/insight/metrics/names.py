@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_dist.config.metrics import PREFIX, metric_of
+from dpo_dist.config.metrics import MAIN, PREFIX, metric_of
 from dpo_dist.config.schema import Direction
 
 Row = Mapping[str, float]
@@ -13,7 +13,7 @@ STEP_AXIS = "train/global_step"
 EVALUATED_AT = "eval/global_step"
 MARGINS = "eval/margins_histogram"
 SAMPLES = "eval/samples_table"
-BEST = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+BEST = ("loss", *(PREFIX + key for key in MAIN))
 """Metrics whose best value is in the summary of a tracker."""
 
 

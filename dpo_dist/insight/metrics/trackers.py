@@ -112,13 +112,8 @@ def open_trackers(
 ) -> Trackers:
     """Start or resume the trackers of a run; does not wait for a server that is slow.
 
-    Args:
-        config: of the run.
-        folder: the run directory.
-        request_stop: called from another thread if someone stops the run on its W&B page.
-        rows: metrics rows up to the checkpoint that training resumes from.
-        environment: content of `environment.json`.
-        say: called, also from other threads, with what a user should know.
+    `rows` are those up to the checkpoint that training resumes from. `request_stop`, if someone stops the run
+    on its W&B page, and `say` are also called from other threads.
     """
     trackers: list[Tracker] = []
     if config.tracking.wandb is not WandbMode.off:

@@ -77,7 +77,6 @@ class Tracker:
         self._is_offline = init["mode"] == "offline"
         self._sent = folder.wandb_id.with_name("sent.json")
         self._rows = list(rows)
-        self._is_restarted = False
         self._has_row = False  # wandb had the last row before it was logged here
         self._number = 0  # wandb's number of the next row, over all starts of an offline run
         self._start()
@@ -148,37 +147,19 @@ class Tracker:
             self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
         if outcome == RunOutcome.preempted:
             self.run.mark_preempting()
-        if self._folder.model.exists():
-            self._log_model()
         try:
             self.run.finish(exit_code=ExitCode[outcome])
         except TimeoutError:
             _warn(f"wandb has not uploaded everything; later: {upload_command(self._folder)}", self._say)
 
-    def _log_model(self) -> None:
-        """Log the model as an artifact by reference: no file is read or sent."""
-        import wandb  # noqa: PLC0415
-
-        model, name = self._folder.model.absolute(), f"{self.run.id}-model"
-        artifact = wandb.Artifact(name, "model", metadata=without_secrets({"path": str(model)}))
-        artifact.add_reference(model.as_uri(), name=model.name, checksum=False)
-        self.run.log_artifact(artifact)
-
     def _do(self, action: Callable[[], object]) -> None:
         """Call `action`; once again if wandb's service, which gets a signal to stop as well, has died."""
         try:
-            try:
-                action()
-            except ConnectionError:
-                end_service(is_dead=True)
-                if self._is_restarted:
-                    raise
-                self._is_restarted = True
-                self._start()
-                action()
-        except Exception:
-            end_service()
-            raise
+            action()
+        except ConnectionError:
+            end_service(is_dead=True)
+            self._start()
+            action()
 
 
 def _samples_table(path: Path, most: int) -> dict[str, Any]:
@@ -336,11 +317,8 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 class InBackground:
     """A wandb run that is opened and called in a thread of its own; no method but `finish` waits.
 
-    Args:
-        start: opens it; takes a function for what a user should know. None: there is none.
-        say: called, also from the thread, with that, and with the reason if wandb fails.
-        folder: the run directory.
-        first_wait: seconds to wait for `start`, so that its messages come in order if it is fast.
+    `start` takes a function for what a user should know; None: there is no run. `first_wait` are the seconds
+    to wait for it, so that its messages come in order if it is fast.
     """
 
     def __init__(
@@ -394,6 +372,7 @@ class InBackground:
             while run is not None and (call := self._calls.get()) is not None:
                 call(run)
         except Exception as error:
+            end_service()
             _warn(f"wandb tracking stops, training continues: {first_line(error)}", self._tell)
         finally:
             self._is_open.set()

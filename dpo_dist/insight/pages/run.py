@@ -47,7 +47,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "verdict": verdict_of(facts),
         "last_step": facts.run.rows[-1]["step"] if facts.run.rows and not facts.summary.get("exit") else None,
         "tiles": list(_tiles(facts)),
-        "samples": samples_of(folder, facts.run.rows),
+        "samples": samples_of(folder),
         "curves": charts(facts.run.rows),
         "accuracy": _by_source(facts),
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],

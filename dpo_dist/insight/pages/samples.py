@@ -10,12 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.foundation.text import counted, number, percent
+from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.text_facts import WORD, text_facts
 from dpo_dist.insight.pages.render import json_rows, part
-from dpo_dist.insight.pages.svg import evenly
 
 Row = Mapping[str, Any]
 Piece = tuple[str, bool]
@@ -135,10 +133,9 @@ def end_notes(tokens: int | None, is_finished: bool | None) -> str:
 
 
 REPEATED, DISTINCT, LONGER = 0.5, 0.5, 2.0
-_MOST_ROWS, _MOST_WORST, _MOST_SHOWN, _MOST_STEPS = 200, 6, 10, 8
+_MOST_ROWS, _MOST_WORST, _MOST_SHOWN = 200, 6, 10
 _MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
-_SAMPLED = [name for name in METRICS if name.startswith("samples/")]
 
 
 def faults(row: Row) -> list[str]:
@@ -168,7 +165,7 @@ def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
     ]
 
 
-def samples_of(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> Mapping[str, Any]:
+def samples_of(folder: RunFolder) -> Mapping[str, Any]:
     """Return the content of the section about the samples of a run; empty without samples.
 
     Responses are those of the reference and of the policy after the last, the previous and the first step.
@@ -187,15 +184,12 @@ def samples_of(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> Map
         title = f"{row['source']}: {reason}"
         shown.append(Shown(row["prompt"], tuple(_responses(row, rows)), "reference", title))
     items, omitted = prompt_items(shown, _SECTION_BYTES)
-    head, table = _metrics_table(metrics)
     return {
         "step": steps[0],
         "prompts": len(read[steps[0]]),
         "file": files[steps[0]].name,
         "items": items,
         "omitted": omitted,
-        "head": head,
-        "rows": table,
     }
 
 
@@ -210,21 +204,3 @@ def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
             yield Response(f"step {step:,}", row["policy"], notes)
     yield Response("chosen", last["chosen"])
-
-
-def _metrics_table(metrics: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of the metrics of samples over some steps; of those that are ever above 0."""
-    rows = [row for row in metrics if any(f"eval_{key}" in row for key in _SAMPLED)]
-    keys = [key for key in _SAMPLED if any(row.get(f"eval_{key}", 0.0) > 0 for row in rows)]
-    table = [
-        [number(row["step"]), *(_cell(row, key, f"eval_{key}") for key in keys)]
-        for row in evenly(rows, _MOST_STEPS)
-    ]
-    if rows:
-        of_reference = [_cell(rows[-1], key, f"eval_{key}".replace("/", "/reference_")) for key in keys]
-        table.insert(0, ["reference", *of_reference])
-    return ["step", *(METRICS[key].title for key in keys)], [line for line in table if any(line[1:])]
-
-
-def _cell(row: Mapping[str, float], metric: str, key: str) -> str:
-    return METRICS[metric].form(row[key]) if key in row else ""

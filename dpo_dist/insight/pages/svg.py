@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -17,7 +17,6 @@ from dpo_dist.foundation.text import number
 from dpo_dist.insight.pages.render import part
 
 FloatArray = NDArray[np.float64]
-Item = TypeVar("Item")
 Interval = Sequence[float] | None
 
 COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
@@ -100,12 +99,6 @@ def smoothed(values: FloatArray) -> FloatArray:
     for _ in range(2 if half else 0):
         means = np.where(is_finite, window_sums(means) / counts, 0.0)
     return np.where(is_finite, means, values)
-
-
-def evenly(rows: Sequence[Item], most: int) -> list[Item]:
-    """Return at most `most` rows at equal distances, the first and the last among them."""
-    count = min(len(rows), most)
-    return [rows[round(at * (len(rows) - 1) / max(count - 1, 1))] for at in range(count)]
 
 
 def kept_points(lines: Sequence[FloatArray], most: int) -> NDArray[np.int64]:

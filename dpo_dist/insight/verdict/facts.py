@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_dist.config.losses import KINDS, LossKind, Weighting
 from dpo_dist.foundation import text
-from dpo_dist.foundation.errors import RunOutcome
 
 Row = Mapping[str, float]
 Side = Literal["chosen", "rejected"]
@@ -43,25 +42,11 @@ class Accuracy(NamedTuple):
         return 1.5 / math.sqrt(self.pairs) if self.pairs else math.inf
 
 
-class MovedLogps(NamedTuple):
-    """Log-probs of responses in nats per token, at the start and at the end.
-
-    `is_of_same`: both are of the responses of the last row, under the reference and under the policy;
-    otherwise they are those of the first and the last training row.
-    """
-
-    start: float
-    end: float
-    is_of_same: bool
-
-
 @dataclass(frozen=True)
 class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
-    Attributes:
-        steps: the rows of training steps.
-        evaluations: those of evaluations after a step, with keys without `eval_`.
+    `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`.
     """
 
     rows: Sequence[Row]
@@ -72,14 +57,11 @@ class RunFacts:
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Row],
-        summary: Mapping[str, Any],
-        data_findings: Sequence[Mapping[str, Any]] = (),
+        cls, rows: Sequence[Row], summary: Mapping[str, Any], findings: Sequence[Mapping[str, Any]] = ()
     ) -> "RunFacts":
         """Return the facts of rows as in log_history.json."""
         evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
-        return cls(rows, [row for row in rows if "loss" in row], evaluations, summary, data_findings)
+        return cls(rows, [row for row in rows if "loss" in row], evaluations, summary, findings)
 
     @property
     def last_rows(self) -> Sequence[Row]:
@@ -95,11 +77,6 @@ class RunFacts:
     def total_steps(self) -> int:
         """Steps done."""
         return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the run did not reach its last step."""
-        return self.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
 
     def setting(self, key: str) -> Any:
         """Return a setting of the run, or None if the summary does not name it."""
@@ -156,14 +133,17 @@ class RunFacts:
             if tokens.get(step)
         ] or None
 
-    def moved_logps(self, side: Side) -> MovedLogps | None:
-        """Return the log-probs of a side's responses before and after training; None if not measured."""
+    def moved_logps(self, side: Side) -> tuple[float, float] | None:
+        """Return nats per token of a side's responses before and after training; None if not measured.
+
+        Of the last row's responses under both models, else of the first and the last training row.
+        """
         metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
         rows = self.steps if falls is None else self.last_rows
         start, end = first(rows, metric), last(rows, metric)
         if start is None or end is None:
             return None
-        return MovedLogps(start if falls is None else end + falls[-1][1], end, falls is not None)
+        return (start if falls is None else end + falls[-1][1]), end
 
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
@@ -233,9 +213,8 @@ def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
 def is_collapsed(row: Row) -> bool:
     """Return whether the policy of a step has no gradient, and gives responses no usable probability.
 
-    Either every token has the same probability, as after weights that overflow a normalisation layer, or
-    that of responses is far below any guess. A loss that is satisfied (hinge, ipo) has no gradient either,
-    but its policy still prefers some tokens.
+    Every token has the same probability, or that of responses is far below any guess. A satisfied loss
+    (hinge, ipo) has no gradient either, but its policy still prefers some tokens.
     """
     chosen, rejected = (finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected"))
     if row.get("grad_norm") != 0 or chosen is None:
@@ -260,10 +239,7 @@ def finite(row: Row, key: str) -> float | None:
 def pooled(
     rows: Iterable[Row], key: str, fewest_pairs: float, share: float = 1.0
 ) -> list[tuple[float, float]]:
-    """Return the means of `key` over successive rows with at least so many pairs, with the last row's step.
-
-    The value of a few pairs is noise. The metric is about a share of the pairs of a row.
-    """
+    """Return the means of `key` over successive rows with at least so many pairs, with the last step."""
     found, total, pairs = [], 0.0, 0.0
     for row in rows:
         if finite(row, key) is None:

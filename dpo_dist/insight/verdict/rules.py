@@ -1,9 +1,8 @@
 """The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -55,9 +54,7 @@ Find = Callable[[RunFacts], Iterator[str]]
 class RunRule(Rule):
     """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
 
-    Attributes:
-        find: yields what shows the fault, with numbers; nothing if the run does not have it.
-        explains: rules that are not reported beside this one, because they are its consequences.
+    `find` yields what shows the fault; rules that this one `explains` are its consequences, not reported.
     """
 
     find: Find
@@ -115,27 +112,28 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     # The row that ends a run has the last of several skipped steps.
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
-    before = RunFacts.of(
-        facts.rows[:index], {**facts.summary, "steps": int(row["step"])}, facts.data_findings
-    )
-    if symptom := next(_signs_of_rate(before), None):
-        cause = f"the learning rate is too high: {symptom}"
-    elif "loss" not in row:
-        cause = "the evaluation data have pairs for which the policy gives no finite value"
-    elif quantity == "loss":
-        cause = "the formula of the loss has no finite value for log-probs that are finite"
-    elif not quantity.startswith("logps/"):
-        cause = "the backward overflows: loss and log-probs are finite, the gradient is not"
-    elif before.steps:
-        cause = "an update damaged the weights: the learning rate is too high, or its warm-up too short"
-    else:
-        cause = "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
+    before = RunFacts.of(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
+    cause = _cause(before, quantity, is_evaluation="loss" not in row)
     return (
         f"{cause}; the {_QUANTITIES.get(quantity, quantity)} was the first value that is not finite, at step "
         f"{step}; before it the loss was {number(last(before.steps, 'loss'))} and the gradient norm "
         f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
         f"{number(last([row, *before.steps], 'learning_rate'))}"
     )
+
+
+def _cause(before: RunFacts, quantity: str, *, is_evaluation: bool) -> str:
+    if symptom := next(_signs_of_rate(before), None):
+        return f"the learning rate is too high: {symptom}"
+    if is_evaluation:
+        return "the evaluation data have pairs for which the policy gives no finite value"
+    if quantity == "loss":
+        return "the formula of the loss has no finite value for log-probs that are finite"
+    if not quantity.startswith("logps/"):
+        return "the backward overflows: loss and log-probs are finite, the gradient is not"
+    if before.steps:
+        return "an update damaged the weights: the learning rate is too high, or its warm-up too short"
+    return "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
 
 
 @_rule
@@ -397,7 +395,8 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
-    if facts.is_cut or facts.total_steps < _FEWEST_STEPS:
+    is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
+    if is_cut or facts.summary.get("bad_steps") or facts.total_steps < _FEWEST_STEPS:
         return
     accuracy, training = facts.accuracy(), facts.training_accuracy()
     if accuracy is not None and training is not None and accuracy.pairs >= 30:
@@ -448,27 +447,20 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
     share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
     if share is None or chosen is None or facts.setting("loss.kind") == "apo_down":  # which does it by design
         return
-    if share >= 0.5 and chosen.start - chosen.end >= 0.1:
+    if share >= 0.5 and chosen[0] - chosen[1] >= 0.1:
         yield (
-            f"chosen responses became less likely, {chosen.start:.2f} -> {chosen.end:.2f} nats per token, "
+            f"chosen responses became less likely, {chosen[0]:.2f} -> {chosen[1]:.2f} nats per token, "
             f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, and "
             "harmful only if probability moves to texts that are neither"
         )
 
 
 _NEXT = "; "
-_DIRECTIONS = {"higher": 1, "larger": 1, "more": 1, "lower": -1, "smaller": -1, "fewer": -1, "set": 0}
-_PUSH = re.compile(rf"\b({'|'.join(_DIRECTIONS)}) ([a-z_]+(?:\.[a-z_]+)?)")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict about a run.
-
-    Attributes:
-        sentence: the worst fault with its numbers, or the result of a run without one.
-        findings: at most `MOST_FINDINGS`, the worst first.
-    """
+    """The worst fault with its numbers, or the result of a run without one; findings, the worst first."""
 
     sentence: str
     findings: tuple[Finding, ...] = ()
@@ -494,17 +486,14 @@ def verdict(
 ) -> Verdict:
     """Judge a run by its files; a rule whose inputs are missing finds nothing.
 
-    Args:
-        rows: of log_history.json, with nan for null.
-        summary: the content of summary.json; `exit` need not be in it.
-        data_findings: `findings` of doctor.json.
+    `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts.of(rows, summary, data_findings)
     found = _found(facts, RULES)
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
-    findings = _agreed([one for name, one in found.items() if name not in explained])
+    findings = [one for name, one in found.items() if name not in explained]
     worst = next((one for one in findings if one.level is not Level.note), None)
     sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
@@ -525,21 +514,6 @@ def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, Finding]:
         for name, text in texts.items()
         if text
     }
-
-
-def _agreed(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings without advice that pushes a key against that of a finding before."""
-    pushed: dict[str, int] = {}
-    agreed = []
-    for finding in findings:
-        pieces = [(piece, _PUSH.search(piece)) for piece in finding.remedy.split(_NEXT)]
-        remedy = _NEXT.join(
-            piece
-            for piece, push in pieces
-            if push is None or pushed.setdefault(push[2], _DIRECTIONS[push[1]]) == _DIRECTIONS[push[1]]
-        )
-        agreed.append(replace(finding, remedy=remedy))
-    return agreed
 
 
 def _success(facts: RunFacts) -> str:

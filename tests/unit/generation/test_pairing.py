@@ -1,61 +1,294 @@
-"""Pairs of one prompt's responses by their scores."""
+"""Pairs by scores: their selection, records with provenance that the trainer reads, and counts."""
 
+import json
 from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_dist.config.verb_options import PairsConfig, PairSelection
-from dpo_dist.generation.pairs.run import select_pairs
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import Message, PreferenceRecord
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.generation.pairs.files import describe_counts
+from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
+from dpo_dist.generation.pairs.run import (
+    Results,
+    pairs_from_scores,
+    pairs_of,
+    samples_of,
+    select_pairs,
+    usable,
+)
+from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
+from dpo_dist.generation.sampling.stages import Parts
+from tests.support.records import assistant, jsonl, user
+
+ALL, RANDOM = PairSelection.all_pairs, PairSelection.best_random
 
 
 def select(
     scores: list[float], key: str = "prompt", seed: int = 0, **rule: Any
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
     counts: Counter[str] = Counter()
-    return select_pairs(scores, PairsConfig(**rule), seed, key, counts), {
-        k: n for k, n in counts.items() if n
+    return select_pairs(scores, PairsConfig(**rule), seed, key, counts), dict(+counts)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule", "pairs", "counts"),
+    [
+        ([2, 5, 1, 3], {}, [(1, 2)], {}),
+        ([1, 5, 5, 1], {}, [(1, 0)], {"tied_pairs": 2}),
+        ([1, 4, 2, 4], {"select": ALL, "margin": 1}, [(1, 0), (1, 2), (3, 0), (3, 2)], {"tied_pairs": 1}),
+        ([2, 2, 2], {}, [], {"prompts_all_tied": 1, "tied_pairs": 3}),
+        ([2], {}, [], {"prompts_too_few_responses": 1}),
+        ([], {}, [], {"prompts_too_few_responses": 1}),
+        *(([3, 1], {"select": s, "margin": 2}, [], {"prompts_below_margin": 1}) for s in PairSelection),
+        *(([3, 0.9], {"select": s, "margin": 2}, [(0, 1)], {}) for s in PairSelection),
+    ],
+)
+def test_pairs_follow_scores_rule_and_margin(scores: Any, rule: Any, pairs: Any, counts: Any) -> None:
+    found, counted = select(scores, **rule)
+    assert (sorted(found), counted) == (pairs, counts)
+
+
+def test_the_random_response_follows_from_seed_and_key_and_is_each_other_one_equally_often() -> None:
+    scores = [float(number) for number in range(20)]
+    drawn = [select(scores, str(key), key % 2, select=RANDOM)[0][0] for key in range(300)]
+    assert drawn == [select(scores, str(key), key % 2, select=RANDOM)[0][0] for key in range(300)]
+    assert set(drawn) == {(19, other) for other in range(19)}
+    assert drawn[:6] != [select(scores, str(key), 1 - key % 2, select=RANDOM)[0][0] for key in range(6)]
+    pairs = [select([3, 2, 1], str(key), select=RANDOM)[0][0] for key in range(600)]
+    assert 250 < pairs.count((0, 1)) < 350
+
+
+SCORED = {
+    "prompt": [user("name a colour")],
+    "responses": [{"content": text, "score": score} for text, score in [("a", 3), ("b", 9), ("c", 1)]],
+}
+PAIR = {
+    "chosen": [user("hi"), assistant("hello")],
+    "rejected": [user("hi"), assistant("no")],
+    "score_chosen": 1,
+    "score_rejected": 4,
+}
+PLAIN = {"prompt": "two and two is", "responses": ["four", "five"], "scores": [1.0, 0.5]}
+
+
+def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, str]:
+    said: list[str] = []
+    source = jsonl(folder, *records)
+    overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
+    config = load_run_config(["model.path=m", f"data.train=[{source}]", f"run.dir={folder}", *overrides])
+    pairs_from_scores(config, said.append)
+    return folder / "pairs/pairs.jsonl", "\n".join(said)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_trainer_reads_the_pairs_with_their_scores(tmp_path: Path) -> None:
+    file, _ = make(tmp_path, SCORED, PAIR)
+    first, second = (record for record in read_records(str(file)) if isinstance(record, PreferenceRecord))
+    assert (first.response_texts, first.scores) == (("b", "c"), (9.0, 1.0))
+    assert (second.response_texts, second.scores) == (("no", "hello"), (4.0, 1.0))
+
+
+def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
+    without = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    file, said = make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=3)
+    found = rows(file)
+    assert [(row["score_chosen"], row["score_rejected"]) for row in found] == [(9, 3), (9, 1)]
+    assert found[0]["provenance"] == {
+        **{"source": f"{tmp_path}/records.jsonl:2", "method": "scores", "select": "all_pairs"},
+        **{"margin": 3.0, "seed": 0, "ranks": [1, 2], "responses": 3},
+    }
+    assert "1 prompts_below_margin: prompts without a pair" in said
+    assert "1 without_scores: records without scores" in said
+
+
+def test_a_random_choice_does_not_depend_on_the_place_of_a_record(tmp_path: Path) -> None:
+    ranked = [SCORED | {"prompt": [user(f"question {number}")]} for number in range(20)]
+    choices = []
+    for name, before in (("first", []), ("moved", [PAIR])):
+        (tmp_path / name).mkdir()
+        file, _ = make(tmp_path / name, *before, *ranked, select="best_random")
+        choices.append([row["rejected"] for row in rows(file)[len(before) :]])
+    assert choices[0] == choices[1]
+    assert len(set(map(str, choices[0]))) == 2
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+WITH_TOOLS = {
+    "prompt": [
+        {"role": "system", "content": "be brief"},
+        user("rain?"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "name": "weather"},
+    ],
+    "chosen": [{"role": "assistant", "content": "yes", "reasoning_content": "the tool says so"}],
+    "rejected": [
+        {"role": "assistant", "content": "one moment", "loss_weight": 0},
+        user("well?"),
+        {"role": "assistant", "content": "no", "loss_weight": 1},
+    ],
+    "tools": [WEATHER],
+    "chat_template_kwargs": {"enable_thinking": False},
+    **{"score_chosen": 2, "score_rejected": 1},
+}
+HH = {
+    "chosen": "\n\nHuman: hi\n\nAssistant: yes",
+    "rejected": "\n\nHuman: hi\n\nAssistant: no",
+    **{"score_chosen": 2, "score_rejected": 1},
+}
+
+
+@pytest.mark.parametrize("records", [[PAIR | {"score_chosen": 9}, WITH_TOOLS], [HH, PLAIN]])
+def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> None:
+    file, _ = make(tmp_path, *records)
+    whole = [list(read_records(str(path))) for path in (tmp_path / "records.jsonl", file)]
+    for before, after in zip(*whole, strict=True):
+        assert isinstance(before, PreferenceRecord)
+        assert isinstance(after, PreferenceRecord)
+        assert replace(after, origin=before.origin) == before
+
+
+def test_a_file_of_other_settings_is_not_replaced_and_one_without_a_pair_not_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pair can be made"):
+        make(tmp_path, SCORED, margin=100)
+    assert not list(tmp_path.glob("pairs/*"))
+    file, _ = make(tmp_path, SCORED)
+    first = file.read_bytes()
+    assert make(tmp_path, SCORED)[0].read_bytes() == first
+    with pytest.raises(ConfigError, match="margin: 0 before, 1 now"):
+        make(tmp_path, SCORED, margin=1)
+    assert file.read_bytes() == first
+
+
+def test_the_limit_counts_prompts_and_bad_records_before_it(tmp_path: Path) -> None:
+    file, _ = make(tmp_path, PLAIN, SCORED, SCORED, limit=2, select="all_pairs")
+    assert len(rows(file)) == 1 + 3
+    with pytest.raises(DataError, match="1 of 3 records cannot be used"):
+        make(tmp_path, {"unknown": 1}, PLAIN, SCORED, {"unknown": 2}, limit=2, select="all_pairs")
+
+
+def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answer:
+    return Answer(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
+
+
+@pytest.mark.parametrize("unfinished", DropOrKeep)
+def test_samples_that_are_not_used_are_counted_by_reason(unfinished: DropOrKeep) -> None:
+    samples = [sample("a"), sample("a "), sample("a", fields={"reasoning_content": "t"}), sample(" ")]
+    samples += [sample("b", finished=False), sample("c", same_ids=False)]
+    kept, counts = usable(samples, PairsConfig(unfinished=unfinished))
+    is_kept = unfinished is DropOrKeep.keep
+    assert [samples.index(each) for each in kept] == [0, 2, *([4] if is_kept else []), 5]
+    assert counts == {"identical": 1, "empty": 1} | ({} if is_kept else {"unfinished": 1})
+
+
+MODELS = [ModelSource(name, Path(name), None, None, f"digest of {name}") for name in ("one", "other")]
+THOUGHT = {"reasoning_content": "I add."}
+
+
+def finished(folder: Path, method: str = "samples") -> Results:
+    """Results of two models of two samples each, to three prompts in parts of two."""
+
+    def parts(name: str, rows: list[Any]) -> Parts:
+        made = Parts.of(folder, name, {}, 2)
+        made.open()
+        made.write(0, rows[:2])
+        made.write(1, rows[2:])
+        return made
+
+    source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
+    config = load_run_config(["model.path=m", f"data.train=[{source}]"])
+    prompts = open_prompts(write_prompts(folder, config, lambda _: None), 2)
+    responses, count, scores = [], 2 if method == "samples" else 1, None
+    for model, name in enumerate(("a", "b")):
+        answers = [sample(f"{name}{n}", 2 * model + n, n + 1) for n in range(count)]
+        found = [asdict(Answers("key", answers)) for _ in range(3)]
+        found[0]["answers"][0]["fields"] = THOUGHT
+        found[2] = asdict(Answers("key", [], "too_long")) if model else found[2]
+        responses.append(parts(f"responses{model}", found))
+    if method == "samples":
+        judged = [{"0": 3.0, "1": 1.0, "2": 1.0, "3": None}, {str(n): 2.0 for n in range(4)}]
+        counts = {"unreadable": 1}
+        empty = {"scores": {}, "counts": {}}
+        scores = parts("scores", [*({"scores": each, "counts": counts} for each in judged), empty])
+    rule = PairsConfig(method=PairsMethod(method), select=ALL)
+    return Results(rule, prompts, MODELS, responses, scores, {"sampling": "facts"})
+
+
+def test_pairs_of_scored_samples_have_their_origin_and_are_counted(tmp_path: Path) -> None:
+    results = finished(tmp_path)
+    pairs = list(pairs_of(results))
+    a0 = [{"role": "assistant", "content": "a0", **THOUGHT}]
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [
+        (a0, [{"role": "assistant", "content": "a1"}]),
+        (a0, [{"role": "assistant", "content": "b0", **THOUGHT}]),
+    ]
+    assert {(row["score_chosen"], row["score_rejected"]) for row in pairs} == {(3.0, 1.0)}
+    provenance = pairs[1]["provenance"]
+    assert provenance["rejected"] == {
+        "model": {"name": "other", "revision": None, "digest": "digest of other"},
+        **{"number": 2, "tokens": 1, "finished": True},
+    }
+    assert provenance["source"].endswith("records.jsonl:1")
+    assert (provenance["select"], provenance["sampling"]) == ("all_pairs", "facts")
+    assert +results.counts == {
+        **{"prompts": 3, "samples": 10, "unreadable": 2, "samples_without_score": 1},
+        **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
     }
 
 
-def test_the_best_and_the_worst_are_a_pair() -> None:
-    assert select([2, 5, 1, 3]) == ([(1, 2)], {})
+def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> None:
+    found = list(samples_of(finished(tmp_path)))
+    assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (0, 2)]
+    assert found[0]["unused"][0]["content"] == "b1"
+    assert found[2]["provenance"]["dropped"] == "too_long"
+    (record,) = read_records(str(jsonl(tmp_path, found[0])))
+    assert isinstance(record, PreferenceRecord)
+    assert record.scores == (3.0, 1.0, 1.0)
+    assert record.responses[0] == (Message("assistant", "a0", THOUGHT),)
 
 
-def test_the_first_of_equally_good_or_bad_responses_counts() -> None:
-    assert select([1, 5, 5, 1]) == ([(1, 0)], {"tied_pairs": 2})
+def test_equal_responses_have_the_score_of_the_first(tmp_path: Path) -> None:
+    results = finished(tmp_path)
+    found = results.responses[0].read(0)
+    found[0]["answers"][1] |= {"content": " a0 ", "fields": THOUGHT}
+    results.responses[0].write(0, found)
+    assert results.scores is not None
+    judged = results.scores.read(0)
+    del judged[0]["scores"]["1"]
+    results.scores.write(0, judged)
+    row = next(samples_of(results))
+    assert [(one["number"], one["score"]) for one in row["unused"]] == [(1, 3.0), (3, None)]
 
 
-@pytest.mark.parametrize("rule", list(PairSelection))
-def test_the_scores_of_a_pair_differ_by_more_than_the_margin(rule: PairSelection) -> None:
-    assert select([3, 1], select=rule, margin=2) == ([], {"prompts_below_margin": 1})
-    assert select([3, 0.9], select=rule, margin=2) == ([(0, 1)], {})
+def test_a_delta_pair_needs_a_response_of_both_models(tmp_path: Path) -> None:
+    results = finished(tmp_path, "delta")
+    found = results.responses[1].read(0)
+    found[1]["answers"][0]["finished"] = False
+    results.responses[1].write(0, found)
+    (pair,) = pairs_of(results)
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("a0", "b0")
+    assert "score_chosen" not in pair
+    assert "select" not in pair["provenance"]
+    assert +results.counts == {
+        **{"prompts": 3, "samples": 5, "samples_unfinished": 1},
+        **{"prompts_too_few_responses": 1, "prompts_dropped_too_long": 1},
+    }
 
 
-def test_all_pairs_are_those_above_the_margin() -> None:
-    pairs, counts = select([1, 4, 2, 4], select=PairSelection.all_pairs, margin=1)
-    assert (sorted(pairs), counts) == ([(1, 0), (1, 2), (3, 0), (3, 2)], {"tied_pairs": 1})
-
-
-def test_a_prompt_without_a_pair_is_counted() -> None:
-    assert select([2, 2, 2]) == ([], {"prompts_all_tied": 1, "tied_pairs": 3})
-    assert select([2]) == ([], {"prompts_too_few_responses": 1})
-    assert select([]) == ([], {"prompts_too_few_responses": 1})
-
-
-def test_the_random_response_follows_from_seed_and_prompt() -> None:
-    scores = [float(number) for number in range(20)]
-
-    def drawn(key: str, seed: int) -> list[tuple[int, int]]:
-        return select(scores, key, select=PairSelection.best_random, seed=seed)[0]
-
-    assert drawn("a", 0) == drawn("a", 0)
-    assert all(drawn(key, 0)[0][0] == 19 for key in "abc")
-    assert len({drawn(key, seed)[0] for key in "abcdef" for seed in (0, 1)}) > 4
-    others = {drawn(str(number), 0)[0][1] for number in range(300)}
-    assert others == set(range(19))
-
-
-def test_the_random_response_is_each_other_one_equally_often() -> None:
-    pairs = [select([3, 2, 1], str(key), select=PairSelection.best_random)[0][0] for key in range(600)]
-    assert 250 < pairs.count((0, 1)) < 350
+def test_totals_come_first_and_other_counts_have_name_and_meaning() -> None:
+    counts = {"tied_pairs": 1200, "samples": 54, "prompts": 1, "refused": 0, "prompts_dropped_too_long": 2}
+    assert describe_counts(counts) == [
+        "1 prompt, 54 responses",
+        "  2 prompts_dropped_too_long: prompts that are not asked: longer than data.max_length",
+        "  1,200 tied_pairs: two responses to a prompt with equal scores",
+    ]

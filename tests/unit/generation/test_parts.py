@@ -1,4 +1,4 @@
-"""Parts of the work: finished ones are kept, open ones are shared among processes, an error ends all."""
+"""Prompts and parts of the work: by contents, shared among processes, kept, ended by an error."""
 
 import os
 from pathlib import Path
@@ -7,86 +7,106 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
 from dpo_dist.generation.sampling.stages import Parts, work_on
+from tests.support.records import jsonl
 
-Rows = list[dict[str, Any]]
+
+def written(folder: Path, records: list[Any], *overrides: str) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    config = load_run_config(["model.path=m", f"data.train=[{jsonl(folder, *records)}]", *overrides])
+    return write_prompts(folder, config, said.append), said
+
+
+def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        records = [{"prompt": f"question {n % 50}", "completion": "c"} for n in range(60)]
+        return written(tmp_path, records, *overrides)[0].read_text().splitlines()
+
+    whole = lines()
+    parts = [lines("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
+    assert len(whole) == 50
+    assert sorted(line for part in parts for line in part) == sorted(whole)
+    assert all(8 < len(part) < 25 for part in parts)
+    assert lines("pairs.prompt_parts=3", "pairs.prompt_part=1", "pairs.limit=5") == parts[1][:5]
+
+
+def abandoned(file: Path) -> Path:
+    left = file.with_name(f"{file.name}.tmp-0123456789ab")
+    left.touch()
+    os.utime(left, (0, 0))
+    return left
+
+
+def test_dropped_records_before_the_limit_are_counted(tmp_path: Path) -> None:
+    left = abandoned(tmp_path / "prompts.jsonl")
+    records = [{"unknown": 1}, *({"prompt": f"question {n}"} for n in range(4)), {"unknown": 2}]
+    _, said = written(tmp_path, records, "data.max_bad_share=0.5", "pairs.limit=2")
+    assert not left.exists()
+    assert said[0].endswith("2 of 3 records kept")
+    assert said[1].startswith("  1 dropped (unknown_format)")
+
+
+def test_every_part_has_its_own_prompts(tmp_path: Path) -> None:
+    texts = [f"question {n} " + "\u2028é" * (n % 7) for n in range(23)]
+    file, _ = written(tmp_path, [{"prompt": text} for text in texts])
+    for size, parts in ((5, 5), (23, 1), (1, 23), (100, 1)):
+        prompts = open_prompts(file, size)
+        assert (prompts.parts, prompts.count) == (parts, 23)
+        found = [[record.prompt for record in prompts.part(index)] for index in range(parts)]
+        assert found == [texts[start : start + size] for start in range(0, 23, size)]
 
 
 def stage(folder: Path, settings: Any = "a") -> Parts:
     return Parts.of(folder, "responses", {"setting": settings}, 5)
 
 
-def process(rank: int, size: int = 2) -> Any:
-    """One of several processes that run one after the other."""
-    return SimpleNamespace(
-        rank=rank,
-        size=size,
-        together=lambda work, _: work(),
-    )
+def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
+    """Do the share of one of two processes, one after the other; return the parts begun."""
+    process: Any = SimpleNamespace(rank=rank, size=2, together=lambda work, _: work())
+    done = []
+
+    def part(index: int) -> list[dict[str, Any]]:
+        done.append(index)
+        if index == fails:
+            raise ConfigError("no memory")
+        return number(index)
+
+    try:
+        work_on(parts, open_parts, process, part, lambda _: None)
+    except ConfigError:
+        assert fails is not None
+    return done
 
 
-def number(index: int) -> Rows:
+def number(index: int) -> list[dict[str, Any]]:
     return [{"number": index, "text": "é\u2028"}]
 
 
 def test_processes_share_the_open_parts(tmp_path: Path) -> None:
     parts = stage(tmp_path)
     assert parts.open() == [0, 1, 2, 3, 4]
+    left = abandoned(parts.file(1))
     parts.write(1, number(1))
     open_parts = parts.open()
-    assert open_parts == [0, 2, 3, 4]
-    done: list[list[int]] = [[], []]
-    for rank in (0, 1):
-
-        def work(index: int, own: list[int] = done[rank]) -> Rows:
-            own.append(index)
-            return number(index)
-
-        work_on(parts, open_parts, process(rank), work, lambda _: None)
-    assert done == [[0, 3], [2, 4]]
+    assert not left.exists()
+    assert open_parts == stage(tmp_path).open() == [0, 2, 3, 4]
+    assert [work(parts, open_parts, rank) for rank in (0, 1)] == [[0, 3], [2, 4]]
     assert parts.open() == []
     assert parts.finished() == 5
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
-
-
-def test_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
-    parts = stage(tmp_path)
-    parts.open()
-    left = parts.folder / "000001.jsonl.tmp-0123456789ab"
-    left.touch()
-    os.utime(left, (0, 0))
-    assert parts.open() == [0, 1, 2, 3, 4]
-    assert not left.exists()
-
-
-def test_other_settings_have_other_parts(tmp_path: Path) -> None:
-    parts = stage(tmp_path)
-    parts.open()
-    parts.write(0, number(0))
-    assert stage(tmp_path).open() == [1, 2, 3, 4]
-    assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4]
+    assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
 
 
 def test_a_process_stops_at_the_error_of_another_one(tmp_path: Path) -> None:
     parts = stage(tmp_path)
-    open_parts, done = parts.open(), list[int]()
-
-    def work(index: int) -> Rows:
-        done.append(index)
-        if index == 3:
-            raise ConfigError("no memory")
-        return number(index)
-
-    with pytest.raises(ConfigError, match="no memory"):
-        work_on(parts, open_parts, process(1), work, lambda _: None)
-    assert done == [1, 3]
-    flag = parts.folder / "failed"
-    assert flag.exists()
-    work_on(parts, open_parts, process(1), work, lambda _: None)
-    assert done == [1, 3]
+    open_parts = parts.open()
+    assert work(parts, open_parts, 1, fails=3) == [1, 3]
+    assert work(parts, open_parts, 0) == []
     assert parts.open() == [0, 2, 3, 4], "1 is finished"
-    assert not flag.exists()
+    assert work(parts, parts.open(), 0) == [0, 3]
 
 
 def test_a_part_that_cannot_be_written_does_not_appear(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.generation.pairs.people import (
@@ -27,7 +28,7 @@ from dpo_dist.generation.pairs.people import (
 )
 
 
-def record(*responses, prompt="Why?", line=1) -> PreferenceRecord:
+def record(*responses: Response, prompt: Prompt = "Why?", line: int = 1) -> PreferenceRecord:
     return PreferenceRecord(prompt, responses, Origin("data.jsonl", line))
 
 
@@ -35,10 +36,10 @@ ITEMS = draw_items((record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(30))
 
 
 @contextmanager
-def opened(log: Path, items=ITEMS) -> Iterator[Labelling]:
+def opened(log: Path, items: Any = ITEMS, foreign: int = 0) -> Iterator[Labelling]:
     with locked(log, "labels", "") as descriptor:
         labelling = Labelling(items, descriptor, 0)
-        labelling.foreign = labelling.read(log)  # type: ignore[attr-defined]
+        assert labelling.read(log) == foreign
         yield labelling
 
 
@@ -50,13 +51,7 @@ def judge_all(labelling: Labelling, annotator: str = "Ada", choice: str = "left"
     return seen
 
 
-def test_every_item_comes_once_and_the_next_one_stays(tmp_path) -> None:
-    with opened(tmp_path / "log") as labelling:
-        assert labelling.remaining("Ada") == labelling.remaining("Ada")
-        assert sorted(judge_all(labelling)) == sorted(ITEMS)
-
-
-def test_items_are_shared_or_judged_by_one_annotator(tmp_path) -> None:
+def test_items_are_shared_or_judged_by_one_annotator_and_skipped_ones_left_to_others(tmp_path: Path) -> None:
     with opened(tmp_path / "log") as labelling:
         for _ in range(10):
             for name in ("Ada", "Ben"):
@@ -66,45 +61,29 @@ def test_items_are_shared_or_judged_by_one_annotator(tmp_path) -> None:
         judges = Counter(item for _, item in labelling.given)
         assert set(judges) == set(ITEMS)
         assert 0 < list(judges.values()).count(2) < 15
-
-
-def test_a_skipped_item_is_left_to_others(tmp_path) -> None:
-    with opened(tmp_path / "log") as labelling:
+    with opened(tmp_path / "skips") as labelling:
         assert len(judge_all(labelling, "Ada", "skip")) == len(judge_all(labelling, "Ben")) == 30
 
 
-def test_sides_are_random_and_the_verdict_is_in_the_items_own_order(tmp_path) -> None:
-    with opened(tmp_path / "log") as labelling:
-        judge_all(labelling)
+def test_a_restart_is_the_same_state_and_the_last_verdict_counts(tmp_path: Path) -> None:
+    log, first = tmp_path / "log", next(iter(ITEMS))
+    with opened(log) as labelling:
+        assert sorted(judge_all(labelling)) == sorted(ITEMS)
         lefts = Counter(one.left for one in labelling.given.values())
         assert 5 < lefts[0] < 25
         assert all(one.verdict == ("first", "second")[one.left] for one in labelling.given.values())
-
-
-def test_a_restart_from_the_log_is_the_same_state_and_the_last_verdict_counts(tmp_path) -> None:
-    first = next(iter(ITEMS))
-    with opened(tmp_path / "log") as labelling:
-        judge_all(labelling)
         labelling.judge("Ada", first, "tie", 2.0)
         given = labelling.given
         assert given["Ada", first].verdict == "tie"
-    with opened(tmp_path / "log") as labelling:
-        assert labelling.given == given
-    with opened(tmp_path / "log", items=dict(list(ITEMS.items())[:2])) as labelling:
-        assert labelling.foreign in (28, 29)
-        assert len(labelling.given) == 2
-
-
-def test_a_torn_last_line_is_removed_and_a_damaged_one_is_an_error(tmp_path) -> None:
-    log = tmp_path / "log"
     with opened(log) as labelling:
-        for item in list(ITEMS)[:2]:
-            labelling.judge("Ada", item, "tie", 1.0)
+        assert labelling.given == given
+    with opened(log, dict([*ITEMS.items()][1:3]), foreign=29) as labelling:
+        assert len(labelling.given) == 2
     whole = log.read_bytes()
     log.write_bytes(whole[:-20])
     with opened(log) as labelling:
-        assert len(labelling.given) == 1
-    assert len(log.read_bytes().splitlines()) == 1
+        assert labelling.given["Ada", first].verdict != "tie"
+    assert len(log.read_bytes().splitlines()) == 30
     log.write_bytes(b"{}\n" + whole)
     with pytest.raises(DataError, match="damaged"), opened(log):
         pass
@@ -126,7 +105,7 @@ def given(annotator: str, item: str, verdict: str, left: int = 0, seconds: float
         ("first tie skip", (0, "comparisons_decided")),
     ],
 )
-def test_the_majority_decides(verdicts, wanted) -> None:
+def test_the_majority_decides(verdicts: str, wanted: tuple[int | None, str]) -> None:
     assert outcome([given(str(n), "a", verdict) for n, verdict in enumerate(verdicts.split())]) == wanted
 
 
@@ -146,21 +125,15 @@ def test_kappa_is_agreement_beyond_chance() -> None:
 
 
 def test_agreement_counts_ties_skips_sides_and_seconds() -> None:
-    found = agreement(
-        [
-            given("Ada", "a", "first", left=0, seconds=1.0),
-            given("Ada", "b", "second", left=0, seconds=2.0),
-            given("Ada", "c", "tie", left=0, seconds=9.0),
-            given("Ada", "d", "skip"),
-            given("Ben", "c", "tie"),
-            given("Ben", "d", "tie"),
-        ]
-    )
+    ada = [given("Ada", "a", "first", seconds=1.0), given("Ada", "b", "second", seconds=2.0)]
+    ada += [given("Ada", "c", "tie", seconds=9.0), given("Ada", "d", "skip")]
+    found = agreement([*ada, given("Ben", "c", "tie"), given("Ben", "d", "tie")])
     assert found["annotators"]["Ada"] == {
         **{"judged": 3, "ties": 1, "skipped": 1, "median_seconds": 2.0, "left_share": 0.5}
     }
-    (between,) = found["between"]
-    assert (between["items"], between["agreed"], between["kappa"]) == (1, 1.0, None)
+    assert found["between"][0] | {"annotators": 0} == {
+        **{"annotators": 0, "items": 1, "agreed": 1.0, "kappa": None}
+    }
 
 
 def test_items_do_not_depend_on_the_order_of_records_and_responses() -> None:
@@ -185,64 +158,43 @@ def test_records_without_an_item_are_counted_by_reason() -> None:
 HOSTILE = "<script>alert(1)</script><b>bold</b>"
 
 
-@contextmanager
-def serving(log: Path) -> Iterator[LabelServer]:
+def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path: Path) -> None:
     turns = (Message("system", "Be kind."), Message("user", HOSTILE))
     called = Message("assistant", "", {"thinking": "hm", "tool_calls": [{"name": "f"}]})
     records = [record((called,), (Message("assistant", "plain"),), prompt=turns)]
     records += [record("x", "y", prompt=Dialogue("\n\nHuman: Hi\n\nAssistant:"))]
     items = draw_items(records, 9, 0, Counter())
-    with opened(log, items=items) as labelling, LabelServer(labelling, lambda: None) as server:
+
+    def ask(method: str, path: str, **fields: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        connection.request(method, path, urlencode(fields) if method == "POST" else None)
+        return connection.getresponse()
+
+    with opened(tmp_path / "log", items) as labelling, LabelServer(labelling, lambda: None) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-
-
-def ask(server: LabelServer, method: str, path: str, **fields: str) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    connection.request(method, path, urlencode(fields) if method == "POST" else None)
-    return connection.getresponse()
-
-
-def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path) -> None:
-    with serving(tmp_path / "log") as server:
-        pages = []
-        place = f"{server.path}?annotator=Ada"
+        page, place = "", f"{server.path}?annotator=Ada"
         for _ in range(2):
-            address = ask(server, "GET", place).headers["Location"]
-            pages.append(ask(server, "GET", address).read().decode())
+            address = ask("GET", place).headers["Location"]
+            page += ask("GET", address).read().decode()
             item = parse_qs(urlsplit(address).query)["item"][0]
             fields = {"annotator": "Ada", "item": item, "choice": "right", "now": "0"}
-            assert ask(server, "POST", server.path, **fields).status == 303
-        page = "".join(pages)
+            assert ask("POST", server.path, **fields).status == 303
         assert "&lt;b&gt;bold" in page
         assert "<b>" not in page
         assert all(word in page for word in ("Be kind.", "thinking", "tool_calls", "plain", "Hi", "1 to go"))
-        end = ask(server, "GET", ask(server, "GET", place).headers["Location"]).read().decode()
-        assert "2 judged, 0 to go" in end
+        assert "2 judged, 0 to go" in ask("GET", ask("GET", place).headers["Location"]).read().decode()
+        for method in ("GET", "POST"):
+            assert ask(method, "/wrong/?annotator=Ada&item=").status == 404
+        server.shutdown()
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["verdict"] == ("first", "second")[1 - line["left"]] for line in lines] == [True, True]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_another_address_is_refused(method, tmp_path) -> None:
-    with serving(tmp_path / "log") as server:
-        assert ask(server, method, "/wrong/?annotator=Ada&item=").status == 404
-
-
-def test_a_file_of_other_pairs_is_refused_before_anyone_labels(tmp_path) -> None:
-    data = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+def test_a_file_of_other_pairs_is_refused_before_anyone_labels(tmp_path: Path) -> None:
     for file in (tmp_path / "data.jsonl", tmp_path / "run/pairs/pairs.jsonl"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(data)
-    config = load_run_config(
-        [
-            *("pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"),
-            *("model.path=unused",),
-        ]
-    )
+        file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    keys = ["pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"]
     with pytest.raises(ConfigError, match="exists and was made with other settings"):
-        label_pairs(config, print, print)
+        label_pairs(load_run_config([*keys, "model.path=unused"]), print, print)
     assert not (tmp_path / "run/pairs/judgements.jsonl").exists()

@@ -1,86 +1,83 @@
-"""Samples of a dialogue: as generated, up to the end of the response."""
+"""Responses of models: training reads the tokens that were generated, of dialogues and thoughts too."""
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
-from dpo_dist.generation.sampling.respond import Answer, Numbers, Responder, respond, usable_prompt
+from dpo_dist.generation.sampling.respond import (
+    Answer,
+    Numbers,
+    Responder,
+    find_model,
+    open_generator,
+    open_responder,
+    respond,
+    usable_prompt,
+)
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
+from tests.support.tiny_model import write_model
 
 DIALOGUE = PreferenceRecord(Dialogue("\n\nHuman: hi\n\nAssistant:"), (), Origin("here", 1))
-
-
-def write(file: Path, pairs: list[dict[str, Any]]) -> None:
-    write_results(file, pairs, {}, Counter(), lambda _: None)
-
-
-def without_template() -> PreTrainedTokenizerFast:
-    tokenizer = copy.deepcopy(tiny.qwen())
-    tokenizer.chat_template = None
-    return tokenizer
-
-
-def sampled(text: str, *, finished: bool = True) -> tuple[Answer, list[int]]:
-    tokenizer = without_template()
-    ids = tokenizer(text)["input_ids"]
-    responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
-    (row,) = respond([DIALOGUE], responder, lambda *_: [Sample(ids, finished)], Sampling(50), Numbers(0, 1))
-    return row.answers[0], ids
-
-
-@pytest.mark.parametrize("text", ["yes", " yes", "\n yes"])
-def test_training_reads_the_tokens_that_were_generated(tmp_path: Path, text: str) -> None:
-    sample, ids = sampled(text)
-    assert sample.same_ids
-    file = tmp_path / "pairs.jsonl"
-    write(file, [pair_fields(DIALOGUE, (sample.content, " no"), None, {})])
-    (record,) = read_records(str(file))
-    assert isinstance(record, PreferenceRecord)
-    example = encode_pair(record, without_template(), WIDE)
-    assert isinstance(example, EncodedExample)
-    assert example.responses[0][:-1].tolist() == ids
-
-
-@pytest.mark.parametrize("turn", ["Human: and you?", "Assistant: more"])
-def test_a_response_ends_before_a_further_turn(turn: str) -> None:
-    sample, _ = sampled(f" yes\n\n{turn}", finished=False)
-    assert (sample.content, sample.tokens, sample.finished, sample.same_ids) == (
-        *(" yes", len(without_template()(" yes")["input_ids"]), True, True),
-    )
-    assert sampled(f"\n\n{turn}")[0].content == ""
-
-
 CHAT = PreferenceRecord((Message("user", "What is 2+2?"),), (), Origin("here", 1))
+PLAIN = copy.deepcopy(tiny.qwen())
+PLAIN.chat_template = None
+
+
+def responder(tokenizer: PreTrainedTokenizerFast, longest: int | None = None) -> Any:
+    source: Any = SimpleNamespace(name="my_model")
+    return Responder(source, tokenizer, WIDE, frozenset(), longest)
+
+
+def answered(
+    record: PreferenceRecord, tokenizer: Any, *texts: str, finished: bool = True
+) -> tuple[list[Answer], list[list[int]]]:
+    """Samples with these texts, and their tokens."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    samples = [Sample(each, finished) for each in ids]
+    numbers = Numbers(0, len(texts))
+    (row,) = respond([record], responder(tokenizer), lambda *_: samples, Sampling(50), numbers)
+    return row.answers, ids
+
+
+def trained(folder: Path, record: PreferenceRecord, tokenizer: Any, *sides: Response) -> list[list[int]]:
+    """The tokens of the two responses that training reads from a file of pairs."""
+    pair = pair_fields(record, (sides[0], sides[1]), None, {})
+    write_results(folder / "pairs.jsonl", [pair], {}, Counter(), lambda _: None)
+    (read,) = read_records(str(folder / "pairs.jsonl"))
+    assert isinstance(read, PreferenceRecord)
+    example = encode_pair(read, tokenizer, WIDE)
+    assert isinstance(example, EncodedExample)
+    return [response[:-1].tolist() for response in example.responses]
+
+
 FINAL = "<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
-
-
-def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], Any]:
-    """Samples of a chat model with these texts, their tokens, and the tokenizer."""
-    tokenizer = tokenizer_of(family)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    samples = [Sample(each, True) for each in ids]
-    responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
-    (row,) = respond([CHAT], responder, lambda *_: samples, Sampling(50), Numbers(0, len(texts)))
-    return row.answers, ids, tokenizer
 
 
 @pytest.mark.parametrize(
     ("family", "chosen", "rejected"),
     [
+        (None, "yes", " no"),
+        (None, " yes", "no"),
+        (None, "\n yes", "no"),
         ("gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five"),
         ("gptoss", f"{ANALYSIS}{FINAL}four", f"{ANALYSIS.replace('add', 'sum')}{FINAL}four"),
         ("qwen3", "<think>\nadd\n</think>\n\nfour", "<think>\n\n</think>\n\nfive"),
@@ -88,26 +85,28 @@ def chatted(family: str, *texts: str) -> tuple[list[Answer], list[list[int]], An
         ("deepseek_r1_distill", "add\n</think>\n\nfour", "subtract\n</think>\n\nzero"),
     ],
 )
-def test_thoughts_are_trained_as_they_were_generated(
-    tmp_path: Path, family: str, chosen: str, rejected: str
+def test_training_reads_the_tokens_that_were_generated(
+    tmp_path: Path, family: str | None, chosen: str, rejected: str
 ) -> None:
-    samples, ids, tokenizer = chatted(family, chosen, rejected)
+    record, tokenizer = (CHAT, tokenizer_of(family)) if family else (DIALOGUE, PLAIN)
+    samples, ids = answered(record, tokenizer, chosen, rejected)
     assert [sample.same_ids for sample in samples] == [True, True]
-    sides = samples[0].response, samples[1].response
-    write(tmp_path / "pairs.jsonl", [pair_fields(CHAT, sides, None, {})])
-    (record,) = read_records(str(tmp_path / "pairs.jsonl"))
-    assert isinstance(record, PreferenceRecord)
-    example = encode_pair(record, tokenizer, WIDE)
-    assert isinstance(example, EncodedExample)
-    assert [response[:-1].tolist() for response in example.responses] == ids
+    assert trained(tmp_path, record, tokenizer, samples[0].response, samples[1].response) == ids
+
+
+@pytest.mark.parametrize("turn", ["Human: and you?", "Assistant: more"])
+def test_a_response_ends_before_a_further_turn(turn: str) -> None:
+    [sample], _ = answered(DIALOGUE, PLAIN, f" yes\n\n{turn}", finished=False)
+    tokens = len(PLAIN(" yes")["input_ids"])
+    assert (sample.content, sample.tokens, sample.finished, sample.same_ids) == (" yes", tokens, True, True)
+    assert answered(DIALOGUE, PLAIN, f"\n\n{turn}")[0][0].content == ""
 
 
 def test_the_channels_of_a_response_are_its_content_and_its_thought() -> None:
-    (whole, final, call), _, _ = chatted(
-        "gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five", "<|channel|>commentary<|message|>{}"
-    )
+    texts = (f"{ANALYSIS}{FINAL}four", f"{FINAL}five", "<|channel|>commentary<|message|>{}")
+    (whole, final, call), _ = answered(CHAT, tokenizer_of("gptoss"), *texts)
     assert (whole.content, whole.fields) == ("four", {"reasoning_content": "add"})
-    assert (final.content, bool(final.fields)) == ("five", False)
+    assert (final.content, final.fields) == ("five", {})
     assert not call.same_ids
 
 
@@ -115,16 +114,47 @@ def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
     def fail(requests: list[Request], *_: Any) -> Any:
         raise NotFiniteError(requests[1])
 
-    tokenizer = tokenizer_of("qwen2_5")
-    source: Any = SimpleNamespace(name="my_model")
-    responder = Responder(source, tokenizer, WIDE, frozenset(), None)
     generator: Any = fail
     with pytest.raises(ConfigError) as caught:
-        respond([CHAT], responder, generator, Sampling(5), Numbers(4, 2))
+        respond([CHAT], responder(tokenizer_of("qwen2_5")), generator, Sampling(5), Numbers(4, 2))
     assert caught.value.where == "my_model, sample 5 of the prompt of here:1"
 
 
 def test_a_prompt_needs_room_for_its_response() -> None:
-    responder = Responder(None, tokenizer_of("qwen2_5"), WIDE, frozenset(), 400)  # type: ignore[arg-type]
-    assert not isinstance(usable_prompt(CHAT, responder, 5), str)
-    assert usable_prompt(CHAT, responder, 400) == "too_long_for_the_model"
+    asked = responder(tokenizer_of("qwen2_5"), 400)
+    assert not isinstance(usable_prompt(CHAT, asked, 5), str)
+    assert usable_prompt(CHAT, asked, 400) == "too_long_for_the_model"
+
+
+REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)
+
+
+def sampled(folder: Path, base: Path) -> tuple[list[Sample], str]:
+    """A sample of the model in a folder, and the digest of its files."""
+    config = load_run_config(
+        [f"model.path={base}", "model.dtype=fp32", "data.train=[a.jsonl]", f"run.root={base.parent}"]
+    )
+    source = find_model(str(folder), config)
+    generator = open_generator(open_responder(source, config), config, torch.device("cpu"))
+    return generator([REQUEST], Sampling(12)), source.digest
+
+
+def test_adapters_shards_and_other_ends_of_a_response(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    whole, digest = sampled(base, base)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sharded = write_model(tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    loaded.save_pretrained(sharded, max_shard_size="30KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    assert sampled(sharded, base)[0] == whole
+    lora = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(loaded, lora)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    adapted, other = sampled(tmp_path / "adapter", base)
+    assert adapted != whole
+    assert other != digest
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 5]}))
+    assert sampled(base, base)[1] != digest, "responses of before would be used again"

@@ -1,52 +1,73 @@
-"""Checks of `pairs` before torch is imported."""
+"""Checks of `pairs`: rules before torch, and `--check`, which asks the judge once and writes nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.generation.pairs.preflight import rehearse_pairs
 from dpo_dist.generation.pairs.start import check_pairs
+from tests.support.judge_server import judge_server
+from tests.support.records import jsonl, user
+from tests.support.tiny_model import write_model
 
-
-def check(*overrides: str) -> None:
-    check_pairs(load_run_config(["model.path=base", "data.train=[prompts.jsonl]", *overrides]))
-
-
-def test_a_missing_function_is_found_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("base").mkdir()
-    Path("base/adapter_config.json").touch()
-    Path("rule_of_startup.py").write_text(
-        "def score(prompt, responses):\n    return [0.0 for _ in responses]\n"
-    )
-    with pytest.raises(ConfigError, match="no such function") as found:
-        check("pairs.method=samples", "pairs.function=rule_of_startup:scores")
-    assert "one of score" in str(found.value)
-
-
-@pytest.mark.parametrize("models", ["[a]", "[a,a]", "[a,./a]"])
-def test_delta_pairs_need_two_different_models(models: str) -> None:
-    with pytest.raises(ConfigError, match="delta pairs need two models"):
-        check("pairs.method=delta", f"pairs.models={models}")
-
-
+PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]
+SCORED = {"prompt": "p", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 2}]}
 SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
+DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_run_config(["data.train=[records.jsonl]", "run.dir=run", "model.path=base", *overrides])
+
+
+def found(tmp_path: Path, records: list[Any], *overrides: str) -> str:
+    jsonl(tmp_path, *records)
+    before = sorted(tmp_path.rglob("*"))
+    report = rehearse_pairs(config("model.path=model", *overrides))
+    assert sorted(tmp_path.rglob("*")) == before
+    return report
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
-        (
-            ["pairs.method=delta", "pairs.models=[a/b,c/d]", "model.revision=x"],
-            "model.revision has no effect",
-        ),
+        ([*DELTA, "model.revision=x"], "model.revision has no effect"),
+        (["pairs.top_k=3"], "pairs.top_k has no effect"),
+        ([*DELTA, "pairs.margin=2"], "pairs.margin has no effect"),
+        ([*SAMPLED, "pairs.endpoint.criterion=x"], "pairs.endpoint.criterion has no effect"),
+        ([*SAMPLED, "pairs.temperature=0"], "every sample of a model is the same"),
+        ([*SAMPLED, "pairs.samples=1"], "a pair needs two responses"),
+        ([*SAMPLED, "pairs.prompt_part=1"], "no such part"),
+        (["pairs.method=samples"], "samples need one judge"),
+        ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
+        (["data.train=[{path: records.jsonl, weight: 2}]"], "no effect on pairs"),
+        (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
+        *((["pairs.method=delta", f"pairs.models={m}"], "two models") for m in ("[a]", "[a,a]", "[a,./a]")),
+        *(([f"pairs.{key}"], "has no effect") for key in ("launcher=python", "reference=first")),
+        (["pairs.margin=1", "pairs.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
     ],
 )
-def test_an_option_without_effect_is_refused(overrides: list[str], said: str) -> None:
+def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:
+    Path("base").mkdir()
     with pytest.raises(ConfigError, match=said):
-        check(*overrides)
+        check_pairs(config(*overrides))
+
+
+def test_a_missing_function_is_found_before_sampling() -> None:
+    Path("rule_of_startup.py").write_text("def score(prompt, responses):\n    return [0.0]\n")
+    with pytest.raises(ConfigError, match="one of score"):
+        check_pairs(config("pairs.method=samples", "model.path=a/b", "pairs.function=rule_of_startup:scores"))
 
 
 @pytest.mark.parametrize(
@@ -54,14 +75,50 @@ def test_an_option_without_effect_is_refused(overrides: list[str], said: str) ->
     [
         ["pairs.method=people"],
         ["pairs.method=scores", "pairs.select=best_random"],
-        ["pairs.method=delta", "pairs.models=[a/b,c/d]"],
-        ["pairs.method=delta", "model.path=a/b", "pairs.models=[a/b,c/d]", "model.revision=x"],
+        [*DELTA],
+        [*DELTA, "model.path=a/b", "model.revision=x"],
         [*SAMPLED, "pairs.models=[a/b,c/d]"],
     ],
 )
-def test_an_option_with_effect_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
-    check(*overrides)
+def test_an_option_with_effect_is_accepted(overrides: list[str]) -> None:
+    Path("records.jsonl").write_text('{"prompt": "q"}\n')
+    check_pairs(config(*overrides))
+
+
+def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
+    with judge_server(lambda *_: "[[5]]") as server:
+        keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
+        report = found(tmp_path, records, *keys, "data.max_bad_share=0.2")
+    assert len(server.bodies) == 1
+    assert f"judge at {server.url} replies" in report
+    assert "model, 431 tokens, a response ends with <|im_end|>" in report
+    assert "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (" in report
+    assert "), 1 unknown_format (" in report
+    with judge_server(lambda *_: (400, {}, "{}")) as server:
+        keys[1] = f"pairs.endpoint.url={server.url}"
+        with pytest.raises(ConfigError, match="refuses every request"):
+            found(tmp_path, PROMPTS, *keys)
+    Qwen2Config(num_labels=2).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no reward model"):
+        found(tmp_path, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
+
+
+@pytest.mark.parametrize("records", [10, 2000])
+def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, tmp_path: Path) -> None:
+    looked_at = min(records, 1024)
+    with pytest.raises(DataError, match=f"{'the first ' if records > looked_at else ''}{looked_at} records"):
+        found(tmp_path, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
+
+
+def test_records_without_scores_give_no_pairs(tmp_path: Path) -> None:
+    assert "1 of the first 1 records can be used" in found(tmp_path, [SCORED])
+    with pytest.raises(DataError, match="1 without_scores"):
+        found(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+
+
+def test_a_file_in_place_of_the_run_directory_is_found(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir cannot be written"):
+        found(tmp_path, [SCORED])

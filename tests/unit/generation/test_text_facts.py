@@ -1,4 +1,4 @@
-"""Facts of responses, and their means as metrics."""
+"""Facts of responses, and their means as metrics; refusals are told from texts that share words with them."""
 
 import itertools
 
@@ -7,83 +7,64 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.generation.text_facts import TextFacts, longest_repeat, sample_metrics, text_facts
+from dpo_dist.generation.text_facts import TextFacts, is_refusal, longest_repeat, sample_metrics, text_facts
 
 ENGLISH = "The weather in the mountains changes quickly, so take a warm jacket and enough water with you."
 GERMAN = "Das Wetter in den Bergen wechselt schnell, also nimm eine warme Jacke und genug Wasser mit."
 
 
-def slow_repeat(words: list[str]) -> int:
+@given(st.lists(st.sampled_from("abc"), max_size=24))
+def test_the_longest_repeat_is_that_of_a_search_through_all_passages(words: list[str]) -> None:
     spans = [tuple(words[a:b]) for a, b in itertools.combinations(range(len(words) + 1), 2)]
-    return max((len(span) for span in spans if spans.count(span) > 1), default=0)
+    seen, twice = set[tuple[str, ...]](), [0]
+    for span in spans:
+        twice += [len(span)] if span in seen else []
+        seen.add(span)
+    assert longest_repeat(words) == max(twice)
 
 
-def test_the_longest_repeat_is_that_of_a_search_through_all_passages() -> None:
-    random = np.random.default_rng(0)
-    for letters, length in itertools.product((1, 2, 4), (0, 1, 2, 3, 7, 16)):
-        words = [str(letter) for letter in random.integers(0, letters, length)]
-        assert longest_repeat(words) == slow_repeat(words), words
+def facts(text: str, tokens: int = 9) -> TextFacts:
+    return text_facts(text, tokens, is_finished=True)
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=40))
-def test_the_longest_repeat_of_any_words(words: list[str]) -> None:
-    found = longest_repeat(words)
-    for length, occurs in ((found, found > 0), (found + 1, False)):
-        passages = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
-        assert (len(set(passages)) < len(passages)) == occurs or length == 0
+def test_facts_of_usual_empty_and_repeating_responses() -> None:
+    assert facts(ENGLISH, 20) == TextFacts(20, True, 1.0, 1 / 19, False, False, "en", 17, False, False)
+    assert facts(" \n", 1) == TextFacts(1, True, None, 0.0, True, False, None, 0, False, False)
+    assert facts("I'm sorry, but I cannot help.").is_refusal
+    assert facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3).distinct_3 == 2 / 4
+    loop = facts("go on and on " * 10)
+    assert (loop.distinct_3, loop.longest_repeat) == (pytest.approx(4 / 38), 36 / 40)
+    marks = facts("\u0e19\u0e49\u0e33\u0e17\u0e35\u0e48" * 10)
+    assert marks.longest_repeat == pytest.approx(18 / 20, abs=0.11)
+    long_word = facts("Donaudampfschifffahrtsgesellschaft is a word")
+    assert (long_word.longest_repeat, long_word.distinct_3, long_word.words) == (0.0, 1.0, 4)
 
 
-def test_facts_of_a_loop() -> None:
-    facts = text_facts("go on and on " * 10, 40, is_finished=False)
-    assert facts.distinct_3 == pytest.approx(4 / 38)
-    assert facts.longest_repeat == 36 / 40
-    assert not facts.is_finished
-    assert facts.tokens == 40
-
-
-def test_facts_of_usual_empty_and_refusing_responses() -> None:
-    usual = text_facts(ENGLISH, 20, is_finished=True)
-    assert usual == TextFacts(20, True, 1.0, 1 / 19, False, False, "en", 17, False, False)
-    assert text_facts(" \n", 1, is_finished=True) == TextFacts(
-        1, True, None, 0.0, True, False, None, 0, False, False
-    )
-    assert text_facts("I'm sorry, but I cannot help.", 9, is_finished=True).is_refusal
-    assert text_facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3, is_finished=True).distinct_3 == 2 / 4
+@pytest.mark.parametrize("loop", ["ha", "_", "0", "fi\u00df"])
+def test_a_loop_without_spaces_is_seen(loop: str) -> None:
+    found = facts(loop * 60)
+    assert found.longest_repeat > 0.9
+    assert (found.distinct_3 or 0) < 0.1
+    assert found.words == (loop != "_")
 
 
 @pytest.mark.parametrize("unit", ["\n", "[", "|\n", "- "])
 def test_the_time_of_a_response_that_repeats_a_sign_grows_with_its_length(unit: str) -> None:
     """With time that grows with the square of the length, this takes minutes."""
-    text_facts(unit * 100_000, 1, is_finished=False)
-
-
-def test_lists_after_empty_lines_and_links_in_brackets() -> None:
-    """Empty lines and indents are no matter; a link may have brackets before it."""
-    lists = [text_facts(text, 1, is_finished=True).has_list for text in ("\n\n - a\n\n  2) b", "- a\nb - c")]
-    links = [text_facts(text, 1, is_finished=True).has_markdown for text in ("[[1](a.b)", "see [1] (a.b)")]
-    assert (lists, links) == ([True, False], [True, False])
+    facts(unit * 100_000)
 
 
 def test_metrics_are_means_of_what_is_known() -> None:
-    facts = [
-        text_facts(ENGLISH, 30, is_finished=True),
-        text_facts(GERMAN, 20, is_finished=True),
-        text_facts("", 0, is_finished=True),
-        text_facts("I cannot do that", 10, is_finished=False),
-    ]
-    metrics = sample_metrics(facts, ["en", "en", "en", None])
-    assert metrics == pytest.approx(
+    found = [facts(ENGLISH, 30), facts(GERMAN, 20), facts("", 0)]
+    found.append(text_facts("I cannot do that", 10, is_finished=False))
+    assert sample_metrics(found, ["en", "en", "en", None]) == pytest.approx(
         {
-            "length": 15,
-            "finished": 0.75,
-            "distinct_3": 1.0,
-            "longest_repeat": np.mean([fact.longest_repeat for fact in facts]),
-            "language_changed": 0.5,
-            "refusals": 0.25,
-            "empty": 0.25,
+            **{"length": 15, "finished": 0.75, "distinct_3": 1.0, "language_changed": 0.5},
+            **{"longest_repeat": np.mean([fact.longest_repeat for fact in found])},
+            **{"refusals": 0.25, "empty": 0.25},
         }
     )
-    assert "language_changed" not in sample_metrics(facts[2:], ["en", None])
+    assert "language_changed" not in sample_metrics(found[2:], ["en", None])
 
 
 @pytest.mark.parametrize(
@@ -91,18 +72,19 @@ def test_metrics_are_means_of_what_is_known() -> None:
     [
         ("Buy:\n- milk\n- bread", True, False),
         ("1. first\n2) second", True, False),
-        ("- one item only", False, False),
+        ("\n\n - a\n\n  2) b", True, False),
+        ("- one item only\nb - c", False, False),
         ("It costs 3.5 - not\n4.5 - a lot.", False, False),
         ("# Title\ntext", False, True),
         ("a **bold** word", False, True),
         ("```\ncode\n```", False, True),
-        ("see [this](https://example.org)", False, True),
+        ("see [[1](a.b)", False, True),
+        ("see [1] (a.b)", False, False),
         ("2 * 3 ** 2 and a#b", False, False),
     ],
 )
 def test_lists_and_markdown(text: str, has_list: bool, has_markdown: bool) -> None:
-    facts = text_facts(text, 9, is_finished=True)
-    assert (facts.has_list, facts.has_markdown) == (has_list, has_markdown)
+    assert (facts(text).has_list, facts(text).has_markdown) == (has_list, has_markdown)
 
 
 @pytest.mark.parametrize(
@@ -115,23 +97,73 @@ def test_lists_and_markdown(text: str, has_list: bool, has_markdown: bool) -> No
     ],
 )
 def test_words_are_counted_with_their_marks_and_without_punctuation(text: str, words: int) -> None:
-    assert text_facts(text, 9, is_finished=True).words == words
+    assert facts(text).words == words
 
 
-def test_a_loop_in_a_script_with_marks_is_seen() -> None:
-    loop = "\u0e19\u0e49\u0e33\u0e17\u0e35\u0e48" * 10
-    assert text_facts(loop, 9, is_finished=False).longest_repeat == pytest.approx(18 / 20, abs=0.11)
+REFUSALS = """
+I'm sorry, but I can't help with that.
+Sorry, I can't do that.
+I won't help with this.
+I'm unable to provide medical advice.
+I don't feel comfortable discussing this topic.
+As an AI, I'm not able to browse the internet.
+I must decline this request.
+I'd rather not talk about that.
+That goes against my guidelines.
+I can't.
+I\u2019m sorry, but I can\u2019t comply.
+I'm sorry, but I don't have access to your files.
+I'm going to have to decline.
+I do not want to answer that question.
+I cannot in good conscience help with this.
+I cannot and will not provide instructions for harming others.
+I am not programmed to answer such questions.
+I respectfully decline to answer.
+Sorry, I don't have the ability to open links.
+\u5f88\u62b1\u6b49\uff0c\u6211\u65e0\u6cd5\u63d0\u4f9b\u76f8\u5173\u4fe1\u606f\u3002
+\u6211\u4e0d\u80fd\u63d0\u4f9b\u533b\u7597\u5efa\u8bae\u3002
+\u6211\u62d2\u7edd\u56de\u7b54\u8fd9\u4e2a\u95ee\u9898\u3002
+\u5bf9\u4e0d\u8d77\uff0c\u6211\u4e0d\u4f1a\u53c2\u4e0e\u8fd9\u6837\u7684\u8ba8\u8bba\u3002
+\u62b1\u6b49\uff0c\u6211\u6ca1\u6709\u529e\u6cd5\u63d0\u4f9b\u8fd9\u65b9\u9762\u7684\u5e2e\u52a9\u3002
+"""
+RESPONSES = """
+I'm so sorry you had a bad day! What happened?
+I can't believe how good this is!
+I cannot stress enough how important sleep is.
+I can't help but notice that the sum is wrong.
+"I'm sorry, but I can't help you," he whispered.
+I apologize for the mistake. Here is the corrected code.
+Dear Anna, I'm sorry that I could not come to your party.
+The court declined the request.
+I will not be at home tomorrow, so call me in the evening.
+I'm not sure, but I think it is Paris.
+I don't know the exact number, but it is about ten.
+To say "I can't" in French, use "je ne peux pas".
+I must say that this is a great question.
+Sorry about that! Here is the right version.
+I will not only list the steps but also explain them.
+We are unable to ship to islands, the shop replied.
+I am not allergic to nuts, so I eat them.
+I must admit that chess is hard.
+\u5f88\u62b1\u6b49\u542c\u5230\u4f60\u4eca\u5929\u5fc3\u60c5\u4e0d\u597d\u3002
+\u5bf9\u4e0d\u8d77\uff0c\u4e4b\u524d\u7684\u56de\u7b54\u6709\u8bef\uff0c\u6b63\u786e\u7684\u662f\u5df4\u9ece\u3002
+\u4e0d\u80fd\u628a\u6c34\u5012\u8fdb\u53bb\uff0c\u8981\u5148\u5173\u7535\u6e90\u3002
+\u6211\u4e0d\u80fd\u540c\u610f\u66f4\u591a\uff0c\u8fd9\u672c\u4e66\u5f88\u597d\u3002
+\u65e0\u6cd5\u767b\u5f55\u65f6\uff0c\u8bf7\u91cd\u7f6e\u5bc6\u7801\u3002
+"""
 
 
-@pytest.mark.parametrize("loop", ["ha", "_", "0", "fi\u00df"])
-def test_a_loop_without_spaces_is_seen(loop: str) -> None:
-    facts = text_facts(loop * 60, 60, is_finished=False)
-    assert facts.longest_repeat > 0.9
-    assert facts.distinct_3 is not None
-    assert facts.distinct_3 < 0.1
-    assert facts.words == (loop != "_")
+@pytest.mark.parametrize(("texts", "refuses"), [(REFUSALS, True), (RESPONSES, False)])
+def test_refusals_are_told_from_other_responses(texts: str, refuses: bool) -> None:
+    assert [text for text in texts.strip().splitlines() if is_refusal(text) != refuses] == []
 
 
-def test_a_long_word_repeats_nothing() -> None:
-    facts = text_facts("Donaudampfschifffahrtsgesellschaft is a word", 9, is_finished=True)
-    assert (facts.longest_repeat, facts.distinct_3, facts.words) == (0.0, 1.0, 4)
+def test_only_the_start_of_a_response_counts() -> None:
+    assert not is_refusal("The sea is blue. " * 20 + "I cannot help you with that.")
+
+
+@pytest.mark.parametrize("repeated", ["as a ", "but ", "however, as an ", "really ", "I can't "])
+def test_a_start_that_repeats_itself_takes_no_time(repeated: str) -> None:
+    """A model that collapses writes such texts; each took seconds when a pattern had many ways to fail."""
+    for number in range(200):
+        assert not is_refusal(f"Sorry, {repeated * 40}{number}")

@@ -1,31 +1,42 @@
-"""LoRA adapters: their layers, their training, and the base without them."""
+"""LoRA adapters: their layers and modules, the base without them, starts from others, files as of peft."""
 
 import importlib.util
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    AttentionBackend,
-    Dtype,
-    ModelConfig,
-    Quantization,
-)
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter, stack
+from dpo_dist.model.flops import step_flops, without_weights
+from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
+from dpo_dist.model.save import write_model_folder
+from dpo_dist.reference.digest import digest_model
+from tests.support import tiny
 from tests.support.families import tiny_family
-from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
+from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
+from tests.unit.model.test_architectures import packed
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-BATCH = pack_unkeyed(random_pairs([(3, 4, 2), (5, 1, 6)]))
+PAIR = ["embed_tokens", "lm_head"]
+PAIRS = random_pairs([(3, 4, 2), (5, 1, 6)])
+BATCH = pack_unkeyed(PAIRS)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -33,11 +44,54 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
 
 
-def adapted(folder: Path, seed: int = 0, **adapter: object) -> PackedCausalLM:
-    config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=AdapterConfig(**adapter))
-    model = load_packed(folder, config, 64, torch.device("cpu"))
-    add_adapter(model, config, seed)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sft_adapter(base, tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture
+def sft(written: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(written, tmp_path / "sft")
+
+
+def config_of(folder: Path, start: Path | None = None, **adapter: Any) -> ModelConfig:
+    path = None if start is None else str(start)
+    return ModelConfig(str(folder), dtype=Dtype.fp32, adapter=AdapterConfig(path=path, **adapter))
+
+
+def load(folder: Path) -> PackedCausalLM:
+    return load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, CPU)
+
+
+def adapted(folder: Path, start: Path | None = None, seed: int = 0, **adapter: Any) -> PackedCausalLM:
+    model = load(folder)
+    add_adapter(model, config_of(folder, start, **adapter), seed, start)
     return model
+
+
+def changed(folder: Path, **values: Any) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return folder
+
+
+@torch.no_grad()
+def move(model: PackedCausalLM, scale: float = 0.1) -> None:
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.add_(scale * torch.randn_like(weight))
+
+
+@torch.no_grad()
+def of_peft(base: Path, adapter: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return plain_logps(PeftModel.from_pretrained(model, adapter).eval(), PAIRS)
 
 
 def adapted_names(model: PackedCausalLM) -> set[str]:
@@ -45,50 +99,71 @@ def adapted_names(model: PackedCausalLM) -> set[str]:
     return {name for name, module in model.causal_lm.named_modules() if module in layers}
 
 
-def test_all_linear_is_every_linear_layer_except_the_head(folder: Path) -> None:
+def trained_names(model: PackedCausalLM) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def saved_names(model: PackedCausalLM) -> set[str]:
+    return {name.removeprefix("causal_lm.") for name in trained_names(model) if ".lora_" not in name}
+
+
+def assert_starts(model: PackedCausalLM, started: Tensor) -> None:
+    """It computes its start exactly until it is moved, and then without its adapter; only that is trained."""
+    trained = trained_names(model)
+    assert torch.equal(model(BATCH), started)
+    move(model)
+    moved = model(BATCH)
+    assert (moved - started).abs().max() > 0.01
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), started)
+    assert torch.equal(model(BATCH), moved)
+    moved.sum().backward()
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == trained
+    assert model.state_dict().keys() == trained == trained_names(model)
+
+
+def write(model: PackedCausalLM, folder: Path, below: Path | None = None) -> Path:
+    weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
+    stacked = None if below is None else read_adapter(below)
+    write_model_folder(folder, model.causal_lm, weights, tiny.qwen(), below=stacked)
+    return folder
+
+
+def test_layers_are_all_linear_ones_but_the_head_or_those_named_by_their_ends(folder: Path) -> None:
     model = adapted(folder)
-    names = adapted_names(model)
-    assert len(names) == 2 * len(LINEAR)
-    assert {name.rpartition(".")[2] for name in names} == LINEAR
+    assert len(adapted_names(model)) == 2 * len(LINEAR)
+    assert {name.rpartition(".")[2] for name in adapted_names(model)} == LINEAR
     assert type(model.causal_lm.get_output_embeddings()) is LogpHead
+    named = adapted(folder, target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"])
+    own = {f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)} | {"model.layers.1.self_attn.q_proj"}
+    assert adapted_names(named) == own
+    targets = named.causal_lm.peft_config["default"].target_modules
+    assert targets == sorted(targets)  # peft keeps a set, whose order differs between processes
 
 
-def test_a_target_matches_the_end_of_a_layers_name(folder: Path) -> None:
-    names = adapted_names(adapted(folder, target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"]))
-    assert names == {f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)} | {
-        "model.layers.1.self_attn.q_proj"
-    }
+def test_a_pattern_of_targets_stays_one(base: Path, tmp_path: Path) -> None:
+    pattern = r".*\.(q_proj|up_proj)"
+    sft = write_sft_adapter(base, tmp_path / "sft", target_modules=pattern)
+    assert adapted(base, sft).causal_lm.peft_config["default"].target_modules == pattern
 
 
-def test_targets_are_saved_in_one_order(folder: Path) -> None:
-    """peft keeps them as a set, whose order differs between processes."""
-    config = adapted(folder, target_modules=["v_proj", "q_proj", "k_proj"]).causal_lm.peft_config["default"]
-    assert config.target_modules == sorted(config.target_modules)
-
-
-def test_a_pattern_of_targets_stays_one(folder: Path, tmp_path: Path) -> None:
-    sft = write_sft_adapter(folder, tmp_path / "sft", target_modules=r".*\.(q_proj|up_proj)")
-    config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft)))
-    model = load_packed(folder, config, 64, torch.device("cpu"))
-    add_adapter(model, config, 0, sft)
-    assert model.causal_lm.peft_config["default"].target_modules == r".*\.(q_proj|up_proj)"
-
-
-@pytest.mark.parametrize("target", ["proj", "query", "lm_head", "embed_tokens"])
-def test_an_unknown_target_is_refused_with_the_known_ones(folder: Path, target: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        adapted(folder, target_modules=["q_proj", target])
-    assert refused.value.got == target
-    assert all(name in refused.value.expected for name in LINEAR)
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("target_modules", ["query", "lm_head", "embed_tokens"]), ("modules_to_save", ["head", "layers"])],
+)
+def test_unknown_names_are_refused_with_the_known_ones(key: str, names: list[str], base: Path) -> None:
+    known = LINEAR if key == "target_modules" else {*PAIR, "input_layernorm"}
+    for name in names:
+        with pytest.raises(ConfigError) as refused:
+            adapted(base, **{key: [name]})
+        assert (refused.value.where, refused.value.got) == (f"model.adapter.{key}", name)
+        assert all(one in refused.value.expected for one in known)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_b_proj", "gate_proj"]])
 def test_layers_in_whose_place_peft_would_adapt_the_experts_are_refused(targets: str | list[str]) -> None:
     """The first layer's MLP and the shared experts of DeepSeek are linear layers with the experts' names."""
-    causal_lm = tiny_family("deepseek_v3", VOCABULARY)
-    names = {name.rpartition(".")[2] for name, layer in causal_lm.named_modules() if _is_linear(layer)}
-    assert names >= {"gate_proj", "up_proj", "down_proj"}
-    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+    model = packed(tiny_family("deepseek_v3", VOCABULARY))
     adapter = AdapterConfig(r=2, alpha=4, target_modules=targets)
     with pytest.raises(ConfigError, match="experts in place of") as raised:
         add_adapter(model, ModelConfig(adapter=adapter), 0)
@@ -99,83 +174,261 @@ def test_layers_in_whose_place_peft_would_adapt_the_experts_are_refused(targets:
     assert len(adapted_layers(model)) == 6
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
-
-
 @pytest.mark.parametrize("variant", AdapterVariant)
-def test_an_untrained_or_disabled_adapter_changes_no_log_prob(folder: Path, variant: AdapterVariant) -> None:
-    base = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))(BATCH)
-    model = adapted(folder, variant=variant)
-    assert torch.equal(model(BATCH), base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * parameter.requires_grad)
-    moved = model(BATCH)
-    assert (moved - base).abs().max() > 0.01
-    with adapter_off(model):
-        assert torch.equal(model(BATCH), base)
-    assert torch.equal(model(BATCH), moved)
+@pytest.mark.parametrize("saved", [[], [*PAIR, "model.norm"]], ids=["matrices", "modules in full"])
+def test_an_adapter_changes_no_log_prob_until_it_is_trained(
+    saved: list[str], variant: AdapterVariant, folder: Path
+) -> None:
+    model = adapted(folder, variant=variant, modules_to_save=saved)
+    own = {"model.embed_tokens", "model.norm"} if saved else set()
+    if saved and not load(folder).causal_lm.config.tie_word_embeddings:
+        own.add("lm_head")
+    assert saved_names(model) == {f"{name}.modules_to_save.default.weight" for name in own}
+    parts = 3 if variant is AdapterVariant.dora else 2
+    assert len(trained_names(model)) == parts * 2 * len(LINEAR) + len(own)
+    assert_starts(model, load(folder)(BATCH))
+    for group in _parameter_groups(model, 0.1):
+        assert {weight.dim() for weight in group["params"]} == {2 if group["weight_decay"] else 1}
 
 
-def test_only_the_adapter_is_trained_and_in_the_state_dict(folder: Path) -> None:
-    model = adapted(folder, variant=AdapterVariant.dora)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 3 * 2 * len(LINEAR)
-    assert all(".lora_" in name for name in trained)
-    assert model.state_dict().keys() == trained
-    with adapter_off(model):
-        pass
-    assert all(parameter.requires_grad is (".lora_" in name) for name, parameter in model.named_parameters())
-    model(BATCH).sum().backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
-
-
-def test_only_the_seed_decides_an_adapters_initialization(folder: Path) -> None:
+def test_only_the_seed_decides_an_adapters_initialization(base: Path) -> None:
     torch.manual_seed(1)
-    first = adapted(folder, seed=3).state_dict()
+    first = adapted(base, seed=3).state_dict()
     state = torch.get_rng_state()
-    again, other = adapted(folder, seed=3).state_dict(), adapted(folder, seed=4).state_dict()
+    again, other = adapted(base, seed=3).state_dict(), adapted(base, seed=4).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_a_quantized_model_is_refused(folder: Path) -> None:
-    config = ModelConfig(str(folder), dtype=Dtype.fp32, quantization=Quantization.nf4)
+def test_without_bitsandbytes_a_quantized_model_is_refused(base: Path) -> None:
+    config = ModelConfig(str(base), dtype=Dtype.fp32, quantization=Quantization.nf4)
     with pytest.raises(ConfigError, match="bitsandbytes is not installed") as refused:
-        load_packed(folder, config, 64, torch.device("cpu"))
+        load_packed(base, config, 64, CPU)
     assert "dpo-dist[quantization]" in refused.value.remedy
+
+
+def test_plain_peft_computes_the_log_probs_of_training(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder, modules_to_save=[*PAIR, "model.norm"])
+    move(model)
+    out = write(model, tmp_path / "out")
+    saved = json.loads((out / "adapter_config.json").read_text())["modules_to_save"]
+    assert saved == ["lm_head", "model.embed_tokens", "model.norm"]
+    names = load_file(out / "adapter_model.safetensors")
+    assert {name for name in names if ".lora_" not in name} == {f"base_model.model.{n}.weight" for n in saved}
+    torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
+    scored = load(folder)
+    load_adapter(scored, out)
+    torch.testing.assert_close(scored(BATCH), model(BATCH), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
 def test_a_policy_and_its_start_are_base_and_adapter(on_top: bool, folder: Path, tmp_path: Path) -> None:
     sft = write_sft_adapter(folder, tmp_path / "sft")
-    plain = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))
-    base = plain(BATCH)
+    plain = load(folder)
     load_adapter(plain, sft)
-    started = plain(BATCH)
-    assert (started - base).abs().max() > 0.01
-    config = ModelConfig(
-        str(folder),
-        dtype=Dtype.fp32,
-        adapter=AdapterConfig(path=str(sft), on_top=on_top, r=3 if on_top else 16),
+    model = adapted(folder, sft, on_top=on_top, **({"r": 3} if on_top else {}))
+    assert len(trained_names(model)) == 2 * 2 * (len(LINEAR) if on_top else 3)
+    assert all(".default." in name for name in trained_names(model))
+    assert_starts(model, plain(BATCH))
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
+def test_an_sft_adapter_with_whole_modules_is_start_and_reference(
+    on_top: bool, folder: Path, tmp_path: Path
+) -> None:
+    """peft gives embeddings and output layer of a tied base two copies, which are trained apart."""
+    sft = write_sft_adapter(folder, tmp_path / "sft", modules_to_save=PAIR)
+    files = load_file(sft / "adapter_model.safetensors")
+    copies = [files[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head")]
+    assert not torch.equal(*copies)
+    started = of_peft(folder, sft)
+    for saved in ([], PAIR) if on_top else (None,):
+        model = adapted(folder, sft, on_top=on_top, modules_to_save=saved, **({"r": 3} if on_top else {}))
+        torch.testing.assert_close(model(BATCH), started, atol=1e-5, rtol=1e-5)
+        assert len(saved_names(model)) == (0 if saved == [] else 2)
+        before = model(BATCH)
+        move(model, 0.03)
+        with adapter_off(model):
+            assert torch.equal(model(BATCH), before)
+        out = write(model, tmp_path / f"out{saved}", sft if on_top else None)
+        torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
+        assert (of_peft(folder, out) - started).abs().max() > 0.01
+
+
+def test_one_of_two_modules_that_share_a_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    if not load(folder).causal_lm.config.tie_word_embeddings:
+        assert len(saved_names(adapted(folder, modules_to_save=["lm_head"]))) == 1
+        return
+    with pytest.raises(ConfigError, match="share their weight") as refused:
+        adapted(folder, modules_to_save=["lm_head"])
+    assert refused.value.expected == "model.embed_tokens and lm_head"
+    sft = write_sft_adapter(folder, tmp_path / "sft", modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="share their weight"):
+        adapted(folder, sft)
+
+
+def test_a_linear_layer_is_trained_in_full_or_has_matrices(base: Path) -> None:
+    model = adapted(base, modules_to_save=["down_proj"])
+    assert len(adapted_layers(model)) == 2 * 6
+    assert len(saved_names(model)) == 2
+    with pytest.raises(ConfigError, match="not a linear layer"):
+        adapted(base, modules_to_save=["mlp.down_proj"], target_modules=["down_proj"])
+
+
+def test_gradients_of_modules_in_full_are_counted(base: Path) -> None:
+    whole, some, none = (
+        step_flops(without_weights(load_config(base, config)), config.adapter)
+        for config in (
+            config_of(base, target_modules=["q_proj"], modules_to_save=saved)
+            for saved in (PAIR, ["down_proj"], [])
+        )
     )
-    model = load_packed(folder, config, 64, torch.device("cpu"))
-    add_adapter(model, config, 0, sft)
-    assert torch.equal(model(BATCH), started)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if ".default." in name}
-    assert len(trained) == 2 * 2 * (len(LINEAR) if on_top else 3)
-    assert model.state_dict().keys() == trained
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * parameter.requires_grad)
-    moved = model(BATCH)
-    assert (moved - started).abs().max() > 0.01
-    with adapter_off(model):
-        assert torch.equal(model(BATCH), started)
-    assert torch.equal(model(BATCH), moved)
-    moved.sum().backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert whole.per_target == 1.5 * none.per_target
+    assert some.per_token - none.per_token == 2 * 2 * 32 * 64
+
+
+def test_a_continued_adapter_is_the_one_on_disk(base: Path, sft: Path, tmp_path: Path) -> None:
+    config = config_of(base, sft)
+    found = trained_adapter(config, start_folder(config))
+    assert found is not None
+    assert (found.r, found.alpha, found.variant) == (4, 8.0, AdapterVariant.lora)
+    assert "model.layers.1.mlp.down_proj" in found.target_modules
+    assert (len(found.target_modules), found.modules_to_save) == (2 * 3, [])
+    above = config_of(base, sft, r=7, on_top=True)
+    assert trained_adapter(above, start_folder(above)) == above.adapter
+    without = ModelConfig(path=str(base))
+    assert start_folder(without) is None
+    assert trained_adapter(without, None) is None
+    whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=PAIR)
+    found = trained_adapter(config_of(base, whole), whole)
+    assert found is not None
+    assert found.modules_to_save == ["lm_head", "model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"r": 64, "alpha": 128.0},
+        {"variant": AdapterVariant.lora},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"modules_to_save": []},
+    ],
+)
+def test_keys_of_an_adapter_that_is_continued_are_refused(
+    given: dict[str, Any], base: Path, sft: Path
+) -> None:
+    """As of an experiment that has an adapter of its own."""
+    with pytest.raises(ConfigError, match="stays what it is") as refused:
+        start_folder(config_of(base, sft, **given))
+    assert refused.value.where == ", ".join(f"model.adapter.{key}" for key in given)
+    assert all(f"model.adapter.{key}=null" in refused.value.remedy for key in given)
+    assert start_folder(config_of(base, sft, on_top=True, **given)) == sft
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "bias: all"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the weights of the base"),
+    ],
+)
+def test_other_kinds_are_refused(values: dict[str, Any], message: str, base: Path, sft: Path) -> None:
+    with pytest.raises(ConfigError, match="this kind of adapter") as refused:
+        start_folder(config_of(base, changed(sft, **values)))
+    assert message in refused.value.got
+
+
+def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path, tmp_path: Path) -> None:
+    whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="this kind of adapter"):
+        start_folder(config_of(base, changed(whole, modules_to_save=None)))
+    with pytest.raises(ConfigError, match="this kind of adapter"):
+        read_adapter(changed(sft, eva_config=5))  # peft cannot read it
+    (sft / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        start_folder(config_of(base, sft))
+    with pytest.raises(ConfigError, match="is a whole model"):
+        start_folder(config_of(base, base))
+
+
+def test_dora_has_nothing_above_it_and_no_8_bit_base(base: Path, tmp_path: Path) -> None:
+    dora = write_sft_adapter(base, tmp_path / "dora", use_dora=True)
+    config = config_of(base, dora)
+    assert start_folder(replace(config, quantization=Quantization.nf4)) == dora
+    with pytest.raises(ConfigError, match="peft cannot compute from 8-bit ones"):
+        start_folder(replace(config, quantization=Quantization.int8))
+    with pytest.raises(ConfigError, match="above DoRA"):
+        start_folder(config_of(base, dora, on_top=True))
+
+
+@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "below another"])
+def test_an_adapter_of_the_output_layer_is_refused(on_top: bool, base: Path, tmp_path: Path) -> None:
+    sft = write_sft_adapter(base, tmp_path / "sft", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="cannot be added to the model"):
+        adapted(base, sft, on_top=on_top)
+
+
+@pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
+def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
+    config = config_of(base, sft)
+    assert base_notes(config, sft) == []
+    for same in (f"org/{base.name.upper()}", "", None):
+        assert base_notes(config, changed(sft, base_model_name_or_path=same)) == []
+    (note,) = base_notes(config, changed(sft, base_model_name_or_path=named))
+    assert f"was trained on {named}, model.path is {base}" in note
+    assert base_notes(ModelConfig(path=str(base)), None) == []
+
+
+def test_an_adapter_is_part_of_the_digest_and_its_tokenizer_the_policys(base: Path, sft: Path) -> None:
+    alone, before = digest_model(base).digest, digest_model(base, adapter=sft).digest
+    assert len({alone, before, digest_model(base, adapter=changed(sft, lora_alpha=16)).digest}) == 3
+    assert tokenizer_folder(base, sft) == base
+    shutil.copy(base / "tokenizer.json", sft)
+    assert tokenizer_folder(base, sft) == sft
+
+
+def part(layers: list[str], rank: int, alpha: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
+    """An adapter of layers with 8 inputs and 8 outputs."""
+    torch.manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for layer in layers:
+        weights[f"{layer}.lora_A.weight"] = torch.randn(rank, 8).to(dtype)
+        weights[f"{layer}.lora_B.weight"] = torch.randn(8, rank).to(dtype)
+    return AdapterWeights(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), weights)
+
+
+def update(adapter: AdapterWeights, layer: str, scale: float | None = None) -> Tensor | float:
+    """The update of a layer in float64, with the scale of the adapter or another one."""
+    if f"{layer}.lora_A.weight" not in adapter.weights:
+        return 0.0
+    down, up = (adapter.weights[f"{layer}.lora_{name}.weight"].double() for name in "AB")
+    return (adapter.scaling(layer, len(down)) if scale is None else scale) * (up @ down)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_stack_is_the_sum_in_float32_with_one_scale(use_rslora: bool) -> None:
+    """Of other layers, ranks, scales and precisions. Some loaders read no patterns."""
+    above = part(["x.q", "x.v"], 3, 5, torch.bfloat16, 1)
+    below = part(["x.k", "x.v"], 2, 7, torch.float32, 2)
+    above.config.use_rslora = below.config.use_rslora = use_rslora
+    stacked = stack(above, below)
+    assert stacked.config.r == 5  # the largest, for which such a loader makes room
+    scale = stacked.config.lora_alpha / stacked.config.r
+    for layer in ("x.q", "x.k", "x.v"):
+        found = update(stacked, layer)
+        torch.testing.assert_close(found, update(above, layer) + update(below, layer), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(update(stacked, layer, scale), found)
+
+
+def test_patterns_name_the_ends_of_layers_as_in_peft() -> None:
+    one = part(["x.q", "x.v", "x.vq"], 2, 6, torch.float32, 1)
+    one.config.alpha_pattern = {"q": 10, r"x\.v": 4}
+    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "v", "vq")})
+    model = inject_adapter_in_model(one.config, nn.ModuleDict({"x": layers}))
+    for layer, alpha in (("x.q", 10), ("x.v", 4), ("x.vq", 6)):
+        assert one.scaling(layer, 2) == alpha / 2 == model.get_submodule(layer).scaling["default"]

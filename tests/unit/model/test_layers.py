@@ -1,22 +1,47 @@
-"""Activation checkpointing changes no gradient; options that cannot run are refused."""
+"""Checkpointing and offload change no gradient; text alone is trained; what cannot run is refused."""
 
 import importlib.util
+import logging
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, ModelConfig
+from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
+from dpo_dist.model.exactness import CheckedModel, settle
+from dpo_dist.model.flops import step_flops, without_weights
+from dpo_dist.model.layers import (
+    check_device,
+    checkpoint_layers,
+    decoder_layers,
+    offload_inputs,
+    other_weights,
+    without_gradient,
+)
+from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.lora import target_layers
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import FAMILIES, tiny_family
-from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config, trained_config
+from tests.support.families import FAMILIES, SINGLE, tiny_family
+from tests.support.multimodal import write_multimodal
+from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
 
-BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
-CUDA = torch.device("cuda")
+PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
+BATCH = pack_unkeyed(PAIRS)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def model_of(model_type: str, layers: int = 3) -> PackedCausalLM:
+    return packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=layers))).train()
 
 
 def forwards(model: PackedCausalLM) -> list[int]:
@@ -35,15 +60,15 @@ def forwards(model: PackedCausalLM) -> list[int]:
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "gpt_oss", "llama", "opt", "phimoe"])
 def test_checkpointed_layers_recompute_without_changing_gradients(model_type: str) -> None:
-    model = packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=3))).train()
+    model = model_of(model_type)
     expected = gradients(model.causal_lm, model(BATCH))
     for choice, computed in (("none", [1, 1, 1]), (2, [1, 2, 1]), (3, [1, 1, 2]), ("full", [2, 2, 2])):
         checkpoint_layers(model.causal_lm, choice)
         assert forwards(model) == computed
-        ours = gradients(model.causal_lm, model(BATCH))
-        assert ours.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradients(model.causal_lm, model(BATCH)), expected, rtol=1e-6, atol=1e-6)
+    assert forwards(model.eval()) == [1, 1, 1]
+    with pytest.raises(ConfigError, match="no layer would be checkpointed"):
+        checkpoint_layers(model.causal_lm, 4)
 
 
 @pytest.mark.parametrize(
@@ -52,38 +77,147 @@ def test_checkpointed_layers_recompute_without_changing_gradients(model_type: st
 def test_layers_of_rows_recompute_without_changing_gradients(model_type: str) -> None:
     causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
     model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded).train()
-    expected = gradients(causal_lm, model(BATCH))
     if not decoder_layers(causal_lm):
-        with pytest.raises(ConfigError, match="cannot checkpoint the layers of this architecture"):
+        with pytest.raises(ConfigError, match="no layer would be checkpointed"):
             checkpoint_layers(causal_lm, "full")
         return
+    expected = gradients(causal_lm, model(BATCH))
     checkpoint_layers(causal_lm, "full")
-    ours = gradients(causal_lm, model(BATCH))
+    torch.testing.assert_close(gradients(causal_lm, model(BATCH)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "choice", "moved_layers"),
+    [("gpt2", "full", 4), ("gemma3_text", "full", 4), ("qwen2", 2, 2), ("mixtral", "full", 4)],
+)
+def test_inputs_of_checkpointed_layers_wait_in_host_memory(
+    model_type: str, choice: int | str, moved_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same gradients, also of the losses of routers; scoring moves nothing."""
+    sizes: list[int] = []
+    empty, routes = torch.empty, model_type == "mixtral"
+
+    def counted(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        if "pin_memory" in options and made.numel():
+            sizes.append(made.nbytes)
+        return made
+
+    def compute(moves: bool) -> dict[str, Tensor]:
+        model = model_of(model_type, 4)
+        checkpoint_layers(model.causal_lm, choice)
+        if moves:
+            offload_inputs(model.causal_lm)
+        with torch.no_grad():
+            model.eval()(BATCH)
+        found = model.train()(BATCH, with_routing=routes)
+        return gradients(model.causal_lm, found[1] if routes else found)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    expected = compute(moves=False)
+    assert not sizes
+    ours = compute(moves=True)
+    assert sizes == [len(BATCH.input_ids) * 32 * 4] * moved_layers
     assert ours.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 
-def test_scoring_recomputes_nothing() -> None:
-    model = packed(tiny_causal_lm(tiny_config("qwen2"))).eval()
-    checkpoint_layers(model.causal_lm, "full")
-    assert forwards(model) == [1, 1]
+@pytest.mark.parametrize(
+    ("option", "kind", "device", "fault"),
+    [
+        ("activation_offload", "qwen2", CUDA, ""),
+        ("activation_offload", "qwen2", CPU, "in host memory already"),
+        ("compile", "qwen2", CPU, r"C\+\+ compiler"),
+        ("liger", "qwen2", CPU, "Liger's kernels are exact on CUDA"),
+        ("liger", "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
+        ("liger", "qwen2", CUDA, "liger-kernel is not installed"),
+    ],
+)
+def test_options_that_cannot_run_are_refused(
+    option: str, kind: str, device: torch.device, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    config = ModelConfig(**{option: True})
+    if not fault:
+        check_device(config, kind, device)
+        return
+    with pytest.raises(ConfigError, match=fault) as raised:
+        check_device(config, kind, device)
+    assert raised.value.where == f"model.{option}"
 
 
-def test_checkpointing_no_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no layer would be checkpointed") as raised:
-        checkpoint_layers(tiny_causal_lm(tiny_config("qwen2")), 3)
-    assert "2" in raised.value.expected
+def load(folder: Path) -> PackedCausalLM:
+    return load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, CPU).eval()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
-def test_liger_is_refused_where_it_is_not_installed() -> None:
-    with pytest.raises(ConfigError, match="liger-kernel is not installed"):
-        check_liger("qwen2", CUDA)
+@pytest.mark.parametrize(
+    ("model_type", "arrangement", "others"),
+    [
+        ("gemma3", Arrangement.packed, True),
+        ("qwen3_5", Arrangement.padded, False),
+        ("llama4", Arrangement.packed, False),
+    ],
+)
+def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
+    model_type: str, arrangement: Arrangement, others: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_multimodal(tmp_path / "base", model_type, VOCABULARY)
+    with caplog.at_level(logging.WARNING):
+        model = load(folder)
+    assert ("only its text model is loaded" in caplog.text) is not others
+    settle(CheckedModel(model, model, CPU, 64))
+    assert model.arrangement is arrangement
+    logps = model.train()(BATCH)
+    logps.sum().backward()
+    unused = other_weights(model.causal_lm)
+    assert bool(unused) is others
+    assert all(weight.grad is None for weight in unused)
+    decayed = _parameter_groups(model, 0.1)[0]
+    assert decayed["weight_decay"] == 0.1
+    assert not unused & set(decayed["params"])
+    model.causal_lm.save_pretrained(tmp_path / "exported")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain_logps(again, PAIRS), logps.detach(), rtol=0, atol=2e-5)
+    if others:
+        base, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "exported"))
+        assert base.keys() == exported.keys()
 
 
-def test_liger_is_refused_for_an_architecture_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
-    check_liger("qwen2", CUDA)
-    with pytest.raises(ConfigError, match="gpt2"):
-        check_liger("gpt2", CUDA)
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "deepseek_v32"])
+def test_choices_of_keys_are_not_trained(model_type: str) -> None:
+    """Their weights have no gradient, get no adapter and do not decay; all others have one."""
+    causal_lm = tiny_family(model_type, VOCABULARY)
+    frozen = without_gradient(causal_lm)
+    assert 0 < len(frozen) < len(list(causal_lm.parameters()))
+    causal_lm(input_ids=torch.arange(3, 43)[None], use_cache=False).logits.sum().backward()
+    assert {weight for weight in causal_lm.parameters() if weight.grad is None} == frozen
+    decayed, _ = _parameter_groups(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=SINGLE), 0.1)
+    assert not frozen & set(decayed["params"])
+    targets = {causal_lm.get_submodule(name).weight for name in target_layers(causal_lm, AdapterConfig())}
+    assert targets
+    assert not frozen & targets
+
+
+def test_an_adapter_and_flops_are_of_text_alone(tmp_path: Path) -> None:
+    folder = write_multimodal(tmp_path / "base", "gemma3", VOCABULARY)
+    model = load(folder)
+    targets = target_layers(model.causal_lm, AdapterConfig(r=4, alpha=8.0))
+    assert targets
+    assert all("language_model" in name for name in targets)
+    assert len(decoder_layers(model.causal_lm)) == 2
+    with FlopCounterMode(display=False) as counter:
+        model(BATCH)
+    products = counter.get_flop_counts()["Global"]
+    seen = sum(count for kind, count in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
+    flops = step_flops(without_weights(load_config(folder, ModelConfig())))
+    assert flops.of(len(BATCH.input_ids), len(BATCH.targets), attended=0) / 3 == seen
+
+
+def test_a_whole_model_without_a_class_for_text_is_one_error(tmp_path: Path) -> None:
+    folder = write_multimodal(tmp_path / "base", "mistral3", VOCABULARY)
+    with pytest.raises(ConfigError, match="no causal language model of this architecture") as raised:
+        load(folder)
+    assert raised.value.got == "mistral3"

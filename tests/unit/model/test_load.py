@@ -1,21 +1,28 @@
-"""A model folder is loaded exactly, or an error names its fault."""
+"""A model folder is found and loaded exactly, without running its code, or an error names its fault."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MusicgenConfig
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import load_config, load_packed, load_tokenizer, placement
+from dpo_dist.generation.sampling.respond import find_model
+from dpo_dist.model.folder import hub_commit, model_folder, weight_files
+from dpo_dist.model.load import load_config, load_packed, load_tokenizer, load_weights, placement
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support import tiny
 from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.poison import pickled
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config
 
@@ -23,7 +30,7 @@ CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
 # The option of phimoe's router is also a threshold in evaluation.
-NOISES = {
+NOISES: dict[str, dict[str, float]] = {
     "gpt2": {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
     "mixtral": {"router_jitter_noise": 0.5},
     "opt": {"dropout": 0.5},
@@ -40,18 +47,32 @@ def load(folder: Path, config: ModelConfig = FP32) -> PackedCausalLM:
     return load_packed(folder, config, 64, CPU)
 
 
-def test_a_loaded_model_scores_like_the_original(folder: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def changed(file: Path, **values: object) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | values))
+
+
+def refused(message: str, work: Callable[..., object], *arguments: Any, **options: Any) -> ConfigError:
+    with pytest.raises(ConfigError, match=message) as raised:
+        work(*arguments, **options)
+    return raised.value
+
+
+def test_a_loaded_model_scores_like_the_original_by_its_own_weights(folder: Path) -> None:
+    plain, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load(folder)
     with torch.no_grad():
-        expected = plain_logps(plain, PAIRS)
-        logps = load(folder)(pack_unkeyed(PAIRS))
+        expected, logps = plain_logps(plain, PAIRS), loaded(pack_unkeyed(PAIRS))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    state, weights = loaded.causal_lm.state_dict(), plain.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in state)
+    assert len(list(loaded.parameters())) == len(list(plain.parameters()))
 
 
 @pytest.mark.parametrize("model_type", sorted(NOISES))
 def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: str, tmp_path: Path) -> None:
-    noises = NOISES[model_type]
-    tiny_causal_lm(tiny_config(model_type, vocab_size=300, **noises)).save_pretrained(tmp_path)
+    config = tiny_config(model_type, vocab_size=300, **NOISES[model_type])
+    tiny_causal_lm(config).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     loaded = load(tmp_path).train()
     with torch.no_grad():
@@ -70,15 +91,6 @@ def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before, strict=True))
 
 
-def test_the_head_shares_the_parameters_of_the_model(folder: Path) -> None:
-    loaded = load(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    state, expected = loaded.causal_lm.state_dict(), plain.state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in state)
-    assert len(list(loaded.parameters())) == len(list(plain.parameters()))
-
-
 def test_precision_is_the_configured_one(folder: Path) -> None:
     for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
         model = load(folder, ModelConfig(dtype=dtype))
@@ -86,95 +98,39 @@ def test_precision_is_the_configured_one(folder: Path) -> None:
         assert model(pack_unkeyed(PAIRS)).dtype == torch.float32
 
 
-def truncate_weights(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-1000])
-
-
 def test_a_model_that_cannot_be_loaded_in_shards_may_load_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truncate_weights(write_model(tmp_path))
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path)
-    assert "parallelism" not in str(raised.value.remedy)
+    weights = write_model(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "parallelism" not in refused("cannot be loaded", load, tmp_path).remedy
     monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ConfigError, match="set parallelism=zero2 or ddp"):
-        load(tmp_path)
+    assert "set parallelism=zero2 or ddp" in refused("cannot be loaded", load, tmp_path).remedy
 
 
-def weights_of(folder: Path, **more: torch.Tensor) -> None:
-    weights = load_file(folder / "model.safetensors") | more
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
+@pytest.mark.parametrize("predicted", [0, 1])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "is_read_by_a_layer"),
     [
-        "model.layers.0.self_attn.q_norm.weight",
-        "model.norm.bias",
-        "model.layers.2.mlp.up_proj.weight",
-        "model.layers.more.weight",
+        ("model.layers.0.self_attn.q_norm.weight", True),
+        ("model.norm.bias", True),
+        ("model.layers.more.weight", True),
+        ("model.layers.2.mlp.up_proj.weight", False),
+        ("v_head.weight", False),
     ],
 )
-def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_path: Path) -> None:
-    weights_of(write_model(tmp_path), **{name: torch.ones(8)})
-    with pytest.raises(ConfigError, match="Qwen2ForCausalLM does not read") as raised:
+def test_tensors_that_the_architecture_does_not_read_are_refused_or_of_other_modules(
+    name: str, is_read_by_a_layer: bool, predicted: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A value head; a further layer that predicts further tokens, if config.json has such (DeepSeek-V3)."""
+    weights = write_model(tmp_path) / "model.safetensors"
+    save_file(load_file(weights) | {name: torch.ones(1, 32)}, weights, metadata={"format": "pt"})
+    changed(tmp_path / "config.json", num_nextn_predict_layers=predicted)
+    if is_read_by_a_layer or ("layers" in name and not predicted):
+        assert name in refused("Qwen2ForCausalLM does not read", load, tmp_path).got
+    else:
         load(tmp_path)
-    assert name in raised.value.got
-
-
-def test_tensors_of_other_modules_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A value head, and a layer that predicts further tokens as config.json says (DeepSeek-V3)."""
-    foreign = {"v_head.weight": torch.ones(1, 32), "model.layers.2.mlp.up_proj.weight": torch.ones(1, 32)}
-    weights_of(write_model(tmp_path), **foreign)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
-    load(tmp_path)
-    assert all(name in caplog.text for name in foreign)
-    weights_of(tmp_path, **{"model.layers.3.mlp.up_proj.weight": torch.ones(1, 32)})
-    with pytest.raises(ConfigError, match="does not read"):
-        load(tmp_path)
-
-
-def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:
-    assert model_folder(str(folder), None) == folder
-    with pytest.raises(ConfigError, match="no effect on a local folder") as caught:
-        model_folder(str(folder), "main", "reference.path")
-    assert caught.value.where == "reference.revision"
-    for missing in ("/no/such/folder", "./none", "a/b/c"):
-        with pytest.raises(ConfigError, match="model folder does not exist"):
-            model_folder(missing, None)
-    with pytest.raises(ConfigError, match=r"no config\.json") as raised:
-        model_folder(str(tmp_path), None, key="reference.path")
-    assert raised.value.where == "reference.path"
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "training_args.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="no weights"):
-        model_folder(str(tmp_path), None)
-
-
-def test_a_tokenizer_needs_its_files(folder: Path, tmp_path: Path) -> None:
-    assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ConfigError, match="no tokenizer"):
-        load_tokenizer(tmp_path, FP32)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path, FP32)
-
-
-def test_liger_is_refused_before_weights_are_read_where_it_cannot_run(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="CUDA only") as raised:
-        load(folder, ModelConfig(dtype=Dtype.fp32, liger=True))
-    assert raised.value.where == "model.liger"
-
-
-def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"C\+\+ compiler") as raised:
-        load(folder, ModelConfig(dtype=Dtype.fp32, compile=True))
-    assert raised.value.where == "model.compile"
+        assert name in caplog.text
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])
@@ -184,19 +140,185 @@ def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
-    assert placement(config, torch.device("cpu")) == {}
+    assert placement(config, CPU) == {}
+
+
+def test_a_tokenizer_needs_its_files(folder: Path, tmp_path: Path) -> None:
+    assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    refused("no tokenizer", load_tokenizer, tmp_path, FP32)
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused("tokenizer cannot be loaded", load_tokenizer, tmp_path, FP32)
 
 
 def test_a_model_with_several_models_of_text_is_refused(tmp_path: Path) -> None:
     """MusicGen has an encoder of text and a decoder, of which transformers names neither the text model."""
     MusicgenConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="several models of text") as raised:
-        load_config(tmp_path, FP32, "reference.path")
-    assert (raised.value.where, raised.value.got[:9]) == ("reference.path", "musicgen:")
+    error = refused("config.json cannot be read", load_config, tmp_path, FP32, "reference.path")
+    assert error.where == "reference.path"
 
 
-def test_a_wrong_config_is_no_error_of_the_tokenizer(tmp_path: Path) -> None:
-    file = write_model(tmp_path) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": "many"}))
-    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
-        load_tokenizer(tmp_path, FP32)
+INDEX = "model.safetensors.index.json"
+SHARDED = {"metadata": {}, "weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["model.safetensors"], None),
+        ([INDEX], None),
+        (["model.safetensors", INDEX, "pytorch_model.bin"], None),
+        (["model.safetensors"], "other.safetensors"),
+        (["model.safetensors", INDEX], INDEX),
+    ],
+)
+def test_weight_files_are_those_that_transformers_loads(
+    names: list[str], named: str | None, tmp_path: Path
+) -> None:
+    changed(tmp_path / "config.json", **({} if named is None else {"transformers_weights": named}))
+    for name in [*names, "m-1.safetensors", "m-2.safetensors", "other.safetensors", "training_args.bin"]:
+        (tmp_path / name).write_text(json.dumps(SHARDED if name == INDEX else {}))
+    resolved, _ = _get_resolved_checkpoint_files(
+        str(tmp_path),
+        variant=None,
+        gguf_file=None,
+        use_safetensors=None,
+        user_agent=None,
+        is_remote_code=False,
+        transformers_explicit_filename=named,
+    )
+    files = weight_files(tmp_path)
+    assert [str(file) for file in files if file.name != INDEX] == sorted(resolved)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_broken_index_is_named_in_the_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(content)
+    assert refused("cannot be read|no weight_map", weight_files, tmp_path).where.endswith(INDEX)
+
+
+def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:
+    assert model_folder(str(folder), None) == folder
+    error = refused("no effect on a local folder", model_folder, str(folder), "main", "reference.path")
+    assert error.where == "reference.revision"
+    for missing in ("/no/such/folder", "./none", "a/b/c", str(folder / "config.json")):
+        refused("model folder does not exist", model_folder, missing, None)
+    error = refused(r"no config\.json", model_folder, str(tmp_path), None, key="reference.path")
+    assert error.where == "reference.path"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    refused("no weights", model_folder, str(tmp_path), None)
+
+
+def test_an_adapter_is_a_model_only_where_it_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **_options: str(tmp_path))
+    for path in (str(tmp_path), "org/adapter"):
+        assert model_folder(path, None, accepts_adapter=True) == tmp_path
+        refused(r"no config\.json", model_folder, path, None)
+    write_model(tmp_path)
+    refused("adapter beside full weights", model_folder, str(tmp_path), None)
+
+
+def test_a_model_that_is_not_on_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_args: object, **_options: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    error = refused("neither a local folder nor a model found", model_folder, "org/bas", None)
+    assert "no network" in error.got
+    refused("an adapter found", model_folder, "org/bas", None, "model.adapter.path", accepts_adapter=True)
+
+
+def test_the_commit_of_a_cached_model_is_known(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert hub_commit(tmp_path / "models--org--m" / "snapshots" / commit) == commit
+    assert hub_commit(tmp_path / commit) is None
+    assert hub_commit(tmp_path / "snapshots" / "mine") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("pytorch_model.bin", {}),
+        ("model.pt", {}),
+        ("consolidated.00.pth", {}),
+        ("evil_model.bin", {"transformers_weights": "evil_model.bin"}),
+    ],
+)
+def test_pickled_weights_are_refused_and_named(name: str, config: dict[str, str], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    changed(folder / "config.json", **config)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickled(tmp_path / "trace"))
+    error = refused("weights are pickled", model_folder, str(folder), None, "reference.path")
+    assert error.where == "reference.path"
+    assert name in error.got
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    refused("weights are pickled", model_folder, str(folder), None)
+    # Also of a folder that was not checked.
+    refused("cannot be loaded", load_weights, folder, load_config(folder, FP32), FP32, CPU)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_that_no_model_is_loaded_from_do_not_matter(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
+        (folder / name).write_bytes(pickled(tmp_path / "trace"))
+    assert model_folder(str(folder), None) == folder
+    load_weights(folder, load_config(folder, FP32), FP32, CPU)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", write_model(tmp_path / "model")
+    adapter.mkdir()
+    changed(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    torch.save({"a": torch.ones(2)}, adapter / "adapter_model.bin")
+    config = load_run_config([f"model.path={base}", "data.train=[a.jsonl]"])
+    refused("weights are pickled", model_folder, str(adapter), None, accepts_adapter=True)
+    assert "adapter_model.bin" in refused("weights are pickled", find_model, str(adapter), config).got
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    """A model with code beside it that leaves a trace."""
+    folder = write_model(tmp_path / "model")
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()\nclass Own: pass\n"
+    )
+    return folder
+
+
+def test_code_of_a_model_folder_is_not_run(poisoned: Path) -> None:
+    changed(poisoned / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    error = refused("names Python code, which is not run", load_config, poisoned, FP32)
+    assert "own.Own" in error.got
+    assert "model.trust_remote_code=true" in error.remedy
+    own = {"AutoTokenizer": ["own.Own", None]}
+    changed(poisoned / "tokenizer_config.json", tokenizer_class="Own", auto_map=own)
+    (poisoned / "tokenizer.json").rename(poisoned / "vocab.json")
+    error = refused("names Python code", load_tokenizer, poisoned, FP32, "pairs.reward_model")
+    assert "tokenizer_config.json: auto_map" in error.got
+    assert error.where == "pairs.reward_model"
+    assert not (poisoned.parent / "trace").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_classes_of_transformers_are_used_in_place_of_code(file: str, poisoned: Path) -> None:
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    changed(poisoned / file, auto_map=dict.fromkeys(names, "own.Own"), custom_generate="own")
+    assert load_config(poisoned, FP32).model_type == "qwen2"
+    assert len(load_tokenizer(poisoned, FP32)) > 0
+    assert not (poisoned.parent / "trace").exists()
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", {"": "someone/kernel"}])
+def test_kernels_of_the_hub_are_not_run(name: str, value: object, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    changed(folder / "config.json", **{name: value})
+    assert name in refused("names code on the Hub", load_config, folder, FP32).got

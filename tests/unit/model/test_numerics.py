@@ -26,59 +26,39 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32 = ModelConfig(dtype=Dtype.fp32)
 
 
-@pytest.fixture
-def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every package, and a GPU."""
+def test_a_profile_differs_where_log_probs_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    assert fp32["cpu"] == torch.backends.cpu.get_cpu_capability()
+    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
+    for config, backend in (
+        (ModelConfig(), AttentionBackend.sdpa),
+        (FP32, AttentionBackend.varlen),
+        (compiled, AttentionBackend.sdpa),
+    ):
+        assert numerics_of(config, backend, CPU) != fp32
+    checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
+    assert numerics_of(checkpointed, AttentionBackend.sdpa, CPU) == fp32
+    for package in (torch, transformers):  # a patch release changes nothing
+        monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
+    assert numerics_of(FP32, AttentionBackend.sdpa, CPU) == fp32
+
+
+def test_a_profile_names_every_kernel_of_which_rounding_alone_is_tolerable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9.1.2")
     h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: h200)
-
-
-def test_profiles_differ_where_log_probs_can() -> None:
-    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
-    assert fp32 != numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU)
-    assert fp32 != numerics_of(FP32, AttentionBackend.varlen, CPU)
-    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
-    assert fp32 != numerics_of(compiled, AttentionBackend.sdpa, CPU)
-    checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
-    assert fp32 == numerics_of(checkpointed, AttentionBackend.sdpa, CPU)
-
-
-@pytest.mark.usefixtures("_installed")
-def test_a_profile_names_the_version_of_every_kernel() -> None:
-    assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["cpu"] == torch.backends.cpu.get_cpu_capability()
-    flash = numerics_of(ModelConfig(), AttentionBackend.flash_attention_2, CPU)
-    assert flash["flash_attn"] == "flash-attn 9.1"
-    assert "flash_attn" not in numerics_of(ModelConfig(), AttentionBackend.varlen, CPU)
-    liger = numerics_of(ModelConfig(liger=True), AttentionBackend.varlen, CUDA)
-    assert (liger["liger"], liger["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
-    quantized = numerics_of(ModelConfig(quantization=Quantization.nf4), AttentionBackend.sdpa, CPU)
-    assert quantized["quantization"] == "nf4 by bitsandbytes bitsandbytes 9.1"
-
-
-def test_a_patch_release_changes_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = numerics_of(FP32, AttentionBackend.sdpa, CPU)
-    for package in (torch, transformers):
-        monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
-    assert numerics_of(FP32, AttentionBackend.sdpa, CPU) == before
-
-
-@pytest.mark.usefixtures("_installed")
-def test_the_list_of_fields_is_complete_and_rounding_alone_is_tolerable() -> None:
     everything = ModelConfig(dtype=Dtype.fp16, quantization=Quantization.int8, compile=True, liger=True)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_kernels(True):
         profiles = [numerics_of(everything, AttentionBackend.flash_attention_2, d) for d in (CPU, CUDA)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert profiles[0].keys() | profiles[1].keys() == NUMERICS_FIELDS.keys()
-    assert NUMERICS_FIELDS.keys() - TOLERABLE_FIELDS == {
-        "dtype",
-        "matmul_precision",
-        "bf16_reduction",
-        "fp16_reduction",
-        "quantization",
-    }
+    found = profiles[0] | profiles[1]
+    assert found.keys() == NUMERICS_FIELDS.keys()
+    assert found["flash_attn"] == "flash-attn 9.1"
+    assert (found["liger"], found["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
+    assert found["quantization"] == "int8 by bitsandbytes bitsandbytes 9.1"
+    precise = {"dtype", "matmul_precision", "bf16_reduction", "fp16_reduction", "quantization"}
+    assert NUMERICS_FIELDS.keys() - TOLERABLE_FIELDS == precise
 
 
 def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(

@@ -13,10 +13,18 @@ from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.router import own_coefficient, router_loss, router_notes
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
+from tests.support.families import COMMON
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import (
+    MIXTURE,
+    SHAPES,
+    assert_same,
+    gradients,
+    packed,
+    tiny_causal_lm,
+    tiny_config,
+)
 
-SHAPES = [(7, 5, 9), (1, 1, 4), (12, 3, 1), (4, 3, 2, 6)]
 LOSS = RouterLoss(1.0, None)
 
 
@@ -37,18 +45,11 @@ def test_the_packed_batch_has_the_loss_and_gradient_of_the_padded_one(model_type
     expected = causal_lm(
         input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False
     ).aux_loss
-    expected.backward()
-    wanted = {name: p.grad.clone() for name, p in causal_lm.named_parameters() if p.grad is not None}
-    causal_lm.zero_grad()
+    wanted = gradients(causal_lm, expected)
     _, sums = packed(causal_lm)(pack_unkeyed(pairs), with_routing=True)
     ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
-    ours.backward()
-    largest = max(gradient.norm() for gradient in wanted.values())
-    assert largest > 0
-    for name, parameter in causal_lm.named_parameters():
-        if name in wanted:
-            assert (parameter.grad - wanted[name]).norm() <= 1e-5 * largest, name
+    assert_same(gradients(causal_lm, ours), wanted)
 
 
 OWN: dict[str, dict[str, Any]] = {
@@ -61,11 +62,11 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": MIXTURE | {"head_dim": 8},
+    "granitemoe": MIXTURE,
+    "jetmoe": MIXTURE | {"kv_channels": 8},
+    "minimax_m2": MIXTURE | {"head_dim": 8},
+    "phimoe": MIXTURE,
     "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
@@ -73,17 +74,8 @@ OWN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model_type", sorted(OWN))
 def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
     """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=None,
-        **OWN[model_type],
-    )
+    sizes = COMMON | {"vocab_size": VOCABULARY, "intermediate_size": 16, "pad_token_id": None}
+    config = AutoConfig.for_model(model_type, **sizes | OWN[model_type])
     assert own_coefficient(config)
     causal_lm = tiny_causal_lm(config).eval()
     input_ids, mask = padded(random_pairs(SHAPES))

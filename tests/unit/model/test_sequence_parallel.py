@@ -16,11 +16,11 @@ from torch import Tensor
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import Heads, packed_attention
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.sdpa import Layout, Scores
 from dpo_dist.model.ulysses import ExchangedAttention, TokenShare, check_heads
 from tests.support.packing import pack_unkeyed, random_pairs
-from tests.unit.model.test_architectures import gradients, tiny_causal_lm, tiny_config
-from tests.unit.model.test_windowed_models import OTHERS, WINDOWED, model_of, packed
+from tests.unit.model.test_architectures import WINDOWED, assert_same, gradients, packed, windowed
 
 T = TypeVar("T")
 
@@ -146,58 +146,31 @@ FAMILIES = ("cohere2", "gemma2", "gpt_oss", "llama4_text", "olmo3", "phi3", "qwe
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_models_with_windows_sinks_caps_and_temperatures_equal_one_rank(model_type: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "routes"),
+    [*((name, False) for name in FAMILIES), ("mixtral", True), ("qwen3_moe", True)],
+)
+def test_a_model_on_several_ranks_equals_one_rank(model_type: str, routes: bool, ranks: int) -> None:
     """Windows shorter than responses, and a number of tokens that the ranks do not divide."""
-    own = {**WINDOWED, **OTHERS}[model_type]
     batch = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
     assert len(batch.input_ids) % 2
-    window = 3 if model_type in WINDOWED else None
-    causal_lm = model_of(model_type, own, window)
-    expected = packed(causal_lm)(batch)
-    expected_gradients = gradients(causal_lm, expected)
-
-    def score(exchange: InThreads) -> Tensor:
-        model = packed(causal_lm)
-        model.sequence = exchange
-        logps = model(batch)
-        assert isinstance(logps, Tensor)
-        return logps
-
-    found = on_ranks(ranks, score)
-    for logps in found:
-        assert (logps - expected).norm() <= 1e-6 * expected.norm()
-    ours = gradients(causal_lm, found[0])
-    assert ours.keys() == expected_gradients.keys()
-    largest = max(gradient.norm() for gradient in expected_gradients.values())
-    for name, gradient in expected_gradients.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 0.1 * largest), name
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_sums_over_routers_are_those_of_all_tokens(model_type: str, ranks: int) -> None:
-    """Each token counts once, also where a share ends with another copy of the last one."""
     own = {"num_local_experts": 4} if model_type == "mixtral" else {}
-    causal_lm = tiny_causal_lm(tiny_config(model_type, **own))
-    batch = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 3)]))
-    assert len(batch.input_ids) % 2
-    _, expected = packed(causal_lm)(batch, with_routing=True)
-    slopes = torch.linspace(-1, 1, expected.numel()).view_as(expected)
-    wanted = gradients(causal_lm, expected * slopes)
+    causal_lm = windowed(model_type, 3 if model_type in WINDOWED and not routes else None, **own)
 
-    def route(exchange: InThreads) -> Tensor:
+    def compute(model: PackedCausalLM) -> Tensor:
+        found = model(batch, with_routing=routes)
+        values = found[1] if routes else found
+        assert isinstance(values, Tensor)
+        return values
+
+    def share(exchange: InThreads) -> Tensor:
         model = packed(causal_lm)
         model.sequence = exchange
-        _, sums = model(batch, with_routing=True)
-        assert isinstance(sums, Tensor)
-        return sums
+        return compute(model)
 
-    found = on_ranks(ranks, route)
-    for sums in found:
-        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
-    ours = gradients(causal_lm, found[0] * slopes)
-    assert ours.keys() == wanted.keys()
-    largest = max(gradient.norm() for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * largest, name
+    expected = compute(packed(causal_lm))
+    expected_gradients = gradients(causal_lm, expected)
+    found = on_ranks(ranks, share)
+    for values in found:
+        assert (values - expected).norm() <= 1e-6 * expected.norm()
+    assert_same(gradients(causal_lm, found[0]), expected_gradients)

@@ -16,7 +16,6 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
-from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, MetricSums
 from dpo_dist.objective.token_logps import Statistic
@@ -151,7 +150,7 @@ def test_a_row_has_the_sources_of_its_steps(data: PreferenceDataset) -> None:
         sums = sums_of(FREE, plan_of(data, indices))
         totals, counts = sums.named(sums.values.tolist())
         window.add(LogWindow(1, totals, counts, {}, 0.1, len(indices), 10, 1.0, 1.0))
-        rows.append(by_source(window.row(PeakFlops(1.0, None))))
+        rows.append(by_source(window.row(1.0)))
         window = LogWindow(**vars(window))
     assert [sorted(row) for row in rows] == [
         ["rewards/accuracies/shared", "rewards/margins/shared"],

@@ -1,5 +1,6 @@
-"""Log-probs of generated responses are those of a plain forward of transformers."""
+"""Held-out prompts are chosen by content; log-probs of responses are those of a plain forward."""
 
+import json
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.generation.pairs.prompts import PromptList
+from dpo_dist.data.records import Dialogue, Message
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.generation.pairs.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
-from dpo_dist.insight.compare.responses import Speaker, response_logps
+from dpo_dist.insight.compare.responses import Speaker, response_logps, shown_prompt, write_held_out
 from dpo_dist.insight.compare.start import compared_models
 from dpo_dist.model.load import load_packed
+from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
 
 
@@ -70,13 +74,75 @@ def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
     keys = [
         *("compare.max_new_tokens=9", "compare.temperature=0.5", "model.dtype=fp32"),
         *("data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
-        *(
-            "data.template_arguments={a: 1}",
-            f"data.chat_template={template}",
-        ),
+        *("data.template_arguments={a: 1}", f"data.chat_template={template}"),
     ]
     names = [responses_folder(tmp_path), *(responses_folder(tmp_path, key) for key in keys)]
     template.write_text("two")
     names.append(responses_folder(tmp_path, keys[-1]))
     assert len(set(names)) == len(names)
     assert responses_folder(tmp_path, "compare.prompts=9") == names[0]
+
+
+RECORDS = [
+    {"prompt": [user(f"question {n % 30}")], "chosen": [assistant(f"good {n}")], "rejected": [assistant("x")]}
+    for n in range(40)
+]
+
+
+def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[str], list[str]]:
+    source = jsonl(tmp_path, *records)
+    base = ["model.path=x", "data.train=[x.jsonl]"]
+    if not any(override.startswith("data.") for override in overrides):
+        overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
+    said: list[str] = []
+    config = load_run_config([*base, *overrides])
+    file = write_held_out(tmp_path / "parts", config, said.append)
+    prompts = open_prompts(file, 100)
+    assert not any(record.responses for part in range(prompts.parts) for record in prompts.part(part))
+    lines = list(map(json.loads, file.read_bytes().splitlines()))
+    assert {line["source"] for line in lines} <= {"held", "records"}
+    return [line["prompt"][0][1] for line in lines], [*said, *(str(line["chosen"]) for line in lines)]
+
+
+def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> None:
+    few, said = chosen(tmp_path, RECORDS, "compare.prompts=7")
+    assert len(few) == 7 == len(set(few))
+    assert few == sorted(few, key=lambda text: int(text.split()[1]))
+    assert "prompts: 7 of 30 different ones" in said
+    assert said[-7:] == [f"good {text.split()[1]}" for text in few]
+    backwards, _ = chosen(tmp_path, RECORDS[::-1], "compare.prompts=7")
+    assert set(backwards) == set(few)
+    more, _ = chosen(tmp_path, RECORDS, "compare.prompts=8")
+    assert set(few) < set(more)
+
+
+def test_fewer_prompts_than_wanted_are_said_and_bad_records_counted(tmp_path: Path) -> None:
+    records = [*RECORDS, {"no": "prompt"}]
+    found, said = chosen(tmp_path, records)
+    assert len(found) == 30
+    assert said[0].endswith("40 of 41 records kept")
+    assert said[1].startswith("  1 dropped (unknown_format): ")
+    assert said[2] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
+
+
+def test_prompts_without_responses_are_enough(tmp_path: Path) -> None:
+    found, said = chosen(tmp_path, [{"prompt": [user("a")]}, {"messages": [user("b")]}])
+    assert found == ["a", "b"]
+    assert said[-2:] == ["None", "None"]
+
+
+def test_a_reserved_share_of_the_training_data_is_held_out(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, *RECORDS)
+    found, _ = chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=0.3")
+    assert 0 < len(found) < 20
+    with pytest.raises(DataError, match="no usable prompt"):
+        chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=1e-9")
+
+
+def test_prompts_as_one_text() -> None:
+    assert shown_prompt("plain") == "plain"
+    assert shown_prompt((Message("user", "hello"),)) == "hello"
+    assert shown_prompt((Message("system", "be kind"), Message("user", "hello"))) == (
+        "system: be kind\n\nuser: hello"
+    )
+    assert shown_prompt(Dialogue("\n\nHuman: a\n\nAssistant:")) == "\n\nHuman: a\n\nAssistant:"

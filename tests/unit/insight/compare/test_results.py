@@ -1,14 +1,30 @@
-"""Means, intervals and win rates of a comparison, from the rows of answers.jsonl."""
+"""Judgements of a comparison; means, intervals and win rates from the rows of answers.jsonl."""
 
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from dpo_dist.insight.compare.judging import credit
-from dpo_dist.insight.compare.results import comparison
+from dpo_dist.config.verb_options import EndpointConfig, PairsConfig, Verdicts
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
+from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.insight.compare.results import (
+    LOSS,
+    TIE,
+    WIN,
+    compare_texts,
+    compares,
+    comparison,
+    credit,
+    describe,
+    score_texts,
+)
 from dpo_dist.insight.evaluation import Resampling
 from dpo_dist.insight.tables import comparison_table
+from tests.support.judge_server import judge_server
 
 Row = dict[str, Any]
 OUTCOMES = ("wins", "ties", "losses", "identical", "not_judged")
@@ -89,12 +105,6 @@ def test_verdicts_of_three_models_in_pairs() -> None:
     assert all(model["score"] is None for model in found["models"])
 
 
-def test_a_share_without_a_difference_may_differ_in_both_directions() -> None:
-    rows = [{"base": response("x"), "a": response("x")}] * 20
-    low, high = results(rows)["differences"][0]["empty_interval"]
-    assert low == -high < 0
-
-
 def test_differences_are_paired_over_prompts() -> None:
     """Scores vary much from prompt to prompt; the second model is better by 1 on each one."""
     levels = [float(3 * at % 11) for at in range(12)]
@@ -110,6 +120,8 @@ def test_differences_are_paired_over_prompts() -> None:
     assert found["models"][0]["score_interval"][1] - found["models"][0]["score_interval"][0] > 2
     assert (difference["kl"], difference["refusals"]) == (1.5, 0)
     assert 1.0 <= difference["kl_interval"][0] < 1.5 < difference["kl_interval"][1] <= 2.0
+    low, high = found["differences"][0]["empty_interval"]
+    assert low == -high < 0, "a share without a difference may differ in both directions"
     few = results(rows[:5])["differences"][0]
     assert (few["score"], few["score_interval"]) == (1.0, None)
     [without] = results([{"base": response("x"), "a": response("y", None)}])["differences"]
@@ -173,3 +185,83 @@ def test_the_table_of_many_models_is_short_and_has_no_column_without_values() ->
     assert "score" not in lines[1]
     assert "wins" not in lines[1]
     assert lines[3].endswith("  -")
+
+
+RECORDS = [PreferenceRecord(f"prompt {number}", (), Origin("file", number)) for number in range(3)]
+
+
+class ByLength:
+    """Scores a response by its length; those with a question mark get none."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        self.asked += [question.responses for question in questions]
+        scores = [
+            [None if "?" in text else float(len(text)) for text in each.responses] for each in questions
+        ]
+        return [Judgement(each, Counter(requests=1, refused=0)) for each in scores]
+
+
+def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
+    judge = ByLength()
+    rows = score_texts(RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], []], judge)
+    assert judge.asked == [("aa", "b"), ("why?", "c")]
+    assert rows == [
+        {"scores": [2.0, 1.0, 2.0], "credits": [WIN, TIE, LOSS], "counts": {"requests": 1}},
+        {"scores": [None, None, 1.0], "credits": [LOSS, LOSS, None], "counts": {"requests": 1}},
+        {"scores": [], "credits": [], "counts": {}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "scores", "expected"),
+    [
+        ("ab", (2.0, 1.0), WIN),
+        ("ab", (1.0, 1.0), TIE),
+        ("ab", (0.0, 1.0), LOSS),
+        ("ab", (None, 1.0), None),
+        ("aa", (None, None), TIE),
+        (("", "b"), (None, None), LOSS),
+        (("a", " \n"), (1.0, None), WIN),
+        (("", " "), (None, None), TIE),
+    ],
+)
+def test_the_credit_of_the_first(
+    texts: Sequence[str], scores: tuple[float | None, float | None], expected: float | None
+) -> None:
+    first, second = zip(texts, scores, strict=True)
+    assert credit(first, second) == expected
+
+
+def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
+    """The judge prefers "good" wherever it is, and the first position otherwise."""
+
+    def answer(asked: dict[str, str], _: int) -> str:
+        if "broken" in asked.values():
+            return "no verdict"
+        return "[[B]]" if asked["response_B"] == "good" else "[[A]]"
+
+    texts = [["good", "bad", "worse"], ["good", "good", ""], ["broken", "bad", "bad"]]
+    with judge_server(answer) as server:
+        rows = compare_texts(RECORDS, texts, EndpointJudge(EndpointConfig(url=server.url, model="judge")))
+    assert len(server.bodies) == 2 * (3 + 0 + 2)
+    assert [row["credits"] for row in rows] == [[WIN, WIN, TIE], [TIE, WIN, WIN], [None, None, TIE]]
+    assert [row["counts"] for row in rows] == [
+        {"position_disagreements": 1, "requests": 6},
+        {},
+        {"requests": 4, "unreadable": 4},
+    ]
+
+
+def test_a_judge_that_grades_compares_nothing() -> None:
+    comparing = EndpointConfig(url="http://h/v1", model="m")
+    grading = EndpointConfig(url="http://h/v1", model="m", verdicts=Verdicts.grade)
+    judges = (comparing, grading)
+    assert [compares(PairsConfig(endpoint=endpoint)) for endpoint in judges] == [True, False]
+    assert not compares(PairsConfig(function="a:b"))
+    assert [describe(describe_endpoint(endpoint)) for endpoint in judges] == [
+        "m at http://h/v1: each two responses in both positions",
+        "m at http://h/v1: grades from 1 to 10",
+    ]

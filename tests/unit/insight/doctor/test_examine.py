@@ -10,8 +10,7 @@ from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
-from dpo_dist.insight.doctor.findings import Level
-from dpo_dist.insight.doctor.rules import RULE_OF, RULES
+from dpo_dist.insight.doctor.findings import RULE_OF, RULES, Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user

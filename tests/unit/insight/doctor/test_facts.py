@@ -9,8 +9,8 @@ import pytest
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.duplicates import near
+from dpo_dist.insight.doctor.findings import RULES
 from dpo_dist.insight.doctor.margins import margin_findings
-from dpo_dist.insight.doctor.rules import RULES
 from dpo_dist.insight.doctor.sources import distribution
 from dpo_dist.insight.doctor.texts import signature
 from tests.support.doctor_data import clean_pairs

@@ -14,7 +14,7 @@ from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.prompts import Part, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.insight.doctor.prepare import prepare
+from dpo_dist.insight.doctor.examine import prepare
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import TEXT, jsonl

@@ -15,7 +15,7 @@ import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
-from dpo_dist.insight.doctor.rules import RULES
+from dpo_dist.insight.doctor.findings import RULES
 from tests.support.doctor_data import of_rule
 from tests.support.shared_data import shared_data_dir
 

@@ -1,16 +1,19 @@
-"""The metrics log keeps every row through kills and resumes, as JSON and CSV."""
+"""The metrics log keeps every row through kills and resumes; environment.json has no secret."""
 
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
+import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.insight.metrics.log import (
     COLUMNS,
     MetricsLog,
+    describe_environment,
     final_and_best,
     metrics_by_source,
     read_latest_rows,
@@ -25,8 +28,13 @@ def evaluation_of(step: int, loss: float, accuracy: float) -> dict[str, float]:
     return {"step": step, "eval_loss": loss, "eval_rewards/accuracies": accuracy}
 
 
-def new_log(run_dir: Path) -> MetricsLog:
-    return MetricsLog.open(RunFolder(run_dir), None)
+def log_of(run_dir: Path, *rows: dict[str, float]) -> MetricsLog:
+    """A new log of saved rows."""
+    log = MetricsLog.open(RunFolder(run_dir), None)
+    for row in rows:
+        log.append(row)
+    log.save()
+    return log
 
 
 def csv_rows(run_dir: Path) -> list[dict[str, str]]:
@@ -35,7 +43,6 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 
 
 def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path) -> None:
-    log = new_log(tmp_path)
     names = (
         "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/both_fall"
         " logps/chosen logps/rejected logps/chosen_per_token logps/rejected_per_token"
@@ -44,14 +51,14 @@ def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path)
     cost = (
         "grad_norm learning_rate pairs tokens step_seconds pairs_per_second tokens_per_second time/data"
         " time/reference time/forward time/backward time/optimizer time/checkpoint time/other mfu"
-        " mfu/datasheet memory/peak_allocated_bytes bad_steps loss_spikes"
+        " memory/peak_allocated_bytes bad_steps loss_spikes"
     )
     columns = ["step", "epoch", *names.split(), *cost.split(), *(f"eval_{name}" for name in names.split())]
-    assert log.folder.metrics_table.read_text() == ",".join(columns) + "\n"
+    assert log_of(tmp_path).folder.metrics_table.read_text() == ",".join(columns) + "\n"
 
 
 def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
-    log = new_log(tmp_path)
+    log = log_of(tmp_path)
     log.append(row_of(1))
     assert tuple(csv_rows(tmp_path)[0]) == COLUMNS
     log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
@@ -66,9 +73,7 @@ def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row
 
 
 def test_rows_of_a_run_in_training_are_those_of_both_files(tmp_path: Path) -> None:
-    log = new_log(tmp_path)
-    log.append(row_of(1))
-    log.save()
+    log = log_of(tmp_path, row_of(1))
     log.append({**row_of(2), "new": 0.5})
     with log.folder.metrics_table.open("a") as table:
         table.write("3,0.")  # unfinished
@@ -77,59 +82,31 @@ def test_rows_of_a_run_in_training_are_those_of_both_files(tmp_path: Path) -> No
     assert read_latest_rows(log.folder) == log.rows[:1]
 
 
-def test_final_values_include_those_of_sources() -> None:
-    rows = [
-        {"step": 1, "loss": 0.7, "rewards/accuracies/hh": 0.5, "rewards/margins/hh": 0.1},
-        {"step": 2, "loss": 0.6, "rewards/accuracies/uf": 0.75},
-        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25, "eval_rewards/margins/p05": -1.0},
-    ]
-    assert final_and_best(rows)["final"] == {
-        "step": 2,
-        "loss": 0.6,
-        "rewards/accuracies/uf": 0.75,
-        "eval_step": 2,
-        "eval_loss": 0.5,
-        "eval_rewards/accuracies/hh": 0.25,
-        "eval_rewards/margins/p05": -1.0,
-    }
-    assert metrics_by_source(rows).keys() == {"hh", "uf"}, "a percentile is no source"
-
-
 def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     rows = [*map(row_of, range(1, 11)), evaluation_of(10, 0.5, 0.6)]
-    whole, killed = new_log(tmp_path / "whole"), new_log(tmp_path / "killed")
-    for row in rows:
-        whole.append(row)
-    whole.save()
-    for row in [*rows[:7], {**rows[7], "seen only before the kill": 1.0}]:
-        killed.append(row)
-    killed.save()
+    whole = log_of(tmp_path / "whole", *rows)
+    log_of(tmp_path / "killed", *rows[:7], {**rows[7], "seen only before the kill": 1.0})
     resumed = MetricsLog.open(RunFolder(tmp_path / "killed"), 6)
     assert resumed.rows == rows[:6]
     assert len(csv_rows(tmp_path / "killed")) == 6
     for row in rows[6:]:
         resumed.append(row)
     resumed.save()
-    files = [sorted(log.folder.metrics.iterdir()) for log in (whole, resumed)]
-    assert [[file.read_bytes() for file in each] for each in files] == [
-        [f.read_bytes() for f in files[0]]
-    ] * 2
-    assert new_log(tmp_path / "killed").rows == [] == csv_rows(tmp_path / "killed"), "a fresh start"
+    files = [[file.read_bytes() for file in sorted(log.folder.metrics.iterdir())] for log in (whole, resumed)]
+    assert files[0] == files[1]
+    assert log_of(tmp_path / "killed").rows == [] == csv_rows(tmp_path / "killed"), "a fresh start"
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     """A stop has interrupted it; the next start has saved its row, and was killed before its checkpoint."""
-    log = new_log(tmp_path)
     kept = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2)]
-    for row in (*kept, evaluation_of(2, 0.5, 0.6)):
-        log.append(row)
-    log.save()
+    log_of(tmp_path, *kept, evaluation_of(2, 0.5, 0.6))
     assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 4
     assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
 
 
 def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
-    log = new_log(tmp_path / "run")
+    log = log_of(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
         log.save()
@@ -137,7 +114,7 @@ def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path
 
 
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
-    log = new_log(tmp_path)
+    log = log_of(tmp_path)
     log.folder.metrics_table.unlink()
     log.folder.metrics_table.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
@@ -145,31 +122,22 @@ def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     assert caught.value.filename == str(log.folder.metrics_table)
 
 
-@pytest.mark.parametrize("content", [None, "[{"])
-def test_an_unreadable_file_is_a_warning_and_training_continues(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "dpo_metrics").mkdir()
-        (tmp_path / "dpo_metrics" / "log_history.json").write_text(content)
-    warnings: list[str] = []
-    log = MetricsLog.open(RunFolder(tmp_path), 6, warnings.append)
+def test_an_unreadable_file_is_a_warning_and_training_continues(tmp_path: Path) -> None:
+    folder, warnings = log_of(tmp_path).folder, list[str]()
+    folder.log_history.write_text("[{")
+    log = MetricsLog.open(folder, 6, warnings.append)
     assert "up to step 6" in warnings[0]
     log.append(row_of(7))
     log.save()
-    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == [row_of(7)]
+    assert json.loads(folder.log_history.read_text()) == [row_of(7)]
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
-    log = new_log(tmp_path)
-    log.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
-    log.save()
+    log = log_of(tmp_path, {"step": 1, "loss": math.nan, "grad_norm": math.inf})
     log.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    rows = json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text(), parse_constant=refuse)
+    rows = json.loads(log.folder.log_history.read_text(), parse_constant=pytest.fail)
     assert rows == [{"step": 1, "loss": None, "grad_norm": None}]
-    summary = json.loads((tmp_path / "dpo_metrics" / "summary.json").read_text(), parse_constant=refuse)
+    summary = json.loads(log.folder.summary.read_text(), parse_constant=pytest.fail)
     assert summary == {"final": {"loss": None}, "losses": [None, 1.0], "exit": "diverged"}
     assert math.isnan(MetricsLog.open(RunFolder(tmp_path), 1).rows[0]["loss"])
 
@@ -178,13 +146,52 @@ def test_final_and_best_values() -> None:
     evaluations = [(0, 0.10, 0.99), (1, 0.60, 0.55), (2, 0.40, 0.70), (3, math.nan, 0.70)]
     rows = [row_of(1), row_of(2), row_of(3), *(evaluation_of(*each) for each in evaluations)]
     values = final_and_best(rows)
-    assert values["final"]["step"] == 3
-    assert values["final"]["loss"] == row_of(3)["loss"]
-    assert values["final"]["eval_step"] == 3
+    assert values["final"] | {"eval_loss": 0} == {
+        **{"step": 3, "loss": row_of(3)["loss"]},
+        **{"eval_step": 3, "eval_loss": 0, "eval_rewards/accuracies": 0.7},
+    }
     assert math.isnan(values["final"]["eval_loss"])
     assert values["best"] == {
         "eval_loss": {"value": 0.40, "step": 2},
         "eval_rewards/accuracies": {"value": 0.70, "step": 2},
     }
     assert final_and_best([]) == {"final": {}, "best": {}}
-    assert final_and_best([row_of(1)])["best"] == {}
+
+
+def test_final_values_include_those_of_sources() -> None:
+    rows = [
+        {"step": 1, "loss": 0.7, "rewards/accuracies/hh": 0.5, "rewards/margins/hh": 0.1},
+        {"step": 2, "loss": 0.6, "rewards/accuracies/uf": 0.75},
+        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25, "eval_rewards/margins/p05": -1.0},
+    ]
+    last = {"loss": 0.6, "rewards/accuracies/uf": 0.75}
+    assert final_and_best(rows)["final"] == rows[2] | {"step": 2, "eval_step": 2} | last
+    assert metrics_by_source(rows).keys() == {"hh", "uf"}, "a percentile is no source"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "command"),
+    [
+        (
+            ["loss.beta=0.2", "data.train=[a b]"],
+            1,
+            "python -m dpo_dist.train loss.beta=0.2 'data.train=[a b]'",
+        ),
+        (["loss.beta=0.2"], 4, "accelerate launch --num_processes 4 -m dpo_dist.train loss.beta=0.2"),
+        (["run.name=abcdefgh12345"], 1, "python -m dpo_dist.train run.name=***"),
+        (["run.name=ab'cd efgh"], 1, "python -m dpo_dist.train 'run.name=***'"),
+    ],
+)
+def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
+    arguments: list[str], world: int, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345")
+    monkeypatch.setenv("SOME_PASSWORD", "ab'cd efgh")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(Path(dpo_dist.__file__).parent / "train.py"), *arguments])
+    found = describe_environment(world)
+    assert found["command"] == command
+    assert (found["git_commit"], found["git_changed_files"]) == (None, None), "outside of a checkout"
+    assert {"torch", "transformers"} <= found["packages"].keys()
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/notebook", "--token=x"])
+    assert describe_environment(1)["command"] is None, "of another program"

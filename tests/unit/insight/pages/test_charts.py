@@ -19,7 +19,6 @@ from dpo_dist.insight.pages.svg import (
     Line,
     Point,
     chart,
-    evenly,
     histogram,
     kept_points,
     scatter,
@@ -123,11 +122,6 @@ def test_two_passes_of_a_mean_over_six_percent() -> None:
     values = np.full(100, 2.0)
     values[[0, 40, 99]] = np.nan, np.inf, -np.inf
     np.testing.assert_allclose(smoothed(values), values)
-
-
-@pytest.mark.parametrize(("most", "kept"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (99, list(range(10)))])
-def test_rows_at_equal_distances(most: int, kept: list[int]) -> None:
-    assert evenly(range(10), most) == kept
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [5.0, 5.0], [-1e30, 1e30], [1e-9, 2e-9]])

@@ -100,7 +100,7 @@ def test_the_worst_and_some_at_random_are_shown() -> None:
 def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -> None:
     for step, word in ((0, "three"), (100, "one"), (200, "four"), (300, "five"), (1000300, "six")):
         write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
-    found = samples_of(RunFolder(tmp_path), [])
+    found = samples_of(RunFolder(tmp_path))
     [html] = found["items"]
     labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
     assert labels == [
@@ -115,19 +115,4 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
         ("Question 1?", "qa: chosen at random")
     ]
     assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
-    assert samples_of(RunFolder(tmp_path / "none"), []) == {}
-
-
-def test_metrics_over_steps_without_columns_of_zeros(tmp_path: Path) -> None:
-    write_samples(tmp_path, 100, [sample(1)])
-    rows: list[dict[str, float]] = [{"step": step, "eval_loss": 1.0} for step in range(5)]
-    rows += [
-        {"step": step, "eval_samples/length": 100.0 + step}
-        | {"eval_samples/finished": 0.5, "eval_samples/empty": 0.0}
-        for step in range(0, 1001, 10)
-    ]
-    rows.append({"step": 1010, "eval_samples/length": 870.0, "eval_samples/reference_length": 30})
-    found = samples_of(RunFolder(tmp_path), rows)
-    assert found["head"] == ["step", "tokens", "ended"]
-    assert found["rows"][:2] == [["reference", "30", ""], ["0", "100", "50 %"]]
-    assert (len(found["rows"]), found["rows"][-1]) == (9, ["1,010", "870", ""])
+    assert samples_of(RunFolder(tmp_path / "none")) == {}

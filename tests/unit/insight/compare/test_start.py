@@ -1,19 +1,19 @@
-"""Models, data and judge of a comparison are checked before torch is imported."""
+"""Models, data and judge of a comparison are checked before processes join, and by `--check`."""
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.insight.compare.models import announce_replaced
+from dpo_dist.insight.compare.models import rehearse_comparison
 from dpo_dist.insight.compare.start import Kind, check_comparison, compared_models
-from tests.support.records import TEXT, jsonl
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl, user
+from tests.support.tiny_model import write_model
+
+TWO = "compare.models=[{0}/base,{0}/run]"
 
 
 def folder(path: Path, *files: str) -> Path:
@@ -69,7 +69,7 @@ def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
         (["{0}/base"], "needs two models", "compare.models="),
         (["{0}/base", "{0}/open"], "this run directory has no model", "step-1000000"),
         (["a={0}/base", "a={0}/run"], "two models have the same name", "first=PATH"),
-        (["{0}/base", "{0}/basis"], "does not exist", "did you mean"),
+        (["{0}/base", "{0}/basis"], "does not exist", "check the path"),
     ],
 )
 def test_models_that_cannot_be_compared(models: Path, written: list[str], message: str, remedy: str) -> None:
@@ -83,23 +83,17 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
     ("overrides", "message"),
     [
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
-        (("pairs.endpoint.criterion=short",), "pairs.endpoint has no effect"),
+        (("pairs.endpoint.criterion=short",), "has no effect with this pairs.endpoint.url"),
         (("pairs.function=json:nothing",), "nothing"),
         (("data.eval=[]",), "no evaluation data to compare"),
     ],
 )
 def test_keys_that_contradict_each_other(models: Path, overrides: tuple[str, ...], message: str) -> None:
-    two = f"compare.models=[{models}/base,{models}/run]"
+    two = TWO.format(models)
     check_comparison(config(models, two))
     check_comparison(config(models, two, "pairs.function=json:dumps"))
     with pytest.raises(ConfigError, match=message):
         check_comparison(config(models, two, *overrides))
-
-
-def test_a_missing_source_is_a_data_error(models: Path) -> None:
-    two = f"compare.models=[{models}/base,{models}/run]"
-    with pytest.raises(DataError):
-        check_comparison(config(models, two, "data.eval=[missing.jsonl]"))
 
 
 def test_a_revision_without_its_model_is_refused(models: Path) -> None:
@@ -110,16 +104,30 @@ def test_a_revision_without_its_model_is_refused(models: Path) -> None:
     assert check_comparison(config(models, hub, "model.revision=abc", "model.path=org/name"))
 
 
-def test_a_comparison_of_other_models_is_announced_before_it_replaces_one(models: Path) -> None:
-    said: list[str] = []
-    screen: Any = SimpleNamespace(say=said.append)
-    place = RunFolder(models / "compared")
-    found = compared_models([f"a={models}/base", f"b={models}/run"])
-    announce_replaced(place, found, screen)
-    place.comparison.mkdir(parents=True)
-    rows = [{"name": model.name, "path": model.path} for model in found]
-    place.comparison_results.write_text(json.dumps({"models": rows}))
-    announce_replaced(place, found, screen)
-    assert not said
-    announce_replaced(place, compared_models([f"a={models}/base", f"c={models}/run"]), screen)
-    assert f"replaces the comparison of a={models}/base, b={models}/run" in said[0]
+def test_a_missing_source_is_a_data_error(models: Path) -> None:
+    with pytest.raises(DataError):
+        check_comparison(config(models, TWO.format(models), "data.eval=[missing.jsonl]"))
+
+
+def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp_path: Path) -> None:
+    prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
+    jsonl(tmp_path, *prompts)
+    write_model(tmp_path / "base")
+    write_model(tmp_path / "other", tiny.zephyr())
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    keys = ["model.path=x", "data.train=[x.jsonl]", f"data.eval=[{tmp_path}/records.jsonl]"]
+    keys += [f"compare.models=[{tmp_path}/base,{tmp_path}/other]", f"run.dir={tmp_path}/run"]
+
+    def rehearsed(*overrides: str) -> str:
+        checked = load_run_config([*keys, *overrides])
+        return rehearse_comparison(checked, check_comparison(checked))
+
+    before = sorted(tmp_path.rglob("*"))
+    report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
+    assert f"base: {tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
+    assert "judge:    function tests.support.own_judge:letter_shares" in report
+    assert report.count("3 of the first 4 records can be used; not used: 1 prompt_fills_max_length") == 2
+    assert "none: no scores, no win rates" in rehearsed()
+    with pytest.raises(DataError, match="none of the first records"):
+        rehearsed("compare.max_new_tokens=4000")
+    assert sorted(tmp_path.rglob("*")) == before

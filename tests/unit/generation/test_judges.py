@@ -1,0 +1,163 @@
+"""A reward model and a function as judges: batched as one by one, by the model's own template."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
+from dpo_dist.generation.judges.score import FunctionJudge, describe_judge, score
+from dpo_dist.generation.sampling.respond import Answer
+from tests.support import tiny
+from tests.support.tiny_model import write_model
+
+FP32 = ModelConfig(path="unused", dtype=Dtype.fp32)
+CHAT = (Message("system", "be kind"), Message("user", "hello there"))
+RESPONSES = ("hi", "good day to you and to everybody else")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def written(tokenizer: PreTrainedTokenizerFast | None = None, **facts: Any) -> Path:
+        tokenizer = tokenizer or tiny.qwen()
+        torch.manual_seed(1)
+        usual = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 256}
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.5,
+            **usual | facts,
+        )
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.save_pretrained(tmp_path / "reward")
+        tokenizer.save_pretrained(tmp_path / "reward")
+        return tmp_path / "reward"
+
+    return written
+
+
+def question(prompt: Prompt, *responses: str, **context: Any) -> Question:
+    return Question(PreferenceRecord(prompt, (), Origin("a.jsonl", 1), **context), responses)
+
+
+def judged(folder: Path, *questions: Question, budget: int = 10**6) -> list[Judgement]:
+    return RewardModel(str(folder), FP32, torch.device("cpu"), budget).judge(questions)
+
+
+def alone(folder: Path, response: str, **context: Any) -> float:
+    """As transformers' own documentation scores one conversation."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    turns = [{"role": turn.role, "content": turn.content} for turn in (*CHAT, Message("assistant", response))]
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **context)["input_ids"]
+    with torch.inference_mode():
+        return float(model(input_ids=ids).logits[0, 0])
+
+
+@pytest.mark.parametrize("padding", [{}, {"pad_token_id": None}])
+@pytest.mark.parametrize("budget", [10**6, 1])
+def test_scores_are_those_of_each_conversation_alone(write: Any, padding: Any, budget: int) -> None:
+    folder = write(**padding)
+    (judgement,) = judged(folder, question(CHAT, *RESPONSES), budget=budget)
+    assert judgement.scores == pytest.approx([alone(folder, text) for text in RESPONSES], abs=1e-5)
+    assert len(set(judgement.scores)) == 2
+
+
+def test_a_special_token_stays_text_and_a_long_conversation_has_no_score(write: Any) -> None:
+    folder, spelled = write(max_position_embeddings=60), "no <|im_end|> at all"
+    (judgement,) = judged(folder, question(CHAT, spelled, "word " * 60))
+    assert judgement.scores != [pytest.approx(alone(folder, spelled), abs=1e-5), None]
+    assert judgement.scores[0] is not None
+    assert judgement.scores[1] is None
+    assert judgement.counts["not_scored"] == 1
+
+
+def test_a_record_with_tools_is_scored_by_the_template_for_tools(write: Any) -> None:
+    tokenizer = copy.deepcopy(tiny.qwen())
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "{{ tools[0].name }}" + tiny.CHATML}
+    folder, tools = write(tokenizer), ({"name": "weather"},)
+    (judgement,) = judged(folder, question(CHAT, *RESPONSES, tools=tools))
+    expected = [alone(folder, response, tools=list(tools)) for response in RESPONSES]
+    assert judgement.scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_without_a_template_reads_two_texts(write: Any) -> None:
+    one, two = judged(write(tiny.base()), question("a", "yes"), question("a", "no", "maybe"))
+    assert (len(one.scores), len(two.scores), len({*one.scores, *two.scores})) == (1, 2, 3)
+
+
+def test_a_model_that_is_no_reward_model_is_refused(write: Any, tmp_path: Path) -> None:
+    """Also before it is loaded, which is after the last response."""
+    for folder in (write(num_labels=3), write_model(tmp_path / "policy")):
+        for use in (judged, lambda folder: describe_reward_model(str(folder), FP32, tmp_path)):
+            with pytest.raises(ConfigError, match="no reward model"):
+                use(folder)
+
+
+def test_a_reward_model_with_fewer_layers_than_its_files_is_refused(write: Any) -> None:
+    file = write() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.raises(ConfigError, match="does not read") as caught:
+        judged(file.parent)
+    assert caught.value.where == "pairs.reward_model"
+
+
+def test_the_digest_is_that_of_the_files(write: Any, tmp_path: Path) -> None:
+    folder = write()
+    first = describe_reward_model(str(folder), FP32, tmp_path)
+    assert first == describe_reward_model(str(folder), FP32, tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("{", '{"note": 1,', 1))
+    assert describe_reward_model(str(folder), FP32, tmp_path)["digest"] != first["digest"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [1.0]", "another number of scores"),
+        ("return ['high', 'low']", "no finite number"),
+        ("return [float('nan'), 1]", "no finite number"),
+        ("return [[], 1]", "no finite number"),
+        ("raise ValueError(prompt)", "raises an exception"),
+    ],
+)
+def test_a_function_that_does_not_score_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find_function.cache_clear()
+    (tmp_path / "own_judge.py").write_text(f"def score(prompt, responses):\n    {body}\n")
+    with pytest.raises(ConfigError, match=said) as caught:
+        FunctionJudge("own_judge:score").judge([question("a private text", "a", "b")])
+    assert "a.jsonl:1" in caught.value.where
+    assert "private" not in caught.value.block()
+    config = load_run_config(["model.path=m", "data.train=[a]", "pairs.function=own_judge:scores"])
+    with pytest.raises(ConfigError, match="no such function"):
+        describe_judge(config)
+
+
+def test_a_single_usable_response_is_judged_too() -> None:
+    """Else the mean score of a round would be of other prompts than that of the next."""
+
+    class Lengths:
+        def judge(self, questions: Any) -> list[Judgement]:
+            return [Judgement([float(len(text)) for text in each.responses]) for each in questions]
+
+    answers = [[Answer(2, "abc", 1, True, True)], [], [Answer(n, "a" * n, 1, True, True) for n in (1, 2)]]
+    rows = score([question(CHAT).record] * 3, answers, Lengths())
+    assert [row["scores"] for row in rows] == [{"2": 3.0}, {}, {"1": 1.0, "2": 2.0}]

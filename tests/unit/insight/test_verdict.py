@@ -1,0 +1,564 @@
+"""Each rule of the verdict finds its fault in a run that has nothing else; a healthy run has no finding."""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.insight.verdict.facts import is_collapsed, spike_of_last
+from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarms, verdict
+from dpo_dist.objective.logps import PairLogps
+from dpo_dist.objective.losses import preference_loss
+
+STEPS = 20
+SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
+Row = dict[str, float]
+
+
+def between(first: float, last: float, step: int) -> float:
+    return first + (last - first) * step / STEPS
+
+
+def step_row(step: int) -> Row:
+    return {
+        "step": step,
+        "loss": between(0.69, 0.45, step),
+        "rewards/accuracies": between(0.5, 0.75, step),
+        "rewards/margins": between(0.0, 0.8, step),
+        "rewards/both_fall": 0.3,
+        "logps/chosen_per_token": between(-1.0, -1.02, step),
+        "kl/chosen": 0.05,
+        "kl/rejected": 0.1,
+        "tokens/chosen": 110.0,
+        "tokens/rejected": 100.0,
+        "grad_norm": 1.0 + step % 3,
+        "learning_rate": 1e-6,
+        "pairs": 64.0,
+    }
+
+
+def evaluation_row(step: int) -> Row:
+    metrics = {key: value for key, value in step_row(step).items() if key not in ("step", "grad_norm")}
+    sampled = {"length": 100.0, "finished": 1.0, "distinct_3": 0.9, "empty": 0.0, "refusals": 0.02}
+    sampled |= {"language_changed": 0.0, "prompts": 50.0}
+    metrics |= {f"samples/{key}": value for key, value in sampled.items()} | {"pairs": 400.0}
+    return {"step": step} | {f"eval_{key}": value for key, value in metrics.items()}
+
+
+def steps(**changes: Any) -> list[Row]:
+    """Return the rows of steps of `rows`."""
+    return [row for row in rows(**changes) if "loss" in row]
+
+
+def changed(index: int, row: Row, **changes: Any) -> list[Row]:
+    """Return `rows` with one changed row."""
+    found = rows(**changes)
+    found[index] |= row
+    return found
+
+
+def rows(
+    every: Mapping[str, float] | None = None, late: Mapping[str, float] | None = None, since: int = 10
+) -> list[Row]:
+    """Return the rows of a healthy run with other values: in `every` row, and in those from step `since`."""
+    found = []
+    for step in range(1, STEPS + 1):
+        found += [step_row(step), evaluation_row(step)] if step % 5 == 0 else [step_row(step)]
+    for row in found:
+        changes = dict(every or {}) | (dict(late or {}) if row["step"] >= since else {})
+        row |= {
+            key: value for key, value in changes.items() if ("eval_loss" in row) == key.startswith("eval_")
+        }
+    return found
+
+
+def counts(**changes: Any) -> dict[str, Any]:
+    sources = [{"label": "a", "pairs": 200}, {"label": "b", "pairs": 200}]
+    return {"read": 400, "kept": 400, "pairs": 400, "response_truncated": 3, "sources": sources} | changes
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    data = {"train": counts(), "eval": counts(prompts_also_in_train=0)}
+    return {"steps": STEPS, "settings": SETTINGS, "data": data, "exit": "completed"} | changes
+
+
+def with_beta(beta: float) -> dict[str, Any]:
+    return {"settings": SETTINGS | {"loss.beta": beta}}
+
+
+LEAK = {"rule": "label_leak", "level": "error", "share": 0.93, "text": "of the words 'quoted'"}
+DISAGREES = {"rule": "reference_disagrees", "level": "warning", "share": 0.4, "source": "a"}
+AT_ONCE = {"rewards/accuracies": 0.99, "eval_rewards/accuracies": 0.99}
+FLAT = {"loss": 0.693}
+COLLAPSED = {
+    "grad_norm": 0.0,
+    "loss": 0.9,
+    "logps/chosen_per_token": -6.0661,
+    "logps/rejected_per_token": -6.0661,
+}
+BROKEN = {"loss": math.nan, "grad_norm": math.inf}
+CUT = {"data": {"train": counts(response_truncated=80), "eval": counts()}}
+SEEN = {"data": {"train": counts(), "eval": counts(prompts_also_in_train=100)}}
+LONGER = {"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}
+HALF = {"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
+FALLEN = {"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}
+WORSE = {"eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
+OPPOSITE = {"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}
+DOUBLED = {"rule": "doubled_bos", "level": "error"}
+
+CASES: list[tuple[str, list[Row], dict[str, Any], str]] = [
+    ("diverged", rows(late=BROKEN, since=12), {}, "at step 12; before it the loss was 0.558"),
+    ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: from step 11 on"),
+    ("diverged", rows(), {"bad_steps": 2}, "in 2 steps of 20, which taught nothing"),
+    ("diverged", rows(late={"grad_norm": math.inf}, since=20), {}, "; the gradient norm was the first"),
+    ("diverged", rows(late={"eval_loss": math.nan}, since=20), {}, "; the loss was the first"),
+    ("diverged", steps(late=BROKEN, since=20), {"bad_in_a_row": 3}, "not finite, at step 18"),
+    ("beta_wrong", rows(late={"loss": 1e-5}), with_beta(10.0), "loss.beta=10 is too large"),
+    ("beta_wrong", rows(every=FLAT), with_beta(1e-4), "loss.beta=1e-4 is too small"),
+    ("learning_rate_too_high", rows(late={"loss": 1.2}, since=4), {}, "the loss rose from 0.678 to 1.2"),
+    ("learning_rate_too_high", rows(late={"eval_kl/rejected": 1.5}), {}, "moved 1.5 nats"),
+    ("learning_rate_too_high", steps(late={"kl/rejected": 1.4}), {}, "moved 1.4 nats"),
+    ("learning_rate_too_high", rows(late={"eval_kl/rejected": math.inf}), {}, "more nats than float32"),
+    ("learning_rate_too_high", rows(late={"logps/chosen_per_token": -3.5}, since=4), {}, "fell by 2.5 nats"),
+    ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "0.30 on 400 pairs"),
+    ("labels_swapped", rows(every=OPPOSITE), {}, "training accuracy is 0.20 on 320"),
+    ("evaluation_leak", rows(), SEEN, "100 of 400 evaluation pairs (25 %)"),
+    ("evaluation_too_good", rows(late={"eval_rewards/accuracies": 0.95}), {}, "0.95 on 400 pairs is above"),
+    ("label_leak", rows(every=AT_ONCE | {"tokens/chosen": 300.0}), {}, "0.99 at step 1 already, by length"),
+    ("does_not_generalise", rows(late={"eval_loss": 0.9}, since=15), {}, "rose from 0.57 at step 10 to 0.9"),
+    (
+        "over_optimised",
+        rows(late=WORSE),
+        {},
+        "(0 % before), 30 % of the sampled responses are refusals",
+    ),
+    ("over_optimised", rows(every=LONGER), {}, "3.0x longer (60 -> 180 tokens) compared with the reference"),
+    ("learnt_nothing", rows(every=HALF), {}, "0.52 on 400 pairs is within its noise"),
+    ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
+    ("doctor_errors", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "data: doubled_bos"),
+    ("doctor_errors", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
+    ("displacement", rows(late=FALLEN), {}, "-1.00 -> -1.40 nats per token, and in 60 % of the pairs"),
+]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule for rule, *_ in CASES} == set(RULES)
+
+
+@pytest.mark.parametrize(("rule", "history", "ended", "words"), CASES)
+def test_a_rule_finds_its_fault_and_no_other_rule_does(
+    rule: str, history: list[Row], ended: dict[str, Any], words: str
+) -> None:
+    judged = judge(history, **ended)
+    [finding] = judged.findings
+    assert finding.rule == rule
+    assert words in finding.text
+    written = f"{finding.text}. Try: {finding.remedy}"
+    assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
+    is_remark = rule == "displacement"
+    sentence = "no fault found: " if is_remark else f"{RULES[rule].text}: {finding.text}"
+    assert judged.sentence.startswith(sentence)
+    advice = f"  - {written}" if is_remark else f"  try: {finding.remedy}"
+    assert judged.lines() == [f"verdict: {judged.sentence}", advice]
+
+
+def with_settings(**changes: Any) -> dict[str, Any]:
+    return {"settings": SETTINGS | {f"loss.{name}": value for name, value in changes.items()}}
+
+
+def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
+    """Rows of a run that fits its training pairs, with one evaluation at its end."""
+    fitted = {"loss": 0.02, "rewards/accuracies": 1.0} | training
+    metrics = {"eval_loss": eval_loss, "eval_rewards/accuracies": 0.62, "eval_pairs": pairs}
+    return [*steps(late=fitted), {"step": float(STEPS), **metrics}]
+
+
+def judge(history: list[Row], findings: Sequence[dict[str, Any]] = (), **ended: Any) -> Verdict:
+    return verdict(history, summary(**ended), findings)
+
+
+def rules_of(history: list[Row], **ended: Any) -> list[str]:
+    return [finding.rule for finding in judge(history, **ended).findings]
+
+
+def fallen(nats: float) -> list[Row]:
+    """Rows of other batches have other responses: log-probs are compared on the same ones, by rewards."""
+    late = {
+        "eval_rewards/both_fall": 0.6,
+        "eval_logps/chosen_per_token": -1.4,
+        "logps/chosen_per_token": -3.0,
+    }
+    of_rewards = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -nats * 110.0 * 0.1)
+    return rows(late=late | of_rewards, since=4)
+
+
+FAR = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
+OF_A = {"eval_tokens/chosen/a": 30.0, "eval_tokens/rejected/a": 90.0}
+SWAPPED = {"eval_rewards/accuracies/a": 0.2, "eval_rewards/accuracies/b": 0.9}
+OTHER = {"settings": SETTINGS | {"reference.path": "other"}}
+UNSURE = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1, "rewards/accuracies": 0.57}
+SAMPLED = {"eval_samples/reference_finished": 10 / 16, "eval_samples/reference_refusals": 2 / 16}
+SAMPLED |= {"eval_samples/prompts": 16.0}
+RISEN = rows(every={"pairs": 20.0}, late={"loss": 0.9}, since=2)
+STILL = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
+AT_CHANCE = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
+
+
+def samples(prompts: float, **late: float) -> list[Row]:
+    named = {f"eval_samples/{name}": value for name, value in late.items()}
+    return rows(every={"eval_samples/prompts": prompts}, late=named)
+
+
+@pytest.mark.parametrize(
+    ("history", "ended", "rules"),
+    [
+        # What a loss does by design.
+        (rows(late=FALLEN), with_settings(kind="apo_down"), []),
+        # A distance that float32 cannot hold.
+        (rows(late={"kl/chosen": math.inf, "eval_kl/chosen": math.inf}), {}, []),
+        # Responses as long as the chosen ones.
+        (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
+        # One row by chance.
+        (rows(late={"loss": 0.679}, since=20), with_settings(beta=0.02), []),
+        (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
+        (changed(2, {"loss": 0.95}), {}, []),
+        (changed(6, {"grad_norm": 900.0, "loss": 0.95}), {}, []),
+        (changed(2, {"logps/chosen_per_token": -9.0}), {}, []),
+        (changed(4, {"logps/chosen_per_token": -3.0}, every={"pairs": 4.0}), {}, []),
+        ([*steps()[:-1], step_row(STEPS) | {"kl/rejected": math.inf}], {}, []),
+        # Few pairs.
+        (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
+        (rows(every=UNSURE | {"eval_pairs": 50.0}), {}, ["learnt_nothing"]),
+        (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
+        (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0, "pairs": 2.0}), {}, []),
+        (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0}), {}, ["label_leak"]),
+        (rows(every={"pairs": 4.0}, late={"loss": 1.2}), {}, []),
+        (rows(every={"pairs": 20.0}, late={"loss": 1.2}), {}, ["learning_rate_too_high"]),
+        # Few responses.
+        (samples(8.0, refusals=0.15), {}, []),
+        (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
+        (samples(8.0, finished=0.875), {}, []),
+        (samples(80.0, finished=0.875), {}, ["over_optimised"]),
+        (samples(8.0, length=190.0), {}, []),
+        (samples(8.0, length=230.0), {}, ["over_optimised"]),
+        (samples(64.0, length=190.0), {}, ["over_optimised"]),
+        (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
+        (rows(every=SAMPLED | {"eval_samples/finished": 3 / 16}), {}, ["over_optimised"]),
+        # A resumed run may have shorter samples: then the reference has responded again.
+        (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
+        # The first loss is the start only if it is the same for all pairs.
+        (RISEN, {}, ["learning_rate_too_high"]),
+        (RISEN, with_settings(kind="ipo"), ["learning_rate_too_high"]),
+        (RISEN, with_settings(weighting="none"), ["learning_rate_too_high"]),
+        (RISEN, with_settings(kind="odpo"), []),
+        (RISEN, with_settings(weighting="wpo"), []),
+        (RISEN, OTHER, []),
+        # Without a reference, or with another one, a margin at the start is no change.
+        (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["learnt_nothing"]),
+        (rows(every=STILL), with_settings(kind="cpo"), ["learnt_nothing"]),
+        (rows(every=STILL), with_settings(kind=None, terms=[{"kind": "simpo"}]), ["learnt_nothing"]),
+        (rows(every=STILL | {"rewards/margins": 0.1}), OTHER, ["learnt_nothing"]),
+        # A run that fits its training pairs has learnt something.
+        (rows(every={"rewards/accuracies": 1.0}), {}, ["does_not_generalise"]),
+        (rows(every={"rewards/accuracies": 1.0, "eval_rewards/accuracies": 0.95}), {}, []),
+        (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["learnt_nothing"]),
+        (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
+        # Skipped steps do not explain other faults.
+        (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
+        # On the same responses.
+        (fallen(0.02), {}, []),
+        (fallen(0.4), {}, ["displacement"]),
+        (fallen(2.0), {}, ["learning_rate_too_high"]),
+        # A loss that differs among pairs is compared over more of them.
+        (changed(0, {"loss": 0.3}), {}, ["learning_rate_too_high"]),
+        (changed(0, {"loss": 0.3}), with_settings(kind="simpo"), []),
+        (rows(late={"loss": 1.2}, since=9), with_settings(kind="simpo"), ["learning_rate_too_high"]),
+        # A policy that starts far from another reference.
+        (rows(every=FAR), {}, ["learning_rate_too_high"]),
+        (rows(every=FAR), OTHER, []),
+        (rows(every=FAR, late={"kl/rejected": 5.0}), OTHER, ["learning_rate_too_high"]),
+        # A perfect accuracy at once, and lengths that tell the label.
+        (rows(every=AT_ONCE), {}, []),
+        (rows(every={"rewards/accuracies/a": 0.98}), {}, []),
+        (rows(every={"rewards/accuracies/a": 0.98} | OF_A), {}, ["label_leak"]),
+        (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 23.0}), {}, ["label_leak"]),
+        (rows(every={"tokens/chosen": 23.0, "tokens/rejected": 54.0}), {}, ["label_leak"]),
+        (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 38.0}), {}, []),
+        # One source, and too early to say.
+        (rows(every=SWAPPED), {}, ["labels_swapped"]),
+        ([row for row in rows(every=SWAPPED) if row["step"] <= 5], {"steps": 5}, []),
+        # One evaluation at the end: over-fitting, chance, little, not over-fitting.
+        (spoilt(0.66, 2000.0), {}, ["does_not_generalise"]),
+        (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), {}, ["does_not_generalise"]),
+        (spoilt(0.9, 30.0, **{"rewards/accuracies": 0.7}), {}, []),
+        (spoilt(0.66, 8.0, **{"rewards/accuracies": 0.8}), {}, []),
+        (spoilt(0.72, 2000.0, **{"rewards/accuracies": 0.7}), {}, []),
+        (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6, "loss": 1.4}), {}, ["learning_rate_too_high"]),
+    ],
+)
+def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules: list[str]) -> None:
+    assert rules_of(history, **ended) == rules
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_loss_is_compared_with_that_of_a_policy_that_is_the_reference(kind: LossKind) -> None:
+    """Where pairs differ in it, it is compared with that of step 0, if it was measured."""
+    zeros, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1)
+    logps = PairLogps(zeros, zeros, ones, ones)
+    settings = SETTINGS | {"loss.kind": str(kind)}
+    unknown = (LossKind.odpo, LossKind.plackett_luce, LossKind.custom)
+    is_known = KINDS[kind].needs_reference and kind not in unknown
+    start = float(preference_loss(logps, logps, LossConfig(kind=kind))) if is_known else 1.0
+    fell = {"loss": 0.3 * start, "rewards/accuracies": 0.65}
+    first = {"step": 0.0, "eval_loss": start, "eval_rewards/accuracies": 0.6, "eval_pairs": 1e6}
+    for times in (1.04, 1.06):
+        history, is_worse = spoilt(times * start, 1e6, **fell), times > 1.05
+        for of_run, is_found in ((history, is_known and is_worse), ([first, *history], is_worse)):
+            assert ("does_not_generalise" in rules_of(of_run, settings=settings)) is is_found
+    weighted = settings | {"loss.weighting": "wpo"}
+    assert "does_not_generalise" not in rules_of(spoilt(9 * start, 1e6, **fell), settings=weighted)
+
+
+def pushes(advice: str) -> set[tuple[str, bool]]:
+    """Keys that advice pushes, and whether up."""
+    found = re.findall(r"\b(lower|smaller|fewer|higher|larger|more) ([a-z_.]+)", advice)
+    return {(key, word in ("higher", "larger", "more")) for word, key in found}
+
+
+def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
+    """Of every two faults together, by what each changes in a healthy run."""
+    usual = rows()
+    faults = [each for each in CASES if len(each[1]) == len(usual)]
+    for pair in itertools.combinations(faults, 2):
+        together, changed, data_findings = rows(), summary(), []
+        for _, history, ended, _ in pair:
+            data_findings += ended.get("findings", [])
+            changed |= {key: value for key, value in ended.items() if key != "findings"}
+            for row, other, healthy in zip(together, history, usual, strict=True):
+                row |= {key: value for key, value in other.items() if value != healthy.get(key)}
+        findings = verdict(together, changed, data_findings).findings
+        pushed = {push for finding in findings for push in pushes(finding.remedy)}
+        assert not {(key, not is_up) for key, is_up in pushed} & pushed
+
+
+def test_the_evidence_of_a_leak_quotes_no_data() -> None:
+    [leak, _] = verdict(rows(every=AT_ONCE), summary(), [LEAK]).findings
+    assert leak.rule == "label_leak"
+    assert "by form: the doctor found label_leak, which alone guesses 93 %" in leak.text
+    assert "quoted" not in leak.text
+
+
+LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "value", "since", "cause"),
+    [
+        ({}, LOST, 1, "the model gives no finite log-probs from the start"),
+        ({}, LOST, 12, "an update damaged the weights"),
+        ({"loss": 2.0}, LOST, 20, "the learning rate is too high: the loss rose from 0.678 to 2"),
+        ({}, BROKEN, 12, "the formula of the loss"),
+        ({}, {"grad_norm": math.inf}, 12, "the backward overflows"),
+        ({}, {"eval_loss": math.nan}, 10, "the evaluation data have pairs"),
+    ],
+)
+def test_the_cause_of_a_divergence(
+    earlier: dict[str, float], value: dict[str, float], since: int, cause: str
+) -> None:
+    history = rows(late=earlier)
+    for row in history:
+        if row["step"] >= since and ("eval_loss" in row) == ("eval_loss" in value):
+            row.update(value)
+    assert verdict(history, summary()).sentence.startswith(f"diverged: {cause}")
+
+
+def test_at_most_five_findings_the_worst_first() -> None:
+    late = {"eval_samples/length": 300.0, "eval_kl/rejected": 2.0, "eval_rewards/accuracies": 0.95}
+    data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
+    assert rules_of(rows(every={"tokens/chosen": 300.0}, late=late), findings=[DISAGREES], data=data) == [
+        *("learning_rate_too_high", "evaluation_leak", "evaluation_too_good"),
+        *("label_leak", "over_optimised"),
+    ]
+
+
+@pytest.mark.parametrize("last", [4, STEPS])  # before the first evaluation after a step, and at the end
+def test_the_evaluation_before_the_first_step_is_no_evidence(last: int) -> None:
+    of_run = [row for row in rows() if row["step"] <= last]
+    untrained = {"eval_rewards/accuracies": 0.1, "eval_kl/rejected": 9.0, "eval_loss": 0.01}
+    start = evaluation_row(0) | untrained | {"eval_samples/length": 900.0, "eval_samples/finished": 0.0}
+    facts = summary(steps=last, exit="completed" if last == STEPS else "preempted")
+    assert verdict([start, *of_run], facts) == verdict(of_run, facts)
+    assert sample_alarms([start, *of_run]) == sample_alarms(of_run)
+
+
+def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
+    """Of 60 healthy runs at most one is accused; of 60 whose margins get wild, most are found."""
+    accused = {"healthy": 0, "wild": 0}
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        for kind, (mean, spread) in {"healthy": (1.5, 1.2), "wild": (0.0, 8.0)}.items():
+            margins = generator.normal(mean, spread, (8, 200)) * (1 - np.exp(-3 * np.arange(200) / 200))
+            losses = np.logaddexp(0, -margins).mean(axis=0).tolist()
+            history = [
+                {"step": step, "loss": loss, "grad_norm": 1.0, "pairs": 8.0}
+                for step, loss in enumerate(losses, 1)
+            ]
+            found = verdict(history, {"steps": 200, "settings": SETTINGS}).findings
+            accused[kind] += "learning_rate_too_high" in [finding.rule for finding in found]
+    assert accused["healthy"] <= 1
+    assert accused["wild"] >= 48
+
+
+@pytest.mark.parametrize(("length", "width"), [(20, 1), (300, 10)])
+@pytest.mark.parametrize("height", [1.2, 30.0])
+def test_a_spike_that_recovers_is_no_sign_of_the_learning_rate(
+    length: int, width: int, height: float
+) -> None:
+    spike = {"loss": height, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}
+    for at in (length // 8, length // 2, length - 2 * width - 2):
+        history: list[Row] = [
+            {"step": step, "loss": 0.69 - 0.2 * step / length - 0.01 * (step % 3), "grad_norm": 1.0}
+            | {"logps/chosen_per_token": -1.0, "pairs": 64.0}
+            | (spike if at <= step < at + width else {})
+            for step in range(length)
+        ]
+        assert verdict(history, {"steps": length, "settings": SETTINGS}).findings == ()
+
+
+def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
+    risen = {"loss": 6.0, "eval_rewards/margins": 0.08}
+    assert rules_of(rows(late=risen), **with_beta(10.0)) == ["beta_wrong"]
+    collapsed = rows(late=risen | {"logps/chosen_per_token": -7.0})
+    assert rules_of(collapsed, **with_beta(10.0))[0] == "learning_rate_too_high"
+
+
+def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
+    history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
+    assert sample_alarms(history[:10]) == []
+    [alarm] = sample_alarms(history)
+    assert alarm.rule == "over_optimised"
+    assert "4.0x longer" in alarm.text
+    assert "50 % of the sampled responses are empty" in alarm.text
+
+
+@pytest.mark.parametrize(
+    ("history", "ended", "sentence"),
+    [
+        (
+            rows(),
+            {},
+            "no fault found: evaluation accuracy 0.75 on 400 pairs, margin 0.8, "
+            "training loss 0.678 -> 0.45 in 20 steps",
+        ),
+        (
+            rows()[:18],
+            {"exit": "preempted", "steps": 15},
+            "stopped after step 15; so far: no fault found: evaluation accuracy",
+        ),
+        (steps(every=AT_CHANCE)[:4], {"steps": 4}, "too short to be judged"),
+        (
+            steps(),
+            {},
+            "no fault found (nothing was evaluated after a step: data.eval): training accuracy 0.72",
+        ),
+    ],
+)
+def test_the_sentence_about_a_run_without_a_fault(
+    history: list[Row], ended: dict[str, Any], sentence: str
+) -> None:
+    judged = verdict(history, summary(**ended))
+    assert judged.sentence.startswith(sentence)
+    assert (judged.findings, len(judged.lines())) == ((), 1)
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]])
+@pytest.mark.parametrize(
+    "ended",
+    [
+        {},
+        {"data": None, "settings": None, "reference": None},
+        {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}},
+    ],
+)
+def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> None:
+    assert verdict(history, ended).findings == ()
+
+
+def step_of(norm: float, chosen: float, rejected: float) -> dict[str, float]:
+    logps = {"logps/chosen_per_token": chosen, "logps/rejected_per_token": rejected}
+    return {"step": 1, "loss": 0.0, "grad_norm": norm, **logps}
+
+
+@pytest.mark.parametrize(
+    ("found", "is_one"),
+    [
+        (step_of(0.0, -6.066108226776123, -6.066108226776124), True),  # all tokens alike
+        (step_of(0.0, -6.6e4, -6.7e4), True),
+        ({"step": 1, "loss": 5.0, "grad_norm": 0.0, "logps/chosen_per_token": -80.0}, True),  # one-sided
+        (step_of(0.0, -1.2, -2.3), False),  # a hinge loss that every pair satisfies
+        (step_of(0.0, -6.31, -6.30), False),  # the same of a model with random weights
+        (step_of(1e-9, -6.066, -6.066), False),
+        (step_of(0.0, float("nan"), -1.0), False),
+        ({"step": 1, "loss": 0.0, "grad_norm": 0.0}, False),
+    ],
+)
+def test_a_policy_has_collapsed_without_gradient_and_without_usable_probabilities(
+    found: dict[str, float], is_one: bool
+) -> None:
+    assert is_collapsed(found) is is_one
+
+
+def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[float]:
+    """Losses of a run that learns: margins of a growing spread, some mislabelled."""
+    generator = np.random.default_rng(seed)
+    grown = 1 - np.exp(-3 * np.arange(1, steps + 1) / steps)
+    margins = generator.normal(2.0, 2.0, (pairs, steps)) * grown
+    margins *= np.where(generator.random((pairs, steps)) < 0.1, -1, 1)
+    losses = {
+        "sigmoid": np.logaddexp(0, -margins),
+        "hinge": np.maximum(0, 1 - margins),
+        "ipo": (margins - 1) ** 2,
+        "exponential": np.exp(-margins / 2),
+    }[kind]
+    return list(losses.mean(axis=0).tolist())
+
+
+def spikes(losses: list[float]) -> list[tuple[int, float]]:
+    """Steps and losses of the spikes; there is an evaluation among the rows."""
+    of_run: list[Row] = [{"step": 0, "eval_loss": 1.0}]
+    of_run += [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    found = (spike_of_last(of_run[:at], row) for at, row in enumerate(of_run))
+    return [(spike.step, spike.loss) for spike in found if spike is not None]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "exponential"])
+def test_healthy_runs_have_no_spike(kind: str) -> None:
+    assert [seed for seed in range(10) if spikes(healthy(seed, 300, 8, kind))] == []
+    assert len([seed for seed in range(20) if spikes(healthy(seed, 300, 1))]) <= 1, "wrong labels"
+
+
+def test_spikes_are_found_with_their_steps() -> None:
+    for seed in range(10):
+        losses = healthy(seed, 300, 16)
+        losses[100], losses[180], losses[200] = float("nan"), 12.0, 200.0
+        assert spikes(losses) == [(181, 12.0), (201, 200.0)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([0.6931] * 60 + [0.6932], []),  # noise of rounding
+        ([0.6931] * 60 + [1.3], []),  # less than twice
+        ([5.0] + [1e-4] * 60 + [0.01], []),  # a hard pair where nearly all is learnt
+        ([0.7] * 40 + [9.0], []),  # too early
+        ([0.7] * 60 + [9.0, 9.5], [61]),
+    ],
+)
+def test_small_and_early_jumps_are_no_spikes(losses: list[float], steps: list[int]) -> None:
+    assert [step for step, _ in spikes(losses)] == steps
