@@ -34,7 +34,6 @@ import deepspeed
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dpo_dist.config.run_folder import (
@@ -66,7 +65,15 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _LATEST = "latest"
 _FILE_BYTES = 2**28
-"""Size at which a rank begins another file: about three times as much host memory is used at a time."""
+"""Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+"""Types of weights and optimizer states, in the names of safetensors."""
 
 
 class FileEntry(TypedDict):
@@ -84,13 +91,41 @@ node has just written.
 """
 
 
-def write_file(file: Path, content: bytes) -> FileEntry:
-    """Write a file to disk and return its entry."""
+def write_file(file: Path, content: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write the parts of a file to disk and return its entry."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
     with file.open("wb") as opened:
-        opened.write(content)
+        for part in content:
+            opened.write(part)
+            digest.update(part)
+            count += len(part)
         opened.flush()
         os.fsync(opened.fileno())
-    return {"bytes": len(content), "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}
+    return {"bytes": count, "digest": digest.hexdigest()}
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a safetensors file of tensors on the host, without a copy of them.
+
+    `safetensors.torch.save` needs as much memory again as the tensors have.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Larger elements first, so that each tensor begins at a multiple of its own.
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_manifest(folder: Path, entries: Entries) -> None:
@@ -165,7 +200,7 @@ def write_slices(
             slices = copy.of([replace(model, slices=batch)])[0].slices
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
-        content = save(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
+        content = safetensors_file(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         entries[name] = write_file(checkpoint / name, content)
     return entries
@@ -432,7 +467,7 @@ class _Pending:
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
                 for name, text in texts.items():
-                    entries[name] = write_file(self.temporary / name, text.encode())
+                    entries[name] = write_file(self.temporary / name, [text.encode()])
             self.entries.set_result(entries)
         except BaseException as error:  # raised by `entries`, in the main thread
             self.entries.set_exception(error)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dpo_dist.config.metrics import MAIN, METRICS
+from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
@@ -97,19 +97,22 @@ def describe_reference(report: Row) -> str:
     return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
 
 
-def evaluation_table(results: Mapping[str, Row]) -> list[str]:
-    """Return the lines of a table with 95 % intervals: a row for all pairs and for each label."""
-    names = [name for name in _EVALUATED if any(f"eval_{name}" in row for row in results.values())]
-    lines = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
+def evaluation_rows(results: Mapping[str, Row], metrics: Sequence[str]) -> list[list[str]]:
+    """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
+    names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
+    rows = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
     for label, row in results.items():
+        keys = [PREFIX + name for name in names]
         cells = [
-            with_interval(row[f"eval_{name}"], row["intervals"].get(f"eval_{name}"), ".3f")
-            if f"eval_{name}" in row
-            else ""
-            for name in names
+            with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "" for key in keys
         ]
-        lines.append([label, f"{row['eval_pairs']:,}", *cells])
-    return aligned(lines)
+        rows.append([label, f"{row['eval_pairs']:,}", *cells])
+    return rows
+
+
+def evaluation_table(results: Mapping[str, Row]) -> list[str]:
+    """Return the lines of the table about an evaluation."""
+    return aligned(evaluation_rows(results, _EVALUATED))
 
 
 def comparison_table(results: Row) -> list[str]:

@@ -53,15 +53,6 @@ def test_both_trainers_take_the_same_first_step() -> None:
                 assert 0 < least <= median <= most
 
 
-def test_store_measures_all_entries(tmp_path: Path) -> None:
-    figures_file = tmp_path / "figures.json"
-    measured = figures("store", "--work", str(tmp_path), "--out", str(figures_file))
-    assert json.loads(figures_file.read_text()) == measured
-    assert (measured["entries"], measured["shards"], measured["small_shards"]) == (20_000, 5, 50)
-    assert all(value >= 0 for value in measured.values())
-    assert list(tmp_path.iterdir()) == [figures_file]
-
-
 def test_checkpointing_changes_no_loss() -> None:
     measured = json.loads(run_forked("mfu", "--smoke").splitlines()[-1])
     assert measured["layers"] == 2

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
 from tests.support.invented import write_pairs
 from tests.support.launch import history, run_verb
-from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 # A loss that changes files after the second step.
@@ -59,26 +56,7 @@ def test_deleted_inputs_do_not_stop_a_run(command: list[str], tmp_path: Path) ->
     assert [row["step"] for row in history(tmp_path / "run")] == list(range(1, 11))
 
 
-def test_an_adapter_that_is_replaced_is_below_the_new_one_as_it_was(
-    command: list[str], tmp_path: Path
-) -> None:
-    """By another one of supervised fine-tuning, at the same path."""
-    sft = write_sft_adapter(tmp_path / "model", tmp_path / "sft", seed=1)
-    write_sft_adapter(tmp_path / "model", tmp_path / "other", seed=2)
-    before = load_file(sft / FILE)
-    changing(
-        tmp_path, f"(HERE / 'other/{FILE}').exists() and (HERE / 'other/{FILE}').replace(HERE / 'sft/{FILE}')"
-    )
-    ended = run_verb("train", [*command, f"model.adapter={{path: {sft}, on_top: true, r: 2}}"], cwd=tmp_path)
-    assert ended.code == 0, ended.output
-    after, written = load_file(sft / FILE), load_file(tmp_path / "run/model" / FILE)
-    for name in (name for name in before if ".lora_A." in name):
-        assert not torch.equal(before[name], after[name])
-        assert torch.equal(written[name][2:], before[name])
-
-
-@pytest.mark.parametrize("loss", [["loss.function=changing_loss:changing"], ["reference=live"]])
-def test_encoded_data_that_decay_end_a_run(loss: list[str], command: list[str], tmp_path: Path) -> None:
+def test_encoded_data_that_decay_end_a_run(command: list[str], tmp_path: Path) -> None:
     """A bit of the disk flips: size and time of the file are the same, and all log-probs are stored."""
     changing(
         tmp_path,
@@ -88,7 +66,7 @@ def test_encoded_data_that_decay_end_a_run(loss: list[str], command: list[str], 
         "content[content.index(ids.tobytes())] ^= 1; file.open('r+b').write(content); "
         "os.utime(file, ns=(time, time))",
     )
-    ended = run_verb("train", [*command, *loss, "trainer.epochs=3"], cwd=tmp_path)
+    ended = run_verb("train", [*command, "trainer.epochs=3"], cwd=tmp_path)
     assert ended.code == 2, ended.output
     assert "data error: token ids of the encoded data do not match their content key" in ended.output
     assert "train.jsonl:" in ended.output

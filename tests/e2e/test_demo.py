@@ -1,8 +1,6 @@
 """The demo's assets are complete and reproducible, and their pairs follow the rule of the quickstart."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +25,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def records(demo: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (demo / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def test_another_process_makes_the_same_bytes(demo, tmp_path):
-    command = [sys.executable, "-m", "examples.demo.make", str(tmp_path / "again")]
-    subprocess.run(command, check=True, capture_output=True)
-    assert contents(tmp_path / "again") == contents(demo)
 
 
 def test_whole_assets_are_kept_and_damaged_ones_are_made_again(tmp_path):

@@ -103,10 +103,6 @@ def test_clean_data_have_no_findings(overrides: Overrides, tmp_path: Path) -> No
     ended = run_verb("doctor", overrides(f"data.train=[{clean}]"))
     assert ended.code == 0, ended.output
     assert not [found for found in report(tmp_path)["findings"] if found["level"] != "note"]
-    strict = run_verb(
-        "doctor", overrides(f"data.train=[{clean}]", "data.max_length=60", "doctor.fail_on=error")
-    )
-    assert strict.code in (0, 1), strict.output
 
 
 @pytest.mark.parametrize(
@@ -181,13 +177,12 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_the_page_is_inert_in_a_browser(
-    overrides: Overrides, faulty: Path, tmp_path: Path, browser: Any, width: int, scheme: str
+    overrides: Overrides, faulty: Path, tmp_path: Path, browser: Any
 ) -> None:
     ended = run_verb("doctor", overrides(f"data.train=[{faulty}]"), prepare=constants(**{SHOWN: 100}))
     address = f"file://{tmp_path}/run/doctor/doctor.html"
-    watched = Watched(browser, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    watched = Watched(browser, viewport={"width": 390, "height": 800}, color_scheme="dark")
     page = watched.page
     page.goto(address)
     hidden = page.locator(".texts", has_text="javascript:alert(3)")
@@ -199,7 +194,7 @@ def test_the_page_is_inert_in_a_browser(
     assert page.locator("main a:not([href^='#']), img, script, iframe").count() == 0
     assert page.locator(".trained").count() > 0
     assert page.locator(".cut:not(.legend .cut)").count() > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("svg.histogram").count() >= 3
     # Opened one by one, by the keyboard.
     page.locator("label[for=all-texts]").click()

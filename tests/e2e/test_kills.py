@@ -16,7 +16,6 @@ CASES = [
     pytest.param(1, ["parallelism.kind=zero3", *SAMPLES], id="fp32, samples"),
     pytest.param(2, ["parallelism.kind=ddp", "model.dtype=bf16", ADAPTER % "lora"], id="bf16, LoRA, ddp"),
     pytest.param(2, ["parallelism.kind=zero3", ADAPTER % "dora"], id="fp32, DoRA, zero3"),
-    pytest.param(2, ["parallelism.kind=zero2", "model.dtype=bf16", "loss=bco_pair"], id="bf16, bco, zero2"),
 ]
 
 

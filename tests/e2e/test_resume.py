@@ -36,15 +36,14 @@ def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return history(folder / "run")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
-    rank: int, overrides: Overrides, tmp_path: Path, uninterrupted: list[dict[str, float]]
+    overrides: Overrides, tmp_path: Path, uninterrupted: list[dict[str, float]]
 ) -> None:
     run = tmp_path / "run"
     command = overrides(*STEPS)
-    killed = kill_one_rank(command, rank, when=(run / "checkpoints/step-000004").is_dir)
+    killed = kill_one_rank(command, 0, when=(run / "checkpoints/step-000004").is_dir)
     assert all(killed.codes), killed.output
-    assert f"rank {rank} of 2 died" in killed.output, killed.output
+    assert "rank 0 of 2 died" in killed.output, killed.output
     assert not list((run / "model").glob("*"))
     refused_without_checkpoints(command, run)
     assert "resuming from" in train(command, processes=2).output
@@ -108,7 +107,7 @@ def test_a_stopped_run_ends_with_75_and_resumes_exactly(
 
 @pytest.mark.parametrize(
     "options",
-    [["parallelism=zero3"], ["parallelism=zero2", "trainer.deterministic=true"], ["parallelism=ddp"]],
+    [["parallelism=zero2", "trainer.deterministic=true"], ["parallelism=ddp"]],
 )
 def test_a_stopped_run_in_bf16_resumes_exactly(
     options: list[str], overrides: Overrides, tmp_path: Path
@@ -124,9 +123,14 @@ def test_a_stopped_run_in_bf16_resumes_exactly(
         assert written[0].read_bytes() == written[1].read_bytes(), file
 
 
-@pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])
-def test_running_means_of_a_loss_resume(loss: list[str], overrides: Overrides, tmp_path: Path) -> None:
-    steps = ["trainer.epochs=2", "optim.lr=1e-2", "loss.beta=0.5", *loss]
+def test_running_means_of_a_loss_resume(overrides: Overrides, tmp_path: Path) -> None:
+    steps = [
+        "trainer.epochs=2",
+        "optim.lr=1e-2",
+        "loss.beta=0.5",
+        "loss=bco_pair",
+        "loss.bco_delta=running_mean",
+    ]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))
     assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=3")).code == 75
     train(overrides(*steps))

@@ -6,7 +6,6 @@ from typing import Any
 
 from tests.e2e.conftest import Overrides
 from tests.support.launch import TIMINGS, history, run_verb, train
-from tests.support.signalled import kill_one_rank
 from tests.support.tiny_model import write_model
 
 SAMPLES = ["samples.prompts=3", "samples.max_new_tokens=8", "samples.temperature=0"]
@@ -90,24 +89,3 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     start = rows(whole, 0)
     assert all(row["policy"] != row["reference"] for row in start)
     assert "eval_samples/reference_length" in history(run)[-1]
-
-
-def test_a_kill_while_samples_are_generated_changes_no_sample(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    long = ["samples.prompts=3", "samples.max_new_tokens=120", "samples.temperature=1.5"]
-    usual = overrides(
-        f"data.eval=[{assets}/eval.jsonl]",
-        "trainer.eval_every=2",
-        "trainer.save_every=1",
-        *long,
-    )
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train([*usual, f"run.dir={whole}"])
-    # Steps take milliseconds after the first file, generation takes seconds.
-    killed = kill_one_rank(usual, 1, (run / "checkpoints" / "step-000001").exists)
-    assert all(killed.codes), killed.output
-    assert not (run / "samples" / "step-000004.jsonl").exists()
-    train(usual, processes=2)
-    for name in ("reference.jsonl", *(f"step-{step:06d}.jsonl" for step in (0, 2, 4))):
-        assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()

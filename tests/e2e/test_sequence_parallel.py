@@ -5,7 +5,6 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
-from tests.e2e.test_evaluate import assert_equals_the_run
 from tests.support.launch import assert_same_history, history, run_state, run_verb, summary, train
 
 SHARED = "parallelism.sequence_parallel=2"
@@ -38,19 +37,3 @@ def test_processes_that_do_not_divide_into_groups_are_an_error(overrides: Overri
     assert ended.code == 2, ended.output
     assert "cannot be divided into groups" in ended.output
     assert "Traceback" not in ended.output
-
-
-def test_an_adapter_with_shared_tokens_is_that_of_one_process(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    """The reference is the policy with its adapter off; afterwards `evaluate` shares tokens, too."""
-    steps = ["trainer.max_steps=3", "optim.lr=1e-2", "model.adapter={r: 4}", "reference.mode=adapter"]
-    steps += [f"data.eval=[{assets}/eval.jsonl]", "model.gradient_checkpointing=full"]
-    train(overrides(*steps, f"run.dir={tmp_path}/alone"))
-    command = overrides(*steps, SHARED, "parallelism=ddp")
-    train(command, processes=2)
-    got, wanted = history(tmp_path / "run"), history(tmp_path / "alone")
-    assert_same_history(got, wanted, relative=2e-4)
-    ended = run_verb("evaluate", command, processes=2)
-    assert ended.code == 0, ended.output
-    assert_equals_the_run(tmp_path / "run")

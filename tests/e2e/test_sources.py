@@ -84,7 +84,7 @@ def test_entries_that_cannot_be_trained_on_say_why(assets: Path, tmp_path: Path)
     for name, why in BAD.items():
         with pytest.raises(DataError, match=why):
             read_pairs(SourceConfig(path=str(SHARED), name=name), load_tokenizer(f"{assets}/model"))
-        for command in VERBS:
+        for command in ("train --check", "doctor"):
             ended = run(command, entry(SHARED, name), assets, tmp_path)
             assert (ended.code, why in ended.output) == (2, True), ended.output
     ranked = run("train --check", entry(SHARED, "oaast_rm_zh"), assets, tmp_path)

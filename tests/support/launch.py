@@ -1,5 +1,6 @@
 """Run the verbs as a person does: their command line, real processes, a real run folder."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from dpo_dist.foundation.process import EXIT_CODES
 from dpo_dist.insight.metrics.log import PHASES
-from tests.support.warm import launcher_variables, run_warm
+from tests.support.warm import launcher_variables, run_warm, start_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
@@ -83,6 +84,28 @@ def run_verb(
         check=False,
     )
     return Finished(ended.returncode, ended.stdout)
+
+
+@contextlib.contextmanager
+def running(verb: str, overrides: list[str], screen: Path, cwd: Path = ROOT) -> Iterator[Any]:
+    """A verb on a warm process that writes to the file `screen`; killed at the end of the block."""
+    screen.touch()
+    (process,) = start_verb(verb, overrides, environment(), 1, cwd, screen)
+    process.screen = screen
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_until(is_done: Callable[[], Any], process: Any) -> None:
+    """Wait for something that a running verb does."""
+    deadline = time.monotonic() + 240
+    while not is_done():
+        assert process.is_alive(), process.screen.read_text()
+        assert time.monotonic() < deadline, process.screen.read_text()
+        time.sleep(0.02)
 
 
 def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Finished:

@@ -15,7 +15,7 @@ from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.generation.judges.score import ask_judge
+from dpo_dist.generation.judges import ask_judge
 from dpo_dist.generation.pairs.files import good_records
 from dpo_dist.generation.pairs.prompts import as_asked
 from dpo_dist.generation.pairs.rounds import check_rounds

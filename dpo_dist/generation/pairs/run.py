@@ -20,8 +20,7 @@ from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
-from dpo_dist.generation.judges.judge import Judge
-from dpo_dist.generation.judges.score import describe_judge, open_judge, score
+from dpo_dist.generation.judges import Judge, describe_judge, open_judge, score
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,

@@ -27,8 +27,7 @@ from dpo_dist.foundation.files import (
     staged_file,
     write_text,
 )
-from dpo_dist.generation.judges.judge import Judge
-from dpo_dist.generation.judges.score import ask_judge, describe_judge, open_judge
+from dpo_dist.generation.judges import Judge, ask_judge, describe_judge, open_judge
 from dpo_dist.generation.pairs.files import describe_counts, write_lines
 from dpo_dist.generation.pairs.preflight import (
     Fault,

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_dist.config.verb_options import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.generation.judges.judge import Judge, Judgement, Question
+from dpo_dist.generation.judges import Judge, Judgement, Question
 from dpo_dist.generation.text_facts import text_facts
 from dpo_dist.insight.evaluation import Column, Resampling, bootstrap_intervals
 

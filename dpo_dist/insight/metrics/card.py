@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, number, without_secrets
+from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.evaluation import results_name
+from dpo_dist.insight.tables import evaluation_rows
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]
@@ -170,25 +171,9 @@ def _pairs(summary: Row) -> str:
     return Markup(f"{counted(pairs, 'pair')} ({seen:,} with repetitions)")  # noqa: S704  (digits)
 
 
-def _number(value: float | None, ends: Sequence[float] | None = None) -> Markup:
-    """Return a number with its interval; "" without one."""
-    shown = "" if value is None or not math.isfinite(value) else number(value)
-    return Markup(shown + (f" [{number(ends[0])}, {number(ends[1])}]" if ends else ""))  # noqa: S704
-
-
 def _evaluation(evaluation: Mapping[str, Row]) -> Table:
-    rows = list(evaluation.items())
-    keys = [key for key in MAIN if any(PREFIX + key in row for _, row in rows)]
-    head = ["pairs of", "pairs", *(METRICS[key].title for key in keys)]
-    lines: list[list[object]] = [
-        [
-            code(label),
-            f"{row['eval_pairs']:,}",
-            *(_number(row.get(PREFIX + key), row["intervals"].get(PREFIX + key)) for key in keys),
-        ]
-        for label, row in rows
-    ]
-    return head, lines
+    head, *rows = evaluation_rows(evaluation, MAIN)
+    return head, [[code(label), *map(Markup, cells)] for label, *cells in rows]
 
 
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:

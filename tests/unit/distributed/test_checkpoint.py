@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -353,10 +354,29 @@ def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
     folder = written(tmp_path, 1, {name: [] for name in WHOLE})
     content = pickle.dumps(Malicious(folder / "it ran"))
     file = Path("engine/rank-00000-00000.safetensors")
-    write_manifest(folder, {str(file): write_file(folder / file, content)})
+    write_manifest(folder, {str(file): write_file(folder / file, [content])})
     with pytest.raises(CheckpointError, match="cannot be read"):
         SavedSlices.find(folder, "engine")
     assert not (folder / "it ran").exists()
+
+
+def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
+    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
+    wanted = [
+        Slice(str(dtype), (count,), 0, {"weight": torch.arange(count).to(dtype)})
+        for dtype, count in types.items()
+    ]
+    (tmp_path / "saved").mkdir()
+    tracemalloc.start()
+    entries = write_slices(ModelSlices("engine", wanted), tmp_path / "saved", 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20  # of 4 MiB
+    write_manifest(tmp_path / "saved", dict(entries))
+    assert find_faults(tmp_path / "saved", 0, 1) == []
+    with safe_open(tmp_path / "saved" / next(iter(entries)), "pt") as opened:
+        for own in wanted:
+            assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 
 
 def test_weights_of_another_model_are_one_error(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ import pytest
 from dpo_dist.config.verb_options import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges import endpoint
-from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.generation import judges
+from dpo_dist.generation.judges import EndpointJudge, Judgement, Question, describe_endpoint
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 
 RECORD = PreferenceRecord((Message("user", "say something long"),), (), Origin("a.jsonl", 1))
@@ -126,7 +125,7 @@ def test_an_endpoint_that_cannot_be_used_is_an_error(reply: Any, said: str) -> N
 
 
 def test_an_endpoint_that_is_slow_or_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(judges, "TIMEOUT_SECONDS", 0.1)
     given_up = threading.Event()
     with judge_server(lambda *_: given_up.wait(60) and "") as server:
         judge = EndpointJudge(config(server.url), retries=0)

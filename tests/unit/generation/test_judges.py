@@ -15,9 +15,15 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges.judge import Judgement, Question
-from dpo_dist.generation.judges.reward_model import RewardModel, describe_reward_model
-from dpo_dist.generation.judges.score import FunctionJudge, describe_judge, score
+from dpo_dist.generation.judges import (
+    FunctionJudge,
+    Judgement,
+    Question,
+    RewardModel,
+    describe_judge,
+    describe_reward_model,
+    score,
+)
 from dpo_dist.generation.sampling.respond import Answer
 from tests.support import tiny
 from tests.support.tiny_model import write_model

@@ -9,8 +9,7 @@ import pytest
 
 from dpo_dist.config.verb_options import EndpointConfig, PairsConfig, Verdicts
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.generation.judges.endpoint import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judges.judge import Judgement, Question
+from dpo_dist.generation.judges import EndpointJudge, Judgement, Question, describe_endpoint
 from dpo_dist.insight.compare.results import (
     LOSS,
     TIE,

@@ -66,7 +66,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert places == {("org/pairs", "held", "t")}
     for part in (
         *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
-        *("| `held` | 40 | 0.5 | 0.75 [0.7, 0.8] | 1.25 |", "4 too\\_long", "1,190"),
+        *("| `held` | 40 | 0.500 | 0.750 [0.700, 0.800] | 1.250 |", "4 too\\_long", "1,190"),
         *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
         *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
     ):
@@ -106,7 +106,7 @@ def test_a_loss_of_one_response_has_no_rewards() -> None:
     assert [(result.metric_type, result.metric_value) for result in found.data.eval_results] == [
         ("loss", 2.5)
     ]
-    assert "| `b` | 40 | 2.5 |" in found.text
+    assert "| `b` | 40 | 2.500 |" in found.text
     assert "A reward" not in found.text
 
 

@@ -1,1 +1,0 @@
-"""Judges of responses: reward model, function, endpoint."""
