@@ -45,4 +45,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="evaluate", of_run=True, about=__doc__)
+    run_verb(main, check, verb="evaluate", about=__doc__)

@@ -42,4 +42,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="export", of_run=True, about=__doc__)
+    run_verb(main, verb="export", about=__doc__)

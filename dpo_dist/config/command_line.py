@@ -25,7 +25,7 @@ from dpo_dist.config.mistakes import SCHEMA, assignment, likely, meant, preset_n
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, read_config, written_values
-from dpo_dist.config.verbs import TRAIN, keys_of
+from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import (
     ConfigError,
     DpoDistError,
@@ -115,11 +115,7 @@ def _folder(text: str) -> Path:
 
 
 def divide(arguments: Sequence[str]) -> Arguments:
-    """Divide a command line into options and other words, in any order.
-
-    Raises:
-        ConfigError: an option has a wrong value.
-    """
+    """Divide a command line into options and other words, in any order."""
     parser, known, mistakes, rest = _parser(), [], [], list(arguments)
     while rest:
         word = rest.pop(0)
@@ -158,10 +154,6 @@ def former_values(arguments: Arguments) -> dict[str, Any] | None:
     """Return the values of config.yaml in `run.dir`, for a command that names its run only.
 
     None if the command chooses a model, an experiment or a file itself, or if the run has no config.yaml.
-
-    Raises:
-        ConfigError: `run.dir` is missing or no run directory, or its config.yaml cannot be read or asks for
-            code that the command does not ask for.
     """
     overrides, _ = parse_overrides(word for word in arguments.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
@@ -194,14 +186,7 @@ def former_values(arguments: Arguments) -> dict[str, Any] | None:
 
 
 def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path]) -> str:
-    """Return the text of `--help`.
-
-    Args:
-        command: the beginning of the command line: `accelerate launch -m dpo_dist.train`.
-        about: text about the verb, with an example.
-        own: keys and sections that the verb reads.
-        folders: the folders of configuration groups.
-    """
+    """Return the text of `--help` of a verb that reads the keys `own`, with a text about it."""
     sections = {name: text for name, text in section_meanings().items() if name in own and "." not in name}
     chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
@@ -222,16 +207,7 @@ def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path
 
 
 def explain(key: str, folders: Sequence[Path], own: Collection[str] = ()) -> str:
-    """Return the text of `--help KEY` for a key, a section or a group of presets.
-
-    Args:
-        key: `loss.beta`, `loss`, `data.train.weight` (also `data.train[0].weight`), `experiment`.
-        folders: the folders of configuration groups.
-        own: keys that are suggested first.
-
-    Raises:
-        ConfigError: there is no such key.
-    """
+    """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
     name = entry_of(key.removeprefix("+")).replace("[]", "")
     keys = {full.replace("[]", ""): row for full, row in all_keys().items()}
     below = {full: row for full, row in keys.items() if full != name and is_within(full, name)}
@@ -240,17 +216,13 @@ def explain(key: str, folders: Sequence[Path], own: Collection[str] = ()) -> str
         mapping, _, option = name.rpartition(".")
         is_list = all_keys().get(f"{mapping}[].path") or all_keys().get(f"{mapping}[].kind")
         raise unknown_key(f"{mapping}[].{option}" if is_list else name, own=own)
-    lines = (
-        _facts(keys[name])
-        if name in keys
-        else [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
-    )
+    heading = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
+    lines = _facts(keys[name]) if name in keys else heading
     if below:
-        lines += [
-            "",
-            f"keys of {name} (default):",
-            *_columns({row.name: _short(row) for row in below.values()}),
-        ]
+        options = {
+            row.name: f"{row.meaning} ({row.default_words or 'must be set'})" for row in below.values()
+        }
+        lines += ["", f"keys of {name} (default):", *_columns(options)]
     if presets:
         plus = "+" if name == "experiment" else ""
         lines += ["", f"presets: {plus}{name}=" + "|".join(presets)]
@@ -278,10 +250,6 @@ def _facts(row: Key) -> list[str]:
     return lines
 
 
-def _short(row: Key) -> str:
-    return f"{row.meaning} ({row.default_words or 'must be set'})"
-
-
 def _columns(rows: Mapping[str, str]) -> list[str]:
     width = max(len(name) for name in rows)
     return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
@@ -297,44 +265,32 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     verb: str = TRAIN,
-    of_run: bool = False,
     about: str | None = None,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
     A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
-    exceptions keep their traceback.
-
-    Args:
-        main: the verb.
-        check: the function of `--check`, called in place of `main`, on the first rank only.
-        verb: its name, a row of `verbs.VERBS`.
-        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`.
-        about: the docstring of the verb's module, which `--help` prints.
+    exceptions keep their traceback. `check` is called for `--check`, on the first rank only; `about` is the
+    docstring of the verb's module, for `--help`.
     """
     open_closed_streams()
-    errors = _Errors(_asks_for_json(sys.argv[1:]))
+    styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
+    errors = _Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
     try:
-        exit_code = _run(main, check, verb, errors, about or "", of_run=of_run)
+        exit_code = _run(main, check, verb, errors, about or "")
     except DpoDistError as error:
-        _print(error, errors)
-        exit_code = error.exit_code
+        exit_code = errors.print_of_this_rank(error)
     except KeyboardInterrupt:
-        exit_code = ExitCode.interrupted
-        if this_rank() == 0:
-            errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
+        exit_code = errors.print_end(ExitCode.interrupted, "interrupted")
     except SystemExit as ended:
-        exit_code, words = _end_of(ended)
-        if words and this_rank() == 0:
-            errors.print(words, {"message": words, "exit_code": exit_code})
+        exit_code = errors.print_end(*_end_of(ended))
     except Exception as bug:  # any exception: the process must not hang at exit
-        error_of_disk = disk_error(bug)
-        exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
-        if error_of_disk is not None:
-            _print(error_of_disk, errors)
+        if (error_of_disk := disk_error(bug)) is not None:
+            exit_code = errors.print_of_this_rank(error_of_disk)
         else:
-            message = {"message": first_line(bug), "exit_code": int(exit_code)}
-            errors.print(traceback.format_exc().rstrip(), {"title": "bug", **message})
+            exit_code = ExitCode.failed
+            message = {"title": "bug", "message": first_line(bug), "exit_code": int(exit_code)}
+            errors.print(traceback.format_exc().rstrip(), message)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -361,39 +317,35 @@ class _Errors:
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
         text, content = without_secrets([text, content])
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        line = (
+            json.dumps({"kind": "error", "time": now, **content}) if self.is_json else printable_lines(text)
+        )
         with contextlib.suppress(OSError):
-            if self.is_json:
-                now = datetime.now().astimezone().isoformat(timespec="seconds")
-                output = output_of_objects()
-                output.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
-                output.flush()
-            else:
-                sys.stderr.write(printable_lines(text) + "\n")
-                sys.stderr.flush()
+            print(line, file=output_of_objects() if self.is_json else sys.stderr, flush=True)
 
+    def print_end(self, exit_code: int, words: str) -> int:
+        """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
+        if words and this_rank() == 0:
+            self.print(words, {"message": words, "exit_code": int(exit_code)})
+        return exit_code
 
-def _asks_for_json(arguments: Sequence[str]) -> bool:
-    """Return whether a command line that has not been read yet asks for JSON."""
-    styles = [text.lstrip("+") for text in arguments if text.lstrip("+").startswith("console.style=")]
-    return bool(styles) and styles[-1] == f"console.style={ConsoleStyle.json}"
+    def print_of_this_rank(self, error: DpoDistError) -> int:
+        """Print `error` if this process is the one that reports it; return its exit code.
 
-
-def _print(error: DpoDistError, errors: _Errors) -> None:
-    """Print `error` if this process is the one that reports it.
-
-    Before the processes have joined, most errors occur in all of them. The launcher ends the others when
-    rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
-    A stop by a signal is printed by rank 0 only, which gets one of the launcher.
-    """
-    if error.is_printed:
-        return
-    if error.reporting_rank is None and this_rank() > 0:
-        if isinstance(error, StoppedError):
-            return
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
-        time.sleep(_RANK_0_SECONDS)
-    if error.reporting_rank in (None, this_rank()):
-        errors.print(error.block(), error.as_dict())
+        Before the processes have joined, most errors occur in all of them. The launcher ends the others when
+        rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
+        have. A stop by a signal is printed by rank 0 only, which gets one of the launcher.
+        """
+        is_early = error.reporting_rank is None and this_rank() > 0
+        if error.is_printed or (is_early and isinstance(error, StoppedError)):
+            return error.exit_code
+        if is_early:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
+            time.sleep(_RANK_0_SECONDS)
+        if error.reporting_rank in (None, this_rank()):
+            self.print(error.block(), error.as_dict())
+        return error.exit_code
 
 
 def _run(
@@ -402,8 +354,6 @@ def _run(
     verb: str,
     errors: _Errors,
     about: str,
-    *,
-    of_run: bool,
 ) -> int:
     arguments = divide(sys.argv[1:])
     options = arguments.options
@@ -412,7 +362,7 @@ def _run(
             arguments.words,
             arguments.own_folder,
             verb=verb,
-            former=former_values(arguments) if of_run else None,
+            former=former_values(arguments) if VERBS[verb].of_former_run else None,
             mistakes=arguments.mistakes,
         )
         text = to_yaml(config) if options.cfg else None

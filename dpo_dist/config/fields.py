@@ -33,38 +33,26 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=
 
 
 class Facts(NamedTuple):
-    """What a key has besides pydantic's type, default, bounds and description.
-
-    Attributes:
-        free: not part of the run's digest: hardware, placement, how often something is written.
-        verbs: the verbs that use it, separated by spaces; empty: those of its section.
-        accepts: the accepted values in words, where the type does not say them.
-        null_means: the value that null means.
-    """
+    """What a key has besides pydantic's type, default, bounds and description."""
 
     free: bool = False
+    """Not part of the run's digest: hardware, placement, how often something is written."""
     verbs: str = ""
+    """The verbs that use it, separated by spaces; empty: those of its section."""
     accepts: str = ""
+    """The accepted values in words, where the type does not say them."""
     null_means: Any = None
 
 
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    free: bool = False,
-    verbs: str = "",
-    accepts: str = "",
-    null_means: Any = None,
-    **limits: Any,
-) -> Any:
-    """Return a field: default, meaning in one line, `Facts`, and pydantic's `limits` such as `gt=0`."""
-    facts = Facts(free, verbs, accepts, null_means)._asdict()
+def key(default: Any, meaning: str, **facts_and_limits: Any) -> Any:
+    """Return a field: default, meaning in one line, `Facts`, and pydantic's limits such as `gt=0`."""
+    limits = {name: value for name, value in facts_and_limits.items() if name not in Facts._fields}
+    facts = {name: value for name, value in facts_and_limits.items() if name in Facts._fields}
     if isinstance(default, list):
         limits["default_factory"] = lambda: copy(default)
     else:
         limits["default"] = default
-    return Field(description=meaning, json_schema_extra=facts, **limits)
+    return Field(description=meaning, json_schema_extra=Facts(**facts)._asdict(), **limits)
 
 
 def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:

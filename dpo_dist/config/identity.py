@@ -30,11 +30,7 @@ _ALWAYS = frozenset(
 
 
 def run_digest(config: RunConfig) -> str:
-    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written.
-
-    Raises:
-        ConfigError: the source of `loss.function` cannot be read; its text is part of the digest.
-    """
+    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written."""
     defining = _defining(config)
     if LossKind.custom in config.loss.kinds:
         defining["loss"]["function_source"] = find_function(config.loss.function).digest
@@ -50,11 +46,7 @@ def run_dir(config: RunConfig) -> Path:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that define the run's result: the usual ones and those not at their default.
-
-    Returns:
-        Flat keys with plain values: `{"loss.kind": "simpo", "loss.beta": 2.0, ...}`.
-    """
+    """Return the settings that define the run's result: the usual ones and those not at their default."""
     defaults = _values(RunConfig())
     found = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
     if not config.loss.uses("beta"):
@@ -84,10 +76,7 @@ def title(config: RunConfig, run_dir: Path) -> str:
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values give `old` and `new` different digests, with both plain values.
-
-    Example: `{"loss.beta": (0.1, 0.2)}`.
-    """
+    """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
     before, after = _values(old), _values(new)
     return {key: (value, after[key]) for key, value in before.items() if value != after[key]}
 

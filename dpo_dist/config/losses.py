@@ -51,32 +51,23 @@ Weighting = StrEnum("Weighting", ["none", "wpo"])
 
 @dataclass(frozen=True)
 class KindFacts:
-    """Facts of one kind of loss.
-
-    Attributes:
-        formula: the loss of a pair, in the notation of docs/losses.md.
-        source: paper, with its arXiv number.
-        options: the fields of `LossConfig` that the formula depends on.
-        needs_reference: the reference's log-probs occur in it.
-        fewest_responses: that a record must have.
-        accepts_rankings: a record may have more than two responses.
-        needs_scores: the chosen response must have a higher score than the rejected one.
-        is_coupled: the loss of a pair depends on the other pairs of its global batch.
-        length_averaged: rewards without a reference are means over tokens.
-        smoothing: the default of `label_smoothing`.
-        smoothing_above_0: the formula is undefined for a `label_smoothing` of 0.
-    """
+    """Facts of one kind of loss; formulas in the notation of docs/losses.md."""
 
     formula: str
     source: str
     options: frozenset[str]
+    """The fields of `LossConfig` that the formula depends on."""
     needs_reference: bool = True
     fewest_responses: int = 2
     accepts_rankings: bool = False
     needs_scores: bool = False
+    """The chosen response must have a higher score than the rejected one."""
     is_coupled: bool = False
+    """The loss of a pair depends on the other pairs of its global batch."""
     length_averaged: bool = False
+    """Rewards without a reference are means over tokens."""
     smoothing: float = 0.0
+    """The default of `label_smoothing`."""
     smoothing_above_0: bool = False
 
 

@@ -29,11 +29,7 @@ def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConf
     """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
 
     An experiment may set how its reference model is loaded, and the command line may choose a loss or a mode
-    that loads none. Options that the command line sets are kept, so that a rule refuses them.
-
-    Args:
-        config: with every section typed.
-        given: the keys that the command line sets.
+    that loads none. Options that the command line sets (`given`) are kept, so that a rule refuses them.
     """
     reference = config.reference
     mode_given = not {"reference", "reference.mode"}.isdisjoint(given)

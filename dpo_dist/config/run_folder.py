@@ -3,13 +3,12 @@
 import os
 import re
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import read_small
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
@@ -37,17 +36,14 @@ def is_checkpoint(folder: Path) -> bool:
 def best_checkpoints(root: Path) -> list[str]:
     """Return the names of the best checkpoints below `root`, the best first."""
     try:
-        names = read_small(root / BEST).decode().split()
+        names = (root / BEST).read_bytes().decode().split()
     except (OSError, ValueError):
         return []
     return [name for name in names if step_of(name) is not None]
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Return the folders with the name of a checkpoint, the newest first, damaged or not.
-
-    The order is that of the numbers: from step 1,000,000 on, names have more digits.
-    """
+    """Return the folders with the name of a checkpoint, the newest first, damaged or not."""
     folders = [folder for folder in root.glob("step-*") if step_of(folder.name) is not None]
     return sorted(filter(Path.is_dir, folders), key=lambda folder: step_of(folder.name) or 0, reverse=True)
 
@@ -74,11 +70,8 @@ class EvaluationFolder:
     path: Path
 
     results = At("evaluation.json")
-    """Metrics of all pairs and of each label, with intervals."""
     scores = At("scores.jsonl")
-    """Rewards and log-probs of every pair."""
     evaluated = At("evaluated.json")
-    """The model, the pairs and the reference of the evaluation."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -112,9 +105,7 @@ class RunFolder:
         return str(self.path)
 
     config = At("config.yaml")
-    """The resolved configuration."""
     environment = At("environment.json")
-    """Versions, git commit and hardware."""
     state = At("run_state.json")
     """Outcome of the last start and digests of its inputs."""
     lock = At(".lock")
@@ -139,21 +130,13 @@ class RunFolder:
         return self.logs / f"rank-{rank}.stacks.txt"
 
     metrics = At("dpo_metrics")
-    """The folder of the next four files."""
     log_history = At("dpo_metrics/log_history.json")
-    """The metrics rows as JSON."""
     metrics_table = At("dpo_metrics/training_metrics.csv")
-    """The metrics rows as CSV."""
     summary = At("dpo_metrics/summary.json")
-    """The summary of a run that has ended."""
     curves = At("dpo_metrics/training_curves.png")
-    """The plot of the metrics."""
     report = At("report.html")
-    """The self-contained page about the run."""
     checkpoints = At("checkpoints")
-    """The folder of the committed checkpoints."""
     model = At("model")
-    """The trained model."""
 
     def exported(self, name: str) -> Path:
         """Return the model folder that `export` writes from a checkpoint of this name."""
@@ -162,9 +145,7 @@ class RunFolder:
     wandb_id = At("wandb/run_id.txt")
     """The id of the W&B run; the other files in its folder are wandb's own."""
     tensorboard = At("tensorboard")
-    """The folder of TensorBoard's event files."""
     samples = At("samples")
-    """The folder of the responses to held-out prompts during training."""
 
     def samples_file(self, step: int) -> Path:
         """Return the file of the policy's responses after a step."""
@@ -183,39 +164,26 @@ class RunFolder:
         return EvaluationFolder(self.evaluation.path / name)
 
     comparison = At("comparison")
-    """The folder of a comparison of models; the next five are in it."""
     comparison_answers = At("comparison/answers.jsonl")
-    """The responses of all models, prompt by prompt."""
     comparison_results = At("comparison/comparison.json")
-    """KL, scores, win rates and style of the models."""
     comparison_page = At("comparison/comparison.html")
-    """The same as a self-contained page."""
     comparison_parts = At("comparison/parts")
     """Finished parts of the work, by the digest of the settings that define them."""
     comparison_models = At("comparison/models")
     """Model folders written from checkpoints."""
     doctor_report = At("doctor/doctor.json")
-    """The findings of the doctor about the data, as JSON."""
     doctor_page = At("doctor/doctor.html")
-    """The same as a self-contained page."""
     pairs = At("pairs")
-    """The folder of preference records and samples; the next five are in it."""
     pairs_file = At("pairs/pairs.jsonl")
-    """The preference records of `pairs`."""
     pairs_samples = At("pairs/samples.jsonl")
-    """Every response that models gave to the prompts, with its scores."""
     pairs_parts = At("pairs/parts")
     """Finished parts of the work, by the digest of the settings that define them."""
     pairs_judgements = At("pairs/judgements.jsonl")
-    """The log of a labelling session."""
     pairs_agreement = At("pairs/agreement.json")
-    """Agreement of the annotators."""
     rounds = At("rounds")
-    """The folder of the rounds; the next two files are in it."""
     rounds_config = At("rounds/config.yaml")
     """The configuration that the rounds share."""
     rounds_summary = At("rounds/rounds.json")
-    """Scores and trainings of all rounds."""
 
     def round(self, number: int) -> "RunFolder":
         """Return the folder of a round, which is the run directory of its sampling."""
@@ -237,37 +205,27 @@ _MOST_SUGGESTED = 3
 
 
 def existing_run(path: Path) -> RunFolder:
-    """Return the run directory at `path`, whose run may still be training.
-
-    Raises:
-        ConfigError: `path` is none.
-    """
+    """Return the run directory at `path`, whose run may still be training; an error if it is none."""
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
         return folder
     above = path if path.is_dir() else path.parent
-    runs = sorted(file.parent for file in above.glob("*/config.yaml"))
-    runs = sorted(runs, key=lambda run: -SequenceMatcher(None, run.name, path.name).ratio())[:_MOST_SUGGESTED]
+    runs = {file.parent.name: file.parent for file in sorted(above.glob("*/config.yaml"))}
+    nearest = get_close_matches(path.name, runs, _MOST_SUGGESTED, cutoff=0)
     found = "a file" if path.is_file() else "a folder without a run's files"
     raise ConfigError(
         "this is no run directory",
         where=str(path),
         got=found if path.exists() else "no such folder",
         expected="a folder with config.yaml, which a run writes before its first step",
-        remedy=f"name one run, such as {' or '.join(map(str, runs))}"
-        if runs
+        remedy=f"name one run, such as {' or '.join(str(runs[name]) for name in nearest)}"
+        if nearest
         else "name the run.dir of a run",
     )
 
 
 def without_model(run: RunFolder, key: str, remedy: str) -> ConfigError:
-    """Return the error of a run directory without a trained model.
-
-    Args:
-        run: the run.
-        key: that names it.
-        remedy: another one than to name its newest checkpoint.
-    """
+    """Return the error of a run directory, named by `key`, without a trained model."""
     checkpoints = checkpoint_folders(run.checkpoints)
     named = f"its checkpoint {checkpoints[0]}" if checkpoints else "another model"
     return ConfigError(

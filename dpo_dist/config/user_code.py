@@ -4,11 +4,10 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import Any
 
 import yaml
@@ -22,16 +21,7 @@ LOSS_FUNCTION = "loss.function"
 
 @dataclass(frozen=True)
 class UserFunction:
-    """The source of a function.
-
-    Attributes:
-        module: its dotted name.
-        name: the function in it.
-        file: the module's file.
-        digest: of the file's text.
-        text: the file's text.
-        key: the configuration key that names it.
-    """
+    """The source of a function: its module, the text of the module's file and a digest of it."""
 
     module: str
     name: str
@@ -46,28 +36,16 @@ class UserFunction:
 
 @cache
 def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction:
-    """Return the source of a function without executing it.
+    """Return the source of a function, `module:function`, without executing it.
 
     `load_run_config` clears the cache, so that every configuration has the text of its time.
-
-    Raises:
-        ConfigError: no function is given, it is not written as `module:function`, or its module has no
-            source file.
     """
-    if written is None:
-        raise ConfigError(
-            f"{key} needs a function",
-            where=key,
-            got="null",
-            expected="module:function",
-            remedy=f"set {key}=my_module:my_function for the function my_function in my_module.py",
-        )
-    module, _, name = written.partition(":")
+    module, _, name = (written or "").partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), name]):
         raise ConfigError(
-            f"{key} is not the name of a function",
+            f"{key} is not the name of a function" if written else f"{key} needs a function",
             where=key,
-            got=written,
+            got=written or "null",
             expected="module:function",
             remedy=f"write the module with dots and without .py: {key}=my_module:my_function",
         )
@@ -85,11 +63,7 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
 
 
 def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
-    """Return the function that is written as `module:function`; its module is executed once for each text.
-
-    Raises:
-        ConfigError: as `find_function`, or the module cannot be imported or has no such function.
-    """
+    """Return the function that is written as `module:function`; its module is executed once for each text."""
     return _executed(find_function(written, key))
 
 
@@ -107,7 +81,7 @@ def _source_file(module: str, key: str) -> Path:
             where=key,
             got=f"{module}, searched for in {Path.cwd()} and on Python's path",
             expected="a module with a source file",
-            remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH; on "
+            remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH, on "
             "every node; write the module without .py",
         )
     return Path(spec.origin)
@@ -119,66 +93,59 @@ def _executed(found: UserFunction) -> Callable[..., Any]:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        parent = found.module.rpartition(".")[0]
-        if parent:
-            importlib.import_module(parent)
+        if spec.parent:
+            importlib.import_module(spec.parent)
         sys.modules[found.module] = module
         # Not by the loader, which may take older bytecode than the text of the digest.
         exec(compile(found.text, str(found.file), "exec"), vars(module))  # noqa: S102
+        function: Callable[..., Any] = getattr(module, found.name)
+        if not callable(function):
+            raise TypeError(f"{found.name} is no function")
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         sys.modules.pop(found.module, None)
         raise ConfigError(
-            f"the module of {found.key} cannot be imported",
+            f"{found.key} cannot be imported",
             where=found.key,
             got=f"{found.file}: {type(error).__name__}: {error}".removesuffix(": "),
-            remedy=f"correct the module until python -c 'import {found.module}' works",
+            remedy=f"correct it until python -c 'from {found.module} import {found.name}' works",
         ) from error
-    function = vars(module).get(found.name)
-    if not callable(function):
-        functions = _functions(module)
-        raise ConfigError(
-            f"the module of {found.key} has no such function",
-            where=found.key,
-            got=f"{found.name} in {found.file}",
-            expected=f"one of {', '.join(functions)}" if functions else "a function",
-            remedy="correct the name after the colon",
-        )
-    made: Callable[..., Any] = function
-    return made
-
-
-def _functions(module: ModuleType) -> list[str]:
-    """Return the names of the functions that `module` defines itself."""
-    own = vars(module).items()
-    return sorted(
-        name for name, value in own if isinstance(value, FunctionType) and value.__module__ == module.__name__
-    )
+    return function
 
 
 _DOORS = {
     "model.trust_remote_code": "Python code of model folders is run",
     "loss.function": "Python code of the loss is run",
     "pairs.function": "Python code of the judge is run",
+    "data.train": "Python code of a reader of data is run",
+    "data.eval": "Python code of a reader of data is run",
+    "evaluation.data": "Python code of a reader of data is run",
 }
 _CODE_OF_HYDRA = ("defaults", "hydra")
 
 
+def _opened(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of plain values that run code of others."""
+    found = {}
+    for key in _DOORS:
+        section, _, name = key.partition(".")
+        inner = values.get(section)
+        value = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(value, list):
+            value = next(
+                (entry["reader"] for entry in value if isinstance(entry, dict) and entry.get("reader")), ""
+            )
+        if value:
+            found[key] = "true" if value is True else str(value)
+    return found
+
+
 def open_doors(config: RunConfig) -> list[str]:
     """Return a line for each option of `config` that runs code of others."""
-    values = {
-        "model.trust_remote_code": config.model.trust_remote_code,
-        "loss.function": config.loss.function,
-        "pairs.function": config.pairs.function,
-    }
-    return [f"warning: {key}={_written(value)}: {_DOORS[key]}" for key, value in values.items() if value]
+    return [f"warning: {key}={value}: {_DOORS[key]}" for key, value in _opened(asdict(config)).items()]
 
 
 def read_config(file: Path) -> str:
-    """Return the text of a config.yaml.
-
-    Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
-    """
+    """Return the text of a config.yaml."""
     return file.read_text(encoding="utf-8")
 
 
@@ -197,28 +164,13 @@ def written_values(text: str) -> dict[str, Any]:
 
 
 def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:
-    """Check that a config.yaml opens no door that the command does not open itself.
-
-    Args:
-        content: of the file.
-        given: the keys on the command line.
-        file: for the error.
-
-    Raises:
-        ConfigError: it does.
-    """
-    for key, meaning in _DOORS.items():
-        section, _, name = key.partition(".")
-        inner = content.get(section)
-        if isinstance(inner, dict) and (value := inner.get(name)) and key not in given:
+    """Check that a config.yaml opens no door that the command, with the keys `given`, does not."""
+    for key, value in _opened(content).items():
+        if key not in given:
             raise ConfigError(
-                f"the configuration of this run asks to run code: {meaning}",
+                f"the configuration of this run asks to run code: {_DOORS[key]}",
                 where=str(file),
-                got=f"{key}={_written(value)}",
+                got=f"{key}={value}",
                 expected="a run directory without code, or the option on the command line",
-                remedy=f"add {key}={_written(value)} to the command if you trust this code",
+                remedy=f"add {key}={value} to the command if you trust this code",
             )
-
-
-def _written(value: Any) -> str:
-    return "true" if value is True else str(value)

@@ -21,18 +21,21 @@ _NEEDS_DATA = Rule(
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: what it needs, and whether it takes the whole command line of a training run."""
+    """A verb."""
 
     needs: tuple[Rule, ...]
-    of_a_run: bool
+    of_a_run: bool = True
+    """It takes the whole command line of a training run."""
+    of_former_run: bool = False
+    """It is about a run that exists: its configuration may be that of `run.dir`."""
 
 
 VERBS = {
-    TRAIN: Verb((_NEEDS_MODEL, _NEEDS_DATA), of_a_run=True),
-    "precompute": Verb((_NEEDS_MODEL, _NEEDS_DATA), of_a_run=True),
-    "evaluate": Verb((_NEEDS_MODEL,), of_a_run=True),
-    "export": Verb((_NEEDS_MODEL,), of_a_run=True),
-    "doctor": Verb((_NEEDS_DATA,), of_a_run=True),
+    TRAIN: Verb((_NEEDS_MODEL, _NEEDS_DATA)),
+    "precompute": Verb((_NEEDS_MODEL, _NEEDS_DATA)),
+    "evaluate": Verb((_NEEDS_MODEL,), of_former_run=True),
+    "export": Verb((_NEEDS_MODEL,), of_former_run=True),
+    "doctor": Verb((_NEEDS_DATA,)),
     "pairs": Verb((_NEEDS_DATA,), of_a_run=False),  # with rounds it is
     "compare": Verb((), of_a_run=False),
 }

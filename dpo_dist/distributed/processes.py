@@ -32,7 +32,6 @@ from dpo_dist.foundation.errors import (
     disk_error,
     first_line,
 )
-from dpo_dist.foundation.files import open_in_place
 
 T = TypeVar("T")
 
@@ -336,7 +335,7 @@ def write_stacks(file: Path | None, reason: str) -> None:
     if file is None:
         return
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    with contextlib.suppress(OSError), open_in_place(file, "a") as opened:
+    with contextlib.suppress(OSError), file.open("a") as opened:
         opened.write(f"{now} process {os.getpid()} on {socket.gethostname()}: {reason}\n")
         opened.flush()
         faulthandler.dump_traceback(opened, all_threads=True)

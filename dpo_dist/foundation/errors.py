@@ -58,15 +58,7 @@ _PATH_ERRORS = (
 
 
 class DpoDistError(Exception):
-    """An error that the user can fix.
-
-    Args:
-        message: the error in one sentence.
-        where: the key, ``file:line`` or pair that caused it.
-        got: the offending value.
-        expected: the values that are accepted.
-        remedy: what to do next.
-    """
+    """An error that the user can fix: one sentence, the key or ``file:line``, values, what to do next."""
 
     exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"

@@ -3,19 +3,18 @@
 import _thread
 import contextlib
 import ctypes
-import errno
 import math
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dpo_dist.foundation.errors import ConfigError, ExitCode, StoppedError
 from dpo_dist.foundation.text import counted
@@ -112,11 +111,7 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
 
 
 def check_groups(processes: int, ranks: int) -> None:
-    """Check that processes can be divided into groups of `ranks` that share the tokens of a micro-batch.
-
-    Raises:
-        ConfigError: their number is no multiple of `ranks`.
-    """
+    """Check that processes can be divided into groups of `ranks` that share the tokens of a micro-batch."""
     if processes % ranks:
         key = "parallelism.sequence_parallel"
         raise ConfigError(
@@ -134,8 +129,6 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                return
             raise ConfigError(
                 "the port of rank 0 cannot be opened",
                 where="environment: MASTER_PORT",
@@ -209,13 +202,7 @@ class Arrivals:
     """The signals of this process with the times of their arrival, read by a thread of its own.
 
     Python runs the handler of a signal in the main thread, and later than that if this thread is in a long
-    call of C. The number of the signal is written to a file descriptor at once. For the main thread.
-
-    Args:
-        answer: called in the thread with the number of each.
-
-    Attributes:
-        heard: number and time of each, since the creation of this object.
+    call of C. The number of the signal is written to a file descriptor at once, and `answer` called with it.
     """
 
     def __init__(self, answer: Callable[[int], None] | None = None) -> None:
@@ -245,12 +232,7 @@ class Arrivals:
 
 
 class StopRequest:
-    """Vote on whether to save a checkpoint and stop before the schedule ends.
-
-    Args:
-        stop_after_steps: steps of this start after which to stop; None: no limit.
-        max_seconds: seconds from now after which to stop; None: no limit.
-    """
+    """Vote on whether to save a checkpoint and stop before the schedule ends; limits are of this start."""
 
     def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
@@ -440,63 +422,27 @@ def raise_terminated(number: int, _frame: FrameType | None) -> None:
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _End:
-    """End of the items, with the exception that caused it, if any."""
-
-    error: BaseException | None
+_END: Any = object()
 
 
 @contextlib.contextmanager
 def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
-    """Yield an iterator over `items` that one background thread computes ahead.
+    """Yield an iterator over `items` that one background thread computes ahead, at most `depth` of them.
 
-    Leaving the context ends the thread as soon as it has finished the current item; later items are never
-    computed.
-
-    Args:
-        items: iterated in the thread only, and not before the context is entered.
-        depth: maximum number of items computed and not yet taken; at least one.
-
-    Yields:
-        The items in order. An exception of `items` is raised at the position of the item that failed.
+    Leaving the context waits for the current item; later ones are never computed. An exception of `items` is
+    raised at the position of the item that failed.
     """
-    assert depth >= 1
-    free = threading.Semaphore(depth)
-    stopped = threading.Event()
-    queue: SimpleQueue[T | _End] = SimpleQueue()
-    worker = threading.Thread(target=_fill, args=(items, free, stopped, queue), name="prefetch", daemon=True)
-    worker.start()
-    taken = _take(free, queue)
-    try:
-        yield taken
-    finally:
-        stopped.set()
-        free.release()
-        worker.join()
-        taken.close()
+    source = iter(items)
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        waiting = deque(pool.submit(next, source, _END) for _ in range(depth))
 
+        def take() -> Iterator[T]:
+            while waiting and (item := waiting.popleft().result()) is not _END:
+                waiting.append(pool.submit(next, source, _END))
+                yield item
 
-def _fill(
-    items: Iterable[T], free: threading.Semaphore, stopped: threading.Event, queue: "SimpleQueue[T | _End]"
-) -> None:
-    error = None
-    try:
-        source = iter(items)
-        while free.acquire() and not stopped.is_set():
-            queue.put(next(source))
-    except StopIteration:
-        pass
-    except BaseException as raised:
-        error = raised
-    queue.put(_End(error))
-
-
-def _take(free: threading.Semaphore, queue: "SimpleQueue[T | _End]") -> Generator[T, None, None]:
-    while not isinstance(item := queue.get(), _End):
-        free.release()
-        yield item
-    if item.error is not None:
-        raise item.error
+        try:
+            yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            waiting.clear()

@@ -15,14 +15,7 @@ _reserved: TextIO | None = None
 
 
 class SafeStream:
-    """Writes to `stream` until that fails once; then it writes nothing.
-
-    Characters that the stream's encoding lacks are written as escapes.
-
-    Attributes:
-        is_open: whether no write has failed yet.
-        encoding: of the stream.
-    """
+    """Writes to `stream`, with escapes for characters that its encoding lacks, until a write fails."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -57,11 +50,7 @@ class SafeStream:
         return self.is_open and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Return the file descriptor.
-
-        Raises:
-            OSError: it has none.
-        """
+        """Return the file descriptor."""
         return self._stream.fileno()
 
     def close(self) -> None:
@@ -73,9 +62,9 @@ class SafeStream:
 
 def printable(text: str) -> str:
     """Return `text` as one line for a terminal, with escapes in place of control and invisible characters."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else _escaped(each) for each in text)
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text
+    )
 
 
 def printable_lines(text: str) -> str:
@@ -84,10 +73,7 @@ def printable_lines(text: str) -> str:
 
 
 def print_line(text: str, to: TextIO | None = None) -> None:
-    """Print a line to a standard stream (default: output), with escapes in place of control characters.
-
-    A stream that takes nothing is no error.
-    """
+    """Print a line without control characters to a standard stream; one that takes nothing is no error."""
     to = to or sys.stdout
     stream = SafeStream(to)
     stream.write(printable_lines(text) + "\n")
@@ -97,13 +83,7 @@ def print_line(text: str, to: TextIO | None = None) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print a text without secrets, the only result of a command, to standard output.
-
-    A reader that has gone away (`| head`) is no error.
-
-    Raises:
-        ConfigError: the text cannot be written.
-    """
+    """Print the only result of a command, without secrets; a reader that has gone (`| head`) is no error."""
     try:
         sys.stdout.write(_encodable(without_secrets(text), _encoding(sys.stdout)))
         sys.stdout.flush()
@@ -120,11 +100,7 @@ def print_result(text: str) -> None:
 
 
 def open_closed_streams() -> None:
-    """Open the null device in place of standard streams that are closed (`>&-`).
-
-    Otherwise the next file that is opened gets the descriptor of standard output, and messages are written
-    into it. Called before any other file is opened.
-    """
+    """Open the null device for closed standard streams (`>&-`), before another file gets their descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -136,10 +112,7 @@ def open_closed_streams() -> None:
 
 
 def reserve_output() -> None:
-    """Keep standard output for the JSON objects of this process: whatever else is printed is an error output.
-
-    Libraries, functions of the user and child processes print to standard output, too.
-    """
+    """Keep standard output for JSON objects; what libraries and children print goes to standard error."""
     global _reserved  # noqa: PLW0603 (as standard output itself, one for the process)
     with contextlib.suppress(OSError, ValueError):  # replaced by a stream without a descriptor
         if _reserved is None and sys.stdout.fileno() == 1:
@@ -171,7 +144,3 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")

@@ -17,23 +17,12 @@ _FEW_WORDS = 3
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return "1 pair", "0 pairs", "2,000 pairs".
-
-    Args:
-        count: 0 or more.
-        noun: in the singular.
-        plural: of a noun that takes more than an s: "entries".
-    """
+    """Return "1 pair", "0 pairs", "2,000 pairs"; `plural` of a noun that takes more than an s: "entries"."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def first_few(words: Sequence[str], noun: str = "") -> str:
-    """Return the first three words and the number of the rest: "a, b, c and 2 more".
-
-    Args:
-        words: any number of them.
-        noun: in place of "more", in the singular.
-    """
+    """Return the first three words and the number of the rest: "a, b, c and 2 more"; `noun` for "more"."""
     named, left = ", ".join(words[:_FEW_WORDS]), len(words) - _FEW_WORDS
     if left <= 0:
         return named
@@ -44,10 +33,6 @@ def number(value: float, digits: int = 4) -> str:
     """Return 0.25, 1,234, 2e-6 or 1.2e7; an integer, or one from 1,000 to 1,000,000, with all of its digits.
 
     The script of the charts writes numbers with four digits in the same way.
-
-    Args:
-        value: any number.
-        digits: significant ones.
     """
     if not math.isfinite(value):
         return "not finite"

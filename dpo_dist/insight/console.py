@@ -27,7 +27,7 @@ from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.files import open_in_place, plain
+from dpo_dist.foundation.files import plain
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
 
@@ -462,7 +462,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     saved = os.dup(1), os.dup(2)
     settings = settings or ConsoleConfig()
     objects, messages = (SafeStream.of_descriptor(number) for number in (output_descriptor(), 2))
-    with open_in_place(log_file, "ab", buffering=0) as log:  # a buffer would raise again when it is closed
+    with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         names_crashes = faulthandler.is_enabled()

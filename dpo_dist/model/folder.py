@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.files import is_absent_offline, read_small
+from dpo_dist.foundation.files import is_absent_offline
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -152,7 +152,7 @@ def read_model_json(file: Path) -> dict[str, object]:
     """Return the object in a JSON file of a model folder."""
     got = "JSON that is not an object"
     try:
-        content = json.loads(read_small(file))
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         content, got = None, first_line(error)
     if not isinstance(content, dict):

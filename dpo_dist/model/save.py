@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import read_small, staged_folder
+from dpo_dist.foundation.files import staged_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
 from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
@@ -84,7 +84,7 @@ def read_description(base: Path) -> dict[str, bytes]:
     """Return config.json, generation_config.json and the processors of images and sounds, by name."""
     files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
     files += sorted(base.glob(_PROCESSORS))
-    return {file.name: read_small(file) for file in files if file.is_file()}
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def restore_description(
@@ -150,7 +150,7 @@ def write_card(folder: Path, card: Callable[[], str] | None) -> None:
 def read_tokenizer(source: Path) -> dict[str, bytes]:
     """Return the files of a tokenizer with its chat template, by name below the model folder `source`."""
     found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
-    return {str(file.relative_to(source)): read_small(file) for file in found}
+    return {str(file.relative_to(source)): file.read_bytes() for file in found}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.files import is_temporary, read_small, text_digest
+from dpo_dist.foundation.files import is_temporary, text_digest
 
 # Raised when the code that computes log-probs changes their digits, which
 # tests/unit/reference/test_scoring_digits.py detects.
@@ -63,7 +63,7 @@ class ReferenceFingerprint:
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's."""
     try:
-        content = json.loads(read_small(folder / FINGERPRINT_FILE))
+        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
         return found if found.as_dict() == content and found.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):

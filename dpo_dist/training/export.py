@@ -24,7 +24,7 @@ from dpo_dist.data.dataset import open_dataset
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, Exported, export_checkpoint, trained_tokenizer
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, RunOutcome, first_line
-from dpo_dist.foundation.files import read_small, staged_folder
+from dpo_dist.foundation.files import staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import read_latest_rows
 from dpo_dist.insight.recorder import spared
@@ -120,7 +120,7 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
         "data": state["counts"],
     }
     rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
-    versions = json.loads(read_small(folder.environment))["packages"]
+    versions = json.loads(folder.environment.read_bytes())["packages"]
     is_evaluated = is_end and config.export.weights is ExportedWeights.last
     written = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
     return run_card(written, rows, summary, console, versions, is_evaluated=is_evaluated)

@@ -15,7 +15,7 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
-from dpo_dist.foundation.files import read_small, write_text
+from dpo_dist.foundation.files import write_text
 
 if TYPE_CHECKING:
     from dpo_dist.training.inputs import Inputs
@@ -54,7 +54,7 @@ class RunState:
 def read_state(folder: RunFolder) -> RunState | None:
     """Return the recorded state of the run in `folder`; None if there is none."""
     try:
-        content = json.loads(read_small(folder.state))
+        content = json.loads(folder.state.read_bytes())
         return RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
     except FileNotFoundError:
         return None
@@ -182,7 +182,7 @@ def check_newest_checkpoint(config: RunConfig) -> None:
         return
     try:
         newest, *_ = checkpoint_folders(folder.checkpoints)
-        state = json.loads(read_small(newest / STATE))
+        state = json.loads((newest / STATE).read_bytes())
     except (OSError, ValueError):
         return
     check_configuration(state, config, folder)

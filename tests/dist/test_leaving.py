@@ -22,8 +22,8 @@ from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import EXIT_CODES, StopRequest, exit_codes
-from dpo_dist.reference import engine
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference import engine
 from dpo_dist.reference.engine import settle_engine
 from tests.dist.scenario import load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
@@ -89,6 +89,10 @@ def die(*_arguments: Any, **_options: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dies_in_on_main(world: World, _folder: Path) -> None:
+    world.on_main(die)
+
+
 def dies_at_a_barrier(dying: int, world: World, _folder: Path) -> None:
     if world.rank == dying:
         die()
@@ -100,7 +104,7 @@ def dies_at_a_barrier(dying: int, world: World, _folder: Path) -> None:
 @pytest.mark.parametrize(
     ("scenario", "dead", "size"),
     [
-        pytest.param(lambda world, _: world.on_main(die), 0, 3, id="rank 0 in on_main"),
+        pytest.param(dies_in_on_main, 0, 3, id="rank 0 in on_main"),
         pytest.param(partial(dies_at_a_barrier, 0), 0, 3, id="rank 0, seen late by rank 2"),
         pytest.param(partial(dies_at_a_barrier, 1), 1, 2, id="rank 1 at a barrier"),
     ],

@@ -10,17 +10,6 @@ import pytest
 from dpo_dist.foundation.process import prefetch
 
 
-def until(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.001)
-
-
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
 class Maker:
     """Counts up, and records the threads and the number of items."""
 
@@ -39,6 +28,18 @@ class Maker:
             self.made += 1
             yield number
 
+    def wait_for(self, made: int) -> None:
+        deadline = time.monotonic() + 10
+        while self.made != made and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert self.made == made
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
 
 @pytest.mark.parametrize("depth", [1, 2, 100])
 def test_all_items_in_order_from_one_thread(depth: int) -> None:
@@ -48,10 +49,7 @@ def test_all_items_in_order_from_one_thread(depth: int) -> None:
         assert list(items) == []
     assert len(maker.threads) == 1
     assert threading.get_ident() not in maker.threads
-
-
-def test_no_items() -> None:
-    with prefetch([], 1) as items:
+    with prefetch([], depth) as items:
         assert list(items) == []
 
 
@@ -61,25 +59,19 @@ def test_at_most_depth_items_are_ahead_of_a_slow_consumer(depth: int) -> None:
     with prefetch(maker, depth) as items:
         for taken in range(1, 6):
             assert next(items) == taken - 1
-            until(lambda taken=taken: maker.made == taken + depth)  # type: ignore[misc]
-            time.sleep(0.02)
-            assert maker.made == taken + depth
+            maker.wait_for(taken + depth)
+        time.sleep(0.02)
+        assert maker.made == taken + depth
 
 
 def test_an_error_is_raised_at_the_position_of_its_item() -> None:
     with prefetch(Maker(error_at=3), 8) as items:
-        time.sleep(0.02)
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(OSError, match="item 3 cannot be made"):
             next(items)
         assert list(items) == []
-    assert not workers()
-
-
-def test_an_error_of_an_item_not_taken_is_not_raised() -> None:
     with prefetch(Maker(error_at=1), 8) as items:
         assert next(items) == 0
-    assert not workers()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
@@ -87,15 +79,10 @@ def test_leaving_early_ends_the_thread(taken: int) -> None:
     maker = Maker()
     with prefetch(maker, 2) as items:
         assert list(itertools.islice(items, taken)) == list(range(taken))
-    assert not workers()
     assert maker.made <= taken + 2
     assert list(items) == []
-
-
-def test_leaving_by_an_exception_ends_the_thread() -> None:
     with pytest.raises(ZeroDivisionError), prefetch(Maker(), 1) as items:
         print(1 / next(items))
-    assert not workers()
 
 
 def test_leaving_waits_for_the_current_item_only() -> None:
@@ -113,21 +100,13 @@ def test_leaving_waits_for_the_current_item_only() -> None:
         assert begun.wait(120)
         threading.Timer(0.05, finish.set).start()
     assert finished == [0]
-    assert not workers()
 
 
-def test_nothing_is_computed_before_the_context_is_entered() -> None:
+def test_nested_prefetches_are_independent_and_nothing_is_computed_before_the_context() -> None:
     maker = Maker()
-    context = prefetch(maker, 4)
-    time.sleep(0.02)
+    prefetch(maker, 4)
     assert maker.made == 0
-    with context as items:
-        assert next(items) == 0
-
-
-def test_nested_prefetches_are_independent() -> None:
     with prefetch(range(5), 1) as outer:
         for number in outer:
             with prefetch(range(number), 2) as inner:
                 assert list(inner) == list(range(number))
-    assert not workers()

@@ -16,7 +16,6 @@ import dpo_dist
 from dpo_dist.config import command_line
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]
@@ -128,20 +127,13 @@ def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (rank_1.returncode, printed) == (2, "")
 
 
-def test_a_rank_whose_error_is_its_own_prints_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_whose_error_is_its_own_prints_it(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(command_line.time, "sleep", waited.append)
     monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
-    error = ConfigError("no such folder", where="model.path")
-    command_line._print(error, command_line._Errors(is_json=False))
-    assert capsys.readouterr().err == error.block() + "\n"
+    assert "there is no key" in verb(*RUN, "loss.betta=0.2").err
     assert len(waited) == 1
-    error.reporting_rank = 0
-    command_line._print(error, command_line._Errors(is_json=False))
-    assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
 
 
 def test_an_interrupt_is_one_line(verb: Verb) -> None:

@@ -125,13 +125,8 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Pat
     assert set(ends) == {"step-000001", "step-000002"}
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(
-    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where a stopped run saves its step again; without an exchange of names as on NFS and Lustre."""
-    if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(tmp_path: Path) -> None:
+    """As where a stopped run saves its step again."""
     before = prepared(tmp_path / "before", 1, 1)
     for number in range(1, 1000):
         root = Path(shutil.copytree(before, tmp_path / str(number)))

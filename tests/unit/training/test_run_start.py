@@ -16,7 +16,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
-from dpo_dist.foundation.files import temporary_name, write_text
+from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
@@ -274,10 +274,11 @@ def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     files = folder.state, folder.summary, folder.samples_file(2), folder.bad_step(3), folder.wandb_id
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-    own = [temporary_name(file) for file in files]
-    of_killed = [file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-")) for file in own]
-    for file in (*own, *of_killed):
+    of_killed = [temporary_name(file) for file in files]
+    for file in of_killed:
         file.touch()
-    with locked(folder, ALONE):
-        assert [file.exists() for file in own] == [True] * 5, "this process still writes them"
+        os.utime(file, (0, 0))
+    with staged_file(folder.samples_file(3)) as own, locked(folder, ALONE):
+        assert own.exists(), "this process still writes it"
         assert [file.exists() for file in of_killed] == [False] * 5
+        own.touch()

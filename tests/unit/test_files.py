@@ -1,0 +1,227 @@
+"""Files and folders appear whole or not at all; a cached digest is that of the bytes on disk now."""
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dpo_dist.foundation.files import (
+    collect_abandoned,
+    content_digest,
+    recover_folder,
+    remember_digest,
+    remembered_digest,
+    staged_file,
+    staged_folder,
+    temporary_name,
+    write_bytes,
+    write_text,
+)
+
+
+def fail_after_writing(path: Path) -> None:
+    path.write_bytes(b"ha")
+    raise InterruptedError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_folder(path: Path, name: str = "file", text: str = "") -> None:
+    with staged_folder(path) as temporary:
+        (temporary / name).write_text(text)
+
+
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    write_text(path, "naïve")
+    assert path.read_bytes() == b"na\xc3\xafve"
+    with pytest.raises(InterruptedError), staged_file(path) as temporary:
+        fail_after_writing(temporary)
+    with staged_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"na\xc3\xafve"
+    assert path.read_bytes() == b"new"
+    write_bytes(path, b"newer")
+    assert (path.read_bytes(), names(path.parent)) == (b"newer", ["file"])
+
+
+def test_a_folder_appears_with_all_its_files_or_not_and_replaces_all_of_an_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "folder"
+    with pytest.raises(InterruptedError), staged_folder(path) as temporary:
+        fail_after_writing(temporary / "part")
+    assert names(tmp_path / "made") == []
+    with staged_folder(path) as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_bytes(b"whole")
+        assert not path.exists()
+    assert (path / "below" / "file").read_bytes() == b"whole"
+    write_folder(path, "second")
+    assert (names(path), names(path.parent)) == (["second"], ["folder"])
+
+
+def test_the_folder_of_another_process_is_kept_if_asked_and_never_replaced_if_asked(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    write_folder(path, text="first")
+    with staged_folder(path, keep_if=lambda there: (there / "file").is_file()) as temporary:
+        (temporary / "file").write_text("second")
+    with pytest.raises(FileExistsError), staged_folder(path, replaces=False) as temporary:
+        (temporary / "file").write_text("third")
+    assert (path / "file").read_text() == "first"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_concurrent_writers_of_one_folder_all_succeed(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def write(number: int) -> None:
+        with staged_folder(path) as temporary:
+            for name in ("one", "two"):
+                (temporary / name).write_text(str(number))
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(write, range(64)))
+    assert (path / "one").read_text() == (path / "two").read_text()
+    assert names(tmp_path) == ["folder"]
+
+
+def replace_and_die(path: Path) -> None:
+    """Replace the folder `path` in a process that dies after its first rename of it."""
+    child = os.fork()
+    if child == 0:
+        rename = Path.rename
+        taken = iter([False, True])  # the first rename finds the older folder
+
+        def last_rename(self: Path, target: Path) -> Path:
+            is_aside = next(taken)
+            renamed = rename(self, target)
+            if is_aside:
+                os._exit(1)
+            return renamed
+
+        with staged_folder(path) as temporary:
+            (temporary / "file").write_text("second")
+            mock.patch.object(Path, "rename", last_rename).start()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "fol[d]er"
+    write_folder(path, text="first")
+    replace_and_die(path)
+    assert not path.exists()
+    with pytest.raises(InterruptedError), staged_folder(path) as temporary:
+        fail_after_writing(temporary / "file")
+    assert (path / "file").read_text() == "first"
+    replace_and_die(path)
+    path.mkdir()
+    recover_folder(path)
+    assert names(path) == [], "an existing folder is not replaced"
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every fsync and rename in order, with the path or the new path."""
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def watch_fsync(descriptor: int) -> None:
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watch(move: Any) -> Any:
+        def moved(path: Path, target: Path) -> Path:
+            events.append(("rename", str(target)))
+            return move(path, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch(rename))
+    monkeypatch.setattr(Path, "replace", watch(replace))
+    return events
+
+
+def test_everything_is_synced_before_its_rename_and_the_folder_above_after_it(
+    tmp_path: Path, on_disk: list[tuple[str, str]]
+) -> None:
+    with staged_file(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"content")
+    renamed = [("rename", str(tmp_path / "file")), ("fsync", str(tmp_path))]
+    assert on_disk == [("fsync", str(temporary)), *renamed]
+    with staged_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_bytes(b"content")
+    named = on_disk.index(("rename", str(tmp_path / "folder")))
+    below = [temporary, temporary / "below", temporary / "below" / "file"]
+    assert {("fsync", str(path)) for path in below} <= set(on_disk[:named])
+    assert ("fsync", str(tmp_path)) in on_disk[named:]
+
+
+def test_private_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with staged_folder(tmp_path / "folder") as temporary:
+        descriptor, _ = tempfile.mkstemp(dir=temporary, prefix="private")
+        os.close(descriptor)
+    (private,) = (tmp_path / "folder").iterdir()
+    assert private.stat().st_mode == plain.stat().st_mode
+
+
+def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    """Files being written stay, and so does a folder that a killed commit had moved aside."""
+    dead, new = temporary_name(tmp_path / "dead"), temporary_name(tmp_path / "new")
+    aside, superseded = (tmp_path / f"{name}.tmp-replaced-0123456789ab" for name in ("gone", "there"))
+    of_users = [tmp_path / name for name in ("my.tmp-1", "b.tmp-replaced-", "c.tmp-0123456789ab.txt")]
+    for folder in (aside, superseded, tmp_path / "there"):
+        folder.mkdir()
+    for one in (dead, new, *of_users):
+        one.write_bytes(b"")
+    with staged_file(tmp_path / "file") as file, staged_folder(tmp_path / "folder") as living:
+        for one in (dead, aside, superseded, *of_users, file, living):
+            os.utime(one, (0, 0))
+        assert collect_abandoned(tmp_path) == sorted([dead, superseded])
+        kept = (living, file, new, aside, tmp_path / "there", *of_users)
+        assert names(tmp_path) == sorted(path.name for path in kept)
+    assert collect_abandoned(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("offset", [0, 1_000_000, 3_999_999])
+def test_a_changed_byte_is_detected_with_the_old_modification_time(tmp_path: Path, offset: int) -> None:
+    file, memo = tmp_path / "file", tmp_path / "memo"
+    file.write_bytes(bytes(4_000_000))
+    before, times = remembered_digest(file, memo), file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(b"\x01")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert remembered_digest(file, memo) == content_digest([file]) != before
+
+
+def test_files_of_equal_metadata_differ_by_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as two read-only images mounted at one path."""
+    file, memo = tmp_path / "file", tmp_path / "memo"
+    file.write_bytes(b"a" * 100_000)
+    status, stat = file.stat(), Path.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda path, **how: status if path == file else stat(path, **how))
+        before = remembered_digest(file, memo)
+        file.write_bytes(b"b" * 100_000)
+        assert remembered_digest(file, memo) == content_digest([file]) != before
+
+
+def test_a_digest_of_the_writer_is_used_until_the_file_changes(tmp_path: Path) -> None:
+    file, memo = tmp_path / "file", tmp_path / "memo"
+    file.write_bytes(b"content")
+    remember_digest(file, memo, "written")
+    assert remembered_digest(file, memo) == "written"
+    file.write_bytes(b"other content")
+    assert remembered_digest(file, memo) == content_digest([file])
