@@ -9,7 +9,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
-from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
+from dpo_dist.training.preflight import check_start, started, with_evaluated_pairs, without_traces
 from dpo_dist.training.targets import find_evaluated
 
 
@@ -38,7 +38,7 @@ def check(config: RunConfig) -> int:
     with without_traces(config, of_success=True):
         check_start(config)
         with warnings_off():
-            from dpo_dist.training.preflight import rehearse_evaluation  # noqa: PLC0415  (slow)
+            from dpo_dist.training.rehearsal import rehearse_evaluation  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse_evaluation(config, models), config.console)
     return ExitCode.completed

@@ -13,7 +13,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.startup import started
+from dpo_dist.training.preflight import started
 
 
 def main(config: RunConfig) -> int:

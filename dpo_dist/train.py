@@ -14,8 +14,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.preflight import check_start, started, without_traces
 from dpo_dist.training.resume import check_newest_checkpoint
-from dpo_dist.training.startup import check_start, started, without_traces
 
 
 def main(config: RunConfig) -> int:
@@ -50,7 +50,7 @@ def check(config: RunConfig, *, trains: bool = True) -> int:
     with without_traces(config, of_success=True):
         check_start(config, trains=trains)
         with warnings_off():
-            from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
+            from dpo_dist.training.rehearsal import rehearse  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse(config, trains=trains), config.console)
     return ExitCode.completed

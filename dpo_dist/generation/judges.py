@@ -142,31 +142,23 @@ class FunctionJudge:
     def _scores(self, question: Question) -> list[float | None]:
         try:
             scores = list(self._function(question.prompt, list(question.responses)))
+            numbers = [None if score is None else float(score) for score in scores]
+            fault = "" if len(scores) == len(question.responses) else f"returns {len(scores)} scores"
+            has_other = any(isinstance(score, str | bool) for score in scores)
+            if has_other or not all(math.isfinite(number or 0) for number in numbers):
+                fault = "returns a score that is no finite number"
         except Exception as error:  # the user's code can raise anything; its message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
-            got = f"{type(error).__name__} in {place.filename}:{place.lineno}"
-            raise self._error("raises an exception", question, got) from error
-        if len(scores) != len(question.responses):
-            got = f"{len(scores)} for {len(question.responses)} responses"
-            raise self._error("returns another number of scores", question, got)
-        for score in scores:
-            try:
-                is_number = score is None or (not isinstance(score, str | bool) and math.isfinite(score))
-            except TypeError:
-                is_number = False
-            if not is_number:
-                fault = "returns a score that is no finite number"
-                raise self._error(fault, question, type(score).__name__)
-        return [None if score is None else float(score) for score in scores]
-
-    def _error(self, fault: str, question: Question, got: str) -> ConfigError:
-        return ConfigError(
-            f"the judge {fault}",
-            where=f"{_FUNCTION} at the prompt of {question.record.origin}",
-            got=got,
-            expected="a list with a finite number, or None, for each response",
-            remedy=f"correct {self._source.name} in {self._source.file}",
-        )
+            fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"
+        if fault:
+            raise ConfigError(
+                "the judge does not score",
+                where=f"{_FUNCTION} at the prompt of {question.record.origin}",
+                got=fault,
+                expected="a list with a finite number, or None, for each response",
+                remedy=f"correct {self._source.name} in {self._source.file}",
+            )
+        return numbers
 
 
 class RewardModel:

@@ -29,12 +29,11 @@ from dpo_dist.model.load import keep_trainable, quantized_loading
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.scoring import AdapterReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
-from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
+from tests.support.written import write_model
 
 STEPS: tuple[tuple[tuple[int, ...], int], ...] = tuple(
     (rows, 128) for rows in ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9))
@@ -64,7 +63,7 @@ def steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> dic
     policy = load_policy(model, world, seed=SEED)
     before = scored(policy, assets)
     norms = all_steps(policy, Objective(LOSS, AdapterReference(policy)), assets.dataset(), world, STEPS)
-    export_model(policy, tiny.qwen(), folder / "model", world)
+    write_model(policy, folder / "model", world)
     inner = policy._engine.optimizer.optimizer
     moments = sum(state["exp_avg"].numel() for state in inner.state.values())
     return {"before": before, "norms": norms, "after": scored(policy, assets), "moments": moments}
@@ -177,10 +176,10 @@ def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
     policy = load_policy(model, world, OptimConfig(lr=2e-5, eps=1e-12), seed=SEED)
-    export_model(policy, tiny.qwen(), folder / "before", world)
+    write_model(policy, folder / "before", world)
     objective = Objective(LOSS, AdapterReference(policy))
     all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 40, lr=2e-5)
-    export_model(policy, tiny.qwen(), folder / "after", world)
+    write_model(policy, folder / "after", world)
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,6 +33,7 @@ from tests.dist.scenario import (
 from tests.support.packing import COSTS
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import run_ranks
+from tests.support.written import whole_weights
 
 
 def shards(policy: PolicyEngine) -> list[Tensor]:
@@ -68,12 +67,7 @@ def steps(
 
 
 def write_whole(policy: PolicyEngine, file: Path) -> None:
-    if dist.get_rank():  # only rank 0 has a copy in host memory
-        refuse = AssertionError("a copy of the whole model")
-        with mock.patch.object(type(policy._engine.module), "state_dict", side_effect=refuse):
-            assert policy.whole_weights() is None
-        return
-    weights = policy.whole_weights()
+    weights = whole_weights(policy)
     if weights is not None:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, file)
 

@@ -17,13 +17,12 @@ from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.scoring import NoReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
-from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
+from tests.support.written import write_model
 
 LENGTHS = (3, 11, 1, 6, 24, 2, 7)
 STOPS = tuple(range(60, 90))
@@ -80,7 +79,7 @@ def train(
     if speaks:
         result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
         result |= {"base": speak(GREEDY, of_base=True)} if adapter is not None else {}
-        export_model(policy, tiny.qwen(), folder / "model", world)
+        write_model(policy, folder / "model", world)
     norms.append(step())
     policy.free()
     return {**result, "norms": norms, "scores": scores}

@@ -22,6 +22,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start import Run
 from tests.dist.scenario import Assets, files_of
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS, plain_logps
@@ -127,7 +128,8 @@ def run_of(folder: Path, assets: Assets, *more: str) -> list[str]:
 
 def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
     config, console = load_run_config(overrides), Console(None)
-    inputs = load_inputs(config, world, console)
+    run = Run(config, world, console)
+    inputs = load_inputs(run)
     free, filled = FrozenEngine.free, []
 
     def weigh_and_free(engine: FrozenEngine) -> None:
@@ -136,7 +138,7 @@ def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str,
 
     FrozenEngine.free = weigh_and_free
     before = tensor_bytes()
-    reference = prepare_reference(config, inputs, world, console)
+    reference = prepare_reference(run, inputs)
     return {
         "computed": reference.report["computed"],
         "grown": filled[0] - before > 0,
@@ -161,8 +163,9 @@ def quantize(assets: Assets, overrides: list[str], world: World, _folder: Path) 
         assert isinstance(engine, QuantizedReference), "whole on every rank"
         drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
     for quantization in ("nf4", "null", "nf4"):
-        run = load_run_config([*overrides, f"reference.quantization={quantization}"])
-        reference = prepare_reference(run, load_inputs(run, world, Console(None)), world, Console(None))
+        config = load_run_config([*overrides, f"reference.quantization={quantization}"])
+        run = Run(config, world, Console(None))
+        reference = prepare_reference(run, load_inputs(run))
         computed.append([reference.report["computed"], reference.is_policys_start])
     return {"drifts": drifts, "computed": computed}
 

@@ -45,7 +45,6 @@ from dpo_dist.generation.pairs.files import (
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
-_LINE_EVERY = 25
 _OVERLAP = 0.2
 """Share of the comparisons that every annotator judges, for their agreement."""
 
@@ -184,8 +183,8 @@ class LabelServer(ThreadingMixIn, WSGIServer):
 
     daemon_threads = False  # a request is finished before the log is closed
 
-    def __init__(self, labelling: Labelling, judged: Callable[[], None]):
-        self._labelling, self._judged, self._lock = labelling, judged, threading.Lock()
+    def __init__(self, labelling: Labelling):
+        self._labelling, self._lock = labelling, threading.Lock()
         self.path = f"/{secrets.token_urlsafe(24)}/"
         page = resources.files("dpo_dist.generation").joinpath("label.html").read_text("utf-8")
         self._page = jinja2.Environment(autoescape=True).from_string(page)
@@ -207,7 +206,6 @@ class LabelServer(ThreadingMixIn, WSGIServer):
             if sent:
                 seconds = time.time() - float(fields["now"])
                 self._labelling.judge(annotator, item, fields["choice"], seconds)
-                self._judged()
             if sent or (annotator and "item" not in fields):
                 # The address of a comparison has its key: the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")
@@ -305,12 +303,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         labelling = Labelling(items, descriptor, seed)
         if foreign := labelling.read(folder.pairs_judgements):
             say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
-
-        def judged() -> None:
-            if len(labelling.given) % _LINE_EVERY == 0:
-                say(f"{len(labelling.given):,} judgements")
-
-        with LabelServer(labelling, judged) as server:
+        with LabelServer(labelling) as server:
             _serve(server, show)
     judgements, counts = list(labelling.given.values()), Counter[str]()
     records = list(_pairs(items, judgements, counts))
@@ -379,13 +372,17 @@ def _pairs(
         counts[name] += 1
         if better is None:
             continue
-        # Sides in place of indices.
-        sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")
+        sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")  # by index
         verdicts = dict(zip(_SIDES, sides, strict=True))
-        given = []
-        for one in by_item[key]:
-            fields = one._asdict() | {"verdict": verdicts.get(one.verdict, one.verdict)}
-            given.append(fields | {"left": sides[one.left]})
-            del given[-1]["item"]
+        given = [
+            {
+                "annotator": one.annotator,
+                "verdict": verdicts.get(one.verdict, one.verdict),
+                "left": sides[one.left],
+                "seconds": one.seconds,
+                "time": one.time,
+            }
+            for one in by_item[key]
+        ]
         facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
         yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)

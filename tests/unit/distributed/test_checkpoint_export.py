@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,15 +20,14 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelCo
 from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
-from dpo_dist.distributed.export import Exported, export_checkpoint
+from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import write_model_folder
-from dpo_dist.training.finish import keep_files
+from dpo_dist.model.save import write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import write_multimodal
@@ -149,18 +147,19 @@ def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
-def test_a_failed_check_or_a_full_disk_leaves_nothing(
+def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
 
-    def check(exported: Exported) -> None:
-        assert (exported.folder / "model.safetensors").is_file()
-        raise CheckpointError("different", remedy="none")
+    def write_other(folder: Path, causal_lm: Any, weights: dict[str, Tensor], *rest: Any) -> None:
+        weights["lm_head.weight"][0] += 1
+        write_weights(folder, causal_lm, weights, *rest)
 
-    with pytest.raises(CheckpointError, match="different"):
-        export_checkpoint(checkpoint, tmp_path / "out", config, check=check)
+    monkeypatch.setattr(checkpoint_export, "write_weights", write_other)
+    with pytest.raises(CheckpointError, match="other weights"):
+        export_checkpoint(checkpoint, tmp_path / "out", config)
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(checkpoint_export, "write_weights", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -367,20 +366,3 @@ def test_a_model_has_the_files_of_its_inputs(
     assert {name for name in PROCESSORS if (out / name).exists()} == (PROCESSORS if reads_images else set())
     for file in (*TOKENIZER, *(PROCESSORS if reads_images else ())):
         assert (out / file).read_bytes() == (base / file).read_bytes()
-
-
-def test_a_run_keeps_the_files_of_its_inputs_from_its_start(tmp_path: Path) -> None:
-    base, out = write_base(tmp_path / "base", "gemma3"), tmp_path / "out"
-    config = run_of(base, dtype=Dtype.fp32)
-    inputs: Any = SimpleNamespace(
-        tokenizer_files=base, policy_files=SimpleNamespace(folder=base, adapter=None)
-    )
-    world: Any = SimpleNamespace(is_main=True, together=lambda work: work())
-    kept = keep_files(config, inputs, world)
-    contents = {name: (base / name).read_bytes() for name in (*TOKENIZER, *PROCESSORS)}
-    for name in contents:
-        (base / name).unlink()
-    model = load_packed(base, config.model, 64, torch.device("cpu"))
-    weights = {name: weight.detach() for name, weight in model.causal_lm.state_dict().items()}
-    write_model_folder(out, model.causal_lm, weights, tiny.qwen(), **kept)
-    assert {name: (out / name).read_bytes() for name in contents} == contents

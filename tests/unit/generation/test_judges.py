@@ -135,11 +135,11 @@ def test_the_digest_is_that_of_the_files(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", "another number of scores"),
-        ("return ['high', 'low']", "no finite number"),
+        ("return [1.0]", "returns 1 scores"),
+        ("return ['1', '2']", "no finite number"),
         ("return [float('nan'), 1]", "no finite number"),
-        ("return [[], 1]", "no finite number"),
-        ("raise ValueError(prompt)", "raises an exception"),
+        ("return [[1], 1]", "raises TypeError"),
+        ("raise ValueError(prompt)", "raises ValueError"),
     ],
 )
 def test_a_function_that_does_not_score_is_named(

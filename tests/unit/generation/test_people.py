@@ -170,7 +170,7 @@ def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path: Path) -> No
         connection.request(method, path, urlencode(fields) if method == "POST" else None)
         return connection.getresponse()
 
-    with opened(tmp_path / "log", items) as labelling, LabelServer(labelling, lambda: None) as server:
+    with opened(tmp_path / "log", items) as labelling, LabelServer(labelling) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         page, place = "", f"{server.path}?annotator=Ada"
         for _ in range(2):

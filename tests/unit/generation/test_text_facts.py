@@ -48,12 +48,6 @@ def test_a_loop_without_spaces_is_seen(loop: str) -> None:
     assert found.words == (loop != "_")
 
 
-@pytest.mark.parametrize("unit", ["\n", "[", "|\n", "- "])
-def test_the_time_of_a_response_that_repeats_a_sign_grows_with_its_length(unit: str) -> None:
-    """With time that grows with the square of the length, this takes minutes."""
-    facts(unit * 100_000)
-
-
 def test_metrics_are_means_of_what_is_known() -> None:
     found = [facts(ENGLISH, 30), facts(GERMAN, 20), facts("", 0)]
     found.append(text_facts("I cannot do that", 10, is_finished=False))
@@ -162,8 +156,11 @@ def test_only_the_start_of_a_response_counts() -> None:
     assert not is_refusal("The sea is blue. " * 20 + "I cannot help you with that.")
 
 
-@pytest.mark.parametrize("repeated", ["as a ", "but ", "however, as an ", "really ", "I can't "])
-def test_a_start_that_repeats_itself_takes_no_time(repeated: str) -> None:
-    """A model that collapses writes such texts; each took seconds when a pattern had many ways to fail."""
-    for number in range(200):
+@pytest.mark.parametrize(
+    "repeated", ["\n", "[", "|\n", "- ", "but ", "however, as an ", "really ", "I can't "]
+)
+def test_a_text_that_repeats_itself_takes_no_time(repeated: str) -> None:
+    """A model that collapses writes such texts; with time that grows with a power, they take minutes."""
+    facts(repeated * 50_000)
+    for number in range(100):
         assert not is_refusal(f"Sorry, {repeated * 40}{number}")
