@@ -12,7 +12,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
 from dpo_dist.config.verbs import check_needs
-from dpo_dist.data.sources import check_source
+from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.insight.doctor.findings import with_thresholds
@@ -20,11 +20,7 @@ from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
 def main(config: RunConfig) -> int:
-    """Examine the data of `config`, write the report into the run directory, print it; return the exit code.
-
-    Raises:
-        DpoDistError: the configuration or the data cannot be read.
-    """
+    """Examine the data of `config`, write and print the report; return the exit code."""
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
             "the doctor is one process",

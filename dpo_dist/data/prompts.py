@@ -28,36 +28,29 @@ from dpo_dist.data.sources import raw_records
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = frozenset(
-    {
-        "unknown_format",
-        "missing_field",
-        "not_one_answer",
-        "no_ranking",
-        "all_tied",
-        "invalid_scores",
-        "empty_response",
-        "identical_responses",
-    }
+    (
+        *("unknown_format", "missing_field", "not_one_answer", "no_ranking", "all_tied", "invalid_scores"),
+        *("empty_response", "identical_responses"),
+    )
 )
 
 
 def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source as prompts: records without responses. Errors as `read_records`."""
+    """Read the records of a source for their prompts: without responses where they have none to be used."""
     source = resolved(source)
-    return (
-        record if isinstance(record, BadRecord) else parse_prompt(record, source.format, origin)
-        for record, origin in raw_records(source)
-    )
+    for record, origin in raw_records(source):
+        yield record if isinstance(record, BadRecord) else parse_prompt(record, source.format, origin)
 
 
 def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return the prompt of a record of format `name`, perhaps without responses, as a record without them."""
+    """Return a record of format `name`, without responses if it has none that can be used."""
     parsed = parse_record(record, name, origin)
-    if isinstance(parsed, BadRecord) and parsed.reason in _OF_RESPONSES:
-        completed = parse_record(_completed(record), DataFormat.completion, origin)
-        if not (isinstance(completed, BadRecord) and completed.reason in _OF_RESPONSES):
-            parsed = completed
-    return parsed if isinstance(parsed, BadRecord) else replace(parsed, responses=(), scores=None)
+    if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
+        return parsed
+    completed = parse_record(_completed(record), DataFormat.completion, origin)
+    if isinstance(completed, BadRecord):
+        return parsed if completed.reason in _OF_RESPONSES else completed
+    return replace(completed, responses=(), scores=None)
 
 
 def _completed(record: Fields) -> dict[str, Any]:

@@ -13,16 +13,13 @@ from pathlib import Path, PurePath
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.counts import no_records, remedy_of
 from dpo_dist.data.read import KINDS, Meter, check_kind, file_kind, read_file, table_records
-from dpo_dist.data.records import BadRecord, RawRecord, shown_key
-from dpo_dist.data.responses import is_labelled
+from dpo_dist.data.records import RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import is_absent_offline, recall, remember, remembered_digest, text_digest
 
 log = logging.getLogger(__name__)
 
-_FIRST_RECORDS = 20
 _SUFFIXES = (*KINDS, ".gz", ".zst")
 _GLOB = re.compile(r"[*?\[]")
 _DATA_NAME = re.compile(
@@ -35,13 +32,16 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
-def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
+def raw_records(
+    source: SourceConfig, meter: Meter | None = None, *, of_first: bool = False
+) -> Iterator[RawRecord]:
     """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
 
-    They have passed its `reader`, and fields have the names that its `columns` give them.
+    Its `reader` and `columns` have been applied; `of_first` is that of `with_columns`.
     """
     source = resolved(source)
-    return with_columns(itertools.islice(_written(source, meter or Meter()), source.limit), source)
+    written = itertools.islice(_written(source, meter or Meter()), source.limit)
+    return with_columns(written, source, of_first=of_first)
 
 
 def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
@@ -70,38 +70,6 @@ def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both
             got="no source",
             expected=f"held-out records, {form}",
             remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
-        )
-
-
-def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check the keys and the first records of a local source; sends no request for a Hub dataset.
-
-    With `needs_pairs`, no record, or unpaired responses with a good/bad label (KTO), are an error.
-    Raises DataError or ConfigError.
-    """
-    source = resolved(source)
-    with_columns(iter(()), source)
-    if local_files(source):
-        check_first_records(source, needs_pairs=needs_pairs)
-
-
-def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check that there are records, with the source's columns, and not responses with a label (KTO).
-
-    A Hub dataset is downloaded. `needs_pairs` is that of `check_source`. Raises DataError.
-    """
-    most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
-    first = list(with_columns(itertools.islice(_written(source, Meter()), most), source, of_first=True))
-    if needs_pairs and not first:
-        raise no_records(source.path)
-    records = [record for record, _ in first if not isinstance(record, BadRecord)]
-    if needs_pairs and records and all(map(is_labelled, records)):
-        raise DataError(
-            "the source has single responses with a good/bad label, not pairs",
-            where=source.path,
-            got=f"a label and no second response in each of the first {len(records)} records",
-            expected="pairs, rankings or completions",
-            remedy=remedy_of("unpaired"),
         )
 
 
@@ -261,19 +229,19 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
 
     with _as_data_error(source):
         builder = load_dataset_builder(str(folder), source.name, data_dir=source.data_dir)
-    splits = {
-        str(split): sorted(Path(os.path.normpath(file)) for file in files)
-        for split, files in (builder.config.data_files or {}).items()
-    }
+    root, splits = folder.resolve(), dict[str, list[Path]]()
+    for split, found in (builder.config.data_files or {}).items():
+        files = sorted(Path(os.path.normpath(file)) for file in found)
+        # Strangers write the card of a dataset: it names no files of this machine.
+        if outside := [file for file in files if not file.is_relative_to(root)]:
+            raise DataError(
+                "the card of the dataset names a file outside its folder",
+                where=source.path,
+                got=str(outside[0]),
+                remedy="set path of the source to this file, if you want it to be read",
+            )
+        splits[str(split)] = [folder / file.relative_to(root) for file in files]
     known = set(itertools.chain(*splits.values()))
-    # Strangers write the card of a dataset: it names no files of this machine.
-    if outside := [file for file in known if not file.is_relative_to(folder)]:
-        raise DataError(
-            "the card of the dataset names a file outside its folder",
-            where=source.path,
-            got=str(outside[0]),
-            remedy="set path of the source to this file, if you want it to be read",
-        )
     if not (source.name or source.data_dir) and (unread := [file for file in every if file not in known]):
         raise DataError(
             "files of the folder are in no split, or of another kind",

@@ -8,7 +8,7 @@ from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.config.verbs import check_needs
-from dpo_dist.data.sources import check_source
+from dpo_dist.data.formats import check_source
 from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
 
 

@@ -15,6 +15,7 @@ from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
+from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
@@ -41,7 +42,6 @@ from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_st
 from dpo_dist.insight.compare.responses import (
     Row,
     Speaker,
-    prompt_records,
     shown_prompt,
     write_held_out,
 )
@@ -275,7 +275,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     lines.append(("judge", ask_judge(config) if has_judge(config.pairs) else "none: no scores, no win rates"))
     for source in config.data.eval_sources:
         for whose, fault in faults.items():
-            records = prompt_records(pinned(source, None))
+            records = read_prompts(pinned(source, None))
             lines.append(("held out", whose + first_records(records, source, config.data, fault)))
     findings = "".join(f"  {label + ':':<10}{text}\n" for label, text in lines)
     return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"

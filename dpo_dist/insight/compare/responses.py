@@ -13,13 +13,10 @@ import torch
 
 from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.batching.plan import consecutive_batches
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.columns import resolved
-from dpo_dist.data.formats import parse_record
-from dpo_dist.data.prompts import eval_part, parse_prompt, prompt_hash
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt
-from dpo_dist.data.sources import pinned, raw_records, source_labels
+from dpo_dist.data.prompts import eval_part, prompt_hash, read_prompts
+from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt
+from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import DataError
@@ -103,19 +100,9 @@ def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[P
     """Yield the held-out records, with their responses if they have any, and the labels of their sources."""
     sources, part = config.data.eval_sources, eval_part(config.data)
     for source, label in zip(sources, source_labels(sources), strict=True):
-        for record in good_records(prompt_records(pinned(source, None)), source, config.data, say):
+        for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
             if part.has(prompt_hash(record.prompt)):
                 yield as_asked(record, config.data), label
-
-
-def prompt_records(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
-    """Yield the records of a source, without responses if they have none."""
-    source = resolved(source)
-    for fields, origin in raw_records(source):
-        record = fields if isinstance(fields, BadRecord) else parse_record(fields, source.format, origin)
-        if isinstance(record, BadRecord) and not isinstance(fields, BadRecord):
-            record = parse_prompt(fields, source.format, origin)
-        yield record
 
 
 Row = dict[str, Any]

@@ -8,7 +8,8 @@ from pathlib import Path
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint, step_of, without_model
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.sources import check_has_evaluation_data, check_source
+from dpo_dist.data.formats import check_source
+from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.start import check_judge

@@ -1,10 +1,8 @@
 """The page about a run: verdict, results, samples, curves, data, time, reference, and how to repeat it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
@@ -70,11 +68,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
     """Yield model, method, data and size of the run; nothing without a configuration."""
     if not facts.config:
         return
-    adapter = facts.setting("model.adapter")
-    weights = "all weights"
-    if adapter:
-        is_continued = adapter.get("path") is not None and not adapter.get("on_top")
-        weights = f"LoRA adapter {adapter['path'] if is_continued else 'of rank ' + str(adapter['r'])}"
+    weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
     yield f"{facts.setting('model.path')} ({weights}, {facts.setting('model.dtype')})"
     terms = facts.setting("loss.terms")
     loss = " + ".join(term["kind"] for term in terms) if terms else facts.setting("loss.kind")
@@ -86,8 +80,8 @@ def _about(facts: PageFacts) -> Iterator[str]:
             yield counted(pairs, noun)
     if steps := facts.summary.get("steps"):
         yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), 'pair')}"
-    unit = ("GPU", "GPUs") if facts.environment.get("gpus") else ("process", "processes")
-    yield counted(facts.summary.get("world_size") or facts.environment.get("world_size") or 1, *unit) + "."
+    processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
+    yield counted(processes, "process", "processes") + "."
 
 
 def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
@@ -165,22 +159,11 @@ def _by_source(facts: PageFacts) -> Table | None:
     for label, results, row in rows:
         ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
         remarks = [counted(pairs, "evaluation pair")] if pairs else []
-        name = _named(label, remarks, ends.get(f"eval_{ACCURACY}"))
-        lines.append([name, *(_cell(row.get(key), ends.get(key), key) for key in keys)])
+        low, high = ends.get(f"eval_{ACCURACY}", (1, 1))
+        remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
+        name = part("macros.jinja", "named", label, ", ".join(remarks))
+        lines.append([name, *(estimate(row.get(key), ends.get(key)) for key in keys)])
     return (["source", *(titles[key] for key in keys)], lines) if keys else None
-
-
-def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> Markup:
-    shown = estimate(value, ends)
-    if value is not None and ends and key.removeprefix("eval_").startswith(ACCURACY):
-        return shown + part("macros.jinja", "interval", value, *ends)
-    return shown
-
-
-def _named(label: str, remarks: list[str], ends: Sequence[float] | None) -> Markup:
-    """Return the first cell of a row: its group with remarks."""
-    doubt = ["not better than guessing"] if ends and ends[0] <= 1 / 2 <= ends[1] else []
-    return part("macros.jinja", "named", label, ", ".join([*remarks, *doubt]))
 
 
 def _records(title: str, counts: Fields) -> Mapping[str, Any]:
@@ -236,14 +219,10 @@ def _reference(report: Fields) -> Iterator[str]:
 
 
 def _repeat(facts: PageFacts) -> Mapping[str, Any]:
-    """Return command, commit and versions of the run; empty without any."""
-    environment = facts.environment
-    origins = []
+    """Return command and commit of the run; empty without any."""
+    environment, origins = facts.environment, []
     if commit := environment.get("git_commit"):
         changed = environment.get("git_changed_files")
         origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
-    if packages := environment.get("packages"):
-        versions = [f"{name} {version}" for name, version in packages.items()]
-        origins.append(("versions", ", ".join([f"python {environment.get('python', '')}", *versions])))
     found = {"command": environment.get("command"), "origins": origins}
     return found if any(found.values()) else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from dpo_dist.config.losses import KINDS, LossKind, Weighting
+from dpo_dist.config.losses import KINDS
 from dpo_dist.foundation import text
 
 Row = Mapping[str, float]
@@ -18,16 +18,6 @@ _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9
 """Relative difference of means that only rounding makes different."""
-_START = {
-    **dict.fromkeys(("sigmoid", "robust", "sigmoid_norm", "dpop", "beta_dpo"), math.log(2)),
-    **dict.fromkeys(("aot", "aot_unpaired"), math.log(2)),
-    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
-    **dict.fromkeys(("nca_pair", "bco_pair"), 2 * math.log(2)),
-    "discopop": (1 + math.log(2)) / 2,
-}
-"""Loss of every pair while the policy is the reference."""
-_SQUARED_START = {"ipo": 0.25, "sppo_hard": 0.5}
-"""The same, times beta squared."""
 
 
 class Accuracy(NamedTuple):
@@ -89,20 +79,6 @@ class RunFacts:
         has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
         is_other = self.setting("loss.reference_free") or self.setting("reference.path")
         return has_reference and not is_other
-
-    @property
-    def start_loss(self) -> float | None:
-        """Loss of every pair while the policy is the reference; None if pairs differ in it."""
-        kind, beta = self.setting("loss.kind"), self.setting("loss.beta")
-        is_weighted = self.setting("loss.weighting") not in (None, Weighting.none)
-        if is_weighted or not self.starts_as_reference:
-            return None
-        if kind == LossKind.exo_pair:
-            flipped = self.setting("loss.label_smoothing") or KINDS[kind].smoothing
-            return -math.log(2) - math.log(flipped * (1 - flipped)) / 2
-        if kind in _SQUARED_START and beta:
-            return _SQUARED_START[kind] / float(beta) ** 2
-        return _START.get(kind)
 
     def recent(self, metric: str) -> list[float]:
         """Return the values of a metric in the last quarter of the steps."""

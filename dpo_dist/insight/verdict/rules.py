@@ -32,8 +32,8 @@ MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
 _FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""
-_FEWEST_PAIRS, _VARIED_PAIRS = 50, 200
-"""Of a mean: that of few pairs is noise; the second for losses that differ among pairs from the start."""
+_FEWEST_PAIRS, _FIRST_PAIRS = 50, 200
+"""Of a mean: that of few pairs is noise; the second for the loss at the start."""
 _QUANTITIES = {
     "logps/chosen": "log-prob of chosen responses",
     "logps/rejected": "log-prob of rejected responses",
@@ -184,10 +184,7 @@ def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
 
 
 def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
-    losses = values(facts.steps, "loss")
-    if facts.start_loss is None:
-        losses = pooled(facts.steps, "loss", _VARIED_PAIRS)
-    recent = facts.recent("loss")
+    losses, recent = pooled(facts.steps, "loss", _FIRST_PAIRS), facts.recent("loss")
     pairs = sum(row.get("pairs", 0) for row in facts.steps if row["step"] > 0.75 * facts.total_steps)
     if losses and recent and pairs >= _FEWEST_PAIRS:
         start, end = losses[0][1], median(recent)
@@ -331,11 +328,8 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
 
 
 def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause if the last evaluation loss is above an earlier one, or above its known start."""
-    before_steps = [row for row in evaluation_rows(facts.rows) if row["step"] == 0]
-    start = facts.start_loss
-    losses = values(before_steps, "loss") if start is None else [(0.0, start)]
-    losses += values(facts.evaluations, "loss")
+    """Yield a clause if the last evaluation loss is above an earlier one, also above that of step 0."""
+    losses = values(evaluation_rows(facts.rows), "loss")
     recent = facts.recent("loss")
     if len(losses) < 2 or not recent:
         return

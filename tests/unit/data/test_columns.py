@@ -13,9 +13,9 @@ from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import resolved
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import check_source, source_labels
+from dpo_dist.data.sources import source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from tests.support.cache import prepare
 from tests.support.pages import ROOT

@@ -1,10 +1,14 @@
-"""Packed layout of a micro-batch."""
+"""Packed layout of a micro-batch, and its rows without shared prompts."""
+
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Sequences, dummy_batch, pack, packed_tokens
+from dpo_dist.batching.pack import Sequences, dummy_batch, pack, packed_tokens, rows_of
 from tests.support.packing import pack_unkeyed, pair_shapes, random_pairs
 
 
@@ -67,3 +71,34 @@ def test_all_tensors_of_a_batch_move_to_a_device() -> None:
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 5
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+PAD = 1  # no token of `random_pairs`
+
+
+@given(pair_shapes, st.booleans(), st.randoms(use_true_random=False))
+def test_each_row_is_a_prompt_with_one_response_and_padding(
+    shapes: list[tuple[int, ...]], is_masked: bool, random: Random
+) -> None:
+    pairs = random_pairs(shapes)
+    if is_masked:
+        masks = [tuple(np.array([random.random() < 0.6 for _ in r]) for r in one.responses) for one in pairs]
+        pairs = [replace(one, masks=own) for one, own in zip(pairs, masks, strict=True)]
+    batch = pack_unkeyed(pairs)
+    rows = rows_of(batch, PAD)
+    longest = rows.input_ids.shape[1]
+    expected, predicted_at, row = [], [], 0
+    for pair in pairs:
+        for which, response in enumerate(pair.responses):
+            inputs = np.concatenate((pair.prompt_ids, response[:-1]))
+            np.testing.assert_array_equal(rows.input_ids[row, : len(inputs)], inputs)
+            assert (rows.input_ids[row, len(inputs) :] == PAD).all()
+            assert rows.lengths[row] == len(inputs) == rows.is_token[row].sum()
+            assert rows.is_token[row, : len(inputs)].all()
+            mask = pair.masks[which] if pair.masks else np.ones(len(response), dtype=bool)
+            predicted_at += (row * longest + len(pair.prompt_ids) - 1 + np.flatnonzero(mask)).tolist()
+            expected += response[mask].tolist()
+            row += 1
+    assert (longest, len(rows.input_ids)) == (max(rows.lengths), row)
+    assert rows.predictors.tolist() == predicted_at
+    assert batch.targets.tolist() == expected

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data import DataFormat, SourceConfig
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import check_source
 from dpo_dist.foundation.errors import DataError
 from tests.support.shared_data import shared_data_dir
 

@@ -8,13 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.insight.verdict.facts import is_collapsed, spike_of_last
 from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarms, verdict
-from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import preference_loss
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
@@ -121,7 +117,7 @@ CASES: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", steps(late=BROKEN, since=20), {"bad_in_a_row": 3}, "not finite, at step 18"),
     ("beta_wrong", rows(late={"loss": 1e-5}), with_beta(10.0), "loss.beta=10 is too large"),
     ("beta_wrong", rows(every=FLAT), with_beta(1e-4), "loss.beta=1e-4 is too small"),
-    ("learning_rate_too_high", rows(late={"loss": 1.2}, since=4), {}, "the loss rose from 0.678 to 1.2"),
+    ("learning_rate_too_high", rows(late={"loss": 1.2}, since=8), {}, "the loss rose from 0.66 to 1.2"),
     ("learning_rate_too_high", rows(late={"eval_kl/rejected": 1.5}), {}, "moved 1.5 nats"),
     ("learning_rate_too_high", steps(late={"kl/rejected": 1.4}), {}, "moved 1.4 nats"),
     ("learning_rate_too_high", rows(late={"eval_kl/rejected": math.inf}), {}, "more nats than float32"),
@@ -176,7 +172,8 @@ def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
     """Rows of a run that fits its training pairs, with one evaluation at its end."""
     fitted = {"loss": 0.02, "rewards/accuracies": 1.0} | training
     metrics = {"eval_loss": eval_loss, "eval_rewards/accuracies": 0.62, "eval_pairs": pairs}
-    return [*steps(late=fitted), {"step": float(STEPS), **metrics}]
+    start = {"step": 0.0, "eval_loss": 0.693, "eval_rewards/accuracies": 0.5}
+    return [start, *steps(late=fitted), {"step": float(STEPS), **metrics}]
 
 
 def judge(history: list[Row], findings: Sequence[dict[str, Any]] = (), **ended: Any) -> Verdict:
@@ -205,7 +202,6 @@ OTHER = {"settings": SETTINGS | {"reference.path": "other"}}
 UNSURE = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1, "rewards/accuracies": 0.57}
 SAMPLED = {"eval_samples/reference_finished": 10 / 16, "eval_samples/reference_refusals": 2 / 16}
 SAMPLED |= {"eval_samples/prompts": 16.0}
-RISEN = rows(every={"pairs": 20.0}, late={"loss": 0.9}, since=2)
 STILL = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
 AT_CHANCE = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
 
@@ -253,13 +249,6 @@ def samples(prompts: float, **late: float) -> list[Row]:
         (rows(every=SAMPLED | {"eval_samples/finished": 3 / 16}), {}, ["over_optimised"]),
         # A resumed run may have shorter samples: then the reference has responded again.
         (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
-        # The first loss is the start only if it is the same for all pairs.
-        (RISEN, {}, ["learning_rate_too_high"]),
-        (RISEN, with_settings(kind="ipo"), ["learning_rate_too_high"]),
-        (RISEN, with_settings(weighting="none"), ["learning_rate_too_high"]),
-        (RISEN, with_settings(kind="odpo"), []),
-        (RISEN, with_settings(weighting="wpo"), []),
-        (RISEN, OTHER, []),
         # Without a reference, or with another one, a margin at the start is no change.
         (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["learnt_nothing"]),
         (rows(every=STILL), with_settings(kind="cpo"), ["learnt_nothing"]),
@@ -276,10 +265,8 @@ def samples(prompts: float, **late: float) -> list[Row]:
         (fallen(0.02), {}, []),
         (fallen(0.4), {}, ["displacement"]),
         (fallen(2.0), {}, ["learning_rate_too_high"]),
-        # A loss that differs among pairs is compared over more of them.
-        (changed(0, {"loss": 0.3}), {}, ["learning_rate_too_high"]),
-        (changed(0, {"loss": 0.3}), with_settings(kind="simpo"), []),
-        (rows(late={"loss": 1.2}, since=9), with_settings(kind="simpo"), ["learning_rate_too_high"]),
+        # The first pairs.
+        (changed(0, {"loss": 0.3}), {}, []),
         # A policy that starts far from another reference.
         (rows(every=FAR), {}, ["learning_rate_too_high"]),
         (rows(every=FAR), OTHER, []),
@@ -305,25 +292,6 @@ def samples(prompts: float, **late: float) -> list[Row]:
 )
 def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules: list[str]) -> None:
     assert rules_of(history, **ended) == rules
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_loss_is_compared_with_that_of_a_policy_that_is_the_reference(kind: LossKind) -> None:
-    """Where pairs differ in it, it is compared with that of step 0, if it was measured."""
-    zeros, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1)
-    logps = PairLogps(zeros, zeros, ones, ones)
-    settings = SETTINGS | {"loss.kind": str(kind)}
-    unknown = (LossKind.odpo, LossKind.plackett_luce, LossKind.custom)
-    is_known = KINDS[kind].needs_reference and kind not in unknown
-    start = float(preference_loss(logps, logps, LossConfig(kind=kind))) if is_known else 1.0
-    fell = {"loss": 0.3 * start, "rewards/accuracies": 0.65}
-    first = {"step": 0.0, "eval_loss": start, "eval_rewards/accuracies": 0.6, "eval_pairs": 1e6}
-    for times in (1.04, 1.06):
-        history, is_worse = spoilt(times * start, 1e6, **fell), times > 1.05
-        for of_run, is_found in ((history, is_known and is_worse), ([first, *history], is_worse)):
-            assert ("does_not_generalise" in rules_of(of_run, settings=settings)) is is_found
-    weighted = settings | {"loss.weighting": "wpo"}
-    assert "does_not_generalise" not in rules_of(spoilt(9 * start, 1e6, **fell), settings=weighted)
 
 
 def pushes(advice: str) -> set[tuple[str, bool]]:
@@ -363,7 +331,7 @@ LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
     [
         ({}, LOST, 1, "the model gives no finite log-probs from the start"),
         ({}, LOST, 12, "an update damaged the weights"),
-        ({"loss": 2.0}, LOST, 20, "the learning rate is too high: the loss rose from 0.678 to 2"),
+        ({"loss": 2.0}, LOST, 20, "the learning rate is too high: the loss rose from 0.66 to 2"),
         ({}, BROKEN, 12, "the formula of the loss"),
         ({}, {"grad_norm": math.inf}, 12, "the backward overflows"),
         ({}, {"eval_loss": math.nan}, 10, "the evaluation data have pairs"),

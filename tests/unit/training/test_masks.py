@@ -20,6 +20,7 @@ from dpo_dist.data.collate import RankBatch, collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.distributed.world import World
+from dpo_dist.insight.console import Console
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
@@ -31,6 +32,7 @@ from dpo_dist.reference.scoring import AdapterReference, LiveReference, NoRefere
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import check_drift
+from dpo_dist.training.start import Run
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
@@ -245,7 +247,8 @@ def test_policy_and_reference_of_the_same_model_have_no_margin(
     policy, objective = Engine(packed(folders[0])), Objective(loss, provider)
     config = RunConfig(model=ModelConfig(dtype=Dtype.fp32), loss=loss)
     visited = np.arange(len(dataset))
-    drift = check_drift(policy.base_token_logps, objective, dataset, visited, COSTS, config, world)
+    run = Run(config, world, Console(None))
+    drift = check_drift(run, policy.base_token_logps, objective, dataset, visited, COSTS)
     assert drift["responses"] == 2 * len(PAIRS)
     assert drift["largest_token_drift"] < 1e-5
     live = Objective(loss, LiveReference(policy))  # type: ignore[arg-type]

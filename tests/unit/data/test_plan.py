@@ -1,4 +1,4 @@
-"""Assignment to micro-batches: every example once, within the budget, balanced by cost."""
+"""Sizes of examples and plans of micro-batches: every example once, within the budget, balanced by cost."""
 
 import math
 from itertools import chain
@@ -8,11 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import packed_tokens
-from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, Reach, example_sizes, plan_micro_batches
-from tests.support.packing import pair_shapes
+from dpo_dist.batching.pack import packed_tokens, rows_of
+from dpo_dist.batching.plan import (
+    Arrangement,
+    ComputeCosts,
+    ExampleSizes,
+    Reach,
+    computed_tokens,
+    consecutive_batches,
+    example_sizes,
+    plan_micro_batches,
+)
+from dpo_dist.data.collate import shard_batch
+from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
 
 Plan = list[list[list[int]]]
+Shapes = list[tuple[int, ...]]
+PACKED, PADDED, SINGLE = Arrangement
+SINGLE_COSTS, PADDED_COSTS = ComputeCosts(0.001, 0.1, SINGLE), ComputeCosts(0.001, 0.1, PADDED)
 
 
 def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
@@ -20,9 +33,20 @@ def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
     return ExampleSizes(counts, counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
 
 
+def sizes_of(shapes: Shapes, costs: ComputeCosts) -> ExampleSizes:
+    prompts = np.array([prompt for prompt, *_ in shapes])
+    responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
+    return example_sizes(prompts, responses, np.array([len(shape) - 1 for shape in shapes]), costs)
+
+
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Return the cost of each micro-batch on each rank."""
     return np.array([[sum(costs[index] for index in indices) for indices in ranks] for ranks in plan])
+
+
+def check_is_whole(plan: Plan, examples: int, world_size: int) -> None:
+    assert sorted(chain.from_iterable(chain.from_iterable(plan))) == list(range(examples))
+    assert {len(ranks) for ranks in plan} == {world_size}
 
 
 # Few long pairs and many short ones, and attention that makes long ones dearer.
@@ -36,10 +60,8 @@ def test_every_example_is_computed_once_within_the_budget(
     tokens = [length for length, _ in pairs]
     of = sizes(tokens, [length * slowness for length, slowness in pairs])
     plan = plan_micro_batches(of, world_size, budget)
-    bins = list(chain.from_iterable(plan))
-    assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
-    assert {len(ranks) for ranks in plan} == {world_size}
-    for indices in bins:
+    check_is_whole(plan, len(tokens), world_size)
+    for indices in chain.from_iterable(plan):
         assert sum(tokens[index] for index in indices) <= budget or len(indices) == 1
     # No round in which every rank would compute a dummy.
     assert all(any(ranks) for ranks in plan)
@@ -86,23 +108,6 @@ def test_micro_batches_are_no_more_than_needed(
     assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == expected
 
 
-@given(pair_shapes)
-def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: list[tuple[int, ...]]) -> None:
-    prompts = np.array([prompt for prompt, *_ in shapes])
-    responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
-    counts = np.array([len(lengths) for _, *lengths in shapes])
-    laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
-    of = example_sizes(prompts, responses, counts, ComputeCosts(key=0, target=0))
-    assert of.tokens.tolist() == of.costs.tolist() == laid_out
-    heads = example_sizes(prompts, responses, counts, ComputeCosts(key=0, target=1)).costs - laid_out
-    assert heads.tolist() == [sum(lengths) for _, *lengths in shapes]
-    keys = example_sizes(prompts, responses, counts, ComputeCosts(key=1, target=0)).costs - laid_out
-    # Token n of a sequence sees n keys; half of that square is what a causal kernel computes.
-    assert keys.tolist() == [
-        prompt**2 / 2 + sum((n - 1) * (prompt + (n - 1) / 2) for n in lengths) for prompt, *lengths in shapes
-    ]
-
-
 @pytest.mark.parametrize(("budget", "micro_batches"), [(8192, 2), (13_000, 1)])
 @pytest.mark.parametrize("world_size", [8, 64])
 def test_ranks_get_equal_costs(world_size: int, budget: int, micro_batches: int) -> None:
@@ -138,20 +143,26 @@ def test_examples_above_the_budget_share_a_micro_batch() -> None:
     assert sum(max(tokens[index] for index in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1
 
 
+@given(pair_shapes)
+def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: Shapes) -> None:
+    laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
+    of = sizes_of(shapes, ComputeCosts(key=0, target=0))
+    assert of.tokens.tolist() == of.costs.tolist() == laid_out
+    heads = sizes_of(shapes, ComputeCosts(key=0, target=1)).costs - laid_out
+    assert heads.tolist() == [sum(lengths) for _, *lengths in shapes]
+    keys = sizes_of(shapes, ComputeCosts(key=1, target=0)).costs - laid_out
+    # Token n of a sequence sees n keys; half of that square is what a causal kernel computes.
+    assert keys.tolist() == [
+        prompt**2 / 2 + sum((n - 1) * (prompt + (n - 1) / 2) for n in lengths) for prompt, *lengths in shapes
+    ]
+
+
 @given(pair_shapes, st.integers(1, 12), st.booleans())
 def test_layers_with_windows_or_chunks_attend_to_fewer_keys(
-    shapes: list[tuple[int, ...]], size: int, in_chunks: bool
+    shapes: Shapes, size: int, in_chunks: bool
 ) -> None:
-    prompts, responses = [shape[0] for shape in shapes], [shape[1:] for shape in shapes]
-
     def attended(*reaches: Reach) -> list[int]:
-        found = example_sizes(
-            np.array(prompts),
-            np.array(list(chain.from_iterable(responses))),
-            np.array([len(of_pair) for of_pair in responses]),
-            ComputeCosts(0.0, 0.0, reaches=reaches),
-        )
-        return [int(count) for count in found.attended]
+        return [int(n) for n in sizes_of(shapes, ComputeCosts(0.0, 0.0, reaches=reaches)).attended]
 
     def keys(position: int) -> int:
         return position % size + 1 if in_chunks else min(position + 1, size)
@@ -159,8 +170,82 @@ def test_layers_with_windows_or_chunks_attend_to_fewer_keys(
     expected = [
         sum(map(keys, range(prompt)))
         + sum(keys(place) for response in own for place in range(prompt, prompt + response - 1))
-        for prompt, own in zip(prompts, responses, strict=True)
+        for prompt, *own in shapes
     ]
     assert attended(Reach(size, 1.0, in_chunks)) == expected
     half = [(full + limited) / 2 for full, limited in zip(attended(), expected, strict=True)]
     assert np.abs(np.array(attended(Reach(size, 0.5, in_chunks))) - half).max() <= 0.5
+
+
+@given(pair_shapes)
+def test_sizes_without_shared_prompts_are_those_of_the_rows(shapes: Shapes) -> None:
+    for costs in (SINGLE_COSTS, PADDED_COSTS):
+        of = sizes_of(shapes, costs)
+        for place, pair in enumerate(random_pairs(shapes)):
+            lengths = np.array(rows_of(pack_unkeyed([pair]), 0).lengths)
+            assert of.tokens[place] == of.rows_tokens[place] == lengths.sum()
+            assert of.attended[place] == (lengths * (lengths + 1) // 2).sum()
+            if costs is PADDED_COSTS:
+                assert of.rows is not None
+                assert of.longest is not None
+                assert (of.rows[place], of.longest[place]) == (len(lengths), lengths.max())
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.integers(50, 2000),
+)
+def test_padded_rows_fit_the_budget(shapes: list[tuple[int, int, int]], world_size: int, budget: int) -> None:
+    of = sizes_of([*shapes], PADDED_COSTS)
+    plan = plan_micro_batches(of, world_size, budget)
+    assert of.longest is not None
+    check_is_whole(plan, len(shapes), world_size)
+    for own in chain.from_iterable(plan):
+        cells = 2 * len(own) * int(of.longest[own].max()) if own else 0
+        assert cells <= budget or len(own) == 1
+    assert plan == plan_micro_batches(of, world_size, budget)
+
+
+def test_equal_rows_are_as_few_micro_batches_as_fit_and_even() -> None:
+    plan = plan_micro_batches(sizes_of([(40, 25, 25)] * 41, PADDED_COSTS), 2, 1024)  # eight pairs fit
+    assert len(plan) == math.ceil(41 / 8 / 2)
+    assert max(len(own) for ranks in plan for own in ranks) == 7
+
+
+@pytest.mark.parametrize("only_chosen", [False, True])
+def test_each_micro_batch_knows_the_most_responses_of_a_rank(only_chosen: bool) -> None:
+    data = dataset_of(random_pairs([(5, 2, 3), (30, 9, 8, 7), (4, 6), (3, 2, 2)]))
+    plans = [
+        shard_batch(data, np.arange(4), rank, 3, 40, SINGLE_COSTS, only_chosen=only_chosen)
+        for rank in range(3)
+    ]
+    for of_ranks in zip(*[list(plan.batches()) for plan in plans], strict=True):
+        most = max(len(batch.response_tokens) for batch in of_ranks)
+        assert {batch.forwards for batch in of_ranks} == {max(2, most)}
+
+
+LAYOUT = [(3, 2, 4), (1, 5), (2, 1, 1)]
+
+
+def test_computed_tokens_by_hand() -> None:
+    expected = {PACKED: 3 + 2 + 4 + 1 + 5 + 2 + 1 + 1, PADDED: 5 * 7, SINGLE: 5 + 7 + 6 + 3 + 3}
+    assert {one: computed_tokens(LAYOUT, one) for one in Arrangement} == expected
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "budget", "ends"),
+    [
+        (PACKED, 100, [3]),
+        (PACKED, 15, [2, 3]),
+        (PADDED, 21, [2, 3]),
+        (PADDED, 20, [1, 3]),
+        (SINGLE, 18, [2, 3]),
+        (PADDED, 1, [1, 2, 3]),
+    ],
+)
+def test_a_micro_batch_computes_tokens_within_the_budget(
+    arrangement: Arrangement, budget: int, ends: list[int]
+) -> None:
+    batches = consecutive_batches(LAYOUT, budget, arrangement)
+    assert batches == [range(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
