@@ -111,7 +111,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(run_module, "prepare_reference", build))
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
-            swaps.enter_context(swap(finish, "export_model"))
+            swaps.enter_context(swap(finish, "export_checkpoint"))
         with measured.whole.running():
             run_module.train(config, console, StopRequest())
     if run.weighs_reference:

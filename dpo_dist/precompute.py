@@ -13,15 +13,11 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.startup import started
+from dpo_dist.training.preflight import started
 
 
 def main(config: RunConfig) -> int:
-    """Store the reference log-probs that the run of `config` needs; return the exit code.
-
-    Raises:
-        DpoDistError: they cannot be computed or stored.
-    """
+    """Store the reference log-probs that the run of `config` needs; return the exit code."""
     check_needs(config, "precompute")
     _check_mode(config)
     stop = StopRequest(max_seconds=config.trainer.max_seconds)

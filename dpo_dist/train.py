@@ -14,18 +14,12 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.preflight import check_start, started, without_traces
 from dpo_dist.training.resume import check_newest_checkpoint
-from dpo_dist.training.startup import check_start, started, without_traces
 
 
 def main(config: RunConfig) -> int:
-    """Train `config`, from its last checkpoint if there is one; return the exit code.
-
-    May be called again in the same process.
-
-    Raises:
-        DpoDistError: the run cannot start or continue.
-    """
+    """Train `config`, from its last checkpoint if there is one; return the exit code."""
     check_needs(config, "train")
     check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
@@ -36,21 +30,13 @@ def main(config: RunConfig) -> int:
 
 
 def check(config: RunConfig, *, trains: bool = True) -> int:
-    """Check everything that the run of `config` needs before it uses a GPU; return the exit code.
-
-    Args:
-        config: of the run.
-        trains: whether the run trains, and does not only score its pairs.
-
-    Raises:
-        DpoDistError: the first check that fails.
-    """
+    """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_needs(config, "train")
     check_newest_checkpoint(config)
     with without_traces(config, of_success=True):
         check_start(config, trains=trains)
         with warnings_off():
-            from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
+            from dpo_dist.training.rehearsal import rehearse  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse(config, trains=trains), config.console)
     return ExitCode.completed

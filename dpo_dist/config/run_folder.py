@@ -117,10 +117,6 @@ class RunFolder:
         """Return the file about a step that was skipped because it was not finite."""
         return self.logs / f"bad-step-{step:06d}.json"
 
-    def loss_spike(self, step: int) -> Path:
-        """Return the file about a metrics row whose loss is far above those before."""
-        return self.logs / f"loss-spike-{step:06d}.json"
-
     def rank_log(self, rank: int | str) -> Path:
         """Return the log file of a rank."""
         return self.logs / f"rank-{rank}.log"

@@ -85,8 +85,8 @@ class ExportConfig:
     )
     check: bool = key(
         True,
-        "Load the folder by transformers (and peft) before it gets its name, and compare log-probs of "
-        "training pairs with those of the trained weights.",
+        "Load the folder by transformers before it gets its name, and compare its weights with the trained "
+        "ones.",
     )
     output: Filled | None = key(
         None,

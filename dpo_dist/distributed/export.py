@@ -1,14 +1,12 @@
-"""Write a checkpoint as the model folder that training would have written at its step; in one process."""
+"""Write a checkpoint as a model folder: at the end of training, and by the verb `export`; in one process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, RunConfig
@@ -16,11 +14,11 @@ from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter, write_adapter
-from dpo_dist.model.folder import description_folder, model_folder
+from dpo_dist.model.folder import description_folder, is_adapter, model_folder
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_merged
@@ -30,6 +28,7 @@ from dpo_dist.model.save import (
     read_tokenizer,
     trained_update,
     write_card,
+    write_files,
     write_tokenizer,
     write_weights,
     writing_errors,
@@ -40,41 +39,33 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """By the values of `export.dtype`."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A written folder before it gets its name, with those of the base and of the adapter at the start.
-
-    `read` returns a trained weight by transformers name in float32, before it was rounded.
-    """
-
-    folder: Path
-    base: Path
-    start: Path | None
-    read: Callable[[str], Tensor]
-
-
 def export_checkpoint(
     checkpoint: Path,
     folder: Path,
     config: RunConfig,
     card: Callable[[], str] | None = None,
-    check: Callable[[Exported], None] | None = None,
     *,
+    is_new: bool = False,
     replaces: bool = True,
 ) -> None:
-    """Write the trained weights of a checkpoint, of any number of processes, as a model or adapter folder.
+    """Write the trained weights of a checkpoint as a model or adapter folder, whole or not.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32. `card`
-    returns the content of README.md; `check` is called with the folder before it gets its name, and an
-    error removes it. A folder that another process has made meanwhile is kept unless this one `replaces`
-    it.
+    has tensors that are not trained. The model is in host memory once, a merged one in float32.
+
+    Args:
+        checkpoint: of any number of processes and kind of parallelism.
+        folder: its final name.
+        config: of the run; `config.export` says how.
+        card: returns the content of README.md; None or "": there is none.
+        is_new: this process has just written the checkpoint; neither its files nor the written ones are
+            checked.
+        replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
     causal_lm = _without_weights(base, start, config)
-    files, tokenizer = trained_tokenizer(base, start, config)
-    if faults := find_faults(checkpoint, 0, 1):
+    if not is_new and (faults := find_faults(checkpoint, 0, 1)):
         raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
@@ -85,56 +76,79 @@ def export_checkpoint(
             got=f"ema, {checkpoint}",
             remedy="name such a checkpoint, or set export.weights=last",
         )
-    read = partial(saved.whole, part=part)
+    named = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    dtype = named or TORCH_DTYPES[config.model.dtype]
+    is_whole = config.model.adapter is None
+
+    def read(name: str) -> Tensor:
+        weight = saved.whole(name, part=part)
+        return weight.to(dtype) if is_whole else weight
+
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
-        _write_trained(temporary, {name: read(name) for name in saved.shapes}, causal_lm, base, start, config)
-        is_chosen = config.data.chat_template is not None
-        write_tokenizer(temporary, tokenizer, None if is_chosen else read_tokenizer(files))
+        if is_whole:
+            write_weights(
+                temporary,
+                causal_lm,
+                {name: read(name) for name in saved.shapes} | _untrained(causal_lm, config),
+                read_description(base),
+            )
+        else:
+            weights = {name: read(name) for name in saved.shapes}
+            update = trained_update(causal_lm, weights, _adapter_below(config, start))
+            if config.export.merge:
+                _write_merged(temporary, update, config, named)
+            else:
+                write_adapter(temporary, update, dtype)
+        _write_tokenizer(temporary, base, start, config)
         write_card(temporary, card)
-        if check is not None:
-            check(Exported(temporary, base, start, read))
+        if config.export.check and not is_new:
+            _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
 
 
-def trained_tokenizer(
-    base: Path, start: Path | None, config: RunConfig
-) -> tuple[Path, PreTrainedTokenizerBase]:
-    """Return the folder of the tokenizer of a run, and the tokenizer with the run's chat template."""
-    files = tokenizer_folder(base, start)
-    tokenizer = load_tokenizer(files, config.model)
-    if config.data.chat_template is not None:
-        tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
-    return files, tokenizer
-
-
-def _write_trained(
-    folder: Path,
-    weights: dict[str, Tensor],
-    causal_lm: Any,
-    base: Path,
-    start: Path | None,
-    config: RunConfig,
+def _check_written(
+    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], config: RunConfig
 ) -> None:
-    """Write weights and configuration as `config.export` says."""
-    named = None if config.export.dtype is None else DTYPES[config.export.dtype]
-    dtype = named or TORCH_DTYPES[config.model.dtype]
-    if config.model.adapter is None:
-        weights = {name: weights.pop(name).to(dtype) for name in list(weights)}
-        write_weights(folder, causal_lm, weights | _untrained(causal_lm, config), read_description(base))
+    """Load what was written as others will, and compare it with the trained weights of a whole model."""
+    if is_adapter(folder):
+        found = dict(read_adapter(folder).weights)
+    else:
+        code = config.model.trust_remote_code
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=code)
+        found = dict(loaded.named_parameters())
+    wrong = [name for name in trained if not torch.equal(found[name], read(name))]
+    wrong += [name for name, weight in found.items() if not trained and not weight.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            "the written folder has other weights than the trained ones, or some that are not finite",
+            where=str(folder),
+            got=f"{len(wrong)} of {len(found)} weights: {wrong[0]}",
+            remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
+        )
+
+
+def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunConfig) -> None:
+    """Write the files of the run's tokenizer; new ones if it has a chat template of its own."""
+    source, template = tokenizer_folder(base, start), config.data.chat_template
+    if template is None and (files := read_tokenizer(source)):
+        write_files(folder, files)
         return
-    update = trained_update(causal_lm, weights, adapter_below(config, start))
-    if not config.export.merge:
-        write_adapter(folder, update, dtype)
-        return
+    tokenizer = load_tokenizer(source, config.model)
+    if template is not None:
+        tokenizer = with_chosen_template(tokenizer, template)
+    write_tokenizer(folder, tokenizer, None)
+
+
+def _write_merged(folder: Path, update: AdapterWeights, config: RunConfig, dtype: torch.dtype | None) -> None:
     whole = model_folder(config.model.path, config.model.revision)
     with temporary_folder(final_name(folder)) as adapter:  # `collect_abandoned` knows this form of name
         write_adapter(adapter, update, torch.float32)
-        write_merged(folder, whole, adapter, named, trust_remote_code=config.model.trust_remote_code)
+        write_merged(folder, whole, adapter, dtype, trust_remote_code=config.model.trust_remote_code)
 
 
-def adapter_below(config: RunConfig, start: Path | None) -> AdapterWeights | None:
+def _adapter_below(config: RunConfig, start: Path | None) -> AdapterWeights | None:
     """Return the adapter that stays below the trained one, if there is one."""
     adapter = config.model.adapter
     return read_adapter(start) if adapter is not None and adapter.on_top and start is not None else None

@@ -498,22 +498,6 @@ class PolicyEngine(Engine):
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
         return OptimizerSlices(self._engine, names, self._world.rank, self._averages)
 
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks.
-
-        Without an adapter, buffers and weights that the architecture does not train are among them.
-        """
-        is_adapted = bool(adapted_layers(self.causal_lm))
-        if self._shards_weights:
-            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
-        else:
-            weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
-        if not self._world.is_main:
-            return None
-        whole = {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
-        added = dict(self.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
-        return {name: tensor for name, tensor in whole.items() if name not in added}
-
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         wait_for_device()
@@ -531,12 +515,3 @@ def _drop_gradients(optimizer: Any) -> None:
     """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
-
-
-def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy each tensor out of DeepSpeed's flat buffers; tied weights stay one tensor."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    for tensor in weights.values():
-        if (tensor.data_ptr(), tensor.shape) not in copies:
-            copies[tensor.data_ptr(), tensor.shape] = tensor.detach().to("cpu", copy=True)
-    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}

@@ -32,11 +32,7 @@ _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 
 
 def start_folder(config: ModelConfig) -> Path | None:
-    """Return the local folder of `model.adapter.path`, downloaded if needed; None if there is none.
-
-    Raises:
-        ConfigError: it does not exist, is not a LoRA adapter, or other keys of the adapter contradict it.
-    """
+    """Return the local folder of `model.adapter.path`, downloaded if needed; None if there is none."""
     adapter: AdapterConfig | None = config.adapter
     if adapter is None or adapter.path is None:
         return None

@@ -257,11 +257,7 @@ _SPARE_POSITIONS = 8
 
 
 def settle(checked: CheckedModel) -> Trial:
-    """Arrange a model in the cheapest way that computes the log-probs of its own forward; collective.
-
-    Raises:
-        ConfigError: the model is not causal or is random, its own forward fails, or it has too few positions.
-    """
+    """Arrange a model in the cheapest way that computes the log-probs of its own forward; collective."""
     model, max_length = checked.model, checked.max_length
     check_positions(model.causal_lm, max_length, checked.key)
     trial = Trial(checked)
@@ -395,11 +391,7 @@ def check_positions(causal_lm: Any, max_length: int, key: str) -> None:
 
 @contextlib.contextmanager
 def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
-    """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back.
-
-    Raises:
-        ConfigError: it is no such model, is in training mode, or its log-probs are not exact.
-    """
+    """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back."""
     if isinstance(model, PackedCausalLM):
         yield model
         return

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dpo_dist.batching.plan import ComputeCosts, Reach
 from dpo_dist.config.schema import AdapterConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_configs, layer_values, other_weights
-from dpo_dist.model.load import check_causal_class
 from dpo_dist.model.lora import find_modules, target_layers
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -52,19 +50,14 @@ class StepFlops:
 def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
     """Return the causal language model of a configuration on the meta device."""
     try:
-        model_class = _model_class(config, trust_remote_code)
-        if model_class.config_class is config.sub_configs.get("text_config"):
-            config = config.get_text_config()
         with torch.device("meta"):
-            return model_class(config)
-    except ConfigError:
-        raise
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
-            "transformers cannot make a model of this config.json",
+            "transformers cannot make a causal language model of this config.json",
             where="model.path",
-            got=f"{config.model_type}: {type(error).__name__}: {error}",
-            remedy="check config.json against that of the original model",
+            got=f"{config.model_type}: {first_line(error)}",
+            remedy="check config.json against that of the original model, or choose another model",
         ) from error
 
 
@@ -135,15 +128,6 @@ def _limit(layer: PretrainedConfig, kind: str) -> tuple[int, bool]:
         return getattr(layer, "attention_chunk_size", None) or 0, True
     has_window = kind == "sliding_attention" and getattr(layer, "use_sliding_window", True)
     return (getattr(layer, "sliding_window", None) or 0) if has_window else 0, False
-
-
-def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
-    """Return the class of the model; constructed by itself it is not sharded, as by `from_config`."""
-    named = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if trust_remote_code and named is not None:
-        return get_class_from_dynamic_module(named, config._name_or_path)
-    check_causal_class(config)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:

@@ -24,11 +24,7 @@ _AGAIN = "download or save the model again"
 def model_folder(
     path: str, revision: str | None, key: str = "model.path", *, accepts_adapter: bool = False
 ) -> Path:
-    """Return the local folder of a model: `path` itself, or its snapshot from the hub, downloaded if needed.
-
-    Raises:
-        ConfigError: the model does not exist, has no weights or pickled ones, or has an adapter beside them.
-    """
+    """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed."""
     folder = local_model_folder(path, revision, key, accepts_adapter=accepts_adapter)
     if folder is None:
         folder = _snapshot(path, revision, key, ignored=_FOREIGN_WEIGHTS)

@@ -37,9 +37,6 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     Before the model is in an engine, sharded or not. The adapter has the same values on every rank and for
     every kind of parallelism. With `start`, the folder of the adapter that is continued or stays below the
     new one, a frozen copy of that one stays in the model, so that `adapter_off` finds the policy's start.
-
-    Raises:
-        ConfigError: the adapter names modules that the model does not have, or `start` is no adapter of it.
     """
     adapter, causal_lm = config.adapter, model.causal_lm
     assert adapter is not None

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.foundation.files import staged_folder
-from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack, write_adapter
+from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack
 from dpo_dist.model.architectures import is_noise
 from dpo_dist.model.folder import CONFIG_FILE
-from dpo_dist.model.lora import TRAINED, adapted_layers, trained_aliases
+from dpo_dist.model.lora import TRAINED, trained_aliases
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
@@ -37,33 +36,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
-_REMEDY = "free disk space, or name another folder"
-
-
-def write_model_folder(
-    folder: Path,
-    causal_lm: Any,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    card: Callable[[], str] | None = None,
-    remedy: str = _REMEDY,
-    below: AdapterWeights | None = None,
-    tokenizer_files: Mapping[str, bytes] | None = None,
-    description: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write trained weights by transformers name as `folder`, whole or not at all; an older one is replaced.
-
-    The adapter `below` the trained one becomes one with it. `tokenizer_files` are from `read_tokenizer`,
-    `description` is from `read_description` of the base; without them transformers writes new files.
-    """
-    with writing_errors(folder, remedy), staged_folder(folder) as temporary:
-        if adapted_layers(causal_lm):
-            dtype = next(iter(weights.values())).dtype
-            write_adapter(temporary, trained_update(causal_lm, weights, below), dtype)
-        else:
-            write_weights(temporary, causal_lm, weights, description)
-        write_tokenizer(temporary, tokenizer, tokenizer_files)
-        write_card(temporary, card)
+_REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
 
 
 def write_weights(

@@ -29,26 +29,17 @@ _SINK_DIMS = 8
 class MaskRule:
     """A causal rule, shared by all layers of one kind in one forward.
 
-    Attributes:
-        function: of transformers: (batch, head, query position, key position) to whether the key is visible.
-        reach: of a sliding window or a chunk: with at most `reach` keys a query sees all that are not later.
-            None: not known.
-        by_element: the function takes one pair of positions at a time.
-        device: of the masks.
+    With at most `reach` keys, those of a sliding window or a chunk, a query sees all that are not later.
     """
 
-    function: Callable[..., Any]
-    reach: int | None
-    by_element: bool
+    function: Callable[..., Any]  # transformers': batch, head, query position, key position to visible
+    reach: int | None  # None: not known
+    by_element: bool  # the function takes one pair of positions at a time
     device: torch.device
     _masks: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def __getitem__(self, selected: tuple[slice, ...]) -> "MaskRule":
-        """Return this rule for a selection of all queries and keys, as Gemma 4 takes one of its masks.
-
-        Raises:
-            IndexError: the selection is a part of them.
-        """
+        """Return this rule for a selection of all queries and keys, as Gemma 4 takes one of its masks."""
         if any(part not in (slice(None), slice(0, None)) for part in selected):
             raise IndexError(f"packed attention has no part {selected} of a mask")
         return self
@@ -61,9 +52,6 @@ class MaskRule:
         """Return the mask [queries, sinks + keys] of the last tokens, 0 where a key is visible, else -inf.
 
         Every query sees the sinks. Layers share it.
-
-        Raises:
-            ConfigError: a query sees a later key.
         """
         known = self._masks.get((queries, keys, sinks, dtype))
         if known is None:
@@ -116,21 +104,13 @@ def mask_rule(
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a layer, from which softmax computes the weights of keys.
+    """The scores of a layer, from which softmax computes the weights of keys."""
 
-    Attributes:
-        scale: of the products of queries and keys; None: 1 / sqrt(dim).
-        rule: which keys are visible; None: all that are not later.
-        window: the sliding window that the layer names beside its rule, in tokens.
-        softcap: products x become softcap * tanh(x / softcap); None: unchanged.
-        sinks: [heads], the score of a key with value 0 that every query sees; None: there is none.
-    """
-
-    scale: float | None = None
-    rule: MaskRule | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(dim)
+    rule: MaskRule | None = None  # which keys are visible; None: all that are not later
+    window: int | None = None  # the sliding window that the layer names beside its rule, in tokens
+    softcap: float | None = None  # products x become softcap * tanh(x / softcap)
+    sinks: Tensor | None = None  # [heads], the score of a key with value 0 that every query sees
 
 
 @dataclass

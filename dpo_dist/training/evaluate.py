@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +27,11 @@ from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, PairValues
-from dpo_dist.reference.engine import check_same_vocabulary, load_scored, scored_model
+from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
 from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
-from dpo_dist.training.loss import Objective, ScoredModel
+from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.start import open_world
+from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import evaluate
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
@@ -40,15 +40,13 @@ Results = dict[str, dict[str, Any]]
 
 def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
     """Evaluate models and write their results; return the exit code."""
-    config = with_stored_reference(config)
-    with open_world(config, console) as world:
-        inputs = load_evaluation_inputs(config, world, console)
+    with open_run(with_stored_reference(config), console) as run:
+        inputs = load_evaluation_inputs(run)
         for evaluated in models:  # before the reference is computed, which may take hours
-            world.on_main(partial(check_origin, evaluated, config, inputs))
-        reference = prepare_reference(config, inputs, world, console)
-        objective = Objective(config.loss, reference.provider)
-        found = {each.path: _evaluate(each, config, inputs, objective, world, console) for each in models}
-        if len(found) > 1 and world.is_main:
+            run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
+        objective = Objective(config.loss, prepare_reference(run, inputs).provider)
+        found = {each.path: _evaluate(run, each, inputs, objective) for each in models}
+        if len(found) > 1 and run.world.is_main:
             of_all = {path: results[ALL] for path, results in found.items()}
             console.result("comparison", of_all, evaluation_table(of_all))
     return ExitCode.completed
@@ -91,17 +89,11 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
     )
 
 
-def _evaluate(
-    evaluated: Evaluated,
-    config: RunConfig,
-    inputs: EvaluationInputs,
-    objective: Objective,
-    world: World,
-    console: Console,
-) -> Results:
+def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
     """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
-    console.say(f"evaluating {evaluated.path} ({evaluated.kind})")
-    model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
+    config, world, console = run.config, run.world, run.console
+    run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
+    model, running, commit = load_evaluated(run, evaluated, inputs)
     dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
     every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
@@ -111,39 +103,27 @@ def _evaluate(
     found: Results = {}
 
     def write() -> None:
-        values, folder = evaluation.values, RunFolder.of(config)
+        values, folder = evaluation.values, run.folder
         assert values is not None
         name = evaluated.name(config, inputs)
         found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
         console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
-        console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
 
     world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
     model.free()
     return found
 
 
-class FreeableModel(ScoredModel, Protocol):
-    """A model that can be freed."""
-
-    @property
-    def model(self) -> PackedCausalLM:
-        """Return the model."""
-        ...
-
-    def free(self) -> None:
-        """Release its memory."""
-        ...
-
-
 def load_evaluated(
-    evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs, world: World, console: Console
-) -> tuple[FreeableModel, RunningMeans, str | None]:
+    run: Run, evaluated: Evaluated, inputs: EvaluationInputs
+) -> tuple[ReferenceEngine, RunningMeans, str | None]:
     """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
     Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
     `model.quantization` says, and so is `model.path` itself.
     """
+    config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, finish, commit = base, None, None
     if evaluated.kind is Kind.checkpoint:
@@ -153,11 +133,11 @@ def load_evaluated(
         finish = partial(_load_trained, Path(evaluated.path), start, config, world)
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
-        found = shared_model_folder(evaluated.path, revision, EVALUATED, world, console, accepts_adapter=True)
+        found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
         commit = hub_commit(found)
         if is_adapter(found):
             if named := foreign_base(found, base, config):
-                console.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
+                run.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
             finish = partial(load_adapter, folder=found)
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
@@ -198,10 +178,7 @@ def write_evaluation(
     """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
     newest one; return its results.
 
-    Args:
-        model: its path.
-        means: exact means of all metrics of the evaluation.
-        revision: the commit of a model from the hub.
+    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
     found = results(

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import AdapterConfig, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import AdapterConfig, ParallelismKind, ReferenceMode
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
@@ -30,9 +30,9 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.prompts import Part, eval_part, train_part
 from dpo_dist.data.tokenizer import end_notes
-from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
-from dpo_dist.insight.console import Console, Count
+from dpo_dist.insight.console import Count
 from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.architectures import check_supported, training_notes
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
@@ -43,6 +43,9 @@ from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.schedule import check_warmup
+from dpo_dist.training.start import Run
+
+T = TypeVar("T")
 
 _SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
@@ -54,7 +57,6 @@ class ModelInputs:
 
     Attributes:
         reference_files: None if the loss uses no reference.
-        tokenizer_files: folder with its files.
         adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
         weights: number of weights of the policy.
         router: losses of the policy's routers, which training adds; None: none.
@@ -65,7 +67,6 @@ class ModelInputs:
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_files: Path
     adapter: AdapterConfig | None
     flops: StepFlops
     weights: int
@@ -118,12 +119,13 @@ class Inputs(ModelInputs):
         return visited
 
 
-def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bool = False) -> Inputs:
+def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
 
     With `trains`, options of the policy's training are checked before any large file is read.
     """
-    models, encode = _load_models(config, world, console, config.loss.router, trains=trains)
+    config = run.config
+    models, encode = _load_models(run, config.loss.router, trains=trains)
     eval_set, eval_prompts = None, None
     if config.data.eval_sources:
         eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
@@ -131,38 +133,35 @@ def load_inputs(config: RunConfig, world: World, console: Console, *, trains: bo
     train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
     if eval_set is not None:
         for count_name, count in _SHARED_WITH_TRAIN.items():
-            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
+            eval_set = _with_count(run, eval_set, count_name, count, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     check_warmup(config.optim, sampler.steps)
     inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
-            console.say(line)
+            run.say(line)
     for line in describe_short_run(sampler):
-        console.say(line)
+        run.say(line)
     return inputs
 
 
-def load_evaluation_inputs(config: RunConfig, world: World, console: Console) -> EvaluationInputs:
+def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
-    models, encode = _load_models(config, world, console)
-    eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    data = run.config.data
+    models, encode = _load_models(run)
+    eval_set = encode("eval", data.eval_sources, eval_part(data))
     for line in describe_counts("eval", eval_set.counts):
-        console.say(line)
+        run.say(line)
     return EvaluationInputs(**vars(models), eval_set=eval_set)
 
 
 def _load_models(
-    config: RunConfig,
-    world: World,
-    console: Console,
-    routers: RouterConfig | None = None,
-    *,
-    trains: bool = False,
+    run: Run, routers: RouterConfig | None = None, *, trains: bool = False
 ) -> tuple[ModelInputs, _Encode]:
     """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
-    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
-    start = _shared_start_folder(config, world, console)
+    config, world = run.config, run.world
+    folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
+    start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer = load_tokenizer(own_tokenizer, config.model)
     model_config = load_config(folder, config.model)
@@ -179,72 +178,67 @@ def _load_models(
     notes = training_notes(model_config, config.data.max_length)
     notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
     for note in [*router_notes(routers, model_config), *notes]:
-        console.say(note)
+        run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    files = _digest_models(folder, start, config, world, console)
+    files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        dataset = _encode(name, sources, part, tokenizer, own_tokenizer, config, world, console)
+        dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    return ModelInputs(*files, tokenizer, own_tokenizer, adapter, flops, weights, router), encode
+    return ModelInputs(*files, tokenizer, adapter, flops, weights, router), encode
 
 
 def _encode(
+    run: Run,
     name: str,
     sources: Sequence[SourceConfig],
     part: Part,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_files: Path,
-    config: RunConfig,
-    world: World,
-    console: Console,
+    digest: str,
 ) -> PreferenceDataset:
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
+    data, console = run.config.data, run.console
 
     def progress(source: str) -> AbstractContextManager[Count]:
         return console.counter(f"encoding the {name} data: {source}", "record")
 
-    encoded = world.on_main(
-        lambda: prepare_dataset(
-            sources, config.data, tokenizer, tokenizer_digest(tokenizer_files), progress, part
-        ),
+    encoded = run.world.on_main(
+        lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part),
         console.heartbeat(f"preparing the {name} data"),
     )
     # A node that sees the files on another device verifies them again.
     verifying = console.heartbeat(f"verifying the {name} data")
-    dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
-    return _with_count(dataset, "duplicates", count_duplicates, config, world, while_waiting=verifying)
+    dataset = run.world.together(lambda: open_dataset(encoded, data), verifying)
+    return _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
 
 
 def _with_count(
+    run: Run,
     dataset: PreferenceDataset,
     name: str,
     count: Callable[..., int],
-    config: RunConfig,
-    world: World,
     *others: PreferenceDataset,
     while_waiting: WhileWaiting | None = None,
 ) -> PreferenceDataset:
     """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
-    cache = Path(config.data.cache)
-    number = world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
+    cache = Path(run.config.data.cache)
+    number = run.world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
     return replace(dataset, counts=dataset.counts | {name: number})
 
 
-def _digest_models(
-    policy_folder: Path, start: Path | None, config: RunConfig, world: World, console: Console
-) -> tuple[ModelFiles, ModelFiles | None]:
+def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
     """Digest the files of the policy's start and of the reference, if there is one; collective."""
+    config = run.config
     is_scattered = config.parallelism.kind is ParallelismKind.zero3
     digest = partial(
         digest_on_every_node,
         store=Path(config.reference.store),
         remote_code=config.model.trust_remote_code,
-        world=world,
-        while_waiting=console.heartbeat("reading the model's files to identify them"),
+        world=run.world,
+        while_waiting=run.console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
     policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
@@ -255,30 +249,20 @@ def _digest_models(
         return policy_files, policy_files
     folder, adapter = policy_folder, start
     if config.reference.path is not None:
-        folder = shared_model_folder(config.reference.path, None, "reference.path", world, console)
-        adapter = None
+        folder, adapter = shared_model_folder(run, config.reference.path, None, "reference.path"), None
     return policy_files, digest(folder, loads_whole=reference_is_whole, adapter=adapter)
 
 
-def _shared_start_folder(config: RunConfig, world: World, console: Console) -> Path | None:
-    """Return `start_folder` on every rank; rank 0 downloads first."""
-    found = partial(start_folder, config.model)
-    downloading = console.heartbeat("looking for the adapter of model.adapter.path")
-    world.on_main(found, downloading)
-    return world.together(found, downloading)
+def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
+    """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
+    waiting = run.console.heartbeat(doing)
+    run.world.on_main(find, waiting)
+    return run.world.together(find, waiting)
 
 
 def shared_model_folder(
-    path: str,
-    revision: str | None,
-    key: str,
-    world: World,
-    console: Console,
-    *,
-    accepts_adapter: bool = False,
+    run: Run, path: str, revision: str | None, key: str, *, accepts_adapter: bool = False
 ) -> Path:
-    """Return `model_folder` on every rank; rank 0 downloads first, for all nodes that share its cache."""
-    downloading = console.heartbeat(f"downloading {path}")
+    """Return `model_folder` on every rank; collective."""
     found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
-    world.on_main(found, downloading)
-    return world.together(found, downloading)
+    return _on_every_rank(run, found, f"downloading {path}")

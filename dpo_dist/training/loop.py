@@ -2,14 +2,12 @@
 
 import contextlib
 import difflib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +15,19 @@ import torch
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import LAST_EVALUATION, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.world import GivenWay, Stops, World
+from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.console import Console, TrainingStatus
-from dpo_dist.insight.metrics.log import MetricsLog, Row
+from dpo_dist.insight.metrics.log import Row
 from dpo_dist.insight.metrics.wandb import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
@@ -38,7 +35,6 @@ from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSum
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import (
     count,
-    describe_pairs,
     ending_error,
     is_bad,
     is_overflow,
@@ -47,10 +43,11 @@ from dpo_dist.training.guards import (
 )
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.loss import Objective, ReadyStep
+from dpo_dist.training.resume import Identity
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
-from dpo_dist.training.start import write_on_main
-from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, WorkClock, throughput
+from dpo_dist.training.start import Run
+from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, throughput
 from dpo_dist.training.step import Evaluation, StepClock, StepTotals, evaluate, reduce_step, train_step
 
 
@@ -78,25 +75,17 @@ class Progress:
         self._window = LogWindow()
 
 
-def name_spike(row: Row, metrics: MetricsLog, inputs: Inputs, say: Callable[[str], None]) -> None:
-    """Add `loss_spikes`, their number so far, to the next row; write the pairs of a spike and warn."""
-    last: Row = next((before for before in reversed(metrics.rows) if "loss" in before), {})
+def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of one."""
+    last: Row = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
-    spike = spike_of_last(metrics.rows, row)
-    if spike is None:
-        return
-    row["loss_spikes"] += 1
-    named = {  # the row is a mean over the steps since the last one
-        step + 1: describe_pairs(inputs.train_set, inputs.sampler.indices(step))
-        for step in range(int(last["step"]), spike.step)
-    }
-    content = {"step": spike.step, "loss": spike.loss, "usual_loss": spike.usual, "pairs_by_step": named}
-    file = metrics.folder.loss_spike(spike.step)
-    write_text(file, json.dumps(content, indent=1) + "\n")
-    say(
-        f"warning: the loss jumped to {spike.loss:.4g} at step {spike.step}, from {spike.usual:.4g} before; "
-        f"its pairs: {file}"
-    )
+    spike = spike_of_last(rows, row)
+    if spike is not None:
+        row["loss_spikes"] += 1
+        say(
+            f"warning: the loss jumped to {spike.loss:.4g} at step {spike.step}, "
+            f"from {spike.usual:.4g} before"
+        )
 
 
 def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
@@ -156,12 +145,9 @@ class Loop:
         identity: digests of the run's inputs, written to every checkpoint.
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
-        clock: time by kind of work.
-        stops: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
-    config: RunConfig
-    world: World
+    run: Run
     inputs: Inputs
     policy: PolicyEngine
     objective: Objective
@@ -169,28 +155,24 @@ class Loop:
     start_is_known: bool
     peak: float
     checkpoints: CheckpointSaver
-    identity: dict[str, Any]
+    identity: Identity
     recorder: Recorder | None
     samples: Samples | None
-    console: Console
-    clock: WorkClock
-    stops: Stops
 
-    def run(self, position: Position) -> bool:
+    def train(self, position: Position) -> bool:
         """Train from `position` to the last step, or until a rank asks to stop; collective.
 
-        Returns:
-            True after the last step; False if the run was stopped, with a checkpoint saved.
+        Return whether the last step is done; else the run was stopped, with a checkpoint saved.
         """
-        self.clock.enter("other")
-        trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
+        self.run.clock.enter("other")
+        trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         if eval_set is not None and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
-        progress = Progress(self.console, steps, self.peak, self.world.device)
+        progress = Progress(self.run.console, steps, self.peak, self.run.world.device)
         with (
-            self.stops.request.deferred(),
-            self.console.until_end(),
+            self.run.stops.request.deferred(),
+            self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             if self._evaluate(position):
@@ -198,7 +180,7 @@ class Loop:
             if position.owes_evaluation:
                 self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
-                with self.clock.of("training"):
+                with self.run.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
@@ -211,10 +193,10 @@ class Loop:
                 is_last = done == steps or must_stop or position.owes_evaluation
                 if is_last or position.is_best or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
-        with self.clock.of("saving"):
+        with self.run.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
-        if is_done and self.stops.must_stop():
+        if is_done and self.run.stops.must_stop():
             self._say_why(position)
             return False
         return is_done
@@ -224,7 +206,7 @@ class Loop:
         if not position.owes_evaluation:
             return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(GivenWay), self.clock.of("evaluation"):
+        with contextlib.suppress(GivenWay), self.run.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
         return not position.owes_evaluation
@@ -238,29 +220,29 @@ class Loop:
 
     def _say_why(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
-        self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
+        self.run.say(f"stopping after step {position.step}{saved}: {self.run.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
-            yield self.objective.ready_step(rank_batch, self.world.device)
+            yield self.objective.ready_step(rank_batch, self.run.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
         """Train one step, advance `position`, and return whether a rank asked to stop.
 
         The host waits for the device only in DeepSpeed's update and in `reduce_step`.
         """
-        world, clock = self.world, StepClock(self.world.device)
+        world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
-        rate = learning_rate(self.config.optim, position.step, self.inputs.sampler.steps)
+        rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stops.request.vote(), self.checkpoints.is_written]
+        votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
         totals = reduce_step(sums, votes, norm, world)
         stop_votes, written = totals.votes
         if written == world.size:
@@ -268,7 +250,7 @@ class Loop:
             self.checkpoints.commit()
             clock.enter("other")
         overflow, bad = is_overflow(totals, self.policy), is_bad(totals)
-        running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
+        running = {} if bad else position.add_running(self.run.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = LogWindow(
             steps=1,
@@ -290,7 +272,7 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        folder, scale = RunFolder.of(self.config), self.policy.loss_scale
+        folder, scale = self.run.folder, self.policy.loss_scale
         steps = self.inputs.sampler.steps
         error = ending_error(totals, position, steps, folder, None if scale is None else scale.value)
         if error is not None:
@@ -304,40 +286,40 @@ class Loop:
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
         """Say why a step was skipped; of a bad one, name the pairs. Collective: no weight has changed."""
-        step, scale, folder = position.step, self.policy.loss_scale, RunFolder.of(self.config)
+        step, scale, folder = position.step, self.policy.loss_scale, self.run.folder
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
-            self.console.say(f"step {step} was skipped: {why}")
+            self.run.say(f"step {step} was skipped: {why}")
             return
-        losses = pair_losses(self.policy, self.objective, ready, position.running, self.world)
+        losses = pair_losses(self.policy, self.objective, ready, position.running, self.run.world)
         pairs, dataset = self.inputs.sampler.indices(step - 1), self.inputs.train_set
         write = partial(write_bad_step, folder, totals, step, dataset, pairs, losses)
-        self.console.say(write_on_main(write, folder, self.world))
+        self.run.say(self.run.write(write))
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
-        budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
-        world, costs = self.world, self.inputs.costs
+        budget, only_chosen = self.run.config.trainer.micro_batch_tokens, self.run.config.loss.is_one_sided
+        world, costs = self.run.world, self.inputs.costs
         return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, only_chosen)
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        started, world = time.monotonic(), self.world
+        started, world = time.monotonic(), self.run.world
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
-        found = evaluate(policy, self.objective, rank_batch, world, position.running, self.stops.give_way)
+        found = evaluate(policy, self.objective, rank_batch, world, position.running, self.run.stops.give_way)
         metrics = MetricSums(found.sums.names, world.sum_replicas(found.sums.values)).means()
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
-        trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
+        trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:
             self._write_evaluation(dataset, found, metrics)
         margins = None
-        if found.values is not None and not self.config.loss.is_one_sided:
+        if found.values is not None and not self.run.config.loss.is_one_sided:
             metrics |= found.values.margin_percentiles()
             margins = found.values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
-            measured |= self.samples.at(position.step, self.policy, self.stops.give_way)
+            measured |= self.samples.at(position.step, self.policy, self.run.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
@@ -352,25 +334,25 @@ class Loop:
 
         def write() -> None:
             assert evaluation.values is not None
-            model = str(RunFolder.of(self.config).model)
-            with spared("the last evaluation's folder", self.console.say):
-                write_evaluation(LAST_EVALUATION, model, self.config, means, evaluation.values, dataset)
+            model = str(self.run.folder.model)
+            with spared("the last evaluation's folder", self.run.say):
+                write_evaluation(LAST_EVALUATION, model, self.run.config, means, evaluation.values, dataset)
 
-        writing = self.console.heartbeat("computing the intervals of the last evaluation")
-        write_on_main(write, RunFolder.of(self.config), self.world, writing)
+        writing = self.run.console.heartbeat("computing the intervals of the last evaluation")
+        self.run.write(write, writing)
 
     def _record_window(self, position: Position) -> None:
         """Record one metrics row of the steps since the last one, if one of them was applied."""
         if not position.window.steps:
             return
         row = {**self._row_start(position), **position.window.row(self.peak)}
-        if self.world.device.type == "cuda":
+        if self.run.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         row["bad_steps"] = position.bad_steps
         if self.policy.loss_scale is not None:
             row |= {"loss_scale": self.policy.loss_scale.value, "overflows": position.overflows}
         if self.recorder is not None:
-            name_spike(row, self.recorder.metrics, self.inputs, self.console.say)
+            count_spike(row, self.recorder.metrics.rows, self.run.say)
         self._record(row)
         position.window = LogWindow()
 
@@ -380,13 +362,13 @@ class Loop:
     def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
         if self.recorder is not None:
             self.recorder.record(row, margins)
-            self.console.row(row, self.inputs.sampler.steps)
+            self.run.console.row(row, self.inputs.sampler.steps)
 
     def _save(self, position: Position, *, is_last: bool) -> None:
-        with self.clock.of("saving"):
+        with self.run.clock.of("saving"):
             if self.recorder is not None:
                 self.recorder.metrics.save()
-            position.work, position.loss_scale = self.clock.read(), self.policy.loss_scale
+            position.work, position.loss_scale = self.run.clock.read(), self.policy.loss_scale
             facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
             state = {**asdict(position), **self.identity, **facts}
             self.checkpoints.save(position.step, state, is_last=is_last)

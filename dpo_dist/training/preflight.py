@@ -1,167 +1,178 @@
-"""`--check`: load and check everything of a run that needs no weights and no GPU; writes nothing."""
+"""Checks of a run before torch is imported and processes join: packages, files, folders."""
 
-import itertools
-from collections.abc import Sequence
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
-from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
-from dpo_dist.data.dataset import check_fits_loss
-from dpo_dist.data.encode import encode_chunk
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.sources import pinned
-from dpo_dist.data.store import columns_of, counts_of
-from dpo_dist.data.template import check_template_keys
-from dpo_dist.foundation.text import counted
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
-from dpo_dist.model.architectures import check_supported
-from dpo_dist.model.flops import without_weights
-from dpo_dist.model.folder import description_folder, is_adapter
-from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
-from dpo_dist.model.router import router_loss
-from dpo_dist.objective.custom_loss import check_custom_loss
-from dpo_dist.reference.engine import check_same_vocabulary
-from dpo_dist.training.evaluate import with_stored_reference
-from dpo_dist.training.resume import check_configuration, check_fresh_start, check_unused, find_finished
-from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
-
-_FIRST_RECORDS = 64
-_MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
+from dpo_dist.config.schema import OptimizerKind, ReferenceMode, RunConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.formats import check_first_formats, check_source
+from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.foundation.process import check_groups
+from dpo_dist.insight.console import Console, open_console
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
+from dpo_dist.model.folder import (
+    check_cached_offline,
+    check_tokenizer_files,
+    check_weights,
+    local_model_folder,
+    weight_files,
+)
+from dpo_dist.model.optional_packages import check_bitsandbytes, check_installed
 
 
-def rehearse(config: RunConfig, *, trains: bool = True) -> str:
-    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+@contextlib.contextmanager
+def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
+    """Check the start and open the console; a start that fails before its first step leaves no folders."""
+    with without_traces(config):
+        check_start(config, trains=trains)
+        with open_console(RunFolder.of(config), config.console) as console:
+            yield console
 
-    Weights are neither read nor, for a model on the hub, downloaded. `trains`: it starts from what is in its
-    directory.
+
+def check_start(config: RunConfig, *, trains: bool = False) -> None:
+    """Check everything that needs no torch, network or other processes, and create the folders of the run.
+
+    Only processes on the first node check. `trains`: whether there is an optimizer, which may need a package.
     """
-    run = RunFolder.of(config)
-    found = f" ({_expected_start(config, run)})" if trains else ""
-    described, tokenizer = _described_model(config)
-    lines = [
-        ("run.dir", f"{run}{found}"),
-        ("model.path", described),
-        ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
-        ("reference", _reference(config, tokenizer)),
-    ]
-    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
-    if needing and not torch.cuda.is_available():
-        why = f"no GPU here: a run on this machine would refuse {' and '.join(needing)}"
-        lines.append(("device", why))
-    doctor = "python -m dpo_dist.doctor with the same arguments without --check examines all records"
-    return f"{_passed(lines, config, tokenizer)}  {doctor}\n"
+    if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
+        return
+    if LossKind.custom in config.loss.kinds:
+        find_function(config.loss.function)
+    _check_packages(config, trains=trains)
+    if "WORLD_SIZE" in os.environ:
+        check_groups(int(os.environ["WORLD_SIZE"]), config.parallelism.sequence_parallel)
+    _check_models(config)
+    for source in [*config.data.train, *config.data.eval]:
+        check_source(source)
+        check_first_formats(source, config.data)
+    check_template_file(config.data.chat_template)
+    _check_run_dir(config)
+    for key, folder in _needed_folders(config).items():
+        if key != "reference.store" or not folder.is_dir():
+            # A read-only store is enough for a run whose log-probs are all in it.
+            _check_folder(folder, key)
 
 
-def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
-    """Load what an evaluation loads before weights, and encode the first records; returns as `rehearse`."""
-    config = with_stored_reference(config)
-    described, tokenizer = _described_model(config)
-    lines = [("run.dir", str(RunFolder.of(config))), ("model.path", described)]
-    for evaluated in models:
-        if evaluated.kind in (Kind.model, Kind.hub):
-            revision = config.model.revision if evaluated.path == config.model.path else None
-            own = description_folder(evaluated.path, revision, EVALUATED)
-            if not is_adapter(own):
-                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
-        lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
-    lines.append(("reference", _reference(config, tokenizer)))
-    return _passed(lines, config, tokenizer)
+def with_evaluated_pairs(config: RunConfig) -> RunConfig:
+    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`."""
+    data = config.data
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    return replace(config, data=replace(data, train=[]) if data.eval else data)
 
 
-def _passed(lines: list[tuple[str, str]], config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the findings with those of the first records, as lines for the screen."""
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for index, source in enumerate(sources):
-            name = f"{key}[{index}]"
-            lines.append((name, _first_records(source, name, config, tokenizer)))
-    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+@contextlib.contextmanager
+def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
+    """Remove the folders that a start made, if it ends with a user's error before its first step; on rank 0.
+
+    `of_success`: also remove them if the start ends without an error (`--check`).
+    """
+    folder, needed = RunFolder.of(config), _needed_folders(config).values()
+    # os.path, as Path.exists raises for a name that is too long
+    made = {path for each in needed for path in (each, *each.parents) if not os.path.exists(path)}  # noqa: PTH110
+    has_ended = of_success
+    try:
+        yield
+    except (ConfigError, DataError, ReferenceModelError, CheckpointError):
+        has_ended = True
+        raise
+    finally:
+        if has_ended and os.environ.get("RANK", "0") == "0":
+            if folder.path in made and not os.path.exists(folder.checkpoints):  # noqa: PTH110
+                shutil.rmtree(folder.path, ignore_errors=True)
+            for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
-def _expected_start(config: RunConfig, folder: RunFolder) -> str:
-    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
-    if config.run.resume is Resume.never:
-        check_unused(folder)
-    elif finished := find_finished(config, folder):
-        check_configuration(finished.identity, config, folder)
-        return "complete: nothing is left to train"
-    elif any(folder.checkpoints.glob("step-*")):  # also one that the next start commits
-        return "has checkpoints: the run resumes"
+def _needed_folders(config: RunConfig) -> dict[str, Path]:
+    folders = {"run.dir": RunFolder.of(config).path, "data.cache": Path(config.data.cache)}
+    if config.reference.mode is ReferenceMode.cached:
+        folders["reference.store"] = Path(config.reference.store)
+    if config.reference.nvme_path is not None:
+        folders["reference.nvme_path"] = Path(config.reference.nvme_path)
+    return folders
+
+
+def _check_run_dir(config: RunConfig) -> None:
+    """Refuse a run directory that is a model's folder or that contains other runs."""
+    run_dir = Path(os.path.realpath(RunFolder.of(config).path))
+    start = None if config.model.adapter is None else config.model.adapter.path
+    models = [path for path in (config.model.path, config.reference.path, start) if path is not None]
+    fault = ""
+    if run_dir == run_dir.parent:
+        fault = "the root of the file system"
+    elif run_dir in [Path(os.path.realpath(Path(path).expanduser())) for path in models]:
+        fault = "the folder of a model"
+    elif os.path.isdir(run_dir) and any(run_dir.glob(f"*/{RunFolder(run_dir).state.name}")):  # noqa: PTH112
+        fault = "a folder that contains other runs"
+    if fault:
+        raise ConfigError(
+            f"run.dir is {fault}",
+            where="run.dir",
+            got=str(run_dir),
+            expected="a folder for this run alone",
+            remedy="set run.dir to a new folder, or run.root to the parent folder of all runs",
+        )
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as fault:
+        is_file = os.path.isfile(folder)  # noqa: PTH113 (as above)
+        raise ConfigError(
+            f"{key} is a file" if is_file else f"{key} cannot be written",
+            where=key,
+            got=f"{folder}: {fault.strerror or fault}",
+            expected="a folder that exists or can be created, with free space and write permission",
+            remedy=f"set {key} to another folder, or make this one writable",
+        ) from None
+
+
+def _check_packages(config: RunConfig, *, trains: bool) -> None:
+    if config.model.quantization is not None:
+        check_bitsandbytes(config.model.quantization, "model.quantization")
+    if config.reference.quantization is not None:
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
+        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
+    if config.model.liger:
+        check_installed("liger-kernel", "model.liger", "true", "false")
+    for tracker in config.tracking.also:
+        check_installed(tracker, "tracking.also", tracker, "[]")
+
+
+def _check_models(config: RunConfig) -> None:
+    policy = _described_model(config.model.path, config.model.revision, "model.path")
+    start, adapter = None, config.model.adapter
+    if adapter is not None and adapter.path is not None:
+        if Path(adapter.path).expanduser().is_dir():
+            start = start_folder(config.model)
+        else:
+            local_model_folder(adapter.path, None, "model.adapter.path")  # raises for a missing one
+            check_cached_offline(adapter.path, "model.adapter.path")
+    if policy is not None:
+        check_tokenizer_files(tokenizer_folder(policy, start))
+    if config.reference.path is not None:
+        _described_model(config.reference.path, None, "reference.path")
+
+
+def _described_model(path: str, revision: str | None, key: str) -> Path | None:
+    """Return the folder of a local model after the checks of its files; None for a model on the Hub."""
+    folder = local_model_folder(path, revision, key)
+    if folder is None:
+        check_cached_offline(path, key)
     else:
-        check_fresh_start(config, folder)
-    return "new"
-
-
-def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
-    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
-    folder = description_folder(config.model.path, config.model.revision, "model.path")
-    start = start_folder(config.model)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config = load_config(folder, config.model)
-    check_supported(model_config, config.data.max_length)
-    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    router_loss(config.loss.router, model_config)
-    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
-    check_modules(causal_lm, config.model, trained_adapter(config.model, start))
-    check_template_keys(config.data, tokenizer)
-    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
-
-
-def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    reference = config.reference
-    if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.kernels import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
-
-        check_async_io()
-    found = [reference.mode.value]
-    if reference.path is not None:
-        folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, config.model)
-        found.append(f"model {folder}")
-    if reference.mode is ReferenceMode.cached:
-        spaces = len(list(Path(reference.store).glob("*/space.json")))
-        found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
-    return ", ".join(found)
-
-
-def _first_records(
-    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Read, encode and check the first records of a source; return their counts as one line."""
-    # No run directory is written, so the commit of a hub dataset is not recorded.
-    source = pinned(source, None)
-    for most in (_FIRST_RECORDS, _MORE_RECORDS):
-        records = list(itertools.islice(read_records(source), most + 1))
-        rows = pa.Table.from_batches([encode_chunk(records[:most], config.data, tokenizer)])
-        counts = counts_of(rows)
-        if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
-            break
-    has_more = len(records) > most
-    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
-    columns = columns_of(rows)
-    scores, origins = columns["scores"], columns["origins"]
-    response_counts = np.diff(columns["pair_pieces"], prepend=0) - 1
-    ends = np.cumsum(response_counts)
-    check_fits_loss(
-        config.loss,
-        response_counts,
-        lambda: scores[ends - response_counts] - scores[ends - 1],
-        lambda index: f"{key}: {columns['source_paths'][origins[index][0]]}:{origins[index][1]}",
-    )
-    name = f" ({source.name})" if source.name else ""
-    rest = " (the others were not looked at)" if has_more else ""
-    found = [
-        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
-        read_in_words(counts.read_as),
-        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
-        f"{columns['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
-    ]
-    return "; ".join(filter(None, found))
+        check_weights(weight_files(folder), key)
+    return folder

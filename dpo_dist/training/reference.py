@@ -17,7 +17,6 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
@@ -55,7 +54,7 @@ from dpo_dist.reference.scoring import (
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
-from dpo_dist.training.start import open_world, say_header
+from dpo_dist.training.start import Run, open_run, say_header
 
 _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.
@@ -64,12 +63,11 @@ _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 
 
 class _Drift(NamedTuple):
-    """Absolute difference between fresh and stored log-probs of a response of an example, in nats:
-    mean over its tokens, largest of a token, and of the sum.
+    """Absolute difference between fresh and stored log-probs of a response, in nats: mean over its tokens,
+    largest of a token, and of the sum.
     """
 
-    example: int
-    response: int
+    origin: str
     tokens: int
     mean: float
     largest: float
@@ -78,21 +76,20 @@ class _Drift(NamedTuple):
 
 @torch.no_grad()
 def check_drift(
+    run: Run,
     score: Scorer,
     objective: Objective,
     dataset: PreferenceDataset,
     visited: Indices,
     costs: ComputeCosts,
-    config: RunConfig,
-    world: World,
 ) -> dict[str, Any]:
     """Re-score a seeded sample of the `visited` indices with the training path and compare; collective.
 
-    `score`: the reference model, or the policy before its first update if it starts as this model.
-
-    Returns:
-        The drift per token and per response, in nats, for the report.
+    `score`: the reference model, or the policy before its first update if it starts as this model. Log-probs
+    that differ by more than the precision explains are a `ReferenceModelError`, and so is a loss that differs
+    from its value at zero margin. Return the drift per token and per response, in nats, for the report.
     """
+    config, world = run.config, run.world
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
@@ -116,7 +113,7 @@ def check_drift(
                 own += _drifts(parts, dataset, micro_batch)
     drifts = [drift for part in world.gather(own) for drift in part]
     loss, at_zero_margin = (world.sum_replicas(losses) / rank_batch.pairs).tolist()
-    _check_drifts(drifts, dataset, config)
+    _check_drifts(drifts, config)
     tolerance = _LOSS_TOLERANCE[config.model.dtype] * max(1.0, abs(at_zero_margin))
     if not abs(loss - at_zero_margin) <= tolerance:
         raise ReferenceModelError(
@@ -139,11 +136,11 @@ def _drifts(parts: Sequence[Tensor], dataset: PreferenceDataset, indices: Sequen
     counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
     owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
     for (example, response), part in zip(owners, parts, strict=True):
-        largest, total = float(part.abs().max()), abs(float(part.sum()))
-        yield _Drift(example, response, len(part), float(part.abs().mean()), largest, total)
+        name, sizes = f"{dataset.origin(example)} response {response}", part.abs()
+        yield _Drift(name, len(part), float(sizes.mean()), float(sizes.max()), abs(float(part.sum())))
 
 
-def _check_drifts(drifts: Sequence[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
+def _check_drifts(drifts: Sequence[_Drift], config: RunConfig) -> None:
     dtype = config.model.dtype
 
     def tolerance(tokens: int) -> float:
@@ -153,18 +150,16 @@ def _check_drifts(drifts: Sequence[_Drift], dataset: PreferenceDataset, config: 
     # Not "mean > tolerance", which accepts nan.
     failed = [drift for drift in drifts if not drift.mean <= tolerance(drift.tokens)]
     if failed:
-        named = [f"{dataset.origin(d.example)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
+        is_strict = config.reference.numerics is Numerics.strict
         raise ReferenceModelError(
             f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
-            where="; ".join(named),
+            where="; ".join(f"{drift.origin} ({drift.mean:.2g})" for drift in failed[:5]),
             got="the mean difference per token in parentheses, in nats",
             expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
             "16 bits",
-            remedy=(
-                "the store belongs to another model or is damaged: set another reference.store"
-                if config.reference.numerics is Numerics.strict
-                else "log-probs of other numerics differ too much: set reference.numerics=strict"
-            ),
+            remedy="the store belongs to another model or is damaged: set another reference.store"
+            if is_strict
+            else "log-probs of other numerics differ too much: set reference.numerics=strict",
         )
 
 
@@ -199,18 +194,14 @@ class Reference:
 
 
 def prepare_reference(
-    config: RunConfig,
-    inputs: Inputs | EvaluationInputs,
-    world: World,
-    console: Console,
-    stops: Stops | None = None,
-    *,
-    step0_follows: bool = False,
+    run: Run, inputs: Inputs | EvaluationInputs, *, step0_follows: bool = False
 ) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
 
     With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
+    If a rank is asked to stop, what is scored is stored, and the error is a `StoppedError`.
     """
+    config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
         return _unstored(NoReference(), False, mode, inputs)
@@ -221,8 +212,7 @@ def prepare_reference(
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
         return _unstored(LiveReference(load_reference(files, config, world)), is_start, mode, inputs)
-    is_checked = is_start and step0_follows
-    return _stored(config, inputs, files, is_start, is_checked, world, console, stops)
+    return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
@@ -237,16 +227,14 @@ def _unstored(
     return Reference(provider, is_start, inputs.visited[0], report)
 
 
-def open_reference_sync(
-    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
-) -> ReferenceSync | None:
+def open_reference_sync(run: Run, reference: ReferenceProvider, policy: PolicyEngine) -> ReferenceSync | None:
     """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
-    sync = config.loss.sync_reference
+    sync = run.config.loss.sync_reference
     if sync.every is None:
         return None
     assert isinstance(reference, LiveReference)
     assert isinstance(reference.engine, FrozenEngine)
-    return ReferenceSync(reference.engine, policy, sync, world)
+    return ReferenceSync(reference.engine, policy, sync, run.world)
 
 
 def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,14 +258,7 @@ def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
 
 
 def _stored(
-    config: RunConfig,
-    inputs: Inputs | EvaluationInputs,
-    files: ModelFiles,
-    is_start: bool,
-    is_checked: bool,
-    world: World,
-    console: Console,
-    stops: Stops | None,
+    run: Run, inputs: Inputs | EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
 ) -> Reference:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
@@ -285,10 +266,11 @@ def _stored(
     Log-probs of other numerics are always re-scored: by the policy in the step-0 check if it starts as the
     reference (`is_start`), else by an engine loaded for it.
     """
-    fingerprint = _fingerprint(config, files, world)
-    found = world.on_main(lambda: find_compatible(Path(config.reference.store), fingerprint))
+    config, world, store = run.config, run.world, Path(run.config.reference.store)
+    fingerprint = _fingerprint(run, files)
+    found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
-    empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
+    empty = LogpStore(store, [fingerprint, *compatible], [])
     engines: list[ReferenceEngine] = []
 
     def load_scorer() -> Scorer:
@@ -298,12 +280,13 @@ def _stored(
         return engines[0].token_logps
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
-    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard, stops)
-    filled = _fill(config, inputs, filler, console)
+    tokens = scoring_tokens(config)
+    filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
+    filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
     if found and not compatible and filled.computed:
         others = "; ".join(difference(fingerprint, other) for other in found)
-        console.say(
+        run.say(
             f"reference: the store has log-probs of this model of other numerics ({others}); "
             "reference.numerics=tolerant uses them"
         )
@@ -312,15 +295,15 @@ def _stored(
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
         report["served"] = reused.entries
-        console.say(f"reference: {_describe_reused(reused)}")
+        run.say(f"reference: {_describe_reused(reused)}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
     if must_score:
         objective, score = Objective(config.loss, provider), load_scorer()
-        report["drift"] = check_drift(score, objective, *audited, filler.costs, config, world)
+        report["drift"] = check_drift(run, score, objective, *audited, filler.costs)
         drift = describe_drift(report["drift"])
-        console.say(f"reference check passed: stored and newly computed log-probs are {drift}")
+        run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
     for engine in engines:
         engine.free()
     if engines:
@@ -329,8 +312,9 @@ def _stored(
     return Reference(provider, is_start, audited, report)
 
 
-def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> ReferenceFingerprint:
+def _fingerprint(run: Run, files: ModelFiles) -> ReferenceFingerprint:
     """Return the fingerprint of the log-probs that this run computes; collective."""
+    config, world = run.config, run.world
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     own = numerics_of(scored_model(config), backend, world.device)
     profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
@@ -338,21 +322,19 @@ def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> Referenc
     return ReferenceFingerprint(files.digest, profile, label)
 
 
-def _fill(
-    config: RunConfig, inputs: Inputs | EvaluationInputs, filler: StoreFiller, console: Console
-) -> FillReport:
+def _fill(run: Run, inputs: Inputs | EvaluationInputs, filler: StoreFiller) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     several = len(inputs.visited) > 1
     for number, (dataset, indices) in enumerate(inputs.visited, 1):
         of_all = f", dataset {number} of {len(inputs.visited)}" if several else ""
-        with console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
+        with run.console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
-    computed = counted(filled.computed, "log-prob")
-    console.say(f"reference: {computed} computed, {filled.hits:,} reused{took}")
+    run.say(f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")
+    store = run.config.reference.store
     for name in sorted(filled.damaged):
-        console.say(f"warning: reference: damaged file ignored: {config.reference.store}/{name}")
+        run.say(f"warning: reference: damaged file ignored: {store}/{name}")
     return filled
 
 
@@ -368,10 +350,10 @@ def _describe_reused(reused: Reused) -> str:
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:
     """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
-    with open_world(config, console) as world:
-        say_header(config, world, console)
-        inputs = load_inputs(config, world, console)
+    with open_run(config, console, stop) as run:
+        say_header(run)
+        inputs = load_inputs(run)
         with stop.deferred():
-            prepare_reference(config, inputs, world, console, Stops(stop, world))
-        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
+            prepare_reference(run, inputs)
+        run.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
     return ExitCode.completed

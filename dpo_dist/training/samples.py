@@ -9,9 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
 from dpo_dist.generation.sampling.generate import (
@@ -23,12 +22,11 @@ from dpo_dist.generation.sampling.generate import (
 )
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
-from dpo_dist.insight.console import Console
 from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.start import write_on_main
+from dpo_dist.training.start import Run
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
@@ -36,11 +34,9 @@ _BATCH_TOKENS = 16384
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt.
+    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`.
 
-    Attributes:
-        fields: `prompt`, `prompt_id`, `source` and `chosen` of its rows.
-        language: of the chosen response; None if it is not clear.
+    `language`: of the chosen response; None if it is not clear.
     """
 
     request: Request
@@ -62,13 +58,11 @@ class Samples:
         reference: responses of the reference, one for each prompt; None: not known.
     """
 
+    run: Run
     sampling: Sampling
     prompts: tuple[SamplePrompt, ...]
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
-    world: World
-    folder: RunFolder
-    console: Console
     starts_as_reference: bool = False
     asks_policy: bool = False
     of_base: bool = False
@@ -87,18 +81,17 @@ class Samples:
         if responses is None:
             return {}
         asked = responses
-        file, text = self.folder.samples_file(step), lines(self._rows(step, asked))
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            write_text(file, text)
-            with spared("the row of metrics of samples", self.console.say):
+            write_text(self.run.folder.samples_file(step), lines(self._rows(step, asked)))
+            with spared("the row of metrics of samples", self.run.say):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
                     metrics |= self._metrics("samples/reference_", self.reference)
             return metrics
 
-        return write_on_main(write, self.folder, self.world)
+        return self.run.write(write)
 
     def open(self, policy: Generates) -> None:
         """Ask the policy before its first step for the reference's responses, if it gives them."""
@@ -113,20 +106,19 @@ class Samples:
                 {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
                 for prompt, response in zip(self.prompts, self.reference, strict=True)
             ]
-            file = self.folder.samples_reference
-            write_on_main(lambda: write_text(file, lines(rows)), self.folder, self.world)
+            self.run.write(lambda: write_text(self.run.folder.samples_reference, lines(rows)))
 
     def read_reference(self) -> list[Row] | None:
         """Return the reference's responses in its file, if they are to the same prompts and settings."""
         try:
-            text = self.folder.samples_reference.read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
-            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
-            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
-                return None
-            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
+            text = self.run.folder.samples_reference.read_text(encoding="utf-8")
+        except FileNotFoundError:
             return None
+        rows = [json.loads(line) for line in text.splitlines()]
+        wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+            return None
+        return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
 
     def _ask(
         self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
@@ -134,12 +126,11 @@ class Samples:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         options: dict[str, Any] = {"of_base": of_base, "give_way": give_way}
+        limits = self.stop_ids, _BATCH_TOKENS, self.run.world
         try:
-            found = generate_together(
-                model, requests, self.sampling, self.stop_ids, _BATCH_TOKENS, self.world, **options
-            )
+            found = generate_together(model, requests, self.sampling, *limits, **options)
         except NotFiniteError:
-            self.console.say("warning: no samples: the model's logits are not finite")
+            self.run.say("warning: no samples: the model's logits are not finite")
             return None
         return [
             {
@@ -178,20 +169,18 @@ def lines(rows: Sequence[Row]) -> str:
     return "".join(map(json_line, rows))
 
 
-def prepare_samples(
-    config: RunConfig, inputs: Inputs, step: int, world: World, console: Console
-) -> Samples | None:
+def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
     Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
     to a file in the run directory from which a resumed run reads it. If the policy cannot give its responses,
     the reference is loaded for them and freed again: call this before a model is loaded.
     """
-    folder = RunFolder.of(config)
-    write_on_main(lambda: _remove_later(folder, step), folder, world)
+    config = run.config
+    run.write(lambda: _remove_later(run.folder, step))
     if not config.samples.prompts or inputs.eval_set is None:
         return None
-    samples = _held_out(config, inputs, inputs.eval_set, world, console)
+    samples = _held_out(run, inputs, inputs.eval_set)
     if not samples.prompts:
         return None
     files = inputs.reference_files or inputs.policy_files
@@ -203,19 +192,17 @@ def prepare_samples(
     )
     samples.starts_as_reference, samples.of_base = is_start, config.model.adapter is not None
     samples.asks_policy = is_start and (step == 0 or samples.of_base)
-    samples.reference = world.on_main(samples.read_reference)
+    samples.reference = run.world.on_main(samples.read_reference)
     if samples.reference is None and not samples.asks_policy:
-        console.say("samples: the reference is loaded for its responses")
-        engine = load_reference(files, config, world)
+        run.say("samples: the reference is loaded for its responses")
+        engine = load_reference(files, config, run.world)
         samples.ask_reference(engine)
         engine.free()
     return samples
 
 
-def _held_out(
-    config: RunConfig, inputs: Inputs, dataset: PreferenceDataset, world: World, console: Console
-) -> Samples:
-    settings, model_folder = config.samples, inputs.policy_files.folder
+def _held_out(run: Run, inputs: Inputs, dataset: PreferenceDataset) -> Samples:
+    config, settings, model_folder = run.config, run.config.samples, inputs.policy_files.folder
     stop_ids = find_stop_ids(inputs.tokenizer, config.data, model_folder)
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
@@ -224,13 +211,12 @@ def _held_out(
     seed = config.trainer.seed
     prompts = choose_prompts(dataset, inputs.tokenizer, stop_ids, settings.prompts, seed, longest)
     if len(prompts) < settings.prompts:
-        console.say(
+        run.say(
             f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
             "are different and leave room for samples.max_new_tokens"
         )
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
-    folder = RunFolder.of(config)
-    return Samples(sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
+    return Samples(run, sampling, prompts, stop_ids, inputs.tokenizer)
 
 
 def choose_prompts(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
-from dpo_dist.config.schema import Offload, OptimizerKind, Resume, RunConfig
+from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
@@ -30,6 +31,7 @@ from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
 from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, first_few, percent, size
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
@@ -38,7 +40,6 @@ from dpo_dist.insight.recorder import spared
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
-from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.training.resume import (
     RunState,
@@ -48,22 +49,69 @@ from dpo_dist.training.resume import (
     find_finished,
     write_state,
 )
+from dpo_dist.training.state import WorkClock
 
 T = TypeVar("T")
 
 
+class Run:
+    """One start of a run, or of a verb about one: its configuration on its joined processes.
+
+    `stops` is asked after every step; one rank's vote ends the run on all. `clock` has the time by kind of
+    work since `began`, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        console: Console,
+        stop: StopRequest | None = None,
+        began: float | None = None,
+    ):
+        self.config, self.world, self.console = config, world, console
+        self.folder = RunFolder.of(config)
+        self.stops = Stops(stop or StopRequest(), world)
+        self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        self.console.say(text)
+
+    def write(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
+
+        A file that cannot be written is a `CheckpointError`.
+        """
+
+        def guarded() -> T:
+            try:
+                if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                    missing = str(self.folder.path)
+                    raise FileNotFoundError(errno.ENOENT, "the run directory is missing", missing)
+                return work()
+            except OSError as error:
+                raise CheckpointError(
+                    "a file of the run cannot be written",
+                    where=str(error.filename or self.folder),
+                    got=str(error),
+                    remedy="free disk space or correct the permissions; the same command resumes the run",
+                ) from error
+
+        return self.world.on_main(guarded, while_waiting)
+
+
 @contextlib.contextmanager
-def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> Iterator[World]:
-    """Yield the world of this process's launch, set up as `config` says; collective.
+def open_run(
+    config: RunConfig, console: Console, stop: StopRequest | None = None, *, trains: bool = False
+) -> Iterator[Run]:
+    """Yield the run on the joined processes of this launch, set up as `config` says; collective.
 
     `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
     """
+    began = time.monotonic()
     if config.reference.offload is Offload.nvme:
         load_async_io(console.say)
-    if config.reference.quantization is not None:
-        check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none)
@@ -78,12 +126,14 @@ def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> 
         random.seed(config.trainer.seed)
         np.random.seed(config.trainer.seed % 2**32)
         torch.manual_seed(config.trainer.seed)
-        yield with_sequence_groups(world, config.parallelism.sequence_parallel)
+        grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
+        yield Run(config, grouped, console, stop, began)
 
 
 @contextlib.contextmanager
-def locked(folder: RunFolder, world: World) -> Iterator[None]:
+def locked(run: Run) -> Iterator[None]:
     """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
+    folder, world = run.folder, run.world
     with contextlib.ExitStack() as lock:
         owner, remedy = "is training in this run directory", "wait for it to end, or set another run.dir"
         world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner, remedy)))
@@ -106,8 +156,9 @@ class Start:
         return 0 if self.checkpoint is None else int(self.checkpoint.state["step"])
 
 
-def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
+def find_start(run: Run) -> Start:
     """Return the point to continue from, according to `run.resume`; collective."""
+    config, folder, world = run.config, run.folder, run.world
     if config.run.resume is Resume.never:
         world.on_main(partial(check_unused, folder))
         return Start()
@@ -122,29 +173,9 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     return Start(checkpoint)
 
 
-def write_on_main(
-    work: Callable[[], T], folder: RunFolder, world: World, while_waiting: WhileWaiting | None = None
-) -> T:
-    """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
-
-    def guarded() -> T:
-        try:
-            if not folder.path.is_dir():  # moved away or unmounted; no part of it is made again
-                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(folder.path))
-            return work()
-        except OSError as error:
-            raise CheckpointError(
-                "a file of the run cannot be written",
-                where=str(error.filename or folder),
-                got=str(error),
-                remedy="free disk space or correct the permissions; the same command resumes the run",
-            ) from error
-
-    return world.on_main(guarded, while_waiting)
-
-
-def describe_run(config: RunConfig, world: World) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, Any]:
     """Return the content of environment.json; collective."""
+    config, world = run.config, run.world
     own_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))
     if own_loss is None:
@@ -172,14 +203,14 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
         return
     copies = 1 + STATES_OF_ADAM[config.optim.kind] + (trainer.ema_decay is not None)  # in float32
     checkpoint, model = int(4 * copies * weights), TORCH_DTYPES[config.model.dtype].itemsize * weights
-    # A checkpoint is complete before an older one is deleted; the model is written beside those kept.
+    # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.
     there = sum(map(has_all_files, checkpoint_folders(folder.checkpoints)))
-    kept = max(1, trainer.keep_last) + bool(trainer.keep_best)
+    spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - there
     intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
     borders = sum((steps - 1) // each - done // each for each in intervals if each)
-    saves = 0 if done >= steps else 1 + borders
-    at_once = max(min(saves, kept + 1 - there), min(saves, 1))
-    needed = max(at_once * checkpoint, (min(there + saves, kept) - there) * checkpoint + model)
+    saves = 1 + borders if done < steps else 0
+    at_once = min(saves, max(1, spare + 1))
+    needed = at_once * checkpoint + (model if at_once <= spare or not saves else 0)
     if needed > disk.free:
         raise ConfigError(
             "the disk has no room for the checkpoints and the model of this run",
@@ -191,75 +222,78 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
         )
 
 
-def write_description(config: RunConfig, environment: dict[str, Any], world: World) -> None:
+def write_description(run: Run, environment: dict[str, Any]) -> None:
     """Write config.yaml and environment.json, after every check that may refuse the start; collective."""
-    folder = RunFolder.of(config)
 
     def write() -> None:
-        write_text(folder.config, to_yaml(config))
-        write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
+        write_text(run.folder.config, to_yaml(run.config))
+        write_text(run.folder.environment, json.dumps(environment, indent=2) + "\n")
 
-    write_on_main(write, folder, world)
+    run.write(write)
 
 
-def mark_started(folder: RunFolder, state: RunState, world: World, console: Console) -> None:
+def mark_started(run: Run, state: RunState) -> None:
     """Record that a run trains, and remove the summary of an earlier start; collective."""
+    folder = run.folder
 
     def work() -> None:
         write_state(folder, state)
-        for leftover in folder.path.glob(f"{folder.model.name}.*"):
+        for leftover in folder.path.glob(f"{folder.model.name}.*"):  # of any host, as this one has the lock
             if is_temporary(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
-            with spared(folder.report.name, console.say):
+            with spared(folder.report.name, run.say):
                 write_page(folder)
 
-    write_on_main(work, folder, world)
+    run.write(work)
 
 
 @contextlib.contextmanager
-def recorded_stop(folder: RunFolder, state: RunState, stops: Stops) -> Iterator[None]:
+def recorded_stop(run: Run, state: RunState) -> Iterator[None]:
     """Write the state of a run that is stopped inside the block, before a step of this start."""
     try:
         yield
     except StoppedError:
-        if stops.world.is_main:
+        if run.world.is_main:
             with contextlib.suppress(OSError):
-                write_state(folder, replace(state, outcome=RunOutcome.preempted, stopped_by=stops.agreed))
+                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
+                write_state(run.folder, stopped)
         raise
 
 
-def peak_flops(config: RunConfig, world: World) -> float:
+def peak_flops(run: Run) -> float:
     """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
+    world = run.world
     world.barrier()
-    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype]))
+    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # without those matrices
     return sum(peaks)
 
 
-def say_header(config: RunConfig, world: World, console: Console) -> None:
+def say_header(run: Run) -> None:
     """Print everything that is known before the data are read."""
+    config, world = run.config, run.world
     hosts = len({peer.host for peer in world.peers})
     processes = counted(world.size, "process", "processes")
     share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
-    console.say(f"run directory: {RunFolder.of(config)}")
-    console.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    console.say(f"data: {_sources(config.data.train)}; evaluation: {_sources(config.data.eval) or share}")
-    console.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}")
+    run.say(f"run directory: {run.folder}")
+    run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
+    run.say(f"data: {_sources(config.data.train)}; evaluation: {_sources(config.data.eval) or share}")
+    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}")
     if world.sequence is not None:
-        console.say(f"world: in groups of {world.sequence.ranks} that share the tokens of each micro-batch")
+        run.say(f"world: in groups of {world.sequence.ranks} that share the tokens of each micro-batch")
 
 
-def say_steps(sampler: BatchSampler, first: int, ema_decay: float | None, console: Console) -> None:
+def say_steps(run: Run, sampler: BatchSampler, first: int) -> None:
     """Print the number of steps, of which `first` are done, and how much a moving average forgets in them."""
-    pairs = counted(sampler.global_batch_pairs, "pair")
+    pairs, decay = counted(sampler.global_batch_pairs, "pair"), run.config.trainer.ema_decay
     left = f", {first:,} of them done" if first else ""
-    console.say(f"training: {counted(sampler.steps, 'step')} of {pairs}{left}")
-    if ema_decay is not None:
-        kept = percent(ema_decay**sampler.steps)
-        console.say(f"moving average of the weights: at the end {kept} of it are the weights at the start")
+    run.say(f"training: {counted(sampler.steps, 'step')} of {pairs}{left}")
+    if decay is not None:
+        kept = percent(decay**sampler.steps)
+        run.say(f"moving average of the weights: at the end {kept} of it are the weights at the start")
 
 
 def _sources(sources: Sequence[SourceConfig]) -> str:

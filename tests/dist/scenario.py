@@ -1,29 +1,51 @@
-"""Shared by tests on several ranks: model and data folders, and filling a store."""
+"""Shared by tests on several ranks: models and data, steps, plain PyTorch's steps, and filling a store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.data import DataConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.objective.logps import sum_by_response
+from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
-from tests.support.packing import COSTS
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
+from tests.support.packing import COSTS, plain_logps
+from tests.support.ranks import OPTIM
 
 PAIRS = 11
 FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
+LOSS = LossConfig(beta=0.5)
+# Rows of each global batch with the token budget that divides it: odd numbers, fewer pairs than ranks, one
+# micro-batch and many.
+STEPS: tuple[tuple[tuple[int, ...], int], ...] = (
+    ((0, 1, 2, 3, 4), 128),
+    ((5,), 8192),
+    ((6, 7, 8, 9, 10), 8192),
+    ((2, 9), 1),
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +63,124 @@ class Assets:
     def config(
         self, model: Path, reference: ReferenceConfig | None = None, dtype: Dtype = Dtype.fp32
     ) -> RunConfig:
-        """Return the configuration of a run that trains `model`."""
+        """The configuration of a run that trains `model`."""
         return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
 def files_of(folder: Path) -> ModelFiles:
-    """Return a model folder as `load_reference` takes it, without digests."""
+    """A model folder as `load_reference` takes it, without digests."""
     return ModelFiles(folder, {}, {})
+
+
+def load_policy(
+    model: Path | ModelConfig,
+    world: World,
+    optim: OptimConfig = OPTIM,
+    *,
+    seed: int = 0,
+    start: Path | None = None,
+    ema_decay: float | None = None,
+    max_length: int = 1024,
+) -> PolicyEngine:
+    """A policy in float32, or as a configuration says, with its adapter."""
+    config = ModelConfig(str(model), dtype=Dtype.fp32) if isinstance(model, Path) else model
+    packed = load_packed(Path(config.path), config, max_length, world.device, sequence=world.sequence)
+    if config.adapter is not None:
+        add_adapter(packed, config, seed, start=start)
+    return PolicyEngine(packed, optim, world, ema_decay)
+
+
+def one_step(
+    policy: PolicyEngine,
+    objective: Objective,
+    dataset: PreferenceDataset,
+    rows: Sequence[int],
+    budget: int,
+    world: World,
+    *,
+    costs: ComputeCosts = COSTS,
+    lr: float = OPTIM.lr,
+    running: RunningMeans | None = None,
+) -> tuple[MetricSums, Tensor]:
+    """Train on a global batch; sums of metrics, and the gradient norm."""
+    plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, costs)
+    ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
+    return train_step(policy, objective, ready, lr, world, clock, running or RunningMeans())
+
+
+def all_steps(
+    policy: PolicyEngine,
+    objective: Objective,
+    dataset: PreferenceDataset,
+    world: World,
+    steps: Iterable[tuple[Sequence[int], int]] = STEPS,
+    **options: Any,
+) -> list[float]:
+    """Gradient norms of steps."""
+    return [one_step(policy, objective, dataset, *step, world, **options)[1].item() for step in steps]
+
+
+@dataclass(frozen=True)
+class RowsAtHand:
+    """Reference log-probs by key; `spoilt` is the key of a response whose values are not finite."""
+
+    rows: dict[bytes, Tensor]
+    spoilt: bytes = b""
+
+    @staticmethod
+    def of(dataset: PreferenceDataset, values: Sequence[np.ndarray], spoilt: bytes = b"") -> "RowsAtHand":
+        keys = [key.tobytes() for key in dataset.keys]
+        return RowsAtHand(dict(zip(keys, map(torch.from_numpy, values), strict=True)), spoilt)
+
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        return batch
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        if not len(batch.keys):
+            return torch.zeros(len(batch.targets))
+        keys = [key.tobytes() for key in batch.keys]
+        return torch.cat([self.rows[key] * (torch.nan if key == self.spoilt else 1) for key in keys])
+
+
+def plain_training(
+    model: Any, losses: Iterable[Callable[[], Tensor]], optim: OptimConfig = OPTIM
+) -> list[float]:
+    """Gradient norms of steps by PyTorch alone, each with the mean loss of its batch."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, eps=optim.eps)
+    norms = []
+    for loss in losses:
+        loss().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def reference_sums(
+    dataset: PreferenceDataset, values: Sequence[np.ndarray], rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Summed reference log-probs of the responses of `rows`, and their lengths."""
+    places = [place for row in rows for place in dataset.response_range(row)]
+    lengths = torch.tensor([len(values[place]) for place in places])
+    return sum_by_response(torch.from_numpy(np.concatenate([values[place] for place in places])), lengths), (
+        lengths
+    )
+
+
+def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.ndarray]) -> list[float]:
+    """Gradient norms of `STEPS`, applied to `model` by PyTorch alone, a sequence at a time."""
+
+    def loss(rows: Sequence[int]) -> Tensor:
+        sums, lengths = reference_sums(dataset, reference, rows)
+        logps = plain_logps(model, [dataset.sequences(row) for row in rows])
+        return preference_loss(sum_by_response(logps, lengths), sums, LOSS).mean()
+
+    return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in STEPS])  # type: ignore[misc]
 
 
 def fill(

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -22,25 +21,23 @@ from dpo_dist.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelismKind,
+    Quantization,
 )
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.load import keep_trainable, quantized_loading
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.scoring import AdapterReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, train_step
-from tests.dist.scenario import Assets
-from tests.support import tiny
+from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.written import write_model
 
-LOSS = LossConfig(beta=0.5)
-STEPS: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9))
+STEPS: tuple[tuple[tuple[int, ...], int], ...] = tuple(
+    (rows, 128) for rows in ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9))
+)
 SCORED = (1, 4, 7)
 SEED = 5
 LORA = AdapterConfig(r=4, alpha=8)
@@ -51,63 +48,38 @@ WHOLE = AdapterConfig(
 DORA = AdapterConfig(r=4, alpha=8, variant=AdapterVariant.dora)
 
 
-class Trainer:
-    """An adapted policy whose reference is its base, and its steps."""
-
-    def __init__(self, model: ModelConfig, assets: Assets, world: World, optim: OptimConfig = OPTIM):
-        packed = load_packed(Path(model.path), model, 1024, world.device)
-        add_adapter(packed, model, SEED)
-        self.policy = PolicyEngine(packed, optim, world)
-        self.objective = Objective(LOSS, AdapterReference(self.policy))
-        self.dataset, self.world, self.lr = assets.dataset(), world, optim.lr
-
-    def step(self, rows: Sequence[int]) -> float:
-        world = self.world
-        plan = shard_batch(self.dataset, np.array(rows), world.rank, world.size, 128, COSTS)
-        ready, clock = self.objective.ready_step(plan, world.device), StepClock(world.device)
-        return train_step(self.policy, self.objective, ready, self.lr, world, clock, RunningMeans())[1].item()
-
-    @torch.no_grad()
-    def scored(self) -> dict[str, list[float]]:
-        """Log-probs of the rows `SCORED` with the adapter and without, the same batch on every rank."""
-        self.policy.train(False)
-        (batch,) = shard_batch(self.dataset, np.array(SCORED), 0, 1, 8192, COSTS).batches()
-        return {
-            "policy": self.policy.token_logps(batch).tolist(),
-            "base": self.policy.base_token_logps(batch).tolist(),
-        }
+@torch.no_grad()
+def scored(policy: Any, assets: Assets) -> dict[str, list[float]]:
+    """Log-probs of the rows `SCORED` with the adapter and without, the same batch on every rank."""
+    policy.train(False)
+    (batch,) = shard_batch(assets.dataset(), np.array(SCORED), 0, 1, 8192, COSTS).batches()
+    return {
+        "policy": policy.token_logps(batch).tolist(),
+        "base": policy.base_token_logps(batch).tolist(),
+    }
 
 
 def steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> dict[str, Any]:
-    trainer = Trainer(model, assets, world)
-    before = trainer.scored()
-    norms = [trainer.step(rows) for rows in STEPS]
-    export_model(trainer.policy, tiny.qwen(), folder / "model", world)
-    inner = trainer.policy._engine.optimizer.optimizer
+    policy = load_policy(model, world, seed=SEED)
+    before = scored(policy, assets)
+    norms = all_steps(policy, Objective(LOSS, AdapterReference(policy)), assets.dataset(), world, STEPS)
+    write_model(policy, folder / "model", world)
+    inner = policy._engine.optimizer.optimizer
     moments = sum(state["exp_avg"].numel() for state in inner.state.values())
-    return {"before": before, "norms": norms, "after": trainer.scored(), "moments": moments}
+    return {"before": before, "norms": norms, "after": scored(policy, assets), "moments": moments}
 
 
 def plain_steps(model: Any, assets: Assets) -> list[float]:
     """Gradient norms of `STEPS`, applied to a peft model by PyTorch alone, a sequence at a time."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=OPTIM.eps)
-    norms = []
-    for rows in STEPS:
+
+    def loss(rows: Sequence[int]) -> Tensor:
         pairs = [assets.dataset().sequences(row) for row in rows]
         lengths = torch.tensor([len(response) for pair in pairs for response in pair.responses])
         with torch.no_grad(), model.disable_adapter():
             reference = sum_by_response(plain_logps(model, pairs), lengths)
-        logps = sum_by_response(plain_logps(model, pairs), lengths)
-        preference_loss(logps, reference, LOSS).mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, OPTIM.max_grad_norm).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms
+        return preference_loss(sum_by_response(plain_logps(model, pairs), lengths), reference, LOSS).mean()
+
+    return plain_training(model, [partial(loss, rows) for rows, _ in STEPS])
 
 
 def plain_adapter(path: Path, adapter: AdapterConfig) -> Any:
@@ -172,8 +144,7 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     torch.testing.assert_close(base, scored_plainly(plain_base(path), assets), atol=1e-4, rtol=1e-4)
     for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
-        assert of_rank["before"]["policy"] == of_rank["before"]["base"]
-        assert of_rank["after"]["base"] == of_rank["before"]["base"]
+        assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
 
     written = tmp_path / "ranks" / "model"
     files = {file.name for file in written.iterdir()}
@@ -186,25 +157,29 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
 
 
-def first_norm(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> float:
+def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> list[list[float]]:
     # Layers are gathered and their gradients taken as for compiled ones, without the minute of compiling.
     torch._dynamo.config.disable = True
-    return Trainer(model, assets, world).step(STEPS[0])
+    found = []
+    for compiled in (False, True):
+        policy = load_policy(replace(model, compile=compiled), world, seed=SEED)
+        objective = Objective(LOSS, AdapterReference(policy))
+        found.append(all_steps(policy, objective, assets.dataset(), world, STEPS[:1]))
+    return found
 
 
 def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> None:
-    plain = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=LORA)
-    wanted = run_ranks(partial(first_norm, plain, assets), 2, tmp_path / "plain")
-    compiled = replace(plain, compile=True)
-    assert run_ranks(partial(first_norm, compiled, assets), 2, tmp_path / "compiled") == pytest.approx(wanted)
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=LORA)
+    for plain, compiled in run_ranks(partial(first_norms, model, assets), 2, tmp_path / "ranks"):
+        assert compiled == pytest.approx(plain)
 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
-    trainer = Trainer(model, assets, world, OptimConfig(lr=2e-5, eps=1e-12))
-    export_model(trainer.policy, tiny.qwen(), folder / "before", world)
-    for _ in range(40):
-        trainer.step((0, 1))
-    export_model(trainer.policy, tiny.qwen(), folder / "after", world)
+    policy = load_policy(model, world, OptimConfig(lr=2e-5, eps=1e-12), seed=SEED)
+    write_model(policy, folder / "before", world)
+    objective = Objective(LOSS, AdapterReference(policy))
+    all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 40, lr=2e-5)
+    write_model(policy, folder / "after", world)
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)
@@ -220,3 +195,27 @@ def test_steps_below_the_resolution_of_bf16_add_up(
     large = {name: tensor.abs() > 0.1 for name, tensor in before.items() if "lora_A" in name}
     moved = torch.cat([(before[name] != after[name])[mask] for name, mask in large.items()])
     assert moved.float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("quantization", "adapter"), [(Quantization.nf4, DORA), (Quantization.int8, LORA)])
+def test_two_ranks_train_the_same_as_one_on_the_base_that_plain_transformers_quantizes(
+    quantization: Quantization, adapter: AdapterConfig, assets: Assets, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
+    scenario = partial(steps, model, assets)
+    (one,) = run_ranks(scenario, 1, tmp_path / "one", ParallelismKind.ddp)
+    two = run_ranks(scenario, 2, tmp_path / "two", ParallelismKind.ddp)
+    for of_rank in two:
+        assert of_rank["norms"] == pytest.approx(one["norms"], rel=2e-4)
+        assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
+    base = torch.tensor(one["before"]["base"])
+    assert (scored_plainly(plain_base(assets.policy), assets) - base).abs().max() > 1e-3
+
+    loading = quantized_loading(quantization, torch.float32, torch.device("cpu"))
+    quantized = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32, **loading)
+    keep_trainable(quantized)
+    torch.testing.assert_close(scored_plainly(quantized, assets), base, atol=1e-3, rtol=1e-3)
+    reloaded = PeftModel.from_pretrained(quantized, tmp_path / "two" / "model")
+    seen = torch.tensor(two[0]["after"]["policy"])
+    torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=1e-3, rtol=1e-3)

@@ -39,13 +39,6 @@ WAYS = {
         ParallelismKind.zero2,
         ADAPTER,
     ),
-    "zero2 offloaded in bf16": (
-        Dtype.bf16,
-        ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
-        1,
-        ParallelismKind.zero3,
-        None,
-    ),
 }
 
 

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,10 +25,8 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     Quantization,
 )
-from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
-    Checkpoint,
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
@@ -40,19 +36,14 @@ from dpo_dist.distributed.checkpoint import (
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import SHARDS, Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.scoring import LiveReference, NoReference
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.state import Position
-from dpo_dist.training.step import StepClock, train_step
-from tests.dist.scenario import Assets, files_of
+from tests.dist.scenario import Assets, files_of, load_policy, one_step
 from tests.support.cpu_adam import with_cpu_adam
-from tests.support.packing import COSTS
 from tests.support.precision import DTYPES, NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
@@ -91,10 +82,7 @@ class Trainer:
                 files_of(assets.reference), assets.config(assets.policy, dtype=dtype), world
             )
             self.objective = Objective(loss, LiveReference(reference))
-        model = load_packed(assets.policy, config, 1024, world.device, sequence=world.sequence)
-        if adapter is not None:
-            add_adapter(model, config, seed=0)
-        self.policy = PolicyEngine(model, optim, world, ema_decay)
+        self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
         if loss is not None:
             self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)
         self.dataset, self.position = assets.dataset(), Position()
@@ -102,12 +90,12 @@ class Trainer:
 
     def step(self, rows: Sequence[int]) -> float:
         world = self.world
-        plan = shard_batch(self.dataset, np.array(rows), world.replica, world.replicas, 256, COSTS)
-        device, objective, position = self.world.device, self.objective, self.position
-        ready, clock = objective.ready_step(plan, device), StepClock(device)
-        sums, norm = train_step(self.policy, objective, ready, OPTIM.lr, self.world, clock, position.running)
+        position = self.position
+        sums, norm = one_step(
+            self.policy, self.objective, self.dataset, rows, 256, world, running=position.running
+        )
         means = MetricSums(sums.names, self.world.sum_replicas(sums.values)).means()
-        position.add_running(objective.loss, means, len(rows))
+        position.add_running(self.objective.loss, means, len(rows))
         position.step += 1
         if self.sync is not None:
             self.sync.after_step(position.step)
@@ -190,25 +178,26 @@ def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_pat
     demand_exact(partial(with_cpu_adam, scenario), OFFLOADED, Dtype.bf16, tmp_path)
 
 
-def train_with_bad_step(assets: Assets, is_bad: bool, world: World, _folder: Path) -> list[float]:
-    """Return the gradient norms of the steps beside the bad one."""
-    trainer = Trainer(assets, world, dtype=Dtype.bf16)
-    norms = [trainer.step([0, 1, 2])]
-    if is_bad:
-        backward = trainer.policy.backward
-        with mock.patch.object(
-            trainer.policy, "backward", lambda loss, is_last: backward(loss * torch.nan, is_last)
-        ):
-            assert trainer.step([3, 4, 5]) == torch.inf
-    return [*norms, trainer.step([6, 7]), trainer.step([8, 9, 10])]
+def train_with_bad_step(assets: Assets, world: World, _folder: Path) -> list[list[float]]:
+    """The gradient norms of the steps beside a bad one, without it and with it."""
+    found = []
+    for is_bad in (False, True):
+        trainer = Trainer(assets, world, dtype=Dtype.bf16)
+        norms = [trainer.step([0, 1, 2])]
+        if is_bad:
+            backward = trainer.policy.backward
+            with mock.patch.object(
+                trainer.policy, "backward", lambda loss, is_last, do=backward: do(loss * torch.nan, is_last)
+            ):
+                assert trainer.step([3, 4, 5]) == torch.inf
+        found.append([*norms, trainer.step([6, 7]), trainer.step([8, 9, 10])])
+        trainer.policy.free()
+    return found
 
 
 def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_path: Path) -> None:
-    scenarios = (partial(train_with_bad_step, assets, is_bad) for is_bad in (False, True))
-    plain, with_bad = (
-        run_ranks(partial(with_cpu_adam, scenario), 1, tmp_path / str(number), OFFLOADED, Dtype.bf16)
-        for number, scenario in enumerate(scenarios)
-    )
+    scenario = partial(with_cpu_adam, partial(train_with_bad_step, assets))
+    ((plain, with_bad),) = run_ranks(scenario, 1, tmp_path / "ranks", OFFLOADED, Dtype.bf16)
     assert with_bad == plain
 
 
@@ -224,8 +213,14 @@ def demand_exact(
         assert result == dict.fromkeys(result, True)
 
 
-@pytest.mark.parametrize("dtype", [Dtype.bf16, Dtype.fp32])
-@pytest.mark.parametrize("kind", ParallelismKind)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (ParallelismKind.zero3, Dtype.bf16),
+        (ParallelismKind.zero2, Dtype.fp32),
+        (ParallelismKind.ddp, Dtype.bf16),
+    ],
+)
 def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
     kind: ParallelismKind, dtype: Dtype, assets: Assets, tmp_path: Path
 ) -> None:
@@ -236,48 +231,6 @@ def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
     assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
     written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
     assert written < (assets.policy / "model.safetensors").stat().st_size
-
-
-def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
-    trainer = Trainer(assets, world)
-    trainer.step([0, 1, 2])
-    saved = trainer.held()
-    saver = trainer.saver(root)
-    ready = [saver.is_written]
-    with slow_disk() as disk:
-        saver.save(1, {"step": 1})
-        uncommitted = [path.name for path in root.glob("step-??????")]
-        world.barrier()
-        trainer.step([3, 4, 5])
-        disk.set()
-    while not saver.is_written:
-        time.sleep(0.01)
-    ready.append(saver.is_written)
-    saver.commit()
-    ready.append(saver.is_written)
-    saver.save(2, {"step": 2})
-    saver.save(3, {"step": 3})  # which commits the one before
-    world.barrier()
-    committed = sorted(path.name for path in root.glob("step-??????"))
-    first = Checkpoint(root / "step-000001", {"world_size": 2})
-    load_checkpoint(first, [trainer.policy], world)
-    return {
-        "ready": ready,
-        "uncommitted": uncommitted,
-        "committed": committed,
-        "first is what was saved": same(saved, trainer.held()),
-    }
-
-
-def test_training_continues_while_a_checkpoint_is_flushed(assets: Assets, tmp_path: Path) -> None:
-    scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
-    for result in run_ranks(scenario, 2, tmp_path / "ranks"):
-        assert result == {
-            "ready": [False, True, False],
-            "uncommitted": [],
-            "committed": ["step-000001", "step-000002"],
-            "first is what was saved": True,
-        }
 
 
 def without_room(work: Callable[[], Any], bytes_left: int) -> Any:
@@ -322,9 +275,7 @@ def save_without_room(
     ("without", "bytes_left", "kind"),
     [
         pytest.param(1, 40_000, ParallelismKind.zero3, id="some room on rank 1"),
-        pytest.param(1, 1_000, ParallelismKind.zero2, id="hardly any on rank 1, zero2"),
-        pytest.param(0, 40_000, ParallelismKind.zero2, id="some room on rank 0, zero2"),
-        pytest.param(0, 0, ParallelismKind.zero3, id="none on rank 0"),
+        pytest.param(0, 0, ParallelismKind.zero2, id="none on rank 0, zero2"),
     ],
 )
 def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
@@ -360,31 +311,23 @@ def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
     assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
 
 
-def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
+def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> list[list[str]]:
     if world.rank == 1:  # as where a network file system lists a folder as it was a while ago
         mock.patch.object(Path, "rglob", lambda *_: iter(())).start()  # noqa: PT008  (new each time)
-    trainer = Trainer(assets, world)
-    left = {}
+    trainer, left = Trainer(assets, world), []
     for step, keep_last in ((1, 2), (2, 2), (3, 2), (4, 1), (4, 1), (5, 3)):
         trainer.save(root, step, keep_last)
         world.barrier()
-        left[f"{step}, {keep_last}"] = sorted(path.name for path in root.glob("step-*"))
+        left.append(sorted(path.name.removeprefix("step-00000") for path in root.glob("step-*")))
         world.barrier()
-    return {"left": left}
+    return left
 
 
 def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Assets, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
-    results = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
-    assert results[0] == results[1]
-    assert results[0]["left"] == {
-        "1, 2": ["step-000001"],
-        "2, 2": ["step-000001", "step-000002"],
-        "3, 2": ["step-000002", "step-000003"],
-        "4, 1": ["step-000004"],
-        "5, 3": ["step-000004", "step-000005"],
-    }
+    for left in run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks"):
+        assert left == [["1"], ["1", "2"], ["2", "3"], ["4"], ["4"], ["4", "5"]]
     assert (root / "latest").read_text() == "step-000005"
     newest = root / "step-000005"
     files = {str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()}
@@ -439,24 +382,16 @@ INT8 = replace(LORA, quantization=Quantization.int8)
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full, 4 to 3": (FULL, FP32, 4, ZERO3, 3, ZERO3),
-    "full in bf16, 2 to 3": (FULL, BF16, 2, ZERO3, 3, ZERO3),
-    "full, 3 with zero3 to 2 with zero2": (FULL, FP32, 3, ZERO3, 2, ZERO2),
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
     "bco and a reference that follows, 2 with zero3 to 1": (BCO, FP32, 2, ZERO3, 1, DDP),
-    "full in bf16, 2 with zero3 to 1": (FULL, BF16, 2, ZERO3, 1, DDP),
     "LoRA, 1 to 3 with zero3": (LORA, FP32, 1, DDP, 3, ZERO3),
-    "DoRA in bf16, 1 to 3 with zero3": (DORA, BF16, 1, DDP, 3, ZERO3),
     "beta_dpo and a reference that follows, 3 with ddp to 2 with zero3": (BETA_DPO, FP32, 3, DDP, 2, ZERO3),
     "full in bf16, 3 with ddp to 2 with zero3": (FULL, BF16, 3, DDP, 2, ZERO3),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
-    "LoRA in bf16, 1 to 3 with zero2": (LORA, BF16, 1, ZERO2, 3, ZERO2),
     "DoRA on nf4 in bf16, 2 to 1": (NF4, BF16, 2, DDP, 1, DDP),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
-    "LoRA on int8, 1 to 2": (INT8, FP32, 1, DDP, 2, DDP),
     "full, 2 that share tokens to 4 that do": (FULL, FP32, 2, SHARED, 4, SHARED_BY_4),
     "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_ZERO2, 4, SHARED_BY_4),
-    "bco and a reference that follows, 2 that share tokens to 1": (BCO, FP32, 2, SHARED, 1, DDP),
-    "DoRA on nf4 in bf16, 1 to 2 that share tokens": (NF4, BF16, 1, DDP, 2, SHARED_DDP),
     "LoRA on int8, 2 that share tokens to 1": (INT8, FP32, 2, SHARED_DDP, 1, DDP),
 }
 

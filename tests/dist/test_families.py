@@ -10,48 +10,77 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.batching.pack import Sequences
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import ModelConfig, ParallelismKind
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ModelConfig,
+    ParallelismConfig,
+    ParallelismKind,
+    RunConfig,
+)
 from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import RunningMeans, preference_loss
-from dpo_dist.reference.engine import settle_engine
+from dpo_dist.objective.losses import preference_loss
+from dpo_dist.reference.engine import load_reference, settle_engine
+from dpo_dist.reference.scoring import LiveReference
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, train_step
-from tests.dist.scenario import Assets
-from tests.dist.test_engine import LOSS, RowsAtHand
+from tests.dist.scenario import (
+    LOSS,
+    Assets,
+    RowsAtHand,
+    all_steps,
+    files_of,
+    load_policy,
+    plain_training,
+    reference_sums,
+)
+from tests.dist.scenario import plain_steps as plain_packed_steps
+from tests.dist.test_engine import write_whole
 from tests.support import tiny
-from tests.support.families import FAMILIES, tiny_family
+from tests.support.families import COMMON, FAMILIES, tiny_family
+from tests.support.moe import write_moe
 from tests.support.multimodal import write_multimodal
 from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
 
+ZERO3, ZERO2, DDP = ParallelismKind
+PACKED, PADDED, SINGLE = Arrangement
 # Indices of each global batch with the token budget: several micro-batches, and a rank without a pair.
 STEPS = (((0, 1, 2, 3, 4), 160), ((5,), 8192))
-
-
 # transformers cannot load them sharded: their initialization reads the shapes of whole weights.
 NOT_SHARDED = {"rwkv", "xlstm"}
-
-
 # Rows that are not padded, as the plain model is not exact then: code that couples rows; in float64 rows of
 # padding without any key in the window.
-ALONE = {"gemma2", "own_rows"}
+ALONE = {"gemma2", "own_rows", "longrope"}
 # Code that comes with a model; `own_refusing` raises an error in the middle of a packed forward.
 OWN_CODE = {"own_state": "state", "own_rows": "rows", "own_refusing": "refusing"}
 # Their own code has no float64.
 NO_FLOAT64 = {"xglm"}
+MOE = ("mixtral", "qwen3_moe", "glm4_moe")
+# Of models that are no family of the table.
+ARRANGEMENTS = {"gemma3": PACKED, "own_state": PADDED, "own_rows": SINGLE, "own_refusing": PADDED} | (
+    dict.fromkeys(MOE, PACKED) | {"longrope": SINGLE}
+)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 40,
+}
 
 
 def row_logps(model: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
@@ -68,28 +97,23 @@ def row_logps(model: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list
 
 
 def plain_steps(
-    model: Any, pairs: Sequence[Sequences], values: Sequence[np.ndarray], alone: bool
+    model: Any, dataset: PreferenceDataset, values: Sequence[np.ndarray], alone: bool
 ) -> list[float]:
     """Gradient norms of `STEPS` with a response per row, by PyTorch alone; `alone`: one row at a time."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=OPTIM.eps)
-    norms = []
-    for indices, _ in STEPS:
-        batch = [pairs[index] for index in indices]
-        rows = [(pair.prompt_ids, response) for pair in batch for response in pair.responses]
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        pairs = [dataset.sequences(index) for index in indices]
+        rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
         batches = [[row] for row in rows] if alone else [rows]
         scored = torch.cat([logps for of_batch in batches for logps in row_logps(model, of_batch)])
-        lengths = torch.tensor([len(response) for _, response in rows])
-        reference = np.concatenate([values[2 * index + which] for index in indices for which in (0, 1)])
-        reference_sums = sum_by_response(torch.from_numpy(reference).to(scored.dtype), lengths)
-        preference_loss(sum_by_response(scored, lengths), reference_sums, LOSS).mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms
+        sums, lengths = reference_sums(dataset, values, indices)
+        return preference_loss(sum_by_response(scored, lengths), sums.to(scored.dtype), LOSS).mean()
+
+    return plain_training(model, [partial(loss, indices) for indices, _ in STEPS])
+
+
+def model_config(name: str, path: Path) -> ModelConfig:
+    return ModelConfig(str(path), dtype=Dtype.fp32, trust_remote_code=name.startswith("own"))
 
 
 def walk(
@@ -99,20 +123,11 @@ def walk(
     dataset, found = assets.dataset(), {}
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
     for name, path in models.items():
-        config = assets.config(path)
-        own = ModelConfig(str(path), dtype=config.model.dtype, trust_remote_code=name.startswith("own"))
-        policy = PolicyEngine(load_packed(path, own, 512, world.device), OPTIM, world)
+        policy = load_policy(model_config(name, path), world, max_length=512)
         settle_engine(policy, 512, world, trains=True)
         costs = replace(COSTS, arrangement=policy.model.arrangement)
-        norms = []
-        for indices, budget in STEPS:
-            plan = shard_batch(dataset, np.array(indices), world.rank, world.size, budget, costs)
-            ready = objective.ready_step(plan, world.device)
-            clock, running = StepClock(world.device), RunningMeans()
-            norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, running)[1].item())
-        weights = policy.whole_weights()
-        if weights is not None:
-            save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / f"{name}.safetensors")
+        norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
+        write_whole(policy, folder / f"{name}.safetensors")
         found[name] = {
             "arrangement": policy.model.arrangement,
             "own_logits": policy.model.own_logits,
@@ -132,30 +147,46 @@ def write_families(names: Iterable[str], folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sorted(names)}
 
 
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """A folder for each family, and for families that no table has."""
+def write_longrope(folder: Path) -> Path:
+    """RoPE by length: pairs are shorter and longer than the original one."""
+    torch.manual_seed(0)
+    rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40}
+    config = AutoConfig.for_model("phi3", **COMMON | rope, vocab_size=len(tiny.qwen()), initializer_range=0.1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    found = write_families(FAMILIES.keys() - NOT_SHARDED, tmp_path)
-    # Its weights for images have no gradient: plain AdamW does not change them.
-    found["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tiny.qwen()))
-    for name, hidden in OWN_CODE.items():
-        found[name] = ship_code(write_model(tmp_path / name), hidden)
-    return found
 
 
 def test_families_train_as_in_plain_float64(
-    models: dict[str, Path], assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+    assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
-    assert_trained_as_plain(models, assets, plain_entries, tmp_path, ParallelismKind.zero3)
+    models = write_families(FAMILIES.keys() - NOT_SHARDED, tmp_path)
+    # Its weights for images have no gradient: plain AdamW does not change them.
+    models["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tiny.qwen()))
+    models |= {name: write_moe(tmp_path / name, name) for name in MOE}
+    models["longrope"] = write_longrope(tmp_path / "longrope")
+    for name, hidden in OWN_CODE.items():
+        models[name] = ship_code(write_model(tmp_path / name), hidden)
+    assert_trained_as_plain(models, assets, plain_entries, tmp_path, ZERO3)
 
 
-@pytest.mark.parametrize("kind", [ParallelismKind.zero2, ParallelismKind.ddp])
-def test_families_train_whole(
-    kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+SHARED = ParallelismConfig(ZERO3, sequence_parallel=2)
+
+
+@pytest.mark.parametrize("kind", [ZERO2, DDP, SHARED], ids=["zero2", "ddp", "sequence"])
+def test_families_train_in_other_ways(
+    kind: ParallelismKind | ParallelismConfig,
+    assets: Assets,
+    plain_entries: list[np.ndarray],
+    tmp_path: Path,
 ) -> None:
     """As the error of ZeRO-3 advises; short sequences use some weights of DeepSeek-V4's compressors only."""
-    models = write_families(NOT_SHARDED | {"deepseek_v4"}, tmp_path)
+    names = {"gpt_oss", "gemma2"} if kind == SHARED else NOT_SHARDED | {"deepseek_v4"}
+    models = write_families(names, tmp_path) | {name: write_moe(tmp_path / name, name) for name in MOE}
     assert_trained_as_plain(models, assets, plain_entries, tmp_path, kind)
 
 
@@ -164,32 +195,116 @@ def assert_trained_as_plain(
     assets: Assets,
     plain_entries: list[np.ndarray],
     tmp_path: Path,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
 ) -> None:
     """Two ranks train each model, and PyTorch alone does."""
     scenario = partial(walk, assets, models, plain_entries)
     first, second = run_ranks(scenario, 2, tmp_path / "ranks", kind, seconds=500)
-    dataset = assets.dataset()
-    pairs = [dataset.sequences(index) for index in range(len(dataset))]
-    arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()}
-    arrangements |= {"gemma3": Arrangement.packed, "own_state": Arrangement.padded}
-    arrangements |= {"own_rows": Arrangement.single, "own_refusing": Arrangement.padded}
+    arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()} | ARRANGEMENTS
     for name, path in models.items():
-        dtype = torch.float32 if name in NO_FLOAT64 else torch.float64
-        plain = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=name.startswith("own")
-        ).eval()
-        plain.set_experts_implementation("eager")  # the default has no float64
-        norms = plain_steps(plain, pairs, plain_entries, name in ALONE)
+        plain = load_plain(name, path)
+        norms = plain_steps(plain, assets.dataset(), plain_entries, name in ALONE)
         ours = first[name]
         assert ours["norms"] == second[name]["norms"], name
         assert ours["norms"] == pytest.approx(norms, rel=5e-4), name
         trained = load_file(tmp_path / "ranks" / f"{name}.safetensors")
-        assert _difference(trained, dict(plain.named_parameters())) < 5e-5, name
+        weights = dict(plain.named_parameters())
+        common = trained.keys() & weights.keys()
+        assert max(float((trained[each] - weights[each].detach()).abs().max()) for each in common) < 5e-5, (
+            name
+        )
         assert (ours["arrangement"], ours["own_logits"]) == (arrangements[name], False), name
 
 
-def _difference(trained: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
-    """Return the largest difference of a weight."""
-    common = trained.keys() & plain.keys()
-    return max(float((trained[name] - plain[name].detach()).abs().max()) for name in common)
+def load_plain(name: str, path: Path) -> Any:
+    dtype = torch.float32 if name in NO_FLOAT64 else torch.float64
+    plain = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=name.startswith("own")
+    ).eval()
+    plain.set_experts_implementation("eager")  # the default has no float64
+    return plain
+
+
+# Of a policy and its reference.
+PAIRINGS = {("jamba", "plain"): (PADDED, PACKED), ("plain", "own_rows"): (PACKED, SINGLE)}
+
+
+def train_beside(assets: Assets, models: dict[str, Path], world: World, _folder: Path) -> list[Any]:
+    """Arrangements and gradient norms of `STEPS` of each pairing; differences of other arrangements."""
+    dataset, found = assets.dataset(), []
+    for names in PAIRINGS:
+        own, other = (model_config(name, models[name]) for name in names)
+        policy = load_policy(own, world, max_length=512)
+        settle_engine(policy, 512, world)
+        reference = load_reference(files_of(models[names[1]]), RunConfig(model=other), world)
+        objective = Objective(LOSS, LiveReference(reference))
+        costs = replace(COSTS, arrangement=policy.model.arrangement)
+        norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
+        found.append([[policy.model.arrangement, reference.model.arrangement], norms])
+        if reference.model.arrangement is PACKED:
+            found[-1].append(largest_difference(reference, dataset, world))
+        reference.free()
+        policy.free()
+        world.accelerator._models.clear()
+        world.accelerator._optimizers.clear()
+    return found
+
+
+def largest_difference(reference: Any, dataset: PreferenceDataset, world: World) -> float:
+    """Largest difference of a log-prob in another arrangement from the packed one."""
+    plan = shard_batch(dataset, np.arange(8), world.rank, world.size, 512, COSTS)
+    (batch,) = plan.batches()
+    packed, differences = reference.token_logps(batch), []
+    for arrangement in (PADDED, SINGLE):
+        reference.model.arrange(arrangement, own_logits=False)
+        differences.append(float((reference.token_logps(batch) - packed).abs().max()))
+    return max(differences)
+
+
+def test_a_live_reference_is_arranged_by_itself(assets: Assets, tmp_path: Path) -> None:
+    """Also one whose ranks make a forward per response, of micro-batches planned for a packed policy.
+
+    Log-probs do not depend on the arrangement: it is no field of the numerics profile.
+    """
+    models = write_families(["jamba"], tmp_path) | {"plain": write_model(tmp_path / "plain")}
+    models["own_rows"] = ship_code(write_model(tmp_path / "rows", seed=2), "rows")
+    by_rank = run_ranks(partial(train_beside, assets, models), 2, tmp_path / "ranks")
+    dataset = assets.dataset()
+    pairs = [dataset.sequences(index) for index in range(len(dataset))]
+    rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+    plain = {name: load_plain(name, path) for name, path in models.items()}
+    for number, ((policy, reference), arrangements) in enumerate(PAIRINGS.items()):
+        with torch.no_grad():
+            values = [row_logps(plain[reference], [row])[0].numpy() for row in rows]
+        norms = plain_steps(plain[policy], dataset, values, alone=True)
+        for of_rank in by_rank:
+            arranged, found, *differences = of_rank[number]
+            assert arranged == list(arrangements)
+            assert found == pytest.approx(norms, rel=5e-4)
+            assert not differences or 0 < differences[0] < 1e-5
+
+
+SHARED_EXPERTS = AdapterConfig(r=4, alpha=8.0, target_modules=["gate_proj", "up_proj", "down_proj"])
+
+
+def adapted_steps(
+    assets: Assets, model: ModelConfig, reference: Sequence[np.ndarray], world: World, _folder: Path
+) -> list[float]:
+    dataset = assets.dataset()
+    objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
+    return all_steps(load_policy(model, world), objective, dataset, world)
+
+
+def test_an_adapter_of_shared_experts_only_gets_its_whole_gradient(
+    assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+) -> None:
+    """The first one's input has no gradient."""
+    folder = write_moe(tmp_path / "model", "qwen2_moe")
+    config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=SHARED_EXPERTS)
+    results = run_ranks(partial(adapted_steps, assets, config, plain_entries), 2, tmp_path / "ranks")
+    loaded = load_packed(folder, config, 1024, torch.device("cpu"))
+    add_adapter(loaded, config, 0)
+    loaded.causal_lm.config._attn_implementation = "sdpa"
+    norms = plain_packed_steps(loaded.causal_lm, assets.dataset(), plain_entries)
+    for of_rank in results:
+        assert of_rank == pytest.approx(norms, rel=5e-5)

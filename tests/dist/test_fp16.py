@@ -44,7 +44,7 @@ def overflow_between(assets: Assets, world: World, _folder: Path) -> dict[str, A
         policy.set_loss_scale(scale)
         norms.append(trainer.step(rows))
         assert not policy.has_overflowed
-    return {"norms": norms, "overflows": overflows, "end": _sums(trainer)}
+    return {"norms": norms, "overflows": overflows, "end": _end(trainer)}
 
 
 def without_overflows(scale: float, assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def without_overflows(scale: float, assets: Assets, world: World, _folder: Path)
     trainer.policy.set_loss_scale(LossScale(scale))
     norms = [trainer.step(rows) for rows in STEPS]
     assert trainer.policy.loss_scale == LossScale(scale, applied=len(STEPS))
-    return {"norms": norms, "end": _sums(trainer)}
+    return {"norms": norms, "end": _end(trainer)}
 
 
 def _are_same(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -60,26 +60,25 @@ def _are_same(before: list[Tensor], after: list[Tensor]) -> bool:
     return all(torch.equal(*both) for both in zip(before, after, strict=False))
 
 
-def _sums(trainer: Trainer) -> list[float]:
-    return [tensor.double().sum().item() for tensor in trainer.held()]
+def _end(trainer: Trainer) -> list[float]:
+    """Sums of what the trainer held."""
+    sums = [tensor.double().sum().item() for tensor in trainer.held()]
+    trainer.policy.free()
+    return sums
+
+
+def every_way(assets: Assets, world: World, folder: Path) -> list[dict[str, Any]]:
+    ways = overflow_between, partial(without_overflows, START), partial(without_overflows, START / 2)
+    return [way(assets, world, folder) for way in ways]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_overflow_changes_nothing_on_any_rank_and_halves_the_scale(
     kind: str, assets: Assets, tmp_path: Path
 ) -> None:
-    ways = (
-        overflow_between,
-        partial(without_overflows, START),
-        partial(without_overflows, START / 2),
-    )
-    found = [
-        run_ranks(
-            partial(with_cpu_adam, partial(way, assets)), 2, tmp_path / str(number), KINDS[kind], Dtype.fp16
-        )
-        for number, way in enumerate(ways)
-    ]
-    for with_overflows, plain, smaller in zip(*found, strict=True):
+    scenario = partial(with_cpu_adam, partial(every_way, assets))
+    found = run_ranks(scenario, 2, tmp_path / "ranks", KINDS[kind], Dtype.fp16)
+    for with_overflows, plain, smaller in found:
         assert with_overflows["overflows"] == [["inf", True, LARGE / 2, True]] * len(STEPS)
         assert with_overflows["norms"] == plain["norms"]
         assert with_overflows["end"] == plain["end"]

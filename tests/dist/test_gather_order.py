@@ -13,17 +13,14 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.generation.sampling.generate import Request, Sampling, generate_together
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.scoring import AdapterReference, NoReference, ReferenceProvider
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, evaluate, train_step
-from tests.dist.scenario import Assets
+from dpo_dist.training.step import evaluate
+from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.sft_adapter import write_sft_adapter
 
 # The token budgets of steps and what follows them: many micro-batches, one, many.
@@ -45,11 +42,7 @@ def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
 
 def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
     """Return counts after steps with evaluation and samples: micro-batches, lost records, comparisons."""
-    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
-    packed = load_packed(assets.policy, model, 1024, world.device)
-    if adapter is not None:
-        add_adapter(packed, model, 0)
-    policy = PolicyEngine(packed, OPTIM, world)
+    policy = load_policy(ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter), world)
     reference: ReferenceProvider = NoReference() if adapter is None else AdapterReference(policy)
     objective, dataset = Objective(loss, reference), assets.dataset()
     coordinator, micro_batches, comparisons = gathering.PartitionedParameterCoordinator, [], []
@@ -60,8 +53,7 @@ def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfi
     ):
         for budget in BUDGETS:
             plan = shard_batch(dataset, ROWS, world.rank, world.size, budget, COSTS)
-            ready = objective.ready_step(plan, world.device)
-            train_step(policy, objective, ready, 1e-3, world, StepClock(world.device), RunningMeans())
+            one_step(policy, objective, dataset, ROWS, budget, world)
             policy.train(False)
             evaluate(policy, objective, plan, world, RunningMeans())
             generate_together(policy, PROMPTS, Sampling(4), [60], 8192, world, of_base=adapter is not None)
@@ -82,9 +74,7 @@ def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_pat
 def switch(assets: Assets, adapter: AdapterConfig, world: World, _folder: Path) -> float:
     """Return the largest difference of log-probs of the policy and of its start, before training."""
     model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
-    packed = load_packed(assets.policy, model, 1024, world.device)
-    add_adapter(packed, model, 0, start=Path(str(adapter.path)))
-    policy = PolicyEngine(packed, OPTIM, world)
+    policy = load_policy(model, world, start=Path(str(adapter.path)))
     policy.train(False)
     plan = shard_batch(assets.dataset(), ROWS, world.rank, world.size, 8192, COSTS)
     objective = Objective(LossConfig(reference_free=True), NoReference())

@@ -14,19 +14,15 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.scoring import NoReference
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, evaluate, train_step
-from tests.dist.scenario import Assets
-from tests.support import tiny
+from dpo_dist.training.step import evaluate
+from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.written import write_model
 
 LENGTHS = (3, 11, 1, 6, 24, 2, 7)
 STOPS = tuple(range(60, 90))
@@ -61,16 +57,12 @@ def train(
     model = ModelConfig(
         str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
     )
-    packed = load_packed(assets.policy, model, 1024, world.device)
-    if adapter is not None:
-        add_adapter(packed, model, 0)
-    policy = PolicyEngine(packed, OPTIM, world)
+    policy = load_policy(model, world)
     objective, dataset = Objective(LossConfig(reference_free=True), NoReference()), assets.dataset()
 
     def step() -> float:
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
-        clock, ready = StepClock(world.device), objective.ready_step(plan, world.device)
-        norm = train_step(policy, objective, ready, 1e-2, world, clock, RunningMeans())[1]
+        norm = one_step(policy, objective, dataset, ROWS, 64, world)[1]
         values = evaluate(policy, objective, plan, world, RunningMeans()).values
         scores.append(None if values is None else values.logp_chosen.tolist())
         return norm.item()
@@ -87,7 +79,7 @@ def train(
     if speaks:
         result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
         result |= {"base": speak(GREEDY, of_base=True)} if adapter is not None else {}
-        export_model(policy, tiny.qwen(), folder / "model", world)
+        write_model(policy, folder / "model", world)
     norms.append(step())
     policy.free()
     return {**result, "norms": norms, "scores": scores}
@@ -151,8 +143,7 @@ def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_n
 
 def fewer_prompts(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
     """Generate for one prompt on all ranks; then with logits that are not finite on rank 0 alone."""
-    config = assets.config(assets.policy)
-    policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
+    policy = load_policy(assets.policy, world)
     one = generate_together(policy, requests()[:1], GREEDY, STOPS, BUDGET, world)
     none = generate_together(policy, [], GREEDY, STOPS, BUDGET, world)
     mode = policy._engine.training

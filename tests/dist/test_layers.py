@@ -4,9 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,22 +12,19 @@ from torch import Tensor
 
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
-from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.scoring import NoReference
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, train_step
-from tests.dist.scenario import Assets
+from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole
-from tests.support.packing import COSTS, pack_unkeyed, random_pairs
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
 
-STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8))
+STEPS = (((0, 1, 2, 3, 4), 256), ((5,), 256), ((6, 7, 8), 256))
+CHOICES = ("none", "full", 3)
 # Larger than any persistent parameter is: all matrices are gathered when they are used.
 HIDDEN = 96
 
@@ -45,46 +40,35 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> list[float]:
-    """Gradient norms of `STEPS`; the weights after them go to `folder`."""
-    dataset = assets.dataset()
-    policy = PolicyEngine(load_packed(Path(model.path), model, 1024, world.device), OPTIM, world)
+def norms(assets: Assets, model: Path, world: World, folder: Path) -> dict[str, list[float]]:
+    """Gradient norms of `STEPS` with each choice of checkpointing; the weights after them go to `folder`."""
     objective = Objective(LossConfig(reference_free=True), NoReference())
-    found = []
-    for rows in STEPS:
-        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, 256, COSTS)
-        ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
-        found.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
-    write_whole(policy, folder / "weights.safetensors")
+    found = {}
+    for choice in CHOICES:
+        config = ModelConfig(str(model), dtype=Dtype.fp32, gradient_checkpointing=choice)
+        policy = load_policy(config, world)
+        found[str(choice)] = all_steps(policy, objective, assets.dataset(), world, STEPS)
+        write_whole(policy, folder / f"{choice}.safetensors")
+        policy.free()
     return found
-
-
-def outcome(
-    assets: Assets, model: Path, kind: ParallelismKind, folder: Path, **options: Any
-) -> tuple[list[float], dict[str, Tensor]]:
-    config = ModelConfig(str(model), dtype=Dtype.fp32, **options)
-    results = run_ranks(partial(norms, assets, config), 2, folder, kind)
-    return results[0], load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.ddp])
 def test_checkpointing_changes_no_step(
     kind: ParallelismKind, assets: Assets, four_layers: Path, tmp_path: Path
 ) -> None:
-    expected_norms, expected = outcome(assets, four_layers, kind, tmp_path / "none")
-    for choice in ("full", 3):
-        got_norms, got = outcome(
-            assets, four_layers, kind, tmp_path / str(choice), gradient_checkpointing=choice
-        )
-        assert got_norms == pytest.approx(expected_norms, rel=1e-6)
+    found, _ = run_ranks(partial(norms, assets, four_layers), 2, tmp_path / "ranks", kind)
+    expected = load_file(tmp_path / "ranks" / "none.safetensors")
+    for choice in ("full", "3"):
+        assert found[choice] == pytest.approx(found["none"], rel=1e-6)
+        got = load_file(tmp_path / "ranks" / f"{choice}.safetensors")
         for name, tensor in expected.items():
             assert (got[name] - tensor).abs().max() <= 1e-6, name
 
 
 def vectors_and_whole(model: Path, world: World, _folder: Path) -> tuple[list[str], list[str]]:
     """The weights of one dimension, and those that ZeRO-3 keeps whole on every rank."""
-    config = ModelConfig(str(model), dtype=Dtype.fp32)
-    policy = PolicyEngine(load_packed(model, config, 1024, world.device), OPTIM, world)
+    policy = load_policy(model, world)
     named = list(policy.causal_lm.named_parameters())
     vectors = [name for name, parameter in named if len(parameter.ds_shape) == 1]
     return vectors, [name for name, parameter in named if parameter.ds_persist]

@@ -1,11 +1,11 @@
-"""After a failure all processes end, and exactly one prints the error."""
+"""Processes of a run communicate, agree on errors and end together; exactly one prints the error."""
 
 import ctypes
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,109 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import processes
+from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import EXIT_CODES, StopRequest, exit_codes
-from tests.support.ranks import Outcome, start_ranks
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference import engine
+from dpo_dist.reference.engine import settle_engine
+from tests.dist.scenario import load_policy
+from tests.support.ranks import Outcome, run_ranks, start_ranks
+from tests.support.tiny_model import write_model
 
 libc = ctypes.CDLL(None)
+
+
+def raised_by(work: Callable[[], Any]) -> list[str]:
+    """Kind, message and remedy of the error that `work` raises."""
+    try:
+        work()
+    except DpoDistError as error:
+        return [type(error).__name__, error.message, error.remedy]
+    return []
+
+
+def fail_on(ranks: tuple[int, ...], world: World) -> str:
+    if world.rank in ranks:
+        raise DataError(f"rank {world.rank} fails", remedy="mend it")
+    return f"rank {world.rank} is well"
+
+
+def fail_to_write() -> None:
+    raise CheckpointError("no room", remedy="make room")
+
+
+def conversation(world: World, _folder: Path) -> dict[str, Any]:
+    worked: list[int] = []
+    results = {
+        "on_main": world.on_main(lambda: worked.append(world.rank) or f"from {world.rank}"),
+        "on_main fails": raised_by(lambda: world.on_main(fail_to_write)),
+        "together": world.together(partial(fail_on, (), world)),
+        "together, rank 1 fails": raised_by(lambda: world.together(partial(fail_on, (1,), world))),
+        "together, two fail": raised_by(lambda: world.together(partial(fail_on, (2, 1), world))),
+        "together without a result": world.together(lambda: None),
+        "sum": world.sum(torch.tensor([world.rank + 1.0, 10.0])).tolist(),
+        "gather": world.gather({"rank": world.rank}),
+        "agree, rank 1": world.agree(world.rank == 1),
+        "agree, nobody": world.agree(False),
+    }
+    return {**results, "worked": worked}
+
+
+def test_ranks_communicate_and_agree_on_errors(tmp_path: Path) -> None:
+    for rank, of_rank in enumerate(run_ranks(conversation, 3, tmp_path / "ranks")):
+        assert of_rank == {
+            "on_main": "from 0",
+            "on_main fails": ["CheckpointError", "no room", "make room"],
+            "together": f"rank {rank} is well",
+            "together, rank 1 fails": ["DataError", "rank 1 fails", "mend it"],
+            "together, two fail": ["DataError", "rank 1 fails", "mend it"],
+            "together without a result": None,
+            "sum": [6.0, 30.0],
+            "gather": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+            "agree, rank 1": True,
+            "agree, nobody": False,
+            "worked": [0] if rank == 0 else [],
+        }
+
+
+def die(*_arguments: Any, **_options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in_on_main(world: World, _folder: Path) -> None:
+    world.on_main(die)
+
+
+def dies_at_a_barrier(dying: int, world: World, _folder: Path) -> None:
+    if world.rank == dying:
+        die()
+    if world.rank > 1:
+        time.sleep(1)  # sees it late
+    world.barrier()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "dead", "size"),
+    [
+        pytest.param(dies_in_on_main, 0, 3, id="rank 0 in on_main"),
+        pytest.param(partial(dies_at_a_barrier, 0), 0, 3, id="rank 0, seen late by rank 2"),
+        pytest.param(partial(dies_at_a_barrier, 1), 1, 2, id="rank 1 at a barrier"),
+    ],
+)
+def test_one_survivor_names_the_dead(scenario: Any, dead: int, size: int, tmp_path: Path) -> None:
+    outcomes = outcomes_of(scenario, tmp_path, size)
+    assert outcomes[dead].exit_code == -signal.SIGKILL
+    survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != dead]
+    assert {outcome.error for outcome in survivors} == {"PeerLostError"}, survivors
+    (printed,) = [outcome for outcome in survivors if outcome.reporting_rank != NOBODY]
+    assert f"rank {dead} of {size} died" in printed.message
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
@@ -29,7 +124,7 @@ def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
     libc.sleep(seconds)
 
 
-def refuse() -> None:
+def refuse(*_: Any) -> None:
     raise DataError("the data are refused", remedy="correct them")
 
 
@@ -51,7 +146,7 @@ def printing(outcomes: Sequence[Outcome]) -> list[int]:
 def blocked_while_one_dies(late: int, world: World, folder: Path) -> None:
     os.environ[EXIT_CODES] = str(folder.parent / "codes")
     if world.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
     block_in_c(1000, grace_seconds=3.0 if world.rank == late else 1.0)
 
 
@@ -63,10 +158,6 @@ def test_blocked_ranks_name_the_dead_one_and_end(late: int, tmp_path: Path) -> N
     assert exit_codes(tmp_path / "codes") == []
 
 
-def die(*_arguments: Any, **_options: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def dies_in(call: str, rank: int) -> None:
     """Let rank 0, which has the store of the rendezvous, die in a call of `start_world`."""
     if rank == 0:
@@ -76,15 +167,10 @@ def dies_in(call: str, rank: int) -> None:
 @pytest.mark.parametrize("call", ["new_group", "all_gather_object"])
 def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(call: str, tmp_path: Path) -> None:
     """The launcher ends the others, of which each may have printed it before."""
-    ranks = start_ranks(refused_at_once, 3, tmp_path / "ranks", enter=partial(dies_in, call))
-    _, *others = ranks.finish(60)
+    _, *others = start_ranks(refuse, 3, tmp_path / "ranks", enter=partial(dies_in, call)).finish(60)
     for outcome in others:
         assert outcome.error == "PeerLostError", outcome.log
         assert "one of the 3 processes of the run ended before all had joined" in outcome.message
-
-
-def refused_at_once(_world: World, _folder: Path) -> None:
-    refuse()
 
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:
@@ -108,7 +194,7 @@ def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: st
     assert failing.error == name
     if name != "KeyError":  # which keeps its traceback
         assert printing([waiting, failing]) == [1]
-    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", processes.NOBODY), waiting.log
+    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
     assert "process of the run failed" in waiting.message
 
 
@@ -122,23 +208,14 @@ def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> 
     blocked, failing = outcomes_of(out_of_memory_while_blocked, tmp_path)
     assert (failing.error, failing.reporting_rank) == ("DeviceMemoryError", 1)
     assert "Tried to allocate 20.00 MiB" in failing.message
-    assert "trainer.micro_batch_tokens" in failing.message
     assert blocked.exit_code == 2, blocked.log
     assert "process lost" not in blocked.log
 
 
-def refused_at_different_times(late: int, world: World, _folder: Path) -> None:
+def refused_at_different_times(world: World, _folder: Path) -> None:
     """Each rank finds the same fault by itself."""
-    if world.rank == late:
-        time.sleep(2)
+    time.sleep(2 * (1 - world.rank))
     refuse()
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_the_same_error_of_all_ranks_is_printed_once(late: int, tmp_path: Path) -> None:
-    outcomes = outcomes_of(partial(refused_at_different_times, late), tmp_path)
-    assert [outcome.error for outcome in outcomes] == ["DataError"] * 2
-    assert len(printing(outcomes)) == 1
 
 
 def terminated_before_it_refuses(world: World, _folder: Path) -> None:
@@ -155,15 +232,16 @@ def terminated_while_it_waits(world: World, _folder: Path) -> None:
     refuse()
 
 
-@pytest.mark.parametrize("scenario", [terminated_before_it_refuses, terminated_while_it_waits])
-def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scenario", [refused_at_different_times, terminated_before_it_refuses, terminated_while_it_waits]
+)
+def test_an_error_of_all_ranks_is_printed_once_and_is_not_a_lost_process(
+    scenario: Any, tmp_path: Path
+) -> None:
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
-    refusing, ended = outcomes_of(scenario, tmp_path)
-    assert printing([refusing, ended]) == [0]
-    assert (ended.error, ended.reporting_rank) == ("PeerLostError", processes.NOBODY), (
-        ended.exit_code,
-        ended.log,
-    )
+    outcomes = outcomes_of(scenario, tmp_path)
+    assert len(printing(outcomes)) == 1
+    assert all("died" not in outcome.message for outcome in outcomes), outcomes[1].log
 
 
 def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
@@ -204,3 +282,78 @@ def test_sigterm_ends_blocked_ranks_that_have_nothing_to_save(tmp_path: Path) ->
     first, second = outcomes_of(terminated_while_blocked, tmp_path)
     assert first.exit_code == second.exit_code == 143, first.log + second.log
     assert (first.log + second.log).count("ended by SIGTERM") == 1
+
+
+# Of the forward of the check at start that fails: by the model's own code, or packed.
+OWN, PACKED = Arrangement.single, Arrangement.packed
+
+
+def settle(
+    folder: Path, fails: Arrangement, on: range, late: float, world: World, _folder: Path
+) -> Arrangement:
+    """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
+    processes.FAREWELL_SECONDS = processes.GRACE_SECONDS = 1.0
+    engine.FAULT_SECONDS = 1.0
+    policy = load_policy(folder, world)
+    if world.rank in on:
+        layer = policy.causal_lm.model.layers[1]
+        layer.register_forward_pre_hook(partial(fail_in, policy.model, fails))
+    time.sleep(late * world.rank)
+    settle_engine(policy, 512, world, trains=True)
+    return policy.model.arrangement
+
+
+def fail_in(model: PackedCausalLM, fails: Arrangement, _layer: nn.Module, _inputs: Any) -> None:
+    if model.arrangement is fails:
+        raise RuntimeError("layer 1 is broken")
+
+
+def settled(
+    fails: Arrangement,
+    on: range,
+    folder: Path,
+    size: int = 2,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
+    late: float = 0.0,
+) -> list[Outcome]:
+    work = partial(settle, write_model(folder / "model"), fails, on, late)
+    return start_ranks(work, size, folder / "ranks", kind).finish(60)  # a tenth of timeout_seconds
+
+
+@pytest.mark.parametrize(("fails", "size"), [(OWN, 3), (PACKED, 2)])
+def test_a_forward_that_fails_on_one_rank_ends_all(fails: Arrangement, size: int, tmp_path: Path) -> None:
+    """The others wait for that rank in a collective call of the same forward, which it has left."""
+    outcomes = settled(fails, range(1, 2), tmp_path, size)
+    failing, *others = outcomes[1], outcomes[0], *outcomes[2:]
+    assert (failing.error, failing.reporting_rank) == ("ConfigError", 1), failing.log
+    assert "fails on one rank" in failing.message
+    assert "RuntimeError: layer 1 is broken" in failing.message
+    for other in others:
+        assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 2)], other.log
+        assert other.reporting_rank in (None, NOBODY)
+
+
+SHARED = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "on", "late"),
+    [
+        pytest.param(ParallelismKind.zero3, range(2), 0.0, id="all ranks"),
+        # Ranks with whole weights finish the forward, and print the error of the one that failed.
+        pytest.param(ParallelismKind.zero2, range(1, 2), 0.0, id="one rank with whole weights"),
+        pytest.param(SHARED, range(2), 2.0, id="ranks that begin at unequal times"),
+    ],
+)
+def test_an_error_of_all_ranks_or_of_whole_models_is_one_error(
+    kind: ParallelismKind | ParallelismConfig, on: range, late: float, tmp_path: Path
+) -> None:
+    for outcome in settled(OWN, on, tmp_path, kind=kind, late=late):
+        assert outcome.error == "ConfigError", outcome.log
+        assert "own forward cannot score" in outcome.message
+        assert "layer 1 is broken" in outcome.message
+
+
+def test_an_arrangement_that_fails_on_all_ranks_is_followed_by_the_next(tmp_path: Path) -> None:
+    outcomes = settled(PACKED, range(2), tmp_path)
+    assert [outcome.result for outcome in outcomes] == [Arrangement.padded] * 2, outcomes[0].log

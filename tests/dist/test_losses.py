@@ -19,15 +19,13 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.scoring import LiveReference, NoReference
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
-from tests.dist.scenario import Assets, files_of
+from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support import tiny
 from tests.support.masks import add_masks
 from tests.support.packing import COSTS
@@ -141,8 +139,7 @@ def _trajectory(
         NoReference() if free else LiveReference(load_reference(files_of(assets.reference), config, world))
     )
     objective, running = Objective(loss, reference), RunningMeans()
-    model = load_packed(assets.policy, config.model, 1024, world.device, sequence=world.sequence)
-    policy = PolicyEngine(model, OPTIM, world)
+    policy = load_policy(config.model, world)
 
     def plan(indices: Any) -> Any:
         only = loss.is_one_sided

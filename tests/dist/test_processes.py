@@ -42,7 +42,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     **data: Any,
 ) -> dict[str, bytes]:
-    """Return the files that `prepare_dataset` writes on this number of processes."""
+    """The files that `prepare_dataset` writes on this number of processes."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
     encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
     return {
@@ -90,19 +90,10 @@ def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
         assert encoded_folders(tmp_path, f"cache {processes}") == []
 
 
-def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = source(tmp_path, *map(record, range(100)))
-    one = prepare(tmp_path, [rows], 1, tiny.qwen())
-    monkeypatch.setattr(encode_workers_module, "ProcessPoolExecutor", None)
-    assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
-
-
-def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that were read to count them are not lost."""
     monkeypatch.setattr(encode_workers_module, "_MIN_CHUNKS", 2)
     monkeypatch.setattr(encode_workers_module, "_usable_cores", lambda: 2)
-    rows = source(tmp_path, *map(record, range(3 * CHUNK_RECORDS)))
-    one = prepare(tmp_path, [rows], 1, tiny.qwen())
     started = []
 
     class Pool(encode_workers_module.ProcessPoolExecutor):
@@ -110,9 +101,15 @@ def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             started.append(processes)
             super().__init__(processes, *arguments)
 
-    monkeypatch.setattr(encode_workers_module, "ProcessPoolExecutor", Pool)
-    assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
-    assert started == [2]
+    for chunks, pools in ((0.5, []), (3, [2])):
+        folder = tmp_path / str(chunks)
+        folder.mkdir()
+        rows = source(folder, *map(record, range(int(chunks * CHUNK_RECORDS))))
+        one = prepare(folder, [rows], 1, tiny.qwen())
+        with monkeypatch.context() as patch:
+            patch.setattr(encode_workers_module, "ProcessPoolExecutor", Pool)
+            assert prepare(folder, [rows], None, tiny.qwen()) == one
+        assert started == pools
 
 
 def encoders(parent: psutil.Process) -> list[psutil.Process]:
@@ -121,14 +118,14 @@ def encoders(parent: psutil.Process) -> list[psutil.Process]:
 
 
 class Mortal(PreTrainedTokenizerFast):
-    """A tokenizer that kills another process which gets it."""
+    """Kills another process which gets it."""
 
     def __setstate__(self, _state: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Unreadable(PreTrainedTokenizerFast):
-    """A tokenizer that cannot be unpickled in another process."""
+    """Cannot be unpickled in another process."""
 
     def __setstate__(self, _state: object) -> None:
         raise ValueError("as of a class that is found in one process only")
@@ -195,10 +192,3 @@ def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) 
         assert psutil.wait_procs(started, timeout=240)[1] == []
     finally:
         parent.kill()
-
-
-def test_a_process_that_encodes_imports_no_torch() -> None:
-    """Importing torch would take seconds and hundreds of megabytes in each process."""
-    code = "import sys, dpo_dist.data.encode; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -16,6 +16,7 @@ from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start import Run
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -38,11 +39,9 @@ def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> A
         return {**numerics_of(*arguments), "cpu": f"AVX{world.rank}"}
 
     config, console, nodes = load_run_config(overrides), Console(None), on_two_nodes(world)
+    run = Run(config, nodes, console)
     with patch("dpo_dist.training.reference.numerics_of", of_this_node):
-        reports = [
-            prepare_reference(config, load_inputs(config, nodes, console), nodes, console).report
-            for _ in range(2)
-        ]
+        reports = [prepare_reference(run, load_inputs(run)).report for _ in range(2)]
     return [
         reports[0]["computed"],
         reports[1]["hits"],

@@ -1,6 +1,5 @@
 """TR-DPO: mixing the policy's shards into the reference equals mixing whole weights in one process."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,35 +7,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.losses import LossConfig, SyncReferenceConfig
+from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.scoring import LiveReference
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, evaluate, train_step
-from tests.dist.scenario import Assets, files_of
+from dpo_dist.training.step import evaluate
+from tests.dist.scenario import LOSS, Assets, files_of, load_policy, one_step
+from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.slow_disk import slow_disk
 from tests.support.tiny_model import write_model
 
 ROWS = [(0, 1, 2), (3, 4), (5, 6, 7, 8), (9,), (10, 0), (1, 2, 3)]
-MIXUP = 0.6
-EVERY = 2
-POLICY = "policy.safetensors"
+MIXUP, EVERY = 0.6, 2
+Models = tuple[Path, Path]
 
 
 class Trainer:
@@ -46,45 +43,40 @@ class Trainer:
         self,
         assets: Assets,
         world: World,
-        model: Path,
-        reference: Path,
+        models: Models,
         mixup: float = MIXUP,
         offload: Offload = Offload.none,
     ):
+        model, reference = models
         config = assets.config(model, ReferenceConfig(offload=offload))
         self.reference = load_reference(files_of(reference), config, world)
-        packed = load_packed(model, config.model, 1024, world.device)
-        self.policy = PolicyEngine(packed, OPTIM, world)
+        self.policy = load_policy(model, world)
         self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, mixup), world)
-        self.objective = Objective(LossConfig(beta=0.5), LiveReference(self.reference))
+        self.objective = Objective(LOSS, LiveReference(self.reference))
         self.dataset, self.world, self.done = assets.dataset(), world, 0
 
     def steps(self, count: int) -> list[float]:
-        return [self.step(ROWS[self.done]) for _ in range(count)]
-
-    def step(self, rows: Sequence[int]) -> float:
-        world = self.world
-        ready, clock = self.objective.ready_step(self._plan(rows), world.device), StepClock(world.device)
-        sums, norm = train_step(self.policy, self.objective, ready, OPTIM.lr, world, clock, RunningMeans())
-        self.done += 1
-        self.sync.after_step(self.done)
-        return self._metrics(sums)["loss"] + norm.item()
+        found = []
+        for _ in range(count):
+            rows = ROWS[self.done]
+            sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
+            self.done += 1
+            self.sync.after_step(self.done)
+            found.append(self._metrics(sums)["loss"] + norm.item())
+        return found
 
     def margin(self) -> float:
-        """Return the mean reward margin of all pairs."""
-        plan = self._plan(range(len(self.dataset)))
+        """The mean reward margin of all pairs."""
+        plan = shard_batch(self.dataset, np.arange(11), self.world.rank, self.world.size, 256, COSTS)
         self.policy.train(False)
         sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans()).sums
         return self._metrics(sums)["rewards/margins"]
-
-    def _plan(self, rows: Sequence[int]) -> Any:
-        return shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
 
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()
 
     def shards(self) -> list[Tensor]:
-        """Return copies of this rank's shards of the reference without padding."""
+        """Copies of this rank's shards of the reference without padding."""
         rank, kept = self.world.rank, []
         for weight in self.reference.causal_lm.parameters():
             own = min(weight.ds_tensor.ds_numel, weight.ds_numel - rank * weight.ds_tensor.ds_numel)
@@ -93,20 +85,24 @@ class Trainer:
 
 
 def follow(
-    assets: Assets, model: Path, reference: Path, offload: Offload, world: World, _folder: Path
-) -> dict[str, Any]:
-    trainer = Trainer(assets, world, model, reference, offload=offload)
-    margins = [trainer.margin()]
-    losses = []
-    for _ in ROWS:
+    assets: Assets, models: Models, offload: Offload, world: World, folder: Path
+) -> dict[str, list[float]]:
+    """Losses and margins; of the first sync the policy's weights, and the reference's log-probs."""
+    trainer = Trainer(assets, world, models, offload=offload)
+    [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
+    margins, losses, scored = [trainer.margin()], [], []
+    for done in range(1, 1 + len(ROWS)):
         losses += trainer.steps(1)
-        margins.append(trainer.margin())
-    return {"steps": losses, "margins": margins}
+        margins.append(trainer.margin())  # which gathers small weights on every rank
+        if done == EVERY:
+            write_whole(trainer.policy, folder / "policy.safetensors")
+            scored = trainer.reference.token_logps(batch).tolist()
+    return {"steps": losses, "margins": margins, "scored": scored}
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return policy and reference with weights whose sizes are not divisible by three ranks."""
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Policy and reference with weights whose sizes are not divisible by three ranks."""
     folder = tmp_path_factory.mktemp("odd")
     sizes = {"hidden_size": 40, "layers": 1, "intermediate_size": 37}
     return (
@@ -116,88 +112,53 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(
-    assets: Assets, odd: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def one_rank(assets: Assets, odd: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ranks = tmp_path_factory.mktemp("one") / "ranks"
-    result: dict[str, Any] = run_ranks(partial(follow, assets, *odd, Offload.none), 1, ranks)[0]
+    result: dict[str, Any] = run_ranks(partial(follow, assets, odd, Offload.none), 1, ranks)[0]
     return result
 
 
-WAYS = [
-    pytest.param(3, ParallelismKind.zero3, Offload.none, id="3 ranks, zero3"),
-    pytest.param(3, ParallelismKind.zero2, Offload.none, id="3 ranks, zero2"),
-    pytest.param(2, ParallelismKind.ddp, Offload.cpu, id="2 ranks, ddp, offloaded"),
-]
-
-
-@pytest.mark.parametrize(("size", "kind", "offload"), WAYS)
-def test_any_number_of_ranks_follows_like_one(
+@pytest.mark.parametrize(
+    ("size", "kind", "offload"),
+    [
+        pytest.param(3, ParallelismKind.zero3, Offload.none, id="3 ranks, zero3"),
+        pytest.param(3, ParallelismKind.zero2, Offload.none, id="3 ranks, zero2"),
+        pytest.param(2, ParallelismKind.ddp, Offload.cpu, id="2 ranks, ddp, offloaded"),
+    ],
+)
+def test_any_number_of_ranks_follows_like_one_and_like_the_weighted_mean_of_whole_weights(
     size: int,
     kind: ParallelismKind,
     offload: Offload,
     assets: Assets,
-    odd: tuple[Path, Path],
+    odd: Models,
     one_rank: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    for result in run_ranks(partial(follow, assets, *odd, offload), size, tmp_path / "ranks", kind):
-        assert result["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
-        assert result["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
-
-
-def follow_and_score(assets: Assets, model: Path, reference: Path, world: World, folder: Path) -> list[float]:
-    """Sync once, save the policy's weights to a file, and return the reference's log-probs."""
-    trainer = Trainer(assets, world, model, reference)
-    trainer.steps(1)
-    trainer.margin()  # now small weights are gathered on every rank
-    trainer.steps(1)
-    weights = trainer.policy.whole_weights()
-    if weights is not None:
-        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / POLICY)
-    [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
-    scored: list[float] = trainer.reference.token_logps(batch).tolist()
-    return scored
-
-
-def test_the_mixed_reference_scores_like_the_weighted_mean_of_both_models(
-    assets: Assets, odd: tuple[Path, Path], tmp_path: Path
-) -> None:
-    ranks = run_ranks(partial(follow_and_score, assets, *odd), 2, tmp_path / "ranks")
+    results = run_ranks(partial(follow, assets, odd, offload), size, tmp_path / "ranks", kind)
     plain = AutoModelForCausalLM.from_pretrained(odd[1], dtype=torch.float32)
-    policy = load_file(tmp_path / "ranks" / POLICY)
+    policy = load_file(tmp_path / "ranks" / "policy.safetensors")
     plain.load_state_dict(
         {name: (1 - MIXUP) * old + MIXUP * policy[name] for name, old in plain.state_dict().items()}
     )
     with torch.no_grad():
         wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
-    for scored in ranks:
-        torch.testing.assert_close(torch.tensor(scored), wanted, atol=1e-4, rtol=0)
+    for result in results:
+        assert result["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
+        assert result["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
+        torch.testing.assert_close(torch.tensor(result["scored"]), wanted, atol=1e-4, rtol=0)
 
 
-def hard_update(assets: Assets, model: Path, reference: Path, world: World, _folder: Path) -> list[float]:
-    trainer = Trainer(assets, world, model, reference, mixup=1.0)
-    trainer.steps(1)
-    before = trainer.margin()
-    trainer.steps(1)
-    return [before, trainer.margin()]
-
-
-@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_mixup_of_one_makes_the_reference_the_policy(
-    kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
-) -> None:
-    for before, after in run_ranks(partial(hard_update, assets, *odd), 2, tmp_path / "ranks", kind):
-        assert before != 0.0
-        assert after == 0.0
-
-
-def save_continue_and_restore(
-    assets: Assets, model: Path, reference: Path, root: Path, world: World, _folder: Path
+def hard_update_and_restore(
+    assets: Assets, models: Models, root: Path, world: World, _folder: Path
 ) -> dict[str, Any]:
-    trainer = Trainer(assets, world, model, reference)
+    trainer = Trainer(assets, world, models, mixup=1.0)
+    trainer.steps(1)
+    margins = [trainer.margin()]
+    trainer.steps(1)
+    margins.append(trainer.margin())
     parts = [trainer.policy, trainer.sync]
-    trainer.steps(3)
+    trainer.steps(1)
     saved = trainer.shards()
     saver = CheckpointSaver(root, 2, parts, world)
     with slow_disk():
@@ -214,16 +175,24 @@ def save_continue_and_restore(
     same.append(all(map(torch.equal, end, trainer.shards())))
     moved = not all(map(torch.equal, saved, end))
     files = sorted(file.name for file in found.folder.glob("reference/*"))
-    return {"same": same, "moved": moved, "continued": continued == again, "files": files}
+    margins = [margin != 0.0 for margin in margins]
+    return {
+        "margins": margins,
+        "same": same,
+        "moved": moved,
+        "continued": continued == again,
+        "files": files,
+    }
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_checkpoint_restores_the_reference(
-    kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
+def test_a_mixup_of_one_makes_it_the_policy_and_a_checkpoint_restores_it(
+    kind: ParallelismKind, assets: Assets, odd: Models, tmp_path: Path
 ) -> None:
-    scenario = partial(save_continue_and_restore, assets, *odd, tmp_path / "checkpoints")
+    scenario = partial(hard_update_and_restore, assets, odd, tmp_path / "checkpoints")
     for result in run_ranks(scenario, 2, tmp_path / "ranks", kind):
         assert result == {
+            "margins": [True, False],
             "same": [True, True],
             "moved": True,
             "continued": True,
@@ -232,14 +201,11 @@ def test_a_checkpoint_restores_the_reference(
 
 
 def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
-        Trainer(assets, world, model, assets.reference)
-    return str(caught.value.block())
+    with pytest.raises(ConfigError, match="weights of the same names and shapes") as caught:
+        Trainer(assets, world, (model, assets.reference))
+    return caught.value.got
 
 
-def test_a_reference_of_another_shape_is_refused(
-    assets: Assets, odd: tuple[Path, Path], tmp_path: Path
-) -> None:
-    [block] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
-    assert "weights of the same names and shapes" in block
-    assert "model.embed_tokens.weight" in block
+def test_a_reference_of_another_shape_is_refused(assets: Assets, odd: Models, tmp_path: Path) -> None:
+    [got] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
+    assert "model.embed_tokens.weight" in got

@@ -16,17 +16,14 @@ from torch.distributed import distributed_c10d
 from dpo_dist.config.schema import ParallelismKind
 from dpo_dist.distributed import processes
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
 from dpo_dist.reference.engine import load_reference
-from tests.dist.scenario import Assets, files_of
-from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.dist.scenario import Assets, files_of, load_policy
+from tests.support.ranks import run_ranks, start_ranks
 
 
 def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[float]:
-    config = assets.config(assets.policy)
-    load_reference(files_of(assets.reference), config, world)
-    PolicyEngine(load_packed(assets.policy, config.model, 64, world.device), OPTIM, world)
+    load_reference(files_of(assets.reference), assets.config(assets.policy), world)
+    load_policy(assets.policy, world)
     groups = list(distributed_c10d._world.pg_map)
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 

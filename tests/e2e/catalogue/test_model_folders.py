@@ -197,7 +197,7 @@ CASES = [
          before=rewritten("config.json", "{}"), to_do="download or save the model again"),
     Case("unknown architecture", BROKEN, "config.json cannot be read", "model.path", "gpt9", joins=True,
          before=edited("config.json", model_type="gpt9"), to_do="download or save the model again"),
-    Case("own code without its file", f"{BROKEN} model.trust_remote_code=true", "cannot make a model of this",
+    Case("own code without its file", f"{BROKEN} model.trust_remote_code=true", "cannot make a causal",
          "model.path", "code.py", joins=True,
          before=edited("config.json", auto_map={"AutoModelForCausalLM": "code.Model"}),
          to_do="check config.json against that of the"),

@@ -5,74 +5,35 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.identity import differing_keys, run_digest, run_dir, settings, title
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.identity import differing_keys, run_digest, settings, title
+from tests.unit.config.support import configured
 
-RUN = ["model.path=m", "data.train=[a.jsonl]"]
-
-
-def run_directory(*overrides: str) -> str:
-    return str(load_run_config([*RUN, *overrides]).run.dir)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "loss.router.aux_coefficient=model",
-        "loss.beta=0.2",
-        "model.path=n",
-        "data.train=[b.jsonl]",
-        "optim.lr=2e-6",
-        "trainer.seed=1",
-        "loss=ipo",
-    ],
-)
-def test_keys_that_define_the_result_change_the_run_directory(change: str) -> None:
-    assert run_directory(change) != run_directory()
+DEFINING = """
+loss.router.aux_coefficient=model loss.beta=0.2 model.path=n data.train=[b.jsonl] optim.lr=2e-6 trainer.seed=1
+loss=ipo model.adapter={r:8} model.adapter={r:9} reference.quantization=nf4
+"""
+FREE = """
+trainer.micro_batch_tokens=100 trainer.stop_after_steps=3 trainer.max_seconds=3 trainer.save_every=7
+model.gradient_checkpointing=full model.compile=true model.liger=true model.attention=sdpa parallelism=zero2
+parallelism.offload_parameters=cpu reference.offload=cpu tracking=off run.resume=must loss.beta=1e-1
+data.train=[{path:a.jsonl,label:math}]
+"""
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "trainer.micro_batch_tokens=100",
-        "trainer.stop_after_steps=3",
-        "trainer.max_seconds=3",
-        "trainer.save_every=7",
-        "model.gradient_checkpointing=full",
-        "model.gradient_checkpointing=2",
-        "model.compile=true",
-        "model.liger=true",
-        "model.attention=sdpa",
-        "parallelism=zero2",
-        "parallelism.offload_parameters=cpu",
-        "reference.offload=cpu",
-        "tracking=off",
-        "run.resume=must",
-        "loss.beta=1e-1",
-    ],
-)
-def test_other_keys_do_not_change_the_run_directory(change: str) -> None:
-    assert run_directory(change) == run_directory()
+def test_only_keys_that_define_the_result_change_the_run_directory() -> None:
+    own = configured().run.dir
+    assert {configured(word).run.dir for word in FREE.split()} == {own}
+    others = [configured(word).run.dir for word in DEFINING.split()]
+    assert len({*others, own}) == len(others) + 1
 
 
 def test_the_run_directory_has_root_and_name() -> None:
-    config = load_run_config([*RUN, "run.root=/r", "run.name=n"])
-    assert run_dir(config).parent == Path("/r")
-    assert run_dir(config).name.startswith("n-")
-    assert run_directory("run.dir=/mine") == "/mine"
-
-
-def test_the_label_of_a_source_does_not_define_the_result() -> None:
-    plain = [*RUN, "data.train=[{path: a.jsonl, weight: 2}]"]
-    labelled = [*RUN, "data.train=[{path: a.jsonl, weight: 2, label: math}]"]
-    old, new = map(load_run_config, (plain, labelled))
-    assert run_digest(old) == run_digest(new)
-    assert differing_keys(old, new) == {}
-    assert settings(new)["data.train"] == [{"path": "a.jsonl", "weight": 2.0}]
+    assert str(configured("run.root=/r run.name=n").run.dir).startswith("/r/n-")
+    assert configured("run.dir=/mine").run.dir == "/mine"
 
 
 def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
-    found = settings(load_run_config([*RUN, "loss=simpo", "optim.lr=5e-7", "data.truncation=drop"]))
+    found = settings(configured("loss=simpo optim.lr=5e-7 data.truncation=drop"))
     assert found == {
         "model.path": "m",
         "data.train": [{"path": "a.jsonl"}],
@@ -87,34 +48,42 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
         "trainer.seed": 0,
     }
     assert json.loads(json.dumps(found)) == found
-    found = settings(
-        load_run_config([*RUN, "loss=sigmoid_sft", "model.adapter={r: 8}", "trainer.save_every=7"])
-    )
+    found = settings(configured("loss=sigmoid_sft model.adapter.r=8 trainer.save_every=7"))
     assert found["loss.terms"] == [{"kind": "sigmoid"}, {"kind": "sft", "weight": 0.1}]
     assert found["model.adapter"] == {"r": 8}
     assert not {"loss.kind", "trainer.save_every"} & set(found)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "name"),
+    ("typed", "name"),
     [
-        (["loss=ipo", "run.name=mine"], "mine ipo beta=0.1 lr=1e-06 {digest}"),
-        (["loss=sft", "optim.lr=2e-5"], "run sft lr=2e-05 {digest}"),
-        (
-            ["loss=sigmoid_sft", "trainer.seed=3", "run.dir=/x/there"],
-            "there sigmoid+sft beta=0.1 lr=1e-06 seed=3",
-        ),
-        (["model.adapter={r: 8, variant: dora}"], "run sigmoid beta=0.1 lr=1e-06 dora r=8 {digest}"),
+        ("loss=ipo run.name=mine", "mine ipo beta=0.1 lr=1e-06 {digest}"),
+        ("loss=sft optim.lr=2e-5", "run sft lr=2e-05 {digest}"),
+        ("loss=sigmoid_sft trainer.seed=3 run.dir=/x/there", "there sigmoid+sft beta=0.1 lr=1e-06 seed=3"),
+        ("model.adapter={r:8,variant:dora}", "run sigmoid beta=0.1 lr=1e-06 dora r=8 {digest}"),
     ],
 )
-def test_a_title_has_loss_beta_rate_adapter_and_seed(overrides: list[str], name: str) -> None:
-    config = load_run_config([*RUN, *overrides])
+def test_a_title_has_loss_beta_rate_adapter_and_seed(typed: str, name: str) -> None:
+    config = configured(typed)
     assert title(config, Path(str(config.run.dir))) == name.format(digest=run_digest(config))
 
 
 def test_keys_that_define_the_result_differ_with_both_values() -> None:
-    old = load_run_config([*RUN, "loss.beta=0.2", "model.adapter={r: 8}"])
-    new = load_run_config([*RUN, "model.adapter={r: 8, alpha: 64}", "run.dir=/x", "trainer.log_every=7"])
+    old = configured("loss.beta=0.2 model.adapter.r=8")
+    new = configured("model.adapter={r:8,alpha:64} run.dir=/x trainer.log_every=7")
     adapters = {"r": 8}, {"r": 8, "alpha": 64.0}
     assert differing_keys(old, new) == {"loss.beta": (0.2, 0.1), "model.adapter": adapters}
     assert differing_keys(new, new) == {}
+
+
+def test_null_of_an_adapter_is_a_default_or_the_value_of_the_one_that_is_continued() -> None:
+    written = "{r:16,alpha:32,target_modules:all-linear,variant:lora,modules_to_save:[]}"
+    assert (
+        configured("model.adapter={r:null}").model.adapter
+        == configured(f"model.adapter={written}").model.adapter
+    )
+    assert configured("model.adapter={path:sft,on_top:true}").model.adapter.alpha == 32.0  # type: ignore[union-attr]
+    continued, named = configured("model.adapter={path:sft}"), configured("model.adapter={path:sft,r:16}")
+    assert (continued.model.adapter.r, named.model.adapter.r) == (None, 16)  # type: ignore[union-attr]
+    assert run_digest(continued) == run_digest(named)
+    assert differing_keys(continued, named) == {}

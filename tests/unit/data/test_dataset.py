@@ -1,24 +1,32 @@
-"""Encoded datasets: examples are read by index as they were encoded."""
+"""Encoded datasets: examples, rankings, scores and masks by index; what a loss can use."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Ids, packed_tokens
-from dpo_dist.config.data import OnBadRecord
+from dpo_dist.batching.pack import Ids, Sequences, pack, packed_tokens
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.data.records import Origin, PreferenceRecord, training_examples
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
-from tests.support.packing import COSTS
+from tests.support.masks import add_masks, masked, random_mask
+from tests.support.packing import COSTS, dataset_of, pack_unkeyed, pair_shapes, random_pairs
 from tests.support.pairs import encode
-from tests.support.records import jsonl
+from tests.support.records import TEXT, jsonl
 
 GOOD = [
     {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
@@ -52,19 +60,15 @@ def same_ids(first: Sequence[Ids], second: Sequence[Ids]) -> bool:
 def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> None:
     assert len(ranked) == len(RANKED)
     for index, record in enumerate(ranked_records()):
-        pair = encode(record, tiny.qwen())
-        read = ranked.sequences(index)
-        assert same_ids((read.prompt_ids, *read.responses), (pair.prompt_ids, *pair.responses))
-        assert ranked.lengths(index) == [len(pair.prompt_ids), *map(len, pair.responses)]
-        assert ranked.packed_tokens(index) == packed_tokens(
-            len(pair.prompt_ids), list(map(len, pair.responses))
-        )
+        found, read = encode(record, tiny.qwen()), ranked.sequences(index)
+        lengths = list(map(len, found.responses))
+        assert same_ids((read.prompt_ids, *read.responses), (found.prompt_ids, *found.responses))
+        assert ranked.lengths(index) == [len(found.prompt_ids), *lengths]
+        assert ranked.packed_tokens(index) == packed_tokens(len(found.prompt_ids), lengths)
         assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
-        last = [len(pair.responses) - 1]
-        assert same_ids(ranked.sequences(index, last).responses, pair.responses[-1:])
-        assert ranked.packed_tokens(index, last) == packed_tokens(
-            len(pair.prompt_ids), [len(pair.responses[-1])]
-        )
+        last = [len(lengths) - 1]
+        assert same_ids(ranked.sequences(index, last).responses, found.responses[-1:])
+        assert ranked.packed_tokens(index, last) == packed_tokens(len(found.prompt_ids), lengths[-1:])
 
 
 def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
@@ -77,14 +81,9 @@ def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
     indices, which_ones = ranked.locate_responses(np.arange(sum(RANKED)))
     assert indices.tolist() == [index for index, count in enumerate(RANKED) for _ in range(count)]
     assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
-
-
-@pytest.mark.parametrize("indices", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
-def test_response_indices_of_many_examples_are_those_of_each(
-    ranked: PreferenceDataset, indices: list[int]
-) -> None:
-    expected = [response_index for index in indices for response_index in ranked.response_range(index)]
-    assert ranked.response_indices(np.array(indices, dtype=np.int64)).tolist() == expected
+    for some in ([0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []):
+        expected = [response_index for index in some for response_index in ranked.response_range(index)]
+        assert ranked.response_indices(np.array(some, dtype=np.int64)).tolist() == expected
 
 
 def test_sizes_equal_a_count_of_every_token(ranked: PreferenceDataset) -> None:
@@ -93,54 +92,39 @@ def test_sizes_equal_a_count_of_every_token(ranked: PreferenceDataset) -> None:
     for index in indices.tolist():
         prompt, *responses = ranked.lengths(index)
         targets += sum(responses)
-        attended += sum(response_index + 1 for response_index in range(prompt))
-        attended += sum(
-            prompt + response_index + 1 for tokens in responses for response_index in range(tokens - 1)
-        )
+        attended += sum(range(1, prompt + 1))
+        attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
     plan = shard_batch(ranked, indices, 0, 1, 8192, COSTS)
     assert (plan.targets, plan.attended) == (targets, attended)
 
 
 def test_a_key_depends_on_the_end_of_the_prompt() -> None:
-    one, two, both = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2]))
-    empty = np.array([], dtype=np.int32)
-    keys = {
-        response_key(one, two),
-        response_key(both, empty),
-        response_key(empty, both),
-        response_key(two, one),
-    }
-    assert len(keys) == 4
-    assert {len(key) for key in keys} == {16}
+    one, two, both, empty = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2], []))
+    keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
+    assert sorted(map(len, keys)) == [16] * 4
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
 
 
 def test_counts_include_every_record(tmp_path: Path) -> None:
     path = jsonl(tmp_path, BAD, *GOOD, "no object", {**GOOD[0], "chosen": "right " * 500})
     counts = opened(tmp_path, path, max_bad_share=0.5, max_length=120).counts
-    assert counts["read"] == 10
-    assert counts["kept"] == 8
+    expected = {"read": 10, "kept": 8, "response_truncated": 1, "prompt_truncated": 0}
+    assert {name: counts[name] for name in expected} == expected
     assert counts["dropped"] == {"identical_responses": 1, "unparsable": 1}
-    assert counts["response_truncated"] == 1
-    assert counts["prompt_truncated"] == 0
     assert counts["examples"] == [f"{path}:1 identical_responses", f"{path}:9 unparsable"]
 
 
-def test_more_bad_records_than_allowed_is_an_error(tmp_path: Path) -> None:
+def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path, BAD, *GOOD)
+    with pytest.raises(DataError, match="identical_responses") as raised:
+        opened(tmp_path, path, on_bad_record=OnBadRecord.error, max_bad_share=1.0)
+    assert raised.value.where == f"{path}:1"
+    assert encoded_folders(tmp_path) == []
     assert len(opened(tmp_path, path, max_bad_share=1 / 8)) == 7
     with pytest.raises(DataError, match="1 of 8 records") as raised:
         opened(tmp_path, path, max_bad_share=0.124)
     assert f"{path}:1" in raised.value.where
     assert "identical_responses 1" in raised.value.got
-
-
-def test_the_first_bad_record_can_be_made_an_error(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, GOOD[0], BAD)
-    with pytest.raises(DataError, match="identical_responses") as raised:
-        opened(tmp_path, path, on_bad_record=OnBadRecord.error, max_bad_share=1.0)
-    assert raised.value.where == f"{path}:2"
-    assert encoded_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -150,21 +134,237 @@ def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, 
     plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
     computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
     assert sorted(computed) == sorted(indices.tolist())
-    assert len({len(plan.micro_batches) for plan in plans}) == 1
-    assert len({(plan.pairs, plan.tokens, plan.mean_chosen_tokens) for plan in plans}) == 1
-    assert plans[0].pairs == len(indices)
-    assert plans[0].mean_chosen_tokens == pytest.approx(
-        np.mean([data.lengths(index)[1] for index in indices])
-    )
+    sizes = {
+        (len(plan.micro_batches), plan.pairs, plan.tokens, plan.mean_chosen_tokens, plan.targets)
+        for plan in plans
+    }
+    [(_, pairs, tokens, mean_chosen, _)] = sizes
+    assert mean_chosen == pytest.approx(np.mean([data.lengths(index)[1] for index in indices]))
     batches = [batch for plan in plans for batch in plan.batches()]
-    assert sum(batch.tokens for batch in batches) == plans[0].tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices)
+    assert sum(batch.tokens for batch in batches) == tokens
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
 
 
 def test_a_batch_has_the_keys_of_its_responses(ranked: PreferenceDataset) -> None:
-    batch = collate(ranked, (4, 1))
-    pairs = [ranked.sequences(index) for index in (4, 1)]
+    batch, pairs = collate(ranked, (4, 1)), [ranked.sequences(index) for index in (4, 1)]
     expected = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
     assert [key.tobytes() for key in batch.keys] == expected
     assert batch.targets.tolist() == [int(t) for pair in pairs for r in pair.responses for t in r]
     assert collate(ranked, ()).weights.tolist() == [0]
+
+
+def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -> None:
+    """The largest id is counted when the data are encoded: ids are not read at each start."""
+    data = opened(tmp_path, jsonl(tmp_path, *GOOD))
+    largest = int(np.asarray(data.ids).max())
+    data = replace(data, ids=np.empty(0, dtype=np.int32))
+    check_ids_in_vocabulary(data, tiny.qwen(), largest + 1)
+    with pytest.raises(ConfigError, match="without an embedding") as raised:
+        check_ids_in_vocabulary(data, tiny.qwen(), largest)
+    assert repr(tiny.qwen().convert_ids_to_tokens(largest)) in raised.value.got
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "got"),
+    [
+        (LossKind.sigmoid, [2, 1, 2], "1 response"),
+        (LossKind.sigmoid, [2, 3, 2], "a ranking"),
+        (LossKind.odpo, [2, 2, 2], "no scores"),
+        (LossKind.sft, [1, 2, 5], None),
+        (LossKind.plackett_luce, [2, 5, 3], None),
+    ],
+)
+def test_examples_that_the_loss_cannot_use_are_listed(
+    kind: LossKind, counts: list[int], got: str | None
+) -> None:
+    def check() -> None:
+        gaps = np.array([1, np.nan, 1])
+        check_fits_loss(LossConfig(kind), np.array(counts), lambda: gaps, "line {}".format)
+
+    if got is None:
+        check()
+        return
+    with pytest.raises(DataError, match=f"{kind} cannot use 1 of 3 examples") as raised:
+        check()
+    assert raised.value.where == "line 1"
+    assert raised.value.got.startswith(got)
+
+
+def ranking(scores: Sequence[float]) -> PreferenceRecord:
+    responses = tuple(f"answer {index}" for index in range(len(scores)))
+    return PreferenceRecord("q", responses, Origin("here", 1), tuple(scores))
+
+
+def test_ties_are_no_preferences() -> None:
+    record = ranking([4, 4, 2, 1, 1, 1])
+    assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
+    assert training_examples(record, Ranked.best_worst) == ([(0, 5)], 0)
+    pairs, ties = training_examples(record, Ranked.all_pairs)
+    assert pairs == [*itertools.product((0, 1), (2, 3, 4, 5)), (2, 3), (2, 4), (2, 5)]
+    assert ties == 4
+
+
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=8).filter(lambda scores: len(set(scores)) > 1))
+def test_a_better_response_has_the_higher_score(given_scores: list[int]) -> None:
+    scores = sorted(map(float, given_scores), reverse=True)
+    for ranked in Ranked:
+        examples, ties = training_examples(ranking(scores), ranked)
+        assert examples
+        for example in examples:
+            kept = [scores[index] for index in example]
+            assert len(kept) >= 2
+            assert all(better > worse for better, worse in itertools.pairwise(kept))
+        if ranked is Ranked.all_pairs:
+            assert len(examples) + ties == len(scores) * (len(scores) - 1) // 2
+        if ranked is Ranked.whole:
+            assert [len(examples[0]), len(examples[0]) + ties] == [len(set(scores)), len(scores)]
+
+
+SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
+ROWS = [
+    {"prompt": "one", "responses": ["best", "middle", "worst"]},
+    {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
+    TEXT | {"score_chosen": 2, "score_rejected": 5},
+    {"prompt": "three", "completion": "learnt"},
+]
+GIVEN: dict[str, float] = SCORED | {"good": 2, "bad": 5}
+
+
+@pytest.mark.parametrize(
+    ("how", "responses", "ties"),
+    [
+        (Ranked.whole, "best middle worst, top mid low, good bad, learnt", 1),
+        (Ranked.best_worst, "best worst, top tie, good bad, learnt", 0),
+        (
+            Ranked.all_pairs,
+            "best middle, best worst, middle worst, top mid, top low, top tie, mid low, mid tie, good bad, "
+            "learnt",
+            1,
+        ),
+    ],
+)
+def test_scores_match_the_responses_of_each_example(
+    tmp_path: Path, how: Ranked, responses: str, ties: int
+) -> None:
+    data = opened(tmp_path, jsonl(tmp_path, *ROWS), ranked=how)
+    examples = [words.split() for words in responses.split(", ")]
+    for index, words in enumerate(examples):
+        ids = data.sequences(index).responses
+        assert [tiny.qwen().decode(one, skip_special_tokens=True) for one in ids] == words
+        scores = [float(GIVEN.get(word, np.nan)) for word in words]
+        np.testing.assert_array_equal(data.scores[list(data.response_range(index))], scores)
+        gap = collate(data, [index]).score_gaps
+        assert gap is not None
+        np.testing.assert_array_equal(gap, [scores[0] - scores[-1]])
+    assert len(data.scores) == len(data.keys)
+    counts = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
+    assert counts == [4, 4, len(examples), ties]
+
+
+def test_unused_responses_do_not_count_for_limits(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}, TEXT)
+    limits = {"max_length": 30, "truncation": Truncation.drop, "max_bad_share": 1.0}
+    assert len(opened(tmp_path, path, **limits, ranked=Ranked.best_worst)) == 2
+    assert opened(tmp_path, path, **limits).counts["dropped"] == {"too_long": 1}
+
+
+def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
+    """Return the masks of all responses of an example, of those without one too."""
+    pair = dataset.sequences(index, masked=True)
+    return [mask.tolist() for mask in pair.masks or [np.ones(len(r), bool) for r in pair.responses]]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    found = []
+    for start in (0, 5, 10):
+        (tmp_path / str(start)).mkdir()
+        rows = [
+            {
+                "prompt": f"question {number}",
+                "responses": [f"answer {n} " * (n + number) for n in range(1, 3 + number % 3)],
+            }
+            for number in range(start, start + 5)
+        ]
+        found.append(jsonl(tmp_path / str(start), *rows))
+    return found
+
+
+@pytest.mark.parametrize("how", Ranked)
+def test_masks_of_several_sources_are_read_as_they_were_encoded(
+    how: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of sources before and after one without masks, of several chunks, and of a part of a source."""
+    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
+    plain = opened(tmp_path, sources[1], ranked=how)
+    add_masks(monkeypatch)
+    data = opened(tmp_path, sources[0], sources[1], SourceConfig(sources[2], limit=4), ranked=how)
+    first, second, _ = data.source_pairs
+    assert len(plain) == second
+    for index in range(len(data)):
+        expected = [random_mask(response).tolist() for response in data.sequences(index).responses]
+        if first <= index < first + second:
+            expected = [[True] * len(mask) for mask in expected]
+            assert data.masks(index) == ()
+        assert masks_of(data, index) == expected
+        last = data.sequences(index, [len(expected) - 1], masked=True)
+        assert [mask.tolist() for mask in last.masks] == (expected[-1:] if last.masks else [])
+
+
+def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_masks(monkeypatch)
+    data, costs = opened(tmp_path, *sources), ComputeCosts(key=0, target=1)
+    every = np.arange(len(data))
+    responses, counts = data.response_indices(every), data.response_counts(every)
+    sizes = data.sizes(every, responses, counts, costs, masked=True)
+    whole = data.sizes(every, responses, counts, costs)
+    trained = [sum(itertools.chain(*masks_of(data, index))) for index in every]
+    assert sizes.targets.tolist() == trained
+    assert whole.targets.tolist() == [sum(data.lengths(index)[1:]) for index in every]
+    assert [sizes.tokens.tolist(), sizes.attended.tolist()] == [
+        whole.tokens.tolist(),
+        whole.attended.tolist(),
+    ]
+    assert (sizes.costs - whole.costs).tolist() == (sizes.targets - whole.targets).tolist()
+    chosen = [sum(masks_of(data, index)[0]) for index in every]
+    assert data.mean_chosen_tokens(every) == pytest.approx(np.mean(chosen))
+    plan = shard_batch(data, every, 0, 1, 64, costs)
+    batches = list(plan.batches())
+    assert plan.targets == sum(trained) == sum(len(batch.targets) for batch in batches)
+    assert plan.tokens == sum(batch.tokens for batch in batches)
+    assert collate(data, every.tolist(), only_chosen=True).response_tokens.tolist() == chosen
+
+
+def test_masked_targets_by_hand() -> None:
+    def ids(*numbers: int) -> Any:
+        return np.array(numbers, dtype=np.int32)
+
+    pairs = [
+        Sequences(ids(1, 2), (ids(4, 5, 6), ids(7, 8)), (np.array([0, 1, 1], bool), np.array([1, 0], bool))),
+        Sequences(ids(9), (ids(10), ids(11, 12))),
+    ]
+    batch = pack(pairs, np.zeros((4, 2), dtype=np.uint64))
+    assert batch.input_ids.tolist() == [1, 2, 4, 5, 7, 9, 11]
+    assert batch.layout == ((2, 2, 1), (1, 0, 1))
+    assert batch.targets.tolist() == [5, 6, 7, 10, 11, 12]
+    assert batch.predictors.tolist() == [2, 3, 1, 5, 5, 6]
+    assert batch.response_tokens.tolist() == [2, 1, 1, 2]
+    assert batch.pair_tokens == [(2, 1), (1, 2)]
+    assert batch.mask is not None
+    assert batch.mask.tolist() == [False, True, True, True, False, True, True, True]
+
+
+@given(pair_shapes)
+def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...]]) -> None:
+    pairs = list(map(masked, random_pairs(shapes)))
+    whole = pack_unkeyed([replace(pair, masks=()) for pair in pairs])
+    batch = pack_unkeyed(pairs)
+    mask = np.concatenate([mask for pair in pairs for mask in pair.masks])
+    assert batch.targets.tolist() == whole.targets[mask].tolist()
+    assert batch.predictors.tolist() == whole.predictors[mask].tolist()
+    assert (batch.input_ids.tolist(), batch.layout) == (whole.input_ids.tolist(), whole.layout)
+    assert batch.pair_tokens == [tuple(int(mask.sum()) for mask in pair.masks) for pair in pairs]
+    expected = [[mask.tolist() for mask in pair.masks] for pair in pairs]
+    assert [masks_of(dataset_of(pairs), index) for index in range(len(pairs))] == expected

@@ -1,140 +1,220 @@
-"""Token ids of a record: one prompt, each response after it, no doubled and no smuggled special tokens."""
+"""Token ids of a record: a prompt, each response after it, no doubled or smuggled special tokens; limits."""
 
+import copy
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data import DataConfig
-from dpo_dist.data.encode import encode_pair
+from dpo_dist.batching.pack import packed_tokens
+from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.escape import token_ids
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages
+from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt
 from dpo_dist.data.tokenizer import tokenizer_facts
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
+from tests.support.cache import opened
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
+from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
 LONG_CHAT = (Message("user", "hello"), Message("assistant", "hello there"), Message("user", "and then?"))
-WITH_TEMPLATE = [tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr]
+DIALOGUE = Dialogue("\n\nHuman: hello\n\nAssistant: hello there\n\nHuman: and then? \n\nAssistant:")
+WRITTEN = "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assistant\n"
+LONG_WRITTEN = (
+    "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello there<|im_end|>\n"
+    "<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"
+)
+AS_MESSAGES = replace(WIDE, text_as_messages=True)
+APPLIED = replace(WIDE, template=TextTemplate.applied)
 
 
-def test_chatml_conversation_is_rendered_up_to_the_end_of_turn() -> None:
-    pair = encode(record(CHAT), tiny.qwen())
-    assert texts(pair, tiny.qwen()) == [
-        "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assistant\n",
-        "It is Paris.<|im_end|>",
-        "I cannot do that.<|im_end|>",
-    ]
-    assert pair.prompt_ids.dtype == np.int32
-    assert flags(pair) == (False, False, False)
+def plain_qwen() -> PreTrainedTokenizerFast:
+    return tiny.with_template(tiny.qwen(), None)
+
+
+def without_end() -> PreTrainedTokenizerFast:
+    return tiny.with_template(tiny.qwen(), tiny.WITHOUT_END)
+
+
+@pytest.mark.parametrize(
+    ("make", "what", "config", "expected"),
+    [
+        (tiny.qwen, record(CHAT, "yes", "no"), WIDE, [WRITTEN, "yes", "no"]),
+        (tiny.qwen, record("Q: why?\nA:", " so", " no"), WIDE, ["Q: why?\nA:", " so", " no"]),
+        (tiny.qwen, record("What is the capital?", "yes", "no"), AS_MESSAGES, [WRITTEN, "yes", "no"]),
+        (tiny.qwen, record(DIALOGUE, " yes", " no "), WIDE, [LONG_WRITTEN, "yes", "no"]),
+        (plain_qwen, record(DIALOGUE, " yes", " no "), WIDE, [DIALOGUE.text, " yes", " no "]),
+        (without_end, record(CHAT, "a", "b"), WIDE, ["user: What is the capital?\nassistant:", " a", " b"]),
+        *(
+            (tiny.qwen, record(WRITTEN, f"yes{end}", f"no{end}"), APPLIED, [WRITTEN, "yes", "no"])
+            for end in ("", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<|im_end|>")
+        ),
+        (tiny.qwen, record("why </s>?", "so<|im_end|>\n", "no"), APPLIED, ["why </s>?", "so", "no"]),
+    ],
+)
+def test_a_record_is_rendered_with_one_end_of_each_response(
+    make: Any, what: PreferenceRecord, config: DataConfig, expected: list[str]
+) -> None:
+    found = encode(what, make(), config)
+    prompt, *responses = expected
+    assert texts(found, make()) == [prompt, *(f"{text}<|im_end|>" for text in responses)]
+    assert found.prompt_ids.dtype == np.int32
+    assert flags(found) == (False, False, False)
+    assert ("templated_text" in found.changes) is (config is APPLIED)
 
 
 def test_llama2_template_keeps_its_spaces_around_the_response() -> None:
     tokenizer = tiny.mistral()
-    pair = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
-    prompt_text, *_ = texts(pair, tokenizer)
-    assert prompt_text == "<s>[INST] hello [/INST] hello there </s><s>[INST] and then? [/INST]"
-    assert tokenizer.convert_ids_to_tokens(pair.responses[0].tolist())[0].startswith("▁")
-    assert tokenizer.convert_ids_to_tokens(pair.responses[0].tolist())[-2:] == ["▁", "</s>"]
+    found = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
+    prompt = "<s>[INST] hello [/INST] hello there </s><s>[INST] and then? [/INST]"
+    assert texts(found, tokenizer)[0] == prompt
+    tokens = tokenizer.convert_ids_to_tokens(found.responses[0].tolist())
+    assert tokens[0].startswith("▁")
+    assert tokens[-2:] == ["▁", "</s>"]
 
 
-@pytest.mark.parametrize("make", WITH_TEMPLATE)
+@pytest.mark.parametrize("make", [tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr])
 @pytest.mark.parametrize("prompt", [CHAT, "What is the capital?", Dialogue("\n\nHuman: hi\n\nAssistant:")])
-def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(
-    make: Any, prompt: str | Messages | Dialogue
-) -> None:
+def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(make: Any, prompt: Prompt) -> None:
     tokenizer = make()
-    pair = encode(record(prompt), tokenizer)
+    found = encode(record(prompt), tokenizer)
     bos = tokenizer.bos_token_id
     if bos is not None:
-        assert pair.prompt_ids[0] == bos
-        assert list(chain(pair.prompt_ids, *pair.responses)).count(bos) == 1
-    end = tokenizer.eos_token if isinstance(prompt, str) else {tiny.llama3: "<|eot_id|>"}.get(make)
-    end_id = tokenizer.convert_tokens_to_ids(end or tokenizer.eos_token)
-    for response in pair.responses:
-        assert response[-1] == end_id
-        assert list(response).count(end_id) == 1
+        assert found.prompt_ids[0] == bos
+        assert list(chain(found.prompt_ids, *found.responses)).count(bos) == 1
+    end = "<|eot_id|>" if make is tiny.llama3 and not isinstance(prompt, str) else tokenizer.eos_token
+    for response in found.responses:
+        assert response[-1] == tokenizer.convert_tokens_to_ids(end)
         assert not set(response[:-1].tolist()) & set(tokenizer.all_special_ids)
 
 
-def test_plain_text_is_not_rendered_by_the_template() -> None:
-    assert texts(encode(record("Q: why?\nA:", " so", " no"), tiny.qwen()), tiny.qwen()) == [
-        "Q: why?\nA:",
-        " so<|im_end|>",
-        " no<|im_end|>",
-    ]
+@pytest.mark.parametrize("make", [tiny.llama3, tiny.mistral, tiny.zephyr])
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) -> None:
+    tokenizer = make()
+    turns = [{"role": turn.role, "content": turn.content} for turn in LONG_CHAT]
+    bos = str(tokenizer.bos_token)
+    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = (bos if with_bos else "") + written.removeprefix(bos)
+    messages = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
+    found = encode(record(prompt, *map(tokenizer.decode, messages.responses)), tokenizer, APPLIED)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert found.prompt_ids.tolist() == [tokenizer.bos_token_id] * (ids[0] != tokenizer.bos_token_id) + ids
+    assert [ids[-1] for ids in found.responses] == [ids[-1] for ids in messages.responses]
 
 
-def test_plain_text_becomes_one_user_message_with_the_option() -> None:
-    config = DataConfig(text_as_messages=True)
-    as_text = encode(record("why?"), tiny.qwen(), config)
-    as_messages = encode(record((Message("user", "why?"),)), tiny.qwen())
-    assert texts(as_text, tiny.qwen()) == texts(as_messages, tiny.qwen())
+def test_most_texts_with_an_applied_template_are_refused(tmp_path: Path) -> None:
+    written = {"prompt": WRITTEN, "chosen": "so", "rejected": "no"}
+    for end in ("", "<|im_end|>", "<|im_end|>\n", "<|endoftext|><|im_end|>", "<|eot_id|>"):
+        ended = TEXT | {"chosen": f"so{end}", "rejected": f"no{end}"} if end else written
+        counts = opened(tmp_path, jsonl(tmp_path, TEXT, TEXT, ended)).counts
+        assert counts["templated_text"] == 1
+        with pytest.raises(DataError, match="already been applied to 2 of 3") as raised:
+            opened(tmp_path, jsonl(tmp_path, TEXT, ended, ended))
+        assert "data.template=applied" in raised.value.remedy
+    # With `applied` the templated records count as templated; the plain one does not.
+    for template, plain in ((TextTemplate.applied, 1), (TextTemplate.literal, 3)):
+        counts = opened(tmp_path, jsonl(tmp_path, TEXT, written, written), template=template).counts
+        assert (counts["templated_text"], counts["chat_template_not_applied"]) == (2, plain)
 
 
-def test_dialogue_is_messages_with_a_template_and_text_without() -> None:
-    dialogue = record(Dialogue("\n\nHuman: a\n\nAssistant: b\n\nHuman: c \n\nAssistant:"), " yes", " no ")
-    messages = record((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), "yes", "no")
-    assert texts(encode(dialogue, tiny.qwen()), tiny.qwen()) == texts(
-        encode(messages, tiny.qwen()), tiny.qwen()
-    )
-    plain = tiny.with_template(tiny.qwen(), None)
-    assert texts(encode(dialogue, plain), plain) == [
-        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c \n\nAssistant:",
-        " yes<|im_end|>",
-        " no <|im_end|>",
-    ]
+@pytest.mark.parametrize(
+    ("text", "templated"),
+    [
+        ("<s>[INST] q [/INST]", True),
+        ("a <s>struck</s> word", False),
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", True),
+        ("<|user|>\nq</s>\n<|assistant|>\n", True),
+    ],
+)
+def test_a_templated_text_has_turns_or_bos(text: str, templated: bool) -> None:
+    assert ("templated_text" in encode(record(text, "a", "b"), tiny.mistral()).changes) is templated
 
 
-def test_eos_ends_a_turn_if_the_template_has_no_end_of_turn() -> None:
-    tokenizer = tiny.with_template(tiny.qwen(), tiny.WITHOUT_END)
-    assert texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)[1] == " Paris<|im_end|>"
-
-
-def test_a_conversation_rejected_by_the_template_is_a_bad_record() -> None:
-    twice = (Message("user", "one"), Message("user", "two"))
-    bad = encode_pair(record(twice), tiny.mistral(), WIDE)
+def test_a_conversation_that_the_template_rejects_is_a_bad_record() -> None:
+    bad = encode_pair(record((Message("user", "one"), Message("user", "two"))), tiny.mistral(), WIDE)
     assert isinstance(bad, BadRecord)
     assert bad.reason == "template_rejected"
     assert "alternate" in bad.detail
 
 
-def test_a_template_that_cannot_render_a_response_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="does not contain the response"):
-        encode_pair(record(CHAT), tiny.with_template(tiny.mistral(), "always the same"), WIDE)
-    needs_system = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
-    tokenizer = tiny.with_template(tiny.qwen(), needs_system + tiny.CHATML)
-    with pytest.raises(ConfigError, match="system first"):
-        encode_pair(record((Message("system", "be brief"), *CHAT)), tokenizer, WIDE)
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
 
 
-def test_a_tokenizer_without_eos_is_an_error() -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer)
-    with pytest.raises(ConfigError, match="end-of-sequence"):
-        encode_pair(record("q"), tokenizer, WIDE)
+@pytest.mark.parametrize(
+    ("make", "what", "error"),
+    [
+        (
+            lambda: tiny.with_template(tiny.mistral(), "always the same"),
+            CHAT,
+            "does not contain the response",
+        ),
+        (
+            lambda: tiny.with_template(tiny.qwen(), NEEDS_SYSTEM + tiny.CHATML),
+            (Message("system", "be brief"), *CHAT),
+            "system first",
+        ),
+        (
+            lambda: PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer),
+            "q",
+            "end-of-sequence",
+        ),
+        (plain_qwen, CHAT, "no chat template"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_an_error(make: Any, what: Prompt, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        encode_pair(record(what), make(), WIDE)
 
 
 def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> None:
     tokenizer = tiny.qwen()
-    pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
-    assert "boundary_resplit" in pair.changes
-    assert pair.prompt_ids.tolist() == tokenizer("Answer:\n")["input_ids"]
-    assert texts(pair, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
+    found = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
+    assert "boundary_resplit" in found.changes
+    assert found.prompt_ids.tolist() == tokenizer("Answer:\n")["input_ids"]
+    assert texts(found, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
 
 
-def test_a_response_encoded_alone_gets_no_space_before_it() -> None:
-    tokenizer = tiny.base()
-    pair = encode(record("the w", "eather", "x"), tokenizer)
-    assert "boundary_resplit" in pair.changes
-    assert tokenizer.convert_ids_to_tokens(pair.responses[0].tolist())[0] != "▁"
-    assert tokenizer.decode(np.concatenate([pair.prompt_ids, pair.responses[0]])[1:]) == "the weather</s>"
+def legacy() -> PreTrainedTokenizerFast:
+    """Llama 2's converted tokenizer: a normalizer adds a space before every text."""
+    backend = Tokenizer.from_str(tiny._sentencepiece_like().to_str())
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def gpt2_with_prefix_space() -> PreTrainedTokenizerFast:
+    backend = tiny._byte_level(["</s>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("make", [legacy, gpt2_with_prefix_space, tiny.base])
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("A: ", "the answer"), ("the w", "eather"), ("A: ", "</s> the answer"), ("A:", " the")],
+)
+def test_no_space_is_added_between_prompt_and_response(make: Any, prompt: str, response: str) -> None:
+    tokenizer = make()
+    found = encode(record(prompt, response, "x"), tokenizer)
+    whole = tokenizer.decode([*found.prompt_ids, *found.responses[0]], clean_up_tokenization_spaces=False)
+    assert whole.removeprefix("<s>").strip() == f"{prompt}{response}</s>"
 
 
 WORDS = st.lists(
@@ -151,9 +231,9 @@ def test_a_response_has_the_ids_of_the_whole_text_if_these_start_with_the_prompt
     text = "a" + "".join(words)
     prompt, response = text[:cut], text[cut:]
     for written in (prompt, f"{tokenizer.eos_token}{prompt}"):
-        facts = tokenizer_facts(tokenizer)
-        prompt_ids, whole = facts.encoder.encode([written, written + response])
-        found_prompt, [found], resplit = facts.encoder.encode_after(written, (response,))
+        encoder = tokenizer_facts(tokenizer).encoder
+        prompt_ids, whole = encoder.encode([written, written + response])
+        found_prompt, [found], resplit = encoder.encode_after(written, (response,))
         assert found_prompt == prompt_ids
         assert resplit == (whole[: len(prompt_ids)] != prompt_ids)
         if not resplit:
@@ -161,20 +241,7 @@ def test_a_response_has_the_ids_of_the_whole_text_if_these_start_with_the_prompt
 
 
 PIECES = st.sampled_from(
-    [
-        "<|im_end|>",
-        "<|im_start|>",
-        "<|im_",
-        "end|>",
-        "</s>",
-        "<s>",
-        "<",
-        "|>",
-        "literal0",
-        " ",
-        "\n",
-        "assistant",
-    ]
+    ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "</s>", "<s>", "<", "|>", "literal0", " ", "\n"]
 )
 CONTENT = st.lists(st.one_of(PIECES, st.text(max_size=5)), min_size=1, max_size=8).map("".join)
 
@@ -183,32 +250,43 @@ CONTENT = st.lists(st.one_of(PIECES, st.text(max_size=5)), min_size=1, max_size=
 @given(content=CONTENT, make=st.sampled_from([tiny.qwen, tiny.llama3, tiny.zephyr]))
 def test_no_content_becomes_a_special_token(content: str, make: Any) -> None:
     tokenizer = make()
+    special = set(tokenizer.all_special_ids)
     wrapped = f"[{content}]".replace("\ufdd0", "").encode("utf-8", "ignore").decode()
-    for prompt in ((Message("user", wrapped),), wrapped):
-        with_content = encode(record(prompt, wrapped, wrapped + "!"), tokenizer)
-        without = encode(
-            record(prompt and ((Message("user", "[]"),) if prompt != wrapped else "[]")), tokenizer
-        )
-        special = set(tokenizer.all_special_ids)
-        count = [
-            sum(token in special for token in pair.prompt_ids.tolist()) for pair in (with_content, without)
+    for prompt, empty in (((Message("user", wrapped),), (Message("user", "[]"),)), (wrapped, "[]")):
+        found, without = encode(record(prompt, wrapped, wrapped + "!"), tokenizer), record(empty)
+        counts = [
+            sum(token in special for token in one.prompt_ids.tolist())
+            for one in (found, encode(without, tokenizer))
         ]
-        assert count[0] == count[1]
-        for response, text in zip(with_content.responses, (wrapped, wrapped + "!"), strict=True):
+        assert counts[0] == counts[1]
+        for response, text in zip(found.responses, (wrapped, wrapped + "!"), strict=True):
             assert not special & set(response[:-1].tolist())
-            if make is not tiny.zephyr:
-                assert tokenizer.decode(response[:-1]) == text
+            assert make is tiny.zephyr or tokenizer.decode(response[:-1]) == text
+
+
+def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
+    """ChatML's marks are added tokens but not special ones in some fine-tuned Llamas."""
+    backend = tiny._byte_level(["<s>", "</s>"])
+    marks = ("<|im_start|>", "<|im_end|>", "<think>")
+    backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=tiny.CHATML
+    )
+    end, thought = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
+    found = encode(record(CHAT, "Paris", "a <|im_end|> spelt, <think>"), tokenizer)
+    assert [(ids[-1], ids.tolist().count(end)) for ids in found.responses] == [(end, 1)] * 2
+    assert texts(found, tokenizer)[2] == "a <|im_end|> spelt, <think><|im_end|>"
+    assert thought in found.responses[1]
 
 
 def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
     """Phi-3's `<|end|>` strips the newline after it."""
-    tokenizer = tiny.qwen().__class__(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tiny.qwen().backend_tokenizer,
         eos_token=AddedToken("<|end|>", rstrip=True, lstrip=True, normalized=False, special=True),
     )
-    facts = tokenizer_facts(tokenizer)
-    [usual] = facts.encoder.encode(["hello \n<|end|>\n the answer"])
-    [literal] = facts.encoder.encode(["hello \n<|end|>\n the answer \ufdd0literal0\ufdd0"])
+    encoder, text = tokenizer_facts(tokenizer).encoder, "hello \n<|end|>\n the answer"
+    usual, literal = encoder.encode([text])[0], encoder.encode([f"{text} \ufdd0literal0\ufdd0"])[0]
     assert literal[: len(usual)] == usual
     assert tokenizer.decode(usual) == "hello<|end|>the answer"
 
@@ -216,6 +294,14 @@ def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
 def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> None:
     assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
     assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
+
+
+def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
+    tokenizer = copy.deepcopy(tiny.qwen())
+    expected = token_ids(tokenizer, ["hello there, the weather"])
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert token_ids(tokenizer, ["hello there, the weather"]) == expected
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
@@ -228,7 +314,106 @@ def test_real_responses_decode_from_their_ids(name: str) -> None:
     for source in read_records(str(SHARED / name)):
         if isinstance(source, BadRecord):
             continue
-        pair = encode(source, tiny.qwen())
-        for ids, text in zip(pair.responses, source.responses, strict=True):
-            same = tiny.qwen().decode(ids) == text + "<|im_end|>"
+        found = encode(source, tiny.qwen())
+        for ids, text in zip(found.responses, source.responses, strict=True):
+            same = tiny.qwen().decode(ids) == f"{text}<|im_end|>"
             assert same, source.origin
+
+
+def numbered(prompt: int, *responses: int) -> PreferenceRecord:
+    """Return a plain record with these numbers of tokens of `tiny.llama3`, including BOS and EOS."""
+    made = record(
+        "".join(str(number % 10) for number in range(prompt - 1)),
+        *(str(rank) * (length - 1) for rank, length in enumerate(responses, start=1)),
+    )
+    found = encode(made, tiny.llama3())
+    assert [len(found.prompt_ids), *map(len, found.responses)] == [prompt, *responses]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "second", "cut"),
+    [
+        ({"max_length": 18}, slice(None), slice(8), (False, True)),
+        ({"max_length": 18, "truncation": Truncation.keep_end}, slice(-5, None), slice(None), (True, False)),
+        ({"max_prompt_length": 4}, slice(-3, None), slice(None), (True, False)),
+        *(
+            (
+                {"max_length": 22, "max_prompt_length": 10, "truncation": truncation},
+                slice(None),
+                slice(None),
+                (False,) * 2,
+            )
+            for truncation in Truncation
+        ),
+    ],
+)
+def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
+    limits: dict[str, Any], prompt: slice, second: slice, cut: tuple[bool, bool]
+) -> None:
+    tokenizer, what = tiny.llama3(), numbered(10, 6, 12)
+    full, found = encode(what, tokenizer), encode(what, tokenizer, DataConfig(**limits))
+    bos = [] if prompt == slice(None) else [tokenizer.bos_token_id]
+    assert found.prompt_ids.tolist() == bos + full.prompt_ids.tolist()[prompt]
+    first, other = (ids.tolist() for ids in full.responses)
+    assert [ids.tolist() for ids in found.responses] == [first, other[second]]
+    assert flags(found) == (*cut, False)
+    assert found.truncated == (False, cut[1])
+
+
+def test_truncation_keeps_the_bos_of_the_template() -> None:
+    writes_bos = PreTrainedTokenizerFast(
+        tokenizer_object=tiny.qwen().backend_tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template="{{ bos_token }}" + tiny.CHATML,
+    )
+    for tokenizer in (writes_bos, tiny.llama3()):
+        full = encode(record(CHAT), tokenizer).prompt_ids.tolist()
+        cut = encode(record(CHAT), tokenizer, DataConfig(max_prompt_length=5)).prompt_ids.tolist()
+        assert cut == [tokenizer.bos_token_id, *full[-4:]]
+
+
+def test_a_limit_with_space_for_bos_only_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_prompt_length"):
+        encode(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
+    encode(record("one"), tiny.llama3(), DataConfig(max_prompt_length=2))
+
+
+@pytest.mark.parametrize(
+    ("what", "limits", "reason"),
+    [
+        (numbered(10, 6, 12), {"max_length": 21, "truncation": Truncation.drop}, "too_long"),
+        (numbered(10, 6, 12), {"max_length": 10}, "prompt_fills_max_length"),
+        (
+            numbered(10, 6, 12),
+            {"max_length": 13, "truncation": Truncation.keep_end},
+            "response_fills_max_length",
+        ),
+        (
+            record("q", "the answer is one", "the answer is two"),
+            {"max_length": 4},
+            "identical_after_truncation",
+        ),
+        (record(CHAT, "yes", "yes "), {}, "identical_after_encoding"),
+        (record(""), {}, "empty_prompt"),
+    ],
+)
+def test_a_record_of_which_no_example_is_left_is_bad(
+    what: PreferenceRecord, limits: dict[str, Any], reason: str
+) -> None:
+    assert reason_against(what, tiny.llama3(), DataConfig(**limits)) == reason
+    if reason.endswith(("long", "length")):
+        encode(what, tiny.llama3(), DataConfig(**limits | {"max_length": limits["max_length"] + 1}))
+
+
+@pytest.mark.parametrize("truncation", Truncation)
+@given(st.integers(0, 80), st.integers(1, 80), st.integers(1, 80), st.integers(4, 60))
+def test_no_example_needs_twice_max_length_in_a_micro_batch(
+    truncation: Truncation, prompt: int, chosen: int, rejected: int, max_length: int
+) -> None:
+    what = record("a " * prompt + "b", *(f" {word}" * n for word, n in (("yes", chosen), ("no", rejected))))
+    found = encode_pair(what, tiny.base(), DataConfig(max_length=max_length, truncation=truncation))
+    if isinstance(found, EncodedExample):
+        taken = packed_tokens(len(found.prompt_ids), [len(ids) for ids in found.responses])
+        assert taken <= 2 * max_length - len(found.prompt_ids) - 2

@@ -20,15 +20,17 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelCo
 from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
-from dpo_dist.distributed.export import Exported, export_checkpoint
+from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_mean
+from dpo_dist.model.save import write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
+from tests.support.multimodal import write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -63,6 +65,14 @@ def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
     return folder
 
 
+def exported(config: RunConfig, out: Path, start: Path | None = None, **options: Any) -> dict[str, Tensor]:
+    """Export new weights of a run to `out`; return them."""
+    weights = weights_of(config, start)
+    checkpoint = out.with_name(f"{out.name} of step-000001")
+    export_checkpoint(checkpoint_of(weights, checkpoint), out, config, **options)
+    return weights
+
+
 def run_of(folder: Path, *, export: ExportConfig | None = None, **model: Any) -> RunConfig:
     return RunConfig(model=ModelConfig(path=str(folder), **model), export=export or ExportConfig())
 
@@ -80,10 +90,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_of_several_ranks_become_a_model_in_its_precision(
     dtype: Dtype, base: Path, tmp_path: Path
 ) -> None:
-    config = run_of(base, dtype=dtype)
-    weights = weights_of(config)
-    checkpoint = checkpoint_of(weights, tmp_path / "step-000001")
-    export_checkpoint(checkpoint, tmp_path / "out", config, lambda: "A card")
+    weights = exported(run_of(base, dtype=dtype), tmp_path / "out", card=lambda: "A card")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     wanted = TORCH_DTYPES[dtype]
     found = dict(model.named_parameters())
@@ -140,18 +147,19 @@ def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
-def test_a_failed_check_or_a_full_disk_leaves_nothing(
+def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
 
-    def check(exported: Exported) -> None:
-        assert (exported.folder / "model.safetensors").is_file()
-        raise CheckpointError("different", remedy="none")
+    def write_other(folder: Path, causal_lm: Any, weights: dict[str, Tensor], *rest: Any) -> None:
+        weights["lm_head.weight"][0] += 1
+        write_weights(folder, causal_lm, weights, *rest)
 
-    with pytest.raises(CheckpointError, match="different"):
-        export_checkpoint(checkpoint, tmp_path / "out", config, check=check)
+    monkeypatch.setattr(checkpoint_export, "write_weights", write_other)
+    with pytest.raises(CheckpointError, match="other weights"):
+        export_checkpoint(checkpoint, tmp_path / "out", config)
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(checkpoint_export, "write_weights", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -168,28 +176,36 @@ def files_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def assert_merged_as_by_peft(base: Path, variant: AdapterVariant, folder: Path) -> None:
+def assert_merged_as_by_peft(base: Path, adapter: AdapterConfig, folder: Path) -> None:
     """A merged export is peft's merge of the exported adapter, in files with the names of the base."""
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(r=2, alpha=3, variant=variant))
+    config = run_of(base, dtype=Dtype.fp32, adapter=adapter)
     checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
     export_checkpoint(checkpoint, folder / "adapter", config)
     export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload()
-    found = dict(AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto").named_parameters())
-    for name, weight in oracle.named_parameters():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
+    oracle = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto").state_dict()
+    assert merged.keys() == oracle.keys()
+    for name, weight in oracle.items():
+        torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5)
     assert files_of(folder / "merged") == files_of(base)
 
 
+WHOLE = AdapterConfig(
+    r=2, alpha=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
+)
+ADAPTERS = {variant.value: AdapterConfig(r=2, alpha=3, variant=variant) for variant in AdapterVariant}
+ADAPTERS["whole modules"] = WHOLE
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("variant", AdapterVariant)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
-    variant: AdapterVariant, tied: bool, tmp_path: Path
+    adapter: str, tied: bool, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "base", tied=tied)
     (base / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
-    assert_merged_as_by_peft(base, variant, tmp_path)
+    assert_merged_as_by_peft(base, ADAPTERS[adapter], tmp_path)
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
     for file in base.glob("tokenizer*"):
@@ -222,7 +238,7 @@ def test_transposed_fused_and_renamed_weights_are_merged(
     family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     base = write_family(tmp_path / "base", family, **options)
-    assert_merged_as_by_peft(base, AdapterVariant.dora, tmp_path)
+    assert_merged_as_by_peft(base, ADAPTERS[AdapterVariant.dora], tmp_path)
 
 
 def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
@@ -239,8 +255,7 @@ def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
 
 def test_a_whole_model_says_the_precision_that_it_was_written_in(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.bf16, export=ExportConfig(dtype="fp32"))
-    weights = weights_of(config)
-    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "out", config)
+    weights = exported(config, tmp_path / "out")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
@@ -254,7 +269,7 @@ def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
     save_file(weights | {name: bias}, base / "model.safetensors", {"format": "pt"})
     adapter = AdapterConfig(r=2, alpha=3, target_modules=["o_proj"])
     config = run_of(base, dtype=Dtype.bf16, adapter=adapter, export=ExportConfig(merge=True, dtype="bf16"))
-    export_checkpoint(checkpoint_of(weights_of(config), tmp_path / "step-000001"), tmp_path / "out", config)
+    exported(config, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found.pop(name), bias)
     assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
@@ -301,27 +316,6 @@ def test_a_member_whose_weights_are_cut_is_refused(base: Path, tmp_path: Path) -
     assert error.value.where == "export.average"
 
 
-WHOLE = AdapterConfig(
-    r=2, alpha=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]
-)
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_modules_in_full_are_merged(tied: bool, tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base", tied=tied)
-    config = run_of(base, dtype=Dtype.fp32, adapter=WHOLE)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    export_checkpoint(checkpoint, tmp_path / "one", config)
-    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(plain, tmp_path / "one").merge_and_unload().state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
-    assert merged.keys() == oracle.keys()
-    for key, weight in oracle.items():
-        torch.testing.assert_close(merged[key], weight, atol=1e-5, rtol=1e-5)
-    assert files_of(tmp_path / "merged") == files_of(base)
-
-
 def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     sft = write_sft_adapter(base, tmp_path / "sft", modules_to_save=["embed_tokens", "lm_head"])
@@ -340,6 +334,35 @@ def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tm
 
 def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Path) -> None:
     config = run_of(base, dtype=Dtype.fp32, export=ExportConfig(weights=ExportedWeights.ema))
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     with pytest.raises(ConfigError, match=r"only checkpoints of runs with trainer\.ema_decay"):
-        export_checkpoint(checkpoint, tmp_path / "out", config)
+        exported(config, tmp_path / "out")
+
+
+TOKENIZER = ("special_tokens_map.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
+PROCESSORS = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
+
+
+def write_base(folder: Path, model_type: str) -> Path:
+    write_multimodal(folder, model_type, len(tiny.qwen()))
+    tiny.qwen().save_pretrained(folder)
+    for name in TOKENIZER:
+        (folder / name).write_text('{"eos_token": "<|im_end|>"}')
+    for name in PROCESSORS:
+        (folder / name).write_text(f'{{"of": "{name}"}}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adapter", "reads_images"),
+    [("gemma3", None, True), ("qwen3_5", None, False), ("gemma3", AdapterConfig(r=2), True)],
+)
+def test_a_model_has_the_files_of_its_inputs(
+    model_type: str, adapter: AdapterConfig | None, reads_images: bool, tmp_path: Path
+) -> None:
+    """A model of images and text needs them to be served; its text alone (qwen3_5) reads no images."""
+    base, out = write_base(tmp_path / "base", model_type), tmp_path / "out"
+    config = run_of(base, dtype=Dtype.fp32, adapter=adapter, export=ExportConfig(merge=adapter is not None))
+    exported(config, out)
+    assert {name for name in PROCESSORS if (out / name).exists()} == (PROCESSORS if reads_images else set())
+    for file in (*TOKENIZER, *(PROCESSORS if reads_images else ())):
+        assert (out / file).read_bytes() == (base / file).read_bytes()

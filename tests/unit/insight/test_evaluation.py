@@ -1,21 +1,14 @@
-"""Results of an evaluation: the same means as the sums, intervals, the file of scores."""
+"""Results of an evaluation: the same means as the sums, and intervals."""
 
-import json
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import open_dataset
-from dpo_dist.insight.evaluation import Resampling, bootstrap_intervals, results, write_scores
+from dpo_dist.insight.evaluation import Resampling, bootstrap_intervals, results
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
-from tests.support import tiny
-from tests.support.records import jsonl
 
 PAIRS = 40
 
@@ -96,29 +89,6 @@ def test_a_source_labelled_all_has_its_own_results() -> None:
         "b": 15,
     }
     assert (found["all"]["eval_loss"], found["all (source)"]["eval_loss"]) == (0.5, 0.4)
-
-
-def test_scores_name_source_and_line(tmp_path: Path) -> None:
-    rows = [{"prompt": f"q {n}", "chosen": "yes", "rejected": "no"} for n in range(3)]
-    (tmp_path / "more").mkdir()
-    files = jsonl(tmp_path, *rows[:2]), jsonl(tmp_path / "more", rows[2])
-    config = DataConfig(cache=str(tmp_path / "cache"))
-    sources = [SourceConfig(file, label=label) for file, label in zip(files, ("x", "y"), strict=True)]
-    dataset = open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
-    table = np.arange(27, dtype=np.float32).reshape(9, 3)
-    table[5:7] = np.nan
-    write_scores(tmp_path / "new" / "scores.jsonl", PairValues(*table), dataset)
-    found = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
-    assert [(row["source"], row["file"], row["line"]) for row in found] == [
-        ("x", files[0], 1),
-        ("x", files[0], 2),
-        ("y", files[1], 1),
-    ]
-    assert found[1] | {"source": "", "file": "", "line": 0} == {
-        **{"source": "", "file": "", "line": 0, "reward_chosen": 1, "reward_rejected": 4, "margin": 7},
-        **{"logp_chosen": 10, "logp_rejected": 13, "tokens_chosen": 22, "tokens_rejected": 25},
-        **{"reference_logp_chosen": None, "reference_logp_rejected": None},
-    }
 
 
 def each(count: int) -> np.ndarray:

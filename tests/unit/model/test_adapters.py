@@ -23,13 +23,12 @@ from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
-from dpo_dist.model.save import write_model_folder
 from dpo_dist.reference.digest import digest_model
-from tests.support import tiny
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
+from tests.support.written import write_trained
 from tests.unit.model.test_architectures import packed
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -125,7 +124,7 @@ def assert_starts(model: PackedCausalLM, started: Tensor) -> None:
 def write(model: PackedCausalLM, folder: Path, below: Path | None = None) -> Path:
     weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
     stacked = None if below is None else read_adapter(below)
-    write_model_folder(folder, model.causal_lm, weights, tiny.qwen(), below=stacked)
+    write_trained(model.causal_lm, weights, folder, stacked)
     return folder
 
 

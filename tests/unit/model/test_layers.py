@@ -218,6 +218,6 @@ def test_an_adapter_and_flops_are_of_text_alone(tmp_path: Path) -> None:
 
 def test_a_whole_model_without_a_class_for_text_is_one_error(tmp_path: Path) -> None:
     folder = write_multimodal(tmp_path / "base", "mistral3", VOCABULARY)
-    with pytest.raises(ConfigError, match="no causal language model of this architecture") as raised:
+    with pytest.raises(ConfigError, match="cannot be loaded") as raised:
         load(folder)
-    assert raised.value.got == "mistral3"
+    assert "Mistral3Config" in raised.value.got

@@ -15,42 +15,33 @@ from dpo_dist.reference.digest import digest_model, model_label
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+CONTENT = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": INDEX,
+    "model-1.safetensors": b"weights one",
+    "model-2.safetensors": b"weights two",
+    "modeling_own.py": b"code",
+}
+OTHERS = ("generation_config.json", "tokenizer.json", "README.md", "consolidated.safetensors")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name, content in (
-        ("config.json", b"{}"),
-        ("model.safetensors.index.json", INDEX),
-        ("model-1.safetensors", b"weights one"),
-        ("model-2.safetensors", b"weights two"),
-        ("modeling_own.py", b"code"),
-        ("generation_config.json", b"{}"),
-        ("tokenizer.json", b"{}"),
-        ("README.md", b"words"),
-    ):
+    for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
+    for name in OTHERS:
+        (folder / name).write_bytes(b"{}")
     return folder
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "model.safetensors.index.json",
-        "model-1.safetensors",
-        "model-2.safetensors",
-        "modeling_own.py",
-    ],
-)
+@pytest.mark.parametrize("name", CONTENT)
 def test_every_file_that_determines_the_function_counts(model: Path, name: str) -> None:
     before = digest_model(model).digest
-    content = (model / name).read_bytes()
-    (model / name).write_bytes(content + b" ")
+    (model / name).write_bytes(CONTENT[name] + b" ")
     assert digest_model(model).digest != before
-    (model / name).write_bytes(content)
+    (model / name).write_bytes(CONTENT[name])
     assert digest_model(model).digest == before
     (model / "more.py").write_bytes(b"")
     assert digest_model(model).digest != before
@@ -58,7 +49,7 @@ def test_every_file_that_determines_the_function_counts(model: Path, name: str) 
 
 def test_other_files_and_the_place_of_the_folder_do_not_count(model: Path, tmp_path: Path) -> None:
     before = digest_model(model).digest
-    for name in ("tokenizer.json", "README.md", "generation_config.json", "consolidated.safetensors"):
+    for name in OTHERS:
         (model / name).write_bytes(b"changed")
     assert digest_model(model).digest == before
     assert digest_model(shutil.copytree(model, tmp_path / "copy")).digest == before
@@ -74,22 +65,16 @@ def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(digest_module, "content_digest", spy)
     first = digest_model(model, tmp_path / "memo").digest
-    assert len(read) == 5
-    assert digest_model(model, tmp_path / "memo").digest == first
-    assert len(read) == 5
-    assert digest_model(model).digest == first
-    (model / "model-2.safetensors").write_bytes(b"weights 2!!")
+    assert sorted(read) == sorted(CONTENT)
+    assert digest_model(model, tmp_path / "memo").digest == digest_model(model).digest == first
     read.clear()
+    # A change that keeps size and time is detected.
+    file = model / "model-2.safetensors"
+    status = file.stat()
+    file.write_bytes(b"weights TWO")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert digest_model(model, tmp_path / "memo").digest != first
     assert read == ["model-2.safetensors"]
-
-
-def test_a_change_that_keeps_size_and_time_is_detected(model: Path, tmp_path: Path) -> None:
-    file = model / "model-1.safetensors"
-    before, status = digest_model(model, tmp_path).digest, file.stat()
-    file.write_bytes(b"WEIGHTS ONE")
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert digest_model(model, tmp_path).digest != before
 
 
 def test_other_classes_are_another_model(model: Path) -> None:
@@ -108,19 +93,16 @@ def test_other_classes_are_another_model(model: Path) -> None:
     digest_model(model)
 
 
-def test_a_damaged_memo_is_written_again(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_memo_is_written_again(model: Path, tmp_path: Path) -> None:
     before = digest_model(model, tmp_path).digest
-    entries = sorted((tmp_path / "file_digests").iterdir())
-    assert len(entries) == 5
+    entries = list((tmp_path / "file_digests").iterdir())
+    assert len(entries) == len(CONTENT)
     for entry in entries:
         whole = entry.read_bytes()
         digest = json.loads(whole)["digest"].encode()
         for damaged in (b"", whole[: len(whole) // 2], whole.replace(digest, digest[::-1])):
             entry.write_bytes(damaged)
             assert digest_model(model, tmp_path).digest == before
-            assert entry.name in caplog.text
             assert entry.read_bytes() == whole
 
 
@@ -157,8 +139,7 @@ def test_fingerprints_differ_by_reference_and_every_field_of_the_profile() -> No
     ]
     assert len({each.name for each in (base, *others)}) == 5
     assert base.name == ReferenceFingerprint("weights", dict(reversed(profile.items()))).name
-    assert base.as_dict()["profile"] == profile
-    assert replace(base, label="a name").name == base.name
+    assert base.name == replace(base, label="a name").name
 
 
 @pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
@@ -176,7 +157,6 @@ def test_a_new_version_is_a_new_fingerprint(version: str, monkeypatch: pytest.Mo
         "chat_template.jinja",
         "additional_chat_templates/tool_use.jinja",
         "vocab.json",
-        "merges.txt",
         "tokenization_own.py",
         "vocabulary.tiktoken",
         "tekken.json",

@@ -28,10 +28,10 @@ def live(arrangement: Arrangement) -> ReferenceProvider:
 def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: ReferenceProvider) -> None:
     facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
     lines: list[str] = []
-    console: Any = SimpleNamespace(say=lines.append)
     policy: Any = SimpleNamespace(model=SimpleNamespace(arrangement=Arrangement.packed))
     provided: Any = SimpleNamespace(provider=reference)
-    inputs = arranged(Inputs(**facts), policy, provided, console)
+    run: Any = SimpleNamespace(say=lines.append)
+    inputs = arranged(run, Inputs(**facts), policy, provided)
     dataset = dataset_of(random_pairs(SHAPES))
     plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, inputs.costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)

@@ -9,15 +9,15 @@ import pytest
 
 from dpo_dist.config.load import to_yaml
 from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.insight.console import Console
 from dpo_dist.training import evaluate as loading
 from dpo_dist.training.evaluate import check_origin, foreign_base, load_evaluated
+from dpo_dist.training.start import Run
 from dpo_dist.training.targets import Evaluated, Kind
 from tests.support import tiny
+from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model
 from tests.unit.training.test_targets import configured
-
-ALONE = SimpleNamespace(on_main=lambda work, *_: work(), together=lambda work, *_: work())
-QUIET = SimpleNamespace(heartbeat=lambda _: None)
 
 
 def test_only_the_base_of_a_quantized_run_is_quantized(
@@ -37,10 +37,10 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
         loading, "load_scored", lambda folder, model, *_: (folder.resolve().name, model.quantization)
     )
 
+    run = Run(config, ALONE, Console(None))
+
     def loaded(name: str, kind: Kind) -> Any:
-        world: Any = ALONE
-        console: Any = QUIET
-        return load_evaluated(Evaluated(str(tmp_path / name), kind), config, inputs, world, console)[0]
+        return load_evaluated(run, Evaluated(str(tmp_path / name), kind), inputs)[0]
 
     assert loaded("base", Kind.model) == ("base", "nf4")
     assert loaded("link", Kind.model) == ("base", "nf4")

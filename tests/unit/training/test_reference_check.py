@@ -19,11 +19,13 @@ from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ReferenceModelError
+from dpo_dist.insight.console import Console
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import check_drift
+from dpo_dist.training.start import Run
 from tests.support import tiny
 from tests.support.own_loss import function_of
 from tests.support.packing import COSTS
@@ -97,7 +99,8 @@ def check(world: World, data: PreferenceDataset, reference: StoredReference) -> 
         config = RunConfig(model=ModelConfig(dtype=dtype), loss=loss)
         objective = Objective(loss, reference)
         policy.key = int(data.keys[2 * policy.pair, 0])
-        return check_drift(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
+        run = Run(config, world, Console(None))
+        return check_drift(run, policy.token_logps, objective, data, np.arange(PAIRS), COSTS)
 
     return check
 

@@ -19,6 +19,7 @@ from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.insight.console import Console
 from dpo_dist.training import samples
 from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines, prepare_samples
+from dpo_dist.training.start import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl
@@ -72,11 +73,14 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
     assert prompt.fields["prompt_id"] == prompt.request.key
 
 
+def run_in(folder: Path) -> Run:
+    place = FolderConfig(dir=str(folder))
+    return Run(RunConfig(model=ModelConfig("unused"), run=place), ALONE, Console(None))
+
+
 def held_out(folder: Path, **options: Any) -> Samples:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    run, sampling = RunFolder(folder), Sampling(4, seed=3)
-    settings: dict[str, Any] = {"console": Console(None), "world": ALONE} | options
-    return Samples(sampling, (prompt,), STOPS, TOKENIZER, folder=run, **settings)
+    return Samples(run_in(folder), Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER, **options)
 
 
 REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
@@ -84,12 +88,11 @@ REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
 
 def test_a_bug_in_the_metrics_of_samples_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    console = Console(None)
-    monkeypatch.setattr(console, "say", said.append)
     monkeypatch.setattr(samples, "text_facts", None)
-    found = held_out(tmp_path, console=console, starts_as_reference=True, reference=REFERENCE)
+    found = held_out(tmp_path, starts_as_reference=True, reference=REFERENCE)
+    monkeypatch.setattr(found.run, "say", said.append)
     assert found.at(0, POLICY) == {}
-    assert json.loads(found.folder.samples_file(0).read_text())["policy"] == "of the reference"
+    assert json.loads(found.run.folder.samples_file(0).read_text())["policy"] == "of the reference"
     [warning] = said
     assert warning.startswith("warning: the row of metrics of samples is missing because of a bug")
 
@@ -99,15 +102,13 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
-    opened.folder.samples.mkdir()
-    opened.folder.samples_reference.write_text(
+    opened.run.folder.samples.mkdir()
+    opened.run.folder.samples_reference.write_text(
         lines([{"prompt_id": "id", "sampling": sampling, **response}]), encoding="utf-8"
     )
     assert opened.read_reference() == [response]
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
-    opened.folder.samples_reference.write_text("[]\n")
-    assert opened.read_reference() is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_the_policy_responds_itself_unless_it_is_the_reference(
     monkeypatch.setattr(samples, "generate_together", lambda *_, **__: [answer])
     found = held_out(tmp_path, starts_as_reference=starts_as_reference, reference=REFERENCE)
     measured = found.at(step, POLICY)
-    row = json.loads(found.folder.samples_file(step).read_text())
+    row = json.loads(found.run.folder.samples_file(step).read_text())
     assert (row["step"], row["policy"], row["reference"]) == (step, shown, "of the reference")
     assert measured["samples/length"] == (5 if shown == "of the reference" else len(ids))
     assert measured["samples/reference_length"] == 5
@@ -136,8 +137,7 @@ def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:
     for step in (0, 20, 100, 1_000_000):
         folder.samples_file(step).write_text(json.dumps({}))
     folder.samples_reference.write_text("")
-    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
-    assert prepare_samples(config, POLICY, 20, ALONE, Console(None)) is None
+    assert prepare_samples(run_in(tmp_path), POLICY, 20) is None
     assert sorted(path.name for path in folder.samples.iterdir()) == [
         "reference.jsonl",
         "step-000000.jsonl",

@@ -10,82 +10,106 @@ from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.doctor.label_leaks import interval
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
-
-def planted(count: int, share: float, change: Callable[[Pair], None]) -> list[Pair]:
-    """Return pairs of which a share is changed."""
-    pairs, rng = clean_pairs(count), random.Random(3)
-    for pair in pairs:
-        if rng.random() < share:
-            change(pair)
-    return pairs
+Change = Callable[[Pair], None]
 
 
-def on(side: str, change: Callable[[str], str]) -> Callable[[Pair], None]:
+def on(side: str, change: Callable[[str], str]) -> Change:
     return lambda pair: pair.update({side: change(pair[side])})
 
 
+def planted(share: float, *changes: Change) -> list[Pair]:
+    """Return pairs of which each change has a share of its own."""
+    pairs, rng = clean_pairs(400), random.Random(3)
+    for change in changes:
+        for pair in pairs:
+            if rng.random() < share:
+                change(pair)
+    return pairs
+
+
+def amid(text: str, word: str) -> str:
+    words = text.split(" ")
+    return " ".join([*words[: len(words) // 2], word, *words[len(words) // 2 :]])
+
+
 FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte. "
-LEAKS: dict[str, tuple[str, str, Callable[[Pair], None]]] = {
-    "leading space": ("label_leak", "leading space", on("rejected", lambda text: " " + text)),
-    "trailing newline": ("label_leak", "trailing newline", on("chosen", lambda text: text + "\n")),
-    "carriage return": ("label_leak", "carriage return", on("chosen", lambda text: text + "\r\nok.")),
-    "first word": ("label_leak", "'Sure'", on("rejected", lambda text: "Sure, " + text)),
-    "last word": ("label_leak", "'sir'", on("chosen", lambda text: text + " Yes, sir")),
-    "model name": ("label_leak", "model name", on("rejected", lambda text: "As an AI model, " + text)),
-    "no-break space": (
-        "label_leak",
-        "odd characters",
-        on("chosen", lambda text: text.replace(" ", "\u00a0", 1)),
-    ),
-    "bold": ("style_bias", "bold", on("chosen", lambda text: f"**{text[:9]}**{text[9:]}")),
-    "full stop": ("style_bias", "ends with", on("rejected", lambda text: text[:-1])),
-    "quotation": ("style_bias", "typographic", on("chosen", lambda text: text.replace(" ", " \u2014 ", 3))),
-    "language": (
-        "style_bias",
-        "share of other scripts",
-        on("rejected", lambda text: "".join(map(chr, range(0x430, 0x430 + len(text) // 4))) + text),
-    ),
-    "other language": (
-        "style_bias",
-        "language of the prompt",
-        on("rejected", lambda text: (FRENCH * 9)[: len(text)]),
-    ),
-    "refusal": ("style_bias", "refusal", on("chosen", lambda text: "I can't help. " + text)),
-}
+CYRILLIC = "".join(map(chr, range(0x430, 0x450)))
+# By source: rule, what the finding names, and the change; no two of a source are of one group of features.
+LEAKS: list[list[tuple[str, str, Change]]] = [
+    [
+        ("label_leak", "leading space", on("rejected", lambda text: " " + text)),
+        ("label_leak", "'sir'", on("chosen", lambda text: text + " Yes, sir.")),
+        ("label_leak", "(model name, ", on("rejected", lambda text: amid(text, "as an AI model"))),
+        ("style_bias", "bold", on("chosen", lambda text: amid(text, "**bold**"))),
+    ],
+    [
+        ("label_leak", "trailing newline", on("chosen", lambda text: text + "\n")),
+        ("label_leak", "'Sure'", on("rejected", lambda text: "Sure, " + text)),
+        ("style_bias", "typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014"))),
+    ],
+    [
+        ("label_leak", "carriage return", on("chosen", lambda text: text + "\r\nok.")),
+        ("style_bias", "ends with", on("rejected", lambda text: text[:-1])),
+        (
+            "label_leak",
+            "(odd characters, the chosen side has more,",
+            on("chosen", lambda text: text.replace(" ", "\u00a0", 1)),
+        ),
+        (
+            "style_bias",
+            "share of other scripts",
+            on("rejected", lambda text: text[:9] + (CYRILLIC * 9)[: len(text) // 4] + text[9:]),
+        ),
+    ],
+    [
+        (
+            "style_bias",
+            "language of the prompt",
+            on("rejected", lambda text: (FRENCH * 9)[: len(text)]),
+        ),
+        (
+            "style_bias",
+            "(refusal, the chosen side has more,",
+            on("chosen", lambda text: "I can't help. " + text),
+        ),
+    ],
+]
 
 
-@pytest.mark.parametrize("name", LEAKS)
-def test_a_leak_in_half_of_the_pairs_is_named(name: str, tmp_path: Path) -> None:
-    rule, feature, change = LEAKS[name]
-    report = examined(tmp_path, planted(400, 0.5, change))
-    [found] = [one for one in of_rule(report, rule) if feature in one.text]
-    assert found.share is not None
-    assert 0.65 < found.share < 0.9
+@pytest.mark.parametrize("leaks", LEAKS, ids=lambda leaks: leaks[0][1])
+def test_leaks_in_half_of_the_pairs_are_named(leaks: list[tuple[str, str, Change]], tmp_path: Path) -> None:
+    report = examined(tmp_path, planted(0.5, *(change for _, _, change in leaks)))
+    for rule, feature, _ in leaks:
+        [found] = [one for one in of_rule(report, rule) if feature in one.text]
+        assert found.share is not None
+        assert 0.65 < found.share < 0.9
     features = [test["feature"] for test in report.sources[0]["leaks"]]
     assert len(features) == len(set(features))
-    if name in ("no-break space", "refusal"):  # groups of one feature
-        assert f"({feature}, the chosen side has more," in found.text
 
 
-@pytest.mark.parametrize(
-    ("side", "change", "shown"),
-    [
-        ("rejected", lambda text: "As an AI language model, " + text, "model name"),
-        ("chosen", lambda text: "Certainly! " + text, "first word 'Certainly' (the chosen side has more"),
-        ("rejected", lambda text: text + " Cheers", "last word 'Cheers' (the chosen side has less"),
-        ("rejected", lambda text: text + " \u597d", "last word '\u597d' (the chosen side has less"),
-        ("chosen", lambda text: "# Title\n" + text, "headers (the chosen side has more"),
-        ("rejected", lambda text: text.replace(" ", " \u201c", 1), "typographic marks"),
-    ],
-)
-def test_a_form_on_one_side_of_few_pairs_is_found(
-    side: str, change: Callable[[str], str], shown: str, tmp_path: Path
-) -> None:
-    report = examined(tmp_path, planted(400, 0.1, on(side, change)))
-    [finding] = of_rule(report, "one_sided_form")
-    assert shown in finding.text
-    assert finding.level is Level.warning
-    assert not of_rule(report, "label_leak")
+def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
+    """Of several at most three are shown."""
+    forms = [
+        [
+            (on("rejected", lambda text: text + " As an AI language model."), "model name"),
+            (
+                on("chosen", lambda text: "Certainly! " + text),
+                "first word 'Certainly' (the chosen side has more",
+            ),
+        ],
+        [(on("chosen", lambda text: "# Title\n" + text), "headers (the chosen side has more")],
+        [
+            (on("rejected", lambda text: text + " Cheers"), "last word 'Cheers' (the chosen side has less"),
+            (on("rejected", lambda text: amid(text, "\u201c")), "typographic marks"),
+        ],
+        [(on("rejected", lambda text: text + " \u597d"), "last word '\u597d' (the chosen side has less")],
+    ]
+    for some in forms:
+        report = examined(tmp_path, planted(0.1, *(change for change, _ in some)))
+        [finding] = of_rule(report, "one_sided_form")
+        assert all(shown in finding.text for _, shown in some), finding.text
+        assert finding.level is Level.warning
+        assert not of_rule(report, "label_leak")
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:

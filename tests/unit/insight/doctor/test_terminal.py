@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.insight.pages.doctor import print_diagnosis
-from tests.unit.report.doctor.test_page import HOSTILE, diagnosis
+from tests.unit.insight.doctor.test_page import HOSTILE, diagnosis
 
 
 def printed(text: str = "data.jsonl", **screen: object) -> str:

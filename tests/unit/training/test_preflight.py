@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpo_dist import evaluate, precompute, train
+from dpo_dist import precompute
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
@@ -17,10 +16,10 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, 
 from dpo_dist.insight.console import Console
 from dpo_dist.model import optional_packages
 from dpo_dist.training.inputs import load_inputs
-from dpo_dist.training.preflight import rehearse
+from dpo_dist.training.preflight import check_start, without_traces
+from dpo_dist.training.rehearsal import rehearse
 from dpo_dist.training.resume import RunState, length_of, write_state
-from dpo_dist.training.start import locked
-from dpo_dist.training.startup import check_start, without_traces
+from dpo_dist.training.start import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -62,7 +61,6 @@ def refused(config: RunConfig) -> DpoDistError:
         ("reference.path={assets}/modle", "reference.path"),
         ("model.adapter={{path: {assets}/modle}}", "model.adapter.path"),
         ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),
-        ("data.train=[{assets}/model/config.toml]", "file does not exist"),
         ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
         ("data.train=[https://example.com/a.jsonl]", "URLs cannot be read"),
         ("run.dir=/proc/foo", "run.dir cannot be written"),
@@ -70,7 +68,6 @@ def refused(config: RunConfig) -> DpoDistError:
         ("run.dir=/", "run.dir is the root of the file system"),
         ("run.dir={assets}/model", "run.dir is the folder of a model"),
         ("run.dir={assets}/runs", "run.dir is a folder that contains other runs"),
-        ("run.dir={assets}/train.jsonl/run", "run.dir cannot be written"),
         ("data.cache=/proc/foo", "data.cache cannot be written"),
         ("reference.store={assets}/train.jsonl", "reference.store is a file"),
     ],
@@ -104,16 +101,6 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     assert "is not installed" in error.message
 
 
-def test_a_verb_without_an_optimizer_needs_no_package_of_it(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda _name: None)
-    config = run_of(assets, tmp_path, "optim=adamw_8bit", "reference=cached")
-    assert precompute.check(config) == 0
-    with pytest.raises(ConfigError, match="bitsandbytes is not installed"):
-        train.check(config)
-
-
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -126,11 +113,6 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     for file in (assets / "model").glob("*token*"):
         (start / file.name).write_bytes(file.read_bytes())
     check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
-
-
-def test_a_missing_loss_function_is_an_error_of_every_verb(assets: Path, tmp_path: Path) -> None:
-    own = ["loss=custom", "loss.function=nowhere_at_all:mine", f"run.dir={tmp_path}/run"]
-    assert refused(run_of(assets, tmp_path, *own)).where == "loss.function"
 
 
 @pytest.mark.parametrize("verb", [precompute.main, precompute.check])
@@ -146,69 +128,48 @@ def test_only_a_stored_reference_is_precomputed(
 # Failed starts
 
 
-def start(config: RunConfig, error: Exception, more: Callable[[], None]) -> None:
-    with without_traces(config):
+def fail_late(config: RunConfig, error: Exception) -> None:
+    with pytest.raises(type(error)), without_traces(config):  # noqa: PT012
         check_start(config)
-        log = RunFolder.of(config).rank_log(0)
-        log.parent.mkdir()
-        log.write_text("output of libraries\n")
-        more()
+        RunFolder.of(config).logs.mkdir(exist_ok=True)
+        RunFolder.of(config).rank_log(0).write_text("output of libraries\n")
         raise error
 
 
-def fail_after_logs(config: RunConfig, error: Exception, more: Callable[[], None] = lambda: None) -> None:
-    with pytest.raises(type(error)):
-        start(config, error, more)
-
-
 def test_a_users_error_removes_a_run_directory_without_steps(assets: Path, tmp_path: Path) -> None:
-    fail_after_logs(run_of(assets, tmp_path), DataError("too many bad records"))
+    fail_late(run_of(assets, tmp_path), DataError("too many bad records"))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_directory_is_kept_after_other_errors_and_after_earlier_starts(
-    assets: Path, tmp_path: Path
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(assets, tmp_path)
-    fail_after_logs(config, RuntimeError("a fault of the program"))
     log = RunFolder.of(config).rank_log(0)
+    fail_late(config, RuntimeError("a fault of the program"))
     assert log.is_file()
     refused(run_of(assets, tmp_path, f"run.dir={config.run.dir}", "data.eval=[/nowhere/a.jsonl]"))
     assert log.is_file()
-
-
-def test_a_run_directory_that_another_start_uses_is_kept(assets: Path, tmp_path: Path) -> None:
-    config = run_of(assets, tmp_path)
-    folder = RunFolder.of(config)
-    with locked(folder, ALONE), without_traces(config, of_success=True):
-        check_start(config)
-    assert folder.lock.is_file()
-    with locked(folder, ALONE):
-        fail_after_logs(config, ConfigError("late"))
-    assert folder.rank_log(0).is_file()
-    # Before a start has its lock, its log is the only sign of it.
-    folder.lock.unlink()
-    with without_traces(config, of_success=True):
-        check_start(config)
-    assert folder.rank_log(0).is_file()
+    fail_late(config, ConfigError("of a second start"))
+    assert log.is_file()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other = run_of(assets, tmp_path / "other")
+    RunFolder.of(other).path.mkdir(parents=True)
+    fail_late(other, ConfigError("on all ranks, of which 0 removes"))
+    assert RunFolder.of(other).path.is_dir()
 
 
 @pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
 def test_a_run_directory_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
+    """As well as a config.yaml that a person has copied to evaluate it elsewhere."""
     config = run_of(assets, tmp_path)
-    (RunFolder.of(config).path / kept).mkdir(parents=True)
-    fail_after_logs(config, ConfigError("late"))
-    assert (RunFolder.of(config).path / kept).is_dir()
-
-
-def test_only_rank_0_removes_the_run_directory(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    config = run_of(assets, tmp_path)
-    fail_after_logs(config, ConfigError("on all ranks"))
-    assert RunFolder.of(config).path.is_dir()
+    folder = RunFolder.of(config)
+    (folder.path / kept).mkdir(parents=True)
+    folder.config.write_text("model:\n  path: m\n")
+    fail_late(config, ConfigError("late"))
+    assert (folder.path / kept).is_dir()
+    assert folder.config.is_file()
 
 
 def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +197,6 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
 
 
 def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
-    """Leave the files of a run that did steps: its state, and those of `left`, relative to its directory."""
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
     write_state(folder, RunState(outcome, 8, {"run_digest": run_digest(config), "length": length_of(config)}))
@@ -308,8 +268,6 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
         ([UNKNOWN] * 3, [], "no record can be used"),
         ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
         ([PAIR], ["loss=odpo", "reference=cached"], "odpo cannot use 1 of 1 examples"),
-        ([], [], "no records"),
-        ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
         ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
         ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
         ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo cannot use"),
@@ -325,7 +283,7 @@ def test_a_check_reads_the_first_records(
 
 
 def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Path) -> None:
-    """Four of the first 64 are too many, four of the first 1,024 are not."""
+    # Four of the first 64 are too many, four of the first 1,024 are not.
     file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 100, *[UNKNOWN] * 2)
     passed = rehearse(run_of(assets, tmp_path, f"data.train=[{{path: {file}, limit: 104}}]"))
     assert "100 of the first 104 records kept; dropped: 4 unknown_format" in passed
@@ -333,26 +291,12 @@ def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Pat
     assert "60 of the first 64 records kept (the others were not looked at); dropped: 4" in rehearse(loose)
 
 
-def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter's target"):
-        rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
-
-
-def test_a_check_names_the_adapter_of_another_base(assets: Path, tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    sft = write_sft_adapter(tmp_path / "gpt2", tmp_path / "sft", target_modules=["c_attn"])
-    with pytest.raises(ConfigError, match="adapter's target") as caught:
-        rehearse(run_of(assets, tmp_path, f"model.adapter={{path: {sft}}}"))
-    assert caught.value.where == "model.adapter.path"
-
-
 @pytest.mark.parametrize(
     ("option", "named"),
     [
         ("parallelism.sequence_parallel=3", "heads of this model cannot be divided"),
         ("loss.router.aux_coefficient=0.1", "no load-balancing loss"),
+        ("model.adapter={target_modules: [nope]}", "adapter's target"),
     ],
 )
 def test_a_check_refuses_options_that_the_model_cannot_have(
@@ -378,7 +322,7 @@ MISFITS = [
 
 
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a world without DeepSpeed load inputs, as far as the digests of the model's files."""
+    # A world without DeepSpeed loads inputs, as far as the digests of the model's files.
     monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
     monkeypatch.setattr("dpo_dist.training.inputs.whole_loading", lambda _: contextlib.nullcontext())
 
@@ -397,7 +341,7 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
     tiny.qwen().save_pretrained(tmp_path / "model")
     config = run_of(assets, tmp_path, f"model.path={tmp_path}/model", "model.dtype=fp32", option)
     start_without_digests(monkeypatch)
-    for work in (rehearse, lambda run: load_inputs(run, ALONE, Console(None), trains=True)):
+    for work in (rehearse, lambda run: load_inputs(Run(run, ALONE, Console(None)), trains=True)):
         with pytest.raises(ConfigError, match=named) as caught:
             work(config)
         assert told in str(caught.value)
@@ -412,18 +356,8 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assert f"would refuse model.{option}" in rehearse(config)  # where it is run, there may be a GPU
     start_without_digests(monkeypatch)
     with pytest.raises(ConfigError) as caught:
-        load_inputs(config, ALONE, Console(None), trains=True)
+        load_inputs(Run(config, ALONE, Console(None)), trains=True)
     assert caught.value.where == f"model.{option}"
-
-
-def test_processes_that_cannot_share_tokens_are_found_before_torch_is_imported(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=2")
-    check_start(config)  # by hand in one process: how many train is not known
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="cannot be divided into groups"):
-        check_start(config)
 
 
 @pytest.mark.parametrize(
@@ -437,29 +371,3 @@ def test_a_check_refuses_a_model_that_is_not_causal(
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ConfigError, match=named):
         rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
-
-
-def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_loaded(
-    assets: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="chat template does not exist"):
-        check_start(run_of(assets, tmp_path, "data.chat_template=nowhere.jinja"))
-    check_start(run_of(assets, tmp_path, "data.chat_template=tool_use"))
-
-
-def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda *_: "check passed\n")
-    data = f"evaluation.data=[{assets}/train.jsonl]"
-    assert evaluate.check(run_of(assets, tmp_path, data, "evaluation.model=org/m", "console.style=json")) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"
-
-
-def test_a_configuration_that_was_there_before_is_kept(assets: Path, tmp_path: Path) -> None:
-    """A person may copy the config.yaml of a run to evaluate it elsewhere."""
-    config = run_of(assets, tmp_path)
-    RunFolder.of(config).path.mkdir(parents=True)
-    RunFolder.of(config).config.write_text("model:\n  path: m\n")
-    fail_after_logs(config, ConfigError("late"))
-    assert RunFolder.of(config).config.is_file()

@@ -1,14 +1,17 @@
-"""Packed attention with windows, chunks, capped scores and sinks equals its definition."""
+"""Attention over packed pairs equals its definition, by each kernel, which is checked before a run."""
 
-import functools
+import importlib.metadata
 import logging
 from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
@@ -16,17 +19,176 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import attention as varlen_attention
-from dpo_dist.model import sdpa
-from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.attention import (
+    Heads,
+    check_kernel,
+    choose_backend,
+    heads_of,
+    packed_attention,
+    scores_of,
+)
 from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
-from tests.support.kernels import masked_attention, put_kernels
+from tests.support.kernels import (
+    flash_attn_varlen_func,
+    masked_attention,
+    put_kernels,
+    top_left_flash,
+    top_left_varlen,
+    varlen_of_torch_2_11,
+    varlen_of_torch_2_13,
+)
 
-CPU = torch.device("cpu")
-HEADS, KEY_HEADS, DIM = 4, 2, 8
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GROUPED = Heads(6, 2, 40)
 KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
+
+
+@pytest.fixture(autouse=True)
+def ampere_with_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of(monkeypatch, (8, 0))
+    put_kernels(monkeypatch)
+    varlen_attention._log_sdpa.cache_clear()
+
+
+def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T4")
+
+
+def test_auto_is_a_backend_that_runs_on_the_device() -> None:
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in KERNELS
+
+
+def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of(monkeypatch, (7, 5))
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.sdpa
+    for wanted in KERNELS:
+        for device, name in ((CUDA, "Tesla T4"), (CPU, "cpu")):
+            with pytest.raises(ConfigError, match="CUDA only, on Ampere") as raised:
+                choose_backend(wanted, Dtype.bf16, device)
+            assert name in raised.value.got
+
+
+def test_heads_are_those_of_the_model() -> None:
+    assert heads_of(GPT2Config(n_embd=48, n_head=4)) == Heads(4, 4, 12)
+    grouped = Qwen3Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=40)
+    assert heads_of(grouped) == GROUPED
+    low_rank = DeepseekV3Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    assert heads_of(low_rank) == Heads(4, 4, 128 + 64, 128)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64), Heads(4, 4, 24, 16)])
+def test_a_correct_kernel_passes(
+    backend: AttentionBackend, dtype: torch.dtype, heads: Heads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for varlen in (varlen_of_torch_2_13, varlen_of_torch_2_11):
+        put_kernels(monkeypatch, varlen)
+        check_kernel(backend, CPU, heads, dtype)
+
+
+def shifted(*args: Any, **options: Any) -> Tensor:
+    right = varlen_of_torch_2_13(*args, **options)
+    return torch.cat((right[1:], right[:1]))
+
+
+class HalvesGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+def wrong_backward(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
+    halved: Tensor = HalvesGradients.apply(key)  # type: ignore[no-untyped-call]
+    return varlen_of_torch_2_13(query, halved, value, *lengths, **options)
+
+
+def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    if query.shape[-1] > 32:
+        raise RuntimeError("head_dim should be at most 32\nat kernel.cu:1")
+    return varlen_of_torch_2_13(query, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel", "message"),
+    [
+        (AttentionBackend.varlen, shifted, "output differs"),
+        (AttentionBackend.varlen, wrong_backward, "gradient of the key differs"),
+        (AttentionBackend.varlen, fails_for_large_heads, "heads of 40 in bfloat16: RuntimeError: head_dim"),
+        (AttentionBackend.varlen, top_left_varlen, "output differs"),
+        (AttentionBackend.flash_attention_2, top_left_varlen, "output differs"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
+    backend: AttentionBackend, kernel: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel), top_left_flash)
+    with torch.no_grad(), pytest.raises(ConfigError) as raised:
+        check_kernel(backend, CPU, GROUPED, torch.bfloat16)
+    assert message in raised.value.got
+    assert "model.attention=sdpa" in raised.value.remedy
+
+
+@pytest.mark.parametrize("installed", [{}, {"flash-attn-4": "4.0"}, {"flash-attn": "2.8"}])
+def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    wanted = AttentionBackend.flash_attention_2
+    if "flash-attn" in installed:
+        assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is wanted
+        assert choose_backend(wanted, Dtype.bf16, CUDA) is wanted
+        return
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.varlen
+    with pytest.raises(ConfigError, match="flash-attn 2 is not installed"):
+        choose_backend(wanted, Dtype.bf16, CUDA)
+
+
+def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
+
+
+def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
+    return flash_attn_varlen_func(*args, softcap=0.0, **options)
+
+
+def test_a_kernel_is_checked_with_the_windows_and_caps_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, windowed = scores_of(Qwen3Config()), scores_of(MistralConfig(sliding_window=4096))
+    capped = scores_of(Gemma2Config(attn_logit_softcapping=0.5))
+    assert [(kind.window is None, kind.softcap) for kind in capped] == [(True, 0.5), (False, 0.5)]
+    check = partial(check_kernel, device=CPU, heads=GROUPED)
+    put_kernels(monkeypatch)
+    check(AttentionBackend.varlen, dtype=torch.bfloat16, kinds=windowed)
+    check(AttentionBackend.flash_attention_2, dtype=torch.float32, kinds=capped)
+    wrong = wraps(varlen_of_torch_2_13)(ignores_the_window), wraps(flash_attn_varlen_func)(ignores_the_cap)
+    put_kernels(monkeypatch, *wrong)
+    check(AttentionBackend.varlen, dtype=torch.bfloat16, kinds=plain)
+    for backend, kinds, named in (
+        (AttentionBackend.varlen, windowed, "a sliding window: its output differs"),
+        (AttentionBackend.flash_attention_2, capped, "capped scores"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            check(backend, dtype=torch.float32, kinds=kinds)
+        assert named in raised.value.got
+
+
+HEADS, KEY_HEADS, DIM = 4, 2, 8
 LAYOUT = ((9, 3, 12, 1), (1, 0, 20), (17, 2))
 Sees = Callable[[int, int], bool]
 """Whether a query at one position sees a key at another, both in one response with its prompt."""
@@ -38,12 +200,6 @@ layouts: st.SearchStrategy[Layout] = st.lists(
     min_size=1,
     max_size=3,
 ).map(tuple)
-
-
-@pytest.fixture(autouse=True)
-def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_kernels(monkeypatch)
-    varlen_attention._log_sdpa.cache_clear()
 
 
 def window(size: int) -> tuple[MaskRule | None, Sees]:
@@ -172,45 +328,27 @@ def test_kernels_are_called_with_the_window(
     check(layout, sees, Scores(0.5, rule, size if is_windowed else None), backend)
 
 
-def by_segment(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
-    """Return a list to which each layer's scores are added that do not run in a kernel."""
-    called: list[Scores] = []
-    original = sdpa.SegmentAttention.__call__
-
-    @functools.wraps(original)
-    def counted(self: sdpa.SegmentAttention, *arguments: Tensor | Scores) -> Tensor:
-        called.append(arguments[-1])  # type: ignore[arg-type]
-        return original(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sdpa.SegmentAttention, "__call__", counted)
-    return called
-
-
 @pytest.mark.parametrize("backend", KERNELS)
 def test_what_a_kernel_lacks_runs_on_sdpa(
-    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    backend: AttentionBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dpo_dist")
-    called = by_segment(monkeypatch)
     sinks = torch.linspace(-2, 2, HEADS, requires_grad=True)
-    chunk_rule, in_chunk = chunks(5)
-    window_rule, in_window = window(5)
+    (chunk_rule, in_chunk), (window_rule, in_window) = chunks(5), window(5)
+    own_rule, in_own = of_its_own(5)
     everywhere = causal(0)[1]
     check(LAYOUT, in_window, Scores(rule=window_rule, window=5, sinks=sinks), backend)
-    check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
-    own_rule, in_own = of_its_own(5)
+    for _ in range(2):  # one line for each reason
+        check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
     check(LAYOUT, in_own, Scores(rule=own_rule, window=100), backend)
     check(LAYOUT, everywhere, Scores(softcap=2.0), backend)
     check(LAYOUT, everywhere, Scores(), backend, value_dim=264)
     lacking = ["attention sinks", "masks other than sliding windows", "heads of 264 dimensions"]
     if backend is AttentionBackend.varlen:
         lacking.insert(2, "capped scores")
-    assert len(called) == len(lacking) + 1
     assert [record.getMessage() for record in caplog.records] == [
         f"attention: {backend} has no {what}, so layers with them run on sdpa" for what in lacking
     ]
-    check(LAYOUT, in_chunk, Scores(rule=chunk_rule), backend)
-    assert len(caplog.records) == len(lacking), "one line for each reason"
 
 
 def test_a_rule_that_sees_later_tokens_is_refused() -> None:

@@ -1,0 +1,167 @@
+"""`--check`: load and check everything of a run that needs no weights and no GPU; writes nothing."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
+from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
+from dpo_dist.data.dataset import check_fits_loss
+from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import pinned
+from dpo_dist.data.store import columns_of, counts_of
+from dpo_dist.data.template import check_template_keys
+from dpo_dist.foundation.text import counted
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.architectures import check_supported
+from dpo_dist.model.flops import without_weights
+from dpo_dist.model.folder import description_folder, is_adapter
+from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
+from dpo_dist.model.router import router_loss
+from dpo_dist.objective.custom_loss import check_custom_loss
+from dpo_dist.reference.engine import check_same_vocabulary
+from dpo_dist.training.evaluate import with_stored_reference
+from dpo_dist.training.resume import check_configuration, check_fresh_start, check_unused, find_finished
+from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
+
+_FIRST_RECORDS = 64
+_MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
+
+
+def rehearse(config: RunConfig, *, trains: bool = True) -> str:
+    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+
+    Weights are neither read nor, for a model on the hub, downloaded. `trains`: it starts from what is in its
+    directory.
+    """
+    run = RunFolder.of(config)
+    found = f" ({_expected_start(config, run)})" if trains else ""
+    described, tokenizer = _described_model(config)
+    lines = [
+        ("run.dir", f"{run}{found}"),
+        ("model.path", described),
+        ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
+        ("reference", _reference(config, tokenizer)),
+    ]
+    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
+    if needing and not torch.cuda.is_available():
+        why = f"no GPU here: a run on this machine would refuse {' and '.join(needing)}"
+        lines.append(("device", why))
+    doctor = "python -m dpo_dist.doctor with the same arguments without --check examines all records"
+    return f"{_passed(lines, config, tokenizer)}  {doctor}\n"
+
+
+def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
+    """Load what an evaluation loads before weights, and encode the first records; returns as `rehearse`."""
+    config = with_stored_reference(config)
+    described, tokenizer = _described_model(config)
+    lines = [("run.dir", str(RunFolder.of(config))), ("model.path", described)]
+    for evaluated in models:
+        if evaluated.kind in (Kind.model, Kind.hub):
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, EVALUATED)
+            if not is_adapter(own):
+                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
+        lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
+    lines.append(("reference", _reference(config, tokenizer)))
+    return _passed(lines, config, tokenizer)
+
+
+def _passed(lines: list[tuple[str, str]], config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the findings with those of the first records, as lines for the screen."""
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            lines.append((name, _first_records(source, name, config, tokenizer)))
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+
+
+def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    if config.run.resume is Resume.never:
+        check_unused(folder)
+    elif finished := find_finished(config, folder):
+        check_configuration(finished.identity, config, folder)
+        return "complete: nothing is left to train"
+    elif any(folder.checkpoints.glob("step-*")):  # also one that the next start commits
+        return "has checkpoints: the run resumes"
+    else:
+        check_fresh_start(config, folder)
+    return "new"
+
+
+def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    model_config = load_config(folder, config.model)
+    check_supported(model_config, config.data.max_length)
+    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
+    router_loss(config.loss.router, model_config)
+    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    check_modules(causal_lm, config.model, trained_adapter(config.model, start))
+    check_template_keys(config.data, tokenizer)
+    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
+
+
+def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    reference = config.reference
+    if reference.offload is Offload.nvme:
+        from dpo_dist.distributed.kernels import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+
+        check_async_io()
+    found = [reference.mode.value]
+    if reference.path is not None:
+        folder = description_folder(reference.path, None, "reference.path")
+        check_same_vocabulary(folder, tokenizer, config.model)
+        found.append(f"model {folder}")
+    if reference.mode is ReferenceMode.cached:
+        spaces = len(list(Path(reference.store).glob("*/space.json")))
+        found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
+    return ", ".join(found)
+
+
+def _first_records(
+    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Read, encode and check the first records of a source; return their counts as one line."""
+    # No run directory is written, so the commit of a hub dataset is not recorded.
+    source = pinned(source, None)
+    for most in (_FIRST_RECORDS, _MORE_RECORDS):
+        records = list(itertools.islice(read_records(source), most + 1))
+        rows = pa.Table.from_batches([encode_chunk(records[:most], config.data, tokenizer)])
+        counts = counts_of(rows)
+        if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
+            break
+    has_more = len(records) > most
+    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
+    columns = columns_of(rows)
+    scores, origins = columns["scores"], columns["origins"]
+    response_counts = np.diff(columns["pair_pieces"], prepend=0) - 1
+    ends = np.cumsum(response_counts)
+    check_fits_loss(
+        config.loss,
+        response_counts,
+        lambda: scores[ends - response_counts] - scores[ends - 1],
+        lambda index: f"{key}: {columns['source_paths'][origins[index][0]]}:{origins[index][1]}",
+    )
+    name = f" ({source.name})" if source.name else ""
+    rest = " (the others were not looked at)" if has_more else ""
+    found = [
+        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        read_in_words(counts.read_as),
+        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"{columns['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
+    ]
+    return "; ".join(filter(None, found))

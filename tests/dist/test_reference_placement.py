@@ -1,0 +1,178 @@
+"""A reference in memory, in host memory, on a disk or quantized: its log-probs, and nothing left behind."""
+
+import gc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.distributed.kernels import check_async_io, own_folder
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.console import Console
+from dpo_dist.reference.engine import QuantizedReference, load_reference
+from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start import Run
+from tests.dist.scenario import Assets, files_of
+from tests.support.invented import write_pairs
+from tests.support.packing import COSTS, plain_logps
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import write_model
+
+HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
+NEEDS_ASYNC_IO = pytest.mark.skipif(not HAS_ASYNC_IO, reason="needs libaio")
+
+
+def tensor_bytes() -> int:
+    """The memory of all floating-point tensors of this process, ZeRO-3 shards included."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+def come_and_go(assets: Assets, offload: Offload, model: Path, world: World, folder: Path) -> list[Any]:
+    """Score twice; the log-probs, bytes on the disk, and bytes in memory before, while and after."""
+    nvme = folder / "nvme"
+    path = str(nvme) if offload is Offload.nvme else None
+    config = assets.config(model, ReferenceConfig(offload=offload, nvme_path=path))
+    found = []
+    for _ in range(2):
+        before = tensor_bytes()
+        engine = load_reference(files_of(model), config, world)
+        on_disk = sum(file.stat().st_size for file in nvme.rglob("*.tensor.swp"))
+        [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+        # DeepSpeed remembers the order of its first passes.
+        scored = [engine.token_logps(batch).tolist() for _ in range(3)]
+        del batch
+        loaded = tensor_bytes()
+        world.barrier()
+        engine.free()
+        world.barrier()
+        left = [path.name for path in nvme.iterdir()] if nvme.exists() else []
+        found.append([scored, on_disk, left, [before, loaded, tensor_bytes()]])
+    return found
+
+
+@pytest.mark.parametrize(
+    "offload", [Offload.none, Offload.cpu, pytest.param(Offload.nvme, marks=NEEDS_ASYNC_IO)]
+)
+def test_a_reference_scores_anywhere_and_leaves_nothing_behind(
+    offload: Offload, assets: Assets, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, layers=1)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    with torch.no_grad():
+        wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
+    for of_rank in run_ranks(partial(come_and_go, assets, offload, model), 2, tmp_path / "ranks"):
+        for scored, on_disk, left, (before, loaded, after) in of_rank:
+            for logps in scored:
+                torch.testing.assert_close(torch.tensor(logps), wanted, atol=1e-4, rtol=0)
+            if offload is Offload.nvme:
+                assert on_disk >= 3 * 512 * 2048 * 4
+            else:
+                assert loaded - before > 0.4 * weights
+            assert left == []
+            assert after - before <= 2  # DeepSpeed keeps one half-precision number for NVMe
+
+
+@pytest.mark.skipif(HAS_ASYNC_IO, reason="DeepSpeed's async_io can be built here")
+def test_without_async_io_nvme_is_refused() -> None:
+    with pytest.raises(ConfigError, match="async_io") as caught:
+        check_async_io()
+    assert caught.value.where == "reference.offload"
+
+
+def make_folders(nvme: Path, world: World, _folder: Path) -> list[str]:
+    host = world.peers[0].host
+    world.on_main(lambda: [(nvme / f"dpo_dist-{host}-{pid}").mkdir(parents=True) for pid in (1, 2**22 + 1)])
+    own = own_folder(str(nvme), world)
+    world.barrier()
+    assert own.is_dir()
+    (nvme / "file").touch()
+    with pytest.raises(ConfigError):
+        own_folder(str(nvme / "file"), world)
+    return sorted(path.name.rpartition("-")[2] for path in nvme.glob("dpo_dist-*"))
+
+
+def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path: Path) -> None:
+    results = run_ranks(partial(make_folders, tmp_path / "nvme"), 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
+    assert "1" in results[0]
+    assert str(2**22 + 1) not in results[0]
+
+
+def run_of(folder: Path, assets: Assets, *more: str) -> list[str]:
+    return [
+        f"model.path={assets.policy}",
+        "model.dtype=fp32",
+        f"data.train=[{write_pairs(folder / 'pairs.jsonl', 8)}]",
+        f"data.cache={folder / 'encoded'}",
+        f"reference.store={folder / 'store'}",
+        *more,
+    ]
+
+
+def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
+    config, console = load_run_config(overrides), Console(None)
+    run = Run(config, world, console)
+    inputs = load_inputs(run)
+    free, filled = FrozenEngine.free, []
+
+    def weigh_and_free(engine: FrozenEngine) -> None:
+        filled.append(tensor_bytes())
+        free(engine)
+
+    FrozenEngine.free = weigh_and_free
+    before = tensor_bytes()
+    reference = prepare_reference(run, inputs)
+    return {
+        "computed": reference.report["computed"],
+        "grown": filled[0] - before > 0,
+        "left": tensor_bytes() - before,
+    }
+
+
+def test_filling_a_store_leaves_no_tensor_behind(assets: Assets, tmp_path: Path) -> None:
+    overrides = run_of(tmp_path, assets, f"reference.path={assets.reference}")
+    for result in run_ranks(partial(fill_a_store, overrides), 2, tmp_path / "ranks"):
+        assert result == {"computed": 16, "grown": True, "left": 0}
+
+
+def quantize(assets: Assets, overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
+    """Drifts from the unquantized reference, and what fills of one store compute for either."""
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    in_full = load_reference(files_of(assets.policy), assets.config(assets.policy), world).token_logps(batch)
+    drifts, computed = [], []
+    for quantization in Quantization:
+        config = assets.config(assets.policy, ReferenceConfig(quantization=quantization))
+        engine = load_reference(files_of(assets.policy), config, world)
+        assert isinstance(engine, QuantizedReference), "whole on every rank"
+        drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
+    for quantization in ("nf4", "null", "nf4"):
+        config = load_run_config([*overrides, f"reference.quantization={quantization}"])
+        run = Run(config, world, Console(None))
+        reference = prepare_reference(run, load_inputs(run))
+        computed.append([reference.report["computed"], reference.is_policys_start])
+    return {"drifts": drifts, "computed": computed}
+
+
+def test_a_quantized_reference_is_close_and_has_entries_of_its_own(assets: Assets, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    scenario = partial(quantize, assets, run_of(tmp_path, assets))
+    for result in run_ranks(scenario, 2, tmp_path / "ranks"):
+        assert all(1e-4 < drift < 0.5 for drift in result["drifts"])
+        assert result["computed"] == [[16, False], [16, True], [0, False]]

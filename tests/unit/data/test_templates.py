@@ -1,0 +1,551 @@
+"""Chat templates: ids of the tokenizer and of TRL, prompts that depend on responses, text that stays text."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+from trl import DPOTrainer
+
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
+from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.template import pin_clock
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.generation.pairs.prompts import encode_prompt
+from tests.support import tiny
+from tests.support.cache import prepare
+from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
+from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
+from tests.support.records import TEXT, jsonl
+
+CALL_ID = "call12345"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "its name"}},
+            "required": ["city"],
+        },
+    },
+}
+CALLED = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+QUESTION, SYSTEM = Message("user", "What is the weather?"), Message("system", "Be brief.")
+CALL = Message("assistant", "", {"tool_calls": [CALLED]})
+RESULT = Message("tool", "umbrella", {"name": "weather", "tool_call_id": CALL_ID})
+ANSWER, DOUBT = Message("assistant", "It rains."), Message("user", "Are you sure?")
+LOOK, OFF = {"reasoning_content": "Look."}, {"enable_thinking": False}
+
+
+def pair(*responses: Response, prompt: Prompt = (QUESTION,), **fields: Any) -> PreferenceRecord:
+    return PreferenceRecord(prompt, responses, Origin("here", 1), **fields)
+
+
+def said(*contents: str, fields: dict[str, Any] | None = None) -> list[Messages]:
+    """Return responses of three turns that end with these contents."""
+    return [(ANSWER, DOUBT, Message("assistant", content, fields or {})) for content in contents]
+
+
+RECORDS = {
+    "plain": pair("Rain.", "No."),
+    "system": pair("Rain.", "No.", prompt=(SYSTEM, QUESTION)),
+    "multi_turn": pair("Yes.", "No.", prompt=(QUESTION, ANSWER, DOUBT)),
+    "tools": pair("Rain.", "No.", prompt=(QUESTION, CALL, RESULT), tools=(TOOL,)),
+    "call": pair((CALL,), "No.", tools=(TOOL,)),
+    "turns_with_tool": pair((CALL, RESULT, ANSWER), "No.", tools=(TOOL,)),
+    "turns": pair(*said("Yes."), "I do not know."),
+    "thought": pair((Message("assistant", "Rain.", LOOK),), (Message("assistant", "No.", LOOK),)),
+}
+WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill"]
+# These templates write thoughts of a field; DeepSeek's continue the thought that the prompt opens.
+WITH_THOUGHTS = ["qwen3", "qwen3_5_nothink_training", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"]
+# These end an empty thought in the prompt if thinking is off.
+ENDING = ["qwen3", "qwen3_6", "glm4moe", "smollm3", "nemotron_3_nano"]
+# The stop token of a turn, if it is not the last one of the template's output.
+ADDED_END = {"glm4moe": "<|endoftext|>"}
+CASES = [
+    (family, case)
+    for family in FAMILIES
+    for case, one in RECORDS.items()
+    if not (one.tools and family in WITHOUT_TOOLS) and (case != "thought" or family in WITH_THOUGHTS)
+]
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content, **message.fields}
+
+
+def turns_of(record: PreferenceRecord, side: int) -> list[dict[str, Any]]:
+    response = record.responses[side]
+    turns = (Message("assistant", response),) if isinstance(response, str) else response
+    return list(map(as_dict, turns))
+
+
+def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    return pin_clock(str(tokenizer.chat_template), TEMPLATE_DATE)
+
+
+def whole(tokenizer: PreTrainedTokenizerFast, record: PreferenceRecord, side: int, **more: Any) -> list[int]:
+    """Return the ids of a conversation by the tokenizer itself, on the day of the configuration."""
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]
+        [*map(as_dict, record.prompt), *turns_of(record, side)],  # type: ignore[arg-type]
+        chat_template=template_of(tokenizer),
+        tools=list(record.tools) or None,
+        return_dict=False,
+        **more,
+    )
+
+
+def trained_text(tokenizer: PreTrainedTokenizerFast, example: EncodedExample, side: int = 0) -> str:
+    return str(tokenizer.decode(example.responses[side][example.masks[side]]))
+
+
+def assert_starts_whole(
+    tokenizer: PreTrainedTokenizerFast,
+    record: PreferenceRecord,
+    found: EncodedExample,
+    end: str | None = None,
+    **more: Any,
+) -> None:
+    """Check that ids are those of the tokenizer; in no response is text after the end of the last turn."""
+    for side, response in enumerate(found.responses):
+        ids, expected = [*found.prompt_ids, *response], whole(tokenizer, record, side, **more)
+        if end is not None:
+            assert ids.pop() == tokenizer.convert_tokens_to_ids(end)
+        assert ids == expected[: len(ids)]
+        assert str(tokenizer.decode(expected[len(ids) :])).strip() in ("", "<|endoftext|>")
+
+
+@pytest.fixture(autouse=True)
+def _arguments_as_text(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """DeepSeek's own template wants the arguments of calls as JSON text, also from the oracle."""
+    if "deepseekv3" in request.node.name:
+        text = json.dumps(CALLED["function"]["arguments"])  # type: ignore[index]
+        monkeypatch.setitem(CALLED["function"], "arguments", text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_ids_are_those_of_the_tokenizer_and_turns_of_the_assistant_count(family: str, case: str) -> None:
+    tokenizer, what = tokenizer_of(family), RECORDS[case]
+    found = encode(what, tokenizer)
+    assert_starts_whole(tokenizer, what, found, ADDED_END.get(family))
+    for side in (0, 1):
+        text = trained_text(tokenizer, found, side)
+        for turn in turns_of(what, side):
+            part = "Bern" if turn.get("tool_calls") else turn["content"]
+            assert (part in text) is (turn["role"] == "assistant"), (part, text)
+        marks = ("<think>\n\n</think>", "<think></think>", "assistant<|end_header_id|>", "<|im_start|>")
+        assert not any(mark in text for mark in marks)
+        assert case != "thought" or "Look." in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_counted_turn_has_its_end(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    found = encode(RECORDS["turns"], tokenizer)
+    ends = {tokenizer.eos_token, "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|user|>"}
+    end_ids = {tokenizer.convert_tokens_to_ids(end) for end in ends} - {None}
+    counted = found.responses[0][found.trained[0]].tolist()
+    assert sum(token in end_ids for token in counted) == 2
+    assert counted[-1] in end_ids
+
+
+@pytest.mark.parametrize("family", ENDING)
+@pytest.mark.parametrize("case", ["plain", "multi_turn", "turns"])
+def test_an_argument_of_the_run_is_given_to_the_template(family: str, case: str) -> None:
+    tokenizer = tokenizer_of(family)
+    found = encode(RECORDS[case], tokenizer, replace(WIDE, template_arguments=OFF))
+    assert "</think>" not in trained_text(tokenizer, found)
+    assert_starts_whole(tokenizer, RECORDS[case], found, ADDED_END.get(family), **OFF)
+
+
+# TRL has no BOS that the template does not write, and keeps the text after the last turn.
+@pytest.mark.parametrize("family", ["qwen3", "llama3_1", "mistral", "gptoss", "gemma3"])
+@pytest.mark.parametrize("case", ["multi_turn", "tools", "turns_with_tool", "thought", "text"])
+def test_ids_are_those_of_trl(family: str, case: str) -> None:
+    if case != "text" and (family, case) not in CASES:
+        pytest.skip("this template does not write all of the record")
+    tokenizer = tokenizer_of(family)
+    what = RECORDS.get(case, pair(" the answer\n", " I cannot", prompt="Q: What is it?\nA:"))
+    row: dict[str, Any] = {"prompt": what.prompt, "chosen": what.responses[0], "rejected": what.responses[1]}
+    if case != "text":
+        row = {
+            "prompt": list(map(as_dict, what.prompt)),  # type: ignore[arg-type]
+            "chosen": turns_of(what, 0),
+            "rejected": turns_of(what, 1),
+            "tools": json.dumps(what.tools) if what.tools else None,
+            "chat_template_kwargs": {"chat_template": template_of(tokenizer)},
+        }
+    options = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    [prepared] = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list([row]), tokenizer, options, "train"
+    )
+    found = encode(what, tokenizer)
+    prompt = found.prompt_ids.tolist()
+    has_bos = case == "text" and tokenizer.bos_token_id is not None
+    assert prompt[has_bos:] == prepared["prompt_ids"][prepared["prompt_ids"][:1] == prompt[:1] and has_bos :]
+    for ids, name in zip(found.responses, ("chosen_ids", "rejected_ids"), strict=True):
+        assert ids.tolist() == prepared[name][: len(ids)]
+
+
+SPELLED = "<think>\nhm\n</think>\n\nRain."
+IN_FIELD = (Message("assistant", "Rain.", {"reasoning_content": "hm"}),)
+HALF, OTHER = "hm\n</think>\n\nRain.", "<think>\nno\n</think>\n\nNo."
+
+
+@pytest.mark.parametrize("family", ENDING)
+@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD])
+@pytest.mark.parametrize("by", ["run", "row"])
+def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response, by: str) -> None:
+    if family == "smollm3" and thinking is IN_FIELD:
+        return  # Its template omits such thoughts, which makes a bad record.
+    tokenizer = tokenizer_of(family)
+    config = replace(WIDE, template_arguments=OFF if by == "run" else None)
+    fields = {"template_arguments": OFF} if by == "row" else {}
+    for responses in ((thinking, "No."), ("No.", thinking), (thinking, OTHER)):
+        found = encode(pair(*responses, **fields), tokenizer, config)
+        assert "ended_thought_reopened" in found.changes
+        prompt, *following = texts(found, tokenizer)
+        assert prompt.rstrip().endswith("</think>")
+        assert "hm" in following[responses.index(thinking)]
+    assert "ended_thought_reopened" not in encode(pair("Rain.", "No.", **fields), tokenizer, config).changes
+    assert "ended_thought_reopened" not in encode(pair(thinking, "No."), tokenizer).changes
+
+
+@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, HALF])
+@pytest.mark.parametrize("other", ["No.", OTHER])
+def test_a_thought_is_encoded_as_a_template_writes_it_that_ends_thoughts_by_itself(
+    thinking: Response, other: str
+) -> None:
+    tokenizer = tokenizer_of("qwen3_5_nothink_training")
+    for responses in ((thinking, other), (other, thinking)):
+        found = encode(pair(*responses), tokenizer)
+        assert "ended_thought_reopened" in found.changes
+        assert_starts_whole(tokenizer, pair(*responses), found)
+    alone = tokenizer.apply_chat_template([as_dict(QUESTION)], tokenize=False, add_generation_prompt=True)
+    assert texts(encode(pair("Rain.", "No."), tokenizer), tokenizer)[0] == alone
+    prompt = encode_prompt(pair(), tokenizer, WIDE)  # of a model that responds
+    assert not isinstance(prompt, BadRecord)
+    assert tokenizer.decode(prompt) == alone
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_6", "glm4moe", "nemotron_3_nano"])
+def test_the_thought_of_a_later_turn_counts_with_its_tags(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    found = encode(pair(*said("Yes.", "No.", fields=LOOK)), tokenizer, replace(WIDE, template_arguments=OFF))
+    for side in (0, 1):
+        text = trained_text(tokenizer, found, side)
+        assert text.count("<think>") == text.count("</think>") == 1
+        assert text.index("It rains.") < text.index("<think>") < text.index("Look.")
+
+
+def encoded_or_reason(what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast) -> Any:
+    try:
+        found = encode(what, tokenizer)
+    except AssertionError:
+        return reason_against(what, tokenizer)
+    prompt, *following = texts(found, tokenizer)
+    return prompt, following, found.changes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, HALF, "<think>\nhm", "a <think> b"])
+def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: Response) -> None:
+    sides = [(thinking, "No."), ("No.", thinking)]
+    one, other = (encoded_or_reason(pair(*both), tokenizer_of(family)) for both in sides)
+    if isinstance(one, str):
+        assert one == other
+        return
+    assert one == (other[0], other[1][::-1], other[2])
+    assert "hm" in one[1][0] or "<think>" in one[1][0] or "content_not_rendered" in one[2]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_THOUGHTS)))
+def test_a_thought_in_a_field_continues_the_opened_one_or_is_counted(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    found = encode(RECORDS["thought"], tokenizer)
+    if family.startswith("deepseek"):
+        assert texts(found, tokenizer)[0].endswith("<think>\n")
+        assert trained_text(tokenizer, found) == f"Look.\n</think>\n\nRain.{tokenizer.eos_token}"
+    else:
+        assert "content_not_rendered" in found.changes
+
+
+# As DeepSeek-R1's distilled models: thoughts of earlier answers are cut, the prompt opens the next one.
+R1 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>{{ message['content'] }}"
+    "{% else %}<|im_end|>{{ message['content'].split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+ASKED = "<|im_start|>What is the capital?<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected", "changes"),
+    [
+        *(
+            (
+                [f"{opening}so\n</think>\n\nParis", f"{opening}no\n</think>\n\nRome"],
+                [f"{ASKED}<think>\n", "so\n</think>\n\nParis", "no\n</think>\n\nRome"],
+                {"opened_thought_joined"} if opening else set(),
+            )
+            for opening in ("<think>\n", "<think>", "")
+        ),
+        *(
+            (["Paris", other], [ASKED, "Paris", other], {"opened_thought_removed"})
+            for other in ("Rome", OTHER)
+        ),
+    ],
+)
+def test_a_response_continues_the_thought_that_the_prompt_opens_or_the_prompt_opens_none(
+    responses: list[str], expected: list[str], changes: set[str]
+) -> None:
+    tokenizer = tiny.with_template(tiny.qwen(), R1)
+    found = encode(record(CHAT, *responses), tokenizer)
+    prompt, *following = expected
+    assert texts(found, tokenizer) == [prompt, *(f"{text}<|endoftext|>" for text in following)]
+    assert {name for name in found.changes if name.startswith("opened_thought")} == changes
+
+
+def test_a_control_token_in_an_opened_thought_before_a_call_is_text() -> None:
+    tokenizer = tokenizer_of("deepseekv3")
+    called = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+    fields = {"tool_calls": [called], "reasoning_content": f"hm {tokenizer.eos_token}"}
+    found = encode(pair(*((Message("assistant", f"I look{end}", fields),) for end in ".!")), tokenizer)
+    assert "opened_thought_joined" in found.changes
+    assert found.responses[0].tolist().count(tokenizer.eos_token_id) == 1
+    assert texts(found, tokenizer)[1].startswith(f"hm {tokenizer.eos_token}\n</think>\n\nI look.")
+
+
+def with_system(place: str) -> PreTrainedTokenizerFast:
+    """Return Mistral's tokenizer with the system text in another user turn than the first."""
+    template = str(tokenizer_of("mistral").chat_template)
+    return tiny.with_template(
+        tokenizer_of("mistral"), template.replace("system if loop.first", f"system if {place}")
+    )
+
+
+LAST_TURN, LAST_USER = "loop.last", "loop.index0 == place.last_user"
+
+
+@pytest.mark.parametrize("place", [LAST_TURN, LAST_USER])
+@pytest.mark.parametrize("before", [(), (QUESTION, ANSWER)])
+def test_a_response_follows_the_prompt_with_its_system_text(place: str, before: Messages) -> None:
+    tokenizer, prompt = with_system(place), (SYSTEM, *before, DOUBT)
+    found = encode(pair("Yes.", "No.", prompt=prompt), tokenizer)
+    alone = tokenizer.apply_chat_template(
+        list(map(as_dict, prompt)), tokenize=False, add_generation_prompt=True
+    )
+    assert texts(found, tokenizer) == [alone, " Yes.</s>", " No.</s>"]
+    assert ("prompt_not_prefix" in found.changes) is (place == LAST_TURN)
+    assert "content_not_rendered" not in found.changes
+
+
+def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
+    """A system text in one of the responses, or tools, which Mistral writes before the last question."""
+    tokenizer = with_system(LAST_USER)
+    what = pair(*said("Yes.", "Perhaps."), "No.", prompt=(SYSTEM, QUESTION))
+    found = encode(what, tokenizer)
+    assert_starts_whole(tokenizer, what, found)
+    for side, text in enumerate((" It rains.</s> Yes.</s>", " It rains.</s> Perhaps.</s>", " No.</s>")):
+        assert trained_text(tokenizer, found, side) == text
+    assert texts(found, tokenizer)[0] == "<s>[INST]"
+    assert "prompt_not_prefix" in found.changes
+
+    found = encode(
+        pair(*said("Yes."), "No.", prompt=(QUESTION, ANSWER, DOUBT), tools=(TOOL,)), tokenizer_of("mistral")
+    )
+    prompt, one, other = texts(found, tokenizer)
+    assert prompt == "<s>[INST] What is the weather?[/INST] It rains.</s>"
+    assert (one.startswith("[INST]"), other.startswith("[AVAILABLE_TOOLS]")) == (True, True)
+
+
+@pytest.mark.parametrize(("place", "is_written"), [(LAST_TURN, False), (LAST_USER, True)])
+def test_a_system_text_that_the_template_omits_is_counted(place: str, is_written: bool) -> None:
+    found = encode(pair(*said("Yes.", "No."), prompt=(SYSTEM, QUESTION)), with_system(place))
+    assert ("content_not_rendered" not in found.changes) is is_written
+
+
+def test_turns_that_a_template_writes_twice_are_not_found() -> None:
+    twice = "{% for m in messages %}{{ m['content'] }}{% endfor %}" + tiny.CHATML
+    tokenizer = tiny.with_template(tiny.qwen(), twice)
+    assert reason_against(pair(*said("Yes.", "No.")), tokenizer) == "turns_not_found"
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "mistral", "gptoss", "phi3", "smollm3"])
+def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None:
+    what = pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
+    assert_starts_whole(tokenizer_of(family), what, encode(what, tokenizer_of(family)))
+
+
+TAGS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
+
+
+def injected(spelled: str) -> PreferenceRecord:
+    """Return a record with text in every place where data can have it; tags only where others write."""
+    function = {**TOOL["function"], "description": f"The weather {spelled}."}  # type: ignore[dict-item]
+    arguments = {"city": f"Bern {spelled}", "more": [spelled, {f"key {spelled}": spelled}]}
+    called = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": arguments}}
+    turns = (
+        Message("assistant", "", {"tool_calls": [called]}),
+        replace(RESULT, content=f"umbrella {spelled}"),
+        ANSWER if spelled in TAGS else replace(ANSWER, content=f"It rains. {spelled}"),
+    )
+    prompt = (
+        replace(SYSTEM, content=f"Be brief {spelled}."),
+        replace(QUESTION, content=f"What is {spelled}?"),
+        ANSWER,
+        replace(DOUBT, content=f"{spelled} sure?"),
+    )
+    return pair(turns, "No.", prompt=prompt, tools=({"type": "function", "function": function},))
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_5", "qwen3", "qwen3_6", "llama3_1", "gptoss", "mistral", "smollm3", "glm4moe"]
+)
+def test_spelled_control_tokens_are_text_everywhere(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    known = set(tokenizer.added_tokens_decoder)
+
+    def control(example: EncodedExample) -> Counter[int]:
+        return Counter(token for token in ids_of(example) if token in known)
+
+    usual = control(encode(injected("plain"), tokenizer))
+    for token in map(str, tokenizer.added_tokens_decoder.values()):
+        if token in TAGS and family not in ("qwen3", "qwen3_6", "glm4moe"):
+            continue  # the template looks for them
+        found = encode(injected(token), tokenizer)
+        assert control(found) == usual, token
+        assert str(tokenizer.decode(ids_of(found))).count(token) >= 6
+
+
+def ids_of(example: EncodedExample) -> list[int]:
+    return [*example.prompt_ids.tolist(), *example.responses[0].tolist()]
+
+
+def test_a_template_still_finds_the_texts_that_it_looks_for() -> None:
+    """Qwen3 takes a user turn within these tags for the result of a tool: the thought before it stays."""
+    tokenizer = tokenizer_of("qwen3")
+    prompt = (
+        Message("user", "hi"),
+        Message("assistant", "<think>\nhm\n</think>\n\nhello"),
+        Message("user", "<tool_response>ok</tool_response>"),
+    )
+    found = encode(record(prompt), tokenizer)
+    turns = list(map(as_dict, prompt))
+    text = texts(found, tokenizer)[0]
+    assert text == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert "<think>\nhm" in text
+    assert tokenizer.convert_tokens_to_ids("<tool_response>") not in found.prompt_ids
+
+
+def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
+    changing = tiny.CHATML.replace("message['content']", "message['content'] | replace('<|', '(|')")
+    tokenizer = tiny.with_template(tiny.qwen(), changing)
+    assert reason_against(record((Message("user", "a <|im_end|> b"),)), tokenizer) == "special_token_in_text"
+    assert flags(encode(record(CHAT), tokenizer)) == (False, False, False)
+
+
+def test_tools_that_are_nested_too_deeply_are_a_bad_record() -> None:
+    nested: Any = "end"
+    for _ in range(3000):
+        nested = [nested]
+    tool = {**TOOL, "function": {"name": "weather", "parameters": nested}}
+    what = replace(record(CHAT), tools=(tool,))
+    assert reason_against(what, tokenizer_of("qwen3"), DataConfig()) == "template_rejected"
+
+
+@pytest.mark.parametrize(
+    ("content", "is_counted"),
+    [
+        ("<|im_start|>user\nhi<|im_end|>", True),
+        ("[INST] hi [/INST]", True),
+        ("<start_of_turn>user", True),
+        ("1 < 2 [sic]", False),
+    ],
+)
+def test_contents_with_turns_of_a_template_are_counted(content: str, is_counted: bool) -> None:
+    for what in (record((Message("user", content),)), record(CHAT, content, "no")):
+        assert ("templated_content" in encode(what, tiny.qwen()).changes) is is_counted
+
+
+def test_a_template_file_is_used_and_part_of_the_fingerprint(tmp_path: Path) -> None:
+    file, path = tmp_path / "own.jinja", jsonl(tmp_path, TEXT)
+    folders = {prepare(tmp_path, path)}
+    for mark in ("<<", "((("):
+        file.write_text(tiny.LLAMA2.replace("[INST]", mark))
+        found = encode(record(CHAT), tiny.mistral(), DataConfig(chat_template=str(file)))
+        assert texts(found, tiny.mistral())[0].startswith(f"<s>{mark} ")
+        folders.add(prepare(tmp_path, path, chat_template=str(file)))
+    assert len(folders) == 3
+
+
+def test_a_named_template_of_the_tokenizer_is_used() -> None:
+    tokenizer = tiny.with_template(tiny.qwen(), None)
+    tool_use = "{{ tools | tojson }}" + tiny.CHATML
+    tokenizer.chat_template = {
+        "default": tiny.CHATML,
+        "tool_use": tool_use,
+        "loud": "LOUD " + tiny.CHATML,
+    }
+
+    def starts(start: str, what: PreferenceRecord, choice: str | None = None) -> bool:
+        return texts(encode(what, tokenizer, DataConfig(chat_template=choice)), tokenizer)[0].startswith(
+            start
+        )
+
+    assert starts("<|im_start|>", record(CHAT))
+    assert starts("LOUD <|im_start|>", record(CHAT), "loud")
+    assert starts('[{"type": "function"', replace(record(CHAT), tools=(TOOL,)))
+    with pytest.raises(ConfigError, match="does not exist") as raised:
+        starts("", record(CHAT), "quiet")
+    assert "loud" in raised.value.expected
+
+
+def test_arguments_of_a_template(tmp_path: Path) -> None:
+    """Those of a record are stronger than the run's; one that the template does not name is said."""
+    tokenizer, usual = tokenizer_of("qwen3"), texts(encode(record(CHAT), tokenizer_of("qwen3")), tiny.qwen())
+    off = DataConfig(template_arguments=OFF)
+    for arguments in ({"enable_thinking": True}, {"enable_thinking": True, "budget": 3, "tokenize": True}):
+        found = encode(replace(record(CHAT), template_arguments=arguments), tokenizer, off)
+        assert texts(found, tiny.qwen()) == usual
+        assert ("unknown_template_argument" in found.changes) is (len(arguments) > 1)
+    assert texts(encode(record(CHAT), tokenizer, off), tokenizer)[0].endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(ConfigError, match="no such argument") as raised:
+        encode(record(CHAT), tokenizer, DataConfig(template_arguments={"enable_thinkin": False}))
+    assert "enable_thinking" in raised.value.expected
+    with pytest.raises(ConfigError, match="no such argument"):
+        prepare(tmp_path, jsonl(tmp_path, TEXT), template_arguments={"messages": []})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('100%%, %%Y, %%%Y, %R %D %h %C %e') }}",
+        "\n\n  {{ strftime_now('%Y') }}",
+        "  {% if true %}a{% endif %}\n  {{ strftime_now('%Y') }}",
+    ],
+)
+def test_a_pinned_template_renders_as_on_that_day(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tomorrow(chat_template_utils.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Tomorrow":
+            return cls(2031, 1, 2)
+
+    def written(template: str) -> Any:
+        return tiny.qwen().apply_chat_template([as_dict(QUESTION)], chat_template=template, tokenize=False)
+
+    pinned = written(pin_clock(template, "2031-01-02"))
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert pinned == written(template)
+    with_clock = tiny.with_template(tiny.qwen(), "{{ strftime_now('%d %b %Y') }}" + tiny.CHATML)
+    assert texts(encode(record(CHAT), with_clock), with_clock)[0].startswith("26 Jul 2024")

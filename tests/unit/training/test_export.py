@@ -1,0 +1,103 @@
+"""The verb `export`: models of all forms, from the files that training started from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.distributed.export import DTYPES, export_checkpoint
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.insight.console import Console
+from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.reference.digest import digest_model
+from dpo_dist.training.export import export_model
+from tests.support import tiny
+from tests.support.families import COMMON, LOW_RANK, ROUTED
+from tests.support.sft_adapter import write_sft_adapter
+from tests.support.tiny_model import write_model
+from tests.unit.distributed.test_checkpoint_export import checkpoint_of, weights_of
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run that trained an adapter above another one, with its only checkpoint."""
+    base = write_model(tmp_path / "base")
+    adapter = AdapterConfig(r=2, path=str(write_sft_adapter(base, tmp_path / "sft")), on_top=True)
+    config = RunConfig(
+        model=ModelConfig(path=str(base), dtype=Dtype.fp32, adapter=adapter),
+        reference=ReferenceConfig(store=str(tmp_path / "store")),
+        run=FolderConfig(dir=str(tmp_path / "run")),
+    )
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    above = replace(config, model=replace(config.model, adapter=AdapterConfig(r=2)))
+    checkpoint = checkpoint_of(weights_of(above), tmp_path / "run" / "checkpoints" / "step-000001")
+    found = digest_model(base, tmp_path / "store", adapter=start_folder(config.model)).digest
+    state = {"model": found, "step": 1, "steps": 2, "pairs_seen": 4, "reference_report": {}, "counts": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    return config
+
+
+@pytest.mark.parametrize("changed", ["base", "sft"])
+def test_changed_files_are_refused_where_they_become_part_of_the_result(
+    changed: str, config: RunConfig, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    (tmp_path / "run" / "environment.json").write_text('{"packages": {}}')
+
+    def export(output: str, **options: Any) -> None:
+        chosen = replace(config, export=ExportConfig(**options))
+        export_model(chosen, checkpoint, tmp_path / output, Console(None))
+
+    if changed == "base":
+        write_model(tmp_path / "base", seed=1)
+    else:
+        write_sft_adapter(tmp_path / "base", tmp_path / "sft", seed=4)
+    for options in ({"merge": True}, {}):
+        with pytest.raises(ConfigError, match="started from has changed") as found:
+            export("out", **options)
+        assert "model.adapter.path" in found.value.where
+        assert not (tmp_path / "out").exists()
+
+
+# Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe), convolutions (lfm2).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": LOW_RANK | ROUTED | {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 0,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_forms_have_their_trained_and_their_other_tensors(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "model")
+    fields = COMMON | FAMILIES[family] | {"vocab_size": len(tiny.qwen())}
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in causal_lm.state_dict().items():
+            if "correction_bias" in name:
+                tensor.copy_(torch.linspace(-2, 2, tensor.numel()).view_as(tensor))
+    causal_lm.save_pretrained(base)
+    model = ModelConfig(path=str(base), dtype=Dtype.fp32)
+    config = RunConfig(model=model, export=ExportConfig(dtype=dtype))
+    weights = weights_of(config)
+    export_checkpoint(checkpoint_of(weights, tmp_path / "step-000001"), tmp_path / "out", config)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    for name, tensor in [*causal_lm.named_parameters(), *causal_lm.named_buffers()]:
+        if name not in found:  # a buffer that no file has
+            continue
+        trained = weights[name].to(DTYPES[dtype]).float() if name in weights else tensor
+        assert torch.equal(found[name], trained)

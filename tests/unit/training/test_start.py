@@ -1,0 +1,423 @@
+"""The start of a run: lock, resume point, length, room on the disk; and the last files of a killed run."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
+from dpo_dist.foundation.files import staged_file, temporary_name, write_text
+from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.log import MetricsLog
+from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.recorder import Recorder
+from dpo_dist.insight.verdict.rules import NOTHING_TO_JUDGE
+from dpo_dist.training import run as run_module
+from dpo_dist.training.finish import finish
+from dpo_dist.training.resume import (
+    RunState,
+    check_configuration,
+    check_identity,
+    check_newest_checkpoint,
+    describe_change,
+    length_of,
+    read_state,
+    write_state,
+)
+from dpo_dist.training.start import (
+    Run,
+    Start,
+    check_disk_room,
+    describe_run,
+    find_start,
+    locked,
+    mark_started,
+)
+from tests.support.alone import ALONE
+from tests.support.one_weight import Run as Saves
+from tests.support.own_loss import OWN
+
+CONFIG = RunConfig(model=ModelConfig("somewhere"))
+IDENTITY = {"run_digest": run_digest(CONFIG), "data": "d", "eval_data": None, "model": "m", "reference": None}
+SUMMARY: dict[str, Any] = {"final": {"loss": 0.5}, "best": {}, "steps": 4, "pairs_seen": 24}
+Usage = namedtuple("Usage", "total used free")
+GIB = 2**30
+
+
+class Screen(Console):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def result(self, _kind: str, _content: Any, lines: Sequence[str]) -> None:
+        self.lines += lines
+
+
+def run_in(folder: Path, keep_last: int = 2, resume: Resume = Resume.auto) -> Run:
+    place, trainer = FolderConfig(str(folder), resume=resume), TrainerConfig(keep_last=keep_last)
+    return Run(replace(CONFIG, run=place, trainer=trainer), ALONE, Screen())
+
+
+def lines_of(run: Run) -> list[str]:
+    assert isinstance(run.console, Screen)
+    return run.console.lines
+
+
+def save_checkpoint(folder: RunFolder, step: int, **state: Any) -> None:
+    saver = CheckpointSaver(folder.checkpoints, 2, [], ALONE)
+    saver.save(step, {"step": step, **(state or IDENTITY)})
+    saver.commit()
+
+
+def state_of(outcome: RunOutcome) -> RunState:
+    return RunState(outcome, 4, dict(IDENTITY), SUMMARY if outcome is RunOutcome.exported else None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def recorder_in(folder: RunFolder) -> Recorder:
+    return Recorder(MetricsLog.open(folder, 4), Trackers(), print)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"outcome": "won", "step": 1, "identity": {}}'])
+def test_an_unreadable_state_is_an_error_and_no_fresh_start(content: str, folder: RunFolder) -> None:
+    folder.state.write_text(content)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        find_start(run_in(folder.path))
+
+
+@pytest.mark.parametrize("outcome", [RunOutcome.exported, RunOutcome.completed])
+@pytest.mark.parametrize("resume", [Resume.auto, Resume.must])
+def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
+    outcome: RunOutcome, resume: Resume, folder: RunFolder
+) -> None:
+    write_state(folder, state_of(outcome))
+    folder.model.mkdir()
+    (folder.model / "model.safetensors").touch()
+    assert find_start(run_in(folder.path, resume=resume)) == Start(finished=state_of(outcome))
+
+
+def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(folder: RunFolder) -> None:
+    write_state(folder, state_of(RunOutcome.completed))
+    folder.model.mkdir()
+    with pytest.raises(CheckpointError, match="its model and its checkpoints were removed"):
+        find_start(run_in(folder.path))
+    save_checkpoint(folder, 4)
+    start = find_start(run_in(folder.path))
+    assert (start.finished, start.step) == (None, 4)
+
+
+@pytest.mark.parametrize("outcome", [None, RunOutcome.started, RunOutcome.preempted])
+def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder: RunFolder) -> None:
+    if outcome is not None:
+        write_state(folder, replace(state_of(outcome), step=0))
+    assert find_start(run_in(folder.path)).checkpoint is None
+    folder.model.mkdir()
+    with pytest.raises(CheckpointError, match="move model/ away"):
+        find_start(run_in(folder.path))
+
+
+@pytest.mark.parametrize("name", ["data", "eval_data", "model", "reference"])
+def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> None:
+    check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state)
+    with pytest.raises(CheckpointError) as caught:
+        check_identity({**IDENTITY, name: "former"}, IDENTITY, folder.state)
+    assert name.replace("eval_data", "evaluation data") in caught.value.message
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(folder: RunFolder) -> None:
+    command = ["model.path=m", "data.train=[a.jsonl]", f"run.dir={folder}"]
+    former = load_run_config(command)
+    other = load_run_config([*command, "data.train=[b.jsonl]", "loss.beta=0.2", "trainer.log_every=7"])
+    recorded = {"run_digest": run_digest(former), "step": 4}
+    check_configuration(recorded, former, folder)
+    folder.config.write_text(to_yaml(former))
+    with pytest.raises(CheckpointError, match="belongs to another configuration") as caught:
+        check_configuration(recorded, other, folder)
+    assert caught.value.got == "data.train=[{'path': 'b.jsonl'}], loss.beta=0.2"
+    assert caught.value.expected == "data.train=[{'path': 'a.jsonl'}], loss.beta=0.1"
+
+
+def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> None:
+    recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
+    assert ">preempted<" in folder.report.read_text()
+    (folder.path / "model.tmp-0123456789ab").mkdir()
+    mark_started(run_in(folder.path), state_of(RunOutcome.started))
+    assert read_state(folder) == state_of(RunOutcome.started)
+    assert not folder.summary.exists()
+    assert ">preempted<" not in folder.report.read_text()
+    assert not list(folder.path.glob("model.*"))
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_the_report_of_a_killed_run_is_written_and_its_lost_files_again(
+    keep_last: int, folder: RunFolder
+) -> None:
+    save_checkpoint(folder, 4)
+    run, recorder = run_in(folder.path, keep_last), recorder_in(folder)
+    recorder.record({"step": 4, "loss": 0.5})
+    finish(run, state_of(RunOutcome.exported), recorder)
+    summary = json.loads(folder.summary.read_text())
+    assert summary.pop("verdict")["findings"] == []
+    assert summary == {**SUMMARY, "exit": "completed"}
+    state = read_state(folder)
+    assert state is not None
+    assert state.outcome is RunOutcome.completed
+    left = [] if keep_last == 0 else ["latest", "step-000004"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == left
+    files = [folder.summary, folder.log_history, folder.metrics_table]
+    before = {file: file.read_text() for file in files}
+    for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
+        for file in lost:
+            file.unlink()
+        finish(run, state, None)
+        assert folder.report.is_file()
+        assert {file: file.read_text() for file in files} == before
+        assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence", "warns"),
+    [
+        ('{"findings": [{"rule": "doubled_bos", "level": "error"}]}', "faults in the data", False),
+        ("{}", NOTHING_TO_JUDGE, True),
+    ],
+)
+def test_the_verdict_reads_the_findings_of_the_doctor(
+    report: str, sentence: str, warns: bool, folder: RunFolder
+) -> None:
+    write_text(folder.doctor_report, report)
+    run = run_in(folder.path)
+    finish(run, state_of(RunOutcome.exported), recorder_in(folder))
+    assert json.loads(folder.summary.read_text())["verdict"]["sentence"].startswith(sentence)
+    assert any(line.startswith(f"verdict: {sentence}") for line in lines_of(run))
+    assert any("the verdict ignores" in line for line in lines_of(run)) is warns
+
+
+def test_ranks_with_different_sources_of_a_loss_function_are_refused(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(folder.path)
+    run.config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
+    assert describe_run(run)["loss_function"].startswith(f"custom loss {OWN}")
+    monkeypatch.setattr(type(ALONE), "gather", lambda _, digest: [digest, "0" * 8])
+    with pytest.raises(ConfigError, match="different sources"):
+        describe_run(run)
+
+
+def test_a_run_directory_that_was_moved_away_is_not_made_again(tmp_path: Path) -> None:
+    moved = run_in(tmp_path / "moved away")
+    with pytest.raises(CheckpointError, match="a file of the run cannot be written"):
+        moved.write(lambda: write_state(moved.folder, state_of(RunOutcome.started)))
+    assert not moved.folder.path.exists()
+
+
+def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed(folder: RunFolder) -> None:
+    files = folder.state, folder.summary, folder.samples_file(2), folder.bad_step(3), folder.wandb_id
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    of_killed = [temporary_name(file) for file in files]
+    for file in of_killed:
+        file.touch()
+        os.utime(file, (0, 0))
+    with staged_file(folder.samples_file(3)) as own, locked(run_in(folder.path)):
+        assert own.exists(), "this process still writes it"
+        own.touch()
+        assert [file.exists() for file in of_killed] == [False] * 5
+        with pytest.raises(ConfigError, match="another process is training"), locked(run_in(folder.path)):
+            pass
+    with locked(run_in(folder.path)):
+        pass
+
+
+CHECKS = [
+    *("describe_run", "load_inputs", "check_keep_best", "check_identity", "describe_change"),
+    "check_disk_room",
+]
+
+
+@pytest.mark.parametrize("refusing", CHECKS)
+def test_a_refused_lengthening_leaves_the_finished_run_as_it_was(
+    refusing: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.metrics.mkdir()
+    files = [folder.config, folder.environment, folder.state, folder.summary, folder.report]
+    for file in files:
+        file.write_text(f"former {file.name}")
+    dataset = SimpleNamespace(labels=[], fingerprint="d")
+    inputs = SimpleNamespace(
+        eval_set=dataset,
+        train_set=dataset,
+        policy_files=SimpleNamespace(digest="m", folder=folder.path),
+        reference_files=None,
+        sampler=SimpleNamespace(steps=9),
+        weights=9,
+    )
+    answers: dict[str, Any] = {"load_inputs": inputs, "describe_run": {}, "describe_change": ""}
+    for name in CHECKS:
+        monkeypatch.setattr(run_module, name, lambda *_, name=name, **__: answers.get(name))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("refused")
+
+    monkeypatch.setattr(run_module, refusing, refuse)
+    start = Start(Checkpoint(folder.checkpoints / "step-000004", {"step": 4}))
+    with pytest.raises(ConfigError, match="refused"):
+        run_module._begin(run_in(folder.path), start)
+    assert [file.read_text() for file in files] == [f"former {file.name}" for file in files]
+
+
+# Length
+
+
+def config_of(folder: Path, *options: str) -> RunConfig:
+    return load_run_config(["model.path=m", "data.train=[a.jsonl]", f"run.dir={folder}", *options])
+
+
+def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
+    """A complete run of 8 steps."""
+    folder = RunFolder.of(config)
+    identity: dict[str, Any] = {"run_digest": run_digest(config), "length": length_of(config)}
+    folder.model.mkdir(parents=True)
+    (folder.model / "model.safetensors").touch()
+    folder.config.write_text(to_yaml(config))
+    write_state(folder, RunState(RunOutcome.completed, 8, identity))
+    if has_checkpoint:
+        save_checkpoint(folder, 8, steps=8, pairs_seen=500, **identity)
+
+
+def start_of(config: RunConfig) -> Start:
+    return find_start(Run(config, ALONE, Screen()))
+
+
+@pytest.mark.parametrize(
+    ("former", "new", "is_longer"),
+    [
+        ([], ["trainer.epochs=2"], True),
+        ([], ["trainer.max_steps=9"], True),
+        (["trainer.max_steps=8"], ["trainer.max_steps=9"], True),
+        (["trainer.epochs=2"], ["trainer.epochs=1"], False),
+        ([], ["trainer.max_steps=8"], False),
+        ([], ["trainer.max_steps=3"], False),
+        (["trainer.max_steps=8"], ["trainer.max_steps=7"], False),
+        (["trainer.max_steps=8"], ["trainer.epochs=4"], False),
+    ],
+)
+def test_a_complete_run_continues_to_a_greater_length_only(
+    former: list[str], new: list[str], is_longer: bool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, *former)
+    complete(config)
+    assert start_of(config).finished is not None
+    longer = config_of(tmp_path, *new)
+    if not is_longer:
+        with pytest.raises(CheckpointError, match="to a greater length only") as error:
+            start_of(longer)
+        assert error.value.expected.endswith(", 8 steps")
+        return
+    assert start_of(longer).step == 8
+    # The config.yaml and the state of a start that was killed before its first checkpoint.
+    RunFolder.of(longer).config.write_text(to_yaml(longer))
+    state = RunState(RunOutcome.started, 8, {"run_digest": run_digest(longer)})
+    write_state(RunFolder.of(longer), state)
+    assert start_of(longer).step == 8
+
+
+def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
+    complete(config_of(tmp_path))
+    other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5")
+    assert start_of(other).finished is not None, "which `train` then refuses"
+    RunFolder.of(other).state.unlink()
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        start_of(other)
+
+
+def test_without_a_checkpoint_a_run_cannot_become_longer(tmp_path: Path) -> None:
+    complete(config_of(tmp_path), has_checkpoint=False)
+    with pytest.raises(CheckpointError, match="no checkpoint from which it could continue"):
+        start_of(config_of(tmp_path, "trainer.epochs=2"))
+
+
+def test_the_line_about_another_length_names_a_partial_batch() -> None:
+    config, state = config_of(Path("run")), {"step": 8, "steps": 8, "pairs_seen": 500}
+    assert describe_change(state, config, 8) == ""
+    line = describe_change(state, config, 16)
+    assert line.startswith("training longer: 16 steps in place of 8; ")
+    assert line.endswith("the next 12 pairs of the order are not trained")
+
+
+def test_before_processes_join_only_runs_that_cannot_continue_are_refused(tmp_path: Path) -> None:
+    complete(config_of(tmp_path, "trainer.epochs=2"))
+    for options in (["trainer.epochs=2"], ["trainer.epochs=3"], ["trainer.max_steps=9"]):
+        check_newest_checkpoint(config_of(tmp_path, *options, "parallelism.kind=ddp"))
+    for refused, words in (
+        ("trainer.epochs=1", "greater length only"),
+        ("optim.lr=0.5", "another configuration"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            check_newest_checkpoint(config_of(tmp_path, refused))
+        check_newest_checkpoint(config_of(tmp_path, refused, "run.resume=never"))
+
+
+# Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.
+
+
+def check_room(
+    run_dir: Path, steps_done: int = 0, steps: int = 100, adapter: AdapterConfig | None = None, **trainer: Any
+) -> None:
+    place, model = FolderConfig(dir=str(run_dir)), ModelConfig(path="m", adapter=adapter)
+    config = RunConfig(run=place, model=model, trainer=TrainerConfig(**trainer))
+    check_disk_room(config, GIB, steps_done, steps)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "there", "gib"),
+    [
+        ({"save_every": 10}, (), 36),  # two kept, and the one that is written beside them
+        ({"save_every": 10, "keep_last": 1}, (), 24),
+        ({"save_every": 10, "keep_last": 0}, (), 24),
+        ({"save_every": 50}, (), 26),  # two in all, and the model beside them
+        ({"save_every": 0}, (), 14),
+        ({"save_every": 10, "steps_done": 95}, (), 14),
+        ({"save_every": 10, "steps": 11, "steps_done": 9}, (), 26),
+        ({"save_every": 10, "steps": 100, "steps_done": 100}, (), 2),  # the model alone is missing
+        ({"save_every": 0, "keep_best": "eval_loss", "eval_every": 10}, (), 48),
+        ({"save_every": 10, "steps_done": 20, "keep_last": 1}, (10, 20), 12),
+        ({"save_every": 10, "steps_done": 20, "keep_last": 2}, (10, 20), 12),
+        ({"save_every": 10, "steps_done": 20, "keep_last": 3}, (10, 20), 24),
+    ],
+)
+def test_the_room_is_that_of_the_checkpoints_at_a_time(
+    trainer: dict[str, Any], there: tuple[int, ...], gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    saves = Saves(tmp_path / "checkpoints", keep_last=3)
+    saves.start()
+    saves.save(*there)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 0, gib * GIB))
+    check_room(tmp_path, **trainer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 0, gib * GIB - 1))
+    with pytest.raises(ConfigError, match="no room"):
+        check_room(tmp_path, **trainer)
+    check_room(tmp_path, adapter=AdapterConfig(), **trainer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    check_room(tmp_path, **trainer)
