@@ -42,7 +42,7 @@ from tests.dist.scenario import (
     files_of,
     load_policy,
     plain_training,
-    reference_sums,
+    reference_values,
 )
 from tests.dist.scenario import plain_steps as plain_packed_steps
 from tests.dist.test_engine import write_whole
@@ -106,8 +106,9 @@ def plain_steps(
         rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
         batches = [[row] for row in rows] if alone else [rows]
         scored = torch.cat([logps for of_batch in batches for logps in row_logps(model, of_batch)])
-        sums, lengths = reference_sums(dataset, values, indices)
-        return preference_loss(sum_by_response(scored, lengths), sums.to(scored.dtype), LOSS).mean()
+        reference, lengths = reference_values(dataset, values, indices)
+        sums = (sum_by_response(logps, lengths) for logps in (scored, reference.to(scored.dtype)))
+        return preference_loss(*sums, LOSS).mean()
 
     return plain_training(model, [partial(loss, indices) for indices, _ in STEPS])
 
