@@ -65,11 +65,7 @@ Model: TypeAlias = PackedCausalLM | PreTrainedModel
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or of a model on the Hugging Face Hub.
-
-    Raises:
-        ConfigError: there is no such model, or it has no tokenizer.
-    """
+    """Load the tokenizer of a model folder or of a model on the Hugging Face Hub."""
     return load.load_tokenizer(model_folder(path, revision), ModelConfig(path=path))
 
 
@@ -83,15 +79,8 @@ def load_model(
 ) -> PackedCausalLM:
     """Load a model folder, or a model on the Hugging Face Hub, in evaluation mode.
 
-    Args:
-        path: `model.path`.
-        revision: of a model on the hub.
-        dtype: precision of weights and forward pass; log-probs are float32 in either.
-        device: for example "cuda".
-        max_length: tokens of the longest prompt plus response.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or packed log-probs are not exact for its architecture.
+    `dtype` is the precision of weights and forward pass, log-probs are float32 in either; `max_length` the
+    tokens of the longest prompt plus response. A model for which packed log-probs are not exact is an error.
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
@@ -104,17 +93,7 @@ def read_pairs(
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
     """Read a source and encode its records as training does, in the order of the source.
 
-    Args:
-        source: a path, a hub name, or both with options, as one entry of `data.train`.
-        tokenizer: of the policy.
-        data_config: lengths, truncation and templates, and how rankings are split; by default the defaults.
-
-    Returns:
-        The examples, and the records that cannot be used, each with its reason.
-
-    Raises:
-        DataError: the source cannot be read.
-        ConfigError: the tokenizer does not fit the data.
+    Returns the examples, and the records that cannot be used, each with its reason.
     """
     limits = data_config or DataConfig()
     pairs: list[EncodedExample] = []
@@ -133,20 +112,10 @@ def token_logps(
 ) -> list[Tensor]:
     """Return the log-probs of every response, in one packed forward pass per micro-batch.
 
-    Tokens that the loss does not count (`EncodedExample.trained`) are included, as in the store.
-
-    Gradients are recorded unless `torch.no_grad()` is active.
-
-    Args:
-        model: of `load_model`, or a causal language model of transformers in evaluation mode; left as it was.
-        pairs: of `read_pairs`.
-        micro_batch_tokens: as `trainer.micro_batch_tokens`; a longer pair is a micro-batch of its own.
-
-    Returns:
-        float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
-
-    Raises:
-        ConfigError: packed log-probs are not exact for this model, or it is in training mode.
+    float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
+    Tokens that the loss does not count (`EncodedExample.trained`) are included, as in the store. Gradients
+    are recorded unless `torch.no_grad()` is active. A causal language model of transformers, in evaluation
+    mode, is left as it was.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     logps: list[Tensor] = []
@@ -165,10 +134,7 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Return `token_logps` summed per response over the tokens that the loss counts; of at least one pair.
-
-    `ld_alpha` is that of the loss, if it has one. Other arguments and errors as `token_logps`.
-    """
+    """Return `token_logps` summed per response over the tokens that the loss counts; of at least one pair."""
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
 
@@ -179,14 +145,7 @@ def response_keys(pairs: Sequence[EncodedExample]) -> Keys:
 
 
 def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
-    """Open all log-probs below `reference.store` for reading; nothing is written.
-
-    Returns:
-        One store for each fingerprint: reference model (`label`) and numerics (`profile`).
-
-    Raises:
-        ReferenceModelError: the folder does not exist or cannot be read.
-    """
+    """Open the log-probs below `reference.store` for reading, one store for each model and its numerics."""
     root = Path(folder)
     found = map(read_fingerprint, fingerprint_folders(root))
     return [(each, LogpStore(root, [each])) for each in found if each is not None]
@@ -195,30 +154,18 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
 def stored_pair_logps(
     store: LogpStore, pairs: Sequence[EncodedExample], *, ld_alpha: float | None = None
 ) -> PairLogps:
-    """Return stored reference log-probs of pairs, summed per response over the tokens that the loss counts.
-
-    Raises:
-        ReferenceModelError: the store lacks a response; `store.contains(response_keys(pairs))` names it.
-    """
+    """Return stored log-probs of pairs, summed per response over the tokens that the loss counts."""
     values = [torch.from_numpy(values.copy()) for values in store.read(response_keys(pairs))]
     return _summed(pairs, values, ld_alpha)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return the metrics rows of a run (log_history.json), one for each logged step and each evaluation.
-
-    Raises:
-        ConfigError: the folder has no metrics.
-    """
+    """Return the metrics rows of a run (log_history.json), one for each logged step and each evaluation."""
     return _read(RunFolder(Path(run_dir)).log_history, read_rows)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """Return summary.json of a run that has ended.
-
-    Raises:
-        ConfigError: the folder has no summary.
-    """
+    """Return summary.json of a run that has ended."""
     return _read(RunFolder(Path(run_dir)).summary, lambda file: dict(json.loads(file.read_text())))
 
 

@@ -20,11 +20,7 @@ from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
 def main(config: RunConfig) -> int:
-    """Examine the data of `config`, write the report into the run directory, print it; return the exit code.
-
-    Raises:
-        DpoDistError: the configuration or the data cannot be read.
-    """
+    """Examine the data of `config`, write and print the report; return the exit code."""
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
             "the doctor is one process",

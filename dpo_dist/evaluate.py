@@ -14,11 +14,7 @@ from dpo_dist.training.targets import find_evaluated
 
 
 def main(config: RunConfig) -> int:
-    """Write metrics with intervals, and the scores of every pair; return the exit code.
-
-    Raises:
-        DpoDistError: a model or the data cannot be read.
-    """
+    """Write metrics with intervals, and the scores of every pair; return the exit code."""
     config = with_evaluated_pairs(config)
     models = find_evaluated(config)
     with started(config) as console:
@@ -28,11 +24,7 @@ def main(config: RunConfig) -> int:
 
 
 def check(config: RunConfig) -> int:
-    """Check everything that `main` needs before it uses a GPU; return the exit code.
-
-    Raises:
-        DpoDistError: the first check that fails.
-    """
+    """Check everything that `main` needs before it uses a GPU; return the exit code."""
     config = with_evaluated_pairs(config)
     models = find_evaluated(config)
     with without_traces(config, of_success=True):

@@ -17,11 +17,7 @@ from dpo_dist.training.preflight import started
 
 
 def main(config: RunConfig) -> int:
-    """Store the reference log-probs that the run of `config` needs; return the exit code.
-
-    Raises:
-        DpoDistError: they cannot be computed or stored.
-    """
+    """Store the reference log-probs that the run of `config` needs; return the exit code."""
     check_needs(config, "precompute")
     _check_mode(config)
     stop = StopRequest(max_seconds=config.trainer.max_seconds)

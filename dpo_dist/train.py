@@ -19,13 +19,7 @@ from dpo_dist.training.resume import check_newest_checkpoint
 
 
 def main(config: RunConfig) -> int:
-    """Train `config`, from its last checkpoint if there is one; return the exit code.
-
-    May be called again in the same process.
-
-    Raises:
-        DpoDistError: the run cannot start or continue.
-    """
+    """Train `config`, from its last checkpoint if there is one; return the exit code."""
     check_needs(config, "train")
     check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
@@ -36,15 +30,7 @@ def main(config: RunConfig) -> int:
 
 
 def check(config: RunConfig, *, trains: bool = True) -> int:
-    """Check everything that the run of `config` needs before it uses a GPU; return the exit code.
-
-    Args:
-        config: of the run.
-        trains: whether the run trains, and does not only score its pairs.
-
-    Raises:
-        DpoDistError: the first check that fails.
-    """
+    """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_needs(config, "train")
     check_newest_checkpoint(config)
     with without_traces(config, of_success=True):

@@ -5,26 +5,22 @@ Run it after a change of a key or a kind of loss: `.venv/bin/python scripts/writ
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dpo_dist.config.fields import EVERY_VERB
 from dpo_dist.config.keys import Key, all_keys, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_README = """
-run.dir run.root run.resume
-model.path model.dtype model.gradient_checkpointing model.attention model.adapter model.quantization
-data.train data.eval data.max_length data.truncation data.ranked data.on_bad_record
-loss.kind loss.beta loss.label_smoothing loss.terms
-reference.mode reference.path reference.offload reference.store
-optim.lr optim.schedule optim.warmup_ratio
+run.dir model.path model.dtype model.gradient_checkpointing model.adapter data.train data.eval data.max_length
+loss.kind loss.beta reference.mode reference.path optim.lr optim.warmup_ratio
 trainer.global_batch_pairs trainer.micro_batch_tokens trainer.epochs trainer.max_steps trainer.eval_every
-trainer.save_every trainer.keep_last trainer.seed
-parallelism.kind parallelism.offload_parameters parallelism.offload_optimizer
-tracking.wandb
+trainer.save_every parallelism.kind tracking.wandb
 """
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds; docs/losses.md describes them below its table."""
@@ -84,25 +80,22 @@ def _configuration() -> str:
     parts = [
         "# Configuration\n",
         "<!-- written by scripts/write_key_docs.py from dpo_dist/config; edit the declarations there -->\n",
-        "Every key can be set on the command line: `loss.beta=0.2`. `--help KEY` prints one of them, "
-        "`--cfg job` the values\nof a run, `--cfg schema` the JSON schema of all keys, for editors. "
-        "A command with mistakes ends with one error that\nanswers each of them.\n",
-        "A YAML file of your own has any of these keys; the others have their defaults:\n",
+        "Every key can be set on the command line: `loss.beta=0.2`. `--help KEY` explains one, `--cfg job` "
+        "prints the values\nof a run, `--cfg schema` the JSON schema of all keys, for editors. "
+        "All mistakes of a command are one error.\n",
+        "A YAML file of your own has any of these keys:\n",
         "    python -m dpo_dist.train my.yaml loss.beta=0.2\n",
         "    # my.yaml\n    model: {path: Qwen/Qwen2.5-0.5B}\n"
         "    data: {train: [pairs.jsonl], eval_share: 0.05}\n"
         "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
         "    optim.lr: 1e-6\n",
-        "Several files are merged from left to right. The order is: defaults, presets, experiments "
-        "(`+experiment=NAME`), files,\nthe command line with its presets; later ones win. Presets and "
-        "experiments are in [conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` "
-        "and the like.\n",
+        "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
+        "command line; in each, keys\nover presets (`loss=ipo`). Presets and experiments are in "
+        "[conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` and the like.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
-        "On the command line\na key that the verb does not read is an error; experiments and files "
-        "may have it, as they serve several verbs.\n"
-        "`precompute`, `evaluate`, `doctor`, `export` and `pairs` with rounds "
-        "take the command line of `train`;\n"
-        "`export run.dir=...` refuses other values than those of its run.\n",
+        "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
+        "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
+        "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
     ]
     # Entries of data.eval have the keys of those of data.train; a weight has no effect on evaluation data.
     left_out = ("data.eval[]", "evaluation.data[].weight")
@@ -110,19 +103,24 @@ def _configuration() -> str:
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():
         rows = [key for key in keys if key.name.startswith(f"{section}.")]
-        parts += [f"## `{section}`\n", f"{meaning}\n", _full_table(rows)]
+        verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
+        parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", _full_table(rows, verbs)]
     return "\n".join(parts)
 
 
-def _full_table(keys: Iterable[Key]) -> str:
+def _verbs(verbs: Sequence[str]) -> str:
+    return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
+
+
+def _full_table(keys: Iterable[Key], usual_verbs: Sequence[str]) -> str:
     heading = ("key", "type and bounds", "default", "meaning", "verbs", "digest")
     rows = (
         (
             _code(key.name),
-            key.type_words,
+            "as `loss.kind`" if key.name == "loss.terms[].kind" else key.type_words,
             _code(key.default_words),
             key.meaning,
-            ", ".join(key.verbs),
+            "" if key.verbs == usual_verbs else _verbs(key.verbs),
             "yes" if key.defines_result else "-",
         )
         for key in keys

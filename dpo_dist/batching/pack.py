@@ -177,7 +177,7 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
         layout=tuple(layout),
         target_places=target_places,
         targets=_int64(np.concatenate(responses)[is_target]),
-        response_tokens=_int64(_target_counts(responses, mask)),
+        response_tokens=_int64(np.bincount(target_places[0], minlength=len(responses))),
         keys=keys,
         weights=torch.ones(len(sequences)),
         ranking=_ranking([len(pair.responses) for pair in sequences]),
@@ -201,13 +201,6 @@ def _mask(sequences: Sequence[Sequences]) -> Mask | None:
         return None
     masks = [pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences]
     return np.concatenate(list(itertools.chain(*masks)))
-
-
-def _target_counts(responses: Sequence[Ids], mask: Mask | None) -> npt.NDArray[np.int64]:
-    lengths = np.array([len(response) for response in responses])
-    if mask is None:
-        return lengths
-    return np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
 
 
 def _ranking(counts: Sequence[int]) -> Tensor | None:
@@ -247,12 +240,7 @@ class Rows:
 
 
 def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
-    """Return `batch` as rows, in the order of its responses; on any device, without a synchronization.
-
-    Args:
-        batch: with any layout.
-        pad_id: token id of the padding.
-    """
+    """Return `batch` as rows, in the order of its responses; on any device, without a synchronization."""
     indices: list[npt.NDArray[np.int64]] = []
     starts: list[tuple[int, int, int]] = []  # of each response: its prompt, the prompt's length, itself
     start = 0

@@ -25,9 +25,7 @@ class Arrangement(StrEnum):
 def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
     """Return the tokens that the forwards of a micro-batch compute, with their padding.
 
-    Args:
-        layout: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
-        arrangement: of the responses.
+    `layout`: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
     """
     if arrangement is Arrangement.packed:
         return sum(map(sum, layout))
@@ -46,18 +44,14 @@ def size_in_words(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> 
 def consecutive_batches(
     layout: Sequence[Sequence[int]], budget: int, arrangement: Arrangement
 ) -> list[range]:
-    """Return micro-batches of consecutive examples, indices in `layout`.
+    """Return micro-batches of consecutive examples, indices in `layout`, of at most `budget` computed tokens.
 
-    Args:
-        layout: as in `computed_tokens`.
-        budget: most computed tokens of a micro-batch; a longer example is a micro-batch of its own.
-        arrangement: of the responses.
+    A longer example is a micro-batch of its own.
     """
     batches: list[range] = []
     for stop in range(1, len(layout) + 1):
         start = batches[-1].start if batches else 0
-        fits = bool(batches) and computed_tokens(layout[start:stop], arrangement) <= budget
-        if fits:
+        if batches and computed_tokens(layout[start:stop], arrangement) <= budget:
             batches[-1] = range(start, stop)
         else:
             batches.append(range(stop - 1, stop))
@@ -70,12 +64,8 @@ CountT = TypeVar("CountT", int, Counts)
 
 @dataclass(frozen=True)
 class Reach:
-    """A limit of the keys that queries see in some layers.
-
-    Attributes:
-        tokens: of a sliding window, or of a chunk.
-        share: of all layers.
-        in_chunks: whether sequences are cut in chunks; else a query sees so many keys, itself included.
+    """A limit of the keys that queries see in a share of all layers: a sliding window of so many tokens,
+    itself included, or sequences cut in chunks of them.
     """
 
     tokens: int
@@ -167,12 +157,9 @@ def example_sizes(
 ) -> ExampleSizes:
     """Return the sizes of many examples.
 
-    Args:
-        prompt_tokens: int64 [examples].
-        response_tokens: int64 [responses], those of the first example, of the second, ...
-        responses: int64 [examples], number of responses of each example, at least one.
-        costs: of the model that computes them.
-        response_targets: int64 [responses], tokens of each response to score; None: all.
+    `prompt_tokens` and `responses`, the number of responses, at least one: int64 [examples].
+    `response_tokens` and `response_targets`, the tokens to score (None: all): int64 [responses], those of the
+    first example, of the second, ...
     """
     firsts = np.cumsum(responses) - responses
     stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
@@ -204,14 +191,9 @@ def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) 
     As few micro-batches as possible; the ranks get work of equal cost in each micro-batch and in the whole
     step, so that they wait little for each other. An example above the budget is alone in its micro-batch.
 
-    Args:
-        sizes: of each example.
-        world_size: number of ranks.
-        token_budget: tokens that fit in one micro-batch, with their padding.
-
-    Returns:
-        ``plan[micro_batch][rank]``: indices in `sizes`; empty if the rank computes a dummy. Every rank has
-        the same number of micro-batches (law L2).
+    `token_budget`: tokens that fit in one micro-batch, with their padding. The plan, by micro-batch and rank,
+    has indices in `sizes`; none where a rank computes a dummy: all have the same number of micro-batches
+    (law L2).
     """
     if not len(sizes.tokens):
         return []
@@ -301,9 +283,8 @@ def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
 def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
     """Assign examples of similar lengths to a bin, of which all rows are padded to its longest.
 
-    Returns:
-        The bin of each example, and the number of micro-batches: as few as possible. The bins are as small as
-        a few trials find possible, so that the ranks compute about as much.
+    Return the bin of each example, and the number of micro-batches: as few as possible. The bins are as small
+    as a few trials find possible, so that the ranks compute about as much.
     """
     bins = _cut_rows(rows, longest, budget)
     micro_batches = -(-int(bins.max() + 1) // world_size)

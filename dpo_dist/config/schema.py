@@ -405,7 +405,7 @@ class TrainerConfig:
         None, "Steps of this start after which the run saves and exits with code 75.", ge=1, free=True
     )
     max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", gt=0, free=True
+        None, "Seconds after which the run saves and exits with code 75.", gt=0, le=1e9, free=True
     )
 
 

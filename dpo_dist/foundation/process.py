@@ -183,7 +183,6 @@ _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _LISTENING_SECONDS = 0.1
 _MAIN_THREAD_SECONDS = 1.0
-_LONGEST_TIMER_SECONDS = 1e9  # 31 years; the system takes no number above its own clock
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
@@ -264,13 +263,9 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Answer the signals that ask to stop, and the end of `max_seconds`, inside the block.
 
-        The first signal asks to stop within `deferred`, and raises elsewhere. A later one, unless it is an
-        echo of the first, ends the process at once with 128 + its number. Outside of the main thread, where
-        Python answers no signals, nothing is changed. If the launcher of this process dies, that counts as
-        SIGTERM.
-
-        Raises:
-            StoppedError: at the first signal, outside of `deferred`.
+        The first signal asks to stop within `deferred`, and raises StoppedError elsewhere. A later one, if it
+        is no echo of the first, ends the process at once with 128 + its number. Outside of the main thread
+        nothing is changed. The death of the launcher counts as SIGTERM.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -280,8 +275,7 @@ class StopRequest:
         }
         self._arrivals = Arrivals()
         if self._deadline < math.inf:
-            seconds = max(1e-3, self._deadline - time.monotonic())
-            signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_TIMER_SECONDS))
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
             with ended_with_launcher():
                 yield

@@ -1,6 +1,5 @@
 """The files of the adapter that a policy starts from; imports no torch, so that errors appear at once."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,17 @@ def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | 
     adapter: AdapterConfig | None = config.adapter
     if adapter is None or start is None or adapter.on_top:
         return adapter
-    return replace(_read_config(start), path=adapter.path)
+    found: Any = read_model_json(start / ADAPTER_CONFIG)
+    variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
+    layers, saved = modules_on_disk(start)
+    return AdapterConfig(
+        path=adapter.path,
+        r=found.get("r", 8),
+        alpha=float(found.get("lora_alpha", 8)),
+        target_modules=layers,
+        variant=AdapterVariant.dora if found.get("use_dora") else variant,
+        modules_to_save=saved,
+    )
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
@@ -107,19 +116,6 @@ def is_repeated(name: str) -> bool:
 def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     """Return the folder whose tokenizer and chat template a policy has: the adapter's, if it has them."""
     return adapter if adapter is not None and has_tokenizer(adapter) else base
-
-
-def _read_config(folder: Path) -> AdapterConfig:
-    found: Any = read_model_json(folder / ADAPTER_CONFIG)
-    variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
-    layers, saved = modules_on_disk(folder)
-    return AdapterConfig(
-        r=found.get("r", 8),
-        alpha=float(found.get("lora_alpha", 8)),
-        target_modules=layers,
-        variant=AdapterVariant.dora if found.get("use_dora") else variant,
-        modules_to_save=saved,
-    )
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -162,12 +158,9 @@ def unsupported(folder: Path, got: str) -> ConfigError:
 
 def base_notes(config: ModelConfig, start: Path | None) -> list[str]:
     """Return a warning if the adapter in `start` names another base than `model.path`, by its last part."""
-    named = "" if start is None else read_model_json(start / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named.strip():
-        return []
-    local = Path(config.path).expanduser()
-    own = local.resolve().name if local.is_dir() else local.name
-    if Path(named).name.lower() == own.lower():
+    content = {} if start is None else read_model_json(start / ADAPTER_CONFIG)
+    named = str(content.get("base_model_name_or_path") or "")
+    if not named or Path(named).name.lower() == Path(config.path).expanduser().resolve().name.lower():
         return []
     return [
         f"warning: the adapter of model.adapter.path was trained on {named}, model.path is {config.path}; on "

@@ -31,15 +31,9 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
-        raise _error(
-            "the loss function raises an error",
-            f"{config.function} on three invented pairs: {type(error).__name__}: {error}",
-            "function(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor",
-        ) from error
-    if losses.is_complex():
-        fault, wanted = "complex numbers", "real losses"
-    elif not losses.isfinite().all():
-        fault, wanted = "values that are not finite", "finite losses for finite log-probs"
+        raise _error(f"{type(error).__name__}: {error}", "a function that raises no error") from error
+    if losses.is_complex() or not losses.isfinite().all():
+        fault, wanted = "values that are not finite real numbers", "finite losses for finite log-probs"
     elif not gradients:
         fault, wanted = "a loss without a gradient", "a loss computed from policy.chosen or policy.rejected"
     elif not all(gradient.isfinite().all() for gradient in gradients):
@@ -49,7 +43,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
         wanted = "a loss of each pair that does not depend on the other pairs (no mean, no sorting over them)"
     else:
         return f"custom loss {find_function(config.function)}"
-    raise _error("the loss function cannot be used for training", f"{fault}; {losses.tolist()}", wanted)
+    raise _error(f"{fault}; {losses.tolist()}", wanted)
 
 
 def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
@@ -57,13 +51,17 @@ def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
     leaves = columns[0].clone().requires_grad_(), columns[1].clone().requires_grad_()
     reference = PairLogps(columns[2], columns[3], columns[4], columns[5])
     losses = preference_loss(PairLogps(*leaves, columns[4], columns[5]), reference, config)
-    if not losses.requires_grad:
+    if not losses.requires_grad or losses.is_complex():
         return losses, []
-    total = losses.real.sum() if losses.is_complex() else losses.sum()
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     return losses, [gradient for gradient in gradients if gradient is not None]
 
 
-def _error(message: str, got: str, expected: str) -> ConfigError:
-    remedy = "correct the function; docs/python.md describes its arguments and what it must return"
-    return ConfigError(message, where="loss.function", got=got, expected=expected, remedy=remedy)
+def _error(got: str, expected: str) -> ConfigError:
+    return ConfigError(
+        "the loss function cannot be used for training",
+        where="loss.function",
+        got=f"on three invented pairs: {got}",
+        expected=expected,
+        remedy="correct the function; docs/python.md describes its arguments and what it must return",
+    )

@@ -61,8 +61,8 @@ class PairLogps:
             )
         between = None
         if self.between is not None and reference.between is not None:
-            if self.between_tokens is None or reference.between_tokens is None:
-                raise ValueError("between_tokens is missing: ranked responses need their numbers of tokens")
+            assert self.between_tokens is not None
+            assert reference.between_tokens is not None
             # No error is raised here: the host would have to wait for the device.
             is_missing = (reference.between_tokens == 0) & (self.between_tokens > 0)
             between = (self.between - reference.between).masked_fill(is_missing, torch.nan)
@@ -112,14 +112,10 @@ def _by_pair(values: Tensor, ranking: Tensor | None) -> Tensor:
 
 
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:
-    """Return the weights of tokens for length-desensitised losses (arXiv 2409.06411).
+    """Return the weights of tokens for length-desensitised losses (arXiv 2409.06411), float32 [targets].
 
-    Args:
-        pair_tokens: completion tokens of each pair's responses.
-        ld_alpha: weight of a response's tokens beyond the length of its pair's shortest response.
-
-    Returns:
-        float32 [targets], 1 or `ld_alpha`, response after response.
+    It is `ld_alpha` for a response's tokens beyond the length of its pair's shortest response, else 1.
+    `pair_tokens`: completion tokens of each pair's responses.
     """
     parts = [torch.empty(0)]
     for responses in pair_tokens:
@@ -133,13 +129,9 @@ def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) 
 def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor], PairLogps]) -> Tensor:
     """Return each pair's weight by its likelihood under the policy (WPO, arXiv 2406.11827, equation 2).
 
-    Args:
-        token_logps: float32 [targets], of the policy.
-        collisions: float32 [targets], log of the sum of p(v)^2 over the vocabulary at each target.
-        sums: sums values of targets by response (`sum_by_response`).
-
-    Returns:
-        float64 [pairs], product over both responses of exp(mean over tokens of `token_logps - collisions`).
+    They are float64 [pairs]: the product over both responses of exp(mean over tokens of
+    `token_logps - collisions`). `collisions`: float32 [targets], log of the sum of p(v)^2 over the vocabulary
+    at each target. `sums` sums values of targets by response (`sum_by_response`).
     """
     typicality = sums(token_logps - collisions)
     return torch.exp(typicality.mean_chosen + typicality.mean_rejected)

@@ -26,10 +26,9 @@ _Margin = TypeVar("_Margin", float, Tensor)
 class RunningMeans:
     """Means over the earlier steps of a run, equal on all ranks.
 
-    Attributes:
-        margin: moving average over steps of the mean of `b h` (M0 of `beta_dpo`); None before the first step.
-        reward: mean over all pairs so far of the mean reward of their two responses (d of `bco_pair`).
-        pairs: number of pairs in `reward`.
+    `margin` is the moving average over steps of the mean of `b h` (M0 of `beta_dpo`), None before the first
+    step; `reward` the mean over all `pairs` so far of the mean reward of their two responses (d of
+    `bco_pair`).
     """
 
     margin: float | None = None
@@ -65,12 +64,9 @@ _LARGEST_MEAN_LOGP = -1e-6  # of a response; above it the odds of orpo overflow 
 class BatchFacts:
     """Inputs of a loss besides log-probs; each is used by some losses only.
 
-    Attributes:
-        mean_chosen_tokens: mean `nw` over the *global* batch: divided by it, `sft` is a token mean over that
-            batch. None: the given pairs are the global batch.
-        score_gaps: [pairs], score of chosen minus score of rejected (`odpo`).
-        pair_weights: [pairs], factors of the losses (`weighting`); not of `sft`, which has one response.
-        running: means over earlier steps (`beta_dpo`, `bco_pair`).
+    `mean_chosen_tokens` is the mean `nw` over the *global* batch: divided by it, `sft` is a token mean over
+    that batch; None: the given pairs are the global batch. `score_gaps`, [pairs]: score of chosen minus score
+    of rejected (`odpo`). `pair_weights`, [pairs]: factors of the losses (`weighting`), but of `sft`.
     """
 
     mean_chosen_tokens: Tensor | float | None = None

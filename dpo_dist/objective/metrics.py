@@ -98,12 +98,7 @@ class MetricPlan:
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Values of the policy's tokens, summed over each response; None: not measured.
-
-    Attributes:
-        kl: `divergence` from the reference.
-        entropy: of the policy's distribution at each token, in nats.
-    """
+    """`divergence` and entropy (nats) of the policy's tokens, summed by response; None: not measured."""
 
     kl: PairLogps | None = None
     entropy: PairLogps | None = None
@@ -197,10 +192,8 @@ def metric_sums(
 ) -> MetricSums:
     """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
 
-    Args:
-        losses: [pairs], of `preference_loss`.
-        weights: float32 [pairs], 1 for a pair of the batch, 0 for a dummy.
-        sources: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
+    `losses`: [pairs], of `preference_loss`. `weights`: float32 [pairs], 1 for a pair of the batch, 0 for a
+    dummy. `sources`: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
     """
     loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
     measured = _of_pairs(loss, losses, policy, reference, tokens or TokenSums())

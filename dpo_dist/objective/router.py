@@ -36,10 +36,8 @@ def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
     Columns: how often each expert is selected, without a gradient; the sum of its probabilities; the sum of
     squared logsumexps.
 
-    Args:
-        logits: of each layer's router, [tokens, experts].
-        rows: [tokens], the number of rows of the plain batch that have the token; 0 for a dummy.
-        top_k: experts of a token.
+    `logits`: of each layer's router, [tokens, experts]. `rows`: [tokens], the number of rows of the plain
+    batch that have the token; 0 for a dummy. `top_k`: experts of a token.
     """
     layers = []
     for of_layer in logits:
@@ -67,10 +65,8 @@ class RouterLoss:
     def parts(self, sums: Tensor, selected: Tensor | None, rows_tokens: int) -> dict[str, Tensor]:
         """Return a micro-batch's part of each loss of the global batch, by the name of its metric.
 
-        Args:
-            sums: `routing_sums` of the micro-batch.
-            selected: `selections` of the global batch; None: without the load-balancing loss.
-            rows_tokens: tokens of the global batch, a prompt counted once for each response.
+        `sums`: `routing_sums` of the micro-batch. `selected`: `selections` of the global batch; None: without
+        the load-balancing loss. `rows_tokens`: tokens of the global batch, a prompt once for each response.
         """
         layers, experts = len(sums), sums.shape[1] // 2
         tokens = layers * rows_tokens

@@ -88,13 +88,10 @@ def _chunks(positions: int, weight: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The distributions at some positions.
+    """The distributions at some positions, float32 [n, vocab], and the log-probs of the targets.
 
-    Attributes:
-        probabilities: float32 [n, vocab].
-        logps: float32 [n], of the targets.
-        slopes: float32 [n, vocab], derivative of each changed logit with respect to the product of the output
-            layer, without the factor `LogitChange.scale`; None: 1.
+    `slopes`: float32 [n, vocab], derivative of each changed logit with respect to the product of the output
+    layer, without the factor `LogitChange.scale`; None: 1.
     """
 
     probabilities: Tensor

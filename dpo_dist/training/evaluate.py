@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +27,9 @@ from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, PairValues
-from dpo_dist.reference.engine import check_same_vocabulary, load_scored, scored_model
+from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
 from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
-from dpo_dist.training.loss import Objective, ScoredModel
+from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import evaluate
@@ -115,19 +115,9 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     return found
 
 
-class FreeableModel(ScoredModel, Protocol):
-    """A model that can be freed."""
-
-    model: PackedCausalLM
-
-    def free(self) -> None:
-        """Release its memory."""
-        ...
-
-
 def load_evaluated(
     run: Run, evaluated: Evaluated, inputs: EvaluationInputs
-) -> tuple[FreeableModel, RunningMeans, str | None]:
+) -> tuple[ReferenceEngine, RunningMeans, str | None]:
     """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
     Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
@@ -188,10 +178,7 @@ def write_evaluation(
     """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
     newest one; return its results.
 
-    Args:
-        model: its path.
-        means: exact means of all metrics of the evaluation.
-        revision: the commit of a model from the hub.
+    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
     found = results(

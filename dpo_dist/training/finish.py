@@ -110,11 +110,8 @@ def run_card(
 ) -> str:
     """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
 
-    Args:
-        rows: of log_history.json, up to the step of the model.
-        summary: content of summary.json, with `exit`, without `verdict`.
-        versions: of packages, by name.
-        is_evaluated: whether the last evaluation of training is one of this model.
+    `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
+    `is_evaluated`: whether the last evaluation of training is one of this model.
     """
     folder, evaluation = RunFolder.of(config), {}
     found = [""]

@@ -6,7 +6,6 @@ DeepSpeed applies no update whose gradient norm is not finite, and the norm is t
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -81,7 +80,10 @@ def write_bad_step(
     losses: Sequence[float],
 ) -> str:
     """Write source, line and loss of every pair of a skipped step; return a warning that names the cause."""
-    described = describe_pairs(dataset, pairs, losses)
+    described = [
+        {"source": origin.source, "line": origin.line, "loss": _json_number(loss)}
+        for origin, loss in zip(map(dataset.origin, pairs.tolist()), losses, strict=True)
+    ]
     norm = _json_number(totals.grad_norm)
     content = {"step": step, "loss": _json_number(totals.means["loss"]), "grad_norm": norm}
     write_text(folder.bad_step(step), json.dumps({**content, "pairs": described}, indent=1) + "\n")
@@ -91,17 +93,6 @@ def write_bad_step(
         f"{totals.grad_norm:.4g}; {first_few(named) or 'no pair alone is the cause'}; "
         f"all pairs of the step: {folder.bad_step(step)}"
     )
-
-
-def describe_pairs(
-    dataset: PreferenceDataset, pairs: Indices, losses: Sequence[float] | None = None
-) -> list[dict[str, Any]]:
-    """Return source and line of each pair, and its loss: a text if it is not finite."""
-    origins = [dataset.origin(int(pair)) for pair in pairs]
-    found: list[dict[str, Any]] = [{"source": one.source, "line": one.line} for one in origins]
-    for pair, loss in zip(found, losses or (), strict=False):
-        pair["loss"] = _json_number(loss)
-    return found
 
 
 def _json_number(value: float) -> float | str:

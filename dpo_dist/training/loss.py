@@ -52,13 +52,8 @@ class ReadyStep:
 class ScoredPairs:
     """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
 
-    Attributes:
-        policy: with a graph if gradients are enabled.
-        reference: None if the loss uses no reference.
-        weights: [pairs], 1 for a pair, 0 for a dummy.
-        labels: of the sources that metrics are divided by.
-        sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
-        routing: `objective.router.routing_sums`, if the loss has losses of routers.
+    `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
+    `labels`. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
     """
 
     policy: PairLogps
@@ -114,12 +109,8 @@ class Objective:
     ) -> Iterator[tuple[PackedBatch, ScoredPairs]]:
         """Yield each micro-batch on its device, scored by the reference and then by `model`; collective.
 
-        Args:
-            model: None: the reference, without a forward of another model.
-            batches: of this rank, on the host.
-            facts: of the global batch.
-            enter: called with each phase of a step.
-            is_evaluation: also compute entropies.
+        Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
+        also has entropies.
         """
         for host_batch in batches:
             enter("data")

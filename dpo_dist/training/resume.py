@@ -33,10 +33,8 @@ _DIGESTS = {
 class RunState:
     """Content of the state file.
 
-    Attributes:
-        step: the number of steps done; with `started` and `diverged`, at the last checkpoint.
-        summary: content of summary.json with `exported`, else None.
-        stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
+    `step`: steps done; with `started` and `diverged`, at the last checkpoint. `summary`: content of
+    summary.json with `exported`, else None. `stopped_by`: reasons of a stop: signals, limits, the tracker.
     """
 
     outcome: RunOutcome
@@ -205,14 +203,13 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
     state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
     is_finished = state is not None and state.is_finished
     is_shorter = state is not None and former_length(state.identity, config) is not None
+    again = f"to train from the beginning, delete {folder.state.name}, or set another run.dir"
     if is_shorter and (is_finished or has_model):
         fault = "this run has another length and no checkpoint from which it could continue to this one"
-        remedy = (
-            "set the length that it had, or another run.dir; runs with trainer.keep_last can be continued"
-        )
+        remedy = "set the length that it had, or another run.dir; trainer.keep_last keeps checkpoints"
     elif is_finished:
         fault = "this run is complete, but its model and its checkpoints were removed"
-        remedy = f"put {model} back, or delete {folder.state.name} to train again"
+        remedy = f"put {model} back; {again}"
     elif has_model:
         fault = "there is a model in the run directory, but no checkpoint to resume from"
         remedy = f"move {model} away to train again, or set another run.dir"
@@ -220,10 +217,7 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
     elif state is not None and state.step:
         fault = f"this run has done {state.step:,} steps, and its checkpoints are missing"
-        remedy = (
-            f"put them back, or mount their disk; to train from the beginning, delete {folder.state.name}, "
-            "or set another run.dir"
-        )
+        remedy = f"put them back, or mount their disk; {again}"
     else:
         return
     raise CheckpointError(fault, where=str(folder.checkpoints), remedy=remedy)

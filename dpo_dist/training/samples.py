@@ -34,11 +34,9 @@ _BATCH_TOKENS = 16384
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt.
+    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`.
 
-    Attributes:
-        fields: `prompt`, `prompt_id`, `source` and `chosen` of its rows.
-        language: of the chosen response; None if it is not clear.
+    `language`: of the chosen response; None if it is not clear.
     """
 
     request: Request

@@ -15,18 +15,11 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
 @dataclass
 class LogWindow:
-    """Sums over some steps: one, or those since the last logged row.
+    """Sums over some steps: one, or those since the last logged row, as every checkpoint has them.
 
-    A row of `trainer.log_every` steps has exact means over all pairs of these steps. The sums are part of
-    every checkpoint, so that a resumed run writes the same rows.
-
-    Attributes:
-        sums: over the global batches, by metric.
-        counts: of each metric: pairs, or a count of its own.
-        values: one value of a step by name: gradient norm, loss parameters that change, `time/*`.
-        learning_rate: of the last step.
-        tokens: unique tokens computed.
-        flops: useful operations on all ranks.
+    `sums` and `counts` are by metric; `values` has one value of a step by name: gradient norm, loss
+    parameters that change, `time/*`. `learning_rate` is of the last step, `tokens` are unique tokens
+    computed, `flops` useful operations on all ranks.
     """
 
     steps: int = 0
@@ -41,19 +34,13 @@ class LogWindow:
 
     def add(self, other: "LogWindow") -> None:
         """Add later steps."""
-        for totals, values in (
-            (self.sums, other.sums),
-            (self.counts, other.counts),
-            (self.values, other.values),
-        ):
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value
-        self.steps += other.steps
+        for totals in ("sums", "counts", "values"):
+            own = getattr(self, totals)
+            for name, value in getattr(other, totals).items():
+                own[name] = own.get(name, 0.0) + value
+        for total in ("steps", "pairs", "tokens", "flops", "seconds"):
+            setattr(self, total, getattr(self, total) + getattr(other, total))
         self.learning_rate = other.learning_rate
-        self.pairs += other.pairs
-        self.tokens += other.tokens
-        self.flops += other.flops
-        self.seconds += other.seconds
 
     def row(self, peak: float) -> dict[str, float]:
         """Return one row of the metrics log, without `step` and `epoch`.

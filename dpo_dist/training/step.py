@@ -43,9 +43,8 @@ def train_step(
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
 
-    Returns:
-        This rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
-        all ranks, infinite if the update was skipped.
+    Return this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
+    all ranks, infinite if the update was skipped.
     """
     facts = BatchFacts(step.rank_batch.mean_chosen_tokens, running=running)
     accumulate = _accumulate_coupled if objective.loss.is_coupled else _accumulate
@@ -270,9 +269,8 @@ def evaluate(
 ) -> Evaluation:
     """Return metrics and pair values of a dataset, which is one global batch; collective.
 
-    Args:
-        model: not in training mode; None: the reference, without a forward of another model.
-        give_way: called before each micro-batch, of which all ranks have the same number; may raise.
+    `model` is not in training mode; without one, the reference's log-probs are the policy's. `give_way` is
+    called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums = objective.no_sums(rank_batch, world.device, is_evaluation=True)

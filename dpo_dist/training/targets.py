@@ -119,13 +119,9 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
         )
     best = best_checkpoints(run.checkpoints)
     if named == "best" and not best:
-        raise ConfigError(
-            "this run has no best checkpoint",
-            where=_CHECKPOINT,
-            got="best",
-            expected="a run with trainer.keep_best, after its first evaluation",
-            remedy=f"set {_CHECKPOINT}=latest, or name one of {run.checkpoints}",
-        )
+        kept = "a run with trainer.keep_best, after its first evaluation"
+        remedy = f"set {_CHECKPOINT}=latest, or name one of {run.checkpoints}"
+        raise ConfigError("this run has no best checkpoint", where=_CHECKPOINT, expected=kept, remedy=remedy)
     name = {"best": best[0] if best else "", "latest": found[0].name}.get(named, named)
     folder = next((one for one in found if step_of(one.name) == step_of(name)), None)
     if folder is None:
@@ -151,11 +147,4 @@ def _members(config: RunConfig) -> list[Path]:
                 expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
                 remedy="export each checkpoint first, and name the folders",
             )
-    if len({folder.resolve() for folder in members}) < len(members):
-        raise ConfigError(
-            "a member of the average is named twice",
-            where="export.average",
-            got=as_written(config.export.average),
-            remedy="remove one of them, and give the other a weight: {path: FOLDER, weight: 2}",
-        )
     return members

@@ -40,7 +40,7 @@ def folders(root: Path) -> list[Path]:
 def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     overrides: Overrides, tmp_path: Path
 ) -> None:
-    """A flipped value; a cut, empty, missing and copied shard; a damaged space.json."""
+    """A flipped value; a cut, empty, missing and copied shard; a foreign folder; a damaged space.json."""
     train(overrides(*STEPS))
     other = write_model(tmp_path / "other", seed=9)
     foreign_run = overrides(*STEPS, f"model.path={other}", f"run.dir={tmp_path}/other-run")
@@ -68,7 +68,7 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     screen = train(overrides(*STEPS, f"run.dir={tmp_path}/again")).output
     reference = summary(tmp_path / "again")["reference"]
     assert (reference["hits"], reference["computed"]) == (24 - lost, lost)
-    assert {Path(name).name for name in reference["damaged"]} == {*named}
+    assert {Path(name).name for name in reference["damaged"]} == set(named)
     assert all(name in screen for name in named)
     assert_same_history(history(tmp_path / "again"), history(tmp_path / "run"), 1e-6)
 

@@ -75,10 +75,9 @@ class Tracker:
     ):
         self._init, self._tracking, self._folder, self._say = init, config.tracking, folder, say
         self._is_offline = init["mode"] == "offline"
-        self._sent = folder.wandb_id.with_name("sent.json")
+        self._sent = folder.wandb_id.with_name(f"sent-{init['id']}.json")
         self._rows = list(rows)
         self._has_row = False  # wandb had the last row before it was logged here
-        self._number = 0  # wandb's number of the next row, over all starts of an offline run
         self._start()
 
     def _start(self) -> None:
@@ -93,10 +92,9 @@ class Tracker:
             self.run.define_metric(names, step_metric=STEP_AXIS)
         self.received = order_of_sent(dict(self.run.summary))
         if self._is_offline and self._sent.exists():
-            *order, self._number = json.loads(self._sent.read_bytes())
-            self.received = RowOrder(*order)
-        for row in self._rows:
-            self._send(row)
+            self.received = RowOrder(*json.loads(self._sent.read_bytes()))
+        for number, row in enumerate(self._rows):
+            self._send(row, number)
 
     @property
     def address(self) -> str:
@@ -109,7 +107,7 @@ class Tracker:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._has_row = order_of(row) <= self.received
         self._rows.append(row)
-        self._do(lambda: self._send(row, margins))
+        self._do(lambda: self._send(row, len(self._rows) - 1, margins))
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert of wandb, but about a row that an earlier start sent: that start raised it."""
@@ -121,7 +119,7 @@ class Tracker:
         self._do(lambda: self._close(outcome, summary))
         end_service()
 
-    def _send(self, row: Row, margins: Margins | None = None) -> None:
+    def _send(self, row: Row, number: int, margins: Margins | None = None) -> None:
         if order_of(row) <= self.received:
             return
         import wandb  # noqa: PLC0415
@@ -132,12 +130,10 @@ class Tracker:
         if self._tracking.samples and "eval_samples/length" in row:
             file = self._folder.samples_file(int(row["step"]))
             values |= _samples_table(file, self._tracking.samples)
-        # Online, wandb knows the number from the server.
-        self.run.log(values, step=self._number if self._is_offline else None, commit=True)
-        self._number += 1
+        # Online, wandb knows its number from the server.
+        self.run.log(values, step=number if self._is_offline else None, commit=True)
         self.received = order_of(row)
-        if self._is_offline:
-            files.write_text(self._sent, json.dumps([*self.received, self._number]))
+        files.write_text(self._sent, json.dumps(self.received))
 
     def _close(self, outcome: str, summary: Mapping[str, Any]) -> None:
         self.run.summary.update({**last_and_best(self._rows), **without_secrets(summary)})

@@ -1,7 +1,6 @@
 """A reward model and a function as judges: batched as one by one, by the model's own template."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,23 +114,6 @@ def test_a_model_that_is_no_reward_model_is_refused(write: Any, tmp_path: Path) 
                 use(folder)
 
 
-def test_a_reward_model_with_fewer_layers_than_its_files_is_refused(write: Any) -> None:
-    file = write() / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1, "layer_types": None}))
-    with pytest.raises(ConfigError, match="does not read") as caught:
-        judged(file.parent)
-    assert caught.value.where == "pairs.reward_model"
-
-
-def test_the_digest_is_that_of_the_files(write: Any, tmp_path: Path) -> None:
-    folder = write()
-    first = describe_reward_model(str(folder), FP32, tmp_path)
-    assert first == describe_reward_model(str(folder), FP32, tmp_path)
-    file = folder / "tokenizer_config.json"
-    file.write_text(file.read_text().replace("{", '{"note": 1,', 1))
-    assert describe_reward_model(str(folder), FP32, tmp_path)["digest"] != first["digest"]
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -153,7 +135,7 @@ def test_a_function_that_does_not_score_is_named(
     assert "a.jsonl:1" in caught.value.where
     assert "private" not in caught.value.block()
     config = load_run_config(["model.path=m", "data.train=[a]", "pairs.function=own_judge:scores"])
-    with pytest.raises(ConfigError, match="no such function"):
+    with pytest.raises(ConfigError, match="cannot be imported"):
         describe_judge(config)
 
 

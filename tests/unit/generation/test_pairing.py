@@ -91,13 +91,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_the_trainer_reads_the_pairs_with_their_scores(tmp_path: Path) -> None:
-    file, _ = make(tmp_path, SCORED, PAIR)
-    first, second = (record for record in read_records(str(file)) if isinstance(record, PreferenceRecord))
-    assert (first.response_texts, first.scores) == (("b", "c"), (9.0, 1.0))
-    assert (second.response_texts, second.scores) == (("no", "hello"), (4.0, 1.0))
-
-
 def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
     without = {"prompt": "p", "chosen": "a", "rejected": "b"}
     file, said = make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=3)

@@ -12,9 +12,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
-from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Prompt, Response
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.generation.pairs.people import (
     Judgement,
@@ -23,7 +22,6 @@ from dpo_dist.generation.pairs.people import (
     agreement,
     agreement_lines,
     draw_items,
-    label_pairs,
     outcome,
 )
 
@@ -188,13 +186,3 @@ def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path: Path) -> No
         server.shutdown()
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["verdict"] == ("first", "second")[1 - line["left"]] for line in lines] == [True, True]
-
-
-def test_a_file_of_other_pairs_is_refused_before_anyone_labels(tmp_path: Path) -> None:
-    for file in (tmp_path / "data.jsonl", tmp_path / "run/pairs/pairs.jsonl"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
-    keys = ["pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"]
-    with pytest.raises(ConfigError, match="exists and was made with other settings"):
-        label_pairs(load_run_config([*keys, "model.path=unused"]), print, print)
-    assert not (tmp_path / "run/pairs/judgements.jsonl").exists()

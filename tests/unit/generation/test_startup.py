@@ -66,7 +66,7 @@ def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said
 
 def test_a_missing_function_is_found_before_sampling() -> None:
     Path("rule_of_startup.py").write_text("def score(prompt, responses):\n    return [0.0]\n")
-    with pytest.raises(ConfigError, match="one of score"):
+    with pytest.raises(ConfigError, match="no attribute"):
         check_pairs(config("pairs.method=samples", "model.path=a/b", "pairs.function=rule_of_startup:scores"))
 
 

@@ -307,56 +307,47 @@ def test_rounding_in_16_bits_is_no_fault(
     assert settled(in_16_bits(model_type)).arrangement is PACKED
 
 
-def window_of(tokens: int, scores: Scores) -> Scores:
+def attends(changed: Callable[[Scores], Scores], _model: PackedCausalLM, patch: pytest.MonkeyPatch) -> None:
+    attend = SegmentAttention.__call__
+    patch.setattr(SegmentAttention, "__call__", lambda *inputs: attend(*inputs[:-1], changed(inputs[-1])))
+
+
+def sees(tokens: int, scores: Scores) -> Scores:
     rule = mask_rule(sliding_window_causal_mask_function(tokens), tokens, device=CPU)
     return scores if scores.rule is None else dataclasses.replace(scores, window=None, rule=rule)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "wrong"),
-    [
-        ("mistral", partial(window_of, 17)),
-        ("mistral", partial(window_of, 15)),
-        ("gpt_oss", partial(window_of, 17)),
-        ("gpt_oss", lambda scores: dataclasses.replace(scores, sinks=None)),
-        ("gemma2", partial(window_of, 17)),
-        ("gemma2", lambda scores: dataclasses.replace(scores, softcap=None)),
-    ],
-    ids=["window+1", "window-1", "experts window+1", "no sink", "capped window+1", "no cap"],
-)
-def test_wrong_attention_is_found_in_16_bits(
-    model_type: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, attend = in_16_bits(model_type), SegmentAttention.__call__
-    monkeypatch.setattr(
-        SegmentAttention,
-        "__call__",
-        lambda self, query, key, value, scores: attend(self, query, key, value, wrong(scores)),
-    )
-    assert settled(model).arrangement is PADDED
-
-
-@pytest.mark.parametrize("model_type", KINDS)
-def test_wrong_rotary_frequencies_are_found_in_16_bits(model_type: str) -> None:
-    model = in_16_bits(model_type)
+def rotates_otherwise(model: PackedCausalLM, _patch: pytest.MonkeyPatch) -> None:
     frequencies = model.causal_lm.model.rotary_emb.inv_freq
     right = frequencies.clone()
 
-    def score(batch: PackedBatch) -> Tensor:
+    def rotate(*_: object) -> None:
         frequencies.copy_(right * (1.05 if model.arrangement is PACKED else 1.0))
-        logps: Tensor = model(batch)
-        return logps
 
-    assert settled(model, 128, score=score).arrangement is PADDED
+    model.register_forward_pre_hook(rotate)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.25])
-@pytest.mark.parametrize("model_type", KINDS)
-def test_a_state_that_leaks_into_the_next_response_is_found_in_16_bits(model_type: str, share: float) -> None:
-    model = in_16_bits(model_type)
+def leaks(share: float, model: PackedCausalLM, _patch: pytest.MonkeyPatch) -> None:
+    """A state into the next response."""
     model.causal_lm.model.layers[1].register_forward_hook(
         lambda _module, _inputs, hidden: hidden + share * nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
     )
+
+
+WIDER, NARROWER = partial(attends, partial(sees, 17)), partial(attends, partial(sees, 15))
+NO_SINK = partial(attends, lambda scores: dataclasses.replace(scores, sinks=None))
+NO_CAP = partial(attends, lambda scores: dataclasses.replace(scores, softcap=None))
+ANY = [rotates_otherwise, partial(leaks, 1.0), partial(leaks, 0.25)]
+SPOILT = {"mistral": [WIDER, NARROWER, *ANY], "qwen3_moe": ANY, "gpt_oss": [WIDER, NO_SINK, *ANY]}
+SPOILT |= {"gemma2": [WIDER, NO_CAP]}
+
+
+@pytest.mark.parametrize(("model_type", "spoil"), [(kind, one) for kind in SPOILT for one in SPOILT[kind]])
+def test_a_wrong_forward_is_found_in_16_bits(
+    model_type: str, spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_16_bits(model_type)
+    spoil(model, monkeypatch)
     assert settled(model, 128).arrangement is PADDED
 
 

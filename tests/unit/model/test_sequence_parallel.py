@@ -6,19 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import Heads, packed_attention
+from dpo_dist.model.attention import Heads
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.sdpa import Layout, Scores
-from dpo_dist.model.ulysses import ExchangedAttention, TokenShare, check_heads
+from dpo_dist.model.ulysses import TokenShare, check_heads
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import WINDOWED, assert_same, gradients, packed, windowed
 
@@ -77,49 +74,6 @@ def test_shares_are_of_equal_length_and_targets_come_back_in_their_order(
     for share, values in zip(shares, gathered, strict=True):
         assert torch.equal(share.tokens[share.predictors], predictors[share.targets])
         assert torch.equal(values, torch.stack((expected, -expected)))
-
-
-@settings(deadline=None)
-@given(
-    ranks=st.sampled_from([2, 4]),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    shape=st.sampled_from(
-        [
-            (((5, 3, 7),), 6),
-            (((1, 0, 0),), 6),
-            (((5, 3, 7), (2, 0, 4), (9, 2, 1, 3)), 6),
-            (((5, 3, 7), (2, 1, 4)), 5),
-        ]
-    ),
-    has_sinks=st.booleans(),
-)
-def test_attention_of_shares_equals_that_of_the_whole_sequence(
-    ranks: int, kv_heads: int, shape: tuple[Layout, int], has_sinks: bool
-) -> None:
-    layout, value_dim = shape
-    tokens, cpu = sum(map(sum, layout)), torch.device("cpu")
-    whole = packed_attention(layout, AttentionBackend.sdpa, cpu)
-    shapes = ((4, 6), (kv_heads, 6), (kv_heads, value_dim))
-    inputs = [torch.randn(tokens, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    sinks = torch.linspace(-2, 2, 4, dtype=torch.float64, requires_grad=True) if has_sinks else None
-    scores = Scores(sinks=sinks)
-    expected = whole(inputs[0], inputs[1], inputs[2], scores)
-    slopes = torch.randn_like(expected)
-    inputs += [] if sinks is None else [sinks]
-    gradients = torch.autograd.grad(expected, inputs, slopes)
-
-    def attend(exchange: InThreads) -> tuple[Tensor, Tensor]:
-        own = TokenShare.of(exchange, tokens, np.zeros(1, dtype=np.int64), cpu).tokens
-        query, key, value = (tensor[own] for tensor in inputs[:3])
-        return own, ExchangedAttention(whole, exchange, tokens)(query, key, value, scores)
-
-    got = torch.empty_like(expected)
-    for rank, (own, attended) in enumerate(on_ranks(ranks, attend)):
-        count = len(range(rank, tokens, ranks))  # the rest is padding
-        got = got.index_copy(0, own[:count], attended[:count])
-    torch.testing.assert_close(got, expected)
-    for ours, theirs in zip(torch.autograd.grad(got, inputs, slopes), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

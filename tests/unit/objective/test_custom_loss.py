@@ -37,10 +37,6 @@ def test_a_function_can_be_a_term_of_a_sum() -> None:
     )
 
 
-def test_other_losses_have_nothing_to_check() -> None:
-    assert check_custom_loss(LossConfig()) is None
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -49,7 +45,7 @@ def test_other_losses_have_nothing_to_check() -> None:
         ("return torch.log(policy.chosen)", "not finite"),
         ("return policy.chosen.detach()", "without a gradient"),
         ("return policy.chosen.detach() * torch.ones((), requires_grad=True)", "without a gradient"),
-        ("return policy.chosen + 0j", "complex numbers"),
+        ("return policy.chosen + 0j", "not finite real"),
         ("raise SystemExit(0)", "SystemExit"),
         ("policy.chosen.register_hook(lambda _: 1 / 0)\n    return policy.chosen * 1", "ZeroDivisionError"),
         ("return torch.sqrt(policy.chosen - policy.chosen)", "gradients that are not finite"),

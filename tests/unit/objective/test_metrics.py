@@ -1,7 +1,6 @@
 """Metrics are exact means over the pairs of a global batch, however it was divided."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -102,14 +101,6 @@ def test_a_margin_that_is_not_a_number_is_neither_right_nor_wrong(value: float) 
     assert means["rewards/accuracies_by_length/1-63"] == 1.0
 
 
-def test_what_was_not_measured_is_absent() -> None:
-    logps = pairs(torch.tensor([[-1.0, -2.0]]))
-    means = metric_sums(PLAN, torch.zeros(1), logps, None, torch.ones(1)).means()
-    assert not {"rewards/both_fall", "kl/chosen", "kl/rejected"} & set(means)
-    assert "entropy/chosen" not in PLAN.names
-    assert {"kl/chosen", "kl/rejected", "rewards/both_fall"} <= set(PLAN.names)
-
-
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=8))
 def test_every_pair_is_in_the_bucket_of_its_longer_response(lengths: list[int]) -> None:
     tokens = torch.tensor([float(length) for length in lengths])
@@ -143,23 +134,6 @@ def test_means_do_not_depend_on_parts_and_dummies(count: int, parts: int, dummie
     for _ in range(dummies):
         total += sums_of(torch.full((1, 2), -7.0), torch.zeros(1, 2), torch.zeros(1))
     assert total.means() == pytest.approx(whole.means(), rel=1e-12, abs=1e-12)
-
-
-def test_sums_are_exact_where_float32_would_lose_pairs() -> None:
-    policy = pairs(torch.full((1, 2), -(2.0**24)))
-    ones = replace(policy, chosen=torch.full((1,), -1.0))
-    config = LossConfig(reference_free=True)
-    total = MetricSums.zeros(PLAN.names, CPU)
-    for logps in (policy, *[ones] * 3):
-        total += metric_sums(MetricPlan(config), torch.zeros(1), logps, None, torch.ones(1))
-    assert total.means()["logps/chosen"] == -(2.0**24 + 3) / 4
-
-
-def test_metrics_have_no_graph() -> None:
-    chosen = torch.tensor([-1.0], requires_grad=True)
-    policy = PairLogps(chosen, chosen, torch.ones(1), torch.ones(1))
-    losses = preference_loss(policy, None, LossConfig(reference_free=True))
-    assert not metric_sums(PLAN, losses, policy, None, torch.ones(1)).values.requires_grad
 
 
 def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:

@@ -1,20 +1,16 @@
 """Losses of routers equal those of transformers, in whatever parts they are computed."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from dpo_dist.config.losses import RouterConfig
 from dpo_dist.objective.router import (
     AUX_LOSS,
-    BUSIEST,
     Z_LOSS,
     RouterLoss,
     busiest_share,
-    router_metrics,
     routing_sums,
     selections,
 )
@@ -73,24 +69,3 @@ def test_the_busiest_expert_is_that_of_any_layer() -> None:
     logits = torch.tensor([[3.0, 0.0, 1.0], [3.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     sums = routing_sums([logits, logits[:, [1, 0, 2]]], torch.tensor([2.0, 1.0, 1.0]), 1)
     assert busiest_share(selections(sums), 4) == 0.75
-
-
-def test_in_bf16_the_sums_are_float32() -> None:
-    (logits,) = invented(1, 300, 8)
-    half = routing_sums([logits.bfloat16()], torch.ones(300), 2)
-    whole = routing_sums([logits.bfloat16().float()], torch.ones(300), 2)
-    assert half.dtype is torch.float32
-    assert torch.equal(half, whole)
-
-
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        (RouterConfig(), ()),
-        (RouterConfig("model"), (AUX_LOSS, BUSIEST)),
-        (RouterConfig(0.1, 0.01), (AUX_LOSS, BUSIEST, Z_LOSS)),
-        (RouterConfig(z_coefficient=0.01), (Z_LOSS,)),
-    ],
-)
-def test_metrics_are_those_of_the_losses_that_are_added(config: RouterConfig, names: tuple[str, ...]) -> None:
-    assert router_metrics(config) == names

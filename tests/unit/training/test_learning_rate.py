@@ -42,25 +42,6 @@ def test_rates_of_six_steps_two_of_them_warmup(schedule: LearningRateSchedule, e
     assert rates(schedule, 6, 1 / 3) == pytest.approx(expected)
 
 
-def test_without_warmup_the_first_step_has_the_full_rate() -> None:
-    assert rates(LearningRateSchedule.linear, 4, 0.0) == [8, 6, 4, 2]
-
-
-def test_all_warmup_ends_at_the_full_rate() -> None:
-    assert rates(LearningRateSchedule.cosine, 4, 1.0) == [2, 4, 6, 8]
-
-
-@given(st.sampled_from(LearningRateSchedule), st.integers(1, 200), st.floats(0, 1))
-def test_rates_rise_then_fall_and_every_step_changes_weights(
-    schedule: LearningRateSchedule, steps: int, warmup_ratio: float
-) -> None:
-    values = rates(schedule, steps, warmup_ratio)
-    peak = values.index(max(values))
-    assert all(0 < rate <= 8 for rate in values)
-    assert values[: peak + 1] == sorted(values[: peak + 1])
-    assert values[peak:] == sorted(values[peak:], reverse=True)
-
-
 FLOOR = 0.2
 FLOORS = {LearningRateSchedule.linear: FLOOR, LearningRateSchedule.cosine: FLOOR}
 
@@ -114,32 +95,6 @@ def test_a_run_of_a_ratio_that_is_continued_to_more_steps_has_the_schedule_of_th
     for step in range(done, whole):
         expected = theirs[step + 1] if step < warmup else theirs[step]
         assert learning_rate(optim, step, whole) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("schedule", LearningRateSchedule)
-def test_a_warmup_of_one_step_is_none_and_a_run_of_one_step_has_the_full_rate(
-    schedule: LearningRateSchedule,
-) -> None:
-    with_one = OptimConfig(lr=8.0, schedule=schedule, warmup_steps=1)
-    for steps in (1, 5):
-        assert learning_rate(with_one, 0, steps) == 8.0
-    assert learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup_steps=0), 0, 1) == 8.0
-    assert learning_rate(OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=0.01), 0, 1) == 8.0
-
-
-@pytest.mark.parametrize("schedule", FLOORS)
-def test_a_schedule_falls_to_its_floor_and_not_below(schedule: LearningRateSchedule) -> None:
-    values = rates(schedule, 1000, 0.1, FLOOR)
-    assert values[-1] == pytest.approx(8.0 * FLOOR, rel=5e-3)
-    assert min(values[100:]) > 8.0 * FLOOR
-
-
-def test_steps_of_warmup_replace_the_ratio_and_do_not_grow_with_the_run() -> None:
-    optim = OptimConfig(lr=8.0, schedule=LearningRateSchedule.inverse_sqrt, warmup_steps=4)
-    assert [learning_rate(optim, step, 10) for step in range(10)] == [
-        learning_rate(optim, step, 1000) for step in range(10)
-    ]
-    assert learning_rate(optim, 0, 1000) == 2.0
 
 
 def test_a_warmup_longer_than_the_run_is_an_error() -> None:

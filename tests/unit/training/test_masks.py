@@ -12,15 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist import api
 from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.collate import RankBatch, collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import EncodedExample
 from dpo_dist.distributed.world import World
-from dpo_dist.insight.console import Console
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
@@ -31,8 +28,6 @@ from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import AdapterReference, LiveReference, NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
-from dpo_dist.training.reference import check_drift
-from dpo_dist.training.start import Run
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
@@ -237,37 +232,3 @@ def test_a_store_filled_without_masks_serves_every_mask(
     assert not batch.mask.all()
     for model in (live, adapter):
         torch.testing.assert_close(provider.token_logps(batch), model.token_logps(batch), rtol=0, atol=2e-5)
-
-
-def test_policy_and_reference_of_the_same_model_have_no_margin(
-    folders: tuple[Path, Path], world: World, tmp_path: Path
-) -> None:
-    dataset, loss = dataset_of(PAIRS), LossConfig(beta=1.0)
-    provider, _ = filled(dataset, folders[0], tmp_path, world)
-    policy, objective = Engine(packed(folders[0])), Objective(loss, provider)
-    config = RunConfig(model=ModelConfig(dtype=Dtype.fp32), loss=loss)
-    visited = np.arange(len(dataset))
-    run = Run(config, world, Console(None))
-    drift = check_drift(run, policy.base_token_logps, objective, dataset, visited, COSTS)
-    assert drift["responses"] == 2 * len(PAIRS)
-    assert drift["largest_token_drift"] < 1e-5
-    live = Objective(loss, LiveReference(policy))  # type: ignore[arg-type]
-    means = evaluate(policy, live, plan_of(dataset, loss), world, RunningMeans()).sums.means()  # type: ignore[arg-type]
-    assert means["rewards/margins"] == means["rewards/chosen"] == 0.0
-
-
-@torch.no_grad()
-def test_log_probs_from_python_are_those_of_training(
-    folders: tuple[Path, Path], world: World, tmp_path: Path
-) -> None:
-    examples = [EncodedExample(pair.prompt_ids, pair.responses, trained=pair.masks) for pair in RANKINGS]
-    dataset, model = dataset_of(RANKINGS), packed(folders[0])
-    provider, _ = filled(dataset, folders[0], tmp_path, world)
-    whole = api.token_logps(model, examples)
-    assert [len(part) for part in whole] == [len(r) for pair in RANKINGS for r in pair.responses]
-    batch = collate(dataset, range(len(dataset)))
-    training = Objective(LossConfig(), NoReference()).pair_logps(model(batch), batch)
-    for found in (api.pair_logps(model, examples), api.stored_pair_logps(provider.store, examples)):
-        for name in ("chosen", "rejected", "between"):
-            torch.testing.assert_close(getattr(found, name), getattr(training, name))
-        assert torch.equal(found.chosen_tokens, training.chosen_tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import evaluate, precompute, train
+from dpo_dist import precompute
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
@@ -101,16 +101,6 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     assert "is not installed" in error.message
 
 
-def test_a_verb_without_an_optimizer_needs_no_package_of_it(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda _name: None)
-    config = run_of(assets, tmp_path, "optim=adamw_8bit", "reference=cached")
-    assert precompute.check(config) == 0
-    with pytest.raises(ConfigError, match="bitsandbytes is not installed"):
-        train.check(config)
-
-
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -123,11 +113,6 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     for file in (assets / "model").glob("*token*"):
         (start / file.name).write_bytes(file.read_bytes())
     check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
-
-
-def test_a_missing_loss_function_is_an_error_of_every_verb(assets: Path, tmp_path: Path) -> None:
-    own = ["loss=custom", "loss.function=nowhere_at_all:mine", f"run.dir={tmp_path}/run"]
-    assert refused(run_of(assets, tmp_path, *own)).where == "loss.function"
 
 
 @pytest.mark.parametrize("verb", [precompute.main, precompute.check])
@@ -375,16 +360,6 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assert caught.value.where == f"model.{option}"
 
 
-def test_processes_that_cannot_share_tokens_are_found_before_torch_is_imported(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=2")
-    check_start(config)  # by hand in one process: how many train is not known
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="cannot be divided into groups"):
-        check_start(config)
-
-
 @pytest.mark.parametrize(
     ("changed", "named"), [({"model_type": "t5"}, "t5"), ({"is_causal": False}, "is_causal=false")]
 )
@@ -396,20 +371,3 @@ def test_a_check_refuses_a_model_that_is_not_causal(
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ConfigError, match=named):
         rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
-
-
-def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_loaded(
-    assets: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="chat template does not exist"):
-        check_start(run_of(assets, tmp_path, "data.chat_template=nowhere.jinja"))
-    check_start(run_of(assets, tmp_path, "data.chat_template=tool_use"))
-
-
-def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("dpo_dist.training.rehearsal.rehearse_evaluation", lambda *_: "check passed\n")
-    data = f"evaluation.data=[{assets}/train.jsonl]"
-    assert evaluate.check(run_of(assets, tmp_path, data, "evaluation.model=org/m", "console.style=json")) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"

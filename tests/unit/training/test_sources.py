@@ -116,33 +116,6 @@ def test_an_evaluation_has_every_metric_of_a_source(data: PreferenceDataset) -> 
         assert of_label == pytest.approx({f"{name}/{label}": value for name, value in expected.items()})
 
 
-def test_one_source_or_one_label_has_no_metrics_by_source(tmp_path: Path) -> None:
-    first, second, _ = sources_of(tmp_path)
-    alone = opened(tmp_path, first)
-    together = opened(tmp_path, first, SourceConfig(second.path, label=first.label))
-    for data in (alone, together):
-        assert data.labels == ()
-        assert by_source(sums_of(FREE, plan_of(data, range(5))).means()) == {}
-    assert [source["label"] for source in together.counts["sources"]] == ["shared", "shared"]
-
-
-def test_a_loss_of_the_chosen_response_has_no_rewards_by_source(data: PreferenceDataset) -> None:
-    plan = shard_batch(data, np.arange(12), 0, 1, 64, COSTS, only_chosen=True)
-    means = sums_of(LossConfig(LossKind.sft), plan).means()
-    assert by_source(means) == {}
-    assert {"loss/shared", "loss/two", "logps/chosen_per_token/two"} <= set(means)
-
-
-def test_a_label_needs_no_new_encoding(tmp_path: Path) -> None:
-    sources = sources_of(tmp_path)
-    data = opened(tmp_path, *sources)
-    renamed = opened(
-        tmp_path, *(SourceConfig(source.path, label=f"s{n}") for n, source in enumerate(sources))
-    )
-    assert renamed.labels == ("s0", "s1", "s2")
-    assert renamed.fingerprint == data.fingerprint
-
-
 def test_a_row_has_the_sources_of_its_steps(data: PreferenceDataset) -> None:
     """Means over the window, also of a source that is not in every step; the sums survive a checkpoint."""
     window, rows = LogWindow(), []

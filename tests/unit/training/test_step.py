@@ -1,9 +1,8 @@
 """A step: micro-batches ready on the host, no wait for the device, gradients of the whole batch."""
 
-import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.collate import shard_batch
@@ -91,52 +90,11 @@ def plan_of(data: PreferenceDataset, rank: int = 0, world_size: int = 1) -> Any:
     return shard_batch(data, np.arange(PAIRS), rank, world_size, BUDGET, COSTS)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_ready_batches_have_the_stored_log_probs_of_their_own_responses(
-    data: PreferenceDataset, tmp_path: Path, world_size: int
-) -> None:
-    reference = stored(data, tmp_path)
-    objective = Objective(LossConfig(), reference)
-    seen = 0
-    for rank in range(world_size):
-        plan = plan_of(data, rank, world_size)
-        batches = list(objective.ready_batches(plan, CPU))
-        assert len(batches) == len(plan.micro_batches)
-        for indices, batch in zip(plan.micro_batches, batches, strict=True):
-            values = reference.token_logps(batch.to(CPU))
-            assert values.dtype == torch.float32
-            if not indices:
-                assert values.tolist() == [0.0] * len(batch.targets)
-                continue
-            parts = torch.split(values, batch.response_tokens.tolist())
-            firsts = [-1.0 - number for index in indices for number in data.response_range(index)]
-            assert [float(part[0]) for part in parts] == firsts
-            seen += len(indices)
-    assert seen == PAIRS
-
-
-def test_stored_log_probs_move_to_the_device_with_the_batch(data: PreferenceDataset, tmp_path: Path) -> None:
-    objective = Objective(LossConfig(), stored(data, tmp_path))
-    (batch, *_) = objective.ready_batches(plan_of(data), CPU)
-    moved = batch.to(torch.device("meta"))
-    tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    assert moved.reference_logps is not None
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.layout == batch.layout
-
-
 def test_a_missing_log_prob_ends_an_evaluation(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
     with pytest.raises(ReferenceModelError, match="missing or damaged"):
         evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_the_model_runs_in_the_calling_thread(data: PreferenceDataset, tmp_path: Path) -> None:
-    policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
-    sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans()).sums  # type: ignore[arg-type]
-    assert policy.threads == {threading.current_thread().name}
-    assert sums.named(sums.values.tolist())[1]["loss"] == PAIRS
 
 
 @dataclass(frozen=True)
@@ -164,33 +122,6 @@ def test_values_of_pairs_are_in_the_order_of_the_data(
     assert (-values.logp_rejected).tolist() == lengths[:, 1].tolist()
     assert values.reference_chosen == pytest.approx(-(1.25 + 2 * np.arange(PAIRS)) * lengths[:, 0])
     assert values.margin == pytest.approx(values.reward_chosen - values.reward_rejected)
-
-
-def test_wpo_weights_compare_log_probs_with_collisions(data: PreferenceDataset) -> None:
-    """Log-probs of -1 and collisions of -1.5: a mean of 0.5 in each of two responses."""
-
-    class Colliding(Policy):
-        def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-            logps = super().token_logps(batch)
-            return torch.stack((logps, 1.5 * logps)) if list(statistics) == ["collisions"] else logps
-
-    objective = Objective(LossConfig(LossKind.simpo, weighting=Weighting.wpo), NoReference())
-    (batch, *_) = objective.ready_batches(plan_of(data), CPU)
-    pairs = objective.score(Colliding(), batch, None, BatchFacts())  # type: ignore[arg-type]
-    assert pairs.facts.pair_weights is not None
-    assert pairs.facts.pair_weights.tolist() == pytest.approx([math.e] * len(pairs.weights))
-
-
-@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
-def test_ld_alpha_does_not_change_the_token_mean_of_sft(data: PreferenceDataset, kind: LossKind) -> None:
-    """With log-probs of -1, sft is 1 for any weight of the tokens in the other term."""
-    terms = [LossTermConfig(kind), LossTermConfig(LossKind.sft, 5.0)]
-    losses = []
-    for loss in (LossConfig(kind), LossConfig(terms=terms)):
-        objective = Objective(replace(loss, ld_alpha=0.2, reference_free=True), NoReference())
-        sums = evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans()).sums  # type: ignore[arg-type]
-        losses.append(sums.means()["loss"])
-    assert losses[1] - losses[0] == pytest.approx(5.0)
 
 
 class SyncingOperations(TorchDispatchMode):

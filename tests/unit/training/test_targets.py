@@ -70,11 +70,6 @@ def test_another_configuration_than_the_runs_is_shown_in_part(config: RunConfig)
     assert raised.value.got == "77, 0.001, 0.001 and 2 others"
 
 
-def test_an_existing_folder_is_not_replaced(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the folder to write exists"):
-        find_exported(replace(config, export=ExportConfig(output=str(tmp_path))))
-
-
 def test_members_of_an_average_are_model_folders(config: RunConfig, tmp_path: Path) -> None:
     def average(*members: object) -> RunConfig:
         return replace(config, export=ExportConfig(average=[str(member) for member in members]))
@@ -86,8 +81,6 @@ def test_members_of_an_average_are_model_folders(config: RunConfig, tmp_path: Pa
     assert find_exported(average(*folders)) == (folders, tmp_path / "exported" / "average")
     with pytest.raises(ConfigError, match="is no model folder"):
         find_exported(average(folders[0], tmp_path / "checkpoints" / "step-000100"))
-    with pytest.raises(ConfigError, match="named twice"):
-        find_exported(average(folders[0], f"{folders[0]}/."))
 
 
 def configured(folder: Path, *overrides: str) -> RunConfig:

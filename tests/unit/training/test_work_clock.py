@@ -10,8 +10,6 @@ from dpo_dist.training import state
 from dpo_dist.training.reference import over_starts
 from dpo_dist.training.state import Position, WorkClock, WorkTime
 
-OLD_STATE = {"step": 7, "pairs_seen": 70, "train_seconds": 30.0, "running": {}, "window": {}, "world_size": 4}
-
 
 class Time:
     """A clock that a test sets."""
@@ -85,7 +83,3 @@ def test_the_report_of_the_reference_is_that_of_all_starts() -> None:
     assert (twice["hits"], twice["computed"], twice["seconds"]) == (10, 130, 13.0)
     assert twice["drift"] == FIRST["drift"]
     assert twice["peak_memory_bytes"] == 700
-
-
-def test_without_a_former_report_it_is_that_of_this_start() -> None:
-    assert over_starts({}, FIRST) == FIRST

@@ -93,8 +93,3 @@ def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: P
     assert prepared(sft, model)[1] == []
     [refusal] = prepared(sft, model, 2)[1]
     assert isinstance(refusal, ConfigError)
-
-
-def test_a_missing_source_is_an_error(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(DataError):
-        prepared(run_of(tmp_path, tmp_path / "missing.jsonl"), model)

@@ -1,13 +1,11 @@
 """Decoded records show every token once, with its marks, and are those that findings name."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
-from dpo_dist.insight.doctor import shown_pairs
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Kind, Part, ShownPair, show_pairs
 from tests.support import tiny
@@ -74,18 +72,13 @@ def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
     assert text_of(at_start) == text_of(prompt)
 
 
-def test_a_mask_leaves_tokens_uncoloured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = shown_pairs.encode_pair
-
-    def masked(*arguments: Any) -> Any:
-        example = encode(*arguments)
-        masks = tuple(ids == ids[0] for ids in example.responses)
-        return replace(example, trained=masks)
-
-    monkeypatch.setattr(shown_pairs, "encode_pair", masked)
-    chosen = shown_one(config(jsonl(tmp_path, CHAT)), tiny.qwen()).parts[1]
-    assert 0 < len(text_of(chosen, is_trained=True)) < len(text_of(chosen))
-    assert "one story" in text_of(chosen)
+def test_a_mask_leaves_tokens_uncoloured(tmp_path: Path) -> None:
+    turns = [*CHAT["chosen"], user("why?"), assistant("so")]
+    data = config(jsonl(tmp_path, {**CHAT, "chosen": turns}))
+    chosen = shown_one(data, tiny.qwen()).parts[1]
+    assert "one story" in text_of(chosen, is_trained=True)
+    assert "why?" not in text_of(chosen, is_trained=True)
+    assert "why?" in text_of(chosen, kind=Kind.text)
 
 
 def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
