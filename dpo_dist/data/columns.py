@@ -139,10 +139,10 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 _FILE = "dataset_info.json"
 _LOCATIONS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_KEYS = (
-    *("formatting", "ranking", "columns", "tags", "num_samples", "split", "subset", "folder", "revision"),
-    *("file_sha1", *_LOCATIONS),
-)
+_KEYS: dict[str, type] = {
+    **dict.fromkeys((*_LOCATIONS, "formatting", "split", "subset", "folder", "revision", "file_sha1"), str),
+    **{"ranking": bool, "columns": dict, "tags": dict, "num_samples": int},
+}
 # The columns of each formatting, and the fields that they name.
 _SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
@@ -230,30 +230,10 @@ def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
             what = f"{key} of the source has no effect: the entry decides"
             raise ConfigError(what, where=where, got=str(getattr(source, key)), remedy="change the entry")
     entry = {key: value for key, value in entry.items() if value is not None}
-    formatting = entry.get("formatting", "alpaca")
-    _check_entry(where, "key", entry, _KEYS)
-    _check_entry(where, "formatting", [formatting], _FORMATTINGS)
-    kind, field_of = _FORMATTINGS[formatting]
-    named = _names_in(entry, "columns", where)
-    _check_entry(where, "column", named, field_of)
-    tags = _names_in(entry, "tags", where)
-    _check_entry(where, "tag", tags, _TAGS)
-    for tag, name in tags.items():
-        _check_entry(where, f"{tag} (other turns need a reader)", [name], _TAGS[tag])
-    sides = [name for name in ("chosen", "rejected") if name in named]
-    if sides and not entry.get("ranking"):
-        _check_entry(where, 'column of an entry without "ranking": true', sides, ())
-    if "kto_tag" in named:
-        raise DataError(
-            "the entry has unpaired responses with a good/bad label (KTO)",
-            where=where,
-            got=f"kto_tag: {named['kto_tag']}",
-            expected="pairs: columns with chosen and rejected",
-            remedy=remedy_of("unpaired"),
-        )
+    kind, named = _checked(entry, where)
     columns: dict[str, str | None] | None = None
     if named:  # as in LLaMA-Factory, no other column is read
-        columns = {**{field_of[name]: column for name, column in named.items()}, _OTHERS: None}
+        columns = {**named, _OTHERS: None}
     elif entry.get("ranking") is False:
         columns = {"chosen": None, "rejected": None}
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
@@ -280,12 +260,33 @@ def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
     return replace(found, path=str(file.parent / entry["file_name"]), split=split)
 
 
-def _names_in(entry: Fields, key: str, where: str) -> dict[str, str]:
-    """Return a mapping of names in an entry, without null."""
-    found = entry.get(key) or {}
-    if not isinstance(found, Mapping):
-        _check_entry(where, f"{key}, not a dictionary", [found], ())
-    return {name: value for name, value in found.items() if value}
+def _checked(entry: Fields, where: str) -> tuple[DataFormat, dict[str, str]]:
+    """Return the format of an entry that can be read here, and its columns by the fields that they are."""
+    formatting = entry.get("formatting", "alpaca")
+    _check_entry(where, "key", entry, _KEYS)
+    for key, value in entry.items():
+        _check_entry(where, f"kind of {key}", [type(value).__name__], [_KEYS[key].__name__])
+    _check_entry(where, "formatting", [formatting], _FORMATTINGS)
+    kind, field_of = _FORMATTINGS[formatting]
+    named, tags = (
+        {name: value for name, value in entry.get(key, {}).items() if value} for key in ("columns", "tags")
+    )
+    _check_entry(where, "column", named, field_of)
+    _check_entry(where, "tag", tags, _TAGS)
+    for tag, name in tags.items():
+        _check_entry(where, f"{tag} (other turns need a reader)", [name], _TAGS[tag])
+    sides = [name for name in ("chosen", "rejected") if name in named]
+    if sides and not entry.get("ranking"):
+        _check_entry(where, 'column of an entry without "ranking": true', sides, ())
+    if "kto_tag" in named:
+        raise DataError(
+            "the entry has unpaired responses with a good/bad label (KTO)",
+            where=where,
+            got=f"kto_tag: {named['kto_tag']}",
+            expected="pairs: columns with chosen and rejected",
+            remedy=remedy_of("unpaired"),
+        )
+    return kind, {field_of[name]: column for name, column in named.items()}
 
 
 def _check_entry(where: str, what: str, names: Iterable[Any], known: Iterable[str]) -> None:

@@ -92,8 +92,8 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
-    unused = ("revision",) if local.is_dir() else ("name", "data_dir", "revision", "split")
-    for key in unused:
+    unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
+    for key in sorted(unused | ({"name", "data_dir"} if is_saved(local) else set())):
         if (value := getattr(source, key)) is not None:
             raise ConfigError(
                 f"{key} has no effect on this source",

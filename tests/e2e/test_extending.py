@@ -60,7 +60,7 @@ def test_the_table_counts_the_files_and_lines_of_each_example(title: str) -> Non
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with all examples applied."""
     copy = tmp_path_factory.mktemp("extended")
-    for name in ("dpo_dist", "conf", "tests"):
+    for name in ("dpo_dist", "conf", "docs", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     for diff in EXAMPLES.values():

@@ -46,7 +46,6 @@ from dpo_dist.generation.sampling.respond import (
     Answers,
     Generate,
     ModelSource,
-    Numbers,
     Responder,
     open_generator,
     open_responder,
@@ -276,8 +275,8 @@ class _FromModels:
 
     def responses(self, source: ModelSource, index: int) -> Parts:
         """Return the finished responses of one model; its weights are loaded for the first part to do."""
-        numbers, config = Numbers(index * self.count, self.count), self.config
-        own = {"part_prompts": self.prompts.part_prompts, "model": source.digest, "numbers": asdict(numbers)}
+        first, count, config = index * self.count, self.count, self.config
+        own = {"part_prompts": self.prompts.part_prompts, "model": source.digest, "numbers": [first, count]}
 
         @cache
         def opened() -> tuple[Responder, Generate]:
@@ -285,7 +284,7 @@ class _FromModels:
             return responder, open_generator(responder, config, self.stages.world.device)
 
         def part(index: int) -> list[dict[str, Any]]:
-            rows = respond(self.prompts.part(index), *opened(), self.sampling, numbers)
+            rows = respond(self.prompts.part(index), *opened(), self.sampling, range(first, first + count))
             return [asdict(row) for row in rows]
 
         return self._finished(f"responses of {source.name}", "responses", self.generation | own, part)

@@ -188,14 +188,6 @@ _DECODED_BEFORE = 8
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """The numbers of a model's samples: `first`, `first + 1`, ... of each prompt."""
-
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
 class Answer:
     """A response of a model to a prompt."""
 
@@ -235,19 +227,21 @@ def respond(
     responder: Responder,
     generate_samples: Generate,
     sampling: Sampling,
-    numbers: Numbers,
+    numbers: range,
     *,
     keeps_ids: bool = False,
 ) -> list[Answers]:
-    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids."""
+    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids.
+
+    `numbers` are those of the samples of each prompt.
+    """
     keys = [prompt_key(record) for record in records]
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
-    wanted = range(numbers.first, numbers.first + numbers.count)
     requests = [
         Request(prompt, key, number)
         for key, prompt in zip(keys, prompts, strict=True)
         if not isinstance(prompt, str)
-        for number in wanted
+        for number in numbers
     ]
     try:
         samples = iter(generate_samples(requests, sampling))
@@ -264,7 +258,8 @@ def respond(
         if isinstance(prompt, str):
             rows.append(Answers(key, [], dropped=prompt))
             continue
-        answers = [_answer(next(samples), number, record, prompt, responder) for number in wanted]
+        asked = _Asked(record, prompt, responder)
+        answers = [asked.answer(next(samples), number) for number in numbers]
         if not keeps_ids:
             answers = [replace(answer, ids=[]) for answer in answers]
         rows.append(Answers(key, answers, prompt_ids=prompt.tolist() if keeps_ids else []))
@@ -284,39 +279,6 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
     return prompt
 
 
-def _answer(
-    sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
-) -> Answer:
-    ids, finished = sample.ids, sample.is_finished
-    ends = [] if sample.end is None else [sample.end]
-    response, same = decode(ids, record, prompt, responder)
-    message = Message("assistant", response) if isinstance(response, str) else response
-    text = message.content
-    if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
-        # The model speaks for the other side too: its response ends before that turn.
-        text, finished, ends = text[: turn.start()], True, []
-        ids = _ids_of(text, record, prompt, responder) or []
-        same = ids == sample.ids[: len(ids)]
-    return Answer(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
-
-
-def decode(
-    ids: list[int], record: PreferenceRecord, prompt: TokenIds, responder: Responder
-) -> tuple[str | Message, bool]:
-    """Return a response as text or message, and whether training would encode it as the same tokens.
-
-    A text may start with a space that only the tokens before it show, and a template may add or strip that
-    space. A template may write the content and the thought of a message in another form than they have in a
-    text (the channels of gpt-oss). The first form counts whose encoding has the generated tokens.
-    """
-    continued, alone = texts_after(ids, prompt, responder.tokenizer)
-    forms = dict.fromkeys((continued, alone, alone.strip()))
-    for form in (*forms, *_messages_of(continued, record, prompt, responder)):
-        if _ids_of(form, record, prompt, responder) == ids:
-            return form, True
-    return continued, False
-
-
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return the text of tokens after a prompt, and alone; special tokens are in it."""
     before = prompt[-_DECODED_BEFORE:].tolist()
@@ -327,35 +289,65 @@ def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizer
     return whole.removeprefix(start) if whole.startswith(start) else alone, alone
 
 
-def _messages_of(
-    text: str, record: PreferenceRecord, prompt: TokenIds, responder: Responder
-) -> Iterator[str | Message]:
-    """Yield the contents, with thoughts in fields, of which the chat template may have written a text."""
-    if isinstance(record.prompt, str | Dialogue):
-        return
-    for fields in ({}, {_FIELD: _THOUGHT}):
-        ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)
-        if ids is None:
-            continue
-        around = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
-        if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
-            continue
-        first, *between, last = around
-        rest = text.removeprefix(first).removesuffix(last)
-        if not between:
-            yield rest
-        elif between[0] in rest:
-            thought, _, content = rest.partition(between[0])
-            yield Message("assistant", content, {_FIELD: thought})
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A prompt that a model was asked, by whose encoding its responses become texts."""
 
+    record: PreferenceRecord
+    prompt: TokenIds
+    responder: Responder
 
-def _ids_of(
-    response: str | Message, record: PreferenceRecord, prompt: TokenIds, responder: Responder
-) -> list[int] | None:
-    """Return the tokens of a response after the same prompt, without its end; None if it cannot follow it."""
-    limits = replace(responder.data, max_length=UNLIMITED, truncation=Truncation.drop)
-    whole = response if isinstance(response, str) else (response,)
-    encoded = encode_pair(replace(record, responses=(whole,)), responder.tokenizer, limits)
-    if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, prompt):
-        return None
-    return list(map(int, encoded.responses[0][:-1]))
+    def answer(self, sample: Sample, number: int) -> Answer:
+        """Return a sample as text, and whether training would encode it as the same tokens."""
+        ids, finished = sample.ids, sample.is_finished
+        ends = [] if sample.end is None else [sample.end]
+        message, same = self._decoded(ids)
+        text = message.content
+        if isinstance(self.record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+            # The model speaks for the other side too: its response ends before that turn.
+            text, finished, ends = text[: turn.start()], True, []
+            ids = self._ids_of(text) or []
+            same = ids == sample.ids[: len(ids)]
+        return Answer(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
+
+    def _decoded(self, ids: list[int]) -> tuple[Message, bool]:
+        """Return the first form of a response whose encoding has the generated tokens, and if there is one.
+
+        A text may start with a space that only the tokens before it show, and a template may add or strip
+        that space. A template may write the content and the thought of a message in another form than they
+        have in a text (the channels of gpt-oss).
+        """
+        continued, alone = texts_after(ids, self.prompt, self.responder.tokenizer)
+        texts = dict.fromkeys((continued, alone, alone.strip()))
+        for form in (*texts, *self._messages_of(continued)):
+            if self._ids_of(form) == ids:
+                return Message("assistant", form) if isinstance(form, str) else form, True
+        return Message("assistant", continued), False
+
+    def _messages_of(self, text: str) -> Iterator[str | Message]:
+        """Yield the contents, with thoughts in fields, of which the template may have written a text."""
+        if isinstance(self.record.prompt, str | Dialogue):
+            return
+        for fields in ({}, {_FIELD: _THOUGHT}):
+            ids = self._ids_of(Message("assistant", _CONTENT, fields))
+            if ids is None:
+                continue
+            around = _PROBES.split(texts_after(ids, self.prompt, self.responder.tokenizer)[0])
+            if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
+                continue
+            first, *between, last = around
+            rest = text.removeprefix(first).removesuffix(last)
+            if not between:
+                yield rest
+            elif between[0] in rest:
+                thought, _, content = rest.partition(between[0])
+                yield Message("assistant", content, {_FIELD: thought})
+
+    def _ids_of(self, response: str | Message) -> list[int] | None:
+        """Return the tokens of a response after the prompt, without its end; None if it cannot follow it."""
+        limits = replace(self.responder.data, max_length=UNLIMITED, truncation=Truncation.drop)
+        whole = response if isinstance(response, str) else (response,)
+        encoded = encode_pair(replace(self.record, responses=(whole,)), self.responder.tokenizer, limits)
+        if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, self.prompt):
+            return None
+        return list(map(int, encoded.responses[0][:-1]))

@@ -35,7 +35,6 @@ from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, gen
 from dpo_dist.generation.sampling.respond import (
     Answers,
     ModelSource,
-    Numbers,
     Responder,
     open_responder,
     respond,
@@ -178,7 +177,7 @@ class Speaker:
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
 
         def part(index: int) -> list[Row]:
-            records, numbers = prompts.part(index), Numbers(0, 1)
+            records, numbers = prompts.part(index), range(1)
             rows = respond(records, self.responder, samples, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 

@@ -146,7 +146,7 @@ def test_the_reader_on_the_page_makes_pairs_and_what_it_cannot_read_is_counted(
         ("reader_failed", "it raised KeyError"),
         ("unparsable", "a int instead of an object"),
     ]
-    with pytest.raises(ConfigError, match="no such function"):
+    with pytest.raises(ConfigError, match="no attribute"):
         check_source(SourceConfig(source.path, reader="readers:other"))
 
 
@@ -237,7 +237,8 @@ def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
         ({"format": "x"}, {}, ConfigError, ("format", "formatting")),
         ({"formatting": "vicuna"}, {}, ConfigError, ("vicuna", "sharegpt")),
         ({"columns": {"promt": "q"}}, {}, ConfigError, ("promt", "prompt, query")),
-        ({"columns": ["q"]}, {}, ConfigError, ("columns", "dictionary")),
+        ({"columns": ["q"]}, {}, ConfigError, ("columns", "list", "dict")),
+        ({"num_samples": "5"}, {}, ConfigError, ("num_samples", "str", "int")),
         ({"tags": {"user": "q"}}, {}, ConfigError, ("user", "user_tag")),
         ({"tags": {"user_tag": "customer"}}, {}, ConfigError, ("user_tag", "customer", "human", "reader")),
         ({"ranking": False}, {}, ConfigError, ("chosen, rejected", '"ranking": true')),

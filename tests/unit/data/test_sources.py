@@ -24,7 +24,7 @@ from dpo_dist.data.formats import check_first_formats, read_records
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned, source_identity, source_labels
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl, outcomes
 
@@ -228,6 +228,14 @@ def test_a_folder_of_shards_is_read_split_by_split(
     assert "test, train" in refused(tmp_path, "no such split", split="other")
 
 
+def test_the_card_of_a_folder_names_its_parts(tmp_path: Path) -> None:
+    configs = [{"config_name": name, "data_files": f"{name}/*.jsonl"} for name in ("one", "two")]
+    card = f"---\nconfigs: {json.dumps(configs)}\n---\n".encode()
+    write(tmp_path, {"README.md": card, "one/a.jsonl": lines("1"), "two/a.jsonl": lines("2")})
+    assert prompts(tmp_path, name="two") == ["2"]
+    assert "one" in refused(tmp_path, "files of the folder cannot be found")
+
+
 @pytest.mark.parametrize(
     ("files", "match"),
     [
@@ -255,6 +263,7 @@ def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
     assert len(read(tmp_path / "one")) == 2
     refused(tmp_path / "splits", "test, train", split="validation")
     refused(tmp_path / "one", "no such split", split="test")
+    refused(tmp_path / "one", "name has no effect", ConfigError, name="x")
 
 
 def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:

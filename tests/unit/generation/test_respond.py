@@ -22,7 +22,6 @@ from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
 from dpo_dist.generation.sampling.respond import (
     Answer,
-    Numbers,
     Responder,
     find_model,
     open_generator,
@@ -52,7 +51,7 @@ def answered(
     """Samples with these texts, and their tokens."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     samples = [Sample(each, finished) for each in ids]
-    numbers = Numbers(0, len(texts))
+    numbers = range(len(texts))
     (row,) = respond([record], responder(tokenizer), lambda *_: samples, Sampling(50), numbers)
     return row.answers, ids
 
@@ -116,7 +115,7 @@ def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
 
     generator: Any = fail
     with pytest.raises(ConfigError) as caught:
-        respond([CHAT], responder(tokenizer_of("qwen2_5")), generator, Sampling(5), Numbers(4, 2))
+        respond([CHAT], responder(tokenizer_of("qwen2_5")), generator, Sampling(5), range(4, 6))
     assert caught.value.where == "my_model, sample 5 of the prompt of here:1"
 
 
