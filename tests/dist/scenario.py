@@ -161,24 +161,22 @@ def plain_training(
     return norms
 
 
-def reference_sums(
+def reference_values(
     dataset: PreferenceDataset, values: Sequence[np.ndarray], rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Summed reference log-probs of the responses of `rows`, and their lengths."""
-    places = [place for row in rows for place in dataset.response_range(row)]
-    lengths = torch.tensor([len(values[place]) for place in places])
-    return sum_by_response(torch.from_numpy(np.concatenate([values[place] for place in places])), lengths), (
-        lengths
-    )
+    """Reference log-probs of all tokens of the responses of `rows`, and the lengths of the responses."""
+    found = [values[place] for row in rows for place in dataset.response_range(row)]
+    return torch.from_numpy(np.concatenate(found)), torch.tensor([len(each) for each in found])
 
 
 def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.ndarray]) -> list[float]:
     """Gradient norms of `STEPS`, applied to `model` by PyTorch alone, a sequence at a time."""
 
     def loss(rows: Sequence[int]) -> Tensor:
-        sums, lengths = reference_sums(dataset, reference, rows)
+        values, lengths = reference_values(dataset, reference, rows)
         logps = plain_logps(model, [dataset.sequences(row) for row in rows])
-        return preference_loss(sum_by_response(logps, lengths), sums, LOSS).mean()
+        sums = sum_by_response(logps, lengths), sum_by_response(values, lengths)
+        return preference_loss(*sums, LOSS).mean()
 
     return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in STEPS])  # type: ignore[misc]
 

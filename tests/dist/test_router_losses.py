@@ -22,7 +22,7 @@ from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import reduce_step
-from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_sums
+from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_values
 from tests.support.moe import write_moe
 from tests.support.packing import plain_logps
 from tests.support.ranks import run_ranks
@@ -64,9 +64,9 @@ def plain_steps(
 
     def total(rows: Sequence[int]) -> Tensor:
         pairs = [dataset.sequences(row) for row in rows]
-        sums, lengths = reference_sums(dataset, reference, rows)
+        values, lengths = reference_values(dataset, reference, rows)
         logps = sum_by_response(plain_logps(model, pairs), lengths)
-        mean = preference_loss(logps, sums, loss, BatchFacts()).mean()
+        mean = preference_loss(logps, sum_by_response(values, lengths), loss, BatchFacts()).mean()
         inputs = [np.concatenate((pair.prompt_ids, r[:-1])) for pair in pairs for r in pair.responses]
         ids = [torch.from_numpy(row.astype(np.int64)) for row in inputs]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)

@@ -134,7 +134,10 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.foundation.files._CREATED_SECONDS", -1)
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     child = os.fork()

@@ -99,8 +99,7 @@ def test_a_damaged_memo_is_written_again(model: Path, tmp_path: Path) -> None:
     assert len(entries) == len(CONTENT)
     for entry in entries:
         whole = entry.read_bytes()
-        digest = json.loads(whole)["digest"].encode()
-        for damaged in (b"", whole[: len(whole) // 2], whole.replace(digest, digest[::-1])):
+        for damaged in (b"", whole[: len(whole) // 2]):
             entry.write_bytes(damaged)
             assert digest_model(model, tmp_path).digest == before
             assert entry.read_bytes() == whole
