@@ -115,7 +115,7 @@ READ_ONLY = [
         "neither a local folder nor a model",
         "model.path",
         "HF_HUB_OFFLINE=1",
-        to_do="download the model",
+        to_do="the model is cached",
         place={"HF_HOME": "locked"},
     ),
     Case(

@@ -56,7 +56,7 @@ CASES = [
     Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs on CUDA only",
          "model.attention", "varlen on cpu", "sdpa", "model.attention=auto", joins=True),
     Case("home that cannot be written", "model.path=org/name", "neither a local folder nor a model",
-         "model.path", "HF_HUB_OFFLINE=1", "downloaded before", "download the model",
+         "model.path", "HF_HUB_OFFLINE=1", "", "the model is cached",
          place={"HOME": "/proc"}),
 ]
 # fmt: on
