@@ -10,16 +10,14 @@ if __name__ == "__main__":
 
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import check_needs
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.preflight import started
 
 
 def main(config: RunConfig) -> int:
     """Store the reference log-probs that the run of `config` needs; return the exit code."""
     check_needs(config, "precompute")
-    _check_mode(config)
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), started(config) as console:
         from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)
@@ -29,19 +27,8 @@ def main(config: RunConfig) -> int:
 
 def check(config: RunConfig) -> int:
     """Check everything that `main` needs before it uses a GPU; return the exit code."""
-    _check_mode(config)
+    check_needs(config, "precompute")
     return train.check(config, trains=False)
-
-
-def _check_mode(config: RunConfig) -> None:
-    if config.reference.mode is not ReferenceMode.cached:
-        raise ConfigError(
-            "only a stored reference can be precomputed",
-            where="reference.mode",
-            got=f"{config.reference.mode} with {', '.join(config.loss.kinds)}",
-            expected="cached",
-            remedy="set reference=cached, with a loss that uses a reference model",
-        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,12 @@ _NEEDS_DATA = Rule(
     "set data.train=[pairs.jsonl], or choose a preset with data=...",
 )
 
+_NEEDS_STORE = Rule(
+    "reference.mode!=cached loss",
+    "only a stored reference can be precomputed",
+    "set reference=cached, with a loss that uses a reference model",
+)
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -32,7 +38,7 @@ class Verb:
 
 VERBS = {
     TRAIN: Verb((_NEEDS_MODEL, _NEEDS_DATA)),
-    "precompute": Verb((_NEEDS_MODEL, _NEEDS_DATA)),
+    "precompute": Verb((_NEEDS_MODEL, _NEEDS_DATA, _NEEDS_STORE)),
     "evaluate": Verb((_NEEDS_MODEL,), of_former_run=True),
     "export": Verb((_NEEDS_MODEL,), of_former_run=True),
     "doctor": Verb((_NEEDS_DATA,)),

@@ -92,7 +92,7 @@ def _write(
     count: Callable[[int, float | None], None],
 ) -> Path:
     """Encode a source and return its folder."""
-    meter, state = Meter(), source_state(source)
+    meter, state = Meter(), _source_state(source)
 
     def encoded() -> Generator[pa.RecordBatch, None, None]:
         records = 0
@@ -102,8 +102,12 @@ def _write(
                 records += len(chunk)
                 count(len(chunk), share_read(meter, source.limit, records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
-        if source_state(source) != state:
-            raise changed_data(source)
+        if _source_state(source) != state:
+            raise DataError(
+                "the data changed while they were read",
+                where=source.path,
+                remedy="start again when no other program writes to the files",
+            )
 
     with closing(encoded()) as batches:
         return write_source(cache, fingerprint, source.path, source.limit, batches)
@@ -133,20 +137,11 @@ def tokenizer_digest(folder: Path) -> str:
     return text_digest(json.dumps(parts))
 
 
-def source_state(source: SourceConfig) -> list[str]:
+def _source_state(source: SourceConfig) -> list[str]:
     """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
     files = local_files(source) or []
     # Includes the link itself if the path is a symbolic link.
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
-
-
-def changed_data(source: SourceConfig) -> DataError:
-    """Return the error that a source changed while it was read."""
-    return DataError(
-        "the data changed while they were read",
-        where=source.path,
-        remedy="start again when no other program writes to the files",
-    )
 
 
 def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:

@@ -116,7 +116,9 @@ def _check_written(
         found = dict(read_adapter(folder).weights)
     else:
         code = config.model.trust_remote_code
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=code
+        )
         found = dict(loaded.named_parameters())
     wrong = [name for name in trained if not torch.equal(found[name], read(name))]
     wrong += [name for name, weight in found.items() if not trained and not weight.isfinite().all()]

@@ -4,8 +4,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[2] / "dpo_dist"
 MODULES = {
     "pickle",
@@ -91,21 +89,18 @@ def test_no_module_can_run_code_from_data() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from pickle import loads",
-        "import torch\ntorch.load('a', weights_only=True)",
-        "import numpy as np\nnp.load('a')",
-        "eval('1')",
-        "import yaml\nyaml.load('a', yaml.Loader)",
-        "import subprocess\nsubprocess.run('a', shell=True)",
-        "from hydra.utils import instantiate",
-        "AutoModelForCausalLM.from_pretrained('a')",
-        "AutoTokenizer.from_pretrained('a', trust_remote_code=True)",
-        "a = {'_target_': 'b'}",
-    ],
-)
-def test_the_scan_sees(source: str) -> None:
-    assert list(faults(source, "a.py"))
+def test_the_scan_sees() -> None:
+    sources = """
+        import pickle
+        from pickle import loads
+        torch.load('a', weights_only=True)
+        eval('1')
+        yaml.load('a', yaml.Loader)
+        subprocess.run('a', shell=True)
+        from hydra.utils import instantiate
+        AutoModelForCausalLM.from_pretrained('a')
+        AutoTokenizer.from_pretrained('a', trust_remote_code=True)
+        a = {'_target_': 'b'}
+    """
+    for source in sources.split("\n")[1:-1]:
+        assert list(faults(source.strip(), "a.py")), source

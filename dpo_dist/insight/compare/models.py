@@ -114,18 +114,14 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
 def _config_of_run(checkpoint: Path) -> RunConfig:
     """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    run = RunFolder(checkpoint.parents[1])
-    try:
-        found = from_yaml(read_config(run.config))
-        return replace(found, model=replace(found.model, trust_remote_code=False))
-    except (OSError, UnicodeDecodeError) as fault:
+    file = RunFolder(checkpoint.parents[1]).config
+    if not file.is_file():
+        remedy = "name a checkpoint in the directory of its run"
         raise ConfigError(
-            "the run of this checkpoint has no configuration",
-            where=KEY,
-            got=f"{run.config}: {getattr(fault, 'strerror', None) or fault}",
-            expected="a checkpoint in its run directory, beside config.yaml",
-            remedy="name a checkpoint in the directory of its run",
-        ) from None
+            "the run of this checkpoint has no configuration", where=KEY, got=str(file), remedy=remedy
+        )
+    found = from_yaml(read_config(file))
+    return replace(found, model=replace(found.model, trust_remote_code=False))
 
 
 def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:

@@ -14,16 +14,7 @@ import numpy as np
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.verb_options import FailOn
-from dpo_dist.data.build import (
-    Progress,
-    changed_data,
-    no_progress,
-    prepare_dataset,
-    share_read,
-    source_state,
-    tokenizer_digest,
-)
-from dpo_dist.data.columns import resolved
+from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_data_fits_loss,
@@ -80,8 +71,6 @@ class Diagnosis:
 def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data, rules = config.data, with_thresholds(config.doctor.thresholds)
-    sources = [resolved(source) for source in (*data.train, *data.eval)]
-    states = list(map(source_state, sources))
     tokenizer, files, prepared = None, None, None
     if config.model.path != NO_MODEL:
         from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
@@ -103,9 +92,6 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
         found = replace(found, findings=most_serious_first(findings), model=files, store=store)
     if config.doctor.texts:
         found = replace(found, shown=show_pairs(data, tokenizer, found.findings, SHOWN_PAIRS))
-    for source, state in zip(sources, states, strict=True):
-        if source_state(source) != state:
-            raise changed_data(source)
     return found
 
 
@@ -120,13 +106,11 @@ def examine(
 
     Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
     """
-    observer, is_split = Observer(config, tokenizer, benchmark), config.eval_share > 0
+    observer = Observer(config, tokenizer, benchmark)
     sources: list[Source] = []
     findings: list[Finding] = []
     for source, label, is_eval in _labelled(config):
-        found = Source(
-            label, source.path, is_eval=is_eval, is_split=is_split, is_encoded=tokenizer is not None
-        )
+        found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         meter = Meter()
         chunks = _chunks(read_records(pinned(source, Path(config.cache)), meter))
         with (
@@ -137,7 +121,7 @@ def examine(
                 found.add(chunk)
                 count(len(chunk), share_read(meter, source.limit, found.read))
         sources.append(found)
-        findings += found.findings(rules, config.max_bad_share)
+        findings += found.findings(rules)
         if tokenizer is not None:
             findings += _tools_not_rendered(found, tokenizer, config, rules)
     across, compared = Comparison(sources, rules, config).result()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.config.data import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
 from dpo_dist.generation.text_facts import language_of, shares
 from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding, Rules
@@ -59,9 +60,9 @@ def _of_lengths(lengths: Sequence[int]) -> dict[str, Any]:
 class Source:
     """The records of one source; readable are those that have a prompt and responses."""
 
-    def __init__(self, label: str, path: str, *, is_eval: bool, is_split: bool, is_encoded: bool):
+    def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
         self.label, self.path, self.is_eval = label, path, is_eval
-        self._is_split, self._is_encoded = is_split, is_encoded
+        self._config, self._is_encoded = config, is_encoded
         self.read = self.kept = self.held_out = self._all_pairs = 0
         self.keys: list[Keys] = []
         self.named: dict[str, list[object]] = defaultdict(list)
@@ -147,7 +148,7 @@ class Source:
             "read": self.read,
             "kept": self.kept,
             "pairs": self._sums["pairs"] if self._is_encoded else self.kept,
-            "held_out": self.held_out if self._is_split else None,
+            "held_out": self.held_out if self._config.eval_share else None,
             "dropped": {
                 reason: {"count": len(origins), "examples": list(map(str, origins[:20]))}
                 for reason, origins in dropped
@@ -208,9 +209,9 @@ class Source:
         if self._all_pairs > _SAMPLED_LANGUAGES:
             yield f"languages: a sample of {_SAMPLED_LANGUAGES} pairs"
 
-    def findings(self, rules: Rules, max_bad_share: float) -> Iterator[Finding]:
+    def findings(self, rules: Rules) -> Iterator[Finding]:
         """Yield the findings about the source, without those that compare records."""
-        yield from self._of_reading(rules, max_bad_share)
+        yield from self._of_reading(rules)
         for name in RULES:
             origins = self.named.get(name, [])
             kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS.get(name, ())}
@@ -226,14 +227,14 @@ class Source:
                 differing, len(known), self.label, records="sampled records"
             )
 
-    def _of_reading(self, rules: Rules, max_bad_share: float) -> Iterator[Finding]:
+    def _of_reading(self, rules: Rules) -> Iterator[Finding]:
         reasons = sorted(self._dropped.items(), key=lambda item: -len(item[1]))
         dropped = sum(len(origins) for _, origins in reasons)
         if not self.kept:
             remedy = remedy_of(reasons[0][0]) if reasons else EMPTY_REMEDY
             found = rules["no_records"].value(1, self.read, self.label, f"{self.read} were read")
             yield from (replace(finding, remedy=remedy) for finding in found)
-        elif dropped > max_bad_share * self.read:
+        elif dropped > self._config.max_bad_share * self.read:
             detail = f"{dropped} of {self.read} records"
             yield from rules["too_many_dropped"].value(dropped / self.read, dropped, self.label, detail)
         for reason, origins in reasons:

@@ -17,16 +17,13 @@ from dpo_dist.insight.verdict.facts import RunFacts
 
 Fields = Mapping[str, Any]
 
-WORK_NAMES: Mapping[Work, str] = {
-    "starting": "starting",
+_WORK_NAMES: Mapping[Work, str] = {
     "reference": "reference log-probs",
     "training": "training steps",
     "evaluation": "evaluations",
     "samples": "generating samples",
-    "saving": "saving",
     "other": "the rest",
 }
-"""Name of each kind of work for people."""
 _OF_AN_END = (
     *("exit", "verdict", "final", "best", "best_checkpoints", "steps", "pairs_seen"),
     *("train_seconds", "pairs_per_second", "work"),
@@ -77,7 +74,7 @@ class PageFacts:
             "training": _seconds(self.run.rows),
             "evaluation": sum(row.get("step_seconds", 0.0) for row in self.run.evaluations),
         }
-        return {WORK_NAMES[work]: found[work] for work in WORKS if found.get(work, 0.0) > 0}
+        return {_WORK_NAMES.get(work, work): found[work] for work in WORKS if found.get(work, 0.0) > 0}
 
 
 def _seconds(rows: Sequence[Mapping[str, float]]) -> float:

@@ -53,7 +53,7 @@ CASES = [
     Case("doctor of a missing file", "data.train=[gone.jsonl]", "the file does not exist", "gone.jsonl",
          verb="doctor", run="", to_do="did you mean eval.jsonl or train.jsonl?"),
     Case("precompute without a reference", "loss=simpo", "only a stored reference", "reference.mode",
-         "none with simpo", "cached", verb="precompute", to_do="set reference=cached"),
+         "none, simpo", verb="precompute", to_do="set reference=cached"),
     Case("precompute with a typing error", "loss.betta=1", "no key", to_do="loss.beta?", verb="precompute"),
     Case("check of a broken run", "--check data.train=[gone.jsonl]", "the file does not exist",
          "gone.jsonl", to_do="did you mean eval.jsonl or train.jsonl?"),

@@ -57,7 +57,7 @@ def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Pat
     assert evaluated(f"run.dir={tmp_path}/new", *RUN[:2]).run.dir == f"{tmp_path}/new", "a whole command"
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"model: {", b"\0", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"\xff"])
 def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
@@ -75,8 +75,6 @@ def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> Non
         "run:\n  name: !!python/object/apply:os.system [touch trace]\n",
         "defaults:\n- override /hydra/launcher: evil\n",
         "hydra:\n  callbacks:\n    a:\n      _target_: os.system\n",
-        "run:\n  _target_: os.system\n",
-        "# @package model\npath: m\ntrust_remote_code: true\n",
         "model.trust_remote_code: true\n",
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.pack import PackedBatch, Sequences
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.collate import RankBatch, collate, shard_batch
@@ -22,7 +22,6 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
-from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import AdapterReference, LiveReference, NoReference, StoredReference
@@ -30,6 +29,7 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support.masks import masked
+from tests.support.one_process import OneProcess
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of
 from tests.support.tiny_model import write_model
@@ -75,30 +75,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def packed(folder: Path) -> PackedCausalLM:
     return load_packed(folder, ModelConfig(dtype=Dtype.fp32), 1024, CPU)
-
-
-class Engine:
-    """A model on one process, as policy or as reference."""
-
-    def __init__(self, model: PackedCausalLM):
-        self.model = model
-
-    def train(self, mode: bool = True) -> None:
-        self.model.train(mode)
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        logps: Tensor = self.model(batch, statistics=statistics)
-        return logps
-
-    @torch.no_grad()
-    def base_token_logps(self, batch: PackedBatch) -> Tensor:
-        return self.token_logps(batch)
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, rate: float) -> Tensor:
-        return torch.zeros(())
 
 
 def filled(
@@ -201,7 +177,7 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
     plan = plan_of(dataset, loss)
     assert len(plan.micro_batches) > 1
     ready = objective.ready_step(plan, CPU)
-    policy = Engine(model)
+    policy = OneProcess(model)
     sums, _ = train_step(policy, objective, ready, 1.0, world, StepClock(CPU), RunningMeans())  # type: ignore[arg-type]
     expected_loss, expected_gradients, logps = plain_loss_and_gradients(loss, folders)
     means = sums.means()
@@ -226,8 +202,8 @@ def test_a_store_filled_without_masks_serves_every_mask(
     assert first.computed == len(whole.keys)
     assert (second.hits, second.computed) == (len(whole.keys), 0)
     batch = provider.attach(collate(other, range(len(other))))
-    live = LiveReference(Engine(packed(folders[1])))  # type: ignore[arg-type]
-    adapter = AdapterReference(Engine(packed(folders[1])))  # type: ignore[arg-type]
+    live = LiveReference(OneProcess(packed(folders[1])))  # type: ignore[arg-type]
+    adapter = AdapterReference(OneProcess(packed(folders[1])))  # type: ignore[arg-type]
     assert batch.mask is not None
     assert not batch.mask.all()
     for model in (live, adapter):

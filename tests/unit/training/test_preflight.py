@@ -122,7 +122,7 @@ def test_only_a_stored_reference_is_precomputed(
 ) -> None:
     with pytest.raises(ConfigError, match="only a stored reference") as caught:
         verb(run_of(assets, tmp_path, *mode))
-    assert caught.value.where == "reference.mode"
+    assert caught.value.where == "reference.mode, loss.kind"
 
 
 # Failed starts

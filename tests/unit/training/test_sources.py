@@ -1,16 +1,12 @@
 """Rewards by source: exact means over the pairs of each source, however a global batch was divided."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data.collate import RankBatch, shard_batch
@@ -18,30 +14,19 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, MetricSums
-from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.scoring import NoReference
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.state import LogWindow
 from dpo_dist.training.step import evaluate
 from tests.support.cache import opened
+from tests.support.one_process import Fixed
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
 
 WORLD = World(None, 0, 1, torch.device("cpu"), ())
 SIZES = {"one": 5, "two": 3, "three": 4}
+POLICY = Fixed(lambda targets: -0.5 - torch.frac(targets * 0.37))
 FREE = LossConfig(beta=0.5, reference_free=True)
-
-
-@dataclass
-class Policy:
-    """A model whose log-probs depend on the tokens."""
-
-    def train(self, mode: bool = True) -> None:
-        pass
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        logps = -0.5 - torch.frac(batch.targets.float() * 0.37)
-        return torch.stack([logps] * (1 + len(statistics))) if statistics else logps
 
 
 def sources_of(folder: Path) -> list[SourceConfig]:
@@ -69,7 +54,7 @@ def plan_of(
 
 
 def sums_of(loss: LossConfig, plan: RankBatch) -> MetricSums:
-    return evaluate(Policy(), Objective(loss, NoReference()), plan, WORLD, RunningMeans()).sums  # type: ignore[arg-type]
+    return evaluate(POLICY, Objective(loss, NoReference()), plan, WORLD, RunningMeans()).sums  # type: ignore[arg-type]
 
 
 def wanted(data: PreferenceDataset, indices: Any) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A step: micro-batches ready on the host, no wait for the device, gradients of the whole batch."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
@@ -24,13 +23,13 @@ from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
-from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support import tiny
+from tests.support.one_process import Fixed, OneProcess
 from tests.support.own_loss import function_of
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
@@ -40,6 +39,7 @@ CPU = torch.device("cpu")
 WORLD = World(None, 0, 1, CPU, ())
 PAIRS = 5
 BUDGET = 64
+POLICY: Any = Fixed(lambda targets: -torch.ones_like(targets))
 ROWS = [
     {
         "prompt": f"q {n}",
@@ -50,21 +50,6 @@ ROWS = [
     }
     for n in range(PAIRS)
 ]
-
-
-@dataclass
-class Policy:
-    """A model with log-prob -1 for every token; records the threads that call it."""
-
-    threads: set[str] = field(default_factory=set)
-
-    def train(self, mode: bool = True) -> None:
-        pass
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        self.threads.add(threading.current_thread().name)
-        logps = -torch.ones(len(batch.targets))
-        return torch.stack([logps] * (1 + len(statistics))) if statistics else logps
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +78,7 @@ def plan_of(data: PreferenceDataset, rank: int = 0, world_size: int = 1) -> Any:
 def test_a_missing_log_prob_ends_an_evaluation(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
     with pytest.raises(ReferenceModelError, match="missing or damaged"):
-        evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+        evaluate(POLICY, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -115,7 +100,7 @@ def test_values_of_pairs_are_in_the_order_of_the_data(
     objective, sent = Objective(LossConfig(beta=1), stored(data, tmp_path)), list[Any]()
     for rank in reversed(range(size)):
         world, plan = Rank(None, rank, size, CPU, (), sent=sent), plan_of(data, rank, size)
-        values = evaluate(Policy(), objective, plan, world, RunningMeans()).values  # type: ignore[arg-type]
+        values = evaluate(POLICY, objective, plan, world, RunningMeans()).values  # type: ignore[arg-type]
     assert values is not None
     lengths = np.array([data.lengths(index)[1:] for index in range(PAIRS)])
     assert values.tokens_chosen.tolist() == lengths[:, 0].tolist()
@@ -159,26 +144,6 @@ def test_forward_and_backward_do_not_wait_for_the_device(
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-class Trained:
-    """A model on one process that keeps its gradients."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-
-    def train(self, mode: bool = True) -> None:
-        self.model.train(mode)
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        logps: Tensor = self.model(batch, statistics=statistics)
-        return logps
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, rate: float) -> Tensor:
-        return torch.zeros(())
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> PackedCausalLM:
     folder = write_model(tmp_path_factory.mktemp("model"))
@@ -206,7 +171,7 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
 
     def gradient(step: Callable[[Any], None]) -> Tensor:
         model.zero_grad()
-        step(Trained(model))
+        step(OneProcess(model))
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     def in_micro_batches(policy: Any) -> None:

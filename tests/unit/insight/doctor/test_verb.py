@@ -4,12 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import NO_MODEL
 from dpo_dist.doctor import main
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor import examine
@@ -33,20 +31,6 @@ def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: 
         "doctor.benchmarks: absent.jsonl",
         "No such file or directory",
     )
-
-
-def test_data_that_change_meanwhile_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write(tmp_path / "a.jsonl", clean_pairs(20))
-    config = load_run_config([f"model.path={NO_MODEL}", f"data.train=[{data}]"])
-
-    def show_and_append(*_: Any) -> list[Any]:
-        with Path(data).open("a") as file:
-            file.write("{}\n")
-        return []
-
-    monkeypatch.setattr(examine, "show_pairs", show_and_append)
-    with pytest.raises(DataError, match="changed while"):
-        examine.diagnose(config, silent)
 
 
 def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts_from(tmp_path: Path) -> None:

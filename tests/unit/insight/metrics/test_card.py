@@ -40,17 +40,6 @@ def card(
     return found
 
 
-def test_a_card_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HUB_TOKEN", "3f6c1be2a9")
-    label = "hf_" + "0123456789abcdef" * 2
-    overrides = ["model.path=org/base", f"data.train=[{{path: local.jsonl, label: {label}}}]"]
-    overrides.append("reference.path=other/3f6c1be2a9")
-    overrides += [f"data.eval=[{{path: held.jsonl, label: {label}}}]"]
-    found = card(overrides, summary([label], [label]), {"all": OF_ALL, label: OF_ALL})
-    assert found.data.eval_results[0].dataset_name == "***"
-    assert [text for text in ("hf_0123", "3f6c1be2a9") if text in str(found)] == []
-
-
 def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     overrides = ["model.path=org/base-7B", "loss.beta=0.3", "optim.lr=2e-6"]
     overrides += ["data.train=[org/pairs, a.jsonl]", "data.eval=[{path: org/pairs, split: t, label: held}]"]
