@@ -25,8 +25,7 @@ def changing(policy, reference, config):
         {change}
     return softplus(-config.beta * (policy.margin - reference.margin))
 """
-DELETED = "model", "data", "encoded", "store"
-FILE = "adapter_model.safetensors"
+DELETED = "data", "encoded", "store"
 
 
 @pytest.fixture
@@ -43,17 +42,32 @@ def changing(folder: Path, change: str) -> None:
     (folder / "changing_loss.py").write_text(LOSS.format(here=str(folder), change=change))
 
 
-def test_deleted_inputs_do_not_stop_a_run(command: list[str], tmp_path: Path) -> None:
-    tokenizer = {file.name: file.read_bytes() for file in (tmp_path / "model").glob("tokenizer*")}
-    assert len(tokenizer) > 1
+def test_deleted_data_do_not_stop_a_run(command: list[str], tmp_path: Path) -> None:
     changing(tmp_path, f"[shutil.rmtree(HERE / n, ignore_errors=True) for n in {DELETED}]")
     ended = run_verb("train", command, cwd=tmp_path)
     assert ended.code == 0, ended.output
     assert not any((tmp_path / name).exists() for name in DELETED)
     assert (tmp_path / "run/model/model.safetensors").is_file()
-    for name, content in tokenizer.items():
-        assert (tmp_path / "run/model" / name).read_bytes() == content
     assert [row["step"] for row in history(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_a_base_that_went_is_an_error_at_the_end_and_the_same_command_finishes(
+    command: list[str], tmp_path: Path
+) -> None:
+    """The written model has files of the base."""
+    changing(
+        tmp_path,
+        "(HERE / 'away').exists() or (HERE / 'stay').exists() or (HERE / 'model').rename(HERE / 'away')",
+    )
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 2, ended.output
+    assert "this model folder does not exist" in ended.output
+    (tmp_path / "away").rename(tmp_path / "model")
+    (tmp_path / "stay").touch()
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        assert (tmp_path / "run/model" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_encoded_data_that_decay_end_a_run(command: list[str], tmp_path: Path) -> None:
