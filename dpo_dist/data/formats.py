@@ -32,6 +32,7 @@ from dpo_dist.data.messages import (
     has_more,
     has_value,
     read_hh,
+    read_implicit,
     read_messages,
     read_text,
     reader_of,
@@ -160,6 +161,8 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     if name is DataFormat.auto:
         _check_no_other(record, content)
     read = row.read or reader_of(content.prompt, content.responses)
+    if read is None and has_only_sides(record):
+        read = read_implicit
     if read is None:
         raise (
             UnusableRecordError("empty_prompt")
@@ -167,7 +170,9 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
             else _unknown_format(record)
         )
     prompt, responses = read(content.prompt, content.responses)
-    prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=row.read is read_text)
+    prompt, tools, arguments = with_context(
+        prompt, record, content.responses, is_plain=row.read in (read_text, read_implicit)
+    )
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
     check_content(result)
     return result
@@ -271,6 +276,12 @@ def _sides(record: Fields) -> tuple[str, str] | None:
 def has_pair(record: Fields) -> bool:
     """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
     return _sides(record) is not None
+
+
+def has_only_sides(record: Fields) -> bool:
+    """Return whether the sides of a pair are all that a record has, so that they contain its prompt."""
+    known = {*SIDE_NAMES, *itertools.chain(*_PAIR_SCORES), "metadata"}
+    return all(name in known or value is None for name, value in record.items())
 
 
 def pair(record: Fields) -> Content:
@@ -438,7 +449,7 @@ _SPELLED = {
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
-    is_text = name in (DataFormat.text, DataFormat.hh)
+    is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
     found = dict(record)
     for field, value in record.items():
         if field in CONVERSATIONS:
@@ -468,6 +479,7 @@ FORMATS: dict[DataFormat, Format] = {
     DataFormat.text: Format(pair, read=read_text),
     DataFormat.messages: Format(pair, read=read_messages),
     DataFormat.hh: Format(pair, read=read_hh),
+    DataFormat.implicit_prompt: Format(pair, read=read_implicit),
     DataFormat.alpaca: Format(_with("instruction")),
     DataFormat.sharegpt: Format(_with("conversations", "messages")),
     # A pair in any of these.

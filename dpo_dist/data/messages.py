@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -285,6 +286,18 @@ def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response
     if not all(isinstance(text, str) for text in texts):
         raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
     return texts[0], texts[1:]
+
+
+def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split texts where they part: the prompt is the start that they share, as TRL's `extract_prompt`."""
+    texts = list(responses.values())
+    if prompt is not None or not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
+    # A response has at least one character, and the space before it.
+    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
+    end = min(len(shared), min(map(len, texts)) - 1)
+    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
+    return texts[0][:end], [text[end:] for text in texts]
 
 
 def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
