@@ -178,6 +178,7 @@ def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
             dtype=TORCH_DTYPES[config.model.dtype],
             trust_remote_code=config.model.trust_remote_code,
         )
+        causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
         packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
         if config.model.adapter is not None:
             add_adapter(packed, config.model, config.trainer.seed, start)
