@@ -195,7 +195,7 @@ class _Command:
                         self._choose(config, group, name)
                 config.merge_with(layer.values)
             for override in self.overrides:
-                if override.key_or_group not in typed:
+                if not self._is_choice(override):
                     OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
             whole = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         except _COMPOSITION_ERRORS as error:
@@ -221,7 +221,7 @@ class _Command:
         return key
 
     def _preset(self, group: str, name: str) -> Path:
-        files = (folder / group / f"{name}.yaml" for folder in self.folders)
+        files = (folder / group / f"{name}.yaml" for folder in reversed(self.folders))
         return next(file for file in files if file.is_file())
 
     def _choose(self, config: DictConfig, group: str, name: str) -> None:

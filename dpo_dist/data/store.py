@@ -169,7 +169,7 @@ def read_source(source: EncodedSource) -> pa.Table:
             remedy="start again: damaged data are encoded again",
         )
     rows = pa.ipc.open_file(pa.memory_map(str(source.folder / _RECORDS))).read_all().slice(0, source.limit)
-    files = rows["file"].combine_chunks().dictionary_encode()
+    files = rows["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
@@ -178,7 +178,7 @@ def read_source(source: EncodedSource) -> pa.Table:
 
 def counts_of(rows: pa.Table) -> DataCounts:
     """Return the counts of records."""
-    coded = rows["outcome"].combine_chunks().dictionary_encode()
+    coded = rows["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
     outcomes = [
         Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
         for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())

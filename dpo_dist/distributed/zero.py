@@ -46,7 +46,7 @@ from dpo_dist.distributed.memory import (
 from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.layers import compressors, decoder_layers, join_gradients, without_gradient
+from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
 from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
@@ -132,7 +132,7 @@ def gather_at_once(model: PackedCausalLM) -> None:
     Compiled layers, so that no hook is in compiled code; and modules that may compute with some of their
     weights only: a rank that skips a part would not gather it, and the others would wait.
     """
-    for module in compressors(model.causal_lm):
+    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm)]:
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
@@ -386,7 +386,9 @@ class PolicyEngine(Engine):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
         gather_at_once(model)
-        for module in compressors(model.causal_lm):  # ZeRO-3 does so for a leaf that has an output
+        # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may.
+        blocks = expert_blocks(model.causal_lm) if zero["stage"] < 3 else []
+        for module in [*blocks, *compressors(model.causal_lm)]:
             join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))

@@ -107,7 +107,12 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
         has_address = bool(environ.get("MASTER_ADDR")) and 0 < int(environ.get("MASTER_PORT", 0)) < 2**16
     except ValueError:
         return False
-    return 0 <= rank < size and 0 <= local < of_node and (size == 1 or has_address)
+    # srun and DeepSpeed set no LOCAL_WORLD_SIZE.
+    has_place = local >= 0 and (
+        local < of_node or "LOCAL_WORLD_SIZE" not in environ
+    )  # srun sets no such size
+    has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
+    return 0 <= rank < size and has_place and has_world
 
 
 def check_groups(processes: int, ranks: int) -> None:

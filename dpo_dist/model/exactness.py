@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_lin
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_supported, few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.layers import layer_values
+from dpo_dist.model.layers import expert_blocks, layer_values
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import forget_lengths
 from dpo_dist.model.ulysses import cannot_be_shared
@@ -335,6 +335,7 @@ def check_use(checked: CheckedModel) -> None:
 
     def sometimes_used() -> str:
         differing = _reached(checked, long) ^ _reached(checked, short)
+        differing -= {weight for block in expert_blocks(causal_lm) for weight in block.parameters()}
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
     checked.refuse(

@@ -155,6 +155,30 @@ def use_liger(causal_lm: nn.Module) -> None:
     _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def expert_blocks(causal_lm: nn.Module) -> list[nn.Module]:
+    """Return the modules inside of layers that have a list of equal parts, such as one module per expert.
+
+    Which parts compute depends on the tokens, so ranks may use different ones. Experts whose weights are
+    stacked in one tensor, as in transformers' own models, are one part. A module found here that always
+    uses all its parts is no error: ZeRO-3 gathers its weights at once.
+    """
+    layers = set(decoder_layers(causal_lm))
+    stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    inside = {module for stack in stacks for layer in stack for module in layer.modules()} - layers
+    return [
+        module
+        for module in causal_lm.modules()
+        if module in inside and any(map(_is_list_of_equals, module.children()))
+    ]
+
+
+def _is_list_of_equals(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    is_one_kind = len({type(part) for part in module}) == 1
+    return is_one_kind and any(True for _ in module.parameters())
+
+
 def compressors(causal_lm: nn.Module) -> list[nn.Module]:
     """Return the modules that make one key of several tokens, as in DeepSeek-V4.
 

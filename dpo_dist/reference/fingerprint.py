@@ -79,7 +79,10 @@ def fingerprint_folders(root: Path) -> list[Path]:
     named = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
     # Encoded data have such names too.
     found = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
-    others = [path for path in content if path.name != MEMO_FOLDER and not is_temporary(path)]
+    begun = {path for path in named if all(map(is_temporary, path.iterdir()))}  # by another or a killed start
+    others = [
+        path for path in content if path.name != MEMO_FOLDER and not is_temporary(path) and path not in begun
+    ]
     if others and not found:
         raise _no_store(root, f"{others[0].name} and no log-probs")
     return found

@@ -11,16 +11,13 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportedWeights
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
-from dpo_dist.foundation.errors import ConfigError, RunOutcome, first_line
+from dpo_dist.foundation.errors import RunOutcome, first_line
 from dpo_dist.foundation.files import staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import read_latest_rows
-from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.folder import model_folder
 from dpo_dist.model.merge import write_mean
 from dpo_dist.model.save import writing_errors
-from dpo_dist.reference.digest import digest_model
-from dpo_dist.training.finish import run_card
+from dpo_dist.training.finish import check_base, run_card
 
 
 def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
@@ -30,7 +27,10 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
         state = read_state(checkpoint)
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
-    _check_base(config, state.get("model"))
+    adapter = config.model.adapter
+    if adapter is not None and (config.export.merge or adapter.on_top):  # they are part of the result
+        merging = "" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"
+        check_base(config, state.get("model"), merging)
 
     def card() -> str:
         folder, step = RunFolder.of(config), step_of(checkpoint.name)
@@ -61,25 +61,3 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
-
-
-def _check_base(config: RunConfig, recorded: str | None) -> None:
-    """Check that files which become part of the result are those that training started from.
-
-    They are the base of a merged adapter, and the adapter below a new one.
-    """
-    adapter = config.model.adapter
-    if adapter is None or not (config.export.merge or adapter.on_top):
-        return
-    base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
-    code, start = config.model.trust_remote_code, start_folder(config.model)
-    found = digest_model(base, store, remote_code=code, adapter=start).digest
-    if recorded != found:
-        merging = "" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"
-        raise ConfigError(
-            "the model that this run started from has changed since",
-            where="model.path" if adapter.path is None else "model.path, model.adapter.path",
-            got=f"digest {found}",
-            expected=f"digest {recorded}",
-            remedy=f"restore its files{merging}",
-        )

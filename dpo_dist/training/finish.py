@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.identity import settings
@@ -12,7 +13,7 @@ from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import whole_loading
-from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import plain
 from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
@@ -20,6 +21,9 @@ from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
+from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.model.folder import model_folder
+from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.resume import RunState, read_state, write_state
 from dpo_dist.training.start import Run
@@ -93,10 +97,26 @@ def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> Non
         )
 
     def write() -> None:
+        check_base(run.config, loop.identity["model"])
         with whole_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=True)
 
     run.world.on_main(write, run.console.heartbeat("writing the model"))
+
+
+def check_base(config: RunConfig, recorded: str | None, or_else: str = "") -> None:
+    """Check that the files that become part of the result are those that training started from."""
+    base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
+    code, start = config.model.trust_remote_code, start_folder(config.model)
+    found = digest_model(base, store, remote_code=code, adapter=start).digest
+    if recorded != found:
+        raise ConfigError(
+            "the model that this run started from has changed since",
+            where="model.path" if start is None else "model.path, model.adapter.path",
+            got=f"digest {found}",
+            expected=f"digest {recorded}",
+            remedy=f"restore its files{or_else}",
+        )
 
 
 def run_card(

@@ -112,13 +112,13 @@ class Samples:
         """Return the reference's responses in its file, if they are to the same prompts and settings."""
         try:
             text = self.run.folder.samples_reference.read_text(encoding="utf-8")
-        except FileNotFoundError:
+            rows = [json.loads(line) for line in text.splitlines()]
+            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+                return None
+            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
+        except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: asked again
             return None
-        rows = [json.loads(line) for line in text.splitlines()]
-        wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
-        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
-            return None
-        return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
 
     def _ask(
         self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None

@@ -70,6 +70,17 @@ def test_a_base_that_went_is_an_error_at_the_end_and_the_same_command_finishes(
         assert (tmp_path / "run/model" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_base_that_changed_is_an_error_at_the_end(command: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "model/config.json"
+    changing(tmp_path, "(HERE / 'model/config.json').write_text('{\"rope_theta\": 77}')")
+    written = config.read_text()
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 2, ended.output
+    assert config.read_text() != written
+    assert "the model that this run started from has changed since" in ended.output
+    assert not (tmp_path / "run/model").exists()
+
+
 def test_encoded_data_that_decay_end_a_run(command: list[str], tmp_path: Path) -> None:
     """A bit of the disk flips: size and time of the file are the same, and all log-probs are stored."""
     changing(

@@ -1,0 +1,298 @@
+"""Ranks whose tokens visit different experts neither hang nor differ from one process."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AttentionBackend,
+    Dtype,
+    ModelConfig,
+    Offload,
+    ParallelismConfig,
+    ParallelismKind,
+)
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import FrozenEngine, LossScale, PolicyEngine, frozen_config
+from dpo_dist.model.attention import PACKED
+from dpo_dist.model.layers import checkpoint_layers, compile_layers, expert_blocks, offload_inputs
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.ulysses import TokenExchange
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import StepClock, train_step
+from tests.dist.scenario import Assets
+from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
+from tests.support import tiny
+from tests.support.packing import COSTS, plain_logps
+from tests.support.precision import NEEDS_FP16
+from tests.support.ranks import OPTIM, run_ranks
+from tests.support.written import whole_weights
+
+EXPERTS, UNUSED = 8, 7
+SECONDS = 60
+"""A hang fails the test within a minute."""
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, 16, bias=False)
+        self.down_proj = nn.Linear(16, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(nn.functional.silu(self.up_proj(hidden)))
+        return out
+
+
+class ListedExperts(nn.Module):
+    """As models with their own code have them: a module per expert, called if a token visits it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gate = nn.Linear(width, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert(width) for _ in range(EXPERTS))
+        self.visited: list[list[int]] = []
+        # As in a sharded model, an expert without tokens has a gradient of 0: it decays, and has momentum.
+        self.touches_all = False
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        never = torch.zeros(EXPERTS).index_fill(0, torch.tensor(UNUSED), -torch.inf)
+        weights, chosen = torch.softmax(self.gate(tokens) + never, -1).max(-1)
+        mixed = torch.zeros_like(tokens)
+        self.visited.append(chosen.unique().tolist())
+        for expert in self.visited[-1]:
+            (own,) = torch.where(chosen == expert)
+            scored = self.experts[expert](tokens[own]) * weights[own, None]
+            mixed = mixed.index_add(0, own, scored.to(mixed.dtype))
+        if self.touches_all:
+            mixed = mixed + 0.0 * sum(weight.sum() for weight in self.experts.parameters())
+        return mixed.view_as(hidden)
+
+
+def listed_model() -> Any:
+    """A model with lists of experts, the same on every rank, not sharded."""
+    unset_hf_deepspeed_config()
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=len(tiny.qwen()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        pad_token_id=None,
+    )
+    torch.manual_seed(1)
+    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for layer in causal_lm.model.layers:
+        layer.mlp = ListedExperts(32)
+        for parameter in layer.mlp.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return causal_lm
+
+
+def listed_packed(sequence: TokenExchange | None = None) -> PackedCausalLM:
+    causal_lm = listed_model()
+    causal_lm.config._attn_implementation = PACKED
+    return PackedCausalLM(causal_lm, AttentionBackend.sdpa, sequence=sequence)
+
+
+def visits(causal_lm: Any) -> list[list[list[int]]]:
+    """Return the experts that each forward visited, for each layer."""
+    return [layer.mlp.visited for layer in causal_lm.model.layers]
+
+
+def listed_steps(
+    assets: Assets,
+    reference: Sequence[np.ndarray],
+    targets: list[str] | None,
+    checkpointing: str,
+    world: World,
+    folder: Path,
+) -> dict[str, Any]:
+    """Gradient norms of `STEPS`, the experts visited in them; the weights after them go to `folder`."""
+    dataset, model = assets.dataset(), listed_packed(world.sequence)
+    if targets is not None:
+        adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
+        add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
+    checkpoint_layers(model.causal_lm, checkpointing)
+    if checkpointing == "full":
+        offload_inputs(model.causal_lm)
+    blocks = [layer.mlp for layer in model.causal_lm.model.layers]
+    assert expert_blocks(model.causal_lm) == blocks
+    policy = PolicyEngine(model, OPTIM, world)
+    objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
+    for rows, budget in STEPS:
+        plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, COSTS)
+        ready = objective.ready_step(plan, world.device)
+        clock = StepClock(world.device)
+        norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
+    weights = whole_weights(policy)
+    if weights is not None:
+        save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / "after.safetensors")
+    return {"norms": norms, "visited": visits(policy.causal_lm)}
+
+
+def plain_model(targets: list[str] | None) -> Any:
+    model = listed_packed()
+    if targets is not None:
+        adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
+        add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
+    model.causal_lm.config._attn_implementation = "sdpa"
+    for layer in model.causal_lm.model.layers:
+        layer.mlp.touches_all = True
+    return model.causal_lm
+
+
+OFFLOADED = ParallelismConfig(offload_parameters=Offload.cpu)
+ZERO2 = ParallelismConfig(ParallelismKind.zero2)
+SHARED, SHARED_ZERO2 = (
+    replace(parallelism, sequence_parallel=2) for parallelism in (ParallelismConfig(), ZERO2)
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallelism", "targets", "checkpointing"),
+    [
+        pytest.param(2, ParallelismConfig(), None, "none", id="2 ranks"),
+        pytest.param(3, ParallelismConfig(), None, "full", id="3 ranks, checkpointing"),
+        pytest.param(2, OFFLOADED, None, "none", id="2 ranks, offloaded weights"),
+        pytest.param(2, ParallelismConfig(), ["up_proj", "down_proj"], "none", id="2 ranks, LoRA on experts"),
+        pytest.param(3, ParallelismConfig(), ["q_proj"], "full", id="3 ranks, LoRA beside frozen experts"),
+        pytest.param(3, ZERO2, None, "full", id="3 ranks, zero2, checkpointing"),
+        pytest.param(2, ZERO2, ["up_proj", "down_proj"], "none", id="2 ranks, zero2, LoRA on experts"),
+        pytest.param(2, ParallelismConfig(ParallelismKind.ddp), None, "none", id="2 ranks, ddp"),
+        pytest.param(2, SHARED, None, "full", id="2 ranks share tokens, checkpointing"),
+        pytest.param(2, SHARED_ZERO2, None, "none", id="2 ranks share tokens, zero2"),
+    ],
+)
+def test_ranks_with_tokens_for_different_experts_train_like_one_process(
+    size: int,
+    parallelism: ParallelismConfig,
+    targets: list[str] | None,
+    checkpointing: str,
+    assets: Assets,
+    plain_entries: list[np.ndarray],
+    tmp_path: Path,
+) -> None:
+    scenario = partial(listed_steps, assets, plain_entries, targets, checkpointing)
+    results = run_ranks(scenario, size, tmp_path / "ranks", parallelism, seconds=SECONDS)
+    # In the second step one rank has a pair and the others a dummy, which visits one expert of each layer; or
+    # each rank has a share of the tokens.
+    assert results[0]["visited"] != results[1]["visited"]
+    assert all(UNUSED not in of for result in results for layer in result["visited"] for of in layer)
+    plain = plain_model(targets)
+    norms = plain_steps(plain, assets.dataset(), plain_entries)
+    after = load_file(tmp_path / "ranks" / "after.safetensors")
+    for result in results:
+        assert result["norms"] == pytest.approx(norms, rel=5e-5)
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    assert {name.replace(".default", "") for name in trained} == {n.replace(".default", "") for n in after}
+    for name, tensor in trained.items():
+        torch.testing.assert_close(
+            after[name], tensor.detach(), atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+def compiled_in_fp16(
+    assets: Assets, reference: Sequence[np.ndarray], compiled: bool, world: World, _folder: Path
+) -> dict[str, Any]:
+    """Norms of `STEPS` in fp16, with an overflow before the last, and the weights on rank 0 after them.
+
+    Compiled for a backend that runs the traced graphs as they are: tracing is at stake, not its kernels.
+    """
+    dataset = assets.dataset()
+    causal_lm = listed_model().half()
+    causal_lm.config._attn_implementation = PACKED
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=compiled)
+    if compiled:
+        with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
+            compile_layers(model.causal_lm)
+    policy = PolicyEngine(model, OPTIM, world)
+    policy.set_loss_scale(LossScale(256.0))  # the gradients are large
+    objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
+
+    def step(rows: Sequence[int], budget: int) -> float:
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
+        return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
+
+    for number, (rows, budget) in enumerate(STEPS, start=1):
+        if number == len(STEPS):
+            scale = policy.loss_scale
+            policy.set_loss_scale(LossScale(2.0**40))
+            assert step(rows, budget) == math.inf
+            assert policy.has_overflowed
+            policy.set_loss_scale(scale)
+        norms.append(step(rows, budget))
+    weights = whole_weights(policy) or {}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"norms": norms, "graphs": graphs, "sums": [w.double().norm().item() for w in weights.values()]}
+
+
+@NEEDS_FP16
+def test_joined_gradients_in_fp16_are_the_same_if_layers_are_compiled(
+    assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+) -> None:
+    compiled, plain = (
+        run_ranks(
+            partial(compiled_in_fp16, assets, plain_entries, is_compiled),
+            2,
+            tmp_path / f"ranks-{is_compiled}",
+            ZERO2,
+            Dtype.fp16,
+        )
+        for is_compiled in (True, False)
+    )
+    assert compiled[0]["graphs"] > 0 == plain[0]["graphs"]
+    for found, wanted in zip(compiled, plain, strict=True):
+        assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-2)
+    assert compiled[0]["sums"] == pytest.approx(plain[0]["sums"], rel=1e-3)
+
+
+def scored(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
+    """Log-probs of each rank's own pair by a sharded model that is only scored, and the experts visited."""
+    dataset = assets.dataset()
+    model = listed_packed()
+    blocks = [layer.mlp for layer in model.causal_lm.model.layers]
+    engine = FrozenEngine(model, frozen_config(Offload.none, Dtype.fp32))
+    for block in blocks:
+        block.visited.clear()
+    plan = shard_batch(dataset, np.array([2, 9]), world.rank, world.size, 1, COSTS)
+    batch = next(iter(plan.batches()))
+    logps = engine.token_logps(batch).tolist()
+    visited = visits(engine.causal_lm)
+    engine.free()
+    return {"position": list(plan.positions[0]), "logps": logps, "visited": visited}
+
+
+def test_a_reference_with_lists_of_experts_is_scored_on_ranks_that_visit_different_ones(
+    assets: Assets, tmp_path: Path
+) -> None:
+    results = run_ranks(partial(scored, assets), 3, tmp_path / "ranks", seconds=SECONDS)
+    assert results[0]["visited"] != results[2]["visited"], "the third rank has a dummy"
+    plain = plain_model(None)
+    for result in results:
+        for position in result["position"]:
+            expected = plain_logps(plain, [assets.dataset().sequences([2, 9][position])])
+            torch.testing.assert_close(torch.tensor(result["logps"]), expected, atol=1e-5, rtol=1e-5)
