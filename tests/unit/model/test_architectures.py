@@ -241,15 +241,6 @@ def test_a_window_that_the_mask_lacks_is_an_error() -> None:
             packed(causal_lm)(pack_unkeyed(random_pairs(lengths)))
 
 
-def test_a_bias_of_positions_is_an_error() -> None:
-    causal_lm = windowed("llama", None)
-    attention = causal_lm.model.layers[0].self_attn
-    original = attention.forward
-    attention.forward = lambda *args, **kwargs: original(*args, position_bias=torch.ones(1), **kwargs)
-    with pytest.raises(ConfigError, match="position_bias"):
-        packed(causal_lm)(pack_unkeyed(random_pairs(SHAPES)))
-
-
 @pytest.mark.parametrize(
     ("model_type", "own", "fault"),
     [

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.router import own_coefficient, router_loss, router_notes
+from dpo_dist.model.router import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.families import COMMON
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
@@ -108,14 +108,3 @@ def test_a_loss_that_the_model_does_not_define_is_refused(
     with pytest.raises(ConfigError, match=named) as raised:
         router_loss(router, tiny_config(model_type, **own))
     assert raised.value.remedy
-
-
-def test_a_note_says_what_is_added() -> None:
-    mixtral = tiny_config("mixtral", router_aux_loss_coef=0.125)
-    (without,) = router_notes(RouterConfig(), mixtral)
-    assert "without the router's load-balancing loss" in without
-    assert "0.125" in without
-    assert "0.125 times" in router_notes(RouterConfig("model"), mixtral)[0]
-    assert "2 times the router's z-loss" in router_notes(RouterConfig(z_coefficient=2.0), mixtral)[0]
-    assert router_notes(RouterConfig(), tiny_config("qwen3")) == []
-    assert router_notes(None, mixtral) == []

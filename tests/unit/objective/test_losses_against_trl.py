@@ -192,15 +192,6 @@ def test_orpo_has_the_odds_ratios_of_trl_s_orpo_trainer() -> None:
 # Where the definitions differ: docs/losses.md says so.
 
 
-@pytest.mark.parametrize(("kind", "cut"), [("aot", 3), ("sft", 1)])
-def test_trl_s_loss_depends_on_how_pairs_fall_into_micro_batches(kind: str, cut: int) -> None:
-    batch, halves = Batch(), (slice(0, cut), slice(cut, PAIRS))
-    trl = sum(trl_loss(batch, kind, 0.0, 0.5, half) for half in halves) / 2
-    whole = trl_loss(batch, kind, 0.0, 0.5)
-    assert our_loss(batch, LossConfig(LossKind(kind), 0.5)) == pytest.approx(whole, rel=1e-6)
-    assert abs(trl - whole) > 0.01
-
-
 def test_trl_s_discopop_is_nan_at_a_large_negative_margin() -> None:
     batch = Batch()
     batch.policy[:PAIRS] *= 1e3

@@ -13,7 +13,6 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
     BUCKETS,
-    Counted,
     MetricPlan,
     MetricSums,
     TokenSums,
@@ -172,23 +171,3 @@ def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> Non
             assert means[f"rewards/margins/{label}"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
             right = math.nan if math.isnan(wanted) else float((ours > 0).double().mean())
             assert means[f"rewards/accuracies/{label}"] == pytest.approx(right, nan_ok=True)
-
-
-def test_a_metric_may_have_a_count_of_its_own() -> None:
-    """Per token, and per pair that has a score; in two parts, with a dummy."""
-    nan = float("nan")
-    tokens, logps = torch.tensor([2.0, 1.0, 5.0, 4.0]), torch.tensor([-4.0, -1.0, -5.0, -99.0])
-    gaps = torch.tensor([3.0, nan, 1.0, nan])
-    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    total = MetricSums.zeros(("per_pair", "per_token", "gap", "unscored"), CPU)
-    for part in (slice(0, 2), slice(2, 4)):
-        total += MetricSums.of(
-            {
-                "per_pair": logps[part],
-                "per_token": Counted(logps[part], tokens[part]),
-                "gap": Counted(gaps[part], (~gaps[part].isnan()).float()),
-                "unscored": Counted(gaps[part], torch.zeros(2)),
-            },
-            weights[part],
-        )
-    assert total.means() == pytest.approx({"per_pair": -10 / 3, "per_token": -10 / 8, "gap": 2.0})

@@ -34,16 +34,6 @@ def test_without_a_reference_its_log_probs_are_missing() -> None:
     assert values.margin.tolist() == [-1 - -4]
 
 
-def test_parts_are_joined_by_position() -> None:
-    columns = len(fields(PairValues))
-    parts = [([3, 0], [30.0, 0.0]), ([1], [10.0]), ([2], [20.0])]
-    joined = PairValues.joined(
-        [(np.array(at), np.tile(np.float32(values), (columns, 1))) for at, values in parts], 4
-    )
-    assert len(joined) == 4
-    assert joined.margin.tolist() == joined.tokens_rejected.tolist() == [0, 10, 20, 30]
-
-
 def test_percentiles_of_margins() -> None:
     columns = len(fields(PairValues))
     margins = np.arange(101, dtype=np.float32)[::-1]

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, Weighting
@@ -80,68 +78,6 @@ def test_a_missing_log_prob_ends_an_evaluation(data: PreferenceDataset, tmp_path
     with pytest.raises(ReferenceModelError, match="missing or damaged"):
         evaluate(POLICY, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
-
-
-@dataclass(frozen=True)
-class Rank(World):
-    """A rank whose values for rank 0 are collected in `sent`, rank 0 last."""
-
-    sent: list[Any] = field(default_factory=list)
-
-    def to_main(self, value: Any) -> list[Any] | None:
-        self.sent.insert(0, value)
-        return self.sent if self.is_main else None
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_values_of_pairs_are_in_the_order_of_the_data(
-    data: PreferenceDataset, tmp_path: Path, size: int
-) -> None:
-    objective, sent = Objective(LossConfig(beta=1), stored(data, tmp_path)), list[Any]()
-    for rank in reversed(range(size)):
-        world, plan = Rank(None, rank, size, CPU, (), sent=sent), plan_of(data, rank, size)
-        values = evaluate(POLICY, objective, plan, world, RunningMeans()).values  # type: ignore[arg-type]
-    assert values is not None
-    lengths = np.array([data.lengths(index)[1:] for index in range(PAIRS)])
-    assert values.tokens_chosen.tolist() == lengths[:, 0].tolist()
-    assert (-values.logp_rejected).tolist() == lengths[:, 1].tolist()
-    assert values.reference_chosen == pytest.approx(-(1.25 + 2 * np.arange(PAIRS)) * lengths[:, 0])
-    assert values.margin == pytest.approx(values.reward_chosen - values.reward_rejected)
-
-
-class SyncingOperations(TorchDispatchMode):
-    """Collects the operations that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.split(".")[0] in {"_local_scalar_dense", "nonzero", "masked_select", "equal"}:
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if not KINDS[kind].is_coupled))
-def test_forward_and_backward_do_not_wait_for_the_device(
-    data: PreferenceDataset, tmp_path: Path, kind: LossKind
-) -> None:
-    loss = LossConfig(kind=kind, function=function_of(kind))
-    free = not KINDS[kind].needs_reference
-    objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
-    model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
-    policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
-    plan = plan_of(data)
-    ready = objective.ready_step(plan, CPU)
-    with SyncingOperations() as syncing:
-        for host_batch in ready.batches:
-            batch = host_batch.to(CPU)
-            reference = objective.reference.token_logps(batch)
-            pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
-            total, _ = objective.measure(pairs)
-            (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
-    assert syncing.found == []
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")
