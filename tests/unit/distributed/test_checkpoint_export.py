@@ -23,7 +23,6 @@ from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slice
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_mean
@@ -131,22 +130,6 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-
-
-def test_what_a_killed_export_left_is_removed_by_the_next(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dpo_dist.foundation.files._CREATED_SECONDS", -1)
-    config = run_of(base)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    child = os.fork()
-    if child == 0:
-        checkpoint_export.write_card = lambda *_: os._exit(1)  # type: ignore[assignment]
-        export_checkpoint(checkpoint, tmp_path / "out", config)
-    os.waitpid(child, 0)
-    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 1
-    export_checkpoint(checkpoint, tmp_path / "other", config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
 def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(

@@ -19,9 +19,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import check_supported, switch_off_noise, training_notes
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.load import load_config
-from dpo_dist.model.packed import LogpHead, PackedCausalLM, logit_change
+from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.model.rotary import rope_limit
-from dpo_dist.objective.token_logps import LogitChange
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.kernels import put_kernels
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
@@ -202,24 +201,6 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
         logps = model(pack_unkeyed(pairs))
         assert (logps - plain).norm() <= 1e-6 * plain.norm()
         assert_same(gradients(causal_lm, logps), plain_gradients)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "own", "change"),
-    [
-        ("llama", {}, LogitChange()),
-        ("cohere", {}, LogitChange(0.0625)),
-        ("granite", {"logits_scaling": 8.0}, LogitChange(1 / 8)),
-        ("hyperclovax", {"logits_scaling": 0.5}, LogitChange(0.5)),
-        ("falcon_h1", {"lm_head_multiplier": 0.25}, LogitChange(0.25)),
-        ("minicpm3", {"hidden_size": 2560, "dim_model_base": 320}, LogitChange(0.125)),
-        ("gemma2", {}, LogitChange(1.0, 30.0)),
-        ("recurrent_gemma", {"logits_soft_cap": 20.0}, LogitChange(1.0, 20.0)),
-        ("xlstm", {"output_logit_soft_cap": 15.0}, LogitChange(1.0, 15.0)),
-    ],
-)
-def test_changes_of_logits_are_read(model_type: str, own: dict[str, Any], change: LogitChange) -> None:
-    assert logit_change(AutoConfig.for_model(model_type, **own)) == change
 
 
 def test_the_model_changes_the_logits_of_its_own_forward() -> None:

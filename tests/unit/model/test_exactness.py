@@ -38,7 +38,6 @@ from tests.unit.model.test_architectures import (
     gradients,
     tiny_causal_lm,
     tiny_config,
-    with_rope,
 )
 
 CPU = torch.device("cpu")
@@ -156,18 +155,6 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
     assert not any(asked)
 
 
-def test_the_sequences_are_longer_than_a_short_window_and_within_the_longest() -> None:
-    causal_lm = tiny_causal_lm(tiny_config("mistral", sliding_window=100))
-    (long, short) = trial_sequences(causal_lm, 1024)
-    assert len(long.prompt_ids) + len(long.responses[1]) > 100
-    assert len(short.prompt_ids) + max(map(len, short.responses)) < 100
-    for length in (4, 7, 64):
-        for sequences in trial_sequences(causal_lm, length):
-            assert min(map(len, sequences.responses)) > 0
-            assert len(sequences.prompt_ids) + max(map(len, sequences.responses)) <= length
-            assert not {0, 1, 2} & {*sequences.prompt_ids, *sequences.responses[0]}  # the special tokens
-
-
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_rounding_of_inputs_to_int8_is_no_fault(is_int8: bool, folder: Path) -> None:
     """An outlier in any token changes the rounding of all, on CPUs in evaluation mode only."""
@@ -200,24 +187,6 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
     if model_type in ("gpt2", "opt"):  # others compute positions
         settled(model, 64)
         refused("fewer positions", lambda: settled(model, 65))
-
-
-class OwnRotary(nn.Module):
-    """Dynamic frequencies as code of models computes them: by the longest sequence of a forward."""
-
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        base = 10000.0 * max(200, int(position_ids.max()) + 1) / 200
-        angles = position_ids[..., None] * base ** -torch.linspace(0, 1, 4).repeat(2)
-        return angles.cos(), angles.sin()
-
-
-@pytest.mark.parametrize(("longest", "arrangement"), [(200, PACKED), (201, SINGLE)])
-def test_rotary_frequencies_of_own_code_need_forwards_of_their_own(
-    longest: int, arrangement: Arrangement
-) -> None:
-    causal_lm = tiny_causal_lm(with_rope(tiny_config("llama"), "dynamic", 200))
-    causal_lm.model.rotary_emb = OwnRotary()
-    assert settled(unsettled(causal_lm), longest).arrangement is arrangement
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -14,13 +14,10 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.router import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.families import COMMON
-from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
+from tests.support.packing import VOCABULARY, random_pairs
 from tests.unit.model.test_architectures import (
     MIXTURE,
     SHAPES,
-    assert_same,
-    gradients,
-    packed,
     tiny_causal_lm,
     tiny_config,
 )
@@ -35,21 +32,6 @@ def padded(pairs: list[Sequences]) -> tuple[torch.Tensor, torch.Tensor]:
     return pad_sequence(ids, batch_first=True), pad_sequence(
         [torch.ones_like(row) for row in ids], batch_first=True
     )
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
-def test_the_packed_batch_has_the_loss_and_gradient_of_the_padded_one(model_type: str) -> None:
-    own = {"num_local_experts": 4} if model_type == "mixtral" else {}
-    causal_lm, pairs = tiny_causal_lm(tiny_config(model_type, **own)), random_pairs(SHAPES)
-    input_ids, mask = padded(pairs)
-    expected = causal_lm(
-        input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False
-    ).aux_loss
-    wanted = gradients(causal_lm, expected)
-    _, sums = packed(causal_lm)(pack_unkeyed(pairs), with_routing=True)
-    ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
-    assert_same(gradients(causal_lm, ours), wanted)
 
 
 OWN: dict[str, dict[str, Any]] = {

@@ -46,22 +46,15 @@ class Batch:
         chosen_tokens, rejected_tokens = self.tokens.float().chunk(2)
         return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
 
-    def rows(self, pairs: slice) -> Tensor:
-        places = torch.arange(PAIRS)[pairs]
-        return torch.cat((places, places + PAIRS))
 
-
-def trl_loss(
-    batch: Batch, kind: str, smoothing: float, beta: float, pairs: slice = slice(None), **changes: Any
-) -> float:
-    """The loss that TRL's DPO trainer gives for a micro-batch of these `pairs`, some options changed."""
-    rows = batch.rows(pairs)
+def trl_loss(batch: Batch, kind: str, smoothing: float, beta: float, **changes: Any) -> float:
+    """The loss that TRL's DPO trainer gives, some options changed."""
     # What a model returns in TRL stands one place earlier than the token it scores.
-    log_probs = batch.policy[rows, 1:]
+    log_probs = batch.policy[:, 1:]
     options = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False} | changes
     outputs = SimpleNamespace(
         log_probs=log_probs,
-        log_sum_sq_probs=batch.collisions[rows, 1:],
+        log_sum_sq_probs=batch.collisions[:, 1:],
         entropy=torch.zeros_like(log_probs),
         mean_logits=torch.zeros_like(log_probs),
         is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
@@ -85,11 +78,11 @@ def trl_loss(
         _total_train_tokens=0,
         _tp_size=1,
     )
-    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"])[rows].chunk(2)
+    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"]).chunk(2)
     inputs = {
-        "input_ids": torch.zeros_like(batch.mask[rows], dtype=torch.int64),
-        "attention_mask": torch.ones_like(batch.mask[rows], dtype=torch.int64),
-        "completion_mask": batch.mask[rows].long(),
+        "input_ids": torch.zeros_like(batch.mask, dtype=torch.int64),
+        "attention_mask": torch.ones_like(batch.mask, dtype=torch.int64),
+        "completion_mask": batch.mask.long(),
         "ref_chosen_logps": reference_chosen,
         "ref_rejected_logps": reference_rejected,
     }
