@@ -78,24 +78,6 @@ def test_a_rank_that_hangs_is_named_and_writes_its_stacks(tmp_path: Path) -> Non
     assert f"in {hangs_in_a_file_system.__name__}" in stacks
 
 
-def stopped(world: World, _folder: Path) -> None:
-    processes.GRACE_SECONDS = processes.FAREWELL_SECONDS = 1
-    if world.rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    world.barrier()
-
-
-def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
-    ranks = start_ranks(stopped, 3, tmp_path / "ranks", timeout=4)
-    for rank in (0, 2):
-        ranks.processes[rank].join(60)
-    os.kill(ranks.processes[1].pid, signal.SIGKILL)
-    first, _, other = ranks.finish()
-    assert (first.exit_code, other.exit_code) == (69, 69), first.log + other.log
-    assert (first.log + other.log).count("rank 1 of 3 does not answer: it is stopped") == 1
-    assert "in _wait" in (tmp_path / "ranks" / "rank-0.stacks.txt").read_text()
-
-
 def stopped_host_of_the_store(world: World, _folder: Path) -> None:
     processes.STORE_SECONDS = processes.PATIENCE_SECONDS = 2
     if world.rank == 0:
