@@ -36,13 +36,7 @@ Models = tuple[Path, Path]
 class Trainer:
     """A policy and a live reference that follows it."""
 
-    def __init__(
-        self,
-        assets: Assets,
-        world: World,
-        models: Models,
-        offload: Offload = Offload.none,
-    ):
+    def __init__(self, assets: Assets, world: World, models: Models, offload: Offload = Offload.none):
         model, reference = models
         config = assets.config(model, ReferenceConfig(offload=offload))
         self.reference = load_reference(files_of(reference), config, world)
@@ -51,15 +45,11 @@ class Trainer:
         self.objective = Objective(LOSS, LiveReference(self.reference))
         self.dataset, self.world, self.done = assets.dataset(), world, 0
 
-    def steps(self, count: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            rows = ROWS[self.done]
-            sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
-            self.done += 1
-            self.sync.after_step(self.done)
-            found.append(self._metrics(sums)["loss"] + norm.item())
-        return found
+    def step(self, rows: tuple[int, ...]) -> float:
+        sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
+        self.done += 1
+        self.sync.after_step(self.done)
+        return self._metrics(sums)["loss"] + norm.item()
 
     def margin(self) -> float:
         """The mean reward margin of all pairs."""
@@ -79,8 +69,8 @@ def follow(
     trainer = Trainer(assets, world, models, offload=offload)
     [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
     margins, losses, scored = [trainer.margin()], [], []
-    for done in range(1, 1 + len(ROWS)):
-        losses += trainer.steps(1)
+    for done, rows in enumerate(ROWS, start=1):
+        losses.append(trainer.step(rows))
         margins.append(trainer.margin())  # which gathers small weights on every rank
         if done == EVERY:
             write_whole(trainer.policy, folder / "policy.safetensors")
