@@ -187,7 +187,6 @@ def fill(
     pairs: int,
     world: World,
     _folder: Path,
-    before_scoring: Callable[[], None] = lambda: None,
     change: Callable[[Tensor], Tensor] = lambda logps: logps,
     entries_per_shard: int = 4,
 ) -> dict[str, Any]:
@@ -195,7 +194,6 @@ def fill(
     scored = {"entries": 0, "dummies": 0}
 
     def load_scorer() -> Scorer:
-        before_scoring()
         engine = load_reference(files_of(assets.reference), assets.config(assets.policy), world)
 
         def score(batch: PackedBatch) -> Tensor:

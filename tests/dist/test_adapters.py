@@ -115,7 +115,6 @@ WAYS = [
     pytest.param(2, ParallelismKind.zero3, LORA, "full", False, id="2 ranks, zero3, lora, untied"),
     pytest.param(2, ParallelismKind.zero3, DORA, "full", True, id="2 ranks, zero3, dora, checkpointing"),
     pytest.param(3, ParallelismKind.zero3, RSLORA, "none", True, id="3 ranks, zero3, rslora"),
-    pytest.param(2, ParallelismKind.zero2, DORA, "none", False, id="2 ranks, zero2, dora, untied"),
     pytest.param(2, ParallelismKind.zero3, WHOLE, "full", True, id="2 ranks, zero3, whole modules"),
     pytest.param(3, ParallelismKind.zero2, WHOLE, "none", False, id="3 ranks, zero2, whole modules, untied"),
     pytest.param(2, ParallelismKind.ddp, LORA, "full", True, id="2 ranks, ddp, lora, checkpointing"),

@@ -372,25 +372,18 @@ DDP, ZERO2, ZERO3 = map(
 FULL = Policy()
 LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
-SHARED, SHARED_ZERO2, SHARED_DDP = (replace(kind, sequence_parallel=2) for kind in (ZERO3, ZERO2, DDP))
+SHARED_ZERO2, SHARED_DDP = (replace(kind, sequence_parallel=2) for kind in (ZERO2, DDP))
 SHARED_BY_4 = replace(ZERO3, sequence_parallel=4)
-NF4 = replace(DORA, quantization=Quantization.nf4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
 BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
-BETA_DPO = Policy(loss=LossConfig(kind=LossKind.beta_dpo))
 INT8 = replace(LORA, quantization=Quantization.int8)
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
-    "full, 4 to 3": (FULL, FP32, 4, ZERO3, 3, ZERO3),
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
     "bco and a reference that follows, 2 with zero3 to 1": (BCO, FP32, 2, ZERO3, 1, DDP),
-    "LoRA, 1 to 3 with zero3": (LORA, FP32, 1, DDP, 3, ZERO3),
-    "beta_dpo and a reference that follows, 3 with ddp to 2 with zero3": (BETA_DPO, FP32, 3, DDP, 2, ZERO3),
     "full in bf16, 3 with ddp to 2 with zero3": (FULL, BF16, 3, DDP, 2, ZERO3),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
-    "DoRA on nf4 in bf16, 2 to 1": (NF4, BF16, 2, DDP, 1, DDP),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
-    "full, 2 that share tokens to 4 that do": (FULL, FP32, 2, SHARED, 4, SHARED_BY_4),
     "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_ZERO2, 4, SHARED_BY_4),
     "LoRA on int8, 2 that share tokens to 1": (INT8, FP32, 2, SHARED_DDP, 1, DDP),
 }

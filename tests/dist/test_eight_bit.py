@@ -45,7 +45,6 @@ class Way:
 WAYS = {
     "zero3 in bf16": Way(Dtype.bf16, ParallelismKind.zero3),
     "zero2 with an adapter": Way(Dtype.fp32, ParallelismKind.zero2, adapter=ADAPTER),
-    "ddp in bf16": Way(Dtype.bf16, ParallelismKind.ddp),
     "zero3 in fp16 with an adapter and an average": Way(Dtype.fp16, ParallelismKind.zero3, ADAPTER, 0.7),
 }
 

@@ -106,7 +106,6 @@ def plain(model: Any) -> list[Any]:
 WAYS = [
     pytest.param(ParallelismKind.zero3, None, "none", id="zero3"),
     pytest.param(ParallelismKind.zero3, AdapterConfig(r=4, alpha=32), "full", id="zero3, adapter"),
-    pytest.param(ParallelismKind.zero2, None, "full", id="zero2"),
     pytest.param(ParallelismKind.ddp, AdapterConfig(r=4, alpha=32), "none", id="ddp, adapter"),
 ]
 

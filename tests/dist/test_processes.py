@@ -14,7 +14,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data import encode as encode_workers_module
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.encode import CHUNK_RECORDS
 from dpo_dist.foundation.errors import DataError, PeerLostError
@@ -90,28 +89,6 @@ def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
         assert encoded_folders(tmp_path, f"cache {processes}") == []
 
 
-def test_only_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records that were read to count them are not lost."""
-    monkeypatch.setattr(encode_workers_module, "_MIN_CHUNKS", 2)
-    monkeypatch.setattr(encode_workers_module, "_usable_cores", lambda: 2)
-    started = []
-
-    class Pool(encode_workers_module.ProcessPoolExecutor):
-        def __init__(self, processes: int, *arguments: Any) -> None:
-            started.append(processes)
-            super().__init__(processes, *arguments)
-
-    for chunks, pools in ((0.5, []), (3, [2])):
-        folder = tmp_path / str(chunks)
-        folder.mkdir()
-        rows = source(folder, *map(record, range(int(chunks * CHUNK_RECORDS))))
-        one = prepare(folder, [rows], 1, tiny.qwen())
-        with monkeypatch.context() as patch:
-            patch.setattr(encode_workers_module, "ProcessPoolExecutor", Pool)
-            assert prepare(folder, [rows], None, tiny.qwen()) == one
-        assert started == pools
-
-
 def encoders(parent: psutil.Process) -> list[psutil.Process]:
     """Return the encoding processes of `parent`."""
     return [process for process in parent.children() if "spawn_main" in " ".join(process.cmdline())]
@@ -124,20 +101,12 @@ class Mortal(PreTrainedTokenizerFast):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Unreadable(PreTrainedTokenizerFast):
-    """Cannot be unpickled in another process."""
-
-    def __setstate__(self, _state: object) -> None:
-        raise ValueError("as of a class that is found in one process only")
-
-
-@pytest.mark.parametrize("kind", [Mortal, Unreadable])
-def test_a_dead_process_is_one_clear_error(tmp_path: Path, kind: type[PreTrainedTokenizerFast]) -> None:
+def test_a_dead_process_is_one_clear_error(tmp_path: Path) -> None:
     records = [record(number) for number in range(6 * CHUNK_RECORDS)]
     records[200]["prompt"] = "kill"
     rows = source(tmp_path, *records)
     plain = tiny.qwen()
-    tokenizer = kind(tokenizer_object=plain.backend_tokenizer, **plain.special_tokens_map)
+    tokenizer = Mortal(tokenizer_object=plain.backend_tokenizer, **plain.special_tokens_map)
     tokenizer.chat_template = plain.chat_template
     with pytest.raises(PeerLostError, match="encodes data has died") as raised:
         prepare(tmp_path, [rows], 2, tokenizer)

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
@@ -28,7 +26,6 @@ from tests.dist.scenario import LOSS, Assets, files_of, load_policy, one_step
 from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
-from tests.support.slow_disk import slow_disk
 from tests.support.tiny_model import write_model
 
 ROWS = [(0, 1, 2), (3, 4), (5, 6, 7, 8), (9,), (10, 0), (1, 2, 3)]
@@ -39,31 +36,20 @@ Models = tuple[Path, Path]
 class Trainer:
     """A policy and a live reference that follows it."""
 
-    def __init__(
-        self,
-        assets: Assets,
-        world: World,
-        models: Models,
-        mixup: float = MIXUP,
-        offload: Offload = Offload.none,
-    ):
+    def __init__(self, assets: Assets, world: World, models: Models, offload: Offload = Offload.none):
         model, reference = models
         config = assets.config(model, ReferenceConfig(offload=offload))
         self.reference = load_reference(files_of(reference), config, world)
         self.policy = load_policy(model, world)
-        self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, mixup), world)
+        self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, MIXUP), world)
         self.objective = Objective(LOSS, LiveReference(self.reference))
         self.dataset, self.world, self.done = assets.dataset(), world, 0
 
-    def steps(self, count: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            rows = ROWS[self.done]
-            sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
-            self.done += 1
-            self.sync.after_step(self.done)
-            found.append(self._metrics(sums)["loss"] + norm.item())
-        return found
+    def step(self, rows: tuple[int, ...]) -> float:
+        sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
+        self.done += 1
+        self.sync.after_step(self.done)
+        return self._metrics(sums)["loss"] + norm.item()
 
     def margin(self) -> float:
         """The mean reward margin of all pairs."""
@@ -75,14 +61,6 @@ class Trainer:
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()
 
-    def shards(self) -> list[Tensor]:
-        """Copies of this rank's shards of the reference without padding."""
-        rank, kept = self.world.rank, []
-        for weight in self.reference.causal_lm.parameters():
-            own = min(weight.ds_tensor.ds_numel, weight.ds_numel - rank * weight.ds_tensor.ds_numel)
-            kept.append(weight.ds_tensor[: max(0, own)].clone())
-        return kept
-
 
 def follow(
     assets: Assets, models: Models, offload: Offload, world: World, folder: Path
@@ -91,8 +69,8 @@ def follow(
     trainer = Trainer(assets, world, models, offload=offload)
     [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
     margins, losses, scored = [trainer.margin()], [], []
-    for done in range(1, 1 + len(ROWS)):
-        losses += trainer.steps(1)
+    for done, rows in enumerate(ROWS, start=1):
+        losses.append(trainer.step(rows))
         margins.append(trainer.margin())  # which gathers small weights on every rank
         if done == EVERY:
             write_whole(trainer.policy, folder / "policy.safetensors")
@@ -147,57 +125,6 @@ def test_any_number_of_ranks_follows_like_one_and_like_the_weighted_mean_of_whol
         assert result["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
         assert result["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
         torch.testing.assert_close(torch.tensor(result["scored"]), wanted, atol=1e-4, rtol=0)
-
-
-def hard_update_and_restore(
-    assets: Assets, models: Models, root: Path, world: World, _folder: Path
-) -> dict[str, Any]:
-    trainer = Trainer(assets, world, models, mixup=1.0)
-    trainer.steps(1)
-    margins = [trainer.margin()]
-    trainer.steps(1)
-    margins.append(trainer.margin())
-    parts = [trainer.policy, trainer.sync]
-    trainer.steps(1)
-    saved = trainer.shards()
-    saver = CheckpointSaver(root, 2, parts, world)
-    with slow_disk():
-        saver.save(3, {"step": 3})
-        continued = trainer.steps(3)
-        end = trainer.shards()
-    saver.commit()
-    found = latest_checkpoint(root, world)
-    assert found is not None
-    load_checkpoint(found, parts, world)
-    trainer.done = 3
-    same = [all(map(torch.equal, saved, trainer.shards()))]
-    again = trainer.steps(3)
-    same.append(all(map(torch.equal, end, trainer.shards())))
-    moved = not all(map(torch.equal, saved, end))
-    files = sorted(file.name for file in found.folder.glob("reference/*"))
-    margins = [margin != 0.0 for margin in margins]
-    return {
-        "margins": margins,
-        "same": same,
-        "moved": moved,
-        "continued": continued == again,
-        "files": files,
-    }
-
-
-@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_mixup_of_one_makes_it_the_policy_and_a_checkpoint_restores_it(
-    kind: ParallelismKind, assets: Assets, odd: Models, tmp_path: Path
-) -> None:
-    scenario = partial(hard_update_and_restore, assets, odd, tmp_path / "checkpoints")
-    for result in run_ranks(scenario, 2, tmp_path / "ranks", kind):
-        assert result == {
-            "margins": [True, False],
-            "same": [True, True],
-            "moved": True,
-            "continued": True,
-            "files": ["rank-00000-00000.safetensors", "rank-00001-00000.safetensors"],
-        }
 
 
 def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Path) -> str:

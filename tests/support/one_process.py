@@ -1,6 +1,6 @@
-"""Models on one process in place of an engine: a trained one, and one of log-probs that tokens decide."""
+"""A trained model on one process in place of an engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,16 +30,3 @@ class OneProcess:
 
     def step(self, rate: float) -> Tensor:
         return torch.zeros(())
-
-
-class Fixed:
-    """`logps` returns the log-probs of targets."""
-
-    def __init__(self, logps: Callable[[Tensor], Tensor]):
-        self.logps = logps
-
-    def train(self, mode: bool = True) -> None: ...
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        logps = self.logps(batch.targets.float())
-        return torch.stack([logps] * (1 + len(statistics))) if statistics else logps

@@ -3,16 +3,13 @@
 import errno
 import json
 import pickle
-import random
 import shutil
-import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -122,17 +119,6 @@ def test_the_last_checkpoint_always_exists_and_is_that_of_the_highest_step(tmp_p
     assert run.start() == 1_000_000
 
 
-def test_random_states_are_restored(run: Run, tmp_path: Path) -> None:
-    run.save(1)
-
-    def draw() -> list[float]:
-        return [random.random(), float(np.random.rand()), *torch.rand(3).tolist()]
-
-    wanted = draw()
-    run.start()
-    assert draw() == wanted
-
-
 def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,18 +196,6 @@ def test_a_checkpoint_written_behind_is_that_written_at_once(run: Run, tmp_path:
     assert found.state == {"step": 1, "running": {"reward": 0.5}, "world_size": 1}
 
 
-def test_a_second_save_waits_for_the_first(run: Run) -> None:
-    with slow_disk() as disk:
-        begin(run, 1)
-        assert run.left() == [run.saver._pending.temporary.name]  # type: ignore[union-attr]
-        threading.Timer(0.1, disk.set).start()
-        begin(run, 2)
-        assert "step-000001" in run.left()
-        run.saver.commit()
-    assert run.left() == ["step-000001", "step-000002"]
-    assert run.start() == 2
-
-
 def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     run.saver._say = said.append
@@ -275,16 +249,6 @@ def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(tmp_path:
         "step-000001"
     ]
     run.saver.close()
-
-
-def test_a_checkpoint_that_is_not_committed_is_dropped_by_the_next_start(run: Run) -> None:
-    run.save(1)
-    begin(run, 2)
-    run.saver.close()
-    assert len(run.left()) == 2
-    checkpoint.remove_unfinished(run.root)
-    assert run.left() == ["step-000001"]
-    assert run.start() == 1
 
 
 WHOLE = {

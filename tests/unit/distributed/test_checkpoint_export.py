@@ -23,7 +23,6 @@ from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slice
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.foundation.files import is_temporary
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_mean
@@ -32,7 +31,6 @@ from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import write_multimodal
 from tests.support.precision import DTYPES
-from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 
 RANKS = 3
@@ -132,22 +130,6 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-
-
-def test_what_a_killed_export_left_is_removed_by_the_next(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dpo_dist.foundation.files._CREATED_SECONDS", -1)
-    config = run_of(base)
-    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
-    child = os.fork()
-    if child == 0:
-        checkpoint_export.write_card = lambda *_: os._exit(1)  # type: ignore[assignment]
-        export_checkpoint(checkpoint, tmp_path / "out", config)
-    os.waitpid(child, 0)
-    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 1
-    export_checkpoint(checkpoint, tmp_path / "other", config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
 def test_other_weights_than_the_trained_ones_or_a_full_disk_leave_nothing(
@@ -256,13 +238,6 @@ def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
         assert {weight.dtype for weight in model.parameters()} == {wanted}
 
 
-def test_a_whole_model_says_the_precision_that_it_was_written_in(base: Path, tmp_path: Path) -> None:
-    config = run_of(base, dtype=Dtype.bf16, export=ExportConfig(dtype="fp32"))
-    weights = exported(config, tmp_path / "out")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
-
-
 def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
     """Models load them in float32: a rounded one selects other experts."""
     base = write_family(tmp_path / "base", "deepseek_v3", **LOW_RANK, first_k_dense_replace=1)
@@ -317,22 +292,6 @@ def test_a_member_whose_weights_are_cut_is_refused(base: Path, tmp_path: Path) -
         write_mean(tmp_path / "out", [(0.5, base), (0.5, folder)], None)
     assert str(folder) in error.value.got
     assert error.value.where == "export.average"
-
-
-def test_a_tied_base_gets_an_output_layer_of_its_own_from_an_adapter_with_two(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base")
-    sft = write_sft_adapter(base, tmp_path / "sft", modules_to_save=["embed_tokens", "lm_head"])
-    config = run_of(base, dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft)))
-    checkpoint = checkpoint_of(weights_of(config, sft), tmp_path / "step-000001")
-    export_checkpoint(checkpoint, tmp_path / "adapter", config)
-    export_checkpoint(checkpoint, tmp_path / "merged", replace(config, export=ExportConfig(merge=True)))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
-    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
-    assert not merged.config.tie_word_embeddings  # other loaders would share one of them
-    ids = torch.arange(1, 9)[None]
-    torch.testing.assert_close(merged(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Path) -> None:

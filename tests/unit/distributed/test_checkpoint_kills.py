@@ -4,7 +4,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,83 +59,73 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
+def kills(before: Path, keep_last: int, work: Callable[[Run], None]) -> Iterator[tuple[Run, bool]]:
+    """Starts of a copy of `before` in which `work` was killed at each change of files, and at last not."""
+    for number in range(1, 1000):
+        run = Run(Path(shutil.copytree(before, before.with_name(str(number)))), keep_last)
+        run.start()
+        was_killed = killed_at(number, lambda run=run: work(run))  # type: ignore[misc]
+        yield run, was_killed
+        if not was_killed:
+            return
+
+
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
     keep_last: int, tmp_path: Path
 ) -> None:
-    ends, before = [], prepared(tmp_path / "before", keep_last, 1, 2)
-    for number in range(1, 1000):
-        root = Path(shutil.copytree(before, tmp_path / str(number)))
-        run = Run(root, keep_last)
-        run.start()
+    def save(run: Run) -> None:
+        run.weights.weight.fill_(3)
+        run.saver.save(3, {"step": 3})
+        run.weights.weight.fill_(4)  # the next step, while it is written
+        run.saver.commit()
 
-        def save(run: Run = run) -> None:
-            run.weights.weight.fill_(3)
-            run.saver.save(3, {"step": 3})
-            run.weights.weight.fill_(4)  # the next step, while it is written
-            run.saver.commit()
-
-        was_killed = killed_at(number, save)
-        remove_unfinished(root)
+    ends = []
+    for run, _ in kills(prepared(tmp_path / "before", keep_last, 1, 2), keep_last, save):
+        remove_unfinished(run.root)
         step = run.start()
         ends.append(step)
-        left = names(root)
+        left = names(run.root)
         assert not [name for name in left if files.is_temporary(Path(name))]
         assert f"step-{step:06d}" in left
         run.save(step + 1)
         kept = [f"step-{each:06d}" for each in range(step + 2 - keep_last, step + 2)]
-        assert names(root) == ["latest", *kept]
-        if not was_killed:
-            break
+        assert names(run.root) == ["latest", *kept]
     assert ends == sorted(ends)
     assert set(ends) == {2, 3}
     assert ends.count(2) >= 5, "kills while it is written"
     assert ends.count(3) >= 5, "kills after it is committed: while others are deleted"
-    print(ends)
+
+
+def save_best(run: Run, step: int) -> None:
+    run.weights.weight.fill_(step)
+    run.saver.save(step, {"step": step, "best": [{"step": step}]})
+    run.saver.commit()
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Path) -> None:
     """Also between the commit of the last checkpoint and the list of the best, if no other commit follows."""
-
-    def save(run: Run, step: int) -> None:
-        run.weights.weight.fill_(step)
-        run.saver.save(step, {"step": step, "best": [{"step": step}]})
-        run.saver.commit()
-
-    before, ends = tmp_path / "before", []
-    before.mkdir()
+    before, ends = prepared(tmp_path / "before", 1), set()
     first = Run(before, keep_last=1)
     first.start()
-    save(first, 1)
-    for number in range(1, 1000):
-        root = Path(shutil.copytree(before, tmp_path / str(number)))
-        run = Run(root, keep_last=1)
-        run.start()
-        was_killed = killed_at(number, lambda run=run: save(run, 2))  # type: ignore[misc]
+    save_best(first, 1)
+    for run, was_killed in kills(before, 1, partial(save_best, step=2)):
+        root = run.root
         assert was_killed or best_checkpoints(root) == ["step-000002"], "each commit lists the best"
         remove_unfinished(root)
         best = f"step-{run.start():06d}"
-        ends.append(best)
+        ends.add(best)
         assert best_checkpoints(root) == [best]
-        assert names(root) == ["best", "latest", best]
         assert (root / "latest").read_text() == best
+        assert names(root) == ["best", "latest", best]
         drop_checkpoints(root)
         assert names(root) == ["best", "latest", best]
-        if not was_killed:
-            break
-    assert set(ends) == {"step-000001", "step-000002"}
+    assert ends == {"step-000001", "step-000002"}
 
 
 def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(tmp_path: Path) -> None:
     """As where a stopped run saves its step again."""
-    before = prepared(tmp_path / "before", 1, 1)
-    for number in range(1, 1000):
-        root = Path(shutil.copytree(before, tmp_path / str(number)))
-        run = Run(root, keep_last=1)
-        run.start()
-        was_killed = killed_at(number, lambda run=run: run.save(1))  # type: ignore[misc]
-        remove_unfinished(root)
+    for run, _ in kills(prepared(tmp_path / "before", 1, 1), 1, lambda run: run.save(1)):
+        remove_unfinished(run.root)
         assert run.start() == 1
-        assert names(root) == ["latest", "step-000001"]
-        if not was_killed:
-            return
+        assert names(run.root) == ["latest", "step-000001"]

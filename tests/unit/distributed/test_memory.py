@@ -122,34 +122,6 @@ def slices(value: float, *, with_states: bool = True) -> list[ModelSlices]:
     return [ModelSlices("engine", policy, 4), ModelSlices("reference", frozen)]
 
 
-def listed(models: list[ModelSlices]) -> list[Any]:
-    return [
-        (model.folder, model.step, own.name, own.shape, own.start, part, tensor.dtype, tensor.tolist())
-        for model in models
-        for own in model.slices
-        for part, tensor in own.parts.items()
-    ]
-
-
-def test_copies_are_exact_and_do_not_change_with_the_tensors() -> None:
-    own = slices(1.0)
-    copied, wanted = HostCopy(CPU).of(own), listed(slices(1.0))
-    for model in own:
-        for each in model.slices:
-            for tensor in each.parts.values():
-                tensor.zero_()
-    assert listed(copied) == wanted
-
-
-def test_memory_is_reused_and_grows_once_there_are_optimizer_states() -> None:
-    copy, places = HostCopy(CPU), []
-    for value, with_states in ((1.0, False), (2.0, True), (3.0, True), (4.0, False)):
-        copied = copy.of(slices(value, with_states=with_states))
-        assert listed(copied) == listed(slices(value, with_states=with_states))
-        places.append(copied[0].slices[0].parts["weight"].data_ptr())
-    assert places[1] == places[2] == places[3]
-
-
 @pytest.mark.parametrize(
     ("available", "others", "has_room"),
     [

@@ -1,7 +1,6 @@
 """A world of one process: what it answers, how it ends, kernels it compiles, and faults told apart."""
 
 import contextlib
-import ctypes
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +11,13 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import PartialState
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
-from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.join import joined, start_world
-from dpo_dist.distributed.kernels import load_kernel
-from dpo_dist.distributed.processes import Peer, Watcher
+from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import GivenWay, Stops, World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, StoppedError
@@ -29,25 +27,11 @@ from dpo_dist.reference.engine import Engine, settle_engine
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 
-_PR_GET_PDEATHSIG = 2
 CONFIG = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
 
 
 def alone() -> World:
     return World(None, 0, 1, torch.device("cpu"), (Peer.here(0),))
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("timed out"), ValueError("a bug")])
-def test_an_error_of_the_only_process_is_raised_at_once(
-    failure: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No other process caused it, and SIGTERM ends this process again afterwards."""
-    monkeypatch.delattr(Watcher, "_consequence")
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(type(failure)) as caught, alone().watch():
-        raise failure
-    assert caught.value is failure
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
@@ -59,25 +43,6 @@ def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     with ThreadPoolExecutor() as pool:
         assert pool.submit(watch).result() == "left"
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
-
-
-@pytest.mark.parametrize(("launched", "signal_of_death"), [(True, signal.SIGTERM), (False, 0)])
-def test_a_verb_with_nothing_to_save_ends_with_its_launcher(
-    launched: bool, signal_of_death: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if launched:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    asked = ctypes.c_int(-1)
-
-    def ask() -> int:
-        assert ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked)) == 0
-        return asked.value
-
-    with alone().watch():
-        assert ask() == signal_of_death
-    assert ask() == 0
 
 
 def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,28 +192,3 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected
     assert not lock.exists()
-
-
-def test_a_lock_of_another_build_is_said(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that of a kernel which another one loads."""
-    other = lock.parents[1] / "pin_memory" / "lock"
-    other.parent.mkdir()
-    other.touch()
-    monkeypatch.setattr(AsyncIOBuilder, "load", lambda _, verbose: None)
-    said: list[str] = []
-    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", said.append)
-    (line,) = said
-    assert f"delete {other}" in line
-
-
-def test_a_host_without_the_compiler_of_cuda_gets_one_error(
-    lock: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(self: object, verbose: bool = False) -> None:
-        raise MissingCUDAException("no nvcc")
-
-    monkeypatch.setattr(AsyncIOBuilder, "load", load)
-    assert not lock.exists()
-    with pytest.raises(ConfigError, match="async_io cannot be compiled") as found:
-        load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", lambda _line: None)
-    assert "no nvcc" in found.value.got

@@ -1,6 +1,5 @@
 """LoRA adapters: their layers and modules, the base without them, starts from others, files as of peft."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -17,19 +16,16 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
+from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder
 from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter, stack
-from dpo_dist.model.flops import step_flops, without_weights
-from dpo_dist.model.load import load_config, load_packed
-from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter, load_adapter
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model
-from tests.support.families import tiny_family
-from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
 from tests.support.written import write_trained
-from tests.unit.model.test_architectures import packed
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PAIR = ["embed_tokens", "lm_head"]
@@ -146,33 +142,6 @@ def test_a_pattern_of_targets_stays_one(base: Path, tmp_path: Path) -> None:
     assert adapted(base, sft).causal_lm.peft_config["default"].target_modules == pattern
 
 
-@pytest.mark.parametrize(
-    ("key", "names"),
-    [("target_modules", ["query", "lm_head", "embed_tokens"]), ("modules_to_save", ["head", "layers"])],
-)
-def test_unknown_names_are_refused_with_the_known_ones(key: str, names: list[str], base: Path) -> None:
-    known = LINEAR if key == "target_modules" else {*PAIR, "input_layernorm"}
-    for name in names:
-        with pytest.raises(ConfigError) as refused:
-            adapted(base, **{key: [name]})
-        assert (refused.value.where, refused.value.got) == (f"model.adapter.{key}", name)
-        assert all(one in refused.value.expected for one in known)
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["q_b_proj", "gate_proj"]])
-def test_layers_in_whose_place_peft_would_adapt_the_experts_are_refused(targets: str | list[str]) -> None:
-    """The first layer's MLP and the shared experts of DeepSeek are linear layers with the experts' names."""
-    model = packed(tiny_family("deepseek_v3", VOCABULARY))
-    adapter = AdapterConfig(r=2, alpha=4, target_modules=targets)
-    with pytest.raises(ConfigError, match="experts in place of") as raised:
-        add_adapter(model, ModelConfig(adapter=adapter), 0)
-    assert "gate_proj" in raised.value.got
-    assert raised.value.remedy.endswith("[q_b_proj]") is (targets != "all-linear")
-    own = AdapterConfig(r=2, alpha=4, target_modules=["q_a_proj", "q_b_proj", "o_proj"])
-    add_adapter(model, ModelConfig(adapter=own), 0)
-    assert len(adapted_layers(model)) == 6
-
-
 @pytest.mark.parametrize("variant", AdapterVariant)
 @pytest.mark.parametrize("saved", [[], [*PAIR, "model.norm"]], ids=["matrices", "modules in full"])
 def test_an_adapter_changes_no_log_prob_until_it_is_trained(
@@ -198,39 +167,6 @@ def test_only_the_seed_decides_an_adapters_initialization(base: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_a_quantized_model_is_refused(base: Path) -> None:
-    config = ModelConfig(str(base), dtype=Dtype.fp32, quantization=Quantization.nf4)
-    with pytest.raises(ConfigError, match="bitsandbytes is not installed") as refused:
-        load_packed(base, config, 64, CPU)
-    assert "dpo-dist[quantization]" in refused.value.remedy
-
-
-def test_plain_peft_computes_the_log_probs_of_training(folder: Path, tmp_path: Path) -> None:
-    model = adapted(folder, modules_to_save=[*PAIR, "model.norm"])
-    move(model)
-    out = write(model, tmp_path / "out")
-    saved = json.loads((out / "adapter_config.json").read_text())["modules_to_save"]
-    assert saved == ["lm_head", "model.embed_tokens", "model.norm"]
-    names = load_file(out / "adapter_model.safetensors")
-    assert {name for name in names if ".lora_" not in name} == {f"base_model.model.{n}.weight" for n in saved}
-    torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
-    scored = load(folder)
-    load_adapter(scored, out)
-    torch.testing.assert_close(scored(BATCH), model(BATCH), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
-def test_a_policy_and_its_start_are_base_and_adapter(on_top: bool, folder: Path, tmp_path: Path) -> None:
-    sft = write_sft_adapter(folder, tmp_path / "sft")
-    plain = load(folder)
-    load_adapter(plain, sft)
-    model = adapted(folder, sft, on_top=on_top, **({"r": 3} if on_top else {}))
-    assert len(trained_names(model)) == 2 * 2 * (len(LINEAR) if on_top else 3)
-    assert all(".default." in name for name in trained_names(model))
-    assert_starts(model, plain(BATCH))
 
 
 @pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
@@ -274,36 +210,6 @@ def test_a_linear_layer_is_trained_in_full_or_has_matrices(base: Path) -> None:
     assert len(saved_names(model)) == 2
     with pytest.raises(ConfigError, match="not a linear layer"):
         adapted(base, modules_to_save=["mlp.down_proj"], target_modules=["down_proj"])
-
-
-def test_gradients_of_modules_in_full_are_counted(base: Path) -> None:
-    whole, some, none = (
-        step_flops(without_weights(load_config(base, config)), config.adapter)
-        for config in (
-            config_of(base, target_modules=["q_proj"], modules_to_save=saved)
-            for saved in (PAIR, ["down_proj"], [])
-        )
-    )
-    assert whole.per_target == 1.5 * none.per_target
-    assert some.per_token - none.per_token == 2 * 2 * 32 * 64
-
-
-def test_a_continued_adapter_is_the_one_on_disk(base: Path, sft: Path, tmp_path: Path) -> None:
-    config = config_of(base, sft)
-    found = trained_adapter(config, start_folder(config))
-    assert found is not None
-    assert (found.r, found.alpha, found.variant) == (4, 8.0, AdapterVariant.lora)
-    assert "model.layers.1.mlp.down_proj" in found.target_modules
-    assert (len(found.target_modules), found.modules_to_save) == (2 * 3, [])
-    above = config_of(base, sft, r=7, on_top=True)
-    assert trained_adapter(above, start_folder(above)) == above.adapter
-    without = ModelConfig(path=str(base))
-    assert start_folder(without) is None
-    assert trained_adapter(without, None) is None
-    whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=PAIR)
-    found = trained_adapter(config_of(base, whole), whole)
-    assert found is not None
-    assert found.modules_to_save == ["lm_head", "model.embed_tokens"]
 
 
 @pytest.mark.parametrize(

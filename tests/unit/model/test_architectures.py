@@ -19,9 +19,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import check_supported, switch_off_noise, training_notes
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.load import load_config
-from dpo_dist.model.packed import LogpHead, PackedCausalLM, logit_change
+from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.model.rotary import rope_limit
-from dpo_dist.objective.token_logps import LogitChange
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.kernels import put_kernels
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
@@ -204,24 +203,6 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
         assert_same(gradients(causal_lm, logps), plain_gradients)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "own", "change"),
-    [
-        ("llama", {}, LogitChange()),
-        ("cohere", {}, LogitChange(0.0625)),
-        ("granite", {"logits_scaling": 8.0}, LogitChange(1 / 8)),
-        ("hyperclovax", {"logits_scaling": 0.5}, LogitChange(0.5)),
-        ("falcon_h1", {"lm_head_multiplier": 0.25}, LogitChange(0.25)),
-        ("minicpm3", {"hidden_size": 2560, "dim_model_base": 320}, LogitChange(0.125)),
-        ("gemma2", {}, LogitChange(1.0, 30.0)),
-        ("recurrent_gemma", {"logits_soft_cap": 20.0}, LogitChange(1.0, 20.0)),
-        ("xlstm", {"output_logit_soft_cap": 15.0}, LogitChange(1.0, 15.0)),
-    ],
-)
-def test_changes_of_logits_are_read(model_type: str, own: dict[str, Any], change: LogitChange) -> None:
-    assert logit_change(AutoConfig.for_model(model_type, **own)) == change
-
-
 def test_the_model_changes_the_logits_of_its_own_forward() -> None:
     """Samples are drawn by the model's own forward, through the head without targets."""
     causal_lm = windowed("gemma2", 4)
@@ -239,15 +220,6 @@ def test_a_window_that_the_mask_lacks_is_an_error() -> None:
     for lengths in (SHAPES, [(2, 2, 1)]):  # also of short sequences, so that the check at start finds it
         with pytest.raises(ConfigError, match="its mask does not have"):
             packed(causal_lm)(pack_unkeyed(random_pairs(lengths)))
-
-
-def test_a_bias_of_positions_is_an_error() -> None:
-    causal_lm = windowed("llama", None)
-    attention = causal_lm.model.layers[0].self_attn
-    original = attention.forward
-    attention.forward = lambda *args, **kwargs: original(*args, position_bias=torch.ones(1), **kwargs)
-    with pytest.raises(ConfigError, match="position_bias"):
-        packed(causal_lm)(pack_unkeyed(random_pairs(SHAPES)))
 
 
 @pytest.mark.parametrize(

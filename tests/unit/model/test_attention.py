@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, MistralConfig, Qwen3Config
+from transformers import Gemma2Config, MistralConfig, Qwen3Config
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
@@ -26,7 +26,6 @@ from dpo_dist.model.attention import (
     Heads,
     check_kernel,
     choose_backend,
-    heads_of,
     packed_attention,
     scores_of,
 )
@@ -73,14 +72,6 @@ def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(ConfigError, match="CUDA only, on Ampere") as raised:
                 choose_backend(wanted, Dtype.bf16, device)
             assert name in raised.value.got
-
-
-def test_heads_are_those_of_the_model() -> None:
-    assert heads_of(GPT2Config(n_embd=48, n_head=4)) == Heads(4, 4, 12)
-    grouped = Qwen3Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=40)
-    assert heads_of(grouped) == GROUPED
-    low_rank = DeepseekV3Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
-    assert heads_of(low_rank) == Heads(4, 4, 128 + 64, 128)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -371,11 +362,3 @@ def test_gradients_of_capped_scores_in_bf16_are_rounded_once() -> None:
         found.append(torch.autograd.grad(attended, own, slopes.to(dtype)))
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).abs().mean() <= 0.6 * torch.finfo(torch.bfloat16).eps * exact.abs().mean()
-
-
-def test_of_a_mask_only_the_whole_can_be_selected() -> None:
-    rule = window(4)[0]
-    assert rule is not None
-    assert rule[:, :, :, 0:] is rule
-    with pytest.raises(IndexError, match="no part"):
-        rule[:, :, :, :5]

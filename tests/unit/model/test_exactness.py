@@ -5,12 +5,10 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -21,17 +19,14 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.exactness import (
     CheckedModel,
-    check_positions,
     check_training,
     check_use,
     settle,
     trial_sequences,
 )
-from dpo_dist.model.layers import compressors, join_gradients
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.sdpa import Scores, SegmentAttention, mask_rule
-from dpo_dist.model.ulysses import TokenExchange
 from tests.support.families import FAMILIES, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
@@ -43,7 +38,6 @@ from tests.unit.model.test_architectures import (
     gradients,
     tiny_causal_lm,
     tiny_config,
-    with_rope,
 )
 
 CPU = torch.device("cpu")
@@ -161,18 +155,6 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
     assert not any(asked)
 
 
-def test_the_sequences_are_longer_than_a_short_window_and_within_the_longest() -> None:
-    causal_lm = tiny_causal_lm(tiny_config("mistral", sliding_window=100))
-    (long, short) = trial_sequences(causal_lm, 1024)
-    assert len(long.prompt_ids) + len(long.responses[1]) > 100
-    assert len(short.prompt_ids) + max(map(len, short.responses)) < 100
-    for length in (4, 7, 64):
-        for sequences in trial_sequences(causal_lm, length):
-            assert min(map(len, sequences.responses)) > 0
-            assert len(sequences.prompt_ids) + max(map(len, sequences.responses)) <= length
-            assert not {0, 1, 2} & {*sequences.prompt_ids, *sequences.responses[0]}  # the special tokens
-
-
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_rounding_of_inputs_to_int8_is_no_fault(is_int8: bool, folder: Path) -> None:
     """An outlier in any token changes the rounding of all, on CPUs in evaluation mode only."""
@@ -205,58 +187,6 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
     if model_type in ("gpt2", "opt"):  # others compute positions
         settled(model, 64)
         refused("fewer positions", lambda: settled(model, 65))
-
-
-def test_embeddings_trained_in_full_are_no_table_of_positions() -> None:
-    causal_lm = tiny_causal_lm(tiny_config("qwen3", max_position_embeddings=VOCABULARY))
-    whole = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    inject_adapter_in_model(whole, causal_lm, "default")
-    check_positions(causal_lm, VOCABULARY + 2, "model.path")
-    causal_lm.model.positions = nn.Embedding(VOCABULARY, 4)
-    refused("fewer positions", lambda: check_positions(causal_lm, VOCABULARY + 2, "model.path"))
-
-
-def test_a_rank_with_fewer_responses_makes_as_many_forwards_without_effect() -> None:
-    """Also in fp16, where the sum of the logits of a token passes the largest number."""
-    model = unsettled(tiny().causal_lm.half())
-    model.causal_lm.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits + 60_000)
-    lengths: list[int] = []
-    model.body.register_forward_pre_hook(
-        lambda _module, _args, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
-    )
-    model.arrange(SINGLE, own_logits=True)
-    model.causal_lm.get_output_embeddings().is_precise = False
-    batch = pack_unkeyed(random_pairs([(3, 2, 4)]))
-    alone, padded = model(batch), model(dataclasses.replace(batch, forwards=5))
-    assert lengths == [4, 6, 4, 6, 2, 2, 2]
-    assert torch.equal(alone, padded)
-    assert alone.isfinite().all()
-
-
-@pytest.mark.parametrize("window", [4, 4096])
-def test_a_window_beside_a_full_mask_is_none_as_in_the_own_forward(window: int) -> None:
-    """OLMoE names its window to kernels, and masks nothing; also one longer than sequences of the check."""
-    model = settled(tiny("olmoe", sliding_window=window, num_experts=4, num_experts_per_tok=2))
-    assert model.arrangement is PACKED
-    assert_exact(model)
-
-
-class OwnRotary(nn.Module):
-    """Dynamic frequencies as code of models computes them: by the longest sequence of a forward."""
-
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        base = 10000.0 * max(200, int(position_ids.max()) + 1) / 200
-        angles = position_ids[..., None] * base ** -torch.linspace(0, 1, 4).repeat(2)
-        return angles.cos(), angles.sin()
-
-
-@pytest.mark.parametrize(("longest", "arrangement"), [(200, PACKED), (201, SINGLE)])
-def test_rotary_frequencies_of_own_code_need_forwards_of_their_own(
-    longest: int, arrangement: Arrangement
-) -> None:
-    causal_lm = tiny_causal_lm(with_rope(tiny_config("llama"), "dynamic", 200))
-    causal_lm.model.rotary_emb = OwnRotary()
-    assert settled(unsettled(causal_lm), longest).arrangement is arrangement
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -394,21 +324,9 @@ def test_keys_that_stand_for_many_tokens_are_tried() -> None:
     assert settled(model, 512).arrangement is SINGLE
 
 
-def test_the_error_of_ranks_that_cannot_share_tokens_names_what_is_not_packed() -> None:
-    model = tiny()
-    model.sequence = cast(TokenExchange, SimpleNamespace(rank=0, ranks=2))  # its all-to-all fails
-    error = refused("sequence parallelism needs packed attention", lambda: settled(model))
-    assert error.got.startswith("2, llama, packed with the log-prob head: ")
-
-
 def used(causal_lm: Any) -> CheckedModel:
     arrangement = FAMILIES[causal_lm.config.model_type][1]
     return checked(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=arrangement).train())
-
-
-@pytest.mark.parametrize("model_type", ["gpt_oss", "jamba"])
-def test_several_processes_train_a_model_that_always_uses_all_weights(model_type: str) -> None:
-    check_use(used(tiny_family(model_type, VOCABULARY)))
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
@@ -426,11 +344,3 @@ def test_several_processes_train_no_model_of_which_some_sequences_skip_a_layer(
         assert "layers.0" not in error.got
     else:
         check_use(used(causal_lm))
-
-
-def test_compressors_of_keys_are_used_by_short_sequences_too() -> None:
-    causal_lm = tiny_family("deepseek_v4", VOCABULARY)
-    refused("several processes", lambda: check_use(used(causal_lm)))
-    for block in compressors(causal_lm):
-        join_gradients(block)
-    check_use(used(causal_lm))

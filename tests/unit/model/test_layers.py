@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
@@ -18,7 +17,6 @@ from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, Model
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import CheckedModel, settle
-from dpo_dist.model.flops import step_flops, without_weights
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -27,7 +25,7 @@ from dpo_dist.model.layers import (
     other_weights,
     without_gradient,
 )
-from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import target_layers
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import FAMILIES, SINGLE, tiny_family
@@ -199,25 +197,3 @@ def test_choices_of_keys_are_not_trained(model_type: str) -> None:
     targets = {causal_lm.get_submodule(name).weight for name in target_layers(causal_lm, AdapterConfig())}
     assert targets
     assert not frozen & targets
-
-
-def test_an_adapter_and_flops_are_of_text_alone(tmp_path: Path) -> None:
-    folder = write_multimodal(tmp_path / "base", "gemma3", VOCABULARY)
-    model = load(folder)
-    targets = target_layers(model.causal_lm, AdapterConfig(r=4, alpha=8.0))
-    assert targets
-    assert all("language_model" in name for name in targets)
-    assert len(decoder_layers(model.causal_lm)) == 2
-    with FlopCounterMode(display=False) as counter:
-        model(BATCH)
-    products = counter.get_flop_counts()["Global"]
-    seen = sum(count for kind, count in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
-    flops = step_flops(without_weights(load_config(folder, ModelConfig())))
-    assert flops.of(len(BATCH.input_ids), len(BATCH.targets), attended=0) / 3 == seen
-
-
-def test_a_whole_model_without_a_class_for_text_is_one_error(tmp_path: Path) -> None:
-    folder = write_multimodal(tmp_path / "base", "mistral3", VOCABULARY)
-    with pytest.raises(ConfigError, match="cannot be loaded") as raised:
-        load(folder)
-    assert "Mistral3Config" in raised.value.got

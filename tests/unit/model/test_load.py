@@ -9,17 +9,16 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MusicgenConfig
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.sampling.respond import find_model
-from dpo_dist.model.folder import hub_commit, model_folder, weight_files
+from dpo_dist.model.folder import model_folder, weight_files
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer, load_weights, placement
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support import tiny
 from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.poison import pickled
@@ -91,23 +90,6 @@ def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before, strict=True))
 
 
-def test_precision_is_the_configured_one(folder: Path) -> None:
-    for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
-        model = load(folder, ModelConfig(dtype=dtype))
-        assert {parameter.dtype for parameter in model.parameters()} == {expected}
-        assert model(pack_unkeyed(PAIRS)).dtype == torch.float32
-
-
-def test_a_model_that_cannot_be_loaded_in_shards_may_load_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = write_model(tmp_path) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "parallelism" not in refused("cannot be loaded", load, tmp_path).remedy
-    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: True)
-    assert "set parallelism=zero2 or ddp" in refused("cannot be loaded", load, tmp_path).remedy
-
-
 @pytest.mark.parametrize("predicted", [0, 1])
 @pytest.mark.parametrize(
     ("name", "is_read_by_a_layer"),
@@ -141,21 +123,6 @@ def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, CPU) == {}
-
-
-def test_a_tokenizer_needs_its_files(folder: Path, tmp_path: Path) -> None:
-    assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    refused("no tokenizer", load_tokenizer, tmp_path, FP32)
-    (tmp_path / "tokenizer.json").write_text("{")
-    refused("tokenizer cannot be loaded", load_tokenizer, tmp_path, FP32)
-
-
-def test_a_model_with_several_models_of_text_is_refused(tmp_path: Path) -> None:
-    """MusicGen has an encoder of text and a decoder, of which transformers names neither the text model."""
-    MusicgenConfig().save_pretrained(tmp_path)
-    error = refused("config.json cannot be read", load_config, tmp_path, FP32, "reference.path")
-    assert error.where == "reference.path"
 
 
 INDEX = "model.safetensors.index.json"
@@ -198,19 +165,6 @@ def test_a_broken_index_is_named_in_the_error(content: str, tmp_path: Path) -> N
     assert refused("cannot be read|no weight_map", weight_files, tmp_path).where.endswith(INDEX)
 
 
-def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:
-    assert model_folder(str(folder), None) == folder
-    error = refused("no effect on a local folder", model_folder, str(folder), "main", "reference.path")
-    assert error.where == "reference.revision"
-    for missing in ("/no/such/folder", "./none", "a/b/c", str(folder / "config.json")):
-        refused("model folder does not exist", model_folder, missing, None)
-    error = refused(r"no config\.json", model_folder, str(tmp_path), None, key="reference.path")
-    assert error.where == "reference.path"
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "training_args.bin").write_bytes(b"")
-    refused("no weights", model_folder, str(tmp_path), None)
-
-
 def test_an_adapter_is_a_model_only_where_it_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,23 +175,6 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
         refused(r"no config\.json", model_folder, path, None)
     write_model(tmp_path)
     refused("adapter beside full weights", model_folder, str(tmp_path), None)
-
-
-def test_a_model_that_is_not_on_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_args: object, **_options: object) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    error = refused("neither a local folder nor a model found", model_folder, "org/bas", None)
-    assert "no network" in error.got
-    refused("an adapter found", model_folder, "org/bas", None, "model.adapter.path", accepts_adapter=True)
-
-
-def test_the_commit_of_a_cached_model_is_known(tmp_path: Path) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    assert hub_commit(tmp_path / "models--org--m" / "snapshots" / commit) == commit
-    assert hub_commit(tmp_path / commit) is None
-    assert hub_commit(tmp_path / "snapshots" / "mine") is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.model.rotary import rope_limit
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import (
     assert_same,
@@ -94,20 +93,3 @@ def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
     pairs = random_pairs([(10, 6, 6)])
     logps, _ = expected_values(model_of("llama", rope_type), pairs)
     torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)
-
-
-def test_the_routing_of_a_batch_needs_one_target_only() -> None:
-    model = packed(model_of("phimoe", "longrope")).eval()
-    model.start_as(Arrangement.packed, 17)
-    batch = pack_unkeyed(random_pairs(SHAPES))
-    with torch.no_grad():
-        logps, whole = model(batch, with_routing=True)
-        first, routing = model(batch.with_one_target(), with_routing=True)
-    assert torch.equal(routing, whole)
-    torch.testing.assert_close(first, logps[:1])
-
-
-def test_fixed_frequencies_have_no_limit() -> None:
-    for rope_type in ("linear", "yarn", "llama3"):
-        assert rope_limit(model_of("llama", rope_type).config) is None
-    assert rope_limit(tiny_config("gpt2")) is None

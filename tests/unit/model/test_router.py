@@ -11,16 +11,13 @@ from transformers import AutoConfig
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.router import own_coefficient, router_loss, router_notes
+from dpo_dist.model.router import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.families import COMMON
-from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
+from tests.support.packing import VOCABULARY, random_pairs
 from tests.unit.model.test_architectures import (
     MIXTURE,
     SHAPES,
-    assert_same,
-    gradients,
-    packed,
     tiny_causal_lm,
     tiny_config,
 )
@@ -35,21 +32,6 @@ def padded(pairs: list[Sequences]) -> tuple[torch.Tensor, torch.Tensor]:
     return pad_sequence(ids, batch_first=True), pad_sequence(
         [torch.ones_like(row) for row in ids], batch_first=True
     )
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
-def test_the_packed_batch_has_the_loss_and_gradient_of_the_padded_one(model_type: str) -> None:
-    own = {"num_local_experts": 4} if model_type == "mixtral" else {}
-    causal_lm, pairs = tiny_causal_lm(tiny_config(model_type, **own)), random_pairs(SHAPES)
-    input_ids, mask = padded(pairs)
-    expected = causal_lm(
-        input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False
-    ).aux_loss
-    wanted = gradients(causal_lm, expected)
-    _, sums = packed(causal_lm)(pack_unkeyed(pairs), with_routing=True)
-    ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
-    assert_same(gradients(causal_lm, ours), wanted)
 
 
 OWN: dict[str, dict[str, Any]] = {
@@ -108,14 +90,3 @@ def test_a_loss_that_the_model_does_not_define_is_refused(
     with pytest.raises(ConfigError, match=named) as raised:
         router_loss(router, tiny_config(model_type, **own))
     assert raised.value.remedy
-
-
-def test_a_note_says_what_is_added() -> None:
-    mixtral = tiny_config("mixtral", router_aux_loss_coef=0.125)
-    (without,) = router_notes(RouterConfig(), mixtral)
-    assert "without the router's load-balancing loss" in without
-    assert "0.125" in without
-    assert "0.125 times" in router_notes(RouterConfig("model"), mixtral)[0]
-    assert "2 times the router's z-loss" in router_notes(RouterConfig(z_coefficient=2.0), mixtral)[0]
-    assert router_notes(RouterConfig(), tiny_config("qwen3")) == []
-    assert router_notes(None, mixtral) == []

@@ -19,8 +19,6 @@ from dpo_dist.model.save import (
 )
 from tests.support import tiny
 from tests.support.families import tiny_family
-from tests.support.multimodal import write_multimodal
-from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -64,18 +62,6 @@ def test_a_written_model_is_described_as_its_base(key: str, dtype: Dtype, tmp_pa
     assert copied.read_bytes() == original.read_bytes()
 
 
-def test_own_code_whose_config_names_no_type_keeps_its_description(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As older models with code have it: `auto_map` says which class reads config.json."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    base = ship_code(write_model(tmp_path / "base"), "state")
-    given = change(base / "config.json", **AUTHORS)
-    del given["model_type"]
-    (base / "config.json").write_text(json.dumps(given))
-    assert written_again(base, tmp_path / "out", Dtype.fp32) == given | {"architectures": ["Own"]}
-
-
 @pytest.mark.parametrize(
     ("family", "option", "value"), [("rwkv", "rescale_every", 6), ("phimoe", "router_jitter_noise", 0.02)]
 )
@@ -88,22 +74,6 @@ def test_options_that_training_switches_off_are_written_as_they_were(
     given = change(base / "config.json", **{option: value})
     assert written_again(base, out, Dtype.fp32) == given
     assert not (out / "generation_config.json").exists()
-
-
-def test_the_text_part_of_a_model_has_the_dropout_of_its_base(tmp_path: Path) -> None:
-    base = write_multimodal(tmp_path / "base", "qwen3_5", 97)
-    text = json.loads((base / "config.json").read_text())["text_config"]
-    assert "attention_dropout" not in written_again(
-        write_without(base, text, "attention_dropout"), tmp_path / "default", Dtype.fp32
-    )
-    change(base / "config.json", text_config=text | {"attention_dropout": 0.25})
-    found = written_again(base, tmp_path / "out", Dtype.fp32)
-    assert (found["model_type"], found["attention_dropout"]) == (text["model_type"], 0.25)
-
-
-def write_without(base: Path, text: dict[str, Any], option: str) -> Path:
-    change(base / "config.json", text_config={name: text[name] for name in text if name != option})
-    return base
 
 
 def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) -> None:

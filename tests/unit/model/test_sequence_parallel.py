@@ -8,14 +8,12 @@ from typing import TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import Heads
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.ulysses import TokenShare, check_heads
+from dpo_dist.model.ulysses import check_heads
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import WINDOWED, assert_same, gradients, packed, windowed
 
@@ -49,31 +47,6 @@ def on_ranks(ranks: int, work: Callable[[InThreads], T]) -> list[T]:
     barrier, sent = threading.Barrier(ranks, timeout=30), [torch.empty(0)] * ranks
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(work, [InThreads(rank, ranks, barrier, sent) for rank in range(ranks)]))
-
-
-@settings(deadline=None)
-@given(
-    ranks=st.integers(2, 5),
-    tokens=st.integers(1, 23),
-    places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30),
-)
-def test_shares_are_of_equal_length_and_targets_come_back_in_their_order(
-    ranks: int, tokens: int, places: list[float]
-) -> None:
-    predictors = torch.tensor([int(place * tokens) for place in places])
-
-    def share_and_gather(exchange: InThreads) -> tuple[TokenShare, Tensor]:
-        share = TokenShare.of(exchange, tokens, predictors.numpy(), torch.device("cpu"))
-        return share, share.gather(torch.stack((share.targets, -share.targets)))
-
-    shares, gathered = zip(*on_ranks(ranks, share_and_gather), strict=True)
-    assert {len(share.tokens) for share in shares} == {-(-tokens // ranks)}
-    assert set(torch.cat([share.tokens for share in shares]).tolist()) == set(range(tokens))
-    assert sorted(torch.cat([share.targets for share in shares]).tolist()) == list(range(len(places)))
-    expected = torch.arange(len(places))
-    for share, values in zip(shares, gathered, strict=True):
-        assert torch.equal(share.tokens[share.predictors], predictors[share.targets])
-        assert torch.equal(values, torch.stack((expected, -expected)))
 
 
 @pytest.mark.parametrize(

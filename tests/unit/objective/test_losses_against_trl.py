@@ -46,22 +46,15 @@ class Batch:
         chosen_tokens, rejected_tokens = self.tokens.float().chunk(2)
         return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
 
-    def rows(self, pairs: slice) -> Tensor:
-        places = torch.arange(PAIRS)[pairs]
-        return torch.cat((places, places + PAIRS))
 
-
-def trl_loss(
-    batch: Batch, kind: str, smoothing: float, beta: float, pairs: slice = slice(None), **changes: Any
-) -> float:
-    """The loss that TRL's DPO trainer gives for a micro-batch of these `pairs`, some options changed."""
-    rows = batch.rows(pairs)
+def trl_loss(batch: Batch, kind: str, smoothing: float, beta: float, **changes: Any) -> float:
+    """The loss that TRL's DPO trainer gives, some options changed."""
     # What a model returns in TRL stands one place earlier than the token it scores.
-    log_probs = batch.policy[rows, 1:]
+    log_probs = batch.policy[:, 1:]
     options = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False} | changes
     outputs = SimpleNamespace(
         log_probs=log_probs,
-        log_sum_sq_probs=batch.collisions[rows, 1:],
+        log_sum_sq_probs=batch.collisions[:, 1:],
         entropy=torch.zeros_like(log_probs),
         mean_logits=torch.zeros_like(log_probs),
         is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
@@ -85,11 +78,11 @@ def trl_loss(
         _total_train_tokens=0,
         _tp_size=1,
     )
-    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"])[rows].chunk(2)
+    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"]).chunk(2)
     inputs = {
-        "input_ids": torch.zeros_like(batch.mask[rows], dtype=torch.int64),
-        "attention_mask": torch.ones_like(batch.mask[rows], dtype=torch.int64),
-        "completion_mask": batch.mask[rows].long(),
+        "input_ids": torch.zeros_like(batch.mask, dtype=torch.int64),
+        "attention_mask": torch.ones_like(batch.mask, dtype=torch.int64),
+        "completion_mask": batch.mask.long(),
         "ref_chosen_logps": reference_chosen,
         "ref_rejected_logps": reference_rejected,
     }
@@ -190,15 +183,6 @@ def test_orpo_has_the_odds_ratios_of_trl_s_orpo_trainer() -> None:
 
 
 # Where the definitions differ: docs/losses.md says so.
-
-
-@pytest.mark.parametrize(("kind", "cut"), [("aot", 3), ("sft", 1)])
-def test_trl_s_loss_depends_on_how_pairs_fall_into_micro_batches(kind: str, cut: int) -> None:
-    batch, halves = Batch(), (slice(0, cut), slice(cut, PAIRS))
-    trl = sum(trl_loss(batch, kind, 0.0, 0.5, half) for half in halves) / 2
-    whole = trl_loss(batch, kind, 0.0, 0.5)
-    assert our_loss(batch, LossConfig(LossKind(kind), 0.5)) == pytest.approx(whole, rel=1e-6)
-    assert abs(trl - whole) > 0.01
 
 
 def test_trl_s_discopop_is_nan_at_a_large_negative_margin() -> None:

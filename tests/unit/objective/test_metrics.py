@@ -1,7 +1,9 @@
 """Metrics are exact means over the pairs of a global batch, however it was divided."""
 
 import math
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,12 +15,14 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
     BUCKETS,
-    Counted,
+    MARGIN_PERCENTILES,
     MetricPlan,
     MetricSums,
+    PairValues,
     TokenSums,
     divergence,
     metric_sums,
+    pair_values,
 )
 
 CPU = torch.device("cpu")
@@ -174,21 +178,33 @@ def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> Non
             assert means[f"rewards/accuracies/{label}"] == pytest.approx(right, nan_ok=True)
 
 
-def test_a_metric_may_have_a_count_of_its_own() -> None:
-    """Per token, and per pair that has a score; in two parts, with a dummy."""
-    nan = float("nan")
-    tokens, logps = torch.tensor([2.0, 1.0, 5.0, 4.0]), torch.tensor([-4.0, -1.0, -5.0, -99.0])
-    gaps = torch.tensor([3.0, nan, 1.0, nan])
-    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    total = MetricSums.zeros(("per_pair", "per_token", "gap", "unscored"), CPU)
-    for part in (slice(0, 2), slice(2, 4)):
-        total += MetricSums.of(
-            {
-                "per_pair": logps[part],
-                "per_token": Counted(logps[part], tokens[part]),
-                "gap": Counted(gaps[part], (~gaps[part].isnan()).float()),
-                "unscored": Counted(gaps[part], torch.zeros(2)),
-            },
-            weights[part],
-        )
-    assert total.means() == pytest.approx({"per_pair": -10 / 3, "per_token": -10 / 8, "gap": 2.0})
+def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
+    lengths = torch.tensor([2.0] * len(chosen)), torch.tensor([4.0] * len(chosen))
+    return PairLogps(torch.tensor(chosen).double(), torch.tensor(rejected).double(), *lengths)
+
+
+def test_rewards_are_scaled_log_ratios() -> None:
+    table = pair_values(logps_of([-1, -8], [-6, -2]), logps_of([-3, -4], [-4, -4]), LossConfig(beta=0.5))
+    values = PairValues(*table.numpy())
+    assert values.reward_chosen.tolist() == [1, -2]
+    assert values.reward_rejected.tolist() == [-1, 1]
+    assert values.margin.tolist() == [2, -3]
+    assert values.logp_rejected.tolist() == [-6, -2]
+    assert values.reference_chosen.tolist() == [-3, -4]
+    assert (values.tokens_chosen.tolist(), values.tokens_rejected.tolist()) == ([2, 2], [4, 4])
+
+
+def test_without_a_reference_its_log_probs_are_missing() -> None:
+    values = PairValues(*pair_values(logps_of([-1], [-8]), None, LossConfig(LossKind.simpo, beta=2)).numpy())
+    assert np.isnan(values.reference_chosen).all()
+    assert np.isnan(values.reference_rejected).all()
+    assert values.margin.tolist() == [-1 - -4]
+
+
+def test_percentiles_of_margins() -> None:
+    columns = len(fields(PairValues))
+    margins = np.arange(101, dtype=np.float32)[::-1]
+    values = PairValues.joined([(np.arange(101), np.tile(margins, (columns, 1)))], 101)
+    assert values.margin_percentiles() == pytest.approx(
+        dict(zip(MARGIN_PERCENTILES, (5, 25, 50, 75, 95), strict=True))
+    )

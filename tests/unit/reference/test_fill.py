@@ -1,6 +1,5 @@
 """A fill computes exactly the missing log-probs and stores each under the key of its own response."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,11 @@ from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.process import StopRequest
-from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
-from tests.unit.reference.test_store import FINGERPRINT, flip
+from tests.unit.reference.test_store import FINGERPRINT
 
 RESPONSES = [2, 1, 3, 2, 2, 2]
 # Two pairs with the same content, as datasets have them.
@@ -128,41 +126,6 @@ def test_only_missing_responses_are_computed(
     assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
 
 
-def test_at_most_one_scored_round_is_not_written_yet(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    """So a killed fill loses at most two shards."""
-    shards: list[int] = []
-
-    class Watching(Scorer):
-        def __call__(self, batch: PackedBatch) -> Tensor:
-            shards.append(len(list(tmp_path.glob("*/*.safetensors"))))
-            return super().__call__(batch)
-
-    fill(tmp_path, dataset, list(range(len(RESPONSES))), world, entries_per_shard=2, scorer=Watching())
-    assert len(shards) == len(RESPONSES)
-    assert all(round_ - 1 <= written <= round_ for round_, written in enumerate(shards))
-
-
-def test_a_fill_waits_for_the_one_of_another_job(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It finds then what the other one has stored, and computes the rest."""
-    folder = LogpStore.open(tmp_path, FINGERPRINT).folder
-    with contextlib.ExitStack() as other:
-        other.enter_context(locked(folder / "fill.lock", "fills", ""))
-
-        def end(_seconds: float) -> None:
-            values = logps_of(torch.from_numpy(dataset.sequences(0).responses[0])).numpy()
-            LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[:1], [values])
-            other.close()
-
-        monkeypatch.setattr(fill_module.time, "sleep", end)
-        report, scorer = fill(tmp_path, dataset, [0, 2], world)
-    assert (report.hits, report.computed, scorer.responses) == (1, 4, 4)
-    assert_filled(tmp_path, dataset, [0, 2])
-
-
 def test_a_fill_that_waits_for_another_job_can_be_stopped(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
@@ -171,21 +134,6 @@ def test_a_fill_that_waits_for_another_job_can_be_stopped(
     filler = dataclasses.replace(filler_of(tmp_path, world), stops=Stops(request, world))
     with locked(folder / "fill.lock", "fills", ""), pytest.raises(StoppedError, match="while another job"):
         filler.fill(dataset, np.arange(2), no_progress)
-
-
-def test_damaged_files_are_reported_and_their_entries_computed_again(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    indices = list(range(len(RESPONSES)))
-    fill(tmp_path, dataset, indices, world, entries_per_shard=4)
-    first, second, _ = sorted(tmp_path.glob("*/*.safetensors"))
-    flip(first, -1)  # a value of its last entry
-    second.write_bytes(b"")
-    left = len(LogpStore.open(tmp_path, FINGERPRINT)) - 1
-    report, scorer = fill(tmp_path, dataset, indices, world)
-    assert report.damaged == {f"{FINGERPRINT.name}/{file.name}" for file in (first, second)}
-    assert report.computed == scorer.responses == sum(RESPONSES) - 1 - left
-    assert_filled(tmp_path, dataset, indices)
 
 
 def test_a_read_only_store_is_an_error_before_anything_is_computed(
@@ -231,37 +179,3 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2], world)
     assert_filled(tmp_path, dataset, [0, 1, 2])
-
-
-def test_a_shard_that_was_removed_since_is_an_error(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    filler = filler_of(tmp_path, world)
-    filler.fill(dataset, np.arange(2), no_progress)
-    [name] = filler.shards
-    (tmp_path / name).unlink()
-    with pytest.raises(ReferenceModelError, match="cannot be read") as raised:
-        filler.open_filled()
-    assert name in raised.value.got
-
-
-def test_a_stop_stores_what_is_scored_and_says_how_much(
-    tmp_path: Path, dataset: PreferenceDataset, world: World
-) -> None:
-    request, indices = StopRequest(), list(range(len(dataset)))
-
-    class AskedWhileItScores(Scorer):
-        def __call__(self, batch: PackedBatch) -> Tensor:
-            request.ask("SIGTERM")
-            return super().__call__(batch)
-
-    scorer = AskedWhileItScores()
-    filler = dataclasses.replace(filler_of(tmp_path, world, 1000, scorer), stops=Stops(request, world))
-    with pytest.raises(StoppedError, match="by SIGTERM after") as stopped:
-        filler.fill(dataset, np.array(indices), no_progress)
-    stored = len(LogpStore.open(tmp_path, FINGERPRINT))
-    assert stored == scorer.responses
-    assert f"after {stored} of the " in str(stopped.value)
-    report, _ = fill(tmp_path, dataset, indices, world)
-    assert report.hits == stored
-    assert report.computed > 0

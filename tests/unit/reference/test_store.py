@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import Keys, LogpStore, Values
-from tests.support.read_only import read_only
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]
@@ -94,15 +93,6 @@ def test_a_missing_entry_is_an_error(tmp_path: Path) -> None:
     assert f"{5 % 3:016x}{5:016x}" in raised.value.got
 
 
-def test_another_fingerprint_sees_none_of_the_entries(tmp_path: Path) -> None:
-    write(tmp_path, ENTRIES)
-    for other in (
-        ReferenceFingerprint("new weights", FINGERPRINT.profile),
-        ReferenceFingerprint("weights", {"dtype": "bf16"}),
-    ):
-        assert readable(tmp_path, fingerprint=other) == {}
-
-
 def test_the_same_entries_are_the_same_shard(tmp_path: Path) -> None:
     assert write(tmp_path, ENTRIES) == write(tmp_path, dict(reversed(ENTRIES.items())))
     assert len(open_store(tmp_path)) == 3
@@ -164,16 +154,6 @@ def test_a_missing_or_damaged_space_json_is_written_again(tmp_path: Path, conten
     described.unlink() if content is None else described.write_bytes(content)
     assert readable(tmp_path) == ENTRIES
     assert json.loads(described.read_text()) == FINGERPRINT.as_dict()
-
-
-def test_a_read_only_store_is_read_and_writing_is_an_error(tmp_path: Path) -> None:
-    (write(tmp_path, ENTRIES).parent / "space.json").unlink()
-    with read_only(tmp_path):
-        assert readable(tmp_path) == ENTRIES
-        with pytest.raises(ReferenceModelError, match="cannot be written"):
-            open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
-        with pytest.raises(ReferenceModelError, match="cannot be opened"):
-            LogpStore.open(tmp_path, ReferenceFingerprint("new", {}))
 
 
 def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path: Path) -> None:

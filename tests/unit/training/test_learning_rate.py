@@ -1,6 +1,5 @@
 """The learning rate is a function of the step."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -23,23 +22,6 @@ from dpo_dist.training.schedule import check_warmup, learning_rate
 def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float, floor: float = 0.0) -> list[float]:
     optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=floor)
     return [learning_rate(optim, step, steps) for step in range(steps)]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        (LearningRateSchedule.constant, [4, 8, 8, 8, 8, 8]),
-        (LearningRateSchedule.constant_with_warmup, [4, 8, 8, 8, 8, 8]),
-        (LearningRateSchedule.linear, [4, 8, 8, 6, 4, 2]),
-        (LearningRateSchedule.inverse_sqrt, [4, 8, 8, *(8 * math.sqrt(2 / n) for n in (3, 4, 5))]),
-        (
-            LearningRateSchedule.cosine,
-            [4, 8, 8, 4 * (1 + math.sqrt(0.5)), 4, 4 * (1 - math.sqrt(0.5))],
-        ),
-    ],
-)
-def test_rates_of_six_steps_two_of_them_warmup(schedule: LearningRateSchedule, expected: list[float]) -> None:
-    assert rates(schedule, 6, 1 / 3) == pytest.approx(expected)
 
 
 FLOOR = 0.2

@@ -236,21 +236,6 @@ def test_a_check_refuses_the_run_directories_that_a_start_refuses(
     assert text not in rehearse(config, trains=False), "a verb that does not train"
 
 
-@pytest.mark.parametrize(
-    ("outcome", "left", "text"),
-    [
-        (RunOutcome.completed, (LEFT_MODEL,), "/run (complete: "),
-        (RunOutcome.preempted, (LEFT_CHECKPOINT,), "/run (has checkpoints: the run resumes)"),
-    ],
-)
-def test_a_check_says_what_a_run_directory_has(
-    outcome: RunOutcome, left: tuple[str, ...], text: str, assets: Path, tmp_path: Path
-) -> None:
-    config = run_of(assets, tmp_path, f"run.dir={tmp_path}/run")
-    leave_run(config, outcome, left)
-    assert text in rehearse(config)
-
-
 def write_records(file: Path, *records: dict[str, object]) -> Path:
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file

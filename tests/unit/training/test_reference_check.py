@@ -140,11 +140,3 @@ def test_small_drifts_that_change_the_loss_are_refused(check: Any) -> None:
     assert check(drifting)["largest_token_drift"] == pytest.approx(9e-5, rel=1e-2)
     with pytest.raises(ReferenceModelError, match="differs from its value at zero margin"):
         check(drifting, loss=LossConfig(beta=5.0))
-
-
-def test_the_sample_is_seeded_and_has_its_size(check: Any) -> None:
-    first, second = Policy(), Policy()
-    check(first)
-    check(second)
-    assert len(set(first.keys_seen)) == PAIRS
-    assert first.keys_seen == second.keys_seen

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
@@ -18,7 +17,7 @@ from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.insight.console import Console
 from dpo_dist.training import samples
-from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines, prepare_samples
+from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines
 from dpo_dist.training.start import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -64,15 +63,6 @@ def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
     assert 0 < len(fitting) < 12
 
 
-def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
-    data = dataset(tmp_path / "one", ROWS[3:4])
-    (prompt,) = choose_prompts(data, TOKENIZER, STOPS, 1, 0, None)
-    assert prompt.fields["prompt"].endswith(ROWS[3]["prompt"])
-    assert prompt.fields["chosen"] == " right 3"
-    assert prompt.fields["source"] == "held_out"
-    assert prompt.fields["prompt_id"] == prompt.request.key
-
-
 def run_in(folder: Path) -> Run:
     place = FolderConfig(dir=str(folder))
     return Run(RunConfig(model=ModelConfig("unused"), run=place), ALONE, Console(None))
@@ -84,17 +74,6 @@ def held_out(folder: Path, **options: Any) -> Samples:
 
 
 REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
-
-
-def test_a_bug_in_the_metrics_of_samples_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(samples, "text_facts", None)
-    found = held_out(tmp_path, starts_as_reference=True, reference=REFERENCE)
-    monkeypatch.setattr(found.run, "say", said.append)
-    assert found.at(0, POLICY) == {}
-    assert json.loads(found.run.folder.samples_file(0).read_text())["policy"] == "of the reference"
-    [warning] = said
-    assert warning.startswith("warning: the row of metrics of samples is missing because of a bug")
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
@@ -128,18 +107,3 @@ def test_the_policy_responds_itself_unless_it_is_the_reference(
     assert (row["step"], row["policy"], row["reference"]) == (step, shown, "of the reference")
     assert measured["samples/length"] == (5 if shown == "of the reference" else len(ids))
     assert measured["samples/reference_length"] == 5
-
-
-def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:
-    """Also if it is resumed without samples."""
-    folder = RunFolder(tmp_path)
-    folder.samples.mkdir()
-    for step in (0, 20, 100, 1_000_000):
-        folder.samples_file(step).write_text(json.dumps({}))
-    folder.samples_reference.write_text("")
-    assert prepare_samples(run_in(tmp_path), POLICY, 20) is None
-    assert sorted(path.name for path in folder.samples.iterdir()) == [
-        "reference.jsonl",
-        "step-000000.jsonl",
-        "step-000020.jsonl",
-    ]

@@ -7,7 +7,6 @@ from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.insight.console import Console
@@ -25,14 +24,10 @@ from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.insight.verdict.rules import NOTHING_TO_JUDGE
-from dpo_dist.training import run as run_module
 from dpo_dist.training.finish import finish
 from dpo_dist.training.resume import (
     RunState,
-    check_configuration,
     check_identity,
-    check_newest_checkpoint,
-    describe_change,
     length_of,
     read_state,
     write_state,
@@ -144,19 +139,6 @@ def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> Non
     assert name.replace("eval_data", "evaluation data") in caught.value.message
 
 
-def test_another_configuration_is_refused_with_the_keys_that_differ(folder: RunFolder) -> None:
-    command = ["model.path=m", "data.train=[a.jsonl]", f"run.dir={folder}"]
-    former = load_run_config(command)
-    other = load_run_config([*command, "data.train=[b.jsonl]", "loss.beta=0.2", "trainer.log_every=7"])
-    recorded = {"run_digest": run_digest(former), "step": 4}
-    check_configuration(recorded, former, folder)
-    folder.config.write_text(to_yaml(former))
-    with pytest.raises(CheckpointError, match="belongs to another configuration") as caught:
-        check_configuration(recorded, other, folder)
-    assert caught.value.got == "data.train=[{'path': 'b.jsonl'}], loss.beta=0.2"
-    assert caught.value.expected == "data.train=[{'path': 'a.jsonl'}], loss.beta=0.1"
-
-
 def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> None:
     recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
     assert ">preempted<" in folder.report.read_text()
@@ -224,13 +206,6 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
         describe_run(run)
 
 
-def test_a_run_directory_that_was_moved_away_is_not_made_again(tmp_path: Path) -> None:
-    moved = run_in(tmp_path / "moved away")
-    with pytest.raises(CheckpointError, match="a file of the run cannot be written"):
-        moved.write(lambda: write_state(moved.folder, state_of(RunOutcome.started)))
-    assert not moved.folder.path.exists()
-
-
 def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed(folder: RunFolder) -> None:
     files = folder.state, folder.summary, folder.samples_file(2), folder.bad_step(3), folder.wandb_id
     for file in files:
@@ -247,43 +222,6 @@ def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed
             pass
     with locked(run_in(folder.path)):
         pass
-
-
-CHECKS = [
-    *("describe_run", "load_inputs", "check_keep_best", "check_identity", "describe_change"),
-    "check_disk_room",
-]
-
-
-@pytest.mark.parametrize("refusing", CHECKS)
-def test_a_refused_lengthening_leaves_the_finished_run_as_it_was(
-    refusing: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder.metrics.mkdir()
-    files = [folder.config, folder.environment, folder.state, folder.summary, folder.report]
-    for file in files:
-        file.write_text(f"former {file.name}")
-    dataset = SimpleNamespace(labels=[], fingerprint="d")
-    inputs = SimpleNamespace(
-        eval_set=dataset,
-        train_set=dataset,
-        policy_files=SimpleNamespace(digest="m", folder=folder.path),
-        reference_files=None,
-        sampler=SimpleNamespace(steps=9),
-        weights=9,
-    )
-    answers: dict[str, Any] = {"load_inputs": inputs, "describe_run": {}, "describe_change": ""}
-    for name in CHECKS:
-        monkeypatch.setattr(run_module, name, lambda *_, name=name, **__: answers.get(name))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ConfigError("refused")
-
-    monkeypatch.setattr(run_module, refusing, refuse)
-    start = Start(Checkpoint(folder.checkpoints / "step-000004", {"step": 4}))
-    with pytest.raises(ConfigError, match="refused"):
-        run_module._begin(run_in(folder.path), start)
-    assert [file.read_text() for file in files] == [f"former {file.name}" for file in files]
 
 
 # Length
@@ -349,33 +287,6 @@ def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
     RunFolder.of(other).state.unlink()
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
         start_of(other)
-
-
-def test_without_a_checkpoint_a_run_cannot_become_longer(tmp_path: Path) -> None:
-    complete(config_of(tmp_path), has_checkpoint=False)
-    with pytest.raises(CheckpointError, match="no checkpoint from which it could continue"):
-        start_of(config_of(tmp_path, "trainer.epochs=2"))
-
-
-def test_the_line_about_another_length_names_a_partial_batch() -> None:
-    config, state = config_of(Path("run")), {"step": 8, "steps": 8, "pairs_seen": 500}
-    assert describe_change(state, config, 8) == ""
-    line = describe_change(state, config, 16)
-    assert line.startswith("training longer: 16 steps in place of 8; ")
-    assert line.endswith("the next 12 pairs of the order are not trained")
-
-
-def test_before_processes_join_only_runs_that_cannot_continue_are_refused(tmp_path: Path) -> None:
-    complete(config_of(tmp_path, "trainer.epochs=2"))
-    for options in (["trainer.epochs=2"], ["trainer.epochs=3"], ["trainer.max_steps=9"]):
-        check_newest_checkpoint(config_of(tmp_path, *options, "parallelism.kind=ddp"))
-    for refused, words in (
-        ("trainer.epochs=1", "greater length only"),
-        ("optim.lr=0.5", "another configuration"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            check_newest_checkpoint(config_of(tmp_path, refused))
-        check_newest_checkpoint(config_of(tmp_path, refused, "run.resume=never"))
 
 
 # Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.

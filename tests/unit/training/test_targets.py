@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import OptimConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import ExportConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.targets import Evaluated, Kind, find_evaluated, find_exported
@@ -58,16 +58,6 @@ def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="has no checkpoint"):
         find_exported(config)
-
-
-def test_another_configuration_than_the_runs_is_shown_in_part(config: RunConfig) -> None:
-    """As of a command line with the model of the run and no other of its keys."""
-    data, trainer = replace(config.data, max_length=77), replace(config.trainer, seed=5, epochs=2)
-    other = replace(config, optim=OptimConfig(lr=1e-3, eps=1e-3), data=data, trainer=trainer)
-    with pytest.raises(ConfigError, match="configuration of its run") as raised:
-        find_exported(other)
-    assert raised.value.where == "data.max_length, optim.lr, optim.eps and 2 others"
-    assert raised.value.got == "77, 0.001, 0.001 and 2 others"
 
 
 def test_members_of_an_average_are_model_folders(config: RunConfig, tmp_path: Path) -> None:

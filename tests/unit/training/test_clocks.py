@@ -1,0 +1,56 @@
+"""Every moment of a step is of one phase, and every moment of a start of one kind of work."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dpo_dist.insight.metrics.log import PHASES
+from dpo_dist.training.state import WorkClock
+from dpo_dist.training.step import StepClock
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the host's clock, which is at 100 seconds, go on by these seconds."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_phases_add_up_to_the_step(wait: Callable[[float], None]) -> None:
+    clock = StepClock(torch.device("cpu"))
+    wait(1)
+    for _ in range(3):
+        clock.enter("forward")
+        wait(2)
+        clock.enter("backward")
+        wait(4)
+    clock.enter("other")
+    wait(8)
+    seconds = clock.stop()
+    assert tuple(seconds) == PHASES
+    assert {name: spent for name, spent in seconds.items() if spent} == {
+        "forward": 6,
+        "backward": 12,
+        "other": 9,
+    }
+
+
+def test_every_moment_of_a_start_is_one_kind_of_work(wait: Callable[[float], None]) -> None:
+    clock = WorkClock(2, 97.0)
+    with clock.of("samples"):
+        wait(1)
+    wait(2)
+    clock.enter("other")
+    with contextlib.suppress(KeyError), clock.of("evaluation"):
+        wait(4)
+        with clock.of("samples"):
+            wait(8)
+        wait(16)
+        raise KeyError
+    wait(32)
+    spent = clock.read()
+    assert spent.seconds == {"starting": 5.0, "samples": 9.0, "evaluation": 20.0, "other": 32.0}
+    assert spent.device_seconds == 2 * (3 + 1 + 2 + 4 + 8 + 16 + 32)
