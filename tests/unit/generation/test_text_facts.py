@@ -111,9 +111,7 @@ def test_refusals_are_told_from_other_responses(texts: str, refuses: bool) -> No
     assert [text for text in texts.strip().splitlines() if is_refusal(text) != refuses] == []
 
 
-@pytest.mark.parametrize(
-    "repeated", ["\n", "[", "|\n", "- ", "but ", "however, as an ", "really ", "I can't "]
-)
+@pytest.mark.parametrize("repeated", ["\n", "[", "- ", "however, as an ", "I can't "])
 def test_a_text_that_repeats_itself_takes_no_time(repeated: str) -> None:
     """A model that collapses writes such texts; with time that grows with a power, they take minutes."""
     facts(repeated * 50_000)
