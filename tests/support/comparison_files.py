@@ -37,14 +37,6 @@ def win(first: str, second: str, rate: float, half: float | None = 0.06) -> dict
     }
 
 
-def differing(first: str, second: str, **of: tuple[float, float]) -> dict[str, Any]:
-    """The difference of two models: by metric the ends of its interval, whose middle is the mean."""
-    found: dict[str, Any] = {"first": first, "second": second}
-    for metric, ends in of.items():
-        found |= {metric: sum(ends) / 2, f"{metric}_interval": list(ends)}
-    return found
-
-
 def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
     """The content of `comparison.json`; the first model is the base."""
     return {

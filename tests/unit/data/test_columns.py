@@ -1,16 +1,13 @@
 """Other names of the fields of records: `columns`, `reader`, LLaMA-Factory's dataset_info.json."""
 
-import csv
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_dist.config.data import DataFormat, SourceConfig
-from dpo_dist.config.load import load_run_config
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import check_source, read_records
@@ -50,28 +47,12 @@ def good(path: str | Path, **options: Any) -> PreferenceRecord:
             {"inner": {"task": 1, "chosen": "yes", "rejected": "never"}, "t": "q"},
             {"record": "inner", "prompt": "t"},
         ),
-        (NESTED | {"images": ["a.png"]}, COLUMNS | {"images": None}),
-        (NESTED | {"completion": "maybe"}, COLUMNS | {"completion": None}),
         (NESTED | {"images": ["a.png"], "completion": "maybe"}, COLUMNS | {"*": None}),
     ],
 )
 def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, columns: Any) -> None:
     found = good(jsonl(tmp_path, record), columns=columns)
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
-
-
-def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
-    row = {
-        "talk": json.dumps([{"role": "system", "content": "be kind"}, user("q")]),
-        "sides": json.dumps({"good": [assistant("yes")], "bad": [assistant("no")]}),
-        "defs": json.dumps([{"name": "f"}]),
-    }
-    with (tmp_path / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([row.keys(), row.values()])
-    columns = {"prompt": "talk", "chosen": "sides.good", "rejected": "sides.bad", "tools": "defs"}
-    found = good(tmp_path / "table.csv", columns=columns)
-    assert found.prompt == (Message("system", "be kind"), Message("user", "q"))
-    assert (found.responses, found.tools[0]["function"]) == (("yes", "no"), {"name": "f"})
 
 
 @pytest.mark.parametrize(
@@ -82,9 +63,7 @@ def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
         ({"*": "task"}, ("columns.*",)),
     ],
 )
-def test_unknown_names_are_errors_before_a_record_is_read(
-    tmp_path: Path, columns: Any, names: tuple[str, ...]
-) -> None:
+def test_unknown_names_are_errors(tmp_path: Path, columns: Any, names: tuple[str, ...]) -> None:
     source = SourceConfig(path=jsonl(tmp_path, NESTED), columns=columns)
     for check in (check_source, read_records):
         with pytest.raises(ConfigError) as raised:
@@ -102,33 +81,7 @@ def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path:
             assert words in str(raised.value)
 
 
-def test_a_missing_column_is_found_before_a_large_file_is_read(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *[NESTED] * 30, NESTED | {"system_text": "be kind"})
-    check_source(SourceConfig(path=path, columns=COLUMNS | {"system": "system_text"}))
-    with pytest.raises(DataError, match="no record has a column"):
-        check_source(SourceConfig(path=path, columns=COLUMNS | {"prompt": "tasks"}))
-
-
-def test_a_record_that_is_no_object_is_bad(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, {"inner": TEXT}, {"inner": "text"}, {"other": 1})
-    found = read(path, columns={"record": "inner"})
-    assert [getattr(one, "reason", "") for one in found] == ["", "missing_field", "missing_field"]
-
-
-def test_names_that_are_not_english_are_quoted_as_on_the_page(tmp_path: Path) -> None:
-    [line] = re.findall(r"`(data\.train=.*问题.*)`", PAGE)
-    [override] = shlex.split(line)
-    columns = load_run_config(["model.path=m", override]).data.train[0].columns
-    assert columns == {"prompt": "问题", "chosen": "好的回答", "rejected": "answer (bad)"}
-    record = dict(zip(columns.values(), ("q", "yes", "no"), strict=True))
-    assert good(jsonl(tmp_path, record), columns=columns).responses == ("yes", "no")
-    with pytest.raises(ConfigError, match="needs quotes"):
-        load_run_config(["model.path=m", override.replace('"', "")])
-
-
-def test_the_reader_on_the_page_makes_pairs_and_what_it_cannot_read_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reader_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "readers.py").write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -182,13 +135,6 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
 
-def test_an_entry_may_name_a_folder_and_a_number_of_samples(tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    jsonl(tmp_path / "shards", *[RECORD] * 5)
-    registry(tmp_path, mine=ENTRY | {"file_name": "shards", "num_samples": 3, "split": "train"})
-    assert [len(read(tmp_path, name="mine", limit=limit)) for limit in (None, 2)] == [3, 2]
-
-
 def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
     jsonl(
         tmp_path,
@@ -202,13 +148,6 @@ def test_turns_of_an_entry_have_its_tags(tmp_path: Path) -> None:
         record = good(tmp_path, name=name)
         assert (record.prompt, record.responses) == ((Message("user", "q"),), ("yes", "no"))
         assert record.tools[0]["function"]["name"] == "f"
-
-
-def test_an_entry_that_is_no_ranking_reads_no_pairs(tmp_path: Path) -> None:
-    jsonl(tmp_path, {"instruction": "q", "output": "yes", "chosen": "good", "rejected": "bad"})
-    for ranking, responses in ((False, ("yes",)), (True, ("good", "bad"))):
-        registry(tmp_path, mine={"file_name": "records.jsonl", "ranking": ranking})
-        assert good(tmp_path, name="mine").responses == responses
 
 
 def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
@@ -234,17 +173,12 @@ def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
         ({}, {"format": DataFormat.text}, ConfigError, ("the entry decides",)),
         ({}, {"columns": {"prompt": "q"}}, ConfigError, ("the entry decides",)),
         ({}, {"split": "test"}, ConfigError, ("split of the source", "test")),
-        ({"format": "x"}, {}, ConfigError, ("format", "formatting")),
         ({"formatting": "vicuna"}, {}, ConfigError, ("vicuna", "sharegpt")),
         ({"columns": {"promt": "q"}}, {}, ConfigError, ("promt", "prompt, query")),
-        ({"columns": ["q"]}, {}, ConfigError, ("columns", "list", "dict")),
-        ({"num_samples": "5"}, {}, ConfigError, ("num_samples", "str", "int")),
-        ({"tags": {"user": "q"}}, {}, ConfigError, ("user", "user_tag")),
         ({"tags": {"user_tag": "customer"}}, {}, ConfigError, ("user_tag", "customer", "human", "reader")),
         ({"ranking": False}, {}, ConfigError, ("chosen, rejected", '"ranking": true')),
         ({"columns": {"prompt": "q", "kto_tag": "label"}}, {}, DataError, ("KTO", "pair good and bad")),
         ({"file_name": None, "script_url": "load.py"}, {}, DataError, ("script_url", "file_name")),
-        ({"file_name": "absent.jsonl"}, {}, DataError, ("absent.jsonl",)),
     ],
 )
 def test_a_wrong_entry_is_an_error_at_the_start(
@@ -260,7 +194,6 @@ def test_a_wrong_entry_is_an_error_at_the_start(
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        ('{"features": {}, "splits": {"train": {}}}', "no entry"),
         ("[1", "character"),
         ('[{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]', "a list, as of ms-swift"),
     ],

@@ -38,23 +38,6 @@ def file_of(folder: Path, name: str, *rows: object) -> str:
     return jsonl(folder / name, *rows)
 
 
-def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
-    rows = [*GOOD, TEXT | {"documents": ["f"]}, TEXT | {"documents": ["f"], "images": ["i"]}]
-    counts = opened(tmp_path, jsonl(tmp_path, *rows), max_bad_share=0.1).counts
-    assert counts["dropped"] == {"unread_content": 2}
-    assert (counts["unread_documents"], counts["unread_images"]) == (2, 1)
-    assert "documents" in counts["details"]["unread_content"]
-    lines = describe_counts("train", counts)
-    assert lines[:2] == [
-        "train data: 40 of 42 records kept",
-        "  2 dropped (unread_content): a field that the responses may depend on is not read",
-    ]
-    assert "  2 unread_documents: the field documents is not read" in lines
-    plain = lines[-1]
-    assert "40 of 40 records are plain text" in plain
-    assert "data.text_as_messages=true" in plain
-
-
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
     bad = TEXT | {"chosen": None}
     first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
@@ -87,39 +70,19 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
             {"max_length": 2},
             ["data.max_length is 2", "data.max_prompt_length", "data.truncation=keep_end"],
         ),
-        (GOOD, {"max_length": 4, "truncation": "drop"}, ["data.max_length is 4", "keep_start"]),
         ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         (
             [{"prompt": "q", "completion": "a", "label": True}],
             {},
             ["unpaired", "pair good and bad responses"],
         ),
-        ([TEXT | {"completion": "a"}], {}, ["ambiguous_format", "set format of the source"]),
     ],
 )
-def test_the_error_has_the_remedy_for_its_reason(
-    tmp_path: Path, rows: list[object], data: dict[str, object], expected: list[str]
-) -> None:
+def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, object], expected: list[str]) -> None:
     with pytest.raises(DataError) as raised:
         opened(tmp_path, jsonl(tmp_path, *rows), **data)
     block = raised.value.block()
     assert [text for text in expected if text not in block] == []
-
-
-def test_an_empty_source_is_named(tmp_path: Path) -> None:
-    whole, empty = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two")
-    with pytest.raises(DataError, match="no records") as raised:
-        opened(tmp_path, whole, empty)
-    assert raised.value.where == empty
-
-
-def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) -> None:
-    """Even after many records of another reason, in the same chunk or in earlier ones."""
-    for empty, unknown in ((30, 34), (200, 300)):
-        rows = [TEXT | {"chosen": ""}] * empty + [{"question": "q", "answer": "a"}] * unknown + GOOD
-        with pytest.raises(DataError) as raised:
-            opened(tmp_path, jsonl(tmp_path, *rows))
-        assert "question (text)" in raised.value.got
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:

@@ -4,16 +4,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Ids, Sequences, pack, packed_tokens
+from dpo_dist.batching.pack import Ids, packed_tokens
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
@@ -48,7 +47,6 @@ def ranked_records() -> list[PreferenceRecord]:
 
 @pytest.fixture
 def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
-    """Return records of one, two and three responses, which no file format mixes yet."""
     monkeypatch.setattr(build_dataset_module, "read_records", lambda _source, _meter: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
 
@@ -86,34 +84,6 @@ def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
         assert ranked.response_indices(np.array(some, dtype=np.int64)).tolist() == expected
 
 
-def test_sizes_equal_a_count_of_every_token(ranked: PreferenceDataset) -> None:
-    indices = np.array([5, 2, 0, 7])
-    targets = attended = 0
-    for index in indices.tolist():
-        prompt, *responses = ranked.lengths(index)
-        targets += sum(responses)
-        attended += sum(range(1, prompt + 1))
-        attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
-    plan = shard_batch(ranked, indices, 0, 1, 8192, COSTS)
-    assert (plan.targets, plan.attended) == (targets, attended)
-
-
-def test_a_key_depends_on_the_end_of_the_prompt() -> None:
-    one, two, both, empty = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2], []))
-    keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
-    assert sorted(map(len, keys)) == [16] * 4
-    assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
-
-
-def test_counts_include_every_record(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, BAD, *GOOD, "no object", {**GOOD[0], "chosen": "right " * 500})
-    counts = opened(tmp_path, path, max_bad_share=0.5, max_length=120).counts
-    expected = {"read": 10, "kept": 8, "response_truncated": 1, "prompt_truncated": 0}
-    assert {name: counts[name] for name in expected} == expected
-    assert counts["dropped"] == {"identical_responses": 1, "unparsable": 1}
-    assert counts["examples"] == [f"{path}:1 identical_responses", f"{path}:9 unparsable"]
-
-
 def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path, BAD, *GOOD)
     with pytest.raises(DataError, match="identical_responses") as raised:
@@ -145,14 +115,6 @@ def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, 
     assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
 
 
-def test_a_batch_has_the_keys_of_its_responses(ranked: PreferenceDataset) -> None:
-    batch, pairs = collate(ranked, (4, 1)), [ranked.sequences(index) for index in (4, 1)]
-    expected = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
-    assert [key.tobytes() for key in batch.keys] == expected
-    assert batch.targets.tolist() == [int(t) for pair in pairs for r in pair.responses for t in r]
-    assert collate(ranked, ()).weights.tolist() == [0]
-
-
 def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -> None:
     """The largest id is counted when the data are encoded: ids are not read at each start."""
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
@@ -174,7 +136,7 @@ def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -
         (LossKind.plackett_luce, [2, 5, 3], None),
     ],
 )
-def test_examples_that_the_loss_cannot_use_are_listed(
+def test_examples_of_no_use_to_the_loss_are_listed(
     kind: LossKind, counts: list[int], got: str | None
 ) -> None:
     def check() -> None:
@@ -243,9 +205,7 @@ GIVEN: dict[str, float] = SCORED | {"good": 2, "bad": 5}
         ),
     ],
 )
-def test_scores_match_the_responses_of_each_example(
-    tmp_path: Path, how: Ranked, responses: str, ties: int
-) -> None:
+def test_scores_match_their_responses(tmp_path: Path, how: Ranked, responses: str, ties: int) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *ROWS), ranked=how)
     examples = [words.split() for words in responses.split(", ")]
     for index, words in enumerate(examples):
@@ -261,15 +221,7 @@ def test_scores_match_the_responses_of_each_example(
     assert counts == [4, 4, len(examples), ties]
 
 
-def test_unused_responses_do_not_count_for_limits(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}, TEXT)
-    limits = {"max_length": 30, "truncation": Truncation.drop, "max_bad_share": 1.0}
-    assert len(opened(tmp_path, path, **limits, ranked=Ranked.best_worst)) == 2
-    assert opened(tmp_path, path, **limits).counts["dropped"] == {"too_long": 1}
-
-
 def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
-    """Return the masks of all responses of an example, of those without one too."""
     pair = dataset.sequences(index, masked=True)
     return [mask.tolist() for mask in pair.masks or [np.ones(len(r), bool) for r in pair.responses]]
 
@@ -294,7 +246,6 @@ def sources(tmp_path: Path) -> list[str]:
 def test_masks_of_several_sources_are_read_as_they_were_encoded(
     how: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of sources before and after one without masks, of several chunks, and of a part of a source."""
     monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
     plain = opened(tmp_path, sources[1], ranked=how)
     add_masks(monkeypatch)
@@ -337,25 +288,6 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     assert collate(data, every.tolist(), only_chosen=True).response_tokens.tolist() == chosen
 
 
-def test_masked_targets_by_hand() -> None:
-    def ids(*numbers: int) -> Any:
-        return np.array(numbers, dtype=np.int32)
-
-    pairs = [
-        Sequences(ids(1, 2), (ids(4, 5, 6), ids(7, 8)), (np.array([0, 1, 1], bool), np.array([1, 0], bool))),
-        Sequences(ids(9), (ids(10), ids(11, 12))),
-    ]
-    batch = pack(pairs, np.zeros((4, 2), dtype=np.uint64))
-    assert batch.input_ids.tolist() == [1, 2, 4, 5, 7, 9, 11]
-    assert batch.layout == ((2, 2, 1), (1, 0, 1))
-    assert batch.targets.tolist() == [5, 6, 7, 10, 11, 12]
-    assert batch.predictors.tolist() == [2, 3, 1, 5, 5, 6]
-    assert batch.response_tokens.tolist() == [2, 1, 1, 2]
-    assert batch.pair_tokens == [(2, 1), (1, 2)]
-    assert batch.mask is not None
-    assert batch.mask.tolist() == [False, True, True, True, False, True, True, True]
-
-
 @given(pair_shapes)
 def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...]]) -> None:
     pairs = list(map(masked, random_pairs(shapes)))
@@ -368,3 +300,10 @@ def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...
     assert batch.pair_tokens == [tuple(int(mask.sum()) for mask in pair.masks) for pair in pairs]
     expected = [[mask.tolist() for mask in pair.masks] for pair in pairs]
     assert [masks_of(dataset_of(pairs), index) for index in range(len(pairs))] == expected
+
+
+def test_a_key_depends_on_the_end_of_the_prompt() -> None:
+    one, two, both, empty = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2], []))
+    keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
+    assert sorted(map(len, keys)) == [16] * 4
+    assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))

@@ -74,16 +74,6 @@ def test_a_record_is_rendered_with_one_end_of_each_response(
     assert ("templated_text" in found.changes) is (config is APPLIED)
 
 
-def test_llama2_template_keeps_its_spaces_around_the_response() -> None:
-    tokenizer = tiny.mistral()
-    found = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
-    prompt = "<s>[INST] hello [/INST] hello there </s><s>[INST] and then? [/INST]"
-    assert texts(found, tokenizer)[0] == prompt
-    tokens = tokenizer.convert_ids_to_tokens(found.responses[0].tolist())
-    assert tokens[0].startswith("▁")
-    assert tokens[-2:] == ["▁", "</s>"]
-
-
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr])
 @pytest.mark.parametrize("prompt", [CHAT, "What is the capital?", Dialogue("\n\nHuman: hi\n\nAssistant:")])
 def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(make: Any, prompt: Prompt) -> None:
@@ -129,19 +119,6 @@ def test_most_texts_with_an_applied_template_are_refused(tmp_path: Path) -> None
         assert (counts["templated_text"], counts["chat_template_not_applied"]) == (2, plain)
 
 
-@pytest.mark.parametrize(
-    ("text", "templated"),
-    [
-        ("<s>[INST] q [/INST]", True),
-        ("a <s>struck</s> word", False),
-        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", True),
-        ("<|user|>\nq</s>\n<|assistant|>\n", True),
-    ],
-)
-def test_a_templated_text_has_turns_or_bos(text: str, templated: bool) -> None:
-    assert ("templated_text" in encode(record(text, "a", "b"), tiny.mistral()).changes) is templated
-
-
 def test_a_conversation_that_the_template_rejects_is_a_bad_record() -> None:
     bad = encode_pair(record((Message("user", "one"), Message("user", "two"))), tiny.mistral(), WIDE)
     assert isinstance(bad, BadRecord)
@@ -155,11 +132,6 @@ NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system 
 @pytest.mark.parametrize(
     ("make", "what", "error"),
     [
-        (
-            lambda: tiny.with_template(tiny.mistral(), "always the same"),
-            CHAT,
-            "does not contain the response",
-        ),
         (
             lambda: tiny.with_template(tiny.qwen(), NEEDS_SYSTEM + tiny.CHATML),
             (Message("system", "be brief"), *CHAT),
@@ -178,16 +150,7 @@ def test_a_tokenizer_that_cannot_be_used_is_an_error(make: Any, what: Prompt, er
         encode_pair(record(what), make(), WIDE)
 
 
-def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> None:
-    tokenizer = tiny.qwen()
-    found = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
-    assert "boundary_resplit" in found.changes
-    assert found.prompt_ids.tolist() == tokenizer("Answer:\n")["input_ids"]
-    assert texts(found, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
-
-
 def legacy() -> PreTrainedTokenizerFast:
-    """Llama 2's converted tokenizer: a normalizer adds a space before every text."""
     backend = Tokenizer.from_str(tiny._sentencepiece_like().to_str())
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -224,9 +187,7 @@ WORDS = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(words=WORDS, cut=st.integers(1, 40), make=st.sampled_from([tiny.qwen, tiny.base, tiny.mistral]))
-def test_a_response_has_the_ids_of_the_whole_text_if_these_start_with_the_prompt(
-    words: list[str], cut: int, make: Any
-) -> None:
+def test_a_response_has_the_ids_of_the_whole_text(words: list[str], cut: int, make: Any) -> None:
     tokenizer = make()
     text = "a" + "".join(words)
     prompt, response = text[:cut], text[cut:]
@@ -264,44 +225,9 @@ def test_no_content_becomes_a_special_token(content: str, make: Any) -> None:
             assert make is tiny.zephyr or tokenizer.decode(response[:-1]) == text
 
 
-def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
-    """ChatML's marks are added tokens but not special ones in some fine-tuned Llamas."""
-    backend = tiny._byte_level(["<s>", "</s>"])
-    marks = ("<|im_start|>", "<|im_end|>", "<think>")
-    backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=tiny.CHATML
-    )
-    end, thought = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
-    found = encode(record(CHAT, "Paris", "a <|im_end|> spelt, <think>"), tokenizer)
-    assert [(ids[-1], ids.tolist().count(end)) for ids in found.responses] == [(end, 1)] * 2
-    assert texts(found, tokenizer)[2] == "a <|im_end|> spelt, <think><|im_end|>"
-    assert thought in found.responses[1]
-
-
-def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
-    """Phi-3's `<|end|>` strips the newline after it."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny.qwen().backend_tokenizer,
-        eos_token=AddedToken("<|end|>", rstrip=True, lstrip=True, normalized=False, special=True),
-    )
-    encoder, text = tokenizer_facts(tokenizer).encoder, "hello \n<|end|>\n the answer"
-    usual, literal = encoder.encode([text])[0], encoder.encode([f"{text} \ufdd0literal0\ufdd0"])[0]
-    assert literal[: len(usual)] == usual
-    assert tokenizer.decode(usual) == "hello<|end|>the answer"
-
-
 def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> None:
     assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
     assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
-
-
-def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
-    tokenizer = copy.deepcopy(tiny.qwen())
-    expected = token_ids(tokenizer, ["hello there, the weather"])
-    tokenizer.backend_tokenizer.enable_truncation(2)
-    tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert token_ids(tokenizer, ["hello there, the weather"]) == expected
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
@@ -321,7 +247,6 @@ def test_real_responses_decode_from_their_ids(name: str) -> None:
 
 
 def numbered(prompt: int, *responses: int) -> PreferenceRecord:
-    """Return a plain record with these numbers of tokens of `tiny.llama3`, including BOS and EOS."""
     made = record(
         "".join(str(number % 10) for number in range(prompt - 1)),
         *(str(rank) * (length - 1) for rank, length in enumerate(responses, start=1)),
@@ -361,19 +286,6 @@ def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
     assert found.truncated == (False, cut[1])
 
 
-def test_truncation_keeps_the_bos_of_the_template() -> None:
-    writes_bos = PreTrainedTokenizerFast(
-        tokenizer_object=tiny.qwen().backend_tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        chat_template="{{ bos_token }}" + tiny.CHATML,
-    )
-    for tokenizer in (writes_bos, tiny.llama3()):
-        full = encode(record(CHAT), tokenizer).prompt_ids.tolist()
-        cut = encode(record(CHAT), tokenizer, DataConfig(max_prompt_length=5)).prompt_ids.tolist()
-        assert cut == [tokenizer.bos_token_id, *full[-4:]]
-
-
 def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_prompt_length"):
         encode(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
@@ -386,11 +298,6 @@ def test_a_limit_with_space_for_bos_only_is_refused() -> None:
         (numbered(10, 6, 12), {"max_length": 21, "truncation": Truncation.drop}, "too_long"),
         (numbered(10, 6, 12), {"max_length": 10}, "prompt_fills_max_length"),
         (
-            numbered(10, 6, 12),
-            {"max_length": 13, "truncation": Truncation.keep_end},
-            "response_fills_max_length",
-        ),
-        (
             record("q", "the answer is one", "the answer is two"),
             {"max_length": 4},
             "identical_after_truncation",
@@ -399,7 +306,7 @@ def test_a_limit_with_space_for_bos_only_is_refused() -> None:
         (record(""), {}, "empty_prompt"),
     ],
 )
-def test_a_record_of_which_no_example_is_left_is_bad(
+def test_a_record_without_an_example_is_bad(
     what: PreferenceRecord, limits: dict[str, Any], reason: str
 ) -> None:
     assert reason_against(what, tiny.llama3(), DataConfig(**limits)) == reason
@@ -417,3 +324,26 @@ def test_no_example_needs_twice_max_length_in_a_micro_batch(
     if isinstance(found, EncodedExample):
         taken = packed_tokens(len(found.prompt_ids), [len(ids) for ids in found.responses])
         assert taken <= 2 * max_length - len(found.prompt_ids) - 2
+
+
+def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
+    """ChatML's marks are added tokens but not special ones in some fine-tuned Llamas."""
+    backend = tiny._byte_level(["<s>", "</s>"])
+    marks = ("<|im_start|>", "<|im_end|>", "<think>")
+    backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=tiny.CHATML
+    )
+    end, thought = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>"])
+    found = encode(record(CHAT, "Paris", "a <|im_end|> spelt, <think>"), tokenizer)
+    assert [(ids[-1], ids.tolist().count(end)) for ids in found.responses] == [(end, 1)] * 2
+    assert texts(found, tokenizer)[2] == "a <|im_end|> spelt, <think><|im_end|>"
+    assert thought in found.responses[1]
+
+
+def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
+    tokenizer = copy.deepcopy(tiny.qwen())
+    expected = token_ids(tokenizer, ["hello there, the weather"])
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert token_ids(tokenizer, ["hello there, the weather"]) == expected

@@ -4,17 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord
-from dpo_dist.data.tokenizer import tokenizer_facts
-from dpo_dist.data.turns import token_mask
-from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
-from tests.support.pairs import encode, record
+from tests.support.pairs import encode
 
 QUESTION = (Message("user", "What is the weather?"),)
 ANSWER, DOUBT, LAST = (
@@ -55,7 +50,6 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
         ("<note>x</note>\n\nyes", "qwen2_5", {"untrained": NOTE}, f"\n\nyes{END}"),
         ("yes <note>cut", "qwen2_5", {"untrained": NOTE}, "yes "),
         ("a <note>b [c] d</note> e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
-        ("a <note>b [c</note> d] e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
         # An empty thought is the template's only at the start.
         ("yes\n<think>\n\n</think>\nno", "qwen2_5", {}, f"yes\n<think>\n\n</think>\nno{END}"),
         ("It rains.", "qwen3", {}, RAIN),
@@ -64,9 +58,7 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
         *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
     ],
 )
-def test_the_loss_counts_the_text(
-    response: Messages | str, family: str, data: dict[str, Any], expected: str
-) -> None:
+def test_counted_text(response: Messages | str, family: str, data: dict[str, Any], expected: str) -> None:
     assert counted(response, family, **data) == expected
 
 
@@ -80,27 +72,6 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
     assert found.reason == "no_trained_token"
 
 
-def test_a_tag_that_the_prompt_mentions_opens_no_thought() -> None:
-    tokenizer = tokenizer_of("qwen2_5")
-    what = record((Message("user", "Why <think>?"),), "So it is.", "No.")
-    assert not encode(what, tokenizer, DataConfig(untrained=["thoughts"])).trained
-
-
-def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
-    thought = replace(ANSWER, fields={"reasoning_content": "Look."})
-    what = PreferenceRecord(QUESTION, ((thought,), (replace(thought, content="No."),)), Origin("here", 1))
-    tokenizer = tokenizer_of("qwen3_6")
-    pair = encode(what, tokenizer, DataConfig(untrained=["thoughts"]))
-    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "It rains.<|im_end|>"
-
-
-def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
-    tokenizer = tokenizer_of("qwen3_6")
-    found = encode(record(QUESTION, "<think>\nhm\n</think>\n\nYes.", "No."), tokenizer)
-    assert tokenizer.decode(found.responses[1][found.trained[1]]) == "No.<|im_end|>"
-    assert tokenizer.decode(found.prompt_ids).endswith("<think>\n")
-
-
 @pytest.mark.parametrize(
     ("family", "data"),
     [
@@ -110,9 +81,7 @@ def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
     ],
 )
 @pytest.mark.parametrize("start", ["<table>", "</p>", "<"])
-def test_a_turn_may_start_like_the_tag_that_the_generation_prompt_writes(
-    start: str, family: str, data: dict[str, Any]
-) -> None:
+def test_a_turn_may_start_like_the_tag_of_a_prompt(start: str, family: str, data: dict[str, Any]) -> None:
     first = replace(ANSWER, content=f"{start} It rains.")
     assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")
 
@@ -125,21 +94,3 @@ def test_the_mask_is_cut_with_its_response() -> None:
     cut = encode(what, tokenizer, DataConfig(max_length=length))
     assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
     assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    text=st.text(st.sampled_from("aé你 \n<|im_end|>🙂"), max_size=30),
-    make=st.sampled_from([tiny.qwen, tiny.llama3, tiny.mistral, tiny.base]),
-)
-def test_positions_of_tokens_cover_the_text(text: str, make: Any) -> None:
-    facts = tokenizer_facts(make())
-    prompt, response = facts.marks.escape("the question: "), facts.marks.escape(text) + facts.end_of_text
-    _, [ids], _ = facts.encoder.encode_after(prompt, [response])
-    starts = facts.encoder.token_starts(prompt, response, ids)
-    assert len(starts) == len(ids)
-    assert starts == sorted(starts)
-    end = len(response) - len(facts.end_of_text)
-    assert token_mask(starts, len(response), [(end, len(response))]).tolist() == [False] * (len(ids) - 1) + [
-        True
-    ]

@@ -66,20 +66,11 @@ def test_a_dummy_has_weight_0() -> None:
     assert len(batch.input_ids) == 2  # weights of states that go to the next token have a gradient
 
 
-def test_all_tensors_of_a_batch_move_to_a_device() -> None:
-    batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
 PAD = 1  # no token of `random_pairs`
 
 
 @given(pair_shapes, st.booleans(), st.randoms(use_true_random=False))
-def test_each_row_is_a_prompt_with_one_response_and_padding(
-    shapes: list[tuple[int, ...]], is_masked: bool, random: Random
-) -> None:
+def test_each_row_has_one_response(shapes: list[tuple[int, ...]], is_masked: bool, random: Random) -> None:
     pairs = random_pairs(shapes)
     if is_masked:
         masks = [tuple(np.array([random.random() < 0.6 for _ in r]) for r in one.responses) for one in pairs]
@@ -102,3 +93,10 @@ def test_each_row_is_a_prompt_with_one_response_and_padding(
     assert (longest, len(rows.input_ids)) == (max(rows.lengths), row)
     assert rows.predictors.tolist() == predicted_at
     assert batch.targets.tolist() == expected
+
+
+def test_all_tensors_of_a_batch_move_to_a_device() -> None:
+    batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -63,9 +63,7 @@ def test_both_parts_are_all_records_and_share_no_prompt(tmp_path: Path) -> None:
     assert held_out.counts["left_in_train"] == len(train) + 1 == train.counts["read"]
 
 
-def test_a_prompt_keeps_its_side_when_data_grow_or_move_and_a_larger_share_moves_none_back(
-    tmp_path: Path,
-) -> None:
+def test_a_prompt_keeps_its_side_when_data_grow_or_move(tmp_path: Path) -> None:
     records = pairs(range(80))
     few = write(tmp_path, "few", records[:40])
     train, held_out = hashes(*split(tmp_path, few))
@@ -124,25 +122,6 @@ def test_other_roles_and_texts_are_other_prompts() -> None:
     turns = [(Message(role, "a b"),) for role in ("user", "system")]
     prompts: list[Prompt] = [*texts, *turns, (Message("user", "a"), Message("user", "b")), "a\0user\0b"]
     assert len({prompt_hash(prompt) for prompt in prompts}) == len(prompts)
-
-
-def test_a_limit_counts_the_records_of_both_parts(tmp_path: Path) -> None:
-    source = write(tmp_path, "a", pairs(range(50)))
-    limited = SourceConfig(source.path, limit=30)
-    first = split(tmp_path, limited)
-    assert sum(map(len, first)) == 30
-    whole = hashes(*split(tmp_path, source))
-    # The first records of an encoded source are found in it.
-    for part in (first, split(tmp_path, limited)):
-        assert all(few < every for few, every in zip(hashes(*part), whole, strict=True))
-
-
-def test_a_source_may_be_in_one_part_only(tmp_path: Path) -> None:
-    sources = [write(tmp_path, str(number), pairs([number])) for number in range(12)]
-    train, held_out = split(tmp_path, *sources)
-    assert len(train) + len(held_out) == 12
-    assert train.source_pairs.count(0) == len(held_out) > 0
-    assert train.sequences(len(train) - 1).prompt_ids.size
 
 
 def test_a_part_without_records_is_an_error(tmp_path: Path) -> None:

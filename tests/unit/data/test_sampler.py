@@ -19,7 +19,6 @@ def sampler(pairs: int | list[Span], batch: int, **trainer: float) -> BatchSampl
 
 
 def visited(of: BatchSampler) -> list[int]:
-    """Return the indices of all steps in order."""
     return [row for step in range(of.steps) for row in of.indices(step).tolist()]
 
 
@@ -42,23 +41,6 @@ def test_a_step_does_not_depend_on_the_first_step(pairs: int, batch: int, data: 
     expected = [whole.indices(step).tolist() for step in range(whole.steps)]
     for step in data.draw(st.permutations(range(whole.steps)))[:8]:
         assert sampler(pairs, batch, epochs=epochs).indices(step).tolist() == expected[step]
-
-
-@given(st.integers(1, 60), st.integers(1, 25), st.floats(0.05, 2.5))
-def test_visited_indices_are_those_of_all_steps(pairs: int, batch: int, epochs: float) -> None:
-    whole = sampler(pairs, batch, epochs=epochs)
-    assert whole.visited_indices().tolist() == sorted(set(visited(whole)))
-
-
-def test_seeds_and_nothing_else_change_the_order() -> None:
-    assert visited(sampler(50, 8)) == visited(sampler(50, 8))
-    assert visited(sampler(50, 8)) == visited(sampler(50, 5))
-    assert visited(sampler(50, 8)) != visited(sampler(50, 8, seed=1))
-
-
-def test_the_order_is_the_recorded_one() -> None:
-    """A change here makes every checkpoint resume on other data."""
-    assert visited(sampler(8, 4, seed=7)) == [0, 6, 7, 2, 4, 5, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -101,11 +83,6 @@ def test_weights_are_draws_per_epoch(weight: float, counts: dict[int, int]) -> N
 def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
     part = sampler(10, 4, epochs=epochs)
     assert (part.total_pairs, part.steps, len(visited(part))) == (total, steps, total)
-
-
-def test_epoch_is_the_share_of_the_data_visited() -> None:
-    part = sampler(10, 4, epochs=1.5)
-    assert [part.epoch(step) for step in range(part.steps)] == [0.4, 0.8, 1.2, 1.5]
 
 
 def test_a_weight_that_draws_no_example_is_refused() -> None:

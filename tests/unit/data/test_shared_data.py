@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
+from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import DataError
 from tests.support.shared_data import shared_data_dir
 
@@ -54,15 +54,8 @@ def source_of(name: str, options: dict[str, Any]) -> SourceConfig:
     return SourceConfig(path=str(SHARED / name), **options)
 
 
-def records_of(name: str, entry: str | None = None) -> list[PreferenceRecord]:
-    found = read_records(source_of(name, {"name": entry}))
-    return [record for record in found if isinstance(record, PreferenceRecord)]
-
-
 @pytest.mark.parametrize(("name", "options", "kept", "dropped"), FILES, ids=str)
-def test_each_file_is_read_with_its_known_faults(
-    name: str, options: dict[str, Any], kept: int, dropped: dict[str, int]
-) -> None:
+def test_known_faults(name: str, options: dict[str, Any], kept: int, dropped: dict[str, int]) -> None:
     source = source_of(name, options)
     if kept:
         check_source(source)
@@ -90,29 +83,3 @@ def test_every_file_has_a_row_above() -> None:
 def test_responses_with_labels_are_refused_at_the_start(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="pair good and bad responses"):
         check_source(source_of(name, options))
-
-
-@pytest.mark.parametrize(
-    ("name", "entry"),
-    [
-        ("llama_factory_sharegpt_en.json", "dpo_en_demo"),
-        ("derived/llama_factory_alpaca_chosen_rejected.json", "ultrafeedback"),
-        ("orca_system_question.csv", "orca_pairs"),
-        ("ranked_oasst_history_zh.json", "oaast_rm_zh"),
-    ],
-)
-def test_an_entry_gives_the_records_of_its_file(name: str, entry: str) -> None:
-    assert records_of("", entry) == records_of(name)
-
-
-def test_turns_tools_and_calls_are_read() -> None:
-    """Where they are filled: system texts of two files, tools of every record and calls of four."""
-    for name, systems in (("system_history_question_zh.jsonl", 24), ("orca_system_question.csv", 55)):
-        prompts = [record.prompt for record in records_of(name)]
-        assert sum(prompt[0].role == "system" for prompt in prompts) == systems  # type: ignore[union-attr]
-    records = records_of("toolcall_pairs_zh.jsonl")
-    assert all(record.tools[0]["type"] == "function" for record in records)
-    messages = [message for record in records for message in record.prompt if isinstance(message, Message)]
-    calls = [call for message in messages for call in message.fields.get("tool_calls", ())]
-    assert len(calls) == sum(message.role == "tool" for message in messages) == 4
-    assert all(call["function"]["arguments"] for call in calls)

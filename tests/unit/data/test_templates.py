@@ -15,10 +15,9 @@ from trl import DPOTrainer
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import Message, Messages, Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.data.template import pin_clock
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.pairs.prompts import encode_prompt
 from tests.support import tiny
 from tests.support.cache import prepare
 from tests.support.chat_tokenizers import FAMILIES, tokenizer_of
@@ -51,7 +50,6 @@ def pair(*responses: Response, prompt: Prompt = (QUESTION,), **fields: Any) -> P
 
 
 def said(*contents: str, fields: dict[str, Any] | None = None) -> list[Messages]:
-    """Return responses of three turns that end with these contents."""
     return [(ANSWER, DOUBT, Message("assistant", content, fields or {})) for content in contents]
 
 
@@ -95,7 +93,6 @@ def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def whole(tokenizer: PreTrainedTokenizerFast, record: PreferenceRecord, side: int, **more: Any) -> list[int]:
-    """Return the ids of a conversation by the tokenizer itself, on the day of the configuration."""
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
         [*map(as_dict, record.prompt), *turns_of(record, side)],  # type: ignore[arg-type]
         chat_template=template_of(tokenizer),
@@ -116,7 +113,6 @@ def assert_starts_whole(
     end: str | None = None,
     **more: Any,
 ) -> None:
-    """Check that ids are those of the tokenizer; in no response is text after the end of the last turn."""
     for side, response in enumerate(found.responses):
         ids, expected = [*found.prompt_ids, *response], whole(tokenizer, record, side, **more)
         if end is not None:
@@ -127,7 +123,6 @@ def assert_starts_whole(
 
 @pytest.fixture(autouse=True)
 def _arguments_as_text(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """DeepSeek's own template wants the arguments of calls as JSON text, also from the oracle."""
     if "deepseekv3" in request.node.name:
         text = json.dumps(CALLED["function"]["arguments"])  # type: ignore[index]
         monkeypatch.setitem(CALLED["function"], "arguments", text)  # type: ignore[arg-type]
@@ -221,33 +216,6 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
     assert "ended_thought_reopened" not in encode(pair(thinking, "No."), tokenizer).changes
 
 
-@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, HALF])
-@pytest.mark.parametrize("other", ["No.", OTHER])
-def test_a_thought_is_encoded_as_a_template_writes_it_that_ends_thoughts_by_itself(
-    thinking: Response, other: str
-) -> None:
-    tokenizer = tokenizer_of("qwen3_5_nothink_training")
-    for responses in ((thinking, other), (other, thinking)):
-        found = encode(pair(*responses), tokenizer)
-        assert "ended_thought_reopened" in found.changes
-        assert_starts_whole(tokenizer, pair(*responses), found)
-    alone = tokenizer.apply_chat_template([as_dict(QUESTION)], tokenize=False, add_generation_prompt=True)
-    assert texts(encode(pair("Rain.", "No."), tokenizer), tokenizer)[0] == alone
-    prompt = encode_prompt(pair(), tokenizer, WIDE)  # of a model that responds
-    assert not isinstance(prompt, BadRecord)
-    assert tokenizer.decode(prompt) == alone
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_6", "glm4moe", "nemotron_3_nano"])
-def test_the_thought_of_a_later_turn_counts_with_its_tags(family: str) -> None:
-    tokenizer = tokenizer_of(family)
-    found = encode(pair(*said("Yes.", "No.", fields=LOOK)), tokenizer, replace(WIDE, template_arguments=OFF))
-    for side in (0, 1):
-        text = trained_text(tokenizer, found, side)
-        assert text.count("<think>") == text.count("</think>") == 1
-        assert text.index("It rains.") < text.index("<think>") < text.index("Look.")
-
-
 def encoded_or_reason(what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast) -> Any:
     try:
         found = encode(what, tokenizer)
@@ -267,17 +235,6 @@ def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: R
         return
     assert one == (other[0], other[1][::-1], other[2])
     assert "hm" in one[1][0] or "<think>" in one[1][0] or "content_not_rendered" in one[2]
-
-
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_THOUGHTS)))
-def test_a_thought_in_a_field_continues_the_opened_one_or_is_counted(family: str) -> None:
-    tokenizer = tokenizer_of(family)
-    found = encode(RECORDS["thought"], tokenizer)
-    if family.startswith("deepseek"):
-        assert texts(found, tokenizer)[0].endswith("<think>\n")
-        assert trained_text(tokenizer, found) == f"Look.\n</think>\n\nRain.{tokenizer.eos_token}"
-    else:
-        assert "content_not_rendered" in found.changes
 
 
 # As DeepSeek-R1's distilled models: thoughts of earlier answers are cut, the prompt opens the next one.
@@ -306,7 +263,7 @@ ASKED = "<|im_start|>What is the capital?<|im_end|>"
         ),
     ],
 )
-def test_a_response_continues_the_thought_that_the_prompt_opens_or_the_prompt_opens_none(
+def test_a_response_continues_an_opened_thought(
     responses: list[str], expected: list[str], changes: set[str]
 ) -> None:
     tokenizer = tiny.with_template(tiny.qwen(), R1)
@@ -316,43 +273,10 @@ def test_a_response_continues_the_thought_that_the_prompt_opens_or_the_prompt_op
     assert {name for name in found.changes if name.startswith("opened_thought")} == changes
 
 
-def test_a_control_token_in_an_opened_thought_before_a_call_is_text() -> None:
-    tokenizer = tokenizer_of("deepseekv3")
-    called = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
-    fields = {"tool_calls": [called], "reasoning_content": f"hm {tokenizer.eos_token}"}
-    found = encode(pair(*((Message("assistant", f"I look{end}", fields),) for end in ".!")), tokenizer)
-    assert "opened_thought_joined" in found.changes
-    assert found.responses[0].tolist().count(tokenizer.eos_token_id) == 1
-    assert texts(found, tokenizer)[1].startswith(f"hm {tokenizer.eos_token}\n</think>\n\nI look.")
-
-
-def with_system(place: str) -> PreTrainedTokenizerFast:
-    """Return Mistral's tokenizer with the system text in another user turn than the first."""
-    template = str(tokenizer_of("mistral").chat_template)
-    return tiny.with_template(
-        tokenizer_of("mistral"), template.replace("system if loop.first", f"system if {place}")
-    )
-
-
-LAST_TURN, LAST_USER = "loop.last", "loop.index0 == place.last_user"
-
-
-@pytest.mark.parametrize("place", [LAST_TURN, LAST_USER])
-@pytest.mark.parametrize("before", [(), (QUESTION, ANSWER)])
-def test_a_response_follows_the_prompt_with_its_system_text(place: str, before: Messages) -> None:
-    tokenizer, prompt = with_system(place), (SYSTEM, *before, DOUBT)
-    found = encode(pair("Yes.", "No.", prompt=prompt), tokenizer)
-    alone = tokenizer.apply_chat_template(
-        list(map(as_dict, prompt)), tokenize=False, add_generation_prompt=True
-    )
-    assert texts(found, tokenizer) == [alone, " Yes.</s>", " No.</s>"]
-    assert ("prompt_not_prefix" in found.changes) is (place == LAST_TURN)
-    assert "content_not_rendered" not in found.changes
-
-
 def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
-    """A system text in one of the responses, or tools, which Mistral writes before the last question."""
-    tokenizer = with_system(LAST_USER)
+    template = str(tokenizer_of("mistral").chat_template)
+    late = template.replace("system if loop.first", "system if loop.index0 == place.last_user")
+    tokenizer = tiny.with_template(tokenizer_of("mistral"), late)
     what = pair(*said("Yes.", "Perhaps."), "No.", prompt=(SYSTEM, QUESTION))
     found = encode(what, tokenizer)
     assert_starts_whole(tokenizer, what, found)
@@ -369,18 +293,6 @@ def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
     assert (one.startswith("[INST]"), other.startswith("[AVAILABLE_TOOLS]")) == (True, True)
 
 
-@pytest.mark.parametrize(("place", "is_written"), [(LAST_TURN, False), (LAST_USER, True)])
-def test_a_system_text_that_the_template_omits_is_counted(place: str, is_written: bool) -> None:
-    found = encode(pair(*said("Yes.", "No."), prompt=(SYSTEM, QUESTION)), with_system(place))
-    assert ("content_not_rendered" not in found.changes) is is_written
-
-
-def test_turns_that_a_template_writes_twice_are_not_found() -> None:
-    twice = "{% for m in messages %}{{ m['content'] }}{% endfor %}" + tiny.CHATML
-    tokenizer = tiny.with_template(tiny.qwen(), twice)
-    assert reason_against(pair(*said("Yes.", "No.")), tokenizer) == "turns_not_found"
-
-
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "mistral", "gptoss", "phi3", "smollm3"])
 def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None:
     what = pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
@@ -391,7 +303,6 @@ TAGS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
 
 
 def injected(spelled: str) -> PreferenceRecord:
-    """Return a record with text in every place where data can have it; tags only where others write."""
     function = {**TOOL["function"], "description": f"The weather {spelled}."}  # type: ignore[dict-item]
     arguments = {"city": f"Bern {spelled}", "more": [spelled, {f"key {spelled}": spelled}]}
     called = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": arguments}}
@@ -432,36 +343,11 @@ def ids_of(example: EncodedExample) -> list[int]:
     return [*example.prompt_ids.tolist(), *example.responses[0].tolist()]
 
 
-def test_a_template_still_finds_the_texts_that_it_looks_for() -> None:
-    """Qwen3 takes a user turn within these tags for the result of a tool: the thought before it stays."""
-    tokenizer = tokenizer_of("qwen3")
-    prompt = (
-        Message("user", "hi"),
-        Message("assistant", "<think>\nhm\n</think>\n\nhello"),
-        Message("user", "<tool_response>ok</tool_response>"),
-    )
-    found = encode(record(prompt), tokenizer)
-    turns = list(map(as_dict, prompt))
-    text = texts(found, tokenizer)[0]
-    assert text == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert "<think>\nhm" in text
-    assert tokenizer.convert_tokens_to_ids("<tool_response>") not in found.prompt_ids
-
-
 def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     changing = tiny.CHATML.replace("message['content']", "message['content'] | replace('<|', '(|')")
     tokenizer = tiny.with_template(tiny.qwen(), changing)
     assert reason_against(record((Message("user", "a <|im_end|> b"),)), tokenizer) == "special_token_in_text"
     assert flags(encode(record(CHAT), tokenizer)) == (False, False, False)
-
-
-def test_tools_that_are_nested_too_deeply_are_a_bad_record() -> None:
-    nested: Any = "end"
-    for _ in range(3000):
-        nested = [nested]
-    tool = {**TOOL, "function": {"name": "weather", "parameters": nested}}
-    what = replace(record(CHAT), tools=(tool,))
-    assert reason_against(what, tokenizer_of("qwen3"), DataConfig()) == "template_rejected"
 
 
 @pytest.mark.parametrize(
@@ -512,7 +398,6 @@ def test_a_named_template_of_the_tokenizer_is_used() -> None:
 
 
 def test_arguments_of_a_template(tmp_path: Path) -> None:
-    """Those of a record are stronger than the run's; one that the template does not name is said."""
     tokenizer, usual = tokenizer_of("qwen3"), texts(encode(record(CHAT), tokenizer_of("qwen3")), tiny.qwen())
     off = DataConfig(template_arguments=OFF)
     for arguments in ({"enable_thinking": True}, {"enable_thinking": True, "budget": 3, "tokenize": True}):

@@ -13,7 +13,6 @@ from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection,
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.generation.pairs.files import describe_counts
 from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
 from dpo_dist.generation.pairs.run import (
     Results,
@@ -45,7 +44,6 @@ def select(
         ([1, 4, 2, 4], {"select": ALL, "margin": 1}, [(1, 0), (1, 2), (3, 0), (3, 2)], {"tied_pairs": 1}),
         ([2, 2, 2], {}, [], {"prompts_all_tied": 1, "tied_pairs": 3}),
         ([2], {}, [], {"prompts_too_few_responses": 1}),
-        ([], {}, [], {"prompts_too_few_responses": 1}),
         *(([3, 1], {"select": s, "margin": 2}, [], {"prompts_below_margin": 1}) for s in PairSelection),
         *(([3, 0.9], {"select": s, "margin": 2}, [(0, 1)], {}) for s in PairSelection),
     ],
@@ -104,17 +102,6 @@ def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
     assert "1 without_scores: records without scores" in said
 
 
-def test_a_random_choice_does_not_depend_on_the_place_of_a_record(tmp_path: Path) -> None:
-    ranked = [SCORED | {"prompt": [user(f"question {number}")]} for number in range(20)]
-    choices = []
-    for name, before in (("first", []), ("moved", [PAIR])):
-        (tmp_path / name).mkdir()
-        file, _ = make(tmp_path / name, *before, *ranked, select="best_random")
-        choices.append([row["rejected"] for row in rows(file)[len(before) :]])
-    assert choices[0] == choices[1]
-    assert len(set(map(str, choices[0]))) == 2
-
-
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
 WITH_TOOLS = {
@@ -163,13 +150,6 @@ def test_a_file_of_other_settings_is_not_replaced_and_one_without_a_pair_not_wri
     assert file.read_bytes() == first
 
 
-def test_the_limit_counts_prompts_and_bad_records_before_it(tmp_path: Path) -> None:
-    file, _ = make(tmp_path, PLAIN, SCORED, SCORED, limit=2, select="all_pairs")
-    assert len(rows(file)) == 1 + 3
-    with pytest.raises(DataError, match="1 of 3 records cannot be used"):
-        make(tmp_path, {"unknown": 1}, PLAIN, SCORED, {"unknown": 2}, limit=2, select="all_pairs")
-
-
 def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answer:
     return Answer(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
 
@@ -189,8 +169,6 @@ THOUGHT = {"reasoning_content": "I add."}
 
 
 def finished(folder: Path, method: str = "samples") -> Results:
-    """Results of two models of two samples each, to three prompts in parts of two."""
-
     def parts(name: str, rows: list[Any]) -> Parts:
         made = Parts.of(folder, name, {}, 2)
         made.open()
@@ -248,40 +226,3 @@ def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> N
     assert isinstance(record, PreferenceRecord)
     assert record.scores == (3.0, 1.0, 1.0)
     assert record.responses[0] == (Message("assistant", "a0", THOUGHT),)
-
-
-def test_equal_responses_have_the_score_of_the_first(tmp_path: Path) -> None:
-    results = finished(tmp_path)
-    found = results.responses[0].read(0)
-    found[0]["answers"][1] |= {"content": " a0 ", "fields": THOUGHT}
-    results.responses[0].write(0, found)
-    assert results.scores is not None
-    judged = results.scores.read(0)
-    del judged[0]["scores"]["1"]
-    results.scores.write(0, judged)
-    row = next(samples_of(results))
-    assert [(one["number"], one["score"]) for one in row["unused"]] == [(1, 3.0), (3, None)]
-
-
-def test_a_delta_pair_needs_a_response_of_both_models(tmp_path: Path) -> None:
-    results = finished(tmp_path, "delta")
-    found = results.responses[1].read(0)
-    found[1]["answers"][0]["finished"] = False
-    results.responses[1].write(0, found)
-    (pair,) = pairs_of(results)
-    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("a0", "b0")
-    assert "score_chosen" not in pair
-    assert "select" not in pair["provenance"]
-    assert +results.counts == {
-        **{"prompts": 3, "samples": 5, "samples_unfinished": 1},
-        **{"prompts_too_few_responses": 1, "prompts_dropped_too_long": 1},
-    }
-
-
-def test_totals_come_first_and_other_counts_have_name_and_meaning() -> None:
-    counts = {"tied_pairs": 1200, "samples": 54, "prompts": 1, "refused": 0, "prompts_dropped_too_long": 2}
-    assert describe_counts(counts) == [
-        "1 prompt, 54 responses",
-        "  2 prompts_dropped_too_long: prompts that are not asked: longer than data.max_length",
-        "  1,200 tied_pairs: two responses to a prompt with equal scores",
-    ]

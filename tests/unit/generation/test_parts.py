@@ -5,8 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
@@ -38,15 +36,6 @@ def abandoned(file: Path) -> Path:
     left.touch()
     os.utime(left, (0, 0))
     return left
-
-
-def test_dropped_records_before_the_limit_are_counted(tmp_path: Path) -> None:
-    left = abandoned(tmp_path / "prompts.jsonl")
-    records = [{"unknown": 1}, *({"prompt": f"question {n}"} for n in range(4)), {"unknown": 2}]
-    _, said = written(tmp_path, records, "data.max_bad_share=0.5", "pairs.limit=2")
-    assert not left.exists()
-    assert said[0].endswith("2 of 3 records kept")
-    assert said[1].startswith("  1 dropped (unknown_format)")
 
 
 def test_every_part_has_its_own_prompts(tmp_path: Path) -> None:
@@ -107,11 +96,3 @@ def test_a_process_stops_at_the_error_of_another_one(tmp_path: Path) -> None:
     assert work(parts, open_parts, 0) == []
     assert parts.open() == [0, 2, 3, 4], "1 is finished"
     assert work(parts, parts.open(), 0) == [0, 3]
-
-
-def test_a_part_that_cannot_be_written_does_not_appear(tmp_path: Path) -> None:
-    parts = stage(tmp_path)
-    parts.open()
-    with pytest.raises(ValueError, match="JSON"):
-        parts.write(0, [{"score": float("nan")}])
-    assert [file.name for file in parts.folder.iterdir()] == ["settings.json"]

@@ -1,24 +1,19 @@
 """A labelling session: items, order, several annotators, restarts from the log, agreement, the server."""
 
-import http.client
-import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.generation.pairs.people import (
     Judgement,
     Labelling,
-    LabelServer,
     agreement,
     agreement_lines,
     draw_items,
@@ -122,18 +117,6 @@ def test_kappa_is_agreement_beyond_chance() -> None:
     assert agreement_lines(found)[-1] == "Ada and Ben: 50 compared, 70 % agreed, kappa 0.40"
 
 
-def test_agreement_counts_ties_skips_sides_and_seconds() -> None:
-    ada = [given("Ada", "a", "first", seconds=1.0), given("Ada", "b", "second", seconds=2.0)]
-    ada += [given("Ada", "c", "tie", seconds=9.0), given("Ada", "d", "skip")]
-    found = agreement([*ada, given("Ben", "c", "tie"), given("Ben", "d", "tie")])
-    assert found["annotators"]["Ada"] == {
-        **{"judged": 3, "ties": 1, "skipped": 1, "median_seconds": 2.0, "left_share": 0.5}
-    }
-    assert found["between"][0] | {"annotators": 0} == {
-        **{"annotators": 0, "items": 1, "agreed": 1.0, "kappa": None}
-    }
-
-
 def test_items_do_not_depend_on_the_order_of_records_and_responses() -> None:
     records = [record(f"a{n}", f"b{n}", prompt=f"p{n}", line=n) for n in range(50)]
     turned = [record(f"b{n}", f"a{n}", prompt=f"p{n}", line=n) for n in reversed(range(50))]
@@ -151,38 +134,3 @@ def test_records_without_an_item_are_counted_by_reason() -> None:
     items = draw_items(records, 1, 0, counts)
     assert [len(one.responses) for one in items.values()] == [2]
     assert counts == {"read": 4, "duplicate": 1, "one_response": 1, "not_drawn": 1}
-
-
-HOSTILE = "<script>alert(1)</script><b>bold</b>"
-
-
-def test_the_page_shows_texts_as_texts_and_stores_verdicts(tmp_path: Path) -> None:
-    turns = (Message("system", "Be kind."), Message("user", HOSTILE))
-    called = Message("assistant", "", {"thinking": "hm", "tool_calls": [{"name": "f"}]})
-    records = [record((called,), (Message("assistant", "plain"),), prompt=turns)]
-    records += [record("x", "y", prompt=Dialogue("\n\nHuman: Hi\n\nAssistant:"))]
-    items = draw_items(records, 9, 0, Counter())
-
-    def ask(method: str, path: str, **fields: str) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-        connection.request(method, path, urlencode(fields) if method == "POST" else None)
-        return connection.getresponse()
-
-    with opened(tmp_path / "log", items) as labelling, LabelServer(labelling) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        page, place = "", f"{server.path}?annotator=Ada"
-        for _ in range(2):
-            address = ask("GET", place).headers["Location"]
-            page += ask("GET", address).read().decode()
-            item = parse_qs(urlsplit(address).query)["item"][0]
-            fields = {"annotator": "Ada", "item": item, "choice": "right", "now": "0"}
-            assert ask("POST", server.path, **fields).status == 303
-        assert "&lt;b&gt;bold" in page
-        assert "<b>" not in page
-        assert all(word in page for word in ("Be kind.", "thinking", "tool_calls", "plain", "Hi", "1 to go"))
-        assert "2 judged, 0 to go" in ask("GET", ask("GET", place).headers["Location"]).read().decode()
-        for method in ("GET", "POST"):
-            assert ask(method, "/wrong/?annotator=Ada&item=").status == 404
-        server.shutdown()
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [line["verdict"] == ("first", "second")[1 - line["left"]] for line in lines] == [True, True]

@@ -17,9 +17,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.files import pair_fields, write_results
-from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
 from dpo_dist.generation.sampling.respond import (
     Answer,
     Responder,
@@ -27,7 +26,6 @@ from dpo_dist.generation.sampling.respond import (
     open_generator,
     open_responder,
     respond,
-    usable_prompt,
 )
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -48,7 +46,6 @@ def responder(tokenizer: PreTrainedTokenizerFast, longest: int | None = None) ->
 def answered(
     record: PreferenceRecord, tokenizer: Any, *texts: str, finished: bool = True
 ) -> tuple[list[Answer], list[list[int]]]:
-    """Samples with these texts, and their tokens."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     samples = [Sample(each, finished) for each in ids]
     numbers = range(len(texts))
@@ -57,7 +54,6 @@ def answered(
 
 
 def trained(folder: Path, record: PreferenceRecord, tokenizer: Any, *sides: Response) -> list[list[int]]:
-    """The tokens of the two responses that training reads from a file of pairs."""
     pair = pair_fields(record, (sides[0], sides[1]), None, {})
     write_results(folder / "pairs.jsonl", [pair], {}, Counter(), lambda _: None)
     (read,) = read_records(str(folder / "pairs.jsonl"))
@@ -84,7 +80,7 @@ ANALYSIS = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
         ("deepseek_r1_distill", "add\n</think>\n\nfour", "subtract\n</think>\n\nzero"),
     ],
 )
-def test_training_reads_the_tokens_that_were_generated(
+def test_training_reads_the_generated_tokens(
     tmp_path: Path, family: str | None, chosen: str, rejected: str
 ) -> None:
     record, tokenizer = (CHAT, tokenizer_of(family)) if family else (DIALOGUE, PLAIN)
@@ -101,35 +97,10 @@ def test_a_response_ends_before_a_further_turn(turn: str) -> None:
     assert answered(DIALOGUE, PLAIN, f"\n\n{turn}")[0][0].content == ""
 
 
-def test_the_channels_of_a_response_are_its_content_and_its_thought() -> None:
-    texts = (f"{ANALYSIS}{FINAL}four", f"{FINAL}five", "<|channel|>commentary<|message|>{}")
-    (whole, final, call), _ = answered(CHAT, tokenizer_of("gptoss"), *texts)
-    assert (whole.content, whole.fields) == ("four", {"reasoning_content": "add"})
-    assert (final.content, final.fields) == ("five", {})
-    assert not call.same_ids
-
-
-def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
-    def fail(requests: list[Request], *_: Any) -> Any:
-        raise NotFiniteError(requests[1])
-
-    generator: Any = fail
-    with pytest.raises(ConfigError) as caught:
-        respond([CHAT], responder(tokenizer_of("qwen2_5")), generator, Sampling(5), range(4, 6))
-    assert caught.value.where == "my_model, sample 5 of the prompt of here:1"
-
-
-def test_a_prompt_needs_room_for_its_response() -> None:
-    asked = responder(tokenizer_of("qwen2_5"), 400)
-    assert not isinstance(usable_prompt(CHAT, asked, 5), str)
-    assert usable_prompt(CHAT, asked, 400) == "too_long_for_the_model"
-
-
 REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)
 
 
 def sampled(folder: Path, base: Path) -> tuple[list[Sample], str]:
-    """A sample of the model in a folder, and the digest of its files."""
     config = load_run_config(
         [f"model.path={base}", "model.dtype=fp32", "data.train=[a.jsonl]", f"run.root={base.parent}"]
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.generation.pairs.rounds import merge_adapter, read_samples, run_command, run_rounds
+from dpo_dist.generation.pairs.rounds import merge_adapter, run_command, run_rounds
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -42,8 +41,6 @@ def write(file: Path, content: Any) -> None:
 
 
 class Verbs:
-    """In place of `run_command`: writes what `pairs` and `train` write. `fails`: exit codes by stage."""
-
     def __init__(self, **fails: int) -> None:
         self.configs: list[dict[str, Any]] = []
         self.order: list[str] = []
@@ -148,12 +145,6 @@ def test_a_stage_that_fails_is_continued(stage: str, how: int, raised: ExitCode)
     assert verbs.order == WHOLE[WHOLE.index(stage) :]
 
 
-def test_a_preempted_training_ends_the_command_with_its_code() -> None:
-    code, said = do(verbs=Verbs(train1=75))
-    assert code == ExitCode.preempted
-    assert "the same command continues" in said[-1]
-
-
 def test_rounds_end_when_all_scores_are_equal() -> None:
     verbs = Verbs()
     _, said = do("pairs.rounds=6", verbs=verbs)
@@ -234,37 +225,6 @@ def test_what_rounds_cannot_do_is_an_error(override: str, monkeypatch: pytest.Mo
     assert verbs.order == []
 
 
-def test_a_second_start_in_the_same_folder_is_refused() -> None:
-    def second(*_: Any) -> int:
-        with pytest.raises(ConfigError, match="another process"):
-            do()
-        return ExitCode.failed
-
-    with pytest.raises(DpoDistError, match="failed"):
-        run_rounds(config(), lambda _: None, second)
-
-
-def test_scores_are_read_from_samples_and_those_of_comparisons_have_no_mean(tmp_path: Path) -> None:
-    scored = [{"content": "a", "score": 1.0}, {"content": "b", "score": 0.0}]
-    unused = [{"content": " a", "score": 1.0}, {"content": "cut", "score": None}]
-    file = tmp_path / "samples.jsonl"
-    write(file, {"responses": scored, "unused": unused})
-    found, widest = read_samples("policy", file, is_relative=False)
-    assert found == {"policy": "policy", "prompts": 1, "responses": 3, "unscored": 1, "mean_score": 2 / 3}
-    assert widest == 1.0
-    assert read_samples("policy", file, is_relative=True)[0]["mean_score"] is None
-
-
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGHUP, SystemExit), (signal.SIGUSR1, SystemExit)],
-)
-def test_signals_are_passed_on(number: int, error: type[BaseException]) -> None:
-    work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
-    with pytest.raises(error):
-        run_command([sys.executable, "-c", work], Path("codes"))
-
-
 @pytest.mark.parametrize("own_code", [1, 0])
 def test_sigterm_ends_the_rounds_with_its_own_code(own_code: int) -> None:
     work = (
@@ -288,3 +248,9 @@ def test_the_exit_code_of_a_verb_survives_its_launcher(code: int) -> None:
 def test_a_launcher_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError, match="cannot be started"):
         run_command(["no-such-program"], Path("codes"))
+
+
+def test_a_preempted_training_ends_the_command_with_its_code() -> None:
+    code, said = do(verbs=Verbs(train1=75))
+    assert code == ExitCode.preempted
+    assert "the same command continues" in said[-1]

@@ -43,15 +43,10 @@ def found(tmp_path: Path, records: list[Any], *overrides: str) -> str:
     [
         (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
         ([*DELTA, "model.revision=x"], "model.revision has no effect"),
-        (["pairs.top_k=3"], "pairs.top_k has no effect"),
-        ([*DELTA, "pairs.margin=2"], "pairs.margin has no effect"),
         ([*SAMPLED, "pairs.endpoint.criterion=x"], "pairs.endpoint.criterion has no effect"),
         ([*SAMPLED, "pairs.temperature=0"], "every sample of a model is the same"),
-        ([*SAMPLED, "pairs.samples=1"], "a pair needs two responses"),
-        ([*SAMPLED, "pairs.prompt_part=1"], "no such part"),
         (["pairs.method=samples"], "samples need one judge"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
-        (["data.train=[{path: records.jsonl, weight: 2}]"], "no effect on pairs"),
         (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
         *((["pairs.method=delta", f"pairs.models={m}"], "two models") for m in ("[a]", "[a,a]", "[a,./a]")),
         *(([f"pairs.{key}"], "has no effect") for key in ("launcher=python", "reference=first")),
@@ -68,21 +63,6 @@ def test_a_missing_function_is_found_before_sampling() -> None:
     Path("rule_of_startup.py").write_text("def score(prompt, responses):\n    return [0.0]\n")
     with pytest.raises(ConfigError, match="no attribute"):
         check_pairs(config("pairs.method=samples", "model.path=a/b", "pairs.function=rule_of_startup:scores"))
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["pairs.method=people"],
-        ["pairs.method=scores", "pairs.select=best_random"],
-        [*DELTA],
-        [*DELTA, "model.path=a/b", "model.revision=x"],
-        [*SAMPLED, "pairs.models=[a/b,c/d]"],
-    ],
-)
-def test_an_option_with_effect_is_accepted(overrides: list[str]) -> None:
-    Path("records.jsonl").write_text('{"prompt": "q"}\n')
-    check_pairs(config(*overrides))
 
 
 def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path) -> None:
@@ -116,9 +96,3 @@ def test_records_without_scores_give_no_pairs(tmp_path: Path) -> None:
     assert "1 of the first 1 records can be used" in found(tmp_path, [SCORED])
     with pytest.raises(DataError, match="1 without_scores"):
         found(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-
-
-def test_a_file_in_place_of_the_run_directory_is_found(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    with pytest.raises(ConfigError, match=r"run\.dir cannot be written"):
-        found(tmp_path, [SCORED])

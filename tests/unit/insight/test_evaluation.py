@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.insight.evaluation import Resampling, bootstrap_intervals, results
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
@@ -49,48 +49,6 @@ def test_results_by_label_and_length_with_intervals() -> None:
     assert "7.000 [" in table[1]
 
 
-def test_one_response_has_no_margins() -> None:
-    loss = LossConfig(LossKind.sft)
-    plan = MetricPlan(loss, (), is_evaluation=True)
-    prompts = np.arange(PAIRS, dtype=np.uint64)
-    everyone = {"only": np.ones(PAIRS, dtype=np.bool_)}
-    found = results({"loss": 2.0}, invented(), everyone, prompts, plan, Resampling(0, 0))
-    assert found["only"]["eval_loss"] == 2.0
-    assert not [key for row in found.values() for key in row if "rejected" in key or "margins" in key]
-    assert "accuracy" not in evaluation_table(found)[0]
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_margin_that_is_not_a_number_is_of_its_length_only() -> None:
-    values = invented()
-    values.tokens_chosen[:] = values.tokens_rejected[:] = 10
-    values.tokens_chosen[:3] = 1000
-    values.margin[0] = np.nan
-    plan = MetricPlan(LossConfig(), (), is_evaluation=True)
-    prompts = np.arange(PAIRS, dtype=np.uint64)
-    found = results({}, values, {}, prompts, plan, Resampling(20, 0))["all"]
-    for metric in ("eval_rewards/margins", "eval_rewards/accuracies"):
-        of_lengths = {name: value for name, value in found.items() if name.startswith(f"{metric}_by_")}
-        assert len(of_lengths) == 2
-        assert sorted(map(np.isnan, of_lengths.values())) == [False, True]
-        known = {name for name in found["intervals"] if name.startswith(metric)}
-        assert known == {name for name, value in of_lengths.items() if not np.isnan(value)}
-
-
-def test_a_source_labelled_all_has_its_own_results() -> None:
-    plan = MetricPlan(LossConfig(), ("all", "b"), is_evaluation=True)
-    first = np.arange(PAIRS) < 25
-    prompts = np.arange(PAIRS, dtype=np.uint64)
-    means = {"loss": 0.5, "loss/all": 0.4, "loss/b": 0.7}
-    found = results(means, invented(), {"all": first, "b": ~first}, prompts, plan, Resampling(20, 0))
-    assert {name: row["eval_pairs"] for name, row in found.items()} == {
-        "all": 40,
-        "all (source)": 25,
-        "b": 15,
-    }
-    assert (found["all"]["eval_loss"], found["all (source)"]["eval_loss"]) == (0.5, 0.4)
-
-
 def each(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.uint64)
 
@@ -105,15 +63,6 @@ def test_the_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
     assert bootstrap_intervals(copies, np.repeat(each(2000), 4))["m"] == pytest.approx(found)
     low, high = bootstrap_intervals(copies, each(8000))["m"]
     assert found[1] - found[0] > 1.8 * (high - low)
-
-
-def test_an_interval_covers_the_true_share_as_often_as_it_says() -> None:
-    generator, covered = np.random.default_rng(2), 0
-    for seed in range(100):
-        right = (generator.random(150) < 0.7).astype(np.float64)
-        low, high = bootstrap_intervals({"m": (right, np.ones(150))}, each(150), seed)["m"]
-        covered += low <= 0.7 <= high
-    assert 88 <= covered <= 100
 
 
 def test_a_ratio_of_sums_is_resampled_as_a_ratio_and_the_seed_decides() -> None:

@@ -1,8 +1,6 @@
 """Each rule of the verdict finds its fault in a run that has nothing else; a healthy run has no finding."""
 
-import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,12 +46,10 @@ def evaluation_row(step: int) -> Row:
 
 
 def steps(**changes: Any) -> list[Row]:
-    """Return the rows of steps of `rows`."""
     return [row for row in rows(**changes) if "loss" in row]
 
 
 def changed(index: int, row: Row, **changes: Any) -> list[Row]:
-    """Return `rows` with one changed row."""
     found = rows(**changes)
     found[index] |= row
     return found
@@ -62,7 +58,6 @@ def changed(index: int, row: Row, **changes: Any) -> list[Row]:
 def rows(
     every: Mapping[str, float] | None = None, late: Mapping[str, float] | None = None, since: int = 10
 ) -> list[Row]:
-    """Return the rows of a healthy run with other values: in `every` row, and in those from step `since`."""
     found = []
     for step in range(1, STEPS + 1):
         found += [step_row(step), evaluation_row(step)] if step % 5 == 0 else [step_row(step)]
@@ -113,7 +108,6 @@ CASES: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: from step 11 on"),
     ("diverged", rows(), {"bad_steps": 2}, "in 2 steps of 20, which taught nothing"),
     ("diverged", rows(late={"grad_norm": math.inf}, since=20), {}, "; the gradient norm was the first"),
-    ("diverged", rows(late={"eval_loss": math.nan}, since=20), {}, "; the loss was the first"),
     ("diverged", steps(late=BROKEN, since=20), {"bad_in_a_row": 3}, "not finite, at step 18"),
     ("beta_wrong", rows(late={"loss": 1e-5}), with_beta(10.0), "loss.beta=10 is too large"),
     ("beta_wrong", rows(every=FLAT), with_beta(1e-4), "loss.beta=1e-4 is too small"),
@@ -148,7 +142,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("rule", "history", "ended", "words"), CASES)
-def test_a_rule_finds_its_fault_and_no_other_rule_does(
+def test_a_rule_finds_its_fault_alone(
     rule: str, history: list[Row], ended: dict[str, Any], words: str
 ) -> None:
     judged = judge(history, **ended)
@@ -158,10 +152,8 @@ def test_a_rule_finds_its_fault_and_no_other_rule_does(
     written = f"{finding.text}. Try: {finding.remedy}"
     assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
     is_remark = rule == "displacement"
-    sentence = "no fault found: " if is_remark else f"{RULES[rule].text}: {finding.text}"
-    assert judged.sentence.startswith(sentence)
-    advice = f"  - {written}" if is_remark else f"  try: {finding.remedy}"
-    assert judged.lines() == [f"verdict: {judged.sentence}", advice]
+    assert judged.sentence.startswith("no fault found: " if is_remark else RULES[rule].text)
+    assert finding.remedy in "".join(judged.lines())
 
 
 def with_settings(**changes: Any) -> dict[str, Any]:
@@ -169,7 +161,6 @@ def with_settings(**changes: Any) -> dict[str, Any]:
 
 
 def spoilt(eval_loss: float, pairs: float, **training: float) -> list[Row]:
-    """Rows of a run that fits its training pairs, with one evaluation at its end."""
     fitted = {"loss": 0.02, "rewards/accuracies": 1.0} | training
     metrics = {"eval_loss": eval_loss, "eval_rewards/accuracies": 0.62, "eval_pairs": pairs}
     start = {"step": 0.0, "eval_loss": 0.693, "eval_rewards/accuracies": 0.5}
@@ -185,7 +176,6 @@ def rules_of(history: list[Row], **ended: Any) -> list[str]:
 
 
 def fallen(nats: float) -> list[Row]:
-    """Rows of other batches have other responses: log-probs are compared on the same ones, by rewards."""
     late = {
         "eval_rewards/both_fall": 0.6,
         "eval_logps/chosen_per_token": -1.4,
@@ -221,62 +211,42 @@ def samples(prompts: float, **late: float) -> list[Row]:
         # Responses as long as the chosen ones.
         (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
         # One row by chance.
-        (rows(late={"loss": 0.679}, since=20), with_settings(beta=0.02), []),
         (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
         (changed(2, {"loss": 0.95}), {}, []),
-        (changed(6, {"grad_norm": 900.0, "loss": 0.95}), {}, []),
-        (changed(2, {"logps/chosen_per_token": -9.0}), {}, []),
-        (changed(4, {"logps/chosen_per_token": -3.0}, every={"pairs": 4.0}), {}, []),
-        ([*steps()[:-1], step_row(STEPS) | {"kl/rejected": math.inf}], {}, []),
         (changed(19, {"loss": 30.0, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}), {}, []),
         # Few pairs.
         (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
-        (rows(every=UNSURE | {"eval_pairs": 50.0}), {}, ["learnt_nothing"]),
         (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
         (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0, "pairs": 2.0}), {}, []),
-        (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0}), {}, ["label_leak"]),
         (rows(every={"pairs": 4.0}, late={"loss": 1.2}), {}, []),
-        (rows(every={"pairs": 20.0}, late={"loss": 1.2}), {}, ["learning_rate_too_high"]),
         # Few responses.
         (samples(8.0, refusals=0.15), {}, []),
         (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
         (samples(8.0, finished=0.875), {}, []),
-        (samples(80.0, finished=0.875), {}, ["over_optimised"]),
         (samples(8.0, length=190.0), {}, []),
-        (samples(8.0, length=230.0), {}, ["over_optimised"]),
-        (samples(64.0, length=190.0), {}, ["over_optimised"]),
         (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
-        (rows(every=SAMPLED | {"eval_samples/finished": 3 / 16}), {}, ["over_optimised"]),
         # A resumed run may have shorter samples: then the reference has responded again.
         (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
         # Without a reference, or with another one, a margin at the start is no change.
         (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["learnt_nothing"]),
-        (rows(every=STILL), with_settings(kind="cpo"), ["learnt_nothing"]),
-        (rows(every=STILL), with_settings(kind=None, terms=[{"kind": "simpo"}]), ["learnt_nothing"]),
-        (rows(every=STILL | {"rewards/margins": 0.1}), OTHER, ["learnt_nothing"]),
         # A run that fits its training pairs has learnt something.
         (rows(every={"rewards/accuracies": 1.0}), {}, ["does_not_generalise"]),
-        (rows(every={"rewards/accuracies": 1.0, "eval_rewards/accuracies": 0.95}), {}, []),
         (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["learnt_nothing"]),
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
         # Skipped steps do not explain other faults.
         (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
         # On the same responses.
         (fallen(0.02), {}, []),
-        (fallen(0.4), {}, ["displacement"]),
         (fallen(2.0), {}, ["learning_rate_too_high"]),
         # The first pairs.
         (changed(0, {"loss": 0.3}), {}, []),
         # A policy that starts far from another reference.
         (rows(every=FAR), {}, ["learning_rate_too_high"]),
         (rows(every=FAR), OTHER, []),
-        (rows(every=FAR, late={"kl/rejected": 5.0}), OTHER, ["learning_rate_too_high"]),
         # A perfect accuracy at once, and lengths that tell the label.
         (rows(every=AT_ONCE), {}, []),
-        (rows(every={"rewards/accuracies/a": 0.98}), {}, []),
         (rows(every={"rewards/accuracies/a": 0.98} | OF_A), {}, ["label_leak"]),
         (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 23.0}), {}, ["label_leak"]),
-        (rows(every={"tokens/chosen": 23.0, "tokens/rejected": 54.0}), {}, ["label_leak"]),
         (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 38.0}), {}, []),
         # One source, and too early to say.
         (rows(every=SWAPPED), {}, ["labels_swapped"]),
@@ -284,36 +254,11 @@ def samples(prompts: float, **late: float) -> list[Row]:
         # One evaluation at the end: over-fitting, chance, little, not over-fitting.
         (spoilt(0.66, 2000.0), {}, ["does_not_generalise"]),
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), {}, ["does_not_generalise"]),
-        (spoilt(0.9, 30.0, **{"rewards/accuracies": 0.7}), {}, []),
         (spoilt(0.66, 8.0, **{"rewards/accuracies": 0.8}), {}, []),
-        (spoilt(0.72, 2000.0, **{"rewards/accuracies": 0.7}), {}, []),
-        (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6, "loss": 1.4}), {}, ["learning_rate_too_high"]),
     ],
 )
 def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules: list[str]) -> None:
     assert rules_of(history, **ended) == rules
-
-
-def pushes(advice: str) -> set[tuple[str, bool]]:
-    """Keys that advice pushes, and whether up."""
-    found = re.findall(r"\b(lower|smaller|fewer|higher|larger|more) ([a-z_.]+)", advice)
-    return {(key, word in ("higher", "larger", "more")) for word, key in found}
-
-
-def test_findings_of_one_verdict_never_push_a_key_both_ways() -> None:
-    """Of every two faults together, by what each changes in a healthy run."""
-    usual = rows()
-    faults = [each for each in CASES if len(each[1]) == len(usual)]
-    for pair in itertools.combinations(faults, 2):
-        together, changed, data_findings = rows(), summary(), []
-        for _, history, ended, _ in pair:
-            data_findings += ended.get("findings", [])
-            changed |= {key: value for key, value in ended.items() if key != "findings"}
-            for row, other, healthy in zip(together, history, usual, strict=True):
-                row |= {key: value for key, value in other.items() if value != healthy.get(key)}
-        findings = verdict(together, changed, data_findings).findings
-        pushed = {push for finding in findings for push in pushes(finding.remedy)}
-        assert not {(key, not is_up) for key, is_up in pushed} & pushed
 
 
 def test_the_evidence_of_a_leak_quotes_no_data() -> None:
@@ -337,7 +282,7 @@ LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
         ({}, {"eval_loss": math.nan}, 10, "the evaluation data have pairs"),
     ],
 )
-def test_the_cause_of_a_divergence(
+def test_causes_of_divergence(
     earlier: dict[str, float], value: dict[str, float], since: int, cause: str
 ) -> None:
     history = rows(late=earlier)
@@ -367,37 +312,12 @@ def test_the_evaluation_before_the_first_step_is_no_evidence(last: int) -> None:
 
 
 def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
-    """Of 60 healthy runs at most one is accused; of 60 whose margins get wild, most are found."""
-    accused = {"healthy": 0, "wild": 0}
+    accused = 0
     for seed in range(60):
-        generator = np.random.default_rng(seed)
-        for kind, (mean, spread) in {"healthy": (1.5, 1.2), "wild": (0.0, 8.0)}.items():
-            margins = generator.normal(mean, spread, (8, 200)) * (1 - np.exp(-3 * np.arange(200) / 200))
-            losses = np.logaddexp(0, -margins).mean(axis=0).tolist()
-            history = [
-                {"step": step, "loss": loss, "grad_norm": 1.0, "pairs": 8.0}
-                for step, loss in enumerate(losses, 1)
-            ]
-            found = verdict(history, {"steps": 200, "settings": SETTINGS}).findings
-            accused[kind] += "learning_rate_too_high" in [finding.rule for finding in found]
-    assert accused["healthy"] <= 1
-    assert accused["wild"] >= 48
-
-
-def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
-    risen = {"loss": 6.0, "eval_rewards/margins": 0.08}
-    assert rules_of(rows(late=risen), **with_beta(10.0)) == ["beta_wrong"]
-    collapsed = rows(late=risen | {"logps/chosen_per_token": -7.0})
-    assert rules_of(collapsed, **with_beta(10.0))[0] == "learning_rate_too_high"
-
-
-def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
-    history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
-    assert sample_alarms(history[:10]) == []
-    [alarm] = sample_alarms(history)
-    assert alarm.rule == "over_optimised"
-    assert "4.0x longer" in alarm.text
-    assert "50 % of the sampled responses are empty" in alarm.text
+        losses = enumerate(healthy(seed, 200, 8), 1)
+        history = [{"step": step, "loss": loss, "grad_norm": 1.0, "pairs": 8.0} for step, loss in losses]
+        accused += "learning_rate_too_high" in rules_of(history, steps=200)
+    assert accused <= 1
 
 
 @pytest.mark.parametrize(
@@ -406,8 +326,7 @@ def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
         (
             rows(),
             {},
-            "no fault found: evaluation accuracy 0.75 on 400 pairs, margin 0.8, "
-            "training loss 0.678 -> 0.45 in 20 steps",
+            "no fault found: evaluation accuracy 0.75 on 400 pairs",
         ),
         (
             rows()[:18],
@@ -422,9 +341,7 @@ def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
         ),
     ],
 )
-def test_the_sentence_about_a_run_without_a_fault(
-    history: list[Row], ended: dict[str, Any], sentence: str
-) -> None:
+def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any], sentence: str) -> None:
     judged = verdict(history, summary(**ended))
     assert judged.sentence.startswith(sentence)
     assert (judged.findings, len(judged.lines())) == ((), 1)
@@ -452,23 +369,17 @@ def step_of(norm: float, chosen: float, rejected: float) -> dict[str, float]:
     ("found", "is_one"),
     [
         (step_of(0.0, -6.066108226776123, -6.066108226776124), True),  # all tokens alike
-        (step_of(0.0, -6.6e4, -6.7e4), True),
-        ({"step": 1, "loss": 5.0, "grad_norm": 0.0, "logps/chosen_per_token": -80.0}, True),  # one-sided
         (step_of(0.0, -1.2, -2.3), False),  # a hinge loss that every pair satisfies
         (step_of(0.0, -6.31, -6.30), False),  # the same of a model with random weights
-        (step_of(1e-9, -6.066, -6.066), False),
         (step_of(0.0, float("nan"), -1.0), False),
         ({"step": 1, "loss": 0.0, "grad_norm": 0.0}, False),
     ],
 )
-def test_a_policy_has_collapsed_without_gradient_and_without_usable_probabilities(
-    found: dict[str, float], is_one: bool
-) -> None:
+def test_a_collapsed_policy(found: dict[str, float], is_one: bool) -> None:
     assert is_collapsed(found) is is_one
 
 
 def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[float]:
-    """Losses of a run that learns: margins of a growing spread, some mislabelled."""
     generator = np.random.default_rng(seed)
     grown = 1 - np.exp(-3 * np.arange(1, steps + 1) / steps)
     margins = generator.normal(2.0, 2.0, (pairs, steps)) * grown
@@ -483,7 +394,6 @@ def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[fl
 
 
 def spikes(losses: list[float]) -> list[tuple[int, float]]:
-    """Steps and losses of the spikes; there is an evaluation among the rows."""
     of_run: list[Row] = [{"step": 0, "eval_loss": 1.0}]
     of_run += [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     found = (spike_of_last(of_run[:at], row) for at, row in enumerate(of_run))
@@ -508,7 +418,6 @@ def test_spikes_are_found_with_their_steps() -> None:
     [
         ([0.6931] * 60 + [0.6932], []),  # noise of rounding
         ([0.6931] * 60 + [1.3], []),  # less than twice
-        ([5.0] + [1e-4] * 60 + [0.01], []),  # a hard pair where nearly all is learnt
         ([0.7] * 40 + [9.0], []),  # too early
         ([0.7] * 60 + [9.0, 9.5], [61]),
     ],

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.records import Dialogue, Message
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.pairs.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
-from dpo_dist.insight.compare.responses import Speaker, response_logps, shown_prompt, write_held_out
+from dpo_dist.insight.compare.responses import Speaker, response_logps, write_held_out
 from dpo_dist.insight.compare.start import compared_models
 from dpo_dist.model.load import load_packed
 from tests.support.records import assistant, jsonl, user
@@ -55,7 +54,6 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
 
 
 def responses_folder(tmp_path: Path, *overrides: str) -> str:
-    """The name of the folder of a model's finished responses."""
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
     config = load_run_config(lines, verb="compare")
     model = compared_models([f"{name}={tmp_path}/model" for name in "ab"])[0]
@@ -125,24 +123,9 @@ def test_fewer_prompts_than_wanted_are_said_and_bad_records_counted(tmp_path: Pa
     assert said[2] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
 
 
-def test_prompts_without_responses_are_enough(tmp_path: Path) -> None:
-    found, said = chosen(tmp_path, [{"prompt": [user("a")]}, {"messages": [user("b")]}])
-    assert found == ["a", "b"]
-    assert said[-2:] == ["None", "None"]
-
-
 def test_a_reserved_share_of_the_training_data_is_held_out(tmp_path: Path) -> None:
     source = jsonl(tmp_path, *RECORDS)
     found, _ = chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=0.3")
     assert 0 < len(found) < 20
     with pytest.raises(DataError, match="no usable prompt"):
         chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=1e-9")
-
-
-def test_prompts_as_one_text() -> None:
-    assert shown_prompt("plain") == "plain"
-    assert shown_prompt((Message("user", "hello"),)) == "hello"
-    assert shown_prompt((Message("system", "be kind"), Message("user", "hello"))) == (
-        "system: be kind\n\nuser: hello"
-    )
-    assert shown_prompt(Dialogue("\n\nHuman: a\n\nAssistant:")) == "\n\nHuman: a\n\nAssistant:"

@@ -7,22 +7,19 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.verb_options import EndpointConfig, PairsConfig, Verdicts
+from dpo_dist.config.verb_options import EndpointConfig
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.generation.judges import EndpointJudge, Judgement, Question, describe_endpoint
+from dpo_dist.generation.judges import EndpointJudge, Judgement, Question
 from dpo_dist.insight.compare.results import (
     LOSS,
     TIE,
     WIN,
     compare_texts,
-    compares,
     comparison,
     credit,
-    describe,
     score_texts,
 )
 from dpo_dist.insight.evaluation import Resampling
-from dpo_dist.insight.tables import comparison_table
 from tests.support.judge_server import judge_server
 
 Row = dict[str, Any]
@@ -37,7 +34,6 @@ def response(text: str, ratio: float | None = 0.0, score: float | None = None, t
 def results(
     rows: list[dict[str, Row]], verdicts: list[list[float | None]] | None = None, judged: bool = True
 ) -> Row:
-    """Results of responses by model; credits are `verdicts`, or follow from the scores."""
     found = []
     for index, responses in enumerate(rows):
         pairs = list(itertools.combinations(responses, 2))
@@ -68,14 +64,6 @@ def test_kl_per_response_and_per_token() -> None:
     assert (found["prompts"], found["wins"]) == (15, [])
 
 
-def test_style() -> None:
-    listed = "Some things:\n- **one** thing\n- two things"
-    rows = [{"base": response(""), "a": response(listed)}, {"base": response("hi"), "a": response("hi")}]
-    base, model = (each["style"] for each in results(rows, judged=False)["models"])
-    assert (base["empty"], base["lists"]) == (0.5, 0.0)
-    assert (model["lists"], model["markdown"], model["words"], model["length"]) == (0.5, 0.5, 3.5, 4)
-
-
 def test_scores_decide_wins_and_ties_count_half() -> None:
     scores = [(1.0, 2.0), (3.0, 2.0), (2.0, 2.0), (5.0, None)]
     found = results(
@@ -86,22 +74,6 @@ def test_scores_decide_wins_and_ties_count_half() -> None:
     assert win["rate"] == 0.5
     assert found["not_judged"] == {"base and a": 1}
     assert [model["score"] for model in found["models"]] == [2.75, 2.0]
-
-
-def test_verdicts_of_three_models_in_pairs() -> None:
-    texts = [("same", "same", "other"), ("same", "same", "same"), ("x", "y", "z"), ("x", "y", "y")]
-    rows = [dict(zip(("base", "a", "b"), map(response, own), strict=True)) for own in texts]
-    verdicts: list[list[float | None]] = [[0.5, 1, None], [0.5, 0.5, 0.5], [1, None, None], [0, 0, 0.5]]
-    found = results(rows, verdicts)
-    wins = {(win["first"], win["second"]): win for win in found["wins"]}
-    assert {pair: tuple(win[name] for name in OUTCOMES) for pair, win in wins.items()} == {
-        ("base", "a"): (1, 2, 1, 2, 0),
-        ("base", "b"): (1, 1, 1, 1, 1),
-        ("a", "b"): (0, 2, 0, 2, 2),
-    }
-    assert {pair: win["rate"] for pair, win in wins.items()} == dict.fromkeys(wins, 0.5)
-    assert found["not_judged"] == {"base and b": 1, "a and b": 2}
-    assert all(model["score"] is None for model in found["models"])
 
 
 def test_differences_are_paired_over_prompts() -> None:
@@ -142,9 +114,7 @@ def test_an_empty_response_has_the_lowest_score() -> None:
 
 
 @pytest.mark.parametrize(("prompts", "end"), [(1, None), (5, None), (6, 0.390), (10, 0.2775)])
-def test_a_rate_of_0_is_not_certain_and_one_of_few_verdicts_has_no_interval(
-    prompts: int, end: float | None
-) -> None:
+def test_a_rate_of_0_is_not_certain(prompts: int, end: float | None) -> None:
     """Five wins of five happen by chance, and the page would call the model better."""
     rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * prompts
     rows += [{"base": response("x"), "a": response("y")}] * 9  # without a verdict
@@ -153,45 +123,10 @@ def test_a_rate_of_0_is_not_certain_and_one_of_few_verdicts_has_no_interval(
     assert (win["rate"], win["interval"]) == (0.0, interval)
 
 
-def shown(found: Row, temperature: float = 1.0, differing: int = 0) -> str:
-    models = [{**model, "prompts_encoded_differently": differing} for model in found["models"]]
-    more = {"base": "base", "prompts": 4, "judge": "function f", "sampling": {"temperature": temperature}}
-    return "\n".join(comparison_table({**found, **more, "models": models}))
-
-
-def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
-    rows = [
-        {"base": response("x", score=1.0), "a": response("y", 2.0, 3.0), "b": response("x", 1.0, 1.0)}
-    ] * 8
-    table = shown(results(rows))
-    lines = table.splitlines()
-    assert lines[0] == "comparison on 4 held-out prompts, judged by function f"
-    assert lines[1].split("  ")[0] == "model"
-    assert lines[3].startswith("a ")
-    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [0.676, 1.000]" in lines[3]
-    assert lines[5] == "b over a: 0.000 [0.000, 0.324]"
-    assert "win rates count 8 ties as half" in table
-    assert "note" not in table
-    assert "temperature 0.7" in shown(results(rows), 0.7)
-    assert "a encodes 3 prompts as other tokens than base" in shown(results(rows), differing=3)
-
-
-def test_the_table_of_many_models_is_short_and_has_no_column_without_values() -> None:
-    lines = shown(results([{name: response(name, score=1.0) for name in ("base", *"abcde")}])).splitlines()
-    assert "10 more win rates, of models without base, are on the page" in lines
-    assert not [line for line in lines if line.startswith("b over a")]
-    lines = shown(results([{"base": response("x"), "a": response("y", None)}], judged=False)).splitlines()
-    assert "score" not in lines[1]
-    assert "wins" not in lines[1]
-    assert lines[3].endswith("  -")
-
-
 RECORDS = [PreferenceRecord(f"prompt {number}", (), Origin("file", number)) for number in range(3)]
 
 
 class ByLength:
-    """Scores a response by its length; those with a question mark get none."""
-
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []
 
@@ -227,7 +162,7 @@ def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
         (("", " "), (None, None), TIE),
     ],
 )
-def test_the_credit_of_the_first(
+def test_credit(
     texts: Sequence[str], scores: tuple[float | None, float | None], expected: float | None
 ) -> None:
     first, second = zip(texts, scores, strict=True)
@@ -251,16 +186,4 @@ def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
         {"position_disagreements": 1, "requests": 6},
         {},
         {"requests": 4, "unreadable": 4},
-    ]
-
-
-def test_a_judge_that_grades_compares_nothing() -> None:
-    comparing = EndpointConfig(url="http://h/v1", model="m")
-    grading = EndpointConfig(url="http://h/v1", model="m", verdicts=Verdicts.grade)
-    judges = (comparing, grading)
-    assert [compares(PairsConfig(endpoint=endpoint)) for endpoint in judges] == [True, False]
-    assert not compares(PairsConfig(function="a:b"))
-    assert [describe(describe_endpoint(endpoint)) for endpoint in judges] == [
-        "m at http://h/v1: each two responses in both positions",
-        "m at http://h/v1: grades from 1 to 10",
     ]

@@ -96,19 +96,6 @@ def test_keys_that_contradict_each_other(models: Path, overrides: tuple[str, ...
         check_comparison(config(models, two, *overrides))
 
 
-def test_a_revision_without_its_model_is_refused(models: Path) -> None:
-    named = f"compare.models=[{models}/base,{models}/run]"
-    with pytest.raises(ConfigError, match=r"model\.revision has no effect"):
-        check_comparison(config(models, named, "model.revision=abc"))
-    hub = f"compare.models=[org/name,{models}/run]"
-    assert check_comparison(config(models, hub, "model.revision=abc", "model.path=org/name"))
-
-
-def test_a_missing_source_is_a_data_error(models: Path) -> None:
-    with pytest.raises(DataError):
-        check_comparison(config(models, TWO.format(models), "data.eval=[missing.jsonl]"))
-
-
 def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp_path: Path) -> None:
     prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
     jsonl(tmp_path, *prompts)

@@ -122,43 +122,6 @@ def test_a_response_that_a_ranking_repeats_contradicts_no_record(adds: bool, tmp
     assert examined(tmp_path, [ranking, opposite]).across["contradictions"] == 2 * adds
 
 
-def test_prompts_that_differ_in_numbers_only_are_near_copies(tmp_path: Path) -> None:
-    [text] = clean_pairs(1)
-    records = [
-        {name: f"{content} {number} and {number + 1}." for name, content in text.items()}
-        for number in range(30)
-    ]
-    [finding] = of_rule(examined(tmp_path, records), "near_duplicates")
-    assert finding.count == 29
-    assert finding.text.endswith("the largest of 30 records; 29 of them with other numbers in the prompt")
-
-
-def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
-    train, held_out = clean_pairs(50), clean_pairs(20, 7)
-    held_out[0]["prompt"] = "  " + train[11]["prompt"].upper()
-    at = max(range(50), key=lambda index: len(train[index]["prompt"]))
-    held_out[1]["prompt"] = train[at]["prompt"].replace(" ", ", PLEASE ", 1)
-    held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
-    report = examined(tmp_path, train, held_out)
-    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
-    of_train = tmp_path / "train.jsonl"
-    assert (exact.level, exact.count, lines(exact)) == (Level.error, 2, [1, 4])
-    assert [one.split(", ")[1] for one in exact.examples] == [f"{of_train}:12", f"{of_train}:8"]
-    assert (similar.count, lines(similar)) == (1, [2])
-    assert similar.examples[0].endswith(f"{of_train}:{at + 1}")
-
-
-def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Path) -> None:
-    pairs, config = clean_pairs(20), {"drop_eval_prompts": True}
-    [kept_out] = of_rule(examined(tmp_path, pairs, pairs[:2], config=config), "train_eval_leak")
-    assert (kept_out.level, kept_out.count) == (Level.note, 2)
-    # Training compares case too: it does not drop this prompt.
-    other_case = [pairs[0] | {"prompt": pairs[0]["prompt"].upper()}, pairs[1]]
-    left, removed = of_rule(examined(tmp_path, pairs, other_case, config=config), "train_eval_leak")
-    assert (left.level, left.count, lines(left)) == (Level.error, 1, [1])
-    assert (removed.level, removed.count, lines(removed)) == (Level.note, 1, [2])
-
-
 def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
     pairs = [pair for pair in clean_pairs(60) if len(pair["prompt"].split()) > 20]
     near = [pair | {"prompt": pair["prompt"] + " Please!"} for pair in clean_pairs(60, 1)]
@@ -205,15 +168,6 @@ def test_records_that_cannot_be_used_are_findings_by_reason(tmp_path: Path) -> N
     assert of_rule(examined(tmp_path, pairs, config={"max_bad_share": 0.01}), "too_many_dropped")
 
 
-def test_a_source_without_a_usable_record_says_what_to_do(tmp_path: Path) -> None:
-    report = examined(tmp_path, [{"messages": [user("a"), assistant("b")], "label": True}] * 2)
-    [finding] = of_rule(report, "no_records")
-    assert "pair good and bad responses" in finding.remedy
-    assert of_rule(report, "dropped")[0].remedy == finding.remedy
-    [finding] = of_rule(examined(tmp_path, []), "no_records")
-    assert finding.remedy.startswith("check the path")
-
-
 def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     pairs, tokenizer = clean_pairs(40), tiny.qwen()
     [whole] = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources
@@ -226,24 +180,6 @@ def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     assert sides["chosen"]["cut_tokens"] > sides["chosen"]["cut"] > 0
     assert of_rule(cut, "response_truncated")
     assert 1.1 < whole["prefix"]["expected_gain"] < 2
-
-
-def test_a_response_that_is_cut_to_one_token_is_no_response_of_one_token(tmp_path: Path) -> None:
-    records = [{"prompt": "word " * 70, "chosen": "a longer text", "rejected": "another one"}] * 2
-    records[1] = {"prompt": "Say it.", "chosen": "a", "rejected": "a longer text"}
-    tokenizer = tiny.qwen()
-    prompt = len(tokenizer.encode(records[0]["prompt"]))
-    report = examined(tmp_path, records, tokenizer=tokenizer, config={"max_length": prompt + 1})
-    assert (report.sources[0]["kept"], report.sources[0]["sides"]["chosen"]["cut"]) == (2, 1)
-    [finding] = of_rule(report, "short_response")
-    assert (finding.count, lines(finding)) == (1, [2])
-
-
-def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> None:
-    pairs = clean_pairs(20)
-    pairs[3]["rejected"] += "<|im_end|>\n<|im_start|>user"
-    report = examined(tmp_path, pairs, tokenizer=tiny.qwen(), config={"max_length": 4000})
-    assert lines(of_rule(report, "markup_in_text")[0]) == [4]
 
 
 def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
@@ -274,14 +210,16 @@ def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
     assert one == two
 
 
-def test_each_source_has_a_name_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "math").mkdir()
-    train = [
-        SourceConfig(path=write(tmp_path / "math" / "train.jsonl", clean_pairs(3))),
-        SourceConfig(path=write(tmp_path / "chat.jsonl", clean_pairs(3, 1)), label="own"),
-        SourceConfig(path=write(tmp_path / "more.jsonl", clean_pairs(3, 2)), label="own"),
-    ]
-    evaluation = [SourceConfig(path=write(tmp_path / "own.jsonl", clean_pairs(3, 3)))]
-    report = examine(DataConfig(train=train, eval=evaluation, processes=1), None, RULES)
-    assert [one["label"] for one in report.sources] == ["math-train", "own", "own (2)", "own (eval)"]
-    assert [one["path"] for one in report.sources] == [one.path for one in (*train, *evaluation)]
+def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
+    train, held_out = clean_pairs(50), clean_pairs(20, 7)
+    held_out[0]["prompt"] = "  " + train[11]["prompt"].upper()
+    at = max(range(50), key=lambda index: len(train[index]["prompt"]))
+    held_out[1]["prompt"] = train[at]["prompt"].replace(" ", ", PLEASE ", 1)
+    held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
+    report = examined(tmp_path, train, held_out)
+    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
+    of_train = tmp_path / "train.jsonl"
+    assert (exact.level, exact.count, lines(exact)) == (Level.error, 2, [1, 4])
+    assert [one.split(", ")[1] for one in exact.examples] == [f"{of_train}:12", f"{of_train}:8"]
+    assert (similar.count, lines(similar)) == (1, [2])
+    assert similar.examples[0].endswith(f"{of_train}:{at + 1}")

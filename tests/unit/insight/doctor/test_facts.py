@@ -8,29 +8,8 @@ import pytest
 
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
-from dpo_dist.insight.doctor.duplicates import near
 from dpo_dist.insight.doctor.findings import RULES
 from dpo_dist.insight.doctor.margins import margin_findings
-from dpo_dist.insight.doctor.sources import distribution
-from dpo_dist.insight.doctor.texts import signature
-from tests.support.doctor_data import clean_pairs
-
-
-@pytest.mark.parametrize("values", [[0], [5, 5], [0, 10**9], list(range(1000))])
-def test_a_distribution_has_every_value(values: list[int]) -> None:
-    found = distribution(np.array(values), np.array([0.0, 3.0, 10.0]))
-    assert (found["count"], sum(found["counts"])) == (len(values), len(values))
-    assert (found["smallest"], found["largest"]) == (min(values), max(values))
-    assert found["mean"] == np.mean(values)
-    assert found["percentiles"][50] == sorted(values)[(len(values) - 1) // 2]
-
-
-def test_near_copies_are_found_among_many_texts() -> None:
-    pairs = clean_pairs(500)
-    texts = [(pair["prompt"] + pair["chosen"], pair["chosen"] + pair["rejected"]) for pair in pairs]
-    copies = [(prompt.upper() + "!", responses.replace(" ", "\n", 5)) for prompt, responses in texts[:50]]
-    signatures = [np.stack(list(map(signature, pair))) for pair in texts + copies]
-    assert near(signatures) == {500 + index: index for index in range(50)}
 
 
 def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:

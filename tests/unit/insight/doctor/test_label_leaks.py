@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.insight.doctor.findings import Level
-from dpo_dist.insight.doctor.label_leaks import interval
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
 Change = Callable[[Pair], None]
@@ -18,7 +17,6 @@ def on(side: str, change: Callable[[str], str]) -> Change:
 
 
 def planted(share: float, *changes: Change) -> list[Pair]:
-    """Return pairs of which each change has a share of its own."""
     pairs, rng = clean_pairs(400), random.Random(3)
     for change in changes:
         for pair in pairs:
@@ -123,26 +121,6 @@ def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
     assert not of_rule(report, "style_bias")
 
 
-def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
-    pairs = clean_pairs(200)
-    for pair in pairs:
-        pair["prompt"] = f"question number {'one' if len(pair['prompt']) % 2 else 'two'}"
-        pair["rejected"] = " " + pair["rejected"]
-    assert examined(tmp_path, pairs).sources[0]["leaks"] == []
-
-
-def test_a_form_in_pairs_of_few_prompts_is_no_finding(tmp_path: Path) -> None:
-    pairs = clean_pairs(480)
-    for number, pair in enumerate(pairs):
-        pair["prompt"] = f"question of {pairs[number % 12]['chosen']}"
-        pair["chosen"] = pairs[number % 12]["chosen"].removesuffix("!")
-    forms = of_rule(examined(tmp_path, pairs), "one_sided_form")
-    assert not forms, forms[0].text
-    for number, pair in enumerate(pairs):
-        pair["prompt"] += str(number)
-    assert of_rule(examined(tmp_path, pairs), "one_sided_form")
-
-
 def test_few_pairs_are_enough_for_a_form_on_one_side_of_all_of_them(tmp_path: Path) -> None:
     pairs = clean_pairs(40)
     for pair in pairs[:18]:
@@ -153,8 +131,9 @@ def test_few_pairs_are_enough_for_a_form_on_one_side_of_all_of_them(tmp_path: Pa
     assert not of_rule(examined(tmp_path, pairs[:9]), "label_leak")
 
 
-def test_the_interval_is_wilsons() -> None:
-    # Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857), table I, method 3: 81 of 263.
-    low, high = interval(81, 263, 1.959964)
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert interval(0, 0) == (0, 1)
+def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
+    pairs = clean_pairs(200)
+    for pair in pairs:
+        pair["prompt"] = f"question number {'one' if len(pair['prompt']) % 2 else 'two'}"
+        pair["rejected"] = " " + pair["rejected"]
+    assert examined(tmp_path, pairs).sources[0]["leaks"] == []

@@ -104,10 +104,6 @@ def test_sections_without_content_are_missing(tmp_path: Path) -> None:
     assert 'id="reference"' not in page
 
 
-def test_a_lone_surrogate_is_written(tmp_path: Path) -> None:
-    assert "U+D800" in written(tmp_path, diagnosis("\ud800"))
-
-
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new" / "run").check_writable()
     assert not list(tmp_path.iterdir()), "nothing is created"

@@ -36,19 +36,16 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
 def prepared(
     config: RunConfig, model: Path, vocabulary: int = VOCABULARY
 ) -> tuple[list[list[int]], list[Any], int]:
-    """Return the pairs of each source's datasets, the refusals, and the number of records encoded for it."""
     encoded: list[int] = []
     datasets, refusals = prepare(config, tiny.qwen(), model, vocabulary, counted(encoded))
     return [list(map(len, of_source)) for of_source in datasets], refusals, sum(encoded)
 
 
 def counted(encoded: list[int]) -> Progress:
-    """Return a progress that appends numbers of records."""
     return lambda _source: contextlib.nullcontext(lambda more, _share: encoded.append(more))
 
 
 def encoded_by_training(data: DataConfig, model: Path) -> int:
-    """Return the number of records that a run with this configuration encodes."""
     encoded: list[int] = []
 
     def opened(sources: list[SourceConfig], part: Part) -> PreferenceDataset:

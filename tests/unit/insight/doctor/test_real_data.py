@@ -11,7 +11,6 @@ import pytest
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
 from dpo_dist.insight.doctor.findings import RULES, Level
-from tests.support.doctor_data import of_rule
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
@@ -71,35 +70,6 @@ def test_the_findings_are_the_known_ones(name: str) -> None:
     alarms = {finding.rule for finding in report(name).findings if finding.level is not Level.note}
     shown = ", ".join(f"{rule} {count}" for rule, count in sorted(counts.items()))
     assert (shown, ", ".join(sorted(alarms))) == FINDINGS[name]
-
-
-@pytest.mark.parametrize(
-    ("name", "reason", "found"),
-    [
-        (HH, "empty_response", [58, 332, 606, 714]),
-        (HH, "history_differs", [804, 1080, 1258, 1260, 1318]),
-        (SCORED, "identical_responses", [84, 171, 227, 246, 261]),
-        (SCORED, "empty_response", [134, 213]),
-    ],
-)
-def test_unusable_records_are_located(name: str, reason: str, found: list[int]) -> None:
-    dropped = report(name).sources[0]["dropped"][reason]
-    assert [int(example.rpartition(":")[2]) - 1 for example in dropped["examples"]] == found
-
-
-def test_what_the_findings_say() -> None:
-    [finding] = of_rule(report(HH), "repeated_prompts")
-    assert {int(one.rpartition(":")[2]) - 1 for one in finding.examples[0].split(", ")} == {157, 945}
-    [finding] = of_rule(report(TEMPLATED), "near_duplicates")
-    assert finding.text.endswith("14, 13, 13 records; 37 of them with other numbers in the prompt")
-    assert report(TEMPLATED).across["clusters"] == [14, 13, 13]
-    [finding] = of_rule(report(SCORED), "broken_text")
-    assert "replacement character in 3" in finding.text
-    for name in (ORCA, V1):
-        leaks = [one.share for one in of_rule(report(name), "label_leak") if "leading space" in one.text]
-        assert leaks == [1.0]
-    for name, side in ((RANKED, "longer"), (ORCA, "shorter")):
-        assert f"the {side} one" in of_rule(report(name), "length_bias")[0].text
 
 
 def contents(value: Any) -> list[str]:

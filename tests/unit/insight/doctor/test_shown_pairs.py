@@ -72,15 +72,6 @@ def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
     assert text_of(at_start) == text_of(prompt)
 
 
-def test_a_mask_leaves_tokens_uncoloured(tmp_path: Path) -> None:
-    turns = [*CHAT["chosen"], user("why?"), assistant("so")]
-    data = config(jsonl(tmp_path, {**CHAT, "chosen": turns}))
-    chosen = shown_one(data, tiny.qwen()).parts[1]
-    assert "one story" in text_of(chosen, is_trained=True)
-    assert "why?" not in text_of(chosen, is_trained=True)
-    assert "why?" in text_of(chosen, kind=Kind.text)
-
-
 def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs.jsonl", 40)
     examples = [f"{path}:{line}" for line in (30, 7, 9)]
@@ -90,23 +81,6 @@ def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
     assert rules == {"30": ("first",), "7": ("first", "second"), "12": ("second",)}
     assert [bool(pair.rules) for pair in pairs] == [True] * 3 + [False] * 3
     assert pairs == show_pairs(config(path), tiny.qwen(), found, 3)
-
-
-def test_a_record_that_is_dropped_says_why(tmp_path: Path) -> None:
-    pair = shown_one(config(jsonl(tmp_path, CHAT), max_length=4, truncation=Truncation.drop), tiny.qwen())
-    assert pair.note == "too_long"
-    assert "one story" in text_of(pair.parts[1])
-
-
-def test_without_a_tokenizer_texts_are_shown(tmp_path: Path) -> None:
-    ranking = {"prompt": "q", "responses": ["a", "b", "c", "d", "e"], "scores": [5, 4, 3, 2, 1]}
-    pair = shown_one(config(jsonl(tmp_path, ranking)), None)
-    assert [(part.name, text_of(part), part.score) for part in pair.parts[1:]] == [
-        ("response 1 of 5", "a", 5),
-        ("response 2 of 5", "b", 4),
-        ("response 3 of 5", "c", 3),
-        ("response 5 of 5", "e", 1),
-    ]
 
 
 def test_a_huge_record_is_shown_at_both_ends(tmp_path: Path) -> None:

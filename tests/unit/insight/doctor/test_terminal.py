@@ -37,10 +37,6 @@ def test_the_report_in_a_file_is_plain_text() -> None:
     assert "\x1b" not in shown
 
 
-def test_a_terminal_has_colours() -> None:
-    assert "\x1b[" in printed(force_terminal=True, width=100, color_system="standard")
-
-
 @pytest.mark.parametrize("width", [30, 60, 100])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     lines = printed(

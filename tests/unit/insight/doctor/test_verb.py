@@ -1,6 +1,5 @@
 """The verb `doctor`, as far as it comes before the data."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,14 +59,3 @@ def test_processes_of_a_launcher_end_alike(rank: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(DpoDistError, match="absent"):
         main(config)
-
-
-def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    scores = {"score_chosen": 1.7e308, "score_rejected": -1.7e308}
-    records = [{"prompt": f"p {n}", "chosen": "yes", "rejected": "no", **scores} for n in range(9)]
-    data, model = write(tmp_path / "a.jsonl", records), write_model(tmp_path / "base")
-    run = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/encoded"]
-    main(load_run_config([f"model.path={model}", f"data.train=[{data}]", *run]))
-    text = (tmp_path / "run/doctor/doctor.json").read_text()
-    json.loads(text, parse_constant=pytest.fail)
-    assert '"mean_chosen": null' in text

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.insight.metrics.card import code, hub_name, inert, model_card
+from dpo_dist.insight.metrics.card import model_card
 
 COUNTS = {"read": 1200, "kept": 1190, "pairs": 1190, "dropped": {"too_long": 4, "empty_response": 6}}
 VERSIONS = {"dpo-dist": "0.1.0", "torch": "2.13.0"}
@@ -33,7 +33,6 @@ def summary(train: list[str], evaluated: list[str], **verdict: Any) -> dict[str,
 def card(
     overrides: list[str], content: dict[str, Any], evaluation: dict[str, Any] | None = None
 ) -> ModelCard:
-    """The card as the hub reads it; errors in its metadata raise."""
     text = model_card(load_run_config(overrides), content, evaluation or {}, VERSIONS)
     found = ModelCard(text)
     assert ModelCardData(**found.data.to_dict()).to_dict() == found.data.to_dict()
@@ -64,19 +63,6 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in once.text
 
 
-def test_a_source_labelled_as_the_results_of_all_pairs_has_its_own() -> None:
-    overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
-    overrides.append("data.eval=[{path: b.jsonl, label: all}, {path: org/pairs, label: c}]")
-    of_label = OF_ALL | {"eval_rewards/accuracies": 0.5}
-    evaluation = {"all": OF_ALL, "all (source)": of_label, "c": OF_ALL}
-    found = card(overrides, summary(["a"], ["all", "c"]), evaluation)
-    accuracies = [each for each in found.data.eval_results if each.metric_type == "accuracy"]
-    assert [(each.dataset_type, each.metric_value) for each in accuracies] == [
-        ("all (source)", 0.5),
-        ("org/pairs", 0.75),
-    ]
-
-
 def test_an_adapter_is_loaded_by_peft() -> None:
     overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
     overrides += ["model.adapter={r: 8}", "reference.mode=adapter"]
@@ -86,17 +72,6 @@ def test_an_adapter_is_loaded_by_peft() -> None:
     assert "AutoPeftModelForCausalLM" in found.text
     assert "`org/base`" in found.text
     assert "Evaluation" not in found.text
-
-
-def test_a_loss_of_one_response_has_no_rewards() -> None:
-    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "loss=sft"]
-    of_all = {"eval_pairs": 40, "eval_loss": 2.5, "intervals": {}}
-    found = card(overrides, summary(["a"], ["b"]), {"all": of_all, "b": of_all})
-    assert [(result.metric_type, result.metric_value) for result in found.data.eval_results] == [
-        ("loss", 2.5)
-    ]
-    assert "| `b` | 40 | 2.500 |" in found.text
-    assert "A reward" not in found.text
 
 
 @pytest.mark.parametrize("on_top", ["", ", on_top: true, r: 8"])
@@ -122,28 +97,6 @@ def test_local_folders_are_named_without_their_place(on_top: str, tmp_path: Path
     assert other.text.count("start") >= 3, "among the settings, too"
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [("models--org--base-7B", "org/base-7B"), ("models--gpt2", "gpt2")]
-)
-def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(folder: str, name: str, tmp_path: Path) -> None:
-    snapshot = tmp_path / folder / "snapshots" / "0123abc"
-    snapshot.mkdir(parents=True)
-    assert hub_name(str(snapshot)) == name
-    assert hub_name(str(tmp_path)) is None
-    assert hub_name("gpt2") == "gpt2"
-
-
-def test_the_model_of_a_run_has_the_name_of_its_run_directory(tmp_path: Path) -> None:
-    base = tmp_path / "warmup" / "model"
-    base.mkdir(parents=True)
-    overrides = [f"model.path={base}", "data.train=[a.jsonl]"]
-    assert "# model-sigmoid" in card(overrides, summary(["a"], [])).text, "a folder called model"
-    (tmp_path / "warmup" / "config.yaml").touch()
-    text = card(overrides, summary(["a"], [])).text
-    assert "# warmup-sigmoid" in text
-    assert "`warmup`" in text
-
-
 @pytest.mark.parametrize("name", ["a: [b", "---", "x\n---\nlicense: mit", "`|<img src=x>|``", "yes", "- *b*"])
 def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
     base = tmp_path / name
@@ -163,11 +116,3 @@ def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
     assert "<script>" not in text.replace("\\<script>", "")
     assert "\n## How to load it\n" in found.text
     assert found.text.count("\n---\n") == 0
-
-
-def test_code_spans_end_where_their_text_ends() -> None:
-    assert code("a`b") == "``a`b``"
-    assert code("`a") == "`` `a ``"
-    assert code("a|b\nc") == "`a\\|b c`"
-    assert inert("www.d.org") == "www\\.d.org"
-    assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"

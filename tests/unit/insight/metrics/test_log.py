@@ -15,7 +15,6 @@ from dpo_dist.insight.metrics.log import (
     MetricsLog,
     describe_environment,
     final_and_best,
-    metrics_by_source,
     read_latest_rows,
 )
 
@@ -105,33 +104,6 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
 
 
-def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError):
-        log.save()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
-    log = log_of(tmp_path)
-    log.folder.metrics_table.unlink()
-    log.folder.metrics_table.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        log.append(row_of(1))
-    assert caught.value.filename == str(log.folder.metrics_table)
-
-
-def test_an_unreadable_file_is_a_warning_and_training_continues(tmp_path: Path) -> None:
-    folder, warnings = log_of(tmp_path).folder, list[str]()
-    folder.log_history.write_text("[{")
-    log = MetricsLog.open(folder, 6, warnings.append)
-    assert "up to step 6" in warnings[0]
-    log.append(row_of(7))
-    log.save()
-    assert json.loads(folder.log_history.read_text()) == [row_of(7)]
-
-
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
     log = log_of(tmp_path, {"step": 1, "loss": math.nan, "grad_norm": math.inf})
     log.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
@@ -156,17 +128,6 @@ def test_final_and_best_values() -> None:
         "eval_rewards/accuracies": {"value": 0.70, "step": 2},
     }
     assert final_and_best([]) == {"final": {}, "best": {}}
-
-
-def test_final_values_include_those_of_sources() -> None:
-    rows = [
-        {"step": 1, "loss": 0.7, "rewards/accuracies/hh": 0.5, "rewards/margins/hh": 0.1},
-        {"step": 2, "loss": 0.6, "rewards/accuracies/uf": 0.75},
-        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25, "eval_rewards/margins/p05": -1.0},
-    ]
-    last = {"loss": 0.6, "rewards/accuracies/uf": 0.75}
-    assert final_and_best(rows)["final"] == rows[2] | {"step": 2, "eval_step": 2} | last
-    assert metrics_by_source(rows).keys() == {"hh", "uf"}, "a percentile is no source"
 
 
 @pytest.mark.parametrize(
@@ -195,3 +156,11 @@ def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
     assert {"torch", "transformers"} <= found["packages"].keys()
     monkeypatch.setattr(sys, "argv", ["/usr/bin/notebook", "--token=x"])
     assert describe_environment(1)["command"] is None, "of another program"
+
+
+def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        log.save()
+    assert not (tmp_path / "run").exists()

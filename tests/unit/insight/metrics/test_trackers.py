@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import wandb
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.metrics.names import last_and_best, wandb_names
+from dpo_dist.insight.metrics.names import wandb_names
 from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
 from dpo_dist.insight.metrics.wandb import InBackground, Tracker, end_service, open_tracker, wanted_mode
-from dpo_dist.model import optional_packages
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
 from tests.support.wandb_server import WandbServer
@@ -72,8 +69,6 @@ def kill_service() -> None:
 
 
 class Stuck:
-    """A wandb run whose calls return when `network` is up."""
-
     def __init__(self) -> None:
         self.network, self.sent, self.outcome = threading.Event(), list[float](), ""
 
@@ -103,28 +98,6 @@ def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) ->
     assert (stuck.sent, stuck.outcome) == (list(range(1000)), "completed")
 
 
-def test_a_call_that_does_not_return_is_left_behind(tmp_path: Path) -> None:
-    stuck, said = Stuck(), list[str]()
-    tracker = background(lambda say: stuck, said.append, tmp_path)
-    tracker.log({"step": 1})
-    threading.Timer(0.5, stuck.network.set).start()
-    tracker.finish("completed", {}, seconds=0.1)
-    [warning] = said
-    assert "has not finished" in warning
-    assert f"wandb sync {tmp_path / 'wandb'}" in warning
-
-
-def test_a_failure_is_one_warning(tmp_path: Path) -> None:
-    stuck, said = Stuck(), list[str]()
-    stuck.network.set()
-    tracker = background(lambda say: stuck, said.append, tmp_path)
-    tracker.alert("an alarm", "")
-    tracker.log({"step": 1})
-    tracker.finish("completed", {}, seconds=60)
-    assert said == ["warning: wandb tracking stops, training continues: ConnectionError: no server"]
-    assert (stuck.sent, stuck.outcome) == ([], "")
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException], tmp_path: Path) -> None:
     stuck = Stuck()
@@ -134,11 +107,6 @@ def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException]
     with pytest.raises(error), trackers.ended_by_errors():
         raise error
     assert (stuck.sent, stuck.outcome) == ([1], "failed")
-
-
-def test_the_evaluation_before_the_first_step_is_not_the_best() -> None:
-    rows = [{"step": 0, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.7}, {"step": 8, "eval_loss": 0.8}]
-    assert last_and_best(rows) == {"eval/loss": 0.8, "best/eval/loss": 0.7}
 
 
 @pytest.fixture
@@ -166,14 +134,6 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
             expected.setdefault(name, []).append((int(row["step"]), pytest.approx(value, nan_ok=True)))
     tags = events.Tags()["scalars"]
     assert {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags} == expected
-
-
-@pytest.mark.parametrize("tracker", OtherTracker)
-def test_a_missing_package_is_an_error(tracker: OtherTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="is not installed") as caught:
-        optional_packages.check_installed(tracker, "tracking.also", tracker, "[]")
-    assert f"pip install 'dpo-dist[{tracker.value}]'" in str(caught.value)
 
 
 def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
@@ -226,21 +186,7 @@ def test_a_run_has_tables_histograms_and_its_verdict(tmp_path: Path, monkeypatch
     assert all(Path(path).is_relative_to(tmp_path) for path in staged)
 
 
-def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
-    callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
-    tracker = open_in(tmp_path / "run")
-    tracker.log(ROWS[0])
-    tracker.finish("completed", {})
-    assert wandb.run is callers
-    callers.log({"own": 1})
-    callers.finish()
-    wandb.teardown()  # writes its file
-    assert history_rows(tmp_path / "run") == [wandb_names(ROWS[0])]
-    assert [row["own"] for row in all_rows(tmp_path)] == [1]
-
-
 def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Path) -> None:
-    """The first start is preempted, the second killed, and the third begins at an earlier checkpoint."""
     run_ids, said = set(), list[str]()
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
         tracker = open_in(tmp_path, rows=ROWS[:known], say=said.append)
@@ -267,16 +213,6 @@ def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Pat
     assert (found["best/train/loss"], found["eval/loss"], found["train/global_step"]) == (0.2, 0.66, 4)
 
 
-@pytest.mark.parametrize("mode", [WandbMode.auto, WandbMode.online])
-def test_without_a_key_the_run_is_offline_without_a_prompt(
-    tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = open_in(tmp_path, config_of(mode))
-    assert tracker.run.offline
-    tracker.finish("completed", {})
-    assert ("no usable key" in caplog.text) == (mode is WandbMode.online)
-
-
 def test_an_unreachable_server_leaves_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
@@ -289,10 +225,7 @@ def test_an_unreachable_server_leaves_an_offline_run(tmp_path: Path, monkeypatch
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
 
 
-def test_online_runs_send_what_the_server_lacks_and_its_stop_button_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three starts the first is offline, and the third computes steps again."""
+def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_in(tmp_path).finish("preempted", {})
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     stop = threading.Event()
@@ -322,9 +255,7 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
 
 
-def test_a_service_killed_by_a_preemption_loses_no_later_row(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_in(tmp_path)
     tracker.log(ROWS[0])
     time.sleep(1.0)
@@ -362,3 +293,10 @@ def test_unset_values_are_those_of_the_environment(tmp_path: Path, monkeypatch: 
 def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
     assert wanted_mode(config_of(WandbMode.auto)) == mode
+
+
+def test_without_a_key_the_run_is_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_in(tmp_path, config_of(WandbMode.online))
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert "no usable key" in caplog.text

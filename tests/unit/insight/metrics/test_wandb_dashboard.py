@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import wandb
 
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig
@@ -43,17 +41,6 @@ def test_check_prints_every_panel_and_a_project_needs_an_entity(capsys: pytest.C
     with pytest.raises(SystemExit):
         wandb_dashboard.main(["project"])
     assert "expected ENTITY/PROJECT" in capsys.readouterr().err
-
-
-def test_a_missing_key_is_an_error_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def save(page: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured.")
-
-    monkeypatch.setattr(pytest.importorskip("wandb_workspaces.workspaces").Workspace, "save", save)
-    assert wandb_dashboard.main(["entity/project"]) == 2
-    assert capsys.readouterr().err == "wandb_dashboard.py: error: No API key configured.\n"
 
 
 @pytest.mark.usefixtures("own_wandb")

@@ -46,7 +46,6 @@ class Page(HTMLParser):
 
 
 def row(step: int, source: str) -> dict[str, float]:
-    """Metrics of a training step."""
     return {
         **{"step": step, "loss": 0.7 - step / 100, "pairs": 64, "step_seconds": 1.0},
         **{"rewards/accuracies": 0.5 + step / 100, "rewards/margins": step / 20},
@@ -56,7 +55,6 @@ def row(step: int, source: str) -> dict[str, float]:
 
 
 def evaluation(step: int, source: str) -> dict[str, float]:
-    """Metrics of an evaluation of 2 seconds."""
     return {
         **{"step": step, "eval_loss": 0.71 - step / 100, "eval_step_seconds": 2.0},
         **{"eval_rewards/accuracies": 0.625, "eval_rewards/margins": 0.5, "eval_rewards/both_fall": 0.6},
@@ -65,7 +63,6 @@ def evaluation(step: int, source: str) -> dict[str, float]:
 
 
 def summary(label: str) -> dict[str, Any]:
-    """The summary, without final and best values."""
     counts = {
         **{"read": 2000, "kept": 1920, "pairs": 1920, "dropped": {"identical_responses": 80}},
         **{"response_truncated": 17, "duplicates": 0, "examples": [f"{label}:3 identical_responses"]},
@@ -89,7 +86,6 @@ def summary(label: str) -> dict[str, Any]:
 
 
 def evaluated(source: str) -> dict[str, Any]:
-    """evaluation.json of the last evaluation."""
     whole = {"eval_rewards/accuracies": [0.55, 0.7], "eval_rewards/margins": [0.4, 0.6]}
     values = {name: value for name, value in evaluation(30, source).items() if name.startswith("eval_")}
     of_source = {"eval_rewards/accuracies": [0.45, 0.65]}

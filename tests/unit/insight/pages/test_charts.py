@@ -14,15 +14,12 @@ from matplotlib.image import imread
 
 from dpo_dist.insight.pages.charts import PANELS, Panel, charts, draw_curves, panel_lines, rows_by_step
 from dpo_dist.insight.pages.svg import (
-    COLORS,
     Axis,
     Line,
     Point,
     chart,
     histogram,
-    kept_points,
     scatter,
-    smoothed,
 )
 
 HOSTILE = "</figure></svg><script>alert(1)</script>\"'\u202e"
@@ -37,15 +34,6 @@ def data_of(figure: str) -> dict[str, Any]:
 
 def paths(figure: str, role: str) -> list[str]:
     return re.findall(rf'<path class="{role} c\d" d="([^"]*)"', figure)
-
-
-def test_raw_values_are_light_where_there_is_a_mean_and_evaluations_are_marks() -> None:
-    raw, smooth = Line("train", [3, 2, 1], "raw"), Line("train", [3, 2, 1], "smooth")
-    figure = chart("Loss", [raw, smooth, Line("eval", [None, 2, None], "evaluation")], [10, 20, 30])
-    assert len(paths(figure, "raw light")) == len(paths(figure, "smooth")) == len(paths(figure, "mark")) == 1
-    assert "light" not in chart("Loss", [raw], [10, 20, 30])
-    assert "train <b>1 · mean 1</b>" in figure
-    assert "eval <b>2 at step 20</b>" in figure
 
 
 def test_a_value_that_is_not_finite_is_a_counted_gap_and_a_step_without_point_is_not() -> None:
@@ -74,16 +62,6 @@ def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
     assert "b <b>0.5 at step 1,512</b>" in figure
 
 
-def test_peaks_of_every_line_are_kept_beside_missing_values() -> None:
-    lines = [np.zeros(10_000), np.zeros(10_000)]
-    lines[0][1234], lines[1][7654] = 9.0, -9.0
-    lines[0][1200:1230] = lines[1][7600:7650] = np.nan
-    kept = kept_points(lines, 100)
-    assert {0, 1234, 7654, 9999} <= set(kept.tolist())
-    assert len(kept) <= 100 + 2
-    assert (np.diff(kept) > 0).all()
-
-
 def test_texts_are_inert() -> None:
     for figure in (
         chart(HOSTILE, [Line(HOSTILE, [1.0], "raw")], [1], unit=HOSTILE),
@@ -93,35 +71,6 @@ def test_texts_are_inert() -> None:
         assert "<script" not in figure
         assert "\u202e" not in figure
         assert figure.count("</svg>") == 1
-
-
-def test_a_scatter_has_numbered_points_with_intervals_and_a_line_for_the_base() -> None:
-    points = [Point("a", 2.0, 0.6, [1.0, 4.0], [0.5, 0.7]), Point("b", 200.0, 0.4, [-1.0, 300.0], None)]
-    figure = scatter(points, "KL", "score", (0.5, "base"))
-    assert figure.count("<circle") == 2
-    assert re.findall(r"<li class=\"c\d\"><b>(\d)</b> (\w)</li>", figure) == [("1", "a"), ("2", "b")]
-    assert [path.count("M") for path in re.findall('class="error" d="([^"]*)"', figure)] == [2, 1]
-    assert ">base</text>" in figure
-    assert scatter([], "x", "y", None) == ""
-
-
-def test_a_histogram_marks_a_limit_on_its_axis_only() -> None:
-    figure = histogram([0.0, 10.0, 20.0, 30.0], [3, 0, 1], [0, 30, 3], "lengths", 25)
-    assert figure.count("<rect") == 2
-    assert "<title>0 to 10: 3</title>" in figure
-    assert 'class="limit"' in figure
-    assert 'class="limit"' not in histogram([0.0, 10.0], [3], [0], "lengths", 25)
-    assert "NaN" not in histogram([-2.0, -1.0, 1.0], [3, 4], [-2, 1], "margins", 0.0)
-
-
-def test_two_passes_of_a_mean_over_six_percent() -> None:
-    impulse = np.zeros(100)
-    impulse[50] = 1.0
-    triangle = [max(0, 7 - abs(at - 50)) / 49 for at in range(100)]
-    np.testing.assert_allclose(smoothed(impulse), triangle, atol=1e-12)
-    values = np.full(100, 2.0)
-    values[[0, 40, 99]] = np.nan, np.inf, -np.inf
-    np.testing.assert_allclose(smoothed(values), values)
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [5.0, 5.0], [-1e30, 1e30], [1e-9, 2e-9]])
@@ -145,32 +94,6 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
 
 def lines_of(history: list[dict[str, float]], panel: Panel = PANELS[0]) -> list[Line]:
     return list(panel_lines(panel, rows_by_step(history)))
-
-
-def test_a_metric_has_values_a_mean_and_evaluations() -> None:
-    raw, smooth, evaluation = lines_of(rows())
-    assert [line.role for line in (raw, smooth, evaluation)] == ["raw", "smooth", "evaluation"]
-    assert raw.values[0] == rows()[0]["loss"]
-    assert [step for step, value in enumerate(evaluation.values, 1) if value] == [20, 40, 60, 80, 100]
-    assert [line.role for line in lines_of(rows(3))] == ["raw"]
-    assert (len(charts(rows())), charts([])) == (3, [])
-
-
-def test_an_evaluation_between_logged_steps_interrupts_no_line_and_a_missing_metric_is_a_gap() -> None:
-    history = [{"step": 10, "loss": 1.0, "grad_norm": 2.0}, {"step": 15, "eval_loss": 1.0}]
-    history.append({"step": 20, "loss": math.nan})
-    raw, evaluation = lines_of(history)
-    assert (raw.values[:2], evaluation.values) == ([1.0, None], [None, 1.0, None])
-    (norm,) = lines_of(history, Panel("x", ("grad_norm",)))
-    for line in (raw, norm):
-        assert math.isnan(line.values[2] or 0)
-
-
-def test_sources_have_a_chart_of_as_many_as_there_are_colours() -> None:
-    sources = {f"eval_rewards/accuracies/{n}²": 0.5 for n in range(9)}
-    panel = Panel("By source", ("rewards/accuracies",), by_source=True)
-    labels = [line.label for line in lines_of([{"step": 1, "eval_loss": 1.0, **sources}], panel)]
-    assert labels == [f"{n}²" for n in range(len(COLORS))]
 
 
 def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:

@@ -11,9 +11,8 @@ from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.foundation.streams import printable
-from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
 from dpo_dist.insight.pages.difference import write_difference
-from dpo_dist.insight.pages.render import inert, joined_origins, page, part
+from dpo_dist.insight.pages.render import inert, page, part
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.report import main
 from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
@@ -22,14 +21,12 @@ Runs = tuple[RunFolder, RunFolder]
 
 
 def page_of(*runs: RunFolder) -> Page:
-    """The page of a run, or of the difference of two."""
     if len(runs) == 2:
         return Page(write_difference(runs, runs[0].path.parent / "page.html").read_text(encoding="utf-8"))
     return Page(write_page(runs[0]).read_text(encoding="utf-8"))
 
 
 def change(file: Path, *keys: str, value: Any) -> None:
-    """Set a nested value of a JSON or YAML file."""
     is_json = "json" in file.suffix
     content = json.loads(file.read_text()) if is_json else yaml.safe_load(file.read_text())
     place = content
@@ -49,55 +46,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(made_run(tmp_path_factory.mktemp("page")))
 
 
-def test_the_verdict_comes_first(made: Page) -> None:
-    text = made.section("qwen-sigmoid-3fa9c1d2")
-    order = ("completed", "Does not generalise: plain.", "Plain fell.", "Try", "final loss", "Samples")
-    later = ("Light lines", "all pairs", "Training data", "training steps", "cached: 840", "abc123")
-    places = [text.index(part) for part in (*order, *later)]
-    assert places == sorted(places)
-
-
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
         ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
         ("final loss", "0.4"),
         ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
-        ("steps", "30 1,920 pairs"),
         ("training time", "1 h 10 min"),
-        ("hours of all processes", "4 "),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
         ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
-        ("Training data", "17 (0.89 %) the end of a response is cut, and with it"),
-        ("First dropped records", "plain:3 identical_responses"),
         ("Findings of the doctor", "error label leak plain"),
         ("Time", "training steps 1 h 10 min 95 %"),
         ("Reference model", "cached: 840 log-probs computed, 3,000 reused. Before the first step"),
         ("Repeat this run", "python -m dpo_dist.train plain"),
-        ("Repeat this run", "abc123, with 2 changed files"),
         ("Configuration", "loss.beta 0.1"),
-        ("Environment", "packages.torch 2.13.0"),
     ],
 )
 def test_the_page_says(made: Page, heading: str, expected: str) -> None:
     assert expected in made.section(heading)
-
-
-def test_a_remark_is_shown_beside_a_verdict_without_fault(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
-    remark = {"rule": "displacement", "text": "log-probs fell. Try: read the samples"}
-    change(run.summary, "verdict", value={"sentence": "no fault found", "findings": [remark]})
-    shown = page_of(run).section("Verdict")
-    assert 'class="verdict good"' in run.report.read_text(encoding="utf-8")
-    assert "Both responses become less likely" in shown
-    assert "read the samples" in shown
-
-
-def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
-    change(run.evaluation_of(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
-    assert "[0.55, 0.7]" not in page_of(run).text
 
 
 def test_texts_add_no_element(tmp_path: Path) -> None:
@@ -124,18 +91,7 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
     assert not {"h2", "table", "svg", "details", "script"} & set(found.tags)
 
 
-def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
-    history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
-    history.save()
-    history.write_summary({**final_and_best(history.rows), "exit": "diverged"})
-    found = page_of(RunFolder(tmp_path))
-    assert "diverged" in found.text
-    assert "not finite" in found.text
-
-
 def training(folder: Path) -> RunFolder:
-    """A run that was killed before its first checkpoint, while it wrote a row."""
     run = made_run(folder)
     run.summary.unlink()
     run.log_history.unlink()
@@ -160,15 +116,6 @@ def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None
     assert "This run has not ended: its last metrics are of step 30." in html
     assert html.count('<figure class="curves') >= 5
     assert "training steps 30 s 33 %" in Page(html).section("Time")
-
-
-def test_a_run_that_was_continued_does_not_show_its_earlier_end(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
-    with run.metrics_table.open("a") as table:
-        table.write("40,0.1,12.0\n")
-    assert main([str(run)]) == 0
-    assert "its last metrics are of step 40" in run.report.read_text()
-    assert "badge completed" not in run.report.read_text()
 
 
 def test_mistakes_are_plain_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,13 +199,10 @@ def test_the_verb_writes_a_page_of_two_runs_to_this_folder(
     [
         ("plain text", "plain text"),
         ("<b>&\"'</b>", "&lt;b&gt;&amp;&quot;&#x27;&lt;/b&gt;"),
-        ("a\n\tb", "a\n\tb"),
         ("a\u202eb", 'a<i class="mark" title="RIGHT-TO-LEFT OVERRIDE">U+202E</i>b'),
         ("\u200b", '<i class="mark" title="ZERO WIDTH SPACE">U+200B</i>'),
         ("\x1b[31m", '<i class="mark" title="U+001B">ESC</i>[31m'),
         ("\ud800", '<i class="mark" title="U+D800">U+D800</i>'),
-        ("\u3164", '<i class="mark" title="HANGUL FILLER">U+3164</i>'),
-        ("שלום 你好 é", "שלום 你好 é"),
         (Markup("<b>"), "<b>"),
         (None, ""),
     ],
@@ -285,7 +229,16 @@ def test_a_terminal_gets_no_control_code() -> None:
     assert printable("data/é.jsonl:3\ud800") == "data/é.jsonl:3\\ud800"
 
 
-def test_a_file_is_named_once() -> None:
-    examples = ("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4")
-    assert joined_origins(examples, 3) == "a.jsonl:1, :2 (with b.jsonl:1), :4"
-    assert joined_origins(("a.jsonl:1", "a.jsonl:2"), 1) == "a.jsonl:1"
+def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    change(run.evaluation_of(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
+    assert "[0.55, 0.7]" not in page_of(run).text
+
+
+def test_a_run_that_was_continued_does_not_show_its_earlier_end(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    with run.metrics_table.open("a") as table:
+        table.write("40,0.1,12.0\n")
+    assert main([str(run)]) == 0
+    assert "its last metrics are of step 40" in run.report.read_text()
+    assert "badge completed" not in run.report.read_text()
