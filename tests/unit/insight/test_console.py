@@ -225,8 +225,8 @@ class OnTerminal:
     def __init__(self, columns: int = 60):
         self.master, self.slave = pty.openpty()
         self.resize(columns)
-        stream = SafeStream.of_descriptor(self.slave)
-        self.screen = open_screen(stream, stream, ConsoleConfig())
+        self.stream = SafeStream.of_descriptor(self.slave)
+        self.screen = open_screen(self.stream, self.stream, ConsoleConfig())
 
     def resize(self, columns: int) -> None:
         ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -239,9 +239,11 @@ class OnTerminal:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> OnTerminal:
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTerminal]:
     monkeypatch.setenv("TERM", "xterm-256color")
-    return OnTerminal()
+    opened = OnTerminal()
+    yield opened
+    opened.stream.close()
 
 
 @pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
