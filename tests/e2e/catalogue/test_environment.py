@@ -25,6 +25,7 @@ CASES = [
             ("RANK=one", RANK_0 | LOCAL | {"RANK": "one"}),
             ("LOCAL_RANK=3", RANK_0 | LOCAL | {"LOCAL_RANK": "3"}),
             ("MASTER_PORT=", RANK_0),
+            ("LOCAL_RANK=,", {"RANK": "0", "WORLD_SIZE": "2"} | LOCAL),
             ("MASTER_PORT=http", RANK_0 | LOCAL | {"MASTER_PORT": "http"}),
         )
     ),

@@ -142,6 +142,18 @@ def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
     assert (config.loss.kind, config.loss.beta, config.loss.simpo_gamma) == (LossKind.simpo, 2.0, 0.7)
 
 
+@pytest.mark.parametrize("typed", ["loss=ipo loss={beta:0.3}", "loss={beta:0.3} loss=ipo"])
+def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
+    loss = configured(typed).loss
+    assert (loss.kind, loss.beta) == (LossKind.ipo, 0.3)
+
+
+def test_an_own_preset_comes_before_one_of_the_same_name() -> None:
+    Path("conf/loss").mkdir(parents=True, exist_ok=True)
+    Path("conf/loss/ipo.yaml").write_text("{kind: ipo, beta: 0.9}")
+    assert configured("--config-dir conf loss=ipo").loss.beta == 0.9
+
+
 def test_options_of_an_experiments_loss_are_dropped_with_that_loss() -> None:
     text = "loss: {kind: simpo, simpo_gamma: 0.3}\nreference: {mode: none}\n"
     Path("conf/experiment/mine.yaml").write_text(text)

@@ -21,13 +21,18 @@ from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import GivenWay, Stops, World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, StoppedError
-from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest
+from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest, check_launch
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import Engine, settle_engine
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 
 CONFIG = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+
+
+def test_launchers_need_not_say_how_many_processes_a_host_has() -> None:
+    world = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    check_launch({**world, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, {})  # as srun and DeepSpeed
 
 
 def alone() -> World:

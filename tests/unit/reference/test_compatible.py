@@ -64,6 +64,9 @@ def test_other_weights_scoring_code_and_foreign_folders_are_not_compatible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find_compatible(tmp_path / "none", OWN) == []
+    begun = tmp_path / "begun" / ("a" * 32)  # by a start that was killed, or goes on
+    begun.mkdir(parents=True)
+    assert find_compatible(begun.parent, OWN) == []
     write(tmp_path, OWN, [1])
     write(tmp_path, replace(SDPA, reference="others"), [1])
     with monkeypatch.context() as patch:
