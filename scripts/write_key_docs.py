@@ -92,7 +92,8 @@ def _configuration() -> str:
         "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
         "command line; in each, keys\nover presets (`loss=ipo`). Presets and experiments are in "
         "[conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` and `DIR/loss/NAME.yaml`, "
-        "a preset, which has the bare keys of its section.\n`loss=NAME` and presets without keys replace the whole section.\n",
+        "a preset, which has the bare keys of its section.\n"
+        "`loss=NAME` and presets without keys replace the whole section.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
