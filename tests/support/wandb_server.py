@@ -168,7 +168,3 @@ class WandbServer:
     def views(self) -> list[dict[str, Any]]:
         """The dashboards and reports received."""
         return self._server.views
-
-    def artifact_types(self) -> list[str]:
-        """The types of the artifacts received."""
-        return self._server.artifacts

@@ -260,7 +260,9 @@ def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> No
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
 def test_only_a_terminal_gets_a_live_line(term: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TERM", term)
-    assert not isinstance(OnTerminal().screen, LiveScreen)
+    opened = OnTerminal()
+    opened.stream.close()
+    assert not isinstance(opened.screen, LiveScreen)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with (tmp_path / "slurm.out").open("w") as file:
