@@ -385,6 +385,13 @@ class PolicyEngine(Engine):
     ):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.hidden_size))
+        if model.compiled and zero["stage"] == 3 and torch.__version__ < "2.12":
+            raise ConfigError(
+                "compiled layers lose gradients of sharded weights in torch before 2.12",
+                where="model.compile",
+                got=f"true with parallelism=zero3 and torch {torch.__version__}",
+                remedy="update torch, or set parallelism=zero2 or model.compile=false",
+            )
         gather_at_once(model)
         # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may.
         blocks = expert_blocks(model.causal_lm) if zero["stage"] < 3 else []

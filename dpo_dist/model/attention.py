@@ -297,6 +297,8 @@ def heads_of(model_config: Any) -> Heads:
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
     """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`."""
     on_cuda = device.type == "cuda"
+    if on_cuda:  # cuDNN plans anew for each pair of lengths: seconds for each micro-batch of SDPA
+        torch.backends.cuda.enable_cudnn_sdp(False)
     has_kernels = on_cuda and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
     if wanted is AttentionBackend.auto:
         if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
