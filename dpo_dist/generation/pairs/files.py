@@ -33,23 +33,6 @@ _TOTALS = {
     "comparisons_skipped": "comparison skipped",
     "comparisons_not_judged": "comparison not judged",
 }
-_WORDS = {
-    "samples_unfinished": "responses not used: they did not end within pairs.max_new_tokens",
-    "samples_empty": "responses not used: they are empty",
-    "samples_identical": "responses not used: equal to another one to the same prompt",
-    "samples_without_score": "responses not used: without a usable score",
-    "encoded_differently": "responses that training encodes as other tokens than were generated",
-    "prompts_all_tied": "prompts without a pair: all scores are equal",
-    "prompts_below_margin": "prompts without a pair: no two scores differ by more than pairs.margin",
-    "prompts_too_few_responses": "prompts without a pair: too few usable responses",
-    "tied_pairs": "two responses to a prompt with equal scores",
-    "without_scores": "records without scores",
-    "order_changed": "pairs whose order in the record was not that of their scores",
-    "requests": "requests to the judge",
-    "refused": "requests that the judge refused",
-    "unreadable": "replies of the judge without a readable verdict",
-    "position_disagreements": "verdicts that changed with the order of the responses: ties",
-}
 _NOT_ASKED = "prompts_dropped_"
 
 
@@ -60,10 +43,8 @@ def describe_counts(counts: Mapping[str, int]) -> list[str]:
     lines = [totals] if totals else []
     for name, number in sorted(counts.items()):
         if number and name not in _TOTALS:
-            reason = name.removeprefix(_NOT_ASKED)
-            meaning = f"prompts that are not asked: {in_words(reason)}"
-            meaning = meaning if reason != name else _WORDS.get(name) or in_words(name)
-            lines.append(f"  {number:,} {name}: {meaning}")
+            asked = "prompts that are not asked: " if name.startswith(_NOT_ASKED) else ""
+            lines.append(f"  {number:,} {name}: {asked}{in_words(name.removeprefix(_NOT_ASKED))}")
     return lines
 
 
