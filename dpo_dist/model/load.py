@@ -137,7 +137,7 @@ def load_packed(
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
 
-    Whether this is exact is for `exactness.settle` to check. Under a ZeRO-3 loading context every process
+    Whether this is exact is for `exactness.StartCheck` to check. Under a ZeRO-3 loading context every process
     keeps its own shard only. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of

@@ -7,11 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
-from dpo_dist.batching.plan import Reach
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.model.attention import Heads, heads_of_layers, scores_of
 from dpo_dist.model.exactness import trial_sequences
-from dpo_dist.model.flops import StepFlops, compute_costs, matmul_peak, step_flops, without_weights
+from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops, without_weights
 from dpo_dist.model.layers import layer_values
 from dpo_dist.model.lora import add_adapter
 from tests.support.families import COMMON, tiny_family
@@ -72,30 +71,6 @@ def test_a_step_by_hand() -> None:
     assert flops.of(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
     # Four heads in two layers: scores over 4 + 4 dimensions, values of 6.
     assert flops_of("deepseek_v3").per_attended == 3 * 2 * 2 * 4 * (4 + 4 + 6)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "own", "reaches"),
-    [
-        ("llama", {}, ()),
-        ("mistral", {"sliding_window": 8}, (Reach(8, 1.0),)),
-        ("mistral", {"sliding_window": None}, ()),
-        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, ()),
-        (
-            "qwen2",
-            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-            (Reach(8, 0.5),),
-        ),
-        ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 8}, (Reach(8, 5 / 6),)),
-        ("gemma4_text", GEMMA_4, (Reach(8, 0.5),)),
-        ("llama4_text", {"num_hidden_layers": 4, "attention_chunk_size": 8}, (Reach(8, 0.75, True),)),
-    ],
-)
-def test_layers_with_windows_or_chunks_are_counted(
-    model_type: str, own: dict[str, Any], reaches: tuple[Reach, ...]
-) -> None:
-    flops = flops_of(model_type, head_dim=8, **own)
-    assert flops.reaches == compute_costs(flops).reaches == reaches
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, ModelConfig
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.exactness import CheckedModel, settle
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -165,7 +165,7 @@ def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
     with caplog.at_level(logging.WARNING):
         model = load(folder)
     assert ("only its text model is loaded" in caplog.text) is not others
-    settle(CheckedModel(model, model, CPU, 64))
+    StartCheck(model, model, CPU, 64).settle()
     assert model.arrangement is arrangement
     logps = model.train()(BATCH)
     logps.sum().backward()
