@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_lin
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_supported, few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.layers import expert_blocks, layer_values
+from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import forget_lengths
 from dpo_dist.model.ulysses import cannot_be_shared
@@ -254,7 +254,7 @@ class StartCheck:
         causal_lm, long = self._model.causal_lm, self._sequences[0]
         short = Sequences(long.prompt_ids[:2], (long.responses[0][:1],))
         differing = self._used(long) ^ self._used(short)
-        differing -= {weight for block in expert_blocks(causal_lm) for weight in block.parameters()}
+        differing -= {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
     def _used(self, sequences: Sequences) -> set[nn.Parameter]:

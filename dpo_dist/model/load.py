@@ -2,7 +2,6 @@
 
 import logging
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from dpo_dist.model.layers import (
 )
 from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
 from dpo_dist.model.numerics import check_precision
-from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange, cannot_be_shared, check_heads
 
@@ -238,7 +236,6 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 def quantized_loading(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that quantize linear layers, except the output layer."""
-    check_bitsandbytes(quantization, "model.quantization")
     nf4 = quantization is Quantization.nf4
     config = BitsAndBytesConfig(
         load_in_8bit=not nf4,
@@ -264,11 +261,7 @@ def _keep_evaluating(causal_lm: Any) -> None:
     for name, module in causal_lm.named_modules():
         if router and name.endswith(f".{router}"):
             module.eval()
-            module.train = partial(_as_it_is, module)
-
-
-def _as_it_is(module: nn.Module, _mode: bool = True) -> nn.Module:
-    return module
+            module.train = lambda _mode=True, module=module: module
 
 
 def _freeze_as_defined(causal_lm: Any) -> None:

@@ -97,14 +97,14 @@ def test_the_peak_is_a_rate_and_keeps_the_random_state() -> None:
 def test_options_of_each_layer_are_read() -> None:
     """Gemma 4 has larger heads without a window; transformers accepts options by layer for all."""
     gemma = Gemma4TextConfig(**SIZES | GEMMA_4)
-    assert heads_of_layers(gemma) == [Heads(4, 2, 8), Heads(4, 2, 16)]
+    assert heads_of_layers(gemma) == [Heads(4, 2, 8, 8), Heads(4, 2, 16, 16)]
     assert [scores.window is None for scores in scores_of(gemma)] == [True, False]
     assert step_flops(without_weights(gemma)).per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
     windows = {0: {"sliding_window": 60}, 1: {"num_key_value_heads": 1}}
     config = LlamaConfig(**SIZES, sliding_window=None, per_layer_config=windows)
     assert layer_values(config, "sliding_window") == [60, None]
     assert layer_values(config, "hidden_size") == [32]
-    assert heads_of_layers(config) == [Heads(4, 2, 8), Heads(4, 1, 8)]
+    assert heads_of_layers(config) == [Heads(4, 2, 8, 8), Heads(4, 1, 8, 8)]
     assert [scores.window is None for scores in scores_of(config)] == [True, False]
     assert heads_of_layers(MambaConfig()) == []
     causal_lm = tiny_family("gemma4_text", 97)
