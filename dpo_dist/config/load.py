@@ -53,8 +53,8 @@ _ROOT = "dpo_dist"
 """The primary configuration: conf/config.yaml."""
 _PRESETS = "dpo_dist_presets"
 """A primary configuration without keys, for chosen presets alone."""
-_PLAIN = " without package"
-"""The end of the name of an experiment that this program makes for Hydra."""
+_OF_COMMAND = " of the command"
+"""The end of the name of an experiment that is stored for Hydra."""
 
 
 def config_dir() -> Path:
@@ -240,19 +240,22 @@ class _Command:
         """Return the choices of groups, as overrides for Hydra."""
         added: dict[str, list[str]] = {}
         for group, name in self.added:
-            added.setdefault(group, []).append(self._with_package(group, name))
+            added.setdefault(group, []).append(self._stored(group, name))
         return [*_words("", self.chosen), *_words("+", added)]
 
-    def _with_package(self, group: str, name: str) -> str:
-        """Return the name of an experiment for Hydra; without `# @package` it is written like a user's file."""
+    def _stored(self, group: str, name: str) -> str:
+        """Store an experiment for Hydra, also one written like a file of the command, and return its name."""
         file = self._file(f"{group}/{name}")
-        if re.search(r"^#\s*@package", file.read_text(encoding="utf-8"), re.MULTILINE):
-            return name
         entries, presets, values = self._keys(file)
-        defaults = [*entries, *({f"override /{key}": preset} for key, preset in presets.items()), "_self_"]
-        node = {"defaults": defaults, **values}
-        ConfigStore.instance().store(f"{name}{_PLAIN}", node, group=group, package="_global_")
-        return f"{name}{_PLAIN}"
+        defaults = [*entries, *({f"override /{key}": preset} for key, preset in presets.items())]
+        header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        ConfigStore.instance().store(
+            f"{name}{_OF_COMMAND}",
+            {"defaults": defaults, **values},
+            group=group,
+            package=header[1] if header else "_global_",
+        )
+        return f"{name}{_OF_COMMAND}"
 
     def origin(self, key: str) -> str:
         """Return the override, file or experiment that gives a key; the last one counts."""
@@ -276,7 +279,7 @@ class _Command:
             entries = loader.compute_defaults_list(_ROOT, self._choices(), RunMode.RUN).defaults
         layers = []
         for entry in entries:
-            name = str(entry.config_path).removesuffix(_PLAIN)
+            name = str(entry.config_path).removesuffix(_OF_COMMAND)
             if not name.startswith("hydra/") and (file := self._file(name)).is_file():
                 values = self._keys(file)[2]
                 for section in reversed((entry.package or "").split(".") if entry.package else []):

@@ -236,7 +236,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize(
     ("files", "kind", "beta"),
     [
-        (["loss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
+        (["# @package _global_\nloss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
         (["loss.beta: 3\nloss: simpo\n"], "simpo", 3.0),
         (["loss: {kind: simpo, simpo_gamma: 1.5}\n", "loss: ipo\n"], "ipo", 0.1),
         (["loss: {beta: 0.3}\n", "loss: simpo\n"], "simpo", 2.0),
@@ -270,7 +270,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         loss__slow="# @package _global_\nloss: {kind: hinge}\noptim: {lr: 1e-8}\n",
         experiment__base="# @package _global_\noptim: {lr: 3e-6}\ntrainer: {seed: 1, epochs: 3}\n",
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
-        experiment__plain="defaults: [base]\nloss: softer\ntrainer.seed: 4\n",
+        experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
         cluster__b="reference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
