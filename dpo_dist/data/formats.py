@@ -24,7 +24,7 @@ from dpo_dist.data.context import (
     prompt_of,
     with_context,
 )
-from dpo_dist.data.counts import DataCounts, Outcome, check_counts, no_records, remedy_of
+from dpo_dist.data.counts import DataCounts, Outcome, check_counts, no_records
 from dpo_dist.data.messages import (
     Reader,
     check_no_media,
@@ -49,7 +49,6 @@ from dpo_dist.data.records import (
     shown_key,
 )
 from dpo_dist.data.sources import check_cached_offline, local_files, raw_records
-from dpo_dist.foundation.errors import DataError
 
 _FIRST_RECORDS = 20
 _CHECKED_RECORDS = 64
@@ -74,47 +73,26 @@ def read_records(
     )
 
 
-def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check the keys and the first records of a local source; sends no request for a Hub dataset.
+def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
+    """Check the keys of a source and the columns of its first records; offline, that a Hub dataset is cached.
 
-    With `needs_pairs`, no record, or unpaired responses with a good/bad label (KTO), are an error.
-    Raises DataError or ConfigError.
+    With `config` one of the first records must be usable, or with `data.on_bad_record=error` all of them.
+    Sends no request. Raises DataError or ConfigError.
     """
     source = resolved(source)
     with_columns(iter(()), source)
-    if local_files(source):
-        check_first_records(source, needs_pairs=needs_pairs)
-
-
-def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check that there are records, with the source's columns, and not responses with a label (KTO).
-
-    A Hub dataset is downloaded. `needs_pairs` is that of `check_source`. Raises DataError.
-    """
-    most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
-    first = list(raw_records(replace(source, limit=most), of_first=True))
-    if needs_pairs and not first:
-        raise no_records(source.path)
-    records = [record for record, _ in first if not isinstance(record, BadRecord)]
-    if needs_pairs and records and all(map(is_labelled, records)):
-        raise DataError(
-            "the source has single responses with a good/bad label, not pairs",
-            where=source.path,
-            got=f"a label and no second response in each of the first {len(records)} records",
-            expected="pairs, rankings or completions",
-            remedy=remedy_of("unpaired"),
-        )
-
-
-def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
-    """Check that one of the first records has a known format; for a Hub dataset, that offline it is cached.
-
-    With `data.on_bad_record=error` all of the first ones must be usable. Raises DataError.
-    """
-    source = resolved(source)
     if local_files(source) is None:
         check_cached_offline(source)
         return
+    most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
+    first = list(raw_records(replace(source, limit=most), of_first=True))
+    if config is not None:
+        if not first:
+            raise no_records(source.path)
+        _check_first_formats(source, config)
+
+
+def _check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     records = read_records(source)
     if config.on_bad_record is OnBadRecord.error:
         for record in itertools.islice(records, _CHECKED_RECORDS):
@@ -129,12 +107,9 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
         bad.append(record)
     is_whole = next(records, None) is None
     reasons = Counter(one.reason for one in bad)
-    if bad and (is_whole or _SHARED_REASONS.issuperset(reasons)):
-        counts = DataCounts.of(
-            {Outcome(dropped=reason): number for reason, number in reasons.items()},
-            bad,
-        )
-        check_counts(counts, source.path, config, of_first=not is_whole)
+    if is_whole or _SHARED_REASONS.issuperset(reasons):
+        outcomes = {Outcome(dropped=reason): number for reason, number in reasons.items()}
+        check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=not is_whole)
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:

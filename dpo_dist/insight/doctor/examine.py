@@ -187,9 +187,7 @@ def prepare(
             return f"{source} ({side} part)" if data.eval_share else source
 
         def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
-            return prepare_dataset(
-                sources, used, tokenizer, digest, lambda path: progress(shown(path)), part, needs_pairs=False
-            )
+            return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(shown(path)), part)
 
         try:
             found = encoded(data)
