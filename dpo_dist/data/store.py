@@ -187,7 +187,6 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
     response = (np.cumsum(is_response) - 1)[piece]
     response_tokens = tokens[is_response]
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
-    pair_pieces = np.cumsum(responses_of + 1)
     # The prompt of an example is before its first response.
     pieces = np.insert(piece, np.cumsum(responses_of) - responses_of, first_piece[record])
     files = rows["file"].combine_chunks().dictionary_encode()
@@ -198,7 +197,7 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
         "ids": pc.list_flatten(rows["ids"]),
         "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
         "piece_tokens": tokens[pieces],
-        "pair_pieces": pair_pieces,
+        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
         "keys": flat("keys").reshape(-1, 2)[response],
         "scores": flat("scores")[response],
         "trained": pc.list_flatten(rows["trained"]),

@@ -17,7 +17,7 @@ from dpo_dist.config.verb_options import FailOn
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,
-    check_data_fits_loss,
+    check_fits_loss,
     check_ids_in_vocabulary,
     open_dataset,
 )
@@ -220,7 +220,7 @@ def _refusals(
     try:
         dataset = open_dataset(encoded, config.data)
         check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
-        check_data_fits_loss(dataset, config.loss)
+        check_fits_loss(dataset, config.loss)
     except (DataError, ConfigError) as refusal:
         yield refusal
 
