@@ -23,18 +23,6 @@ def fails_with(overrides: list[str], *texts: str, processes: int = 1) -> None:
         assert text in ended.output, ended.output
 
 
-def test_a_typo_gets_the_likely_key(overrides: Overrides) -> None:
-    fails_with(overrides("loss.betta=0.2"), "loss.betta", "did you mean loss.beta")
-
-
-def test_an_option_of_no_kind_is_refused(overrides: Overrides) -> None:
-    fails_with(overrides("+loss.gamma=1"), "loss.gamma")
-
-
-def test_an_option_of_another_kind_is_refused(overrides: Overrides) -> None:
-    fails_with(overrides("loss.simpo_gamma=1"), "loss.simpo_gamma")
-
-
 def test_a_missing_file_is_named(overrides: Overrides, assets: Path) -> None:
     fails_with(overrides(f"data.train=[{assets}/trian.jsonl]"), "trian.jsonl", "train.jsonl")
 
