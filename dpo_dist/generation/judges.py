@@ -277,7 +277,7 @@ _GRADE = (
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
 _CHOICE = re.compile(r"\[\[(A|B|tie)\]\]")
-_NUMBER = re.compile(r"\[\[(\d+)\]\]")
+_NUMBER = re.compile(r"\[\[(10|[1-9])\]\]")
 _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ("Hello.",))
 
 
@@ -446,13 +446,8 @@ def _compared(replies: Sequence[Reply], number: int) -> Judgement:
 
 def _graded(replies: Sequence[Reply], _number: int) -> Judgement:
     counts: Counter[str] = Counter()
-    scores: list[float | None] = []
-    for reply in replies:
-        verdict = _verdict(_NUMBER, reply, counts)
-        in_range = verdict is not None and 1 <= int(verdict) <= 10
-        counts["unreadable"] += verdict is not None and not in_range
-        scores.append(float(verdict) if verdict is not None and in_range else None)
-    return Judgement(scores, counts)
+    verdicts = [_verdict(_NUMBER, reply, counts) for reply in replies]
+    return Judgement([None if verdict is None else float(verdict) for verdict in verdicts], counts)
 
 
 def _verdict(form: re.Pattern[str], reply: Reply, counts: Counter[str]) -> str | None:

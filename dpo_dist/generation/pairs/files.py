@@ -24,28 +24,18 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
 from dpo_dist.foundation.text import counted
 
-_TOTALS = {
-    "prompts": "prompt",
-    "samples": "response",
-    "comparisons_decided": "comparison decided",
-    "comparisons_tied": "comparison tied",
-    "comparisons_without_majority": "comparison without majority",
-    "comparisons_skipped": "comparison skipped",
-    "comparisons_not_judged": "comparison not judged",
-}
 _NOT_ASKED = "prompts_dropped_"
 
 
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
-    """Return lines for the screen: the totals, then each other count with its name and meaning."""
-    found = [(counts[name], *words.partition(" ")) for name, words in _TOTALS.items() if counts.get(name)]
-    totals = ", ".join(counted(number, noun) + space + rest for number, noun, space, rest in found)
-    lines = [totals] if totals else []
-    for name, number in sorted(counts.items()):
-        if number and name not in _TOTALS:
-            asked = "prompts that are not asked: " if name.startswith(_NOT_ASKED) else ""
-            lines.append(f"  {number:,} {name}: {asked}{in_words(name.removeprefix(_NOT_ASKED))}")
-    return lines
+    """Return a line for each count: its number, name and meaning."""
+    return [
+        f"  {number:,} {name}: "
+        + ("prompts that are not asked: " if name.startswith(_NOT_ASKED) else "")
+        + in_words(name.removeprefix(_NOT_ASKED))
+        for name, number in sorted(counts.items())
+        if number
+    ]
 
 
 def good_records(

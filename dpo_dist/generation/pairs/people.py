@@ -27,6 +27,7 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import PairsMethod
+from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
@@ -36,7 +37,6 @@ from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
-    describe_counts,
     good_records,
     pair_fields,
     write_results,
@@ -302,7 +302,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     if records:
         write_results(folder.pairs_file, records, settings, counts, say)
     else:
-        say(f"no pair is decided yet: {', '.join(describe_counts(counts))}")
+        say(f"no pair is decided yet: {in_one_line(counts)}")
 
 
 def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
