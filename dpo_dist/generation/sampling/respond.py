@@ -27,6 +27,7 @@ from dpo_dist.model.folder import (
     description_folder,
     has_tokenizer,
     is_adapter,
+    local_model_folder,
     model_folder,
     read_model_json,
 )
@@ -64,6 +65,8 @@ def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool =
     """
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
+    if adapter is not None:
+        local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
     folder = (description_folder if is_check else model_folder)(base, base_revision, key)
     source = ModelSource(name, folder, adapter, revision, "")
