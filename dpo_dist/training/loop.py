@@ -28,7 +28,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.console import Console, TrainingStatus
 from dpo_dist.insight.metrics.log import Row
-from dpo_dist.insight.metrics.wandb import Margins
+from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import spike_of_last
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
