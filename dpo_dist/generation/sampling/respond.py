@@ -24,10 +24,10 @@ from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_k
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
-    check_adapter,
     description_folder,
     has_tokenizer,
     is_adapter,
+    local_model_folder,
     model_folder,
     read_model_json,
 )
@@ -83,7 +83,7 @@ def _located(
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
     if adapter is not None:
-        check_adapter(adapter, key)
+        local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
     return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
 

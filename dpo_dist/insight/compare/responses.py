@@ -41,7 +41,7 @@ from dpo_dist.generation.sampling.respond import (
 )
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from dpo_dist.insight.compare.start import KEY, Compared
-from dpo_dist.model.exactness import CheckedModel, settle
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
@@ -155,7 +155,7 @@ class Speaker:
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
-        settle(CheckedModel(packed, packed, world.device, longest, KEY))
+        StartCheck(packed, packed, world.device, longest, KEY).settle()
         return packed
 
     def respond(self) -> None:
