@@ -26,7 +26,7 @@ from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.console import Console, TrainingStatus
+from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import Row
 from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
@@ -71,7 +71,7 @@ class Progress:
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
         row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
-        self._console.training(TrainingStatus(step, self._steps, row, left), always=is_first or is_last)
+        self._console.training(step, self._steps, row, left, always=is_first or is_last)
         self._window = LogWindow()
 
 
