@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -212,7 +213,9 @@ class LiveScreen(LineScreen):
         """Print the lines, broken between words; messages are not, as they have commands to copy."""
         self._fit()
         for line in lines:
-            self._terminal.print(Text(printable_lines(line)), overflow="ignore", crop=False)
+            width = max(self._terminal.width - 1, 8)
+            for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]:
+                self.message(part)
 
     def _fit(self) -> None:
         """Take the width of this terminal, whatever the standard streams are; windows are resized."""

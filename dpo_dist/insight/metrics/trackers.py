@@ -82,6 +82,7 @@ class WandbRun:
     """
 
     run: "wandb.Run"
+    is_over = False  # its service was ended and does not start again
 
     def __init__(self, init: Mapping[str, Any], config: RunConfig, folder: RunFolder, rows: Sequence[Row]):
         self._init, self._most_samples, self._folder = init, config.tracking.samples, folder
@@ -168,6 +169,8 @@ class WandbRun:
         try:
             action()
         except ConnectionError:
+            if self.is_over:
+                raise
             end_service(is_dead=True)
             self._start()
             action()
@@ -314,6 +317,7 @@ class InBackground:
 
     def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):
         self._say, self._folder, self._is_ended = say, folder, False
+        self._run: WandbRun | None = None
         self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
         # wandb writes the files of tables into the home otherwise, and reads the folder from a variable only.
@@ -339,6 +343,8 @@ class InBackground:
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._is_ended = True
+            if self._run is not None:
+                self._run.is_over = True
             advice = f"later: {upload_command(self._folder)}"
             _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
             end_service(kills=True)
@@ -352,10 +358,10 @@ class InBackground:
                 self._say(text)
 
         try:
-            run = start(tell)
+            self._run = start(tell)
             self._is_open.set()
-            while run is not None and (call := self._calls.get()) is not None:
-                call(run)
+            while self._run is not None and (call := self._calls.get()) is not None:
+                call(self._run)
         except Exception as error:
             end_service()
             _warn(f"wandb tracking stops, training continues: {first_line(error)}", tell)

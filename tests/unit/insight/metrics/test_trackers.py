@@ -69,8 +69,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+def services() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [each for each in children if "wandb-core" in each.name() and each.status() != "zombie"]
+
+
 def kill_service() -> None:
-    [service] = [each for each in psutil.Process().children() if "wandb-core" in each.name()]
+    [service] = services()
     service.kill()
     service.wait()
 
@@ -261,6 +266,7 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     (warning,) = said
     assert f"wandb sync {tmp_path / 'wandb'}" in warning
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
+    assert services() == [], "the service does not start again"
 
 
 def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
