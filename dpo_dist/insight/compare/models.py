@@ -46,15 +46,13 @@ from dpo_dist.insight.compare.responses import (
     write_held_out,
 )
 from dpo_dist.insight.compare.results import (
-    compare_texts,
     compares,
     comparison,
     describe,
     has_judge,
-    score_texts,
+    judge_texts,
 )
-from dpo_dist.insight.compare.start import KEY, Compared, Kind
-from dpo_dist.insight.evaluation import RESAMPLES, Resampling
+from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.folder import hub_commit
 
 _DIFFERING = "differing "
@@ -98,7 +96,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
-    if model.kind is not Kind.checkpoint:
+    if not model.is_checkpoint:
         return model.location
     checkpoint = Path(model.location).resolve()
     digest = content_digest([checkpoint / MANIFEST])[:16]
@@ -147,7 +145,6 @@ def _judged(
     """Return the finished judgements."""
     settings = {"responses": [speaker.responses.folder.name for speaker in speakers], "judge": judge}
     parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
-    work = compare_texts if compares(config.pairs) else score_texts
 
     @cache
     def opened() -> Judge:
@@ -158,7 +155,7 @@ def _judged(
         texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
         # A prompt that a model cannot be asked is not judged.
         asked = [own if len(own) == len(speakers) else [] for own in texts]
-        return work(prompts.part(index), asked, opened())
+        return judge_texts(prompts.part(index), asked, opened(), in_pairs=compares(config.pairs))
 
     stages.finish("judgements", parts, part)
     return parts
@@ -229,7 +226,7 @@ def _write(
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
         with temporary.open("rb") as lines:
-            found = comparison(map(json.loads, lines), names, Resampling(RESAMPLES, 0))
+            found = comparison(map(json.loads, lines), names)
     for speaker, row in zip(speakers, found["models"], strict=True):
         row |= {
             "path": speaker.compared.path,
@@ -262,7 +259,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     lines: list[tuple[str, str]] = []
     faults: dict[str, Fault] = {}
     for model in models:
-        if model.kind is Kind.checkpoint:
+        if model.is_checkpoint:
             lines.append(("model", f"{model.name}: {model.location}, a checkpoint"))
             continue
         responder = open_responder(find_description(model.location, config, KEY), config, KEY)
