@@ -12,14 +12,14 @@ from typing import Any
 
 import dpo_dist
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
@@ -112,13 +112,7 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
 def _config_of_run(checkpoint: Path) -> RunConfig:
     """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    file = RunFolder(checkpoint.parents[1]).config
-    if not file.is_file():
-        remedy = "name a checkpoint in the directory of its run"
-        raise ConfigError(
-            "the run of this checkpoint has no configuration", where=KEY, got=str(file), remedy=remedy
-        )
-    found = from_yaml(read_config(file))
+    found = from_yaml(read_config(existing_run(checkpoint.parents[1]).config))
     return replace(found, model=replace(found.model, trust_remote_code=False))
 
 

@@ -3,7 +3,7 @@
 import heapq
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from dpo_dist.model.exactness import CheckedModel, settle
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import scored_model
 
 BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
@@ -107,49 +108,46 @@ def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[P
 Row = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Speaker:
     """A model of the comparison; its weights are loaded when a process has its first part to do.
 
     `logps` are of its responses under itself, `base_logps` under the base; None if that has other tokens.
     """
 
-    responses: Parts
-    logps: Parts
+    compared: Compared
+    source: ModelSource
+    config: RunConfig
+    stages: Stages
+    folder: Path
+    prompts: PromptList
+    responses: Parts = field(init=False)
+    logps: Parts = field(init=False)
     base_logps: Parts | None = None
 
-    def __init__(
-        self,
-        compared: Compared,
-        source: ModelSource,
-        config: RunConfig,
-        stages: Stages,
-        folder: Path,
-        prompts: PromptList,
-    ):
-        self.compared, self.source, self.name = compared, source, compared.name
-        self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
-        settings = config.compare
-        self._sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+        return self.compared.name
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature)
 
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
-        return open_responder(self.source, self._config, KEY)
+        return open_responder(self.source, self.config, KEY)
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        model_config = replace(
-            self._config.model,
-            gradient_checkpointing="none",
-            activation_offload=False,
-            adapter=None,
-            compile=False,
-            liger=False,
-        )
-        longest = self._config.data.max_length + self._sampling.max_new_tokens
+        scored = scored_model(self.config)
+        bits = self.config.model.quantization
+        model_config = replace(scored, quantization=bits, compile=False, liger=False)
+        longest = self.config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
-        world = self._stages.world
+        world = self.stages.world
         with whole_loading(world):
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
@@ -160,28 +158,27 @@ class Speaker:
 
     def respond(self) -> None:
         """Finish the responses; collective. Models share the random numbers of a prompt."""
-        prompts, model = self._prompts, self._config.model
+        prompts, model = self.prompts, self.config.model
         settings = {
             "prompts": prompts.digest,
             "part_prompts": prompts.part_prompts,
-            **rendering(self._config.data),
+            **rendering(self.config.data),
             "model": self.source.digest,
             **asdict(self._sampling),
             "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],
         }
-        self.responses = Parts.of(self._folder, "responses", settings, prompts.parts)
+        self.responses = Parts.of(self.folder, "responses", settings, prompts.parts)
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
-                budget = BATCH_TOKENS
-                return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
 
         def part(index: int) -> list[Row]:
             records, numbers = prompts.part(index), range(1)
             rows = respond(records, self.responder, samples, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
-        self._stages.finish(f"responses of {self.name}", self.responses, part)
+        self.stages.finish(f"responses of {self.name}", self.responses, part)
 
     def score(self, other: "Speaker") -> Parts:
         """Return the finished log-probs of a model's responses under this model; collective.
@@ -191,18 +188,18 @@ class Speaker:
         settings = {
             "responses": other.responses.folder.name,
             "model": self.source.digest,
-            "attention": str(self._config.model.attention),
+            "attention": str(self.config.model.attention),
         }
-        parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
+        parts = Parts.of(self.folder, "logps", settings, self.prompts.parts)
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS, self._stages.world.device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
-        self._stages.finish(title, parts, part)
+        self.stages.finish(title, parts, part)
         return parts
 
     def has_tokens_of(self, other: "Speaker") -> bool:

@@ -1,7 +1,7 @@
 """The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -483,7 +483,7 @@ def verdict(
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts.of(rows, summary, data_findings)
-    found = _found(facts, RULES)
+    found = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
@@ -495,19 +495,16 @@ def verdict(
     return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
 
 
-def sample_alarms(rows: Sequence[Row]) -> list[Finding]:
-    """Return the faults of the sampled responses by the metrics rows so far."""
-    return list(_found(RunFacts.of(rows, {}), ["over_optimised"]).values())
+def sample_alarm(rows: Sequence[Row]) -> Finding | None:
+    """Return the fault of the sampled responses by the metrics rows so far."""
+    return _finding("over_optimised", RunFacts.of(rows, {}))
 
 
-def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, Finding]:
-    """Return the finding of each of these rules that the run breaks."""
-    texts = {name: "; ".join(RULES[name].find(facts)) for name in names}
-    return {
-        name: Finding(name, RULES[name].level, text, remedy=RULES[name].remedy)
-        for name, text in texts.items()
-        if text
-    }
+def _finding(name: str, facts: RunFacts) -> Finding | None:
+    """Return the finding of a rule, if the run breaks it."""
+    rule = RULES[name]
+    text = "; ".join(rule.find(facts))
+    return Finding(name, rule.level, text, remedy=rule.remedy) if text else None
 
 
 def _success(facts: RunFacts) -> str:

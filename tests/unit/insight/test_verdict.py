@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.insight.verdict.facts import is_collapsed, usual_loss
-from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarms, verdict
+from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarm, verdict
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
@@ -283,7 +283,7 @@ def test_the_evaluation_before_the_first_step_is_no_evidence(last: int) -> None:
     start = evaluation_row(0) | untrained | {"eval_samples/length": 900.0, "eval_samples/finished": 0.0}
     facts = summary(steps=last, exit="completed" if last == STEPS else "preempted")
     assert verdict([start, *of_run], facts) == verdict(of_run, facts)
-    assert sample_alarms([start, *of_run]) == sample_alarms(of_run)
+    assert sample_alarm([start, *of_run]) == sample_alarm(of_run)
 
 
 def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
