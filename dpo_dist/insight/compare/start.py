@@ -13,12 +13,13 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.start import check_judge
-from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
+from dpo_dist.model.folder import local_model_folder
 
 KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
 # Names of folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
 _REVISION = Rule(
     "model.revision!=null model.path compare.models",
     "model.revision has no effect on a comparison without model.path",
@@ -99,10 +100,7 @@ def _located(path: str) -> str:
     elif is_checkpoint(folder):
         return str(folder)
     location = str(folder) if folder.is_dir() else path
-    if is_adapter(folder):
-        check_adapter(folder, KEY)
-    else:
-        local_model_folder(location, None, KEY)
+    local_model_folder(location, None, KEY, accepts_adapter=True)
     return location
 
 
