@@ -85,6 +85,7 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
         (("pairs.endpoint.criterion=short",), "has no effect with this pairs.endpoint.url"),
         (("pairs.function=json:nothing",), "nothing"),
+        (("model.revision=main",), "no effect on a comparison without model.path"),
         (("data.eval=[]",), "no evaluation data to compare"),
     ],
 )
