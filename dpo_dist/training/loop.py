@@ -30,7 +30,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import Row
 from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.verdict.facts import spike_of_last
+from dpo_dist.insight.verdict.facts import usual_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import (
@@ -79,12 +79,12 @@ def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> No
     """Add `loss_spikes`, their number so far, to the row after `rows`; warn of one."""
     last: Row = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
-    spike = spike_of_last(rows, row)
-    if spike is not None:
+    usual = usual_loss(rows, row)
+    if usual is not None:
         row["loss_spikes"] += 1
         say(
-            f"warning: the loss jumped to {spike.loss:.4g} at step {spike.step}, "
-            f"from {spike.usual:.4g} before"
+            f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
+            f"from {usual:.4g} before"
         )
 
 
