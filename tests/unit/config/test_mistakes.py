@@ -170,6 +170,13 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("train", "output=foo", "write run.dir=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
+        ("compare", "samples.temperature=1", "did you mean compare.temperature?"),
+        ("compare", "pairs.samples=8", "compare does not read pairs.samples"),
+        ("train", "'export={checkpoint: best}'", "train does not read export"),
+        ("train", "'evaluation.data=[{path: e}]'", "train does not read evaluation.data"),
+        ("precompute", "doctor.texts=false", "precompute does not read doctor.texts"),
+        ("pairs", "loss=ipo", "pairs does not read loss"),
+        ("export", "export.chekpoint=best", "did you mean export.checkpoint?"),
     ],
 )
 def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
