@@ -457,7 +457,7 @@ class PolicyEngine(Engine):
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not self._engine.optimizer.optimizer.state:  # created by the first update
+        if self._world.device.type == "cpu":  # else what backward has freed adds to what the update takes
             trim_heap()
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
