@@ -1,7 +1,7 @@
 """Loss and metrics of one micro-batch, given a loss configuration and a reference provider."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -24,7 +24,7 @@ from dpo_dist.objective.logps import (
     wpo_weights,
 )
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
+from dpo_dist.objective.metrics import MetricPlan, MetricSums, divergence, metric_sums
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.scoring import ReferenceProvider
@@ -60,7 +60,7 @@ class ScoredPairs:
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
-    tokens: TokenSums = field(default_factory=TokenSums)
+    tokens: Mapping[str, PairLogps] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
     routing: Tensor | None = None
@@ -146,17 +146,18 @@ class Objective:
         token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
         statistics = dict(zip(wanted, rows, strict=True))
         sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
+        tokens = {"entropy": sums(statistics["entropy"])} if "entropy" in statistics else {}
+        if reference is not None:
+            tokens["kl"] = sums(divergence(token_logps.detach(), reference))
         pair_weights = None
         if "collisions" in statistics:
             pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
-        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
         return ScoredPairs(
             policy=self.pair_logps(token_logps, batch),
             reference=None if reference is None else self.pair_logps(reference, batch),
             facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
             weights=batch.weights,
-            tokens=TokenSums(kl, entropy),
+            tokens=tokens,
             labels=batch.labels,
             sources=batch.sources,
             routing=routing,
