@@ -40,7 +40,7 @@ def check_comparison(config: RunConfig) -> list[Compared]:
     models = compared_models(config.compare.models)
     check_has_evaluation_data(config.data, "compare models on", "with responses or without")
     for source in config.data.eval_sources:
-        check_source(source, needs_pairs=False)
+        check_source(source)
     check_template_file(config.data.chat_template)
     _check_revision(config, models)
     check_judge(config)
