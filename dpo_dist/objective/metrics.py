@@ -159,7 +159,7 @@ def metric_sums(
     policy: PairLogps,
     reference: PairLogps | None,
     weights: Tensor,
-    tokens: Mapping[str, PairLogps] | None = None,
+    tokens: Mapping[str, PairLogps | None] | None = None,
     sources: Tensor | None = None,
 ) -> MetricSums:
     """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
@@ -175,7 +175,7 @@ def metric_sums(
     measured[BATCH_MARGIN] = scaled_margin(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
     # Counted by tokens: the sum of values over the batch is divided by the sum of tokens.
-    by_token = {f"{name}/{{}}": sums for name, sums in (tokens or {}).items()}
+    by_token = {f"{name}/{{}}": sums for name, sums in (tokens or {}).items() if sums is not None}
     for name, sums in (by_token | {"logps/{}_per_token": policy.detached()}).items():
         measured[name.format("chosen")] = sums.chosen, sums.chosen_tokens
         measured[name.format("rejected")] = sums.rejected, sums.rejected_tokens
