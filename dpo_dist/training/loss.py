@@ -53,7 +53,7 @@ class ScoredPairs:
     """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
-    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if they are
+    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if
     measured. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
     """
 
