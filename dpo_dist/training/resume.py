@@ -186,25 +186,19 @@ def check_newest_checkpoint(config: RunConfig) -> None:
     check_configuration(state, config, folder)
 
 
-def check_unused(folder: RunFolder) -> None:
-    """Refuse a directory with results, for `run.resume=never`."""
-    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    if used:
-        raise CheckpointError(
-            "the run directory has results of a run, and run.resume=never",
-            where=str(folder),
-            got=", ".join(used),
-            remedy="set run.resume=auto to resume, or another run.dir",
-        )
-
-
 def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a start without a checkpoint where one is required, or where it would replace a result."""
+    """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
     state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
     is_finished = state is not None and state.is_finished
     is_shorter = state is not None and former_length(state.identity, config) is not None
+    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     again = f"to train from the beginning, delete {folder.state.name}, or set another run.dir"
-    if is_shorter and (is_finished or has_model):
+    if config.run.resume is Resume.never:
+        if not used:
+            return
+        fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
+        remedy = "set run.resume=auto to resume, or another run.dir"
+    elif is_shorter and (is_finished or has_model):
         fault = "this run has another length and no checkpoint from which it could continue to this one"
         remedy = "set the length that it had, or another run.dir; trainer.keep_last keeps checkpoints"
     elif is_finished:
@@ -220,4 +214,4 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
         remedy = f"put them back, or mount their disk; {again}"
     else:
         return
-    raise CheckpointError(fault, where=str(folder.checkpoints), remedy=remedy)
+    raise CheckpointError(fault, where=str(folder.path), remedy=remedy)
