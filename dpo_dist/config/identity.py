@@ -69,7 +69,7 @@ def title(config: RunConfig, run_dir: Path) -> str:
     parts.append(f"lr={config.optim.lr:g}")
     if (adapter := config.model.adapter) is not None:
         new = f"{adapter.variant} r={adapter.r}"
-        parts.append(f"continues {adapter.path}" if adapter.continues else new)
+        parts.append(new if adapter.path is None else f"continues {adapter.path}")
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)

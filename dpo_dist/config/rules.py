@@ -140,12 +140,6 @@ _ADAPTER = (
             not set(at(c, "model.adapter.modules_to_save")).isdisjoint(at(c, "model.adapter.target_modules"))
         ),
     ),
-    unused("model.adapter.on_top", "model.adapter.path!=null", "set model.adapter.path too"),
-    Rule(
-        "model.adapter.on_top=true model.adapter.variant=dora",
-        "DoRA scales the weights that it changes, and would scale those of the adapter below it too",
-        "set model.adapter.variant=lora, or merge the first adapter into its base",
-    ),
     Rule(
         "model.adapter.path!=null pairs.rounds!=0",
         "each round merges its adapter into the model, so that the next one has no adapter to continue",

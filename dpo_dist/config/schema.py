@@ -200,7 +200,6 @@ class AdapterConfig:
         "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
         "policy starts as the two, which are the reference too, and continues to train it.",
     )
-    on_top: bool = key(False, "Train a new adapter above that of `path`, which stays as it is.")
     modules_to_save: list[Filled] | None = key(
         None,
         "Modules trained in full beside the matrices, by the last parts of their names: "
@@ -210,16 +209,11 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.continues:
+        if self.path is not None:
             return
         for name, field in fields_of(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, copy(facts_of(field).null_means))
-
-    @property
-    def continues(self) -> bool:
-        """Return whether the adapter of `path` is trained, not a new one."""
-        return self.path is not None and not self.on_top
 
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])

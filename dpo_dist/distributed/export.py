@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,18 +18,14 @@ from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
 from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter, write_adapter
-from dpo_dist.model.folder import description_folder, is_adapter, model_folder
+from dpo_dist.model.folder import ADAPTER_WEIGHTS, description_folder, is_adapter, model_folder
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.merge import write_merged
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.save import (
-    read_description,
-    read_tokenizer,
-    trained_update,
-    write_card,
-    write_files,
+    copy_tokenizer,
+    write_adapter,
     write_tokenizer,
     write_weights,
     writing_errors,
@@ -88,22 +85,20 @@ def export_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
+        weights = {name: read(name) for name in saved.shapes}
         if is_whole:
-            write_weights(
-                temporary,
-                causal_lm,
-                {name: read(name) for name in saved.shapes} | _untrained(causal_lm, config),
-                read_description(base),
-            )
+            write_weights(temporary, causal_lm, weights | _untrained(causal_lm, config), base)
+        elif config.export.merge:
+            whole = model_folder(config.model.path, config.model.revision)
+            with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name
+                write_adapter(adapter, causal_lm, weights, torch.float32)
+                code = config.model.trust_remote_code
+                write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
-            weights = {name: read(name) for name in saved.shapes}
-            update = trained_update(causal_lm, weights, _adapter_below(config, start))
-            if config.export.merge:
-                _write_merged(temporary, update, config, named)
-            else:
-                write_adapter(temporary, update, dtype)
+            write_adapter(temporary, causal_lm, weights, dtype)
         _write_tokenizer(temporary, base, start, config)
-        write_card(temporary, card)
+        if card is not None and (text := card()):
+            (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
 
@@ -113,7 +108,7 @@ def _check_written(
 ) -> None:
     """Load what was written as others will, and compare it with the trained weights of a whole model."""
     if is_adapter(folder):
-        found = dict(read_adapter(folder).weights)
+        found = load_file(folder / ADAPTER_WEIGHTS)
     else:
         code = config.model.trust_remote_code
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -134,26 +129,10 @@ def _check_written(
 def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunConfig) -> None:
     """Write the files of the run's tokenizer; new ones if it has a chat template of its own."""
     source, template = tokenizer_folder(base, start), config.data.chat_template
-    if template is None and (files := read_tokenizer(source)):
-        write_files(folder, files)
-        return
-    tokenizer = load_tokenizer(source, config.model)
-    if template is not None:
-        tokenizer = with_chosen_template(tokenizer, template)
-    write_tokenizer(folder, tokenizer, None)
-
-
-def _write_merged(folder: Path, update: AdapterWeights, config: RunConfig, dtype: torch.dtype | None) -> None:
-    whole = model_folder(config.model.path, config.model.revision)
-    with temporary_folder(final_name(folder)) as adapter:  # `collect_abandoned` knows this form of name
-        write_adapter(adapter, update, torch.float32)
-        write_merged(folder, whole, adapter, dtype, trust_remote_code=config.model.trust_remote_code)
-
-
-def _adapter_below(config: RunConfig, start: Path | None) -> AdapterWeights | None:
-    """Return the adapter that stays below the trained one, if there is one."""
-    adapter = config.model.adapter
-    return read_adapter(start) if adapter is not None and adapter.on_top and start is not None else None
+    if template is None:
+        copy_tokenizer(source, folder)
+    else:
+        write_tokenizer(folder, with_chosen_template(load_tokenizer(source, config.model), template))
 
 
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:

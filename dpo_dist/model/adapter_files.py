@@ -19,7 +19,8 @@ from dpo_dist.model.folder import (
 PEFT_PREFIX = "base_model.model."
 """Of every name in the weights of an adapter folder."""
 _KEY = "model.adapter.path"
-_LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+"""Ends of the names of all other weights than those of `modules_to_save`."""
 # Initializations that have moved a part of the base's weights into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft by which an adapter is more than low-rank matrices on linear layers.
@@ -47,19 +48,13 @@ def start_folder(config: ModelConfig) -> Path | None:
     is_dora = _checked_config(folder).get("use_dora") is True
     modules_on_disk(folder)
     given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
-    if given and adapter.continues:
+    if given:
         raise ConfigError(
             "an adapter that is continued stays what it is",
             where=", ".join(given),
             got=str(folder),
-            remedy=f"set {' '.join(f'{key}=null' for key in given)}, or model.adapter.on_top=true",
-        )
-    if is_dora and adapter.on_top:
-        raise ConfigError(
-            "a new adapter cannot be trained above DoRA, which scales the weights that it changes",
-            where="model.adapter.on_top, model.adapter.path",
-            got=f"true, {folder}",
-            remedy="set model.adapter.on_top=false to continue it, or merge it into its base",
+            remedy=f"set {' '.join(f'{key}=null' for key in given)}; for a new adapter merge the first into "
+            "its base, and remove model.adapter.path",
         )
     if is_dora and config.quantization is Quantization.int8:
         raise ConfigError(
@@ -74,7 +69,7 @@ def start_folder(config: ModelConfig) -> Path | None:
 def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
     """Return the adapter that is trained: that of the configuration, or that of `start`."""
     adapter: AdapterConfig | None = config.adapter
-    if adapter is None or start is None or adapter.on_top:
+    if adapter is None or start is None:
         return adapter
     found: Any = read_model_json(start / ADAPTER_CONFIG)
     variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
@@ -95,13 +90,13 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
             names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise unreadable(folder / ADAPTER_WEIGHTS, error) from error
+        raise _unreadable(folder / ADAPTER_WEIGHTS, error) from error
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
-    layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(_LORA_WEIGHTS)}
-    saved = {name.rpartition(".")[0] for name in names if not name.endswith(_LORA_WEIGHTS)}
+    layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
+    saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
     foreign = [module for module in saved if not module.endswith(tuple(found.get("modules_to_save") or ()))]
     if foreign or not layers:
-        raise unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
+        raise _unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
     return sorted(layers), sorted(saved)
 
 
@@ -131,11 +126,11 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if (init := str(found.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
     if other:
-        raise unsupported(folder, ", ".join(other))
+        raise _unsupported(folder, ", ".join(other))
     return found
 
 
-def unreadable(file: Path, error: Exception) -> ConfigError:
+def _unreadable(file: Path, error: Exception) -> ConfigError:
     """Return the error of an adapter whose weights `file` is missing, incomplete or no safetensors file."""
     return ConfigError(
         "the weights of the adapter cannot be read",
@@ -145,7 +140,7 @@ def unreadable(file: Path, error: Exception) -> ConfigError:
     )
 
 
-def unsupported(folder: Path, got: str) -> ConfigError:
+def _unsupported(folder: Path, got: str) -> ConfigError:
     """Return the error of an adapter from which no training starts."""
     return ConfigError(
         "training cannot start from this kind of adapter",

@@ -181,7 +181,7 @@ def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | 
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if adapter is not None:
         targets = target_layers(causal_lm, adapter)
-        if not adapter.continues:
+        if adapter.path is None:
             check_adaptable(causal_lm, targets)
         find_modules(causal_lm, adapter.modules_to_save or [])
 

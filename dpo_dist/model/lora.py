@@ -12,13 +12,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, modules_on_disk
-from dpo_dist.model.adapter_weights import read_adapter
+from dpo_dist.model.folder import ADAPTER_WEIGHTS
 from dpo_dist.model.layers import compressors, expert_blocks, indexers, text_part
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -35,25 +36,21 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
     Before the model is in an engine, sharded or not. The adapter has the same values on every rank and for
-    every kind of parallelism. With `start`, the folder of the adapter that is continued or stays below the
-    new one, a frozen copy of that one stays in the model, so that `adapter_off` finds the policy's start.
+    every kind of parallelism. With `start`, the folder of the adapter that is continued, a frozen copy of it
+    stays in the model, so that `adapter_off` finds the policy's start.
     """
     adapter, causal_lm = config.adapter, model.causal_lm
     assert adapter is not None
-    # Before there are the linear layers of another adapter.
-    targets = [] if adapter.target_modules is None else target_layers(causal_lm, adapter)
-    saved = find_modules(causal_lm, adapter.modules_to_save or [])
-    if start is not None:
-        _add_from(causal_lm, start, _START, _KEY)
-    if start is not None and adapter.continues:
-        lora = _add_from(causal_lm, start, TRAINED, _KEY)
+    if start is None:
+        lora = _add_new(causal_lm, adapter, seed)
     else:
-        lora = _add_new(causal_lm, adapter, targets, saved, seed)
+        _add_from(causal_lm, start, _START, _KEY)
+        lora = _add_from(causal_lm, start, TRAINED, _KEY)
     lora.inference_mode = False
     for layer in adapted_layers(causal_lm):
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
-    _activate(model, [_START, TRAINED] if adapter.on_top else [TRAINED])
+    _activate(model, TRAINED)
     if model.compiled or expert_blocks(causal_lm) or compressors(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves when the gradient of their input exists; without one it
         # would reduce them before they are computed.
@@ -71,16 +68,15 @@ def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.mod
     _add_from(model.causal_lm, folder, TRAINED, key)
 
 
-def _add_new(
-    causal_lm: Any, adapter: AdapterConfig, targets: list[str], saved: list[str], seed: int
-) -> LoraConfig:
+def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
+    targets = target_layers(causal_lm, adapter)
     lora = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
         target_modules=targets,
-        modules_to_save=saved or None,
+        modules_to_save=find_modules(causal_lm, adapter.modules_to_save or []) or None,
         init_lora_weights=True,
         task_type="CAUSAL_LM",
     )
@@ -200,12 +196,12 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         if not any(_matches(name, target) for name in layers):
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model",
-                where="model.adapter.path" if adapter.continues else "model.adapter.target_modules",
+                where="model.adapter.target_modules" if adapter.path is None else _KEY,
                 got=target,
                 expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
-                remedy="set model.path to the base that the adapter was trained on"
-                if adapter.continues
-                else "name existing layers; modules_to_save trains embeddings and output layer in full",
+                remedy="name existing layers; modules_to_save trains embeddings and output layer in full"
+                if adapter.path is None
+                else "set model.path to the base that the adapter was trained on",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 
@@ -275,7 +271,7 @@ def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Make `model` compute its start inside the block: its base, with the adapter that it started from."""
     former = [(layer, layer._active_adapter, layer._disable_adapters) for layer, _ in _switched(model)]
-    _activate(model, [_START])
+    _activate(model, _START)
     try:
         yield
     finally:
@@ -283,16 +279,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = names, disabled
 
 
-def _activate(model: nn.Module, names: list[str]) -> None:
-    """Make every layer use those of `names` that it has.
+def _activate(model: nn.Module, name: str) -> None:
+    """Make every layer use the adapter of this name, or none if it has no such adapter.
 
     peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
     """
     for layer, adapters in _switched(model):
-        own = [name for name in names if name in adapters]
-        layer._disable_adapters = not own
-        if own:  # a module uses one copy: that of the adapter on top
-            layer._active_adapter = own if isinstance(layer, LoraLayer) else own[-1:]
+        layer._disable_adapters = name not in adapters
+        if name in adapters:
+            layer._active_adapter = [name]
 
 
 def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
@@ -334,16 +329,6 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
 
 def _are_equal(folder: Path, modules: tuple[str, ...]) -> bool:
     """Return whether an adapter folder has no two different weights of these modules."""
-    saved = read_adapter(folder).saved
-    tables = [saved[name] for module in modules if (name := f"{module}.weight") in saved]
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    tables = [saved[name] for module in modules if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
     return all(torch.equal(tables[0], other) for other in tables[1:])
-
-
-def trained_aliases(causal_lm: Any) -> dict[str, str]:
-    """Return further names of trained weights that have several, with the first name of each."""
-    first: dict[nn.Parameter, str] = {}
-    aliases: dict[str, str] = {}
-    for name, weight in causal_lm.named_parameters(remove_duplicate=False):
-        if weight.requires_grad and first.setdefault(weight, name) != name:
-            aliases[name] = first[weight]
-    return aliases

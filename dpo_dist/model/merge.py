@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import CONFIG_FILE, check_weights, local_model_folder, weight_files
-from dpo_dist.model.save import read_description, write_description, write_weights
+from dpo_dist.model.save import write_description, write_weights
 
 _KEY = "export.average"
 
@@ -41,7 +41,7 @@ def write_merged(
         weight.data = weight.data.to(written)
     is_split = was_tied and not merged.config.tie_word_embeddings
     changes = {"tie_word_embeddings": False} if is_split else {}
-    write_weights(folder, merged, dict(merged.state_dict()), read_description(base), changes)
+    write_weights(folder, merged, dict(merged.state_dict()), base, changes)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

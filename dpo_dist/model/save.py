@@ -2,21 +2,25 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError
-from dpo_dist.model.adapter_weights import AdapterWeights, name_in_file, stack
+from dpo_dist.model.adapter_files import LORA_WEIGHTS, PEFT_PREFIX
 from dpo_dist.model.architectures import is_noise
-from dpo_dist.model.folder import CONFIG_FILE
-from dpo_dist.model.lora import TRAINED, trained_aliases
+from dpo_dist.model.folder import ADAPTER_WEIGHTS, CONFIG_FILE
+from dpo_dist.model.lora import TRAINED
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
@@ -36,6 +40,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
+_NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
 _REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
 
 
@@ -43,48 +48,39 @@ def write_weights(
     folder: Path,
     causal_lm: Any,
     weights: dict[str, Tensor],
-    description: Mapping[str, bytes] | None = None,
+    base: Path | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> None:
-    """Write weights by transformers name in files of at most 5 GB, and config.json with these `changes`."""
+    """Write weights by transformers name in files of at most 5 GB, and a config.json.
+
+    It is that of the model folder `base`, if there is one, with `changes`.
+    """
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    if description is not None:
-        restore_description(folder, description, dtype, changes or {})
+    if base is not None:
+        _restore_description(folder, base, dtype, changes or {})
 
 
-def read_description(base: Path) -> dict[str, bytes]:
-    """Return config.json, generation_config.json and the processors of images and sounds, by name."""
-    files = [base / name for name in (CONFIG_FILE, GENERATION_CONFIG_NAME)]
-    files += sorted(base.glob(_PROCESSORS))
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def restore_description(
-    folder: Path, files: Mapping[str, bytes], dtype: torch.dtype, changes: Mapping[str, object]
-) -> None:
-    """Give a model folder that transformers wrote the description of its base, from `read_description`.
+def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: Mapping[str, object]) -> None:
+    """Give a model folder that transformers wrote the description of its base.
 
     Of a base that also reads images or sounds, and of which transformers wrote the text model only,
     config.json is the one of transformers with the base's dropout and noise, without files about images.
     """
-    file = folder / CONFIG_FILE
-    written, base = json.loads(file.read_bytes()), json.loads(files[CONFIG_FILE])
+    file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
+    written, own = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
     kind = written["model_type"]
     # Code of the model's own may give it a type that config.json does not name.
-    if base.get("model_type", kind) == kind:
-        content = base | {"architectures": written["architectures"]}
-        for name in files.keys() - {CONFIG_FILE, GENERATION_CONFIG_NAME}:
-            (folder / name).write_bytes(files[name])
+    if own.get("model_type", kind) == kind:
+        content = own | {"architectures": written["architectures"]}
+        _copy_files(base, folder, _PROCESSORS)
     else:  # options that the base lacks keep their defaults
-        text = base.get("text_config") or {}
+        text = own.get("text_config") or {}
         content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
         content |= {name: text[name] for name in written if name not in content and name in text}
     write_description(file, content | changes, dtype)
-    if GENERATION_CONFIG_NAME in files:
-        (folder / GENERATION_CONFIG_NAME).write_bytes(files[GENERATION_CONFIG_NAME])
-    else:  # transformers made one of config.json
-        (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+    generation.unlink(missing_ok=True)  # transformers made one of config.json
+    _copy_files(base, folder, GENERATION_CONFIG_NAME)
 
 
 def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
@@ -99,51 +95,51 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes] | None
-) -> None:
-    """Write the files of a tokenizer from `read_tokenizer`; None: those that transformers writes."""
-    if files is None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library of tokenizers has no other class
-            if "(os error " not in str(error):
-                raise
-            raise OSError(str(error)) from error
-    else:
-        write_files(folder, files)
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the files of a tokenizer with its chat template."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the library of tokenizers has no other class
+        if "(os error " not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
-def write_card(folder: Path, card: Callable[[], str] | None) -> None:
-    """Write README.md, unless there is no card or it is empty."""
-    if card is not None and (text := card()):
-        (folder / "README.md").write_text(text, encoding="utf-8")
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer with its chat template from the model folder `source`."""
+    _copy_files(source, folder, *_TOKENIZER_FILES)
 
 
-def read_tokenizer(source: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer with its chat template, by name below the model folder `source`."""
-    found = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)})
-    return {str(file.relative_to(source)): file.read_bytes() for file in found}
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, by name below a folder that exists."""
-    for name, content in files.items():
-        target = folder / name
+def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
+    for file in {file for pattern in patterns for file in source.glob(pattern)}:
+        target = folder / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
-        target.write_bytes(content)
+        shutil.copyfile(file, target)
 
 
-def trained_update(
-    causal_lm: Any, weights: Mapping[str, Tensor], below: AdapterWeights | None
-) -> AdapterWeights:
-    """Return the trained adapter of a model from its weights by name, with the adapter below it."""
-    aliases = trained_aliases(causal_lm)
-    own = {name_in_file(name): weight for name, weight in weights.items() if name not in aliases}
-    for alias, name in aliases.items():
-        own[name_in_file(alias)] = own[name_in_file(name)].clone()  # a file has no shared weights
-    trained = AdapterWeights(causal_lm.peft_config[TRAINED], own)
-    return trained if below is None else stack(trained, below)
+def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write the trained adapter of a model from its weights by name, as peft reads it.
+
+    A weight of several names is in `weights` by the first, and in the file by each.
+    """
+    first: dict[nn.Parameter, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, weight in causal_lm.named_parameters(remove_duplicate=False):
+        if weight.requires_grad:
+            known = first.setdefault(weight, name)
+            tensors[_name_in_file(name)] = weights[known].to(dtype, copy=name != known).contiguous()
+    saved = sorted({name.rpartition(".")[0] for name in tensors if not name.endswith(LORA_WEIGHTS)})
+    config = copy(causal_lm.peft_config[TRAINED])
+    config.inference_mode, config.modules_to_save = True, saved or None
+    config.save_pretrained(folder)
+    prefixed = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _name_in_file(name: str) -> str:
+    """Return the name in peft's files of a weight of a model: without the adapter's name."""
+    short = _NAME_OF_ADAPTER.sub("", name)
+    return short.removesuffix(".weight") if ".lora_magnitude_vector" in short else short
 
 
 @contextlib.contextmanager

@@ -27,10 +27,8 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
         state = read_state(checkpoint)
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
-    adapter = config.model.adapter
-    if adapter is not None and (config.export.merge or adapter.on_top):  # they are part of the result
-        merging = "" if adapter.on_top else ", or set export.merge=false to write the adapter by itself"
-        check_base(config, state.get("model"), merging)
+    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
+        check_base(config, state.get("model"))
 
     def card() -> str:
         folder, step = RunFolder.of(config), step_of(checkpoint.name)

@@ -105,7 +105,7 @@ def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> Non
     run.world.on_main(write, run.console.heartbeat("writing the model"))
 
 
-def check_base(config: RunConfig, recorded: str | None, or_else: str = "") -> None:
+def check_base(config: RunConfig, recorded: str | None) -> None:
     """Check that the files that become part of the result are those that training started from."""
     base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
     code, start = config.model.trust_remote_code, start_folder(config.model)
@@ -116,7 +116,7 @@ def check_base(config: RunConfig, recorded: str | None, or_else: str = "") -> No
             where="model.path" if start is None else "model.path, model.adapter.path",
             got=f"digest {found}",
             expected=f"digest {recorded}",
-            remedy=f"restore its files{or_else}",
+            remedy="restore its files",
         )
 
 

@@ -29,9 +29,9 @@ def sft(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(overrides: Overrides, assets: Path, sft: Path) -> Callable[..., list[str]]:
-    def command(adapter: str, *extra: str) -> list[str]:
+    def command(*extra: str) -> list[str]:
         fixed = [f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=4", "optim.lr=1e-2"]
-        return overrides(f"model.adapter={{path: {sft}{adapter}}}", *fixed, *extra)
+        return overrides(f"model.adapter={{path: {sft}}}", *fixed, *extra)
 
     return command
 
@@ -58,11 +58,10 @@ def mean_logp(model: Any, chosen: list[Sequences]) -> float:
     return torch.stack([plain_logps(model, [one]).sum() for one in chosen]).mean().item()
 
 
-@pytest.mark.parametrize("adapter", ["", ", on_top: true, r: 2, alpha: 2"], ids=["continued", "on top"])
 def test_the_adapter_is_start_and_reference(
-    adapter: str, start: Callable[..., list[str]], assets: Path, sft: Path, tmp_path: Path
+    start: Callable[..., list[str]], assets: Path, sft: Path, tmp_path: Path
 ) -> None:
-    told = train(start(adapter), processes=2).output
+    told = train(start(), processes=2).output
     run = tmp_path / "run"
     first, evaluated = history(run)[1], [row for row in history(run) if "eval_loss" in row][-1]
     assert summary(run)["reference"]["mode"] == "adapter"
@@ -82,8 +81,8 @@ def test_the_adapter_is_start_and_reference(
 def test_a_stored_reference_is_that_of_the_adapter_switched_off(
     start: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    train(start("", f"run.dir={tmp_path}/off"))
-    other = train(start("", "reference.mode=cached", "parallelism=ddp"), processes=2)
+    train(start(f"run.dir={tmp_path}/off"))
+    other = train(start("reference.mode=cached", "parallelism=ddp"), processes=2)
     assert "step-0 check passed" in other.output
     assert_same_history(history(tmp_path / "run"), history(tmp_path / "off"), 2e-4)
 
@@ -91,7 +90,7 @@ def test_a_stored_reference_is_that_of_the_adapter_switched_off(
 def test_an_adapter_of_a_run_is_continued_by_the_next(
     start: Callable[..., list[str]], overrides: Overrides, tmp_path: Path
 ) -> None:
-    train(start("", f"run.dir={tmp_path}/first", "trainer.max_steps=2"))
+    train(start(f"run.dir={tmp_path}/first", "trainer.max_steps=2"))
     command = overrides(f"model.adapter={{path: {tmp_path}/first/model}}", "trainer.max_steps=2")
     train(command)
     assert history(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -100,7 +99,7 @@ def test_an_adapter_of_a_run_is_continued_by_the_next(
 def test_a_checkpoint_is_evaluated_against_the_start(
     start: Callable[..., list[str]], assets: Path, tmp_path: Path
 ) -> None:
-    command = start(", on_top: true, r: 2", "trainer.save_every=4", "trainer.keep_last=1")
+    command = start("trainer.save_every=4", "trainer.keep_last=1")
     train(command)
     evaluated = [row for row in history(tmp_path / "run") if "eval_loss" in row][-1]
     run = tmp_path / "run"
@@ -117,7 +116,7 @@ def test_a_checkpoint_is_evaluated_against_the_start(
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_an_adapter_is_continued_on_a_quantized_base(start: Callable[..., list[str]], tmp_path: Path) -> None:
-    train(start("", "model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=2"))
+    train(start("model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=2"))
     first, last = history(tmp_path / "run")[1], history(tmp_path / "run")[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.adapter_weights import AdapterWeights, write_adapter
 from dpo_dist.model.lora import adapted_layers
-from dpo_dist.model.save import trained_update, write_weights
+from dpo_dist.model.save import write_adapter, write_weights
 from tests.support import tiny
 
 
@@ -30,13 +29,11 @@ def whole_weights(policy: PolicyEngine) -> dict[str, Tensor] | None:
     return {name: weight for name, weight in whole.items() if name not in added}
 
 
-def write_trained(
-    causal_lm: Any, weights: dict[str, Tensor], folder: Path, below: AdapterWeights | None = None
-) -> None:
+def write_trained(causal_lm: Any, weights: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(parents=True)
     if adapted_layers(causal_lm):
         dtype = next(iter(weights.values())).dtype
-        write_adapter(folder, trained_update(causal_lm, weights, below), dtype)
+        write_adapter(folder, causal_lm, weights, dtype)
     else:
         write_weights(folder, causal_lm, weights)
     tiny.qwen().save_pretrained(folder)

@@ -156,13 +156,13 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
     from dpo_dist.model.merge import write_merged  # noqa: PLC0415
-    from dpo_dist.model.save import read_tokenizer, write_files, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.save import copy_tokenizer, writing_errors  # noqa: PLC0415
 
     source = find_model(str(adapter), config)
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
     with writing_errors(folder), staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
-        write_files(temporary, read_tokenizer(source.tokenizer_folder))
+        copy_tokenizer(source.tokenizer_folder, temporary)
 
 
 def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[str, Any], float]:

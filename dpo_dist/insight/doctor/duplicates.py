@@ -11,7 +11,7 @@ from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.data import DataConfig
 from dpo_dist.insight.doctor.findings import Finding, Level, Rules
-from dpo_dist.insight.doctor.observe import Keys
+from dpo_dist.insight.doctor.observe import Facts
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 
@@ -51,7 +51,7 @@ def near(signatures: Iterable[Signature]) -> Partners:
     return found
 
 
-def near_prompts(records: Sequence[Keys], evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
+def near_prompts(records: Sequence[Facts], evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
     """Return the evaluation records whose prompt is nearly equal to that of a training record."""
     table, prompts, found = _table(), [record.signatures[0] for record in records], Partners()
     for index in evaluated:
@@ -76,7 +76,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
     return sketch
 
 
-def opposite(records: Sequence[Keys]) -> Partners:
+def opposite(records: Sequence[Facts]) -> Partners:
     """Return each record of which another states the opposite preference, and the first such one."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
@@ -91,16 +91,14 @@ def opposite(records: Sequence[Keys]) -> Partners:
 
 
 class Comparison:
-    """The readable records of all sources, compared; about 4 kB each."""
+    """The readable records of all sources, compared."""
 
     def __init__(self, sources: Sequence[Source], rules: Rules, config: DataConfig):
-        # The parts of a split share no prompt.
-        is_split = config.eval_share > 0
-        self._rules, self._is_split, self._drops_eval_prompts = rules, is_split, config.drop_eval_prompts
-        self._records = [record for source in sources for record in source.keys]
-        self._source = [source for source in sources for _ in source.keys]
+        self._rules, self._drops_eval_prompts = rules, config.drop_eval_prompts
+        self._records = [record for source in sources for record in source.readable]
+        self._source = [source for source in sources for _ in source.readable]
         self._is_eval = [
-            record.is_held_out if is_split else source.is_eval
+            record.is_held_out or source.is_eval
             for source, record in zip(self._source, self._records, strict=True)
         ]
 
@@ -109,7 +107,11 @@ class Comparison:
         records = self._records
         copies, prompts = equal(one.record for one in records), equal(one.prompt for one in records)
         alike, opposed = near(one.signatures for one in records), opposite(records)
-        left, removed, only_near = self._leaks()
+        evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
+        trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
+        first = {records[index].hash: index for index in reversed(trained)}
+        leaked = {index: first[records[index].hash] for index in evaluated if records[index].hash in first}
+        only_near = _without(near_prompts(records, evaluated, trained), leaked)
         hits = {index: str(one.benchmark) for index, one in enumerate(records) if one.benchmark is not None}
         across = {
             "duplicates": len(copies),
@@ -117,8 +119,8 @@ class Comparison:
             "clusters": [size + 1 for _, size in Counter(alike.values()).most_common(_SHOWN)],
             "contradictions": len(opposed),
             "repeated_prompts": len(prompts),
-            "leaked_prompts": len(left) + len(removed),
-            "near_leaked_prompts": len(only_near) + len(left) + len(removed),
+            "leaked_prompts": len(leaked),
+            "near_leaked_prompts": len(only_near) + len(leaked),
             "benchmark_hits": len(hits),
         }
         findings = [
@@ -126,7 +128,8 @@ class Comparison:
             *self._near(_without(alike, copies, opposed)),
             *self._reported("contradictions", opposed),
             *self._reported("repeated_prompts", _without(prompts, alike)),
-            *self._leak_findings(left, removed, only_near),
+            *self._leaked("train_eval_leak", leaked),
+            *self._leaked("near_train_eval_leak", only_near),
             *self._reported(
                 "benchmark_overlap",
                 {index: index for index in hits},
@@ -135,47 +138,14 @@ class Comparison:
         ]
         return across, findings
 
-    def _leaks(self) -> tuple[Partners, Partners, Partners]:
-        """Return the evaluation records with a prompt of the training data, each with a training record.
-
-        Those whose prompt training keeps, those whose prompt it drops, and those of a nearly equal prompt.
-        In two parts of a split equal prompts differ in case at least: they are nearly equal.
-        """
-        evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
-        trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
-        left, removed = Partners(), Partners()
-        if not self._is_split:
-            # Training compares by `hash`, which does not ignore case.
-            hashes = {self._records[index].hash for index in evaluated} if self._drops_eval_prompts else set()
-            is_dropped = {index for index in trained if self._records[index].hash in hashes}
-            left = self._with_prompt_of(evaluated, (one for one in trained if one not in is_dropped))
-            removed = _without(self._with_prompt_of(evaluated, sorted(is_dropped)), left)
-        return left, removed, _without(near_prompts(self._records, evaluated, trained), left, removed)
-
-    def _with_prompt_of(self, evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
-        """Return each evaluation record with a prompt of these training records, and the first of them."""
-        first: dict[tuple[str, int], int] = {}
-        for index in trained:
-            first.setdefault(("prompt", self._records[index].prompt), index)
-            first.setdefault(("hash", self._records[index].hash), index)
-        found = Partners()
-        for index in evaluated:
-            record = self._records[index]
-            other = first.get(("prompt", record.prompt), first.get(("hash", record.hash)))
-            if other is not None:
-                found[index] = other
-        return found
-
-    def _leak_findings(self, left: Partners, removed: Partners, only_near: Partners) -> Iterator[Finding]:
-        of, leak = sum(self._is_eval), self._rules["train_eval_leak"]
-        near_leak = self._rules["near_train_eval_leak"]
-        for rule, found in ((leak, left), (near_leak, only_near)):
-            yield from rule.count(
-                len(found), of, None, self._origins(found.items()), self._other_numbers(found)
-            )
-        detail = "data.drop_eval_prompts removes it from the training data"
-        for finding in leak.count(len(removed), of, None, self._origins(removed.items()), detail):
-            yield replace(finding, level=Level.note, remedy="none is needed")
+    def _leaked(self, rule: str, found: Partners) -> Iterator[Finding]:
+        """Yield the finding of evaluation records, each with the training record whose prompt it has."""
+        is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
+        removed = "data.drop_eval_prompts removes it from the training data"
+        detail = removed if is_dropped else self._other_numbers(found)
+        count = self._rules[rule].count
+        for finding in count(len(found), sum(self._is_eval), None, self._origins(found.items()), detail):
+            yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
     def _reported(
         self, rule: str, found: Partners, examples: Sequence[str] = (), detail: str = ""
@@ -186,7 +156,9 @@ class Comparison:
         counts = Counter(self._source[index] for index in found)
         if len(counts) == 1:
             [source] = counts
-            yield from self._rules[rule].count(len(found), len(source.keys), source.label, examples, detail)
+            yield from self._rules[rule].count(
+                len(found), len(source.readable), source.label, examples, detail
+            )
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))

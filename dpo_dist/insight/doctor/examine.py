@@ -1,6 +1,5 @@
 """Examine preference data: stream all sources, compare their records, and return the doctor's report."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -28,7 +27,6 @@ from dpo_dist.data.read import Meter
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
-from dpo_dist.data.template import chosen_template
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.duplicates import Comparison
@@ -119,11 +117,9 @@ def examine(
         ):
             for chunk in observed:
                 found.add(chunk)
-                count(len(chunk), share_read(meter, source.limit, found.read))
+                count(len(chunk), share_read(meter, source.limit, len(found.records)))
         sources.append(found)
         findings += found.findings(rules)
-        if tokenizer is not None:
-            findings += _tools_not_rendered(found, tokenizer, config, rules)
     across, compared = Comparison(sources, rules, config).result()
     return Diagnosis(
         [source.report() for source in sources], across, most_serious_first([*findings, *compared])
@@ -133,16 +129,6 @@ def examine(
 def _chunks(records: Iterator[PreferenceRecord | BadRecord]) -> Iterator[list[PreferenceRecord | BadRecord]]:
     while chunk := list(islice(records, CHUNK_RECORDS)):
         yield chunk
-
-
-def _tools_not_rendered(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, rules: Rules
-) -> Iterator[Finding]:
-    origins = source.named.get("tools", [])
-    template = chosen_template(tokenizer, config.chat_template, with_tools=bool(origins))
-    if template is not None and not re.search(r"\btools\b", template):
-        rule = rules["tools_not_rendered"]
-        yield from rule.count(len(origins), len(source.keys), source.label, origins)
 
 
 def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
@@ -192,11 +178,11 @@ def prepare(
             )
 
         try:
-            found = encoded(data)
-            refusals.extend(_refusals(found, config, tokenizer, vocab_size))
-        except DataError as refusal:
-            if data.on_bad_record is not OnBadRecord.error:
-                raise
+            if found := encoded(data):
+                dataset = open_dataset(found, data)
+                check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
+                check_data_fits_loss(dataset, config.loss)
+        except (DataError, ConfigError) as refusal:
             found = encoded(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
         return [list(_usable(source, data)) for source in found]
@@ -208,23 +194,6 @@ def prepare(
         return [*of_train, *of_eval], refusals
     parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
     return [[*trained, *evaluated] for trained, evaluated in parts], refusals
-
-
-def _refusals(
-    encoded: Sequence[EncodedSource],
-    config: RunConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    vocab_size: int,
-) -> Iterator[DpoDistError]:
-    """Yield the first error of training about a list of sources."""
-    if not encoded:
-        return
-    try:
-        dataset = open_dataset(encoded, config.data)
-        check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
-        check_data_fits_loss(dataset, config.loss)
-    except (DataError, ConfigError) as refusal:
-        yield refusal
 
 
 def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:

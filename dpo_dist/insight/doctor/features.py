@@ -1,15 +1,12 @@
 """Side-features of a response: facts about its form that can reveal which side it is."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
-
-import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.generation.text_facts import is_refusal
 from dpo_dist.insight.doctor.texts import names_model, words_and_marks
 
-EDGE_WORDS = 3
 _HEAD_CHARACTERS = 400
 _EDGE_CHARACTERS = 100
 _SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
@@ -39,7 +36,7 @@ def _share_outside_ascii(pattern: str) -> Feature:
 
 # All but the length are yes or no, or shares of the characters, so that none measures the length.
 _FEATURES: Mapping[str, Mapping[str, Feature]] = {
-    "length": {"characters": lambda _, bare: np.log1p(len(bare))},
+    "length": {"characters": lambda _, bare: math.log1p(len(bare))},
     "white space": {
         "leading space": lambda text, _: text.startswith(_SPACES),
         "leading newline": lambda text, _: text.startswith(_LINE_ENDS),
@@ -80,28 +77,33 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
-GROUPS = {group: tuple(features) for group, features in _FEATURES.items()}
-"""The names of features by group, in the order of `side_features`."""
-NAMES = tuple(name for names in GROUPS.values() for name in names)
+_FIRST = ("first word", "second word", "third word")
+_LAST = ("last word", "last word but one", "last word but two")
 
 
-def side_features(response: str) -> npt.NDArray[np.float32]:
-    """Return the features of a response in the order of `NAMES`, float32 [features]."""
-    bare = response.strip()
-    values = [feature(response, bare) for features in _FEATURES.values() for feature in features.values()]
-    return np.array(values, dtype=np.float32)
+def group_of(feature: str) -> str:
+    """Return the group of a feature of `differences`."""
+    found = (group for group, features in _FEATURES.items() if feature in features)
+    return next(found, "last words" if feature.startswith("last word") else "first words")
 
 
-def edge_words(response: str) -> tuple[str, ...]:
-    """Return the first and the last words of a response with their position, for a bag of words.
+def differences(chosen: str, rejected: str) -> dict[str, float]:
+    """Return the features of the chosen response minus those of the rejected one, where they differ.
 
-    `first 1=The` is the first word; the last ones are counted from the end. Words have their case.
+    A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
     """
-    first = words_and_marks(response[:_EDGE_CHARACTERS])[:EDGE_WORDS]
-    last = words_and_marks(response[-_EDGE_CHARACTERS:])[::-1][:EDGE_WORDS]
-    places = {"first": first, "last": last}
-    return tuple(
-        f"{place} {number}={word}"
-        for place, words in places.items()
-        for number, word in enumerate(words, start=1)
-    )
+    first, second = _features(chosen), _features(rejected)
+    found = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
+    return {name: difference for name, difference in found.items() if difference}
+
+
+def _features(response: str) -> dict[str, float]:
+    bare = response.strip()
+    found = {
+        name: float(feature(response, bare))
+        for features in _FEATURES.values()
+        for name, feature in features.items()
+    }
+    starts = zip(_FIRST, words_and_marks(response[:_EDGE_CHARACTERS]), strict=False)
+    ends = zip(_LAST, words_and_marks(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
+    return found | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}

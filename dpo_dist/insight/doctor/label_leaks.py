@@ -2,11 +2,12 @@
 
 A pair is the difference of the features of its two sides, so a test needs no balanced labels: a linear
 classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. The classifier is a logistic
-regression (a Bradley-Terry model of the side-features, doi:10.2307/2334029).
+regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,15 +17,17 @@ from scipy import sparse
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.insight.doctor.features import GROUPS, NAMES
+from dpo_dist.insight.doctor.features import group_of
 from dpo_dist.insight.doctor.findings import Finding, Rules
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
 
+LANGUAGE = "language of the prompt"
 _FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
 # Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
 # of words are compared; 17 pairs are enough if all are on one side.
@@ -35,29 +38,19 @@ _MIN_WORD_PAIRS = 5
 _SHOWN_FORMS = 3
 _ADDS = 0.03
 """A group of features has to be so much better than the length; else it only follows the length."""
-_LENGTH, _LANGUAGE = "length", "language of the prompt"
 _MORE, _LESS = "the chosen side has more", "the chosen side has less"
-_PLACES = {
-    "first 1": "first word",
-    "first 2": "second word",
-    "first 3": "third word",
-    "last 1": "last word",
-    "last 2": "last word but one",
-    "last 3": "last word but two",
-}
-_STYLE = {"punctuation", "markdown", "language", "refusal"}
-_INTENDED = {"characters", "refusal", _LANGUAGE}
-"""Features that are preferred on purpose, and need no hint if they are one-sided."""
-_GROUPS = (*(name for name in GROUPS if name != _LENGTH), "first words", "last words")
-_WORDS = {"first words": ("first word", "second word", "third word"), "last words": ("last word",)}
-_MEMBERS = GROUPS | {"language": (*GROUPS["language"], _LANGUAGE)}
+_WORDS = ("first words", "last words")
+_STYLE = ("punctuation", "markdown", "language", "refusal")
+_INTENDED = ("length", "refusal")
+"""Groups that are preferred on purpose, and need no hint if they are one-sided."""
 
 
 @dataclass(frozen=True)
 class LeakTest:
-    """Held-out accuracy of guessing the chosen response from a side-feature, or a group of them, alone."""
+    """Held-out accuracy of guessing the chosen response from a feature, or a group of them, alone."""
 
     feature: str
+    group: str
     accuracy: float  # a tie counts as one half; `low` and `high` are its confidence interval
     low: float
     high: float
@@ -81,47 +74,50 @@ class LeakTest:
 
 
 def leak_tests(
-    features: npt.NDArray[np.float32],
-    words: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
-    prompts: Keys,
-    languages: npt.NDArray[np.float64],
+    differences: Sequence[Mapping[str, float]], prompts: Keys, languages: Sequence[int]
 ) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
     With fewer than 50 different prompts features are tested one by one, with fewer than 10 not at all. Of the
     first and of the last words the most one-sided one has a test of its own.
 
-    `features` are [pairs, 2, features] of the chosen and the rejected side, `prompts` keys of the pairs'
-    prompts, and `languages` of the first pairs 1 if only the chosen side has the language of the prompt, -1
-    if only the rejected one, else 0.
+    `differences` are those of `features.differences` of each pair, `prompts` keys of their prompts, and
+    `languages` of the first pairs 1 if only the chosen side has the language of the prompt, -1 if only the
+    rejected one, else 0.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:
         return []
-    numbers = features[:, 0] - features[:, 1]
-    tests = [_single_test(numbers[:, index], prompts, name) for index, name in enumerate(NAMES)]
+    vectorizer = DictVectorizer()
+    table = vectorizer.fit_transform(differences).tocsc()
+    columns: dict[str, list[int]] = defaultdict(list)
+    for column, name in enumerate(vectorizer.feature_names_):
+        columns[group_of(name)].append(column)
+    tests: list[LeakTest] = []
+    for group, members in columns.items():
+        names = [vectorizer.feature_names_[column] for column in members]
+        if group in _WORDS and different >= _FEWEST_PROMPTS_OF_GROUPS:
+            tests += _tests_of_words(table[:, members], names, group, prompts)
+        elif group not in _WORDS:
+            block = table[:, members]
+            tests += [_single_test(block[:, at], prompts, name, group) for at, name in enumerate(names)]
+            if len(members) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
+                scaled = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
+                tests.append(_test(scaled, prompts, group, group))
     known = prompts[: len(languages)]
     if len(np.unique(known)) >= _FEWEST_PROMPTS:
-        tests.append(_single_test(languages, known, _LANGUAGE))
-    if different >= _FEWEST_PROMPTS_OF_GROUPS:
-        scale = np.sqrt((numbers.astype(np.float64) ** 2).mean(axis=0))
-        scaled = sparse.csr_matrix(numbers / np.where(scale > 0, scale, 1))
-        for name, members in GROUPS.items():
-            if name not in (_LENGTH, *NAMES):  # a group of one feature has been tested
-                tests.append(_test(scaled[:, [NAMES.index(member) for member in members]], prompts, name))
-        for place in ("first", "last"):
-            tests += _tests_of_words(words, place, prompts)
+        tests.append(_single_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
-def _single_test(difference: npt.NDArray[Any], prompts: Keys, name: str) -> LeakTest:
+def _single_test(difference: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
     """Test one feature: the chosen side has more of it, or less, as the other folds suggest."""
-    signs = np.sign(difference)
+    signs = sparse.csr_matrix(difference).sign()
     detail = "" if not signs.sum() else _MORE if signs.sum() > 0 else _LESS
-    return _test(signs.reshape(-1, 1), prompts, name, detail)
+    return _test(signs, prompts, name, group, detail)
 
 
-def _test(block: Matrix, prompts: Keys, name: str, detail: str = "") -> LeakTest:
+def _test(block: Matrix, prompts: Keys, name: str, group: str, detail: str = "") -> LeakTest:
     """Test a linear classifier of these features, each fold guessed by the others.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
@@ -144,13 +140,11 @@ def _test(block: Matrix, prompts: Keys, name: str, detail: str = "") -> LeakTest
     low, high = interval(accuracy * different, different)
     differs = block.getnnz(axis=1) > 0
     differing = len(np.unique(prompts[differs]))
-    return LeakTest(name, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
+    return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
 
 
 def interval(successes: float, trials: int, standard_errors: float = _STANDARD_ERRORS) -> tuple[float, float]:
     """Return Wilson's interval of a share (doi:10.1080/01621459.1927.10502953)."""
-    if not trials:
-        return 0.0, 1.0
     share, squared = successes / trials, standard_errors**2
     centre = (share + squared / (2 * trials)) / (1 + squared / trials)
     half = standard_errors / (1 + squared / trials)
@@ -158,78 +152,60 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _tests_of_words(
-    words: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], place: str, prompts: Keys
-) -> Iterator[LeakTest]:
-    """Yield the tests of the first or last words, and of the one that is most surely on one side only.
+def _tests_of_words(block: Matrix, words: Sequence[str], group: str, prompts: Keys) -> Iterator[LeakTest]:
+    """Yield the tests of the words at the places of a group, and of the one most surely on one side only.
 
     A word counts 1 on the chosen side, -1 on the rejected one; words of few pairs are left out.
     """
-    differences = [
-        {word: 1.0 if word in chosen else -1.0 for word in {*chosen} ^ {*rejected} if word.startswith(place)}
-        for chosen, rejected in words
-    ]
-    vectorizer = DictVectorizer()
-    block = vectorizer.fit_transform(differences).tocsc()
-    kept = np.flatnonzero(block.getnnz(axis=0) >= _MIN_WORD_PAIRS)
-    if not len(kept):
-        return
-    block = block[:, kept]
     counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
-    frequent = np.flatnonzero(counts >= _MIN_DIFFERS * len(prompts))
-    if len(frequent):
-        at = max(frequent, key=lambda one: interval((counts[one] + sums[one]) / 2, int(counts[one]))[0])
-        position, _, word = vectorizer.feature_names_[kept[at]].partition("=")
-        shown = f"{_PLACES[position]} {word!r}"  # "last word but one 'you'"
-        yield _single_test(block[:, [at]].toarray().ravel(), prompts, shown)
-    yield _test(block, prompts, f"{place} words")
+    kept = np.flatnonzero(counts >= _MIN_WORD_PAIRS)
+    if frequent := [at for at in kept.tolist() if counts[at] >= _MIN_DIFFERS * len(prompts)]:
+        most = max(frequent, key=lambda at: interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+        yield _single_test(block[:, most], prompts, words[most], group)
+    if len(kept):
+        yield _test(block[:, kept], prompts, group, group)
 
 
-def leak_findings(tests: Iterable[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
     """Yield the findings about label leaks.
 
     A group of features counts if it reveals the chosen response better than the length, which is a finding of
     its own.
     """
-    by_name = {test.feature: test for test in tests}
-    if not by_name:
-        return
-    length, explained = by_name["characters"], 0.0
-    if length.exceeds(rules["length_bias"].threshold):
-        explained = length.accuracy + _ADDS
-        side = "shorter" if length.detail == _LESS else "longer"
-        detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
-        yield from rules["length_bias"].value(length.accuracy, length.pairs, source, detail)
-    for name in _GROUPS:
-        rule = rules["style_bias" if name in _STYLE else "label_leak"]
-        own = [
-            test
-            for feature, test in by_name.items()
-            if feature in (name, *_MEMBERS.get(name, ())) or feature.startswith(_WORDS.get(name, "\n"))
-        ]
-        test = max(own, key=lambda one: one.accuracy, default=None)
-        if test is None or not test.exceeds(rule.threshold) or test.accuracy <= explained:
-            continue
-        best = max((one for one in own if one.detail), key=lambda one: one.accuracy)
-        detail = (
-            f"by {name}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of held-out "
-            f"pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
-        )
-        yield from rule.value(test.accuracy, test.pairs, source, detail)
-    yield from _one_sided_forms(by_name, rules, source)
+    groups: dict[str, list[LeakTest]] = defaultdict(list)
+    for test in tests:  # of each group the most accurate first
+        groups[test.group].append(test)
+    explained = 0.0
+    for length in groups.pop("length", ()):
+        if length.exceeds(rules["length_bias"].threshold):
+            explained = length.accuracy + _ADDS
+            side = "shorter" if length.detail == _LESS else "longer"
+            detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
+            yield from rules["length_bias"].value(length.accuracy, length.pairs, source, detail)
+    for group, own in groups.items():
+        rule, test = rules["style_bias" if group in _STYLE else "label_leak"], own[0]
+        if test.exceeds(rule.threshold) and test.accuracy > explained:
+            best = next(one for one in own if one.detail)
+            detail = (
+                f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
+                f"held-out pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
+            )
+            yield from rule.value(test.accuracy, test.pairs, source, detail)
+    yield from _one_sided_forms(tests, rules, source)
 
 
-def _one_sided_forms(by_name: Mapping[str, LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def _one_sided_forms(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
     rule, leak = rules["one_sided_form"], rules["label_leak"].threshold
-    forms = [
+    found = [
         test
-        for name, test in by_name.items()
-        if test.detail and name not in _INTENDED and not test.exceeds(leak)
+        for test in tests
+        if test.detail
+        and test.group not in _INTENDED
+        and test.feature != LANGUAGE
+        and not test.exceeds(leak)
+        and test.one_sided_share > rule.threshold
     ]
-    found = [test for test in forms if test.one_sided_share > rule.threshold]
-    if not found:
-        return
     found.sort(key=lambda test: -round(test.differs * test.pairs))
     detail = "; ".join(
         f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
@@ -238,5 +214,6 @@ def _one_sided_forms(by_name: Mapping[str, LeakTest], rules: Rules, source: str)
     )
     more = len(found) - _SHOWN_FORMS
     detail += f"; and {more} more" if more > 0 else ""
-    largest = max(test.one_sided_share for test in found)
-    yield from rule.value(largest, found[0].pairs, source, detail)
+    if found:
+        largest = max(test.one_sided_share for test in found)
+        yield from rule.value(largest, found[0].pairs, source, detail)

@@ -2,25 +2,23 @@
 
 import itertools
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
-from dpo_dist.data.template import any_of
+from dpo_dist.data.template import any_of, chosen_template
 from dpo_dist.insight.doctor.benchmarks import Benchmark
-from dpo_dist.insight.doctor.features import edge_words, side_features
+from dpo_dist.insight.doctor.features import differences
 from dpo_dist.insight.doctor.findings import RULE_OF
-from dpo_dist.insight.doctor.texts import Texts, signature, text_names, texts_of
+from dpo_dist.insight.doctor.texts import Signature, Texts, signature, text_names, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +27,6 @@ SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
 """By `SIDES`; -1 for a missing rejected response."""
 
-_TOO_LONG = {"too_long", "prompt_fills_max_length", "response_fills_max_length", "identical_after_truncation"}
 _CUT = {"prompt_truncated", "response_truncated"}
 _NO_LIMIT = 2**31 - 1
 # Of a ranking, at most so many preferences are compared with those of other records.
@@ -38,48 +35,43 @@ _HEAD = 300
 _NUMBER = re.compile(r"\d+")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PairFacts:
     """Facts about the form of the first and the last response of a record."""
 
-    features: npt.NDArray[np.float32]  # [2, features]
-    words: tuple[tuple[str, ...], tuple[str, ...]]  # `features.edge_words`
-    prompt: int  # its key
+    record: int  # its key, by which a sample is drawn
+    prompt: int  # the key of its prompt
+    differences: dict[str, float]  # `features.differences`
     heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
     scores: tuple[float, float]  # nan without scores
 
 
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """Keys of a readable record, by which it is compared with all others."""
-
-    origin: Origin
-    prompt: int  # without differences of case and white space
-    record: int  # of prompt and responses
-    numbers: int  # of the prompt's numbers
-    hash: int  # `prompts.prompt_hash`
-    is_held_out: bool  # whether `data.eval_share` draws the record for evaluation
-    preferences: tuple[tuple[int, int], ...]  # each preference, and the opposite one
-    signatures: npt.NDArray[np.uint32]  # [2, 64], MinHash of the prompt and of all responses
-    benchmark: str | None  # origin of an item with which it overlaps
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Facts:
-    """Facts about one record."""
+    """Facts about one record; after `detail` those of a readable one."""
 
     origin: Origin
     dropped: str | None = None  # the reason why no example is made of it
     detail: str = ""  # of the reason, without texts
-    keys: Keys | None = None  # None: it cannot be read
+    is_readable: bool = False
+    is_held_out: bool = False  # whether `data.eval_share` draws the record for evaluation
     names: tuple[str, ...] = ()  # rules that it breaks, kinds of these, and properties
     characters: Lengths = (0, 0, -1)
     tokens: Lengths | None = None  # before anything is cut; None: not encoded
-    cut: Sequence[int] = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
+    cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
     changed: dict[str, int] = field(default_factory=dict)  # by encoding
     # Examples and tokens: each response with its prompt, each prompt once, responses, those the loss counts.
-    sums: Counter[str] = field(default_factory=Counter)
+    sums: dict[str, int] = field(default_factory=dict)
     pair: PairFacts | None = None  # None: a single response
+    # Keys, by which records are compared.
+    prompt: int = 0  # without differences of case and white space
+    record: int = 0  # of prompt and responses
+    numbers: int = 0  # of the prompt's numbers
+    hash: int = 0  # `prompts.prompt_hash`
+    preferences: tuple[tuple[int, int], ...] = ()  # each preference, and the opposite one
+    # uint32 [2, 64], MinHash of the prompt and of all responses
+    signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
+    benchmark: str | None = None  # origin of an item with which it overlaps
 
 
 class Observer:
@@ -97,8 +89,14 @@ class Observer:
         )
         self._tokenizer, self._benchmark = tokenizer, benchmark
         self._held_out = eval_part(config) if config.eval_share else None
-        special = tokenizer.all_special_tokens if tokenizer is not None else ()
-        self._special = any_of(token for token in special if not token.isalnum() and not token.isspace())
+        template = special = None
+        if tokenizer is not None:
+            template = chosen_template(tokenizer, config.chat_template, with_tools=True)
+            special = tokenizer.all_special_tokens
+        self._omits_tools = template is not None and not re.search(r"\btools\b", template)
+        self._special = any_of(
+            token for token in special or () if not token.isalnum() and not token.isspace()
+        )
 
     def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[Facts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
@@ -110,44 +108,40 @@ class Observer:
         ]
 
     def _facts(self, record: PreferenceRecord) -> Facts:
-        texts = texts_of(record)
+        texts, number = texts_of(record), prompt_hash(record.prompt)
         prompt, responses = texts.prompt, texts.responses
-        facts = Facts(record.origin, keys=self._keys(record, texts))
-        rejected = -1
-        if len(responses) > 1:
-            rejected = len(responses[-1])
-            facts.pair = _pair_facts(record, texts)
-        facts.characters = len(prompt), len(responses[0]), rejected
+        key = text_key(texts.prompt_identity)
+        whole = text_key(texts.prompt_identity, *map(str.strip, responses))
+        facts = Facts(
+            record.origin,
+            is_readable=True,
+            is_held_out=self._held_out is not None and self._held_out.has(number),
+            characters=(len(prompt), *_ends(responses)),
+            pair=_pair_facts(record, texts, whole, key) if len(responses) > 1 else None,
+            prompt=key,
+            record=whole,
+            numbers=text_key(*_NUMBER.findall(prompt)),
+            hash=number,
+            preferences=tuple(_preferences(record, responses, key)),
+            signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
+            benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
+        )
         names = {*text_names(record, texts), *_record_names(record)}
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
+        if record.tools and self._omits_tools:
+            names.add("tools_not_rendered")
         if self._tokenizer is not None:
             names |= self._encode(record, facts, self._tokenizer)
         facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
         return facts
 
-    def _keys(self, record: PreferenceRecord, texts: Texts) -> Keys:
-        responses, number = texts.responses, prompt_hash(record.prompt)
-        prompt = text_key(texts.prompt_identity)
-        return Keys(
-            origin=record.origin,
-            prompt=prompt,
-            record=text_key(texts.prompt_identity, *map(str.strip, responses)),
-            numbers=text_key(*_NUMBER.findall(texts.prompt)),
-            hash=number,
-            is_held_out=self._held_out is not None and self._held_out.has(number),
-            preferences=tuple(_preferences(record, responses, prompt)),
-            signatures=np.stack([signature(texts.prompt), signature("\n".join(responses))]),
-            benchmark=None if self._benchmark is None else self._benchmark.item_in(texts.prompt, *responses),
-        )
-
     def _encode(
         self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
     ) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept one."""
-        found = encode_record(record, self._config, tokenizer)
-        whole = found
-        if _is_cut(found):
+        whole = found = encode_record(record, self._config, tokenizer)
+        if isinstance(found, BadRecord) or not _CUT.isdisjoint(found.encoded.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.encoded)
@@ -157,29 +151,28 @@ class Observer:
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
         encoded, prompt = found.encoded, len(found.encoded.prompt_ids)
-        facts.cut = [before - after for before, after in zip(facts.tokens, _lengths(encoded), strict=True)]
+        before, after = facts.tokens, _lengths(encoded)
+        facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(found.outcome.changed)
         responses = list(map(len, encoded.responses))
         used = list(itertools.chain(*found.ranks))
-        facts.sums = Counter(
-            pairs=len(found.ranks),
-            tokens=prompt * len(responses) + sum(responses),
-            unique_tokens=prompt + sum(responses),
-            response_tokens=sum(responses[index] for index in used),
-            trained_tokens=sum(int(encoded.masks[index].sum()) for index in used),
-        )
+        facts.sums = {
+            "pairs": len(found.ranks),
+            "tokens": prompt * len(responses) + sum(responses),
+            "unique_tokens": prompt + sum(responses),
+            "response_tokens": sum(responses[index] for index in used),
+            "trained_tokens": sum(int(encoded.masks[index].sum()) for index in used),
+        }
         return {*facts.changed, *_token_names(whole.encoded, tokenizer)}
 
 
-def _is_cut(found: EncodedRecord | BadRecord) -> bool:
-    if isinstance(found, BadRecord):
-        return found.reason in _TOO_LONG
-    return not _CUT.isdisjoint(found.encoded.changes)
-
-
 def _lengths(encoded: EncodedExample) -> Lengths:
-    lengths = list(map(len, encoded.responses))
-    return len(encoded.prompt_ids), lengths[0], lengths[-1] if len(lengths) > 1 else -1
+    return len(encoded.prompt_ids), *_ends(encoded.responses)
+
+
+def _ends(responses: Sequence[Sized]) -> tuple[int, int]:
+    """Return the lengths of the first and, of several responses, the last one."""
+    return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
 def _token_names(encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -202,16 +195,11 @@ def text_key(*texts: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _pair_facts(record: PreferenceRecord, texts: Texts) -> PairFacts:
+def _pair_facts(record: PreferenceRecord, texts: Texts, key: int, prompt: int) -> PairFacts:
     chosen, rejected = texts.responses[0], texts.responses[-1]
+    heads = texts.turns[-1][1][:_HEAD], chosen[:_HEAD], rejected[:_HEAD]
     scores = record.scores or (np.nan, np.nan)
-    return PairFacts(
-        features=np.stack([side_features(chosen), side_features(rejected)]),
-        words=(edge_words(chosen), edge_words(rejected)),
-        prompt=text_key(texts.prompt_identity),
-        heads=(texts.turns[-1][1][:_HEAD], chosen[:_HEAD], rejected[:_HEAD]),
-        scores=(scores[0], scores[-1]),
-    )
+    return PairFacts(key, prompt, differences(chosen, rejected), heads, (scores[0], scores[-1]))
 
 
 def _record_names(record: PreferenceRecord) -> Iterator[str]:

@@ -41,8 +41,6 @@ _KINDS = {
     "role_mark": re.compile(r"\b(Human|Assistant|User):|^[ \t]{0,8}(USER|ASSISTANT|SYSTEM):", re.MULTILINE),
     "html_entity": re.compile(r"&(amp|lt|gt|quot|nbsp|#\d{2,4}|#x[0-9a-fA-F]{2,4});"),
     "escaped_newline": re.compile(r"\A[^\n]*[^\\\n]\\n(\\n|[^a-zA-Z\\\n])[^\n]*\Z"),
-}
-_KINDS_OUTSIDE_ASCII = {
     "replacement_character": re.compile("\ufffd"),
     "zero_width_character": re.compile("[\u200b\u2060\ufeff\u180e]"),
     "bidi_control": re.compile("[\u202a-\u202e\u2066-\u2069]"),
@@ -52,17 +50,6 @@ _KINDS_OUTSIDE_ASCII = {
         "\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
     ),
 }
-# A pattern matches only texts with one of these: faster to look for.
-_NEEDED = {
-    "template_mark": ("<", "[", "##"),
-    "role_mark": ("Human:", "Assistant:", "User:", "USER:", "ASSISTANT:", "SYSTEM:"),
-    "html_entity": ("&",),
-    "escaped_newline": ("\\n",),
-}
-_MODEL_WORDS = re.compile(
-    "gpt| ai|language model|openai|anthropic|claude|deepseek|qwen|mistral|llama|gemini|ernie|chatglm"
-    "|\u4f5c\u4e3a\u4e00"
-)
 _MODEL_NAME = re.compile(
     r"\bas an? (\w+ )?(AI|language model)\b|\bI(\W{0,2}m| am) an? (\w+ )?(AI|language model)\b"
     r"|\b(Chat)?GPT(-?\d\w*)?\b|\b(OpenAI|Anthropic|Claude|DeepSeek|Qwen|Mistral|LLaMA|Gemini|ERNIE|ChatGLM)\b"
@@ -137,13 +124,13 @@ def signature(text: str) -> Signature:
 @lru_cache(maxsize=8)
 def names_model(response: str) -> bool:
     """Return whether a response names a model or says that an AI wrote it."""
-    return _MODEL_WORDS.search(response.lower()) is not None and _MODEL_NAME.search(response) is not None
+    return _MODEL_NAME.search(response) is not None
 
 
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     """Yield names of rules, of their kinds, and of shares that concern the texts of a record."""
     for text in (*(content for _role, content in texts.turns), *texts.responses):
-        yield from _kinds_in(text)
+        yield from (name for name, pattern in _KINDS.items() if pattern.search(text))
     yield from _names_of_turns(record, texts)
     if len(texts.responses) > 1:
         yield from _names_of_pair(record, texts)
@@ -151,14 +138,6 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         response.strip() and response.strip() == texts.turns[-1][1].strip() for response in texts.responses
     ):
         yield "response_repeats_prompt"
-
-
-def _kinds_in(text: str) -> Iterator[str]:
-    for name, pattern in _KINDS.items():
-        if any(part in text for part in _NEEDED.get(name, ("",))) and pattern.search(text):
-            yield name
-    if not text.isascii():
-        yield from (name for name, pattern in _KINDS_OUTSIDE_ASCII.items() if pattern.search(text))
 
 
 def _names_of_turns(record: PreferenceRecord, texts: Texts) -> Iterator[str]:

@@ -39,11 +39,6 @@ REFUSED = [
         "model.adapter.modules_to_save=[norm,q_proj] model.adapter.target_modules=[q_proj]",
         "model.adapter.modules_to_save",
     ),
-    ("model.adapter.on_top=true", "model.adapter.on_top"),
-    (
-        "model.adapter.on_top=true model.adapter.path=sft model.adapter.variant=dora",
-        "model.adapter.on_top",
-    ),
     ("model.adapter.path=sft pairs.rounds=2", "model.adapter.path"),
     ("model.quantization=int8 parallelism=ddp loss=sft", "model.quantization"),
     (f"{NF4} parallelism.kind=zero2", "model.quantization"),

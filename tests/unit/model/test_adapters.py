@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder
-from dpo_dist.model.adapter_weights import AdapterWeights, read_adapter, stack
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
@@ -117,10 +116,9 @@ def assert_starts(model: PackedCausalLM, started: Tensor) -> None:
     assert model.state_dict().keys() == trained == trained_names(model)
 
 
-def write(model: PackedCausalLM, folder: Path, below: Path | None = None) -> Path:
+def write(model: PackedCausalLM, folder: Path) -> Path:
     weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
-    stacked = None if below is None else read_adapter(below)
-    write_trained(model.causal_lm, weights, folder, stacked)
+    write_trained(model.causal_lm, weights, folder)
     return folder
 
 
@@ -169,27 +167,23 @@ def test_only_the_seed_decides_an_adapters_initialization(base: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "on top"])
-def test_an_sft_adapter_with_whole_modules_is_start_and_reference(
-    on_top: bool, folder: Path, tmp_path: Path
-) -> None:
+def test_an_sft_adapter_with_whole_modules_is_start_and_reference(folder: Path, tmp_path: Path) -> None:
     """peft gives embeddings and output layer of a tied base two copies, which are trained apart."""
     sft = write_sft_adapter(folder, tmp_path / "sft", modules_to_save=PAIR)
     files = load_file(sft / "adapter_model.safetensors")
     copies = [files[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head")]
     assert not torch.equal(*copies)
     started = of_peft(folder, sft)
-    for saved in ([], PAIR) if on_top else (None,):
-        model = adapted(folder, sft, on_top=on_top, modules_to_save=saved, **({"r": 3} if on_top else {}))
-        torch.testing.assert_close(model(BATCH), started, atol=1e-5, rtol=1e-5)
-        assert len(saved_names(model)) == (0 if saved == [] else 2)
-        before = model(BATCH)
-        move(model, 0.03)
-        with adapter_off(model):
-            assert torch.equal(model(BATCH), before)
-        out = write(model, tmp_path / f"out{saved}", sft if on_top else None)
-        torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
-        assert (of_peft(folder, out) - started).abs().max() > 0.01
+    model = adapted(folder, sft)
+    torch.testing.assert_close(model(BATCH), started, atol=1e-5, rtol=1e-5)
+    assert len(saved_names(model)) == 2
+    before = model(BATCH)
+    move(model, 0.03)
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), before)
+    out = write(model, tmp_path / "out")
+    torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
+    assert (of_peft(folder, out) - started).abs().max() > 0.01
 
 
 def test_one_of_two_modules_that_share_a_weight_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -229,7 +223,6 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(
         start_folder(config_of(base, sft, **given))
     assert refused.value.where == ", ".join(f"model.adapter.{key}" for key in given)
     assert all(f"model.adapter.{key}=null" in refused.value.remedy for key in given)
-    assert start_folder(config_of(base, sft, on_top=True, **given)) == sft
 
 
 @pytest.mark.parametrize(
@@ -252,8 +245,8 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
     whole = write_sft_adapter(base, tmp_path / "whole", modules_to_save=["lm_head"])
     with pytest.raises(ConfigError, match="this kind of adapter"):
         start_folder(config_of(base, changed(whole, modules_to_save=None)))
-    with pytest.raises(ConfigError, match="this kind of adapter"):
-        read_adapter(changed(sft, eva_config=5))  # peft cannot read it
+    with pytest.raises(ConfigError, match="cannot be added to the model"):
+        adapted(base, changed(shutil.copytree(sft, tmp_path / "odd"), eva_config=5))  # peft cannot read it
     (sft / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="cannot be read"):
         start_folder(config_of(base, sft))
@@ -261,21 +254,18 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
         start_folder(config_of(base, base))
 
 
-def test_dora_has_nothing_above_it_and_no_8_bit_base(base: Path, tmp_path: Path) -> None:
+def test_dora_has_no_8_bit_base(base: Path, tmp_path: Path) -> None:
     dora = write_sft_adapter(base, tmp_path / "dora", use_dora=True)
     config = config_of(base, dora)
     assert start_folder(replace(config, quantization=Quantization.nf4)) == dora
     with pytest.raises(ConfigError, match="peft cannot compute from 8-bit ones"):
         start_folder(replace(config, quantization=Quantization.int8))
-    with pytest.raises(ConfigError, match="above DoRA"):
-        start_folder(config_of(base, dora, on_top=True))
 
 
-@pytest.mark.parametrize("on_top", [False, True], ids=["continued", "below another"])
-def test_an_adapter_of_the_output_layer_is_refused(on_top: bool, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_the_output_layer_is_refused(base: Path, tmp_path: Path) -> None:
     sft = write_sft_adapter(base, tmp_path / "sft", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ConfigError, match="cannot be added to the model"):
-        adapted(base, sft, on_top=on_top)
+        adapted(base, sft)
 
 
 @pytest.mark.parametrize("named", ["org/Other-7B", "/gone/other/"])
@@ -295,45 +285,3 @@ def test_an_adapter_is_part_of_the_digest_and_its_tokenizer_the_policys(base: Pa
     assert tokenizer_folder(base, sft) == base
     shutil.copy(base / "tokenizer.json", sft)
     assert tokenizer_folder(base, sft) == sft
-
-
-def part(layers: list[str], rank: int, alpha: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
-    """An adapter of layers with 8 inputs and 8 outputs."""
-    torch.manual_seed(seed)
-    weights: dict[str, Tensor] = {}
-    for layer in layers:
-        weights[f"{layer}.lora_A.weight"] = torch.randn(rank, 8).to(dtype)
-        weights[f"{layer}.lora_B.weight"] = torch.randn(8, rank).to(dtype)
-    return AdapterWeights(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), weights)
-
-
-def update(adapter: AdapterWeights, layer: str, scale: float | None = None) -> Tensor | float:
-    """The update of a layer in float64, with the scale of the adapter or another one."""
-    if f"{layer}.lora_A.weight" not in adapter.weights:
-        return 0.0
-    down, up = (adapter.weights[f"{layer}.lora_{name}.weight"].double() for name in "AB")
-    return (adapter.scaling(layer, len(down)) if scale is None else scale) * (up @ down)
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_a_stack_is_the_sum_in_float32_with_one_scale(use_rslora: bool) -> None:
-    """Of other layers, ranks, scales and precisions. Some loaders read no patterns."""
-    above = part(["x.q", "x.v"], 3, 5, torch.bfloat16, 1)
-    below = part(["x.k", "x.v"], 2, 7, torch.float32, 2)
-    above.config.use_rslora = below.config.use_rslora = use_rslora
-    stacked = stack(above, below)
-    assert stacked.config.r == 5  # the largest, for which such a loader makes room
-    scale = stacked.config.lora_alpha / stacked.config.r
-    for layer in ("x.q", "x.k", "x.v"):
-        found = update(stacked, layer)
-        torch.testing.assert_close(found, update(above, layer) + update(below, layer), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(update(stacked, layer, scale), found)
-
-
-def test_patterns_name_the_ends_of_layers_as_in_peft() -> None:
-    one = part(["x.q", "x.v", "x.vq"], 2, 6, torch.float32, 1)
-    one.config.alpha_pattern = {"q": 10, r"x\.v": 4}
-    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "v", "vq")})
-    model = inject_adapter_in_model(one.config, nn.ModuleDict({"x": layers}))
-    for layer, alpha in (("x.q", 10), ("x.v", 4), ("x.vq", 6)):
-        assert one.scaling(layer, 2) == alpha / 2 == model.get_submodule(layer).scaling["default"]

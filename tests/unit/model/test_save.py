@@ -10,13 +10,7 @@ import torch
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.save import (
-    read_description,
-    restore_description,
-    write_tokenizer,
-    write_weights,
-    writing_errors,
-)
+from dpo_dist.model.save import write_description, write_tokenizer, write_weights, writing_errors
 from tests.support import tiny
 from tests.support.families import tiny_family
 from tests.support.tiny_model import write_model
@@ -40,7 +34,7 @@ def written_again(base: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
         base, ModelConfig(path=str(base), dtype=dtype, trust_remote_code=True), 64, CPU
     ).causal_lm
     weights = {name: weight.detach() for name, weight in causal_lm.named_parameters()}
-    write_weights(folder, causal_lm, weights, read_description(base))
+    write_weights(folder, causal_lm, weights, base)
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
 
@@ -77,17 +71,14 @@ def test_options_that_training_switches_off_are_written_as_they_were(
 
 
 def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) -> None:
-    kind = {"model_type": "x", "architectures": ["XForCausalLM"]}
     parts = {"text_config": {"torch_dtype": "bfloat16"}, "vision_config": {"depth": 1}}
-    content = kind | {"architectures": ["X"], "transformers_weights": "a.safetensors"} | parts
-    (tmp_path / "config.json").write_text(json.dumps(kind))
-    restore_description(tmp_path, {"config.json": json.dumps(content).encode()}, torch.float16, {})
+    write_description(tmp_path / "config.json", {"transformers_weights": "a"} | parts, torch.float16)
     found = json.loads((tmp_path / "config.json").read_text())
-    assert found == kind | parts | {"text_config": {"dtype": "float16"}, "dtype": "float16"}
+    assert found == parts | {"text_config": {"dtype": "float16"}, "dtype": "float16"}
 
 
 def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match="cannot be written") as raised, writing_errors(tmp_path):
-        write_tokenizer(tmp_path, tiny.qwen(), None)
+        write_tokenizer(tmp_path, tiny.qwen())
     assert "No space left on device" in raised.value.got

@@ -26,17 +26,16 @@ from tests.unit.distributed.test_checkpoint_export import checkpoint_of, weights
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """A run that trained an adapter above another one, with its only checkpoint."""
+    """A run that continued an adapter, with its only checkpoint."""
     base = write_model(tmp_path / "base")
-    adapter = AdapterConfig(r=2, path=str(write_sft_adapter(base, tmp_path / "sft")), on_top=True)
+    sft = write_sft_adapter(base, tmp_path / "sft")
     config = RunConfig(
-        model=ModelConfig(path=str(base), dtype=Dtype.fp32, adapter=adapter),
+        model=ModelConfig(path=str(base), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft))),
         reference=ReferenceConfig(store=str(tmp_path / "store")),
         run=FolderConfig(dir=str(tmp_path / "run")),
     )
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    above = replace(config, model=replace(config.model, adapter=AdapterConfig(r=2)))
-    checkpoint = checkpoint_of(weights_of(above), tmp_path / "run" / "checkpoints" / "step-000001")
+    checkpoint = checkpoint_of(weights_of(config, sft), tmp_path / "run" / "checkpoints" / "step-000001")
     found = digest_model(base, tmp_path / "store", adapter=start_folder(config.model)).digest
     state = {"model": found, "step": 1, "steps": 2, "pairs_seen": 4, "reference_report": {}, "counts": {}}
     (checkpoint / "state.json").write_text(json.dumps(state))
@@ -50,19 +49,16 @@ def test_changed_files_are_refused_where_they_become_part_of_the_result(
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
     (tmp_path / "run" / "environment.json").write_text('{"packages": {}}')
 
-    def export(output: str, **options: Any) -> None:
-        chosen = replace(config, export=ExportConfig(**options))
-        export_model(chosen, checkpoint, tmp_path / output, Console(None))
-
     if changed == "base":
         write_model(tmp_path / "base", seed=1)
     else:
         write_sft_adapter(tmp_path / "base", tmp_path / "sft", seed=4)
-    for options in ({"merge": True}, {}):
-        with pytest.raises(ConfigError, match="started from has changed") as found:
-            export("out", **options)
-        assert "model.adapter.path" in found.value.where
-        assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="started from has changed") as found:
+        export_model(
+            replace(config, export=ExportConfig(merge=True)), checkpoint, tmp_path / "out", Console(None)
+        )
+    assert "model.adapter.path" in found.value.where
+    assert not (tmp_path / "out").exists()
 
 
 # Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe), convolutions (lfm2).

@@ -74,8 +74,7 @@ def test_an_adapter_is_loaded_by_peft() -> None:
     assert "Evaluation" not in found.text
 
 
-@pytest.mark.parametrize("on_top", ["", ", on_top: true, r: 8"])
-def test_local_folders_are_named_without_their_place(on_top: str, tmp_path: Path) -> None:
+def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:
     home = tmp_path / "home" / "alice"
     for name in ("my-base", "sft", "start"):
         (home / name).mkdir(parents=True)
@@ -85,7 +84,7 @@ def test_local_folders_are_named_without_their_place(on_top: str, tmp_path: Path
     found = card(
         [*overrides, f"reference.path={home}/sft"], summary(["a"], ["b"]), {"all": OF_ALL, "b": OF_ALL}
     )
-    adapter = [f"model.adapter={{path: {home}/start{on_top}}}", "reference.mode=adapter"]
+    adapter = [f"model.adapter={{path: {home}/start}}", "reference.mode=adapter"]
     other = card([*overrides, *adapter], summary(["a"], ["b"]))
     for each in (found, other):
         assert "alice" not in each.content
