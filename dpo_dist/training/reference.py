@@ -228,17 +228,9 @@ def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
     """
     if not former:
         return dict(report)
-    peaks = [part["peak_memory_bytes"] for part in (former, report) if "peak_memory_bytes" in part]
-    return {
-        **former,
-        **report,
-        "hits": former["hits"],
-        "computed": former["computed"] + report["computed"],
-        "seconds": round(former["seconds"] + report["seconds"], 3),
-        "damaged": sorted({*former["damaged"], *report["damaged"]}),
-        **({"drift": former["drift"]} if "drift" in former else {}),
-        **({"peak_memory_bytes": max(peaks)} if peaks else {}),
-    }
+    computed, seconds = (former[name] + report[name] for name in ("computed", "seconds"))
+    damaged = sorted({*former["damaged"], *report["damaged"]})
+    return {**report, **former, "computed": computed, "seconds": round(seconds, 3), "damaged": damaged}
 
 
 def _stored(

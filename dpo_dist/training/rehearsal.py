@@ -31,8 +31,7 @@ from dpo_dist.training.inputs import checked_model
 from dpo_dist.training.resume import check_configuration, check_fresh_start, find_finished
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
-_FIRST_RECORDS = 64
-_MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
+_FIRST_RECORDS = 1024
 
 
 def rehearse(config: RunConfig, *, trains: bool = True) -> str:
@@ -130,13 +129,9 @@ def _first_records(
     """Read, encode and check the first records of a source; return their counts as one line."""
     # No run directory is written, so the commit of a hub dataset is not recorded.
     source = pinned(source, None)
-    for most in (_FIRST_RECORDS, _MORE_RECORDS):
-        records = list(itertools.islice(read_records(source), most + 1))
-        rows = pa.Table.from_batches([encode_chunk(records[:most], config.data, tokenizer)])
-        counts = counts_of(rows)
-        if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
-            break
-    has_more = len(records) > most
+    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
     columns = columns_of(rows)
     scores, origins = columns["scores"], columns["origins"]

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
@@ -52,11 +54,10 @@ class RunState:
 def read_state(folder: RunFolder) -> RunState | None:
     """Return the recorded state of the run in `folder`; None if there is none."""
     try:
-        content = json.loads(folder.state.read_bytes())
-        return RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
+        return TypeAdapter(RunState).validate_json(folder.state.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "the state of this run cannot be read",
             where=str(folder.state),

@@ -103,18 +103,17 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
 @pytest.mark.parametrize(
     ("options", "is_known"),
     [
-        ([], True),
         (["loss=beta_dpo", "model.adapter={r: 4}"], True),
         (["loss.weighting=wpo"], False),
         (["loss=simpo"], False),
     ],
-    ids=["stored", "coupled, by an adapter", "weights from a forward", "no reference"],
+    ids=["coupled, by an adapter", "weights from a forward", "no reference"],
 )
 def test_the_log_begins_with_the_values_before_the_first_step(
     options: list[str], is_known: bool, overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Those of the reference where the policy starts as it, without entropies, which need a forward."""
-    train(overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=1", *options), processes=2)
+    train(overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=1", *options))
     start, *rows = history(tmp_path / "run")
     needs_forward = {key for key in rows[-1] if "entropy" in key and key.startswith("eval_")}
     assert len(needs_forward) == 2

@@ -254,7 +254,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
         ([UNKNOWN] * 3, [], "no record can be used"),
         ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
         ([PAIR], ["loss=odpo", "reference=cached"], "odpo cannot use 1 of 1 examples"),
-        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 100 of 100"),
         ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
         ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo cannot use"),
     ],
@@ -269,12 +269,11 @@ def test_a_check_reads_the_first_records(
 
 
 def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Path) -> None:
-    # Four of the first 64 are too many, four of the first 1,024 are not.
-    file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 100, *[UNKNOWN] * 2)
+    file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 1100)
     passed = rehearse(run_of(assets, tmp_path, f"data.train=[{{path: {file}, limit: 104}}]"))
     assert "100 of the first 104 records kept; dropped: 4 unknown_format" in passed
-    loose = run_of(assets, tmp_path, f"data.train=[{file}]", "data.max_bad_share=0.1")
-    assert "60 of the first 64 records kept (the others were not looked at); dropped: 4" in rehearse(loose)
+    passed = rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
+    assert "1020 of the first 1024 records kept (the others were not looked at); dropped: 4" in passed
 
 
 @pytest.mark.parametrize(
