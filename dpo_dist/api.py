@@ -28,7 +28,7 @@ from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.metrics.log import read_rows
 from dpo_dist.model import load
-from dpo_dist.model.exactness import CheckedModel, packed_for_a_while, settle
+from dpo_dist.model.exactness import StartCheck, packed_for_a_while
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
@@ -84,7 +84,7 @@ def load_model(
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
-    settle(CheckedModel(model, model, device, max_length))
+    StartCheck(model, model, device, max_length).settle()
     return model
 
 

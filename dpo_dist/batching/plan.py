@@ -1,7 +1,7 @@
 """Assign the examples of a global batch to ranks and micro-batches, by their compute costs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -62,25 +62,6 @@ Counts = npt.NDArray[np.int64]
 CountT = TypeVar("CountT", int, Counts)
 
 
-@dataclass(frozen=True)
-class Reach:
-    """A limit of the keys that queries see in a share of all layers: a sliding window of so many tokens,
-    itself included, or sequences cut in chunks of them.
-    """
-
-    tokens: int
-    share: float
-    in_chunks: bool = False
-
-    def pairs(self, tokens: Counts) -> Counts:
-        """Return the number of query-key pairs of sequences of these numbers of tokens, in one layer."""
-        if self.in_chunks:
-            whole, rest = np.divmod(tokens, self.tokens)
-            return whole * causal_pairs(self.tokens) + causal_pairs(rest)
-        before = np.minimum(tokens, self.tokens)
-        return causal_pairs(before) + (tokens - before) * self.tokens
-
-
 def causal_pairs(tokens: CountT) -> CountT:
     """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
     return tokens * (tokens + 1) // 2
@@ -100,14 +81,12 @@ class ComputeCosts:
         key: time of one query-key pair, in all layers.
         target: time of one target in the output layer.
         arrangement: of the responses in a forward, which decides how many tokens it computes.
-        reaches: limits in some layers; other layers see all earlier tokens.
         pads: whether a live reference computes the examples in padded rows, whatever the arrangement is.
     """
 
     key: float
     target: float
     arrangement: Arrangement = Arrangement.packed
-    reaches: tuple[Reach, ...] = ()
     pads: bool = False
 
 
@@ -119,7 +98,7 @@ class ExampleSizes:
         tokens: int64, tokens that a forward computes, without padding; they decide the memory.
         rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
         targets: int64, completion tokens to score.
-        attended: int64, query-key pairs of attention in the mean layer.
+        attended: int64, query-key pairs of attention in a layer in which tokens see all earlier ones.
         costs: float64, compute time in units of `ComputeCosts`.
         rows: int64, responses in padded rows; None: nothing is padded.
         longest: int64, tokens of the longest of these rows; None: nothing is padded.
@@ -165,14 +144,8 @@ def example_sizes(
     copies = np.where(costs.arrangement is Arrangement.packed, 1, responses)
     tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
 
-    def attended_with(pairs: Callable[[Counts], Counts]) -> Counts:
-        in_responses = pairs(prompts + stored) - pairs(prompts)
-        return copies * pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
-
-    attended = attended_with(causal_pairs)
-    if costs.reaches:
-        shorter = sum(reach.share * (attended - attended_with(reach.pairs)) for reach in costs.reaches)
-        attended = attended - np.rint(shorter).astype(np.int64)
+    in_responses = causal_pairs(prompts + stored) - causal_pairs(prompts)
+    attended = copies * causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
     targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets

@@ -24,7 +24,7 @@ class RankBatch:
         pairs: examples of the global batch, over all ranks; as are all that follow.
         rows_tokens: `tokens` with each prompt once for each of its responses.
         targets: completion tokens that the loss counts.
-        attended: query-key pairs that attention computes in the mean layer.
+        attended: query-key pairs of attention in a layer in which tokens see all earlier ones.
         mean_chosen_tokens: mean number of targets in the chosen responses.
         sources: int64 [pairs], index in `dataset.labels` of the source of each pair; None without labels.
         forwards: for each micro-batch `PackedBatch.forwards`.

@@ -46,9 +46,8 @@ from dpo_dist.distributed.memory import (
 from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.layers import compressors, decoder_layers, expert_blocks, join_gradients, without_gradient
+from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
 from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
-from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -87,7 +86,6 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
-    check_bitsandbytes(optim.kind, "optim.kind", instead=OptimizerKind.adamw)
     from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
 
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
@@ -132,7 +130,7 @@ def gather_at_once(model: PackedCausalLM) -> None:
     Compiled layers, so that no hook is in compiled code; and modules that may compute with some of their
     weights only: a rank that skips a part would not gather it, and the others would wait.
     """
-    for module in [*expert_blocks(model.causal_lm), *compressors(model.causal_lm)]:
+    for module in partly_used_blocks(model.causal_lm):
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
@@ -393,9 +391,7 @@ class PolicyEngine(Engine):
                 remedy="update torch, or set parallelism=zero2 or model.compile=false",
             )
         gather_at_once(model)
-        # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may.
-        blocks = expert_blocks(model.causal_lm) if zero["stage"] < 3 else []
-        for module in [*blocks, *compressors(model.causal_lm)]:
+        for module in partly_used_blocks(model.causal_lm):
             join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))

@@ -261,17 +261,12 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of query and key heads of a layer, and their dimension; that of values, if it is another."""
+    """Numbers of query and key heads of a layer, their dimension, and that of a head of values."""
 
     query: int
     key: int
     dim: int
-    own_value_dim: int | None = None
-
-    @property
-    def value_dim(self) -> int:
-        """Return the dimension of a head of values."""
-        return self.dim if self.own_value_dim is None else self.own_value_dim
+    value_dim: int
 
 
 def heads_of_layers(text: Any) -> list[Heads]:
@@ -291,7 +286,7 @@ def heads_of(model_config: Any) -> Heads:
         dim = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
         return Heads(heads, heads, dim, model_config.v_head_dim)
     dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
+    return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim, dim)
 
 
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:

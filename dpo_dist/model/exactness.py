@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_lin
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_supported, few_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.layers import expert_blocks, layer_values
+from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.rotary import forget_lengths
 from dpo_dist.model.ulysses import cannot_be_shared
@@ -30,52 +30,6 @@ Score = Callable[[PackedBatch], Tensor]
 """Log-probs of the targets of a batch on its device, float32 [targets]; may be collective."""
 Agree = Callable[[str], str]
 """Fault of this rank (empty: none) to that of the lowest rank that has one; collective."""
-
-
-@dataclass(frozen=True)
-class CheckedModel:
-    """A model in evaluation mode, how it is scored, and the longest prompt plus response in tokens."""
-
-    model: PackedCausalLM
-    score: Score
-    device: torch.device
-    max_length: int
-    key: str = "model.path"
-    agree: Agree = str
-
-    @property
-    def kind(self) -> str:
-        """Return the `model_type`."""
-        return str(self.model.causal_lm.config.model_type)
-
-    @property
-    def is_int8(self) -> bool:
-        """Return whether products with the model's weights may round their inputs to int8."""
-        return any(weight.dtype == torch.int8 for weight in self.model.parameters())
-
-    @torch.no_grad()
-    def scores(self, batch: PackedBatch) -> Tensor:
-        """Return the log-probs of a batch, float32 [targets] on the host."""
-        return self.score(batch.to(self.device)).float().cpu()
-
-    def fault(self, work: Callable[[], str]) -> str:
-        """Return the fault that `work` returns, or the first line of an error, on some rank. Collective.
-
-        A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
-        """
-        try:
-            fault = work()
-        except (DeviceMemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            fault = first_line(error)
-            log.info("%s, in the check at start:", self.kind, exc_info=True)
-        return self.agree(fault)
-
-    def refuse(self, work: Callable[[], str], message: str, remedy: str) -> None:
-        """Raise a `ConfigError` if `work` returns a fault or fails on some rank; collective."""
-        if fault := self.fault(work):
-            raise ConfigError(message, where=self.key, got=f"{self.kind}, {fault}", remedy=remedy)
 
 
 _USUAL_LENGTH = 64
@@ -99,100 +53,223 @@ _FUTURE = 0.02
 # The same with int8 weights: a column of inputs with an outlier in any token is not rounded in all of them
 # (arXiv 2208.07339), so other tokens change rounding.
 _INT8_OTHERS = 0.1
+# Rows that tables of learned positions have beside the positions, as in OPT.
+_SPARE_POSITIONS = 8
 
 
-class Trial:
-    """Invented sequences, and their log-probs `plain` by the model's own forward of one row at a time."""
+class StartCheck:
+    """The check of a model in evaluation mode, by invented sequences of at most `max_length` tokens.
 
-    plain: Tensor
-    found: Tensor
-    spread: float
+    `max_length` is that of the longest prompt plus response. Methods without an underscore are collective.
+    """
 
-    def __init__(self, checked: CheckedModel):
-        self.checked = checked
-        self.sequences = trial_sequences(checked.model.causal_lm, checked.max_length)
-        self.batch = pack_trial(self.sequences)
-        self.is_float32 = next(checked.model.parameters()).dtype == torch.float32 and not checked.is_int8
-        self.noise = 0.0
+    _plain: Tensor  # log-probs by the model's own forward of one row at a time
+    _found: Tensor  # those by the last arrangement that was tried
+    _spread: float
 
-    def score_plainly(self) -> str:
-        """Compute `plain`, and what rounding explains; return no fault. Collective."""
-        self.plain = self.found = self._plain_again()
-        self.spread = float(self.plain.std())
-        if not self.is_float32:
-            with _rounded_once_more(self.checked.model.causal_lm):
-                self.noise = float((self._plain_again() - self.plain).abs().mean())
-        return ""
+    def __init__(
+        self,
+        model: PackedCausalLM,
+        score: Score,
+        device: torch.device,
+        max_length: int,
+        key: str = "model.path",
+        agree: Agree = str,
+    ):
+        self._model, self._score, self._device, self._max_length = model, score, device, max_length
+        self._key, self._agree = key, agree
+        self._kind = str(model.causal_lm.config.model_type)
+        # Products with such weights may round their inputs to int8.
+        self._is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
+        self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
+        self._sequences = trial_sequences(model.causal_lm, max_length)
+        self._batch = _packed(self._sequences)
+        self._noise = 0.0
 
-    def _scores(self, batch: PackedBatch, arrangement: Arrangement, own_logits: bool) -> Tensor:
-        self.checked.model.arrange(arrangement, own_logits=own_logits)
-        return self.checked.scores(batch)
+    def settle(self) -> None:
+        """Arrange the model in the cheapest way that computes the log-probs of its own forward."""
+        _check_positions(self._model.causal_lm, self._max_length, self._key)
+        self._refuse(
+            self._score_plainly,
+            "the model's own forward cannot score a sequence of tokens",
+            "choose a causal language model; of one, check the weights, or set model.dtype=fp32",
+        )
+        self._refuse(
+            self._effect_of_later_tokens,
+            "this model is not causal, or its forward is random",
+            "choose a causal language model, or remove dropout and noise from the model's own code",
+        )
+        model, failures = self._model, []
+        for arrangement, own_logits in _ladder(model, self._max_length):
+            fault = self._fault(partial(self._fault_of, arrangement, own_logits))
+            if not fault:
+                break
+            head = "its own logits" if own_logits else "the log-prob head"
+            failures.append(f"{arrangement} with {head}: {fault}")
+        else:
+            if model.sequence is not None:
+                raise cannot_be_shared(self._kind, model.sequence.ranks, "; ".join(failures))
+            raise ConfigError(
+                "training would not compute the log-probs of this model's own forward",
+                where=self._key,
+                got=f"{self._kind}, {'; '.join(failures)}",
+                remedy="choose another model, or remove dropout and noise from its own code",
+            )
+        for failure in failures:
+            log.info("%s, %s", self._kind, failure)
+        if model.own_logits:
+            vocabulary = model.causal_lm.config.get_text_config().vocab_size
+            log.warning(
+                "%s: log-probs are computed from all logits of the model, which takes memory for %s values "
+                "per token",
+                self._kind,
+                f"{vocabulary:,}",
+            )
 
-    def _plain_again(self) -> Tensor:
-        return self._scores(self.batch, Arrangement.single, own_logits=True)
+    def check_training(self) -> None:
+        """Check that the settled model computes the same log-probs in training mode, where it stays.
+
+        Its own code may have dropout that no option switches off.
+        """
+        self._model.train()
+        self._refuse(
+            self._change_by_training,
+            "the forward of this model is another in training mode",
+            "remove dropout, noise and what else is only for training from the model's own code",
+        )
+
+    def check_use(self) -> None:
+        """Check that each sequence uses the same trained weights of the model, which is in training mode.
+
+        Ranks add up gradients weight by weight. A rank whose sequences do not use one has no gradient to add,
+        and the others would wait for it.
+        """
+        self._refuse(
+            self._sometimes_used,
+            "some sequences do not use all weights of this model, so several processes cannot train it",
+            "train on one process, or add 0 times these weights to the output of their module",
+        )
+
+    def _refuse(self, work: Callable[[], str], message: str, remedy: str) -> None:
+        """Raise a `ConfigError` if `work` returns a fault or fails on some rank; collective."""
+        if fault := self._fault(work):
+            raise ConfigError(message, where=self._key, got=f"{self._kind}, {fault}", remedy=remedy)
+
+    def _fault(self, work: Callable[[], str]) -> str:
+        """Return the fault that `work` returns, or the first line of an error, on some rank. Collective.
+
+        A model can raise anything if it is called in an unusual way. Exhausted memory is raised.
+        """
+        try:
+            fault = work()
+        except (DeviceMemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            fault = first_line(error)
+            log.info("%s, in the check at start:", self._kind, exc_info=True)
+        return self._agree(fault)
+
+    @torch.no_grad()
+    def _scores(self, batch: PackedBatch) -> Tensor:
+        """Return the log-probs of a batch, float32 [targets] on the host."""
+        return self._score(batch.to(self._device)).float().cpu()
+
+    def _scores_as(self, arrangement: Arrangement, own_logits: bool) -> Tensor:
+        self._model.arrange(arrangement, own_logits=own_logits)
+        return self._scores(self._batch)
+
+    def _score_plainly(self) -> str:
+        """Compute the plain log-probs, and what rounding explains; return in words what is not finite."""
+        self._plain = self._found = self._scores_as(Arrangement.single, own_logits=True)
+        self._spread = float(self._plain.std())
+        if not self._is_float32:
+            with _rounded_once_more(self._model.causal_lm):
+                again = self._scores_as(Arrangement.single, own_logits=True)
+            self._noise = float((again - self._plain).abs().mean())
+        lost = int((~self._plain.isfinite()).sum())
+        return f"{lost} of {len(self._plain)} log-probs are not finite" if lost else ""
 
     @property
-    def rounding(self) -> float:
+    def _rounding(self) -> float:
         """Return the difference of the mean token that rounding explains, in nats."""
-        return _ROUNDING + max(_TYPICAL * self.spread, _NOISES * self.noise)
+        return _ROUNDING + max(_TYPICAL * self._spread, _NOISES * self._noise)
 
     @property
     def _exact(self) -> float:
-        return _ROUNDING + _SHARE_OF_SPREAD * self.spread
+        return _ROUNDING + _SHARE_OF_SPREAD * self._spread
 
-    def not_finite(self) -> str:
-        """Return in words how many log-probs are not finite; empty: none."""
-        lost = int((~self.plain.isfinite()).sum())
-        return f"{lost} of {len(self.plain)} of invented tokens" if lost else ""
-
-    def effect_of_later_tokens(self) -> str:
+    def _effect_of_later_tokens(self) -> str:
         """Return in words the largest effect of later tokens on a token; empty: none but rounding.
 
         The last two responses have one length, and begin with the same tokens.
         """
-        tokens = len(self.sequences[-1].responses[0])
-        first, second = self.plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
+        tokens = len(self._sequences[-1].responses[0])
+        first, second = self._plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
         effect = (first - second).abs()
         mean, largest = float(effect.mean()), float(effect.max())
-        if self.is_float32:
+        if self._is_float32:
             is_rounding = largest <= self._exact
         else:
-            share = _INT8_OTHERS if self.checked.is_int8 else _FUTURE
-            is_rounding = mean <= share * self.spread
+            is_rounding = mean <= (_INT8_OTHERS if self._is_int8 else _FUTURE) * self._spread
         return "" if is_rounding else f"a log-prob changes by {largest:.2g} nats with the tokens after it"
 
-    def fault(self, arrangement: Arrangement, own_logits: bool) -> str:
+    def _fault_of(self, arrangement: Arrangement, own_logits: bool) -> str:
         """Return why this arrangement of the model is not exact; empty: it is. Collective."""
-        self.found = self._scores(self.batch, arrangement, own_logits)
+        self._found = self._scores_as(arrangement, own_logits)
         neighbours = ""
-        if not self.is_float32 and arrangement is not Arrangement.single:
+        if not self._is_float32 and arrangement is not Arrangement.single:
             neighbours = self._effect_of_neighbours()
-        return self._difference() or neighbours
-
-    def _difference(self) -> str:
-        """Return in words what rounding does not explain of the difference from `plain`; empty: nothing."""
-        differences = (self.found - self.plain).abs()
+        differences = (self._found - self._plain).abs()
         largest, mean = float(differences.max()), float(differences.mean())
-        is_rounding = largest <= self._exact if self.is_float32 else mean <= self.rounding
-        text = f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
-        return "" if is_rounding else text
+        is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
+        if is_rounding:
+            return neighbours
+        return f"log-probs differ by up to {largest:.2g} nats, by {mean:.2g} in the mean"
 
     def _effect_of_neighbours(self) -> str:
         """Return in words the effect of the first response on the tokens that follow it; empty: none."""
-        example = self.sequences[0]
+        example = self._sequences[0]
         first, second = example.responses
         other = replace(example, responses=(first[::-1].copy(), second))
         # The prompt predicts the first one.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
         effect, repeated = (
-            float((self.checked.scores(batch) - self.found)[near].abs().median())
-            for batch in (pack_trial([other, *self.sequences[1:]]), self.batch)
+            float((self._scores(batch) - self._found)[near].abs().median())
+            for batch in (_packed([other, *self._sequences[1:]]), self._batch)
         )
-        allowed = max(_REPEATS * repeated, _NEIGHBOUR_NOISES * self.noise)
-        if self.checked.is_int8:
-            allowed = max(allowed, _INT8_OTHERS * self.spread)
-        is_rounding = effect <= allowed
-        return "" if is_rounding else f"log-probs change by {effect:.2g} nats with other responses"
+        allowed = max(_REPEATS * repeated, _NEIGHBOUR_NOISES * self._noise)
+        if self._is_int8:
+            allowed = max(allowed, _INT8_OTHERS * self._spread)
+        return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
+
+    def _change_by_training(self) -> str:
+        mean, limit = float((self._scores(self._batch) - self._found).abs().mean()), self._rounding
+        if self._is_int8 and self._device.type != "cuda":
+            # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+            limit = max(limit, _INT8_OTHERS * self._spread)
+        return "" if mean <= limit else f"by {mean:.2g} nats in the mean"
+
+    def _sometimes_used(self) -> str:
+        """Return the first weights that one of a long and a short sequence uses; empty: there are none."""
+        causal_lm, long = self._model.causal_lm, self._sequences[0]
+        short = Sequences(long.prompt_ids[:2], (long.responses[0][:1],))
+        differing = self._used(long) ^ self._used(short)
+        differing -= {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
+        return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
+
+    def _used(self, sequences: Sequences) -> set[nn.Parameter]:
+        """Return the weights with a gradient from the log-probs of these sequences."""
+        with torch.enable_grad():
+            logps = self._score(_packed([sequences]).to(self._device))
+        seen, found, waiting = set(), set(), [logps.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                if hasattr(node, "variable"):  # where a gradient ends
+                    found.add(node.variable)
+                waiting += [following for following, _ in node.next_functions]
+        return found
 
 
 @contextlib.contextmanager
@@ -246,118 +323,10 @@ def _named_ids(config: Any) -> set[int]:
     return {one for one in ids if isinstance(one, int)}
 
 
-def pack_trial(sequences: Sequence[Sequences]) -> PackedBatch:
+def _packed(sequences: Sequence[Sequences]) -> PackedBatch:
     """Return a batch of invented sequences, whose keys are not read."""
     responses = sum(len(example.responses) for example in sequences)
     return pack(sequences, np.zeros((responses, 2), dtype=np.uint64))
-
-
-# Rows that tables of learned positions have beside the positions, as in OPT.
-_SPARE_POSITIONS = 8
-
-
-def settle(checked: CheckedModel) -> Trial:
-    """Arrange a model in the cheapest way that computes the log-probs of its own forward; collective."""
-    model, max_length = checked.model, checked.max_length
-    check_positions(model.causal_lm, max_length, checked.key)
-    trial = Trial(checked)
-    checked.refuse(
-        trial.score_plainly,
-        "the model's own forward cannot score a sequence of tokens",
-        "choose a causal language model",
-    )
-    checked.refuse(
-        trial.not_finite,
-        "the model computes log-probs that are not finite",
-        "check the model's weights, or set model.dtype=fp32",
-    )
-    checked.refuse(
-        trial.effect_of_later_tokens,
-        "this model is not causal, or its forward is random",
-        "choose a causal language model, or remove dropout and noise from the model's own code",
-    )
-    failures: list[str] = []
-    for arrangement, own_logits in _ladder(model, max_length):
-        fault = checked.fault(partial(trial.fault, arrangement, own_logits))
-        if not fault:
-            break
-        head = "its own logits" if own_logits else "the log-prob head"
-        failures.append(f"{arrangement} with {head}: {fault}")
-    else:
-        if model.sequence is not None:
-            raise cannot_be_shared(checked.kind, model.sequence.ranks, "; ".join(failures))
-        raise ConfigError(
-            "training would not compute the log-probs of this model's own forward",
-            where=checked.key,
-            got=f"{checked.kind}, {'; '.join(failures)}",
-            remedy="choose another model, or remove dropout and noise from its own code",
-        )
-    for failure in failures:
-        log.info("%s, %s", checked.kind, failure)
-    if model.own_logits:
-        text = "%s: log-probs are computed from all logits of the model, which takes memory for %s per token"
-        vocabulary = model.causal_lm.config.get_text_config().vocab_size
-        log.warning(text, checked.kind, f"{vocabulary:,} values")
-    return trial
-
-
-def check_training(trial: Trial) -> None:
-    """Check that a settled model computes the same log-probs in training mode, where it stays; collective.
-
-    Its own code may have dropout that no option switches off.
-    """
-    checked = trial.checked
-    checked.model.train()
-
-    def change() -> str:
-        mean, limit = float((checked.scores(trial.batch) - trial.found).abs().mean()), trial.rounding
-        if checked.is_int8 and checked.device.type != "cuda":
-            # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
-            limit = max(limit, _INT8_OTHERS * trial.spread)
-        return "" if mean <= limit else f"by {mean:.2g} nats in the mean"
-
-    checked.refuse(
-        change,
-        "the forward of this model is another in training mode",
-        "remove dropout, noise and what else is only for training from the model's own code",
-    )
-
-
-def check_use(checked: CheckedModel) -> None:
-    """Check that each sequence uses the same trained weights of a model in training mode; collective.
-
-    Ranks add up gradients weight by weight. A rank whose sequences do not use one has no gradient to add,
-    and the others would wait for it.
-    """
-    causal_lm = checked.model.causal_lm
-    long = trial_sequences(causal_lm, checked.max_length)[0]
-    short = Sequences(long.prompt_ids[:2], (long.responses[0][:1],))
-
-    def sometimes_used() -> str:
-        differing = _reached(checked, long) ^ _reached(checked, short)
-        differing -= {weight for block in expert_blocks(causal_lm) for weight in block.parameters()}
-        return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
-
-    checked.refuse(
-        sometimes_used,
-        "some sequences do not use all weights of this model, so several processes cannot train it",
-        "train on one process, or add 0 times these weights to the output of their module",
-    )
-
-
-def _reached(checked: CheckedModel, sequences: Sequences) -> set[nn.Parameter]:
-    """Return the weights with a gradient from the log-probs of these sequences."""
-    with torch.enable_grad():
-        logps: Tensor = checked.score(pack_trial([sequences]).to(checked.device))
-    seen, found, waiting = set(), set(), [logps.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):  # where a gradient ends
-                found.add(node.variable)
-            waiting += [following for following, _ in node.next_functions]
-    return found
 
 
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
@@ -379,7 +348,7 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
                 yield arrangement, own_logits
 
 
-def check_positions(causal_lm: Any, max_length: int, key: str) -> None:
+def _check_positions(causal_lm: Any, max_length: int, key: str) -> None:
     """Check that a model with learned positions has one for each input token."""
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or max_length - 1 <= positions:
@@ -416,7 +385,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
     backend = choose_backend(AttentionBackend.auto, dtype, model.device)
     try:
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
-        settle(CheckedModel(packed, packed, model.device, longest, "model"))
+        StartCheck(packed, packed, model.device, longest, "model").settle()
         yield packed
     finally:
         forget_lengths(model)

@@ -1,7 +1,6 @@
 """FLOPs of a training step, compute costs of micro-batches, and peak FLOP/s of a device."""
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_dist.batching.plan import ComputeCosts, Reach
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.attention import heads_of_layers
-from dpo_dist.model.layers import layer_configs, layer_values, other_weights
+from dpo_dist.model.layers import layer_values, other_weights
 from dpo_dist.model.lora import find_modules, target_layers
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -34,16 +33,15 @@ class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
     Of a packed token in the matrices of all layers, of a completion token in the output layer, and in all
-    layers of a token for one that it attends to, itself included; limits of attention in some layers.
+    layers of a token for one that it attends to, itself included. Windows count as full attention.
     """
 
     per_token: float
     per_target: float
     per_attended: float
-    reaches: tuple[Reach, ...] = ()
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
-        """Return the FLOPs of a step with these counts; `attended` is that of the mean layer."""
+        """Return the FLOPs of a step with these counts."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
@@ -99,7 +97,6 @@ def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlop
         + (_FORWARD_AND_BACKWARD - per_weight) * visited_saved,
         per_target=(_FORWARD_AND_BACKWARD if trains_output else per_weight) * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
-        reaches=_reaches(text),
     )
 
 
@@ -110,26 +107,6 @@ def _visited_experts(text: PretrainedConfig) -> int:
     return max((value for layers in of_layers for value in layers if value), default=0)
 
 
-def _reaches(text: PretrainedConfig) -> tuple[Reach, ...]:
-    """Return the sliding windows and chunks of the layers of a text model."""
-    layers, kinds = layer_configs(text), getattr(text, "layer_types", None) or ["sliding_attention"]
-    count = max(len(layers), len(kinds))
-    limits = [_limit(layers[n % len(layers)], kinds[n % len(kinds)]) for n in range(count)]
-    return tuple(
-        Reach(tokens, limited / count, in_chunks)
-        for (tokens, in_chunks), limited in Counter(limits).items()
-        if tokens
-    )
-
-
-def _limit(layer: PretrainedConfig, kind: str) -> tuple[int, bool]:
-    """Return the tokens that a layer of this kind sees, 0: all; and whether they are those of a chunk."""
-    if kind == "chunked_attention":
-        return getattr(layer, "attention_chunk_size", None) or 0, True
-    has_window = kind == "sliding_attention" and getattr(layer, "use_sliding_window", True)
-    return (getattr(layer, "sliding_window", None) or 0) if has_window else 0, False
-
-
 def compute_costs(flops: StepFlops) -> ComputeCosts:
     """Return the cost of an attended key and of a target, relative to a token in the layers' matrices.
 
@@ -138,7 +115,6 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
         target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
-        reaches=flops.reaches,
     )
 
 

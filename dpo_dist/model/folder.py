@@ -24,7 +24,10 @@ _AGAIN = "download or save the model again"
 def model_folder(
     path: str, revision: str | None, key: str = "model.path", *, accepts_adapter: bool = False
 ) -> Path:
-    """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed."""
+    """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed.
+
+    Or of an adapter, if the caller accepts one.
+    """
     folder = local_model_folder(path, revision, key, accepts_adapter=accepts_adapter)
     if folder is None:
         folder = _snapshot(path, revision, key, ignored=_FOREIGN_WEIGHTS)
@@ -168,7 +171,8 @@ def _check_files(
     """Check that a folder has config.json, weights in safetensors, and no adapter beside them."""
     has_adapter = (folder / ADAPTER_CONFIG).is_file()
     if accepts_adapter and is_adapter(folder):
-        check_adapter(folder, key)
+        if not (folder / ADAPTER_WEIGHTS).is_file() and any(folder.glob("adapter_model.*")):
+            raise _no_safetensors(folder, key)
         return
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
@@ -193,12 +197,6 @@ def _check_files(
             expected="full weights only: transformers would apply the adapter to them",
             remedy="merge the adapter into the weights, or move its files to another folder",
         )
-
-
-def check_adapter(folder: Path, key: str) -> None:
-    """Check that the weights of an adapter, if it has any, are in safetensors."""
-    if not (folder / ADAPTER_WEIGHTS).is_file() and any(folder.glob("adapter_model.*")):
-        raise _no_safetensors(folder, key)
 
 
 def _no_safetensors(folder: Path, key: str) -> ConfigError:

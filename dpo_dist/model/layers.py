@@ -18,7 +18,6 @@ from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.numerics import check_precision
-from dpo_dist.model.optional_packages import check_installed
 
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
@@ -103,8 +102,6 @@ def check_device(config: ModelConfig, model_type: str, device: torch.device) -> 
     if config.liger and not (on_cuda and model_type in EXACT_WITH_LIGER):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
         fault = "liger", f"Liger's kernels are exact on CUDA for {known}"
-    elif config.liger:
-        check_installed("liger-kernel", "model.liger", "true", "false")
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.compile and compiler is None:
         fault = "compile", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
@@ -155,21 +152,25 @@ def use_liger(causal_lm: nn.Module) -> None:
     _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def expert_blocks(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the modules inside of layers that have a list of equal parts, such as one module per expert.
+def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
+    """Return the modules of which some tokens use a part of the weights only, so that ranks use others.
 
-    Which parts compute depends on the tokens, so ranks may use different ones. Experts whose weights are
-    stacked in one tensor, as in transformers' own models, are one part. A module found here that always
-    uses all its parts is no error: ZeRO-3 gathers its weights at once.
+    They have a list of equal parts inside of a layer, such as one module per expert (experts that are stacked
+    in one tensor, as in transformers' own models, are one part), or make one key of several tokens, as in
+    DeepSeek-V4, which a shorter sequence does not have. A module found here that always uses all its parts is
+    no error: ZeRO-3 gathers its weights at once.
     """
     layers = set(decoder_layers(causal_lm))
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
     inside = {module for stack in stacks for layer in stack for module in layer.modules()} - layers
-    return [
-        module
-        for module in causal_lm.modules()
-        if module in inside and any(map(_is_list_of_equals, module.children()))
+    found = [
+        name
+        for name, module in causal_lm.named_modules()
+        if hasattr(module, "compress_rate")
+        or (module in inside and any(map(_is_list_of_equals, module.children())))
     ]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return [causal_lm.get_submodule(name) for name in outer]
 
 
 def _is_list_of_equals(module: nn.Module) -> bool:
@@ -179,21 +180,12 @@ def _is_list_of_equals(module: nn.Module) -> bool:
     return is_one_kind and any(True for _ in module.parameters())
 
 
-def compressors(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the modules that make one key of several tokens, as in DeepSeek-V4.
-
-    A sequence of fewer tokens has no such key, and uses only some of their weights.
-    """
-    found = [name for name, module in causal_lm.named_modules() if hasattr(module, "compress_rate")]
-    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    return [causal_lm.get_submodule(name) for name in outer]
-
-
 def join_gradients(block: nn.Module) -> None:
     """Make the gradients of all weights of `block` ready at once, those of parts without tokens as zeros.
 
     ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
-    other parts, they would add up those of different weights.
+    other parts, they would add up those of different weights. ZeRO-3 waits for them where the output of a
+    leaf has a gradient, and a part that makes keys may have no output.
     """
     block.forward = partial(_joined, _Block(block, block.forward))
 

@@ -1,13 +1,14 @@
 """Load a model folder as a packed model, and its tokenizer."""
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,9 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Quantization
@@ -30,7 +29,7 @@ from dpo_dist.model.architectures import (
     switch_off_noise,
 )
 from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_layers
-from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json, weight_files
+from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -39,7 +38,6 @@ from dpo_dist.model.layers import (
 )
 from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
 from dpo_dist.model.numerics import check_precision
-from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange, cannot_be_shared, check_heads
 
@@ -137,7 +135,7 @@ def load_packed(
 ) -> PackedCausalLM:
     """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
 
-    Whether this is exact is for `exactness.settle` to check. Under a ZeRO-3 loading context every process
+    Whether this is exact is for `exactness.StartCheck` to check. Under a ZeRO-3 loading context every process
     keeps its own shard only. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
@@ -192,17 +190,22 @@ def load_weights(
     """Return the causal language model of `folder`, with every weight read and none left at random."""
     check_precision(config.dtype, device)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        config=model_config,
+        dtype=TORCH_DTYPES[config.dtype],
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        use_safetensors=True,
+        key_mapping=_RENAMED.get(model_config.model_type),
+    )
     try:
-        causal_lm, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=model_config,
-            dtype=TORCH_DTYPES[config.dtype],
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            use_safetensors=True,
-            key_mapping=_RENAMED.get(model_config.model_type),
-            **placement(config, device),
-        )
+        causal_lm, report = load(**placement(config, device))
+        unread = report["unexpected_keys"]
+        if is_sharded:  # ZeRO-3 reports none
+            with _unsharded():
+                unread = load(device_map="meta")[1]["unexpected_keys"]
     except Exception as error:  # an architecture's constructor can raise anything
         unsharded = ", or set parallelism=zero2 or ddp" if is_deepspeed_zero3_enabled() else ""
         raise ConfigError(
@@ -218,7 +221,6 @@ def load_weights(
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
             remedy=f"set {key} to a complete model folder",
         )
-    unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
@@ -238,7 +240,6 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 def quantized_loading(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that quantize linear layers, except the output layer."""
-    check_bitsandbytes(quantization, "model.quantization")
     nf4 = quantization is Quantization.nf4
     config = BitsAndBytesConfig(
         load_in_8bit=not nf4,
@@ -264,11 +265,7 @@ def _keep_evaluating(causal_lm: Any) -> None:
     for name, module in causal_lm.named_modules():
         if router and name.endswith(f".{router}"):
             module.eval()
-            module.train = partial(_as_it_is, module)
-
-
-def _as_it_is(module: nn.Module, _mode: bool = True) -> nn.Module:
-    return module
+            module.train = lambda _mode=True, module=module: module
 
 
 def _freeze_as_defined(causal_lm: Any) -> None:
@@ -283,26 +280,15 @@ def _freeze_as_defined(causal_lm: Any) -> None:
             causal_lm.get_parameter(name).requires_grad_(False)
 
 
-def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
-    """Return the names of tensors in the weight files that were not loaded: ZeRO-3 reports none."""
-    loaded = causal_lm.state_dict()
-    mapping = getattr(causal_lm, "_weight_conversions", None) or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = causal_lm.base_model_prefix
-    unread = set()
-    for file in (file for file in weight_files(folder) if file.suffix != ".json"):
-        with safe_open(file, "pt") as content:
-            for name in content.keys():  # noqa: SIM118  (no mapping)
-                renamed, _ = rename_source_key(
-                    name, renamings, converters, base_model_prefix=prefix, meta_state_dict=loaded
-                )
-                if renamed not in loaded and f"{prefix}.{renamed}" not in loaded:
-                    unread.add(name)
-    info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
-    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture ignores
-    found: set[str] = info.unexpected_keys
-    return found
+@contextlib.contextmanager
+def _unsharded() -> Iterator[None]:
+    """Make transformers shard nothing inside the block."""
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:

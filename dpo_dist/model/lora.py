@@ -20,7 +20,7 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, modules_on_disk
 from dpo_dist.model.folder import ADAPTER_WEIGHTS
-from dpo_dist.model.layers import compressors, expert_blocks, indexers, text_part
+from dpo_dist.model.layers import indexers, partly_used_blocks, text_part
 from dpo_dist.model.packed import PackedCausalLM
 
 TRAINED = "default"
@@ -51,7 +51,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
-    if model.compiled or expert_blocks(causal_lm) or compressors(causal_lm):
+    if model.compiled or partly_used_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves when the gradient of their input exists; without one it
         # would reduce them before they are computed.
         causal_lm.enable_input_require_grads()

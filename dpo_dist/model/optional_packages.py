@@ -19,11 +19,6 @@ def check_installed(package: str, key: str, value: str, instead: str = "null") -
         )
 
 
-def check_bitsandbytes(value: str, key: str, instead: str = "null") -> None:
-    """Check that bitsandbytes, which quantizes weights and optimizer states, is installed."""
-    check_installed("bitsandbytes", key, value, instead)
-
-
 def has_flash_attn() -> bool:
     """Return whether flash-attn 2 is installed; the module of flash-attn-4 has the same name."""
     try:

@@ -24,7 +24,7 @@ from dpo_dist.distributed.zero import (
     with_layer_prefetch,
 )
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.exactness import CheckedModel, check_training, check_use, settle
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import has_tokenizer
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer
 from dpo_dist.model.lora import load_adapter
@@ -41,7 +41,7 @@ FAULT_SECONDS = 60.0
 def settle_engine(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
 ) -> None:
-    """Arrange the model of `engine` by `model.exactness.settle`; its mode does not change. Collective.
+    """Arrange the model of `engine` by `model.exactness.StartCheck`; its mode does not change. Collective.
 
     If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
     use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
@@ -65,12 +65,12 @@ def settle_engine(
     world.barrier()  # a rank that begins late would be one that does not fail
     was_training = engine.model.training
     engine.model.eval()
-    checked = CheckedModel(engine.model, engine.token_logps, world.device, max_length, key, agree)
-    trial = settle(checked)
+    check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree)
+    check.settle()
     if trains:
-        check_training(trial)
+        check.check_training()
         if world.size > 1:
-            check_use(checked)
+            check.check_use()
     engine.model.train(was_training)
 
 

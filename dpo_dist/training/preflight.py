@@ -25,7 +25,7 @@ from dpo_dist.model.folder import (
     local_model_folder,
     weight_files,
 )
-from dpo_dist.model.optional_packages import check_bitsandbytes, check_installed
+from dpo_dist.model.optional_packages import check_installed
 
 
 @contextlib.contextmanager
@@ -142,11 +142,11 @@ def _check_folder(folder: Path, key: str) -> None:
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
     if config.model.quantization is not None:
-        check_bitsandbytes(config.model.quantization, "model.quantization")
+        check_installed("bitsandbytes", "model.quantization", config.model.quantization)
     if config.reference.quantization is not None:
-        check_bitsandbytes(config.reference.quantization, "reference.quantization")
+        check_installed("bitsandbytes", "reference.quantization", config.reference.quantization)
     if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        check_bitsandbytes(config.optim.kind, "optim.kind", instead=OptimizerKind.adamw)
+        check_installed("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw)
     if config.model.liger:
         check_installed("liger-kernel", "model.liger", "true", "false")
     for tracker in config.tracking.also:

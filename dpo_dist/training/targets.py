@@ -25,7 +25,7 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import CONFIG_FILE, check_adapter, is_adapter, local_model_folder
+from dpo_dist.model.folder import CONFIG_FILE, is_adapter, local_model_folder
 
 if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
@@ -72,11 +72,9 @@ def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
     path = str(folder) if folder.is_dir() else str(named)
     if is_checkpoint(folder):
         return Evaluated(path, Kind.checkpoint)
-    if is_adapter(folder):
-        check_adapter(folder, EVALUATED)
-        return Evaluated(path, Kind.adapter)
-    is_local = local_model_folder(path, None, EVALUATED) is not None
-    return Evaluated(path, Kind.model if is_local else Kind.hub)
+    if local_model_folder(path, None, EVALUATED, accepts_adapter=True) is None:
+        return Evaluated(path, Kind.hub)
+    return Evaluated(path, Kind.adapter if is_adapter(folder) else Kind.model)
 
 
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:

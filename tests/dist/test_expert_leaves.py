@@ -29,7 +29,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, LossScale, PolicyEngine, frozen_config
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.layers import checkpoint_layers, compile_layers, expert_blocks, offload_inputs
+from dpo_dist.model.layers import checkpoint_layers, compile_layers, offload_inputs, partly_used_blocks
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
@@ -139,7 +139,7 @@ def listed_steps(
     if checkpointing == "full":
         offload_inputs(model.causal_lm)
     blocks = [layer.mlp for layer in model.causal_lm.model.layers]
-    assert expert_blocks(model.causal_lm) == blocks
+    assert partly_used_blocks(model.causal_lm) == blocks
     policy = PolicyEngine(model, OPTIM, world)
     objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
     for rows, budget in STEPS:

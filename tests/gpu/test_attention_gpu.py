@@ -30,7 +30,9 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(28, 4, 128), Heads(8, 8, 64)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [Heads(32, 8, 128, 128), Heads(28, 4, 128, 128), Heads(8, 8, 64, 64)], ids=str
+)
 def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, heads: Heads) -> None:
     check_kernel(kernel, CUDA, heads, torch.bfloat16)
 

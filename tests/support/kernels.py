@@ -36,15 +36,12 @@ def by_segment(
     scale: float | None,
     window_size: tuple[int, int] = (-1, 0),
     softcap: float = 0.0,
-    *,
-    is_bottom_right: bool = True,
 ) -> Tensor:
     """Compute the result of a variable-length kernel, as flash-attn documents it.
 
     `lengths` are those of the segments of queries and of keys. Query i sees the keys from
     i + keys - queries - window_size[0] to i + keys - queries + window_size[1], both included; -1 is no limit.
-    The cap is of scores that are multiplied by the scale. Before version 2.1 (`is_bottom_right` false) the
-    first query was at the first key.
+    The cap is of scores that are multiplied by the scale.
     """
     of_queries, of_keys = lengths
     split = (tensor.split(of_keys if n else of_queries) for n, tensor in enumerate(heads))
@@ -52,7 +49,7 @@ def by_segment(
     for part in zip(*split, strict=True):
         queries, keys = len(part[0]), len(part[1])
         assert queries > 0
-        ends = torch.arange(queries)[:, None] + (keys - queries if is_bottom_right else 0)
+        ends = torch.arange(queries)[:, None] + keys - queries
         mask = torch.ones(queries, keys, dtype=torch.bool)
         if window_size[0] >= 0:
             mask &= torch.arange(keys) >= ends - window_size[0]
@@ -69,8 +66,6 @@ def _checked(
     scale: float | None,
     window_size: tuple[int, int] = (-1, 0),
     softcap: float = 0.0,
-    *,
-    is_bottom_right: bool = True,
 ) -> Tensor:
     """Return `by_segment` of what a kernel takes."""
     query, key, value = heads
@@ -82,7 +77,7 @@ def _checked(
     lengths = [bounds.diff().tolist() for bounds in cumulative]
     assert list(longest) == list(map(max, lengths))
     assert [len(query), len(key)] == list(map(sum, lengths))
-    return by_segment(heads, lengths, scale, window_size, softcap, is_bottom_right=is_bottom_right)
+    return by_segment(heads, lengths, scale, window_size, softcap)
 
 
 def varlen_of_torch_2_13(
@@ -154,31 +149,6 @@ def flash_attn_varlen_func(
         (window_size[0], 0),  # `causal` replaces the limit on the right
         softcap,
     )
-
-
-def top_left_varlen(
-    query: Tensor, key: Tensor, value: Tensor, *lengths: Any, scale: Any, window_size: Any, **_: Any
-) -> Tensor:
-    """A kernel whose causal mask begins at the first key."""
-    cumulative, longest = lengths[:2], lengths[2:]
-    heads = (query, key, value)
-    return _checked(heads, cumulative, longest, scale, window_size, is_bottom_right=False)
-
-
-def top_left_flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """The same with flash-attn's signature."""
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return top_left_varlen(q, k, v, *lengths, scale=softmax_scale, window_size=(-1, 0))
 
 
 def put_kernels(

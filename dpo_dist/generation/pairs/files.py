@@ -10,9 +10,18 @@ import dpo_dist
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.keys import as_written
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import (
+    BadRecord,
+    Dialogue,
+    Message,
+    Messages,
+    Origin,
+    PreferenceRecord,
+    Prompt,
+    Response,
+)
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, write_text
+from dpo_dist.foundation.files import staged_file, text_digest, write_text
 from dpo_dist.foundation.text import counted
 
 _TOTALS = {
@@ -24,23 +33,6 @@ _TOTALS = {
     "comparisons_skipped": "comparison skipped",
     "comparisons_not_judged": "comparison not judged",
 }
-_WORDS = {
-    "samples_unfinished": "responses not used: they did not end within pairs.max_new_tokens",
-    "samples_empty": "responses not used: they are empty",
-    "samples_identical": "responses not used: equal to another one to the same prompt",
-    "samples_without_score": "responses not used: without a usable score",
-    "encoded_differently": "responses that training encodes as other tokens than were generated",
-    "prompts_all_tied": "prompts without a pair: all scores are equal",
-    "prompts_below_margin": "prompts without a pair: no two scores differ by more than pairs.margin",
-    "prompts_too_few_responses": "prompts without a pair: too few usable responses",
-    "tied_pairs": "two responses to a prompt with equal scores",
-    "without_scores": "records without scores",
-    "order_changed": "pairs whose order in the record was not that of their scores",
-    "requests": "requests to the judge",
-    "refused": "requests that the judge refused",
-    "unreadable": "replies of the judge without a readable verdict",
-    "position_disagreements": "verdicts that changed with the order of the responses: ties",
-}
 _NOT_ASKED = "prompts_dropped_"
 
 
@@ -51,10 +43,8 @@ def describe_counts(counts: Mapping[str, int]) -> list[str]:
     lines = [totals] if totals else []
     for name, number in sorted(counts.items()):
         if number and name not in _TOTALS:
-            reason = name.removeprefix(_NOT_ASKED)
-            meaning = f"prompts that are not asked: {in_words(reason)}"
-            meaning = meaning if reason != name else _WORDS.get(name) or in_words(name)
-            lines.append(f"  {number:,} {name}: {meaning}")
+            asked = "prompts that are not asked: " if name.startswith(_NOT_ASKED) else ""
+            lines.append(f"  {number:,} {name}: {asked}{in_words(name.removeprefix(_NOT_ASKED))}")
     return lines
 
 
@@ -138,6 +128,44 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
         | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
         for turn in messages
     ]
+
+
+def prompt_key(record: PreferenceRecord) -> str:
+    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
+    return text_digest(json.dumps(_content(record), sort_keys=True))
+
+
+def _content(record: PreferenceRecord) -> dict[str, Any]:
+    prompt: Any = record.prompt
+    if isinstance(prompt, Dialogue):
+        prompt = {"dialogue": prompt.text}
+    elif not isinstance(prompt, str):
+        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+    return {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+
+
+def prompt_row(record: PreferenceRecord) -> dict[str, Any]:
+    """Return a prompt as a row of a part; further fields may be added to it."""
+    return _content(record) | {"origin": [record.origin.source, record.origin.line]}
+
+
+def read_prompt_row(fields: Mapping[str, Any]) -> PreferenceRecord:
+    """Return the prompt of a row of `prompt_row`."""
+    prompt: Prompt
+    match fields["prompt"]:
+        case str() as text:
+            prompt = text
+        case {"dialogue": text}:
+            prompt = Dialogue(text)
+        case turns:
+            prompt = tuple(Message(role, content, below) for role, content, below in turns)
+    return PreferenceRecord(
+        prompt,
+        (),
+        Origin(*fields["origin"]),
+        tools=tuple(fields["tools"]),
+        template_arguments=fields["arguments"],
+    )
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -32,7 +31,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import locked, write_text
+from dpo_dist.foundation.files import locked, text_digest, write_text
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
     as_fields,
@@ -94,22 +93,17 @@ def draw_items(
 
 def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
     """Return two responses of a record, in an order that is unrelated to quality, and their key."""
-    prompt, *responses = (_digest(part) for part in as_fields(record.prompt, record.responses))
+    texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
+    prompt, *responses = map(text_digest, texts)
     drawn = sorted(range(len(responses)), key=lambda index: _fraction(seed, prompt, responses[index]))[:2]
     first, second = sorted(drawn, key=lambda index: responses[index])
     pair = replace(record, responses=(record.responses[first], record.responses[second]), scores=None)
-    return _digest([prompt, responses[first], responses[second]]), pair
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+    return text_digest(f"{prompt} {responses[first]} {responses[second]}")[:20], pair
 
 
 def _fraction(seed: int, *names: str) -> float:
     """Return a number in [0, 1) that follows from the seed and the names."""
-    digest = hashlib.blake2b("\0".join([str(seed), *names]).encode(), digest_size=6).digest()
-    return int.from_bytes(digest) / 256**6
+    return int(text_digest("\0".join([str(seed), *names]))[:12], 16) / 16**12
 
 
 class Labelling:
@@ -125,15 +119,7 @@ class Labelling:
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._log, len(whole))
-        try:
-            lines = [Judgement(**json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError) as fault:
-            raise DataError(
-                "a line of the labelling log is damaged",
-                where=str(file),
-                got=str(fault),
-                remedy="restore the file from a copy, or delete this line; the other judgements stay",
-            ) from None
+        lines = [Judgement(**json.loads(line)) for line in whole.splitlines()]
         self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
         return sum(one.item not in self.items for one in lines)
 
@@ -342,12 +328,7 @@ def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
 
 def _serve(server: LabelServer, show: Say) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
-
-    def end(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    port = server.server_port
+    port, before = server.server_port, signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # The address gives access to the data, so it is in no log file.
         show(f"open http://{HOST}:{port}{server.path}")
@@ -357,8 +338,7 @@ def _serve(server: LabelServer, show: Say) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _pairs(
@@ -373,15 +353,9 @@ def _pairs(
         if better is None:
             continue
         sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")  # by index
-        verdicts = dict(zip(_SIDES, sides, strict=True))
+        names = dict(zip(_SIDES, sides, strict=True))
         given = [
-            {
-                "annotator": one.annotator,
-                "verdict": verdicts.get(one.verdict, one.verdict),
-                "left": sides[one.left],
-                "seconds": one.seconds,
-                "time": one.time,
-            }
+            one._asdict() | {"verdict": names.get(one.verdict, one.verdict), "left": sides[one.left]}
             for one in by_item[key]
         ]
         facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}

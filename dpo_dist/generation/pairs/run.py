@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,25 +20,20 @@ from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
-from dpo_dist.generation.judges import Judge, describe_judge, open_judge, score
+from dpo_dist.generation.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
     context_fields,
     good_records,
     pair_fields,
+    prompt_key,
+    read_prompt_row,
     write_lines,
     write_results,
 )
 from dpo_dist.generation.pairs.people import label_pairs
-from dpo_dist.generation.pairs.prompts import (
-    PART_PROMPTS,
-    PromptList,
-    open_prompts,
-    prompt_key,
-    rendering,
-    write_prompts,
-)
+from dpo_dist.generation.pairs.prompts import generation_settings, write_prompts
 from dpo_dist.generation.pairs.start import responding_models
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import (
@@ -94,66 +89,70 @@ def _text(answer: Answer) -> str:
     return json.dumps([answer.content.strip(), answer.fields])
 
 
-def usable(answers: Sequence[Answer], pairs: PairsConfig) -> tuple[list[Answer], Counter[str]]:
-    """Return the answers to one prompt that can be part of a pair, and counts of the others by reason."""
-    found: dict[str, Answer] = {}
-    counts: Counter[str] = Counter()
-    for answer in answers:
-        if not answer.finished and pairs.unfinished is DropOrKeep.drop:
-            counts["unfinished"] += 1
-        elif not answer.content.strip():
-            counts["empty"] += 1
-        elif _text(answer) in found:
-            counts["identical"] += 1
-        else:
-            found[_text(answer)] = answer
-    return list(found.values()), counts
+def joined_answers(of_models: Sequence[Answers], pairs: PairsConfig) -> Answers:
+    """Return the answers of all models to a prompt, with the reason why one is part of no pair."""
+    answers: list[Answer] = []
+    seen: set[str] = set()
+    for model, row in enumerate(of_models):
+        for answer in row.answers:
+            reason = None
+            if not answer.finished and pairs.unfinished is DropOrKeep.drop:
+                reason = "unfinished"
+            elif not answer.content.strip():
+                reason = "empty"
+            elif _text(answer) in seen:
+                reason = "identical"
+            else:
+                seen.add(_text(answer))
+            answers.append(replace(answer, model=model, unused=reason))
+    return Answers(answers, next((row.dropped for row in of_models if row.dropped is not None), None))
 
 
-def answers_of_part(responses: Sequence[Parts], index: int) -> list[tuple[list[Answer], str | None]]:
-    """Return the answers of all models to each prompt of a part, and the reason why a prompt was dropped."""
-    return [
-        (
-            [replace(answer, model=model) for model, row in enumerate(rows) for answer in row.answers],
-            next((row.dropped for row in rows if row.dropped is not None), None),
-        )
-        for rows in zip(*(map(Answers.of, parts.read(index)) for parts in responses), strict=True)
+def score(records: Sequence[PreferenceRecord], rows: Sequence[Answers], judge: Judge | None) -> list[Answers]:
+    """Return the answers to each prompt with their scores, if there is a judge, and with its counts.
+
+    It is asked about every prompt with an answer, also a single one, so that a mean score is of all. Of equal
+    responses it scores the first, and all get its score.
+    """
+    if judge is None:
+        return list(rows)
+    asked = [[answer for answer in row.answers if answer.unused is None] for row in rows]
+    questions = [
+        Question(record, tuple(answer.content for answer in own))
+        for record, own in zip(records, asked, strict=True)
+        if own
     ]
-
-
-class _Asked(NamedTuple):
-    """A prompt with the answers of all models, the reason why it was dropped, and the judge's counts."""
-
-    record: PreferenceRecord
-    answers: list[Answer]
-    dropped: str | None
-    judge_counts: dict[str, int]
+    judgements = iter(judge.judge(questions))
+    found = []
+    for row, own in zip(rows, asked, strict=True):
+        judgement = next(judgements) if own else Judgement([])
+        scores = dict(zip(map(_text, own), judgement.scores, strict=True))
+        answers = []
+        for answer in row.answers:
+            value = scores.get(_text(answer))
+            unused = answer.unused or ("without_score" if value is None else None)
+            answers.append(replace(answer, score=value, unused=unused))
+        found.append(replace(row, answers=answers, counts=dict(+judgement.counts)))
+    return found
 
 
 @dataclass(frozen=True)
 class Results:
-    """Finished stages: responses of each model, scores if there is a judge, `facts` for provenance."""
+    """Finished answers of all models to the prompts, with scores if there is a judge; `facts`: provenance."""
 
     pairs: PairsConfig
-    prompts: PromptList
+    prompts: Parts
     models: Sequence[ModelSource]
-    responses: Sequence[Parts]
-    scores: Parts | None
+    answers: Parts
     facts: Mapping[str, Any]
     seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_of`
 
-    def asked(self) -> Iterator[_Asked]:
-        """Yield each prompt; of equal responses the judge has scored the first, and all get its score."""
-        for index in range(self.prompts.parts):
-            records = self.prompts.part(index)
-            rows = [{}] * len(records) if self.scores is None else self.scores.read(index)
-            answers = answers_of_part(self.responses, index)
-            for record, (own, dropped), row in zip(records, answers, rows, strict=True):
-                numbers = row.get("scores", {})
-                scores = {_text(one): numbers[str(one.number)] for one in own if str(one.number) in numbers}
-                scored = [replace(answer, score=scores.get(_text(answer))) for answer in own]
-                yield _Asked(record, scored, dropped, row.get("counts", {}))
+    def rows(self) -> Iterator[tuple[PreferenceRecord, Answers]]:
+        """Yield each prompt with its answers."""
+        for index in range(self.prompts.count):
+            records = map(read_prompt_row, self.prompts.read(index))
+            yield from zip(records, map(Answers.of, self.answers.read(index)), strict=True)
 
     def origin(self, answer: Answer) -> dict[str, Any]:
         """Return the provenance of a response."""
@@ -169,32 +168,32 @@ class Results:
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
     counts, pairs = results.counts, results.pairs
-    for asked in results.asked():
+    for record, row in results.rows():
         counts["prompts"] += 1
-        counts["samples"] += len(asked.answers)
-        counts["encoded_differently"] += sum(not answer.same_ids for answer in asked.answers)
-        counts.update(asked.judge_counts)
-        if asked.dropped is not None:
-            counts[f"prompts_dropped_{asked.dropped}"] += 1
+        counts["samples"] += len(row.answers)
+        counts["encoded_differently"] += sum(not answer.same_ids for answer in row.answers)
+        counts.update(row.counts)
+        if row.dropped is not None:
+            counts[f"prompts_dropped_{row.dropped}"] += 1
             continue
-        answers, unused = usable(asked.answers, pairs)
-        counts.update({f"samples_{reason}": number for reason, number in unused.items()})
-        if results.scores is not None:
-            scored = [answer for answer in answers if answer.score is not None]
-            counts["samples_without_score"] += len(answers) - len(scored)
-            scores, key = [answer.score or 0.0 for answer in scored], prompt_key(asked.record)
+        counts.update(f"samples_{answer.unused}" for answer in row.answers if answer.unused is not None)
+        answers = [answer for answer in row.answers if answer.unused is None]
+        if pairs.method is PairsMethod.samples:
+            scores, key = [answer.score or 0.0 for answer in answers], prompt_key(record)
             for better, worse in select_pairs(scores, pairs, results.seed, key, counts):
-                yield _pair(asked, scored[better], scored[worse], results)
+                yield _pair(record, row, answers[better], answers[worse], results)
         elif len(answers) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
-            yield _pair(asked, answers[0], answers[1], results)
+            yield _pair(record, row, answers[0], answers[1], results)
         else:
             counts["prompts_too_few_responses"] += 1
 
 
-def _pair(asked: _Asked, chosen: Answer, rejected: Answer, results: Results) -> dict[str, Any]:
+def _pair(
+    record: PreferenceRecord, row: Answers, chosen: Answer, rejected: Answer, results: Results
+) -> dict[str, Any]:
     pairs, scores = results.pairs, None
     provenance = {
-        "source": str(asked.record.origin),
+        "source": str(record.origin),
         "method": str(pairs.method),
         "chosen": results.origin(chosen),
         "rejected": results.origin(rejected),
@@ -202,8 +201,8 @@ def _pair(asked: _Asked, chosen: Answer, rejected: Answer, results: Results) -> 
     }
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
-        provenance |= {"judge_counts": asked.judge_counts} | _selection(pairs)
-    return pair_fields(asked.record, (chosen.response, rejected.response), scores, provenance)
+        provenance |= {"judge_counts": row.counts} | _selection(pairs)
+    return pair_fields(record, (chosen.response, rejected.response), scores, provenance)
 
 
 def _selection(pairs: PairsConfig) -> dict[str, Any]:
@@ -212,128 +211,80 @@ def _selection(pairs: PairsConfig) -> dict[str, Any]:
 
 def samples_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
-    has_scores = results.scores is not None
+    has_scores = results.pairs.method is PairsMethod.samples
     names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
-    for record, answers, dropped, _ in results.asked():
-        kept = usable(answers, results.pairs)[0]
+    for record, answers in results.rows():
         row: dict[str, Any] = {"responses": [], "unused": []}
         is_dialogue = isinstance(record.prompt, Dialogue)
         if not is_dialogue:
             row = {"prompt": as_fields(record.prompt, ())[0]} | row
-        for answer in answers:
-            is_used = answer in kept and not (has_scores and answer.score is None)
+        for answer in answers.answers:
             text = as_fields(record.prompt, (answer.content,))[1] if is_dialogue else answer.content
             facts = {name: getattr(answer, name) for name in names}
             listed = {"content": text, **answer.fields, **facts, "model": results.models[answer.model].name}
-            row["responses" if is_used else "unused"].append(listed)
-        provenance = {"source": str(record.origin), "dropped": dropped, **results.facts}
+            row["responses" if answer.unused is None else "unused"].append(listed)
+        provenance = {"source": str(record.origin), "dropped": answers.dropped, **results.facts}
         yield row | context_fields(record) | {"provenance": provenance}
-
-
-@dataclass(frozen=True)
-class _FromModels:
-    """The stages of pairs from models' responses; the same on every rank, methods are collective."""
-
-    config: RunConfig
-    prompts: PromptList
-    stages: Stages
-
-    @property
-    def sampling(self) -> Sampling:
-        pairs, seed = self.config.pairs, self.config.trainer.seed
-        return Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, seed)
-
-    @property
-    def count(self) -> int:
-        """Samples of each model to a prompt."""
-        return 1 if self.config.pairs.method is PairsMethod.delta else self.config.pairs.samples
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The settings that the responses of a model depend on."""
-        kind = self.config.model.quantization
-        return {
-            "prompts": self.prompts.digest,
-            **rendering(self.config.data),
-            **asdict(self.sampling),
-            "dtype": str(self.config.model.dtype),
-            "quantization": None if kind is None else str(kind),
-        }
-
-    def settings(self, models: Sequence[ModelSource], judge: dict[str, Any]) -> dict[str, Any]:
-        """Return everything that the pairs depend on."""
-        pairs = self.config.pairs
-        return {
-            "method": str(pairs.method),
-            **self.generation,
-            "models": [model.described() for model in models],
-            "samples": self.count,
-            "unfinished": str(pairs.unfinished),
-            **(_selection(pairs) if judge else {}),
-            "judge": judge,
-        }
-
-    def responses(self, source: ModelSource, index: int) -> Parts:
-        """Return the finished responses of one model; its weights are loaded for the first part to do."""
-        first, count, config = index * self.count, self.count, self.config
-        own = {"part_prompts": self.prompts.part_prompts, "model": source.digest, "numbers": [first, count]}
-
-        @cache
-        def opened() -> tuple[Responder, Generate]:
-            responder = open_responder(source, config)
-            return responder, open_generator(responder, config, self.stages.world.device)
-
-        def part(index: int) -> list[dict[str, Any]]:
-            rows = respond(self.prompts.part(index), *opened(), self.sampling, range(first, first + count))
-            return [asdict(row) for row in rows]
-
-        return self._finished(f"responses of {source.name}", "responses", self.generation | own, part)
-
-    def scores(self, responses: Sequence[Parts], judge: dict[str, Any]) -> Parts:
-        """Return the finished scores of all responses."""
-        config, names = self.config, [parts.folder.name for parts in responses]
-
-        @cache
-        def opened() -> Judge:
-            return open_judge(config, self.stages.world.device)
-
-        def part(index: int) -> list[dict[str, Any]]:
-            answers = [usable(own, config.pairs)[0] for own, _ in answers_of_part(responses, index)]
-            return score(self.prompts.part(index), answers, opened())
-
-        settings = {"responses": names, "unfinished": str(config.pairs.unfinished), "judge": judge}
-        return self._finished("scores", "scores", settings, part)
-
-    def _finished(
-        self, title: str, stage: str, settings: dict[str, Any], part: Callable[[int], list[dict[str, Any]]]
-    ) -> Parts:
-        parts = Parts.of(RunFolder.of(self.config).pairs_parts, stage, settings, self.prompts.parts)
-        self.stages.finish(title, parts, part)
-        return parts
 
 
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
-    world, screen, folder = stages.world, stages.screen, RunFolder.of(config)
+    world, screen, folder, pairs = stages.world, stages.screen, RunFolder.of(config), config.pairs
     prompts = world.on_main(
-        lambda: open_prompts(write_prompts(folder.pairs_parts, config, screen.say), PART_PROMPTS),
-        screen.heartbeat("reading prompts"),
+        lambda: write_prompts(folder.pairs_parts, config, screen.say), screen.heartbeat("reading prompts")
     )
-    work = _FromModels(config, prompts, stages)
     models = [stages.found(name, config) for name in responding_models(config)]
-    judge: dict[str, Any] = {}
-    if config.pairs.method is PairsMethod.samples:
-        judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
-    settings = work.settings(models, judge)
+    judge = world.together(lambda: open_judge(config, world.device))
+    described: dict[str, Any] = {}
+    if judge is not None:
+        described = world.on_main(judge.describe, screen.heartbeat("looking for the judge"))
+    sampling = Sampling(
+        pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
+    )
+    count = 1 if pairs.method is PairsMethod.delta else pairs.samples
+    generation = generation_settings(config, prompts, sampling)
+    settings = {
+        "method": str(pairs.method),
+        **generation,
+        "models": [model.described() for model in models],
+        "samples": count,
+        "unfinished": str(pairs.unfinished),
+        **(_selection(pairs) if judge else {}),
+        "judge": described,
+    }
     world.on_main(lambda: check_output(folder.pairs_file, settings))
-    responses = []
+
+    def responses(source: ModelSource, numbers: range) -> Parts:
+        """Return the responses of one model; its weights are loaded for the first part to do."""
+
+        @cache
+        def opened() -> tuple[Responder, Generate]:
+            responder = open_responder(source, config)
+            return responder, open_generator(responder, config, world.device)
+
+        def part(index: int) -> list[dict[str, Any]]:
+            records = list(map(read_prompt_row, prompts.read(index)))
+            return list(map(asdict, respond(records, *opened(), sampling, numbers)))
+
+        own = {"model": source.digest, "numbers": [numbers.start, count]}
+        parts = Parts.of(folder.pairs_parts, "responses", generation | own, prompts.count)
+        return stages.finish(f"responses of {source.name}", parts, part)
+
+    of_models = []
     for index, model in enumerate(models):
-        responses.append(work.responses(model, index))
+        of_models.append(responses(model, range(index * count, (index + 1) * count)))
         return_memory()  # of the model: the next one needs it
-    scores = work.scores(responses, judge) if judge else None
-    return_memory()
-    facts = {"sampling": asdict(work.sampling)} | ({"judge": judge} if judge else {})
-    results = Results(config.pairs, prompts, models, responses, scores, facts, config.trainer.seed)
+
+    def scored(index: int) -> list[dict[str, Any]]:
+        records = list(map(read_prompt_row, prompts.read(index)))
+        rows = zip(*(map(Answers.of, parts.read(index)) for parts in of_models), strict=True)
+        return list(map(asdict, score(records, [joined_answers(row, pairs) for row in rows], judge)))
+
+    names = [parts.folder.name for parts in of_models]
+    own = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
+    answers = stages.finish("scores", Parts.of(folder.pairs_parts, "scores", own, prompts.count), scored)
+    facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
+    results = Results(pairs, prompts, models, answers, facts, config.trainer.seed)
 
     def write() -> None:
         collect_abandoned(folder.pairs)  # of starts that were killed while they wrote

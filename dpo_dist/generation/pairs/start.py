@@ -9,7 +9,7 @@ from dpo_dist.config.user_code import user_function
 from dpo_dist.config.verb_options import PairsMethod
 from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.formats import check_source
-from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
+from dpo_dist.model.folder import local_model_folder
 
 
 def responding_models(config: RunConfig) -> list[str]:
@@ -109,11 +109,7 @@ def check_pairs(config: RunConfig) -> None:
     if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"
         for name in responding_models(config):
-            folder = Path(name).expanduser()
-            if is_adapter(folder):
-                check_adapter(folder, key)
-            else:
-                local_model_folder(name, None, key)
+            local_model_folder(name, None, key, accepts_adapter=True)
     _check_function(config)
     for source in config.data.train:
         check_source(source)

@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from dpo_dist.data.encode import TokenIds
 from dpo_dist.distributed.world import World
@@ -163,6 +170,13 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
+        self._warpers = LogitsProcessorList()
+        if numbers:
+            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self.broken: Request | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -172,7 +186,9 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         if self._numbers is None:
             return scores
         number = self._numbers[:, generated.shape[1], None]
-        chances = truncated(scores, self._sampling).double().cumsum(-1)
+        scores = scores.float()
+        scores = self._warpers(input_ids, scores - scores.amax(-1, keepdim=True))
+        chances = scores.softmax(-1).double().cumsum(-1)
         whole = chances[:, -1:]
         target = torch.minimum(number * whole, torch.nextafter(whole, torch.zeros_like(whole)))
         token = torch.searchsorted(chances, target, right=True)
@@ -189,26 +205,6 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
             self.broken = self._requests[rows[0]]
         ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
         return torch.where(broken[:, None], ended, scores)
-
-
-def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return float32 probabilities [rows, vocabulary] after temperature, top-k and top-p.
-
-    Top-p keeps the likeliest tokens until their sum reaches `top_p` (arXiv 1904.09751). The rest is 0; the
-    remaining ones are not normalised again.
-    """
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return probabilities
 
 
 class Generates(Protocol):

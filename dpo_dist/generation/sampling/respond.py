@@ -20,14 +20,14 @@ from dpo_dist.data.render import THOUGHT_FIELDS
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
-from dpo_dist.generation.pairs.prompts import UNLIMITED, encode_prompt, prompt_key
+from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
-    check_adapter,
     description_folder,
     has_tokenizer,
     is_adapter,
+    local_model_folder,
     model_folder,
     read_model_json,
 )
@@ -83,7 +83,7 @@ def _located(
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
     if adapter is not None:
-        check_adapter(adapter, key)
+        local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
     return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
 
@@ -180,6 +180,12 @@ def open_generator(responder: Responder, config: RunConfig, device: torch.device
     return samples
 
 
+_UNLIMITED = 2**30
+# The first ends a thought, so that one is kept which the template opens in the prompt: the model continues
+# it. The second has none, so that one is kept which the template ends in the prompt.
+_PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
+
+
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
@@ -200,6 +206,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)  # with the one that ended it, if they are kept
     model: int = 0  # its index
     score: float | None = None
+    unused: str | None = None  # the reason why it is part of no pair
 
     @property
     def response(self) -> Response:
@@ -209,12 +216,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """A row of a part: a model's answers to a prompt, or the reason why it cannot be asked."""
+    """A row of a part: the answers of models to a prompt, or the reason why one cannot be asked."""
 
-    key: str
     answers: list[Answer]
     dropped: str | None = None
     prompt_ids: list[int] = field(default_factory=list)  # if they are kept
+    counts: dict[str, int] = field(default_factory=dict)  # of the judge
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Answers":
@@ -254,15 +261,15 @@ def respond(
             remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
         ) from fault
     rows = []
-    for record, key, prompt in zip(records, keys, prompts, strict=True):
+    for record, prompt in zip(records, prompts, strict=True):
         if isinstance(prompt, str):
-            rows.append(Answers(key, [], dropped=prompt))
+            rows.append(Answers([], dropped=prompt))
             continue
         asked = _Asked(record, prompt, responder)
         answers = [asked.answer(next(samples), number) for number in numbers]
         if not keeps_ids:
             answers = [replace(answer, ids=[]) for answer in answers]
-        rows.append(Answers(key, answers, prompt_ids=prompt.tolist() if keeps_ids else []))
+        rows.append(Answers(answers, prompt_ids=prompt.tolist() if keeps_ids else []))
     return rows
 
 
@@ -277,6 +284,18 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
     if longest is not None and len(prompt) + new_tokens > longest:
         return "too_long_for_the_model"
     return prompt
+
+
+def encode_prompt(
+    record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> TokenIds | BadRecord:
+    """Return the token ids of a prompt as training encodes them, with the template's start of a thought."""
+    limits = replace(data, max_length=_UNLIMITED, truncation=Truncation.drop)
+    for placeholder in _PLACEHOLDERS:
+        encoded = encode_pair(replace(record, responses=(placeholder,)), tokenizer, limits)
+        if isinstance(encoded, BadRecord) or "ended_thought_reopened" not in encoded.changes:
+            break
+    return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 
 
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -345,7 +364,7 @@ class _Asked:
 
     def _ids_of(self, response: str | Message) -> list[int] | None:
         """Return the tokens of a response after the prompt, without its end; None if it cannot follow it."""
-        limits = replace(self.responder.data, max_length=UNLIMITED, truncation=Truncation.drop)
+        limits = replace(self.responder.data, max_length=_UNLIMITED, truncation=Truncation.drop)
         whole = response if isinstance(response, str) else (response,)
         encoded = encode_pair(replace(self.record, responses=(whole,)), self.responder.tokenizer, limits)
         if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, self.prompt):

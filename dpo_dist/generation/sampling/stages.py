@@ -1,6 +1,7 @@
 """Stages of work with whole models on every process: finished part by part, resumable."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,15 @@ from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.distributed.zero import policy_config
-from dpo_dist.foundation.files import collect_abandoned, staged_file, text_digest, write_text
+from dpo_dist.foundation.files import (
+    collect_abandoned,
+    commit_folder,
+    content_digest,
+    staged_file,
+    temporary_folder,
+    text_digest,
+    write_text,
+)
 from dpo_dist.generation.sampling.respond import KEY, ModelSource, find_model
 
 _FAILED = "failed"
@@ -35,6 +44,22 @@ class Parts:
         """Return the parts of a stage below `root`; other settings have another folder."""
         digest = text_digest(json.dumps(settings, sort_keys=True))[:16]
         return cls(root / f"{stage}-{digest}", count, settings)
+
+    @classmethod
+    def written(cls, root: Path, stage: str, rows: Iterable[Mapping[str, Any]], size: int) -> "Parts":
+        """Write the parts of a stage, of `size` rows each, to a folder that is named by their contents."""
+        root.mkdir(parents=True, exist_ok=True)
+        collect_abandoned(root)
+        left, count = iter(rows), 0
+        with temporary_folder(root / stage) as temporary:
+            while part := list(itertools.islice(left, size)):
+                cls(temporary, 0, {}).write(count, part)
+                count += 1
+            content = content_digest(sorted(temporary.iterdir()))
+            parts = cls.of(root, stage, {"content": content, "size": size}, count)
+            if not parts.folder.is_dir():
+                commit_folder(temporary, parts.folder)
+        return parts
 
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""
@@ -114,8 +139,8 @@ class Stages:
     screen: Screen
     remedy: str
 
-    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> None:
-        """Finish all parts of a stage, with a progress bar."""
+    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
+        """Finish all parts of a stage, with a progress bar; return them."""
 
         def guarded(index: int) -> list[dict[str, Any]]:
             with explain_out_of_memory(title, self.remedy):
@@ -130,6 +155,7 @@ class Stages:
 
             work_on(parts, unfinished, self.world, guarded, beat)
             beat(0)
+        return parts
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""

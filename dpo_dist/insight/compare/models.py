@@ -3,10 +3,9 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
 from dpo_dist.data.prompts import read_prompts
-from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -28,16 +26,10 @@ from dpo_dist.foundation.files import (
     staged_file,
     write_text,
 )
-from dpo_dist.generation.judges import Judge, ask_judge, describe_judge, open_judge
-from dpo_dist.generation.pairs.files import describe_counts, write_lines
-from dpo_dist.generation.pairs.preflight import (
-    Fault,
-    describe_responder,
-    fault_of,
-    first_records,
-)
-from dpo_dist.generation.pairs.prompts import PromptList, open_prompts, prompt_key
-from dpo_dist.generation.sampling.respond import Answers, find_description, open_responder
+from dpo_dist.generation.judges import Judge, open_judge
+from dpo_dist.generation.pairs.files import describe_counts, prompt_key, read_prompt_row, write_lines
+from dpo_dist.generation.pairs.preflight import Fault, Lines, check_model, first_records, passed
+from dpo_dist.generation.sampling.respond import Answers
 from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
 from dpo_dist.insight.compare.responses import (
     Row,
@@ -50,7 +42,6 @@ from dpo_dist.insight.compare.results import (
     compares,
     comparison,
     describe,
-    has_judge,
     score_texts,
 )
 from dpo_dist.insight.compare.start import KEY, Compared, Kind
@@ -59,8 +50,6 @@ from dpo_dist.model.folder import hub_commit
 
 _DIFFERING = "differing "
 """With a model's name, the count of prompts that it encodes as other tokens than the base."""
-PART_PROMPTS = 16
-"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
 _REMEDY = (
     "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
@@ -77,21 +66,26 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
         world, parts = stages.world, folder.comparison_parts
         world.on_main(lambda: held.enter_context(only))
         prompts = world.on_main(
-            lambda: open_prompts(write_held_out(parts, config, screen.say), PART_PROMPTS),
+            lambda: write_held_out(parts, config, screen.say),
             screen.heartbeat("reading prompts"),
         )
-        judge: dict[str, Any] | None = None
-        if has_judge(config.pairs):
-            judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
+        judge = world.together(lambda: open_judge(config, world.device))
+        described = None
+        if judge is not None:
+            described = world.on_main(judge.describe, screen.heartbeat("looking for the judge"))
         speakers = []
         for model in models:
             location = whole_model(model, folder.comparison_models, stages)
             source = stages.found(location, config, KEY)
             speakers.append(Speaker(model, source, config, stages, parts, prompts))
         _speak(speakers, screen)
-        judged = None if judge is None else _judged(speakers, judge, config, prompts, stages)
+        judged = None
+        if judge is not None:
+            settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
+            judged = Parts.of(parts, "judgements", settings, prompts.count)
+            stages.finish("judgements", judged, _judging(speakers, judge, config, prompts))
         return world.on_main(
-            lambda: _write(speakers, judge, judged, config, prompts, screen),
+            lambda: _write(speakers, described, judged, config, prompts, screen),
             screen.heartbeat("writing the comparison"),
         )
 
@@ -141,70 +135,60 @@ def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
     base.free()
 
 
-def _judged(
-    speakers: Sequence[Speaker], judge: dict[str, Any], config: RunConfig, prompts: PromptList, stages: Stages
-) -> Parts:
-    """Return the finished judgements."""
-    settings = {"responses": [speaker.responses.folder.name for speaker in speakers], "judge": judge}
-    parts = Parts.of(RunFolder.of(config).comparison_parts, "judgements", settings, prompts.parts)
+def _judging(
+    speakers: Sequence[Speaker], judge: Judge, config: RunConfig, prompts: Parts
+) -> Callable[[int], list[Row]]:
+    """Return the function that judges a part."""
     work = compare_texts if compares(config.pairs) else score_texts
-
-    @cache
-    def opened() -> Judge:
-        return open_judge(config, stages.world.device)
 
     def part(index: int) -> list[Row]:
         rows = zip(*(map(Answers.of, speaker.responses.read(index)) for speaker in speakers), strict=True)
         texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
         # A prompt that a model cannot be asked is not judged.
         asked = [own if len(own) == len(speakers) else [] for own in texts]
-        return work(prompts.part(index), asked, opened())
+        return work(list(map(read_prompt_row, prompts.read(index))), asked, judge)
 
-    stages.finish("judgements", parts, part)
-    return parts
+    return part
 
 
 def _rows(
-    speakers: Sequence[Speaker], judged: Parts | None, prompts: PromptList, counts: Counter[str]
+    speakers: Sequence[Speaker], judged: Parts | None, prompts: Parts, counts: Counter[str]
 ) -> Iterator[Row]:
     """Yield the rows of `answers.jsonl`; count in `counts`.
 
     A prompt that a model cannot be asked has no row: it is counted by its reason.
     """
     names = [speaker.name for speaker in speakers]
-    with prompts.file.open("rb") as lines:
-        for index in range(prompts.parts):
-            records = prompts.part(index)
-            nothing: list[Row] = [{}] * len(records)
-            judgements = nothing if judged is None else judged.read(index)
-            rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
-            for record, line, row, judgement in zip(records, lines, rows, judgements, strict=False):
-                counts.update(judgement.get("counts", {}))
-                asked = [answers for answers, _ in row]
-                if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
-                    counts[f"prompts_dropped_{dropped}"] += 1
-                    continue
-                for name, answers in zip(names, asked, strict=True):
-                    counts[f"{_DIFFERING}{name}"] += answers.prompt_ids != asked[0].prompt_ids
-                scores = judgement.get("scores", [None] * len(speakers))
-                facts = json.loads(line)
-                found: Row = {
-                    "prompt_id": prompt_key(record)[:16],
-                    "prompt": shown_prompt(record.prompt),
-                    "source": facts["source"],
-                    "chosen": facts["chosen"],
-                    "responses": {
-                        name: response | {"score": score}
-                        for name, (_, response), score in zip(names, row, scores, strict=True)
-                    },
-                }
-                if judged is not None:
-                    pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
-                    found["verdicts"] = [
-                        {"first": first, "second": second, "credit": credit}
-                        for (first, second), credit in pairs
-                    ]
-                yield found
+    for index in range(prompts.count):
+        lines = prompts.read(index)
+        judgements = [{}] * len(lines) if judged is None else judged.read(index)
+        rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
+        for line, row, judgement in zip(lines, rows, judgements, strict=True):
+            record = read_prompt_row(line)
+            counts.update(judgement.get("counts", {}))
+            asked = [answers for answers, _ in row]
+            if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
+                counts[f"prompts_dropped_{dropped}"] += 1
+                continue
+            for name, answers in zip(names, asked, strict=True):
+                counts[f"{_DIFFERING}{name}"] += answers.prompt_ids != asked[0].prompt_ids
+            scores = judgement.get("scores", [None] * len(speakers))
+            found: Row = {
+                "prompt_id": prompt_key(record)[:16],
+                "prompt": shown_prompt(record.prompt),
+                "source": line["source"],
+                "chosen": line["chosen"],
+                "responses": {
+                    name: response | {"score": score}
+                    for name, (_, response), score in zip(names, row, scores, strict=True)
+                },
+            }
+            if judged is not None:
+                pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
+                found["verdicts"] = [
+                    {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
+                ]
+            yield found
 
 
 def _write(
@@ -212,7 +196,7 @@ def _write(
     judge: dict[str, Any] | None,
     judged: Parts | None,
     config: RunConfig,
-    prompts: PromptList,
+    prompts: Parts,
     screen: Screen,
 ) -> dict[str, Any]:
     """Write both files and print what was dropped; on rank 0."""
@@ -259,19 +243,16 @@ def _write(
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
     RunFolder.of(config).check_writable()
-    lines: list[tuple[str, str]] = []
+    lines: Lines = []
     faults: dict[str, Fault] = {}
     for model in models:
         if model.kind is Kind.checkpoint:
             lines.append(("model", f"{model.name}: {model.location}, a checkpoint"))
             continue
-        responder = open_responder(find_description(model.location, config, KEY), config, KEY)
-        lines.append(("model", f"{model.name}: {describe_responder(responder)}"))
-        faults[f"{model.name}: "] = fault_of(responder, config.data, config.compare.max_new_tokens)
-    lines.append(("judge", ask_judge(config) if has_judge(config.pairs) else "none: no scores, no win rates"))
+        name, new_tokens = f"{model.name}: ", config.compare.max_new_tokens
+        faults[name] = check_model(model.location, config, new_tokens, lines, name, KEY)
+    judge = open_judge(config)
+    lines.append(("judge", "none: no scores, no win rates" if judge is None else judge.check()))
     for source in config.data.eval_sources:
-        for whose, fault in faults.items():
-            records = read_prompts(pinned(source, None))
-            lines.append(("held out", whose + first_records(records, source, config.data, fault)))
-    findings = "".join(f"  {label + ':':<10}{text}\n" for label, text in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+        lines += first_records("held out", read_prompts, source, config.data, faults)
+    return passed(lines)

@@ -1,7 +1,6 @@
 """Responses of a model, and log-probs of responses under it; its weights are loaded once."""
 
 import heapq
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -22,15 +21,8 @@ from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import counted
-from dpo_dist.generation.pairs.files import good_records
-from dpo_dist.generation.pairs.prompts import (
-    PromptList,
-    as_asked,
-    prompt_key,
-    prompt_line,
-    rendering,
-    write_named_by_content,
-)
+from dpo_dist.generation.pairs.files import good_records, prompt_key, prompt_row, read_prompt_row
+from dpo_dist.generation.pairs.prompts import as_asked, generation_settings
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import (
     Answers,
@@ -41,27 +33,30 @@ from dpo_dist.generation.sampling.respond import (
 )
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from dpo_dist.insight.compare.start import KEY, Compared
-from dpo_dist.model.exactness import CheckedModel, settle
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 
+Row = dict[str, Any]
+PART_PROMPTS = 16
+"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
 BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
 
 
-def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
-    """Write `compare.prompts` different prompts of the evaluation data to a file named by its content.
+def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
+    """Write `compare.prompts` different prompts of the evaluation data, as parts of a stage.
 
     They are chosen by a hash of the prompt, and written in the order of the data.
     """
     wanted, seen = config.compare.prompts, set[str]()
 
-    def ranked() -> Iterator[tuple[str, int, str]]:
+    def ranked() -> Iterator[tuple[str, int, Row]]:
         for index, (record, label) in enumerate(_held_out(config, say)):
             if (key := prompt_key(record)) not in seen:
                 seen.add(key)
-                yield text_digest(f"0 {key}"), index, _line(record, label)
+                yield text_digest(f"0 {key}"), index, _row(record, label)
 
     chosen = heapq.nsmallest(wanted, ranked())
     if not chosen:
@@ -73,8 +68,8 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
     say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
-    lines = (line + "\n" for _, _, line in sorted(chosen, key=lambda entry: entry[1]))
-    return write_named_by_content(folder, lines)
+    rows = (row for _, _, row in sorted(chosen, key=lambda entry: entry[1]))
+    return Parts.written(folder, "prompts", rows, PART_PROMPTS)
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -88,11 +83,11 @@ def shown_prompt(prompt: Prompt) -> str:
     return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
-def _line(record: PreferenceRecord, label: str) -> str:
+def _row(record: PreferenceRecord, label: str) -> Row:
     chosen = record.responses[0] if record.responses else None
     if isinstance(chosen, tuple):  # of several turns, the last one's content
         chosen = chosen[-1].content
-    return json.dumps(prompt_line(record) | {"chosen": chosen, "source": label})
+    return prompt_row(record) | {"chosen": chosen, "source": label}
 
 
 def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[PreferenceRecord, str]]:
@@ -102,9 +97,6 @@ def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[P
         for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
             if part.has(prompt_hash(record.prompt)):
                 yield as_asked(record, config.data), label
-
-
-Row = dict[str, Any]
 
 
 class Speaker:
@@ -124,7 +116,7 @@ class Speaker:
         config: RunConfig,
         stages: Stages,
         folder: Path,
-        prompts: PromptList,
+        prompts: Parts,
     ):
         self.compared, self.source, self.name = compared, source, compared.name
         self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
@@ -155,21 +147,14 @@ class Speaker:
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
-        settle(CheckedModel(packed, packed, world.device, longest, KEY))
+        StartCheck(packed, packed, world.device, longest, KEY).settle()
         return packed
 
     def respond(self) -> None:
         """Finish the responses; collective. Models share the random numbers of a prompt."""
-        prompts, model = self._prompts, self._config.model
-        settings = {
-            "prompts": prompts.digest,
-            "part_prompts": prompts.part_prompts,
-            **rendering(self._config.data),
-            "model": self.source.digest,
-            **asdict(self._sampling),
-            "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],
-        }
-        self.responses = Parts.of(self._folder, "responses", settings, prompts.parts)
+        prompts = self._prompts
+        settings = generation_settings(self._config, prompts, self._sampling) | {"model": self.source.digest}
+        parts = Parts.of(self._folder, "responses", settings, prompts.count)
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
@@ -177,11 +162,11 @@ class Speaker:
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
 
         def part(index: int) -> list[Row]:
-            records, numbers = prompts.part(index), range(1)
+            records, numbers = list(map(read_prompt_row, prompts.read(index))), range(1)
             rows = respond(records, self.responder, samples, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
-        self._stages.finish(f"responses of {self.name}", self.responses, part)
+        self.responses = self._stages.finish(f"responses of {self.name}", parts, part)
 
     def score(self, other: "Speaker") -> Parts:
         """Return the finished log-probs of a model's responses under this model; collective.
@@ -193,7 +178,7 @@ class Speaker:
             "model": self.source.digest,
             "attention": str(self._config.model.attention),
         }
-        parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
+        parts = Parts.of(self._folder, "logps", settings, self._prompts.count)
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
@@ -202,8 +187,7 @@ class Speaker:
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
-        self._stages.finish(title, parts, part)
-        return parts
+        return self._stages.finish(title, parts, part)
 
     def has_tokens_of(self, other: "Speaker") -> bool:
         """Return whether every token of the other model is the same token of this one."""

@@ -38,13 +38,8 @@ def compares(pairs: PairsConfig) -> bool:
     return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
 
 
-def has_judge(pairs: PairsConfig) -> bool:
-    """Return whether there is a judge."""
-    return any(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
-
-
 def describe(judge: dict[str, Any]) -> str:
-    """Return the judge of `describe_judge` as one line."""
+    """Return the judge of `Judge.describe` as one line."""
     match judge["kind"]:
         case "reward_model":
             return f"reward model {judge['name']}"

@@ -13,7 +13,7 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.start import check_judge
-from dpo_dist.model.folder import check_adapter, is_adapter, local_model_folder
+from dpo_dist.model.folder import is_adapter, local_model_folder
 
 KEY = "compare.models"
 Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
@@ -91,11 +91,8 @@ def _located(path: str) -> tuple[str, Kind]:
     elif is_checkpoint(folder):
         return str(folder), Kind.checkpoint
     location = str(folder) if folder.is_dir() else path
-    if is_adapter(folder):
-        check_adapter(folder, KEY)
-        return location, Kind.adapter
-    local_model_folder(location, None, KEY)
-    return location, Kind.model
+    local_model_folder(location, None, KEY, accepts_adapter=True)
+    return location, Kind.adapter if is_adapter(folder) else Kind.model
 
 
 def _short_name(path: str) -> str:

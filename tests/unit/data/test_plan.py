@@ -12,7 +12,6 @@ from dpo_dist.batching.plan import (
     Arrangement,
     ComputeCosts,
     ExampleSizes,
-    Reach,
     consecutive_batches,
     example_sizes,
     plan_micro_batches,
@@ -115,24 +114,6 @@ def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: Shapes) 
     assert keys.tolist() == [
         prompt**2 / 2 + sum((n - 1) * (prompt + (n - 1) / 2) for n in lengths) for prompt, *lengths in shapes
     ]
-
-
-@given(pair_shapes, st.integers(1, 12), st.booleans())
-def test_windows_and_chunks_attend_to_fewer_keys(shapes: Shapes, size: int, in_chunks: bool) -> None:
-    def attended(*reaches: Reach) -> list[int]:
-        return [int(n) for n in sizes_of(shapes, ComputeCosts(0.0, 0.0, reaches=reaches)).attended]
-
-    def keys(position: int) -> int:
-        return position % size + 1 if in_chunks else min(position + 1, size)
-
-    expected = [
-        sum(map(keys, range(prompt)))
-        + sum(keys(place) for response in own for place in range(prompt, prompt + response - 1))
-        for prompt, *own in shapes
-    ]
-    assert attended(Reach(size, 1.0, in_chunks)) == expected
-    half = [(full + limited) / 2 for full, limited in zip(attended(), expected, strict=True)]
-    assert np.abs(np.array(attended(Reach(size, 0.5, in_chunks))) - half).max() <= 0.5
 
 
 @given(pair_shapes)

@@ -10,7 +10,7 @@ from dpo_dist.config.verb_options import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation import judges
-from dpo_dist.generation.judges import EndpointJudge, Judgement, Question, describe_endpoint
+from dpo_dist.generation.judges import EndpointJudge, Judgement, Question
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 
 RECORD = PreferenceRecord((Message("user", "say something long"),), (), Origin("a.jsonl", 1))
@@ -84,7 +84,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> N
     assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret"}
     with pytest.raises(ConfigError) as caught:
         judged(always((401, {}, '{"error": {"message": "very-secret is wrong"}}')), SHORT, LONG)
-    for text in (describe_endpoint(config("http://localhost:1/v1")), judgement, caught.value.block()):
+    for text in (EndpointJudge(config("http://localhost:1/v1")).describe(), judgement, caught.value.block()):
         assert "very-secret" not in str(text)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert not any("authorization" in headers for headers in judged(longer_wins, SHORT, LONG)[1].headers)
@@ -106,10 +106,13 @@ REFUSAL = {"error": {"code": "bad_parameter", "param": "max_tokens", "message": 
     ("reply", "said"),
     [
         ((503, {}, ""), "does not reply.*503"),
-        ((401, {}, ""), "cannot be used.*401"),
+        ((401, {}, ""), "does not reply.*401.*OPENAI_API_KEY"),
         ((200, {}, "<html>sign in</html>"), "does not reply"),
         ((200, {}, '{"error": {"message": "loading"}}'), "does not reply"),
-        ((400, {}, json.dumps(REFUSAL)), "status 400, bad_parameter, max_tokens, also for a harmless one"),
+        (
+            (400, {}, json.dumps(REFUSAL)),
+            "status 400, bad_parameter, max_tokens, also for a harmless request",
+        ),
     ],
 )
 def test_an_endpoint_that_cannot_be_used_is_an_error(reply: Any, said: str) -> None:
@@ -152,6 +155,6 @@ def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
         judge = EndpointJudge(config(server.url, parallel_requests=1))
         (judgement,) = judge.judge([Question(RECORD, (SHORT, LONG))])
     assert (judgement.scores, judgement.counts["refused"]) == ([0.0, 1.0], 0)
-    assert len(server.bodies) == 4
+    assert len(server.bodies) == 3
     assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
     assert server.bodies[-1]["max_completion_tokens"] == 1024

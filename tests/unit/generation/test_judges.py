@@ -18,8 +18,7 @@ from dpo_dist.generation.judges import (
     Judgement,
     Question,
     RewardModel,
-    describe_judge,
-    describe_reward_model,
+    open_judge,
 )
 from tests.support import tiny
 from tests.support.tiny_model import write_model
@@ -57,8 +56,12 @@ def question(prompt: Prompt, *responses: str, **context: Any) -> Question:
     return Question(PreferenceRecord(prompt, (), Origin("a.jsonl", 1), **context), responses)
 
 
+def reward_model(folder: Path, budget: int = 10**6) -> RewardModel:
+    return RewardModel(str(folder), FP32, folder.parent, torch.device("cpu"), budget)
+
+
 def judged(folder: Path, *questions: Question, budget: int = 10**6) -> list[Judgement]:
-    return RewardModel(str(folder), FP32, torch.device("cpu"), budget).judge(questions)
+    return reward_model(folder, budget).judge(questions)
 
 
 def alone(folder: Path, response: str, **context: Any) -> float:
@@ -90,11 +93,10 @@ def test_a_special_token_stays_text_and_a_long_conversation_has_no_score(write: 
 
 
 def test_a_model_that_is_no_reward_model_is_refused(write: Any, tmp_path: Path) -> None:
-    """Also before it is loaded, which is after the last response."""
+    """Before it is loaded, which is after the last response."""
     for folder in (write(num_labels=3), write_model(tmp_path / "policy")):
-        for use in (judged, lambda folder: describe_reward_model(str(folder), FP32, tmp_path)):
-            with pytest.raises(ConfigError, match="no reward model"):
-                use(folder)
+        with pytest.raises(ConfigError, match="no reward model"):
+            reward_model(folder).describe()
 
 
 @pytest.mark.parametrize(
@@ -117,4 +119,4 @@ def test_a_bad_function_is_named(
     assert "private" not in caught.value.block()
     config = load_run_config(["model.path=m", "data.train=[a]", "pairs.function=own_judge:scores"])
     with pytest.raises(ConfigError, match="cannot be imported"):
-        describe_judge(config)
+        open_judge(config)

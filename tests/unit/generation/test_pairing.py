@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection,
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
+from dpo_dist.generation.judges import Judgement, Question
+from dpo_dist.generation.pairs.files import read_prompt_row
+from dpo_dist.generation.pairs.prompts import write_prompts
 from dpo_dist.generation.pairs.run import (
     Results,
+    joined_answers,
     pairs_from_scores,
     pairs_of,
     samples_of,
+    score,
     select_pairs,
-    usable,
 )
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts
@@ -155,44 +159,47 @@ def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answ
 
 
 @pytest.mark.parametrize("unfinished", DropOrKeep)
-def test_samples_that_are_not_used_are_counted_by_reason(unfinished: DropOrKeep) -> None:
+def test_samples_that_are_not_used_have_a_reason(unfinished: DropOrKeep) -> None:
     samples = [sample("a"), sample("a "), sample("a", fields={"reasoning_content": "t"}), sample(" ")]
     samples += [sample("b", finished=False), sample("c", same_ids=False)]
-    kept, counts = usable(samples, PairsConfig(unfinished=unfinished))
-    is_kept = unfinished is DropOrKeep.keep
-    assert [samples.index(each) for each in kept] == [0, 2, *([4] if is_kept else []), 5]
-    assert counts == {"identical": 1, "empty": 1} | ({} if is_kept else {"unfinished": 1})
+    found = joined_answers([Answers(samples)], PairsConfig(unfinished=unfinished))
+    reason = None if unfinished is DropOrKeep.keep else "unfinished"
+    assert [answer.unused for answer in found.answers] == [None, "identical", None, "empty", reason, None]
 
 
 MODELS = [ModelSource(name, Path(name), None, None, f"digest of {name}") for name in ("one", "other")]
 THOUGHT = {"reasoning_content": "I add."}
 
 
-def finished(folder: Path, method: str = "samples") -> Results:
-    def parts(name: str, rows: list[Any]) -> Parts:
-        made = Parts.of(folder, name, {}, 2)
-        made.open()
-        made.write(0, rows[:2])
-        made.write(1, rows[2:])
-        return made
+class ByTable:
+    """Scores the responses to the first two prompts."""
 
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        scores: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
+        return [Judgement(own, Counter(unreadable=1)) for own in scores[: len(questions)]]
+
+
+def finished(folder: Path) -> Results:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
-    prompts = open_prompts(write_prompts(folder, config, lambda _: None), 2)
-    responses, count, scores = [], 2 if method == "samples" else 1, None
-    for model, name in enumerate(("a", "b")):
-        answers = [sample(f"{name}{n}", 2 * model + n, n + 1) for n in range(count)]
-        found = [asdict(Answers("key", answers)) for _ in range(3)]
-        found[0]["answers"][0]["fields"] = THOUGHT
-        found[2] = asdict(Answers("key", [], "too_long")) if model else found[2]
-        responses.append(parts(f"responses{model}", found))
-    if method == "samples":
-        judged = [{"0": 3.0, "1": 1.0, "2": 1.0, "3": None}, {str(n): 2.0 for n in range(4)}]
-        counts = {"unreadable": 1}
-        empty = {"scores": {}, "counts": {}}
-        scores = parts("scores", [*({"scores": each, "counts": counts} for each in judged), empty])
-    rule = PairsConfig(method=PairsMethod(method), select=ALL)
-    return Results(rule, prompts, MODELS, responses, scores, {"sampling": "facts"})
+    prompts = write_prompts(folder, config, lambda _: None)
+    rule = PairsConfig(method=PairsMethod.samples, select=ALL)
+    rows = []
+    for prompt in range(3):
+        of_models = [
+            Answers([sample(f"{name}{n}", 2 * model + n, n + 1) for n in range(2)])
+            for model, name in enumerate("ab")
+        ]
+        if prompt == 0:
+            for row in of_models:
+                row.answers[0] = replace(row.answers[0], fields=THOUGHT)
+        if prompt == 2:
+            of_models[1] = Answers([], "too_long")
+        rows.append(joined_answers(of_models, rule))
+    judge: Any = ByTable()
+    scored = score(list(map(read_prompt_row, prompts.read(0))), rows, judge)
+    answers = Parts.written(folder, "scores", map(asdict, scored), 64)
+    return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})
 
 
 def test_pairs_of_scored_samples_have_their_origin_and_are_counted(tmp_path: Path) -> None:
@@ -212,14 +219,14 @@ def test_pairs_of_scored_samples_have_their_origin_and_are_counted(tmp_path: Pat
     assert provenance["source"].endswith("records.jsonl:1")
     assert (provenance["select"], provenance["sampling"]) == ("all_pairs", "facts")
     assert +results.counts == {
-        **{"prompts": 3, "samples": 10, "unreadable": 2, "samples_without_score": 1},
+        **{"prompts": 3, "samples": 10, "unreadable": 3, "samples_without_score": 1},
         **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
     }
 
 
 def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> None:
     found = list(samples_of(finished(tmp_path)))
-    assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (0, 2)]
+    assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]
     assert found[0]["unused"][0]["content"] == "b1"
     assert found[2]["provenance"]["dropped"] == "too_long"
     (record,) = read_records(str(jsonl(tmp_path, found[0])))

@@ -1,27 +1,32 @@
 """Prompts and parts of the work: by contents, shared among processes, kept, ended by an error."""
 
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.pairs.prompts import open_prompts, write_prompts
+from dpo_dist.generation.pairs import prompts
+from dpo_dist.generation.pairs.prompts import write_prompts
 from dpo_dist.generation.sampling.stages import Parts, work_on
 from tests.support.records import jsonl
 
 
-def written(folder: Path, records: list[Any], *overrides: str) -> tuple[Path, list[str]]:
-    said: list[str] = []
+def written(folder: Path, records: list[Any], *overrides: str) -> list[list[str]]:
+    """Return the prompts of each part."""
     config = load_run_config(["model.path=m", f"data.train=[{jsonl(folder, *records)}]", *overrides])
-    return write_prompts(folder, config, said.append), said
+    parts = write_prompts(folder, config, lambda _: None)
+    return [[row["prompt"] for row in parts.read(index)] for index in range(parts.count)]
 
 
 def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> None:
     def lines(*overrides: str) -> list[str]:
         records = [{"prompt": f"question {n % 50}", "completion": "c"} for n in range(60)]
-        return written(tmp_path, records, *overrides)[0].read_text().splitlines()
+        return [*itertools.chain(*written(tmp_path, records, *overrides))]
 
     whole = lines()
     parts = [lines("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
@@ -38,13 +43,11 @@ def abandoned(file: Path) -> Path:
     return left
 
 
-def test_every_part_has_its_own_prompts(tmp_path: Path) -> None:
+def test_every_part_has_its_own_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"question {n} " + "\u2028é" * (n % 7) for n in range(23)]
-    file, _ = written(tmp_path, [{"prompt": text} for text in texts])
-    for size, parts in ((5, 5), (23, 1), (1, 23), (100, 1)):
-        prompts = open_prompts(file, size)
-        assert (prompts.parts, prompts.count) == (parts, 23)
-        found = [[record.prompt for record in prompts.part(index)] for index in range(parts)]
+    for size in (5, 23, 1, 100):
+        monkeypatch.setattr(prompts, "PART_PROMPTS", size)
+        found = written(tmp_path, [{"prompt": text, "completion": "c"} for text in texts])
         assert found == [texts[start : start + size] for start in range(0, 23, size)]
 
 

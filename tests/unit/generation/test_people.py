@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord, Prompt, Response
-from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.generation.pairs.people import (
     Judgement,
@@ -25,7 +24,7 @@ def record(*responses: Response, prompt: Prompt = "Why?", line: int = 1) -> Pref
     return PreferenceRecord(prompt, responses, Origin("data.jsonl", line))
 
 
-ITEMS = draw_items((record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(30)), 99, 0, Counter())
+ITEMS = draw_items((record(f"a{n}", f"b{n}", prompt=f"q{n}") for n in range(30)), 99, 0, Counter())
 
 
 @contextmanager
@@ -77,9 +76,6 @@ def test_a_restart_is_the_same_state_and_the_last_verdict_counts(tmp_path: Path)
     with opened(log) as labelling:
         assert labelling.given["Ada", first].verdict != "tie"
     assert len(log.read_bytes().splitlines()) == 30
-    log.write_bytes(b"{}\n" + whole)
-    with pytest.raises(DataError, match="damaged"), opened(log):
-        pass
 
 
 def given(annotator: str, item: str, verdict: str, left: int = 0, seconds: float = 2.0) -> Judgement:

@@ -78,7 +78,7 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path) -> None:
     assert "), 1 unknown_format (" in report
     with judge_server(lambda *_: (400, {}, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
-        with pytest.raises(ConfigError, match="refuses every request"):
+        with pytest.raises(ConfigError, match="harmless request"):
             found(tmp_path, PROMPTS, *keys)
     Qwen2Config(num_labels=2).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="no reward model"):

@@ -22,7 +22,6 @@ from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.model.rotary import rope_limit
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
-from tests.support.kernels import put_kernels
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 SIZES = COMMON | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
@@ -175,15 +174,6 @@ def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: d
 @given(window=st.integers(2, 16), lengths=shapes)
 def test_windows_of_any_length(model_type: str, window: int, lengths: list[tuple[int, ...]]) -> None:
     check_exact(windowed(model_type, window), random_pairs(lengths))
-
-
-@pytest.mark.parametrize("backend", [AttentionBackend.varlen, AttentionBackend.flash_attention_2])
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "llama4_text", "qwen2"])
-def test_kernels_with_windows(
-    model_type: str, backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_kernels(monkeypatch)
-    check_exact(windowed(model_type, 4), random_pairs(SHAPES), backend)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -17,13 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.exactness import (
-    CheckedModel,
-    check_training,
-    check_use,
-    settle,
-    trial_sequences,
-)
+from dpo_dist.model.exactness import StartCheck, trial_sequences
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.sdpa import Scores, SegmentAttention, mask_rule
@@ -64,12 +58,14 @@ def tiny(model_type: str = "llama", **own: Any) -> PackedCausalLM:
     return unsettled(tiny_causal_lm(tiny_config(model_type, **own)))
 
 
-def checked(model: PackedCausalLM, longest: int = 64, **options: Any) -> CheckedModel:
-    return CheckedModel(model, options.pop("score", model), CPU, longest, **options)
+def settled_check(model: PackedCausalLM, longest: int = 64, **options: Any) -> StartCheck:
+    check = StartCheck(model, options.pop("score", model), CPU, longest, **options)
+    check.settle()
+    return check
 
 
 def settled(model: PackedCausalLM, longest: int = 64, **options: Any) -> PackedCausalLM:
-    settle(checked(model, longest, **options))
+    settled_check(model, longest, **options)
     return model
 
 
@@ -149,7 +145,7 @@ def test_the_arrangement_of_another_rank_counts(folder: Path) -> None:
 
     def agree(fault: str) -> str:
         asked.append(fault)
-        return fault or ("fails on rank 1" if len(asked) == 4 else "")
+        return fault or ("fails on rank 1" if len(asked) == 3 else "")
 
     assert settled(model, agree=agree).arrangement is PADDED
     assert not any(asked)
@@ -173,10 +169,10 @@ def test_rounding_of_inputs_to_int8_is_no_fault(is_int8: bool, folder: Path) -> 
 
     if is_int8:
         assert settled(model, score=noisy).arrangement is PACKED
-        check_training(settle(checked(model, score=rounded)))
+        settled_check(model, score=rounded).check_training()
     else:
         refused("random", lambda: settled(model, score=noisy))
-        refused("in training mode", lambda: check_training(settle(checked(model, score=rounded))))
+        refused("in training mode", settled_check(model, score=rounded).check_training)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "xglm", "gptj"])
@@ -193,7 +189,7 @@ def test_fewer_learned_positions_than_tokens_are_refused(model_type: str) -> Non
 def test_log_probs_that_are_not_finite_are_named(value: float) -> None:
     model = tiny()
     model.causal_lm.lm_head.weight.data[7] = value
-    refused("log-probs that are not finite", lambda: settled(model))
+    assert "log-probs are not finite" in refused("cannot score", lambda: settled(model)).got
 
 
 SINKS = {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 64, "sliding_window": 16}
@@ -283,8 +279,8 @@ def test_a_wrong_forward_is_found_in_16_bits(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Path) -> None:
-    trial = settle(checked(load(ship_code(folder, "dropout"), dtype)))
-    assert "nats" in refused("another in training mode", lambda: check_training(trial)).got
+    check = settled_check(load(ship_code(folder, "dropout"), dtype))
+    assert "nats" in refused("another in training mode", check.check_training).got
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another rank"])
@@ -296,9 +292,10 @@ def test_a_model_that_fails_in_training_mode_is_refused(here: bool, folder: Path
             raise RuntimeError("labels are missing")
 
     model.causal_lm.model.layers[0].register_forward_pre_hook(refuse)
-    trial = settle(checked(model))
-    trial.checked = dataclasses.replace(trial.checked, agree=lambda fault: fault or "labels are missing")
-    assert "labels are missing" in refused("in training mode", lambda: check_training(trial)).got
+    check = settled_check(
+        model, agree=lambda fault: fault or ("labels are missing" if model.training else "")
+    )
+    assert "labels are missing" in refused("in training mode", check.check_training).got
 
 
 def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
@@ -324,11 +321,6 @@ def test_keys_that_stand_for_many_tokens_are_tried() -> None:
     assert settled(model, 512).arrangement is SINGLE
 
 
-def used(causal_lm: Any) -> CheckedModel:
-    arrangement = FAMILIES[causal_lm.config.model_type][1]
-    return checked(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=arrangement).train())
-
-
 @pytest.mark.parametrize("is_trained", [True, False])
 @pytest.mark.parametrize("used_by_long", [True, False])
 def test_several_processes_train_no_model_of_which_some_sequences_skip_a_layer(
@@ -338,9 +330,11 @@ def test_several_processes_train_no_model_of_which_some_sequences_skip_a_layer(
     mlp = causal_lm.model.layers[1].mlp.requires_grad_(is_trained)
     compute = mlp.forward
     mlp.forward = lambda hidden: compute(hidden) if (hidden.shape[-2] > 8) is used_by_long else hidden
+    model = unsettled(causal_lm, PACKED).train()
+    check = StartCheck(model, model, CPU, 64)
     if is_trained:
-        error = refused("several processes", lambda: check_use(used(causal_lm)))
+        error = refused("several processes", check.check_use)
         assert "model.layers.1.mlp.gate_proj.weight" in error.got
         assert "layers.0" not in error.got
     else:
-        check_use(used(causal_lm))
+        check.check_use()

@@ -7,11 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
-from dpo_dist.batching.plan import Reach
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.model.attention import Heads, heads_of_layers, scores_of
 from dpo_dist.model.exactness import trial_sequences
-from dpo_dist.model.flops import StepFlops, compute_costs, matmul_peak, step_flops, without_weights
+from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops, without_weights
 from dpo_dist.model.layers import layer_values
 from dpo_dist.model.lora import add_adapter
 from tests.support.families import COMMON, tiny_family
@@ -75,30 +74,6 @@ def test_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "own", "reaches"),
-    [
-        ("llama", {}, ()),
-        ("mistral", {"sliding_window": 8}, (Reach(8, 1.0),)),
-        ("mistral", {"sliding_window": None}, ()),
-        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, ()),
-        (
-            "qwen2",
-            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-            (Reach(8, 0.5),),
-        ),
-        ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 8}, (Reach(8, 5 / 6),)),
-        ("gemma4_text", GEMMA_4, (Reach(8, 0.5),)),
-        ("llama4_text", {"num_hidden_layers": 4, "attention_chunk_size": 8}, (Reach(8, 0.75, True),)),
-    ],
-)
-def test_layers_with_windows_or_chunks_are_counted(
-    model_type: str, own: dict[str, Any], reaches: tuple[Reach, ...]
-) -> None:
-    flops = flops_of(model_type, head_dim=8, **own)
-    assert flops.reaches == compute_costs(flops).reaches == reaches
-
-
-@pytest.mark.parametrize(
     ("model_type", "option", "own"),
     [
         ("qwen3_moe", "num_experts_per_tok", {}),
@@ -122,14 +97,14 @@ def test_the_peak_is_a_rate_and_keeps_the_random_state() -> None:
 def test_options_of_each_layer_are_read() -> None:
     """Gemma 4 has larger heads without a window; transformers accepts options by layer for all."""
     gemma = Gemma4TextConfig(**SIZES | GEMMA_4)
-    assert heads_of_layers(gemma) == [Heads(4, 2, 8), Heads(4, 2, 16)]
+    assert heads_of_layers(gemma) == [Heads(4, 2, 8, 8), Heads(4, 2, 16, 16)]
     assert [scores.window is None for scores in scores_of(gemma)] == [True, False]
     assert step_flops(without_weights(gemma)).per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
     windows = {0: {"sliding_window": 60}, 1: {"num_key_value_heads": 1}}
     config = LlamaConfig(**SIZES, sliding_window=None, per_layer_config=windows)
     assert layer_values(config, "sliding_window") == [60, None]
     assert layer_values(config, "hidden_size") == [32]
-    assert heads_of_layers(config) == [Heads(4, 2, 8), Heads(4, 1, 8)]
+    assert heads_of_layers(config) == [Heads(4, 2, 8, 8), Heads(4, 1, 8, 8)]
     assert [scores.window is None for scores in scores_of(config)] == [True, False]
     assert heads_of_layers(MambaConfig()) == []
     causal_lm = tiny_family("gemma4_text", 97)

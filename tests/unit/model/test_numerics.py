@@ -78,7 +78,7 @@ def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
 
 def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    heads = Heads(6, 2, 40)
+    heads = Heads(6, 2, 40, 40)
 
     @functools.wraps(flash_attn_varlen_func)
     def record(*args: Any, deterministic: bool, **options: Any) -> Tensor:

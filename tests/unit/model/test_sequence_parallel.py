@@ -52,9 +52,9 @@ def on_ranks(ranks: int, work: Callable[[InThreads], T]) -> list[T]:
 @pytest.mark.parametrize(
     ("heads", "possible"),
     [
-        (Heads(28, 4, 128), {1, 2, 4, 28}),
-        (Heads(32, 8, 128), {1, 2, 4, 8, 16, 32}),
-        (Heads(6, 6, 8), {1, 2, 3, 6}),
+        (Heads(28, 4, 128, 128), {1, 2, 4, 28}),
+        (Heads(32, 8, 128, 128), {1, 2, 4, 8, 16, 32}),
+        (Heads(6, 6, 8, 8), {1, 2, 3, 6}),
     ],
 )
 def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(

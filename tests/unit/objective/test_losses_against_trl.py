@@ -1,6 +1,5 @@
 """TRL's own loss code as the oracle: equal where the definitions agree, both values where they do not."""
 
-import math
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -180,20 +179,3 @@ def test_orpo_has_the_odds_ratios_of_trl_s_orpo_trainer() -> None:
     expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, pairs.mean_chosen, pairs.mean_rejected)
     ours = preference_loss(pairs, None, LossConfig(LossKind.orpo, orpo_lambda=0.1))
     torch.testing.assert_close(ours + pairs.mean_chosen, -expected, rtol=1e-5, atol=1e-6)
-
-
-# Where the definitions differ: docs/losses.md says so.
-
-
-def test_trl_s_discopop_is_nan_at_a_large_negative_margin() -> None:
-    batch = Batch()
-    batch.policy[:PAIRS] *= 1e3
-    assert math.isnan(trl_loss(batch, "discopop", 0.0, 1.0))
-    assert math.isfinite(our_loss(batch, LossConfig(LossKind.discopop, 1.0)))
-
-
-def test_trl_leaves_label_smoothing_out_of_sigmoid() -> None:
-    batch = Batch()
-    hard = our_loss(batch, LossConfig(LossKind.sigmoid, 0.5))
-    assert trl_loss(batch, "sigmoid", 0.3, 0.5) == pytest.approx(hard, rel=1e-6)
-    assert abs(our_loss(batch, LossConfig(LossKind.sigmoid, 0.5, 0.3)) - hard) > 0.01

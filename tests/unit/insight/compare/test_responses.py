@@ -1,7 +1,5 @@
 """Held-out prompts are chosen by content; log-probs of responses are those of a plain forward."""
 
-import json
-from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.generation.pairs.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
+from dpo_dist.generation.sampling.stages import Parts
 from dpo_dist.insight.compare.responses import Speaker, response_logps, write_held_out
 from dpo_dist.insight.compare.start import compared_models
 from dpo_dist.model.load import load_packed
@@ -23,7 +21,7 @@ from tests.support.tiny_model import write_model
 
 
 def row(prompt: list[int], *ids: list[int]) -> Answers:
-    return Answers("key", [Answer(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
+    return Answers([Answer(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
 
 
 ROWS = [
@@ -57,8 +55,8 @@ def responses_folder(tmp_path: Path, *overrides: str) -> str:
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
     config = load_run_config(lines, verb="compare")
     model = compared_models([f"{name}={tmp_path}/model" for name in "ab"])[0]
-    prompts = PromptList(tmp_path / "prompts.jsonl", 1, 16, "digest", array("q", [0]))
-    stages: Any = SimpleNamespace(finish=lambda *_: None)
+    prompts = Parts(tmp_path / "prompts", 1, {})
+    stages: Any = SimpleNamespace(finish=lambda _title, parts, _work: parts)
     source = find_model(model.location, config)
     speaker = Speaker(model, source, config, stages, tmp_path, prompts)
     speaker.respond()
@@ -94,10 +92,8 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
         overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
     said: list[str] = []
     config = load_run_config([*base, *overrides])
-    file = write_held_out(tmp_path / "parts", config, said.append)
-    prompts = open_prompts(file, 100)
-    assert not any(record.responses for part in range(prompts.parts) for record in prompts.part(part))
-    lines = list(map(json.loads, file.read_bytes().splitlines()))
+    parts = write_held_out(tmp_path / "parts", config, said.append)
+    lines = [row for index in range(parts.count) for row in parts.read(index)]
     assert {line["source"] for line in lines} <= {"held", "records"}
     return [line["prompt"][0][1] for line in lines], [*said, *(str(line["chosen"]) for line in lines)]
 
