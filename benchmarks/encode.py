@@ -85,9 +85,7 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
     encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
     seconds = time.perf_counter() - started
     main_seconds, all_seconds = time.process_time() - main_before, _cpu_seconds() - all_before
-    digest = hashlib.blake2b()
-    for written in sorted(encoded[0].folder.iterdir()):
-        digest.update(written.read_bytes())
+    digest = hashlib.blake2b(encoded[0].file.read_bytes())
     tokens = len(open_dataset(encoded, config).ids)
     speed = {
         "processes": processes,

@@ -158,7 +158,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         ids=np.zeros(int(ends[-1]), dtype=np.int32),
         piece_starts=ends - pieces.ravel(),
         piece_tokens=pieces.ravel(),
-        pair_pieces=np.arange(3, 3 * pairs + 1, 3),
+        first_pieces=np.arange(0, 3 * pairs + 1, 3),
         keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
         scores=np.full(2 * pairs, np.nan),
         trained=np.empty(0, dtype=np.bool_),

@@ -31,7 +31,7 @@ def main(config: RunConfig) -> int:
     check_needs(config, "doctor")
     with_thresholds(config.doctor.thresholds)
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source, needs_pairs=False)
+        check_source(source)
     benchmark = None
     if config.doctor.benchmarks:
         from dpo_dist.insight.doctor.benchmarks import read_benchmarks  # noqa: PLC0415  (slow)

@@ -13,7 +13,7 @@ from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTe
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
-from dpo_dist.data.formats import check_first_records, read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import ALL_RECORDS, Part
 from dpo_dist.data.read import Meter, file_kind
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
@@ -53,15 +53,12 @@ def prepare_dataset(
     digest: str,
     progress: Progress = no_progress,
     part: Part = ALL_RECORDS,
-    *,
-    needs_pairs: bool = True,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into its own folder below `config.cache`, unless it is encoded already.
+    """Encode each source into its own file in `config.cache`, unless it is encoded already.
 
-    A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
-    another weight or a lower limit. Damaged folders are encoded again. `digest` is the `tokenizer_digest`;
-    with `needs_pairs` a Hub dataset of unpaired responses is an error before any source is encoded.
-    Raises DataError; PeerLostError if a process that encodes has died.
+    A file is found by content: a source is not encoded again if it was moved, or is in another list, with
+    another weight or a lower limit. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
+    process that encodes has died.
     """
     check_template_keys(config, tokenizer)
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
@@ -69,17 +66,14 @@ def prepare_dataset(
     collect_abandoned(cache)
     found = [pinned(source, cache) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in found]
-    for source, fingerprint in zip(found, fingerprints, strict=True):
-        if local_files(source) is None and find_encoded(cache, fingerprint, source.limit) is None:
-            check_first_records(source, needs_pairs=needs_pairs)
     encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
     encoded = []
     for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
-        folder = find_encoded(cache, fingerprint, source.limit)
-        if folder is None:
+        file = find_encoded(cache, fingerprint, source.limit)
+        if file is None:
             with progress(source.path) as count:
-                folder = _write(source, cache, fingerprint, encode, config.processes, count)
-        encoded.append(EncodedSource(source.path, folder, source.limit, label))
+                file = _write(source, cache, fingerprint, encode, config.processes, count)
+        encoded.append(EncodedSource(source.path, file, source.limit, label))
     return tuple(encoded)
 
 
@@ -91,16 +85,24 @@ def _write(
     processes: int | None,
     count: Callable[[int, float | None], None],
 ) -> Path:
-    """Encode a source and return its folder."""
-    meter, state = Meter(), _source_state(source)
+    """Encode a source and return its file."""
+    meter = Meter()
 
     def encoded() -> Generator[pa.RecordBatch, None, None]:
-        records = 0
-        with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
-            for chunk in chunks:
-                yield chunk
-                records += len(chunk)
-                count(len(chunk), share_read(meter, source.limit, records))
+        records, state = 0, _source_state(source)
+        try:
+            with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
+                for chunk in chunks:
+                    yield chunk
+                    records += len(chunk)
+                    count(len(chunk), share_read(meter, source.limit, records))
+        except OSError as fault:
+            raise DataError(
+                "the source cannot be read",
+                where=source.path,
+                got=str(fault),
+                remedy="check the files, their disk and their permissions",
+            ) from fault
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _source_state(source) != state:
             raise DataError(

@@ -101,15 +101,6 @@ class DataCounts:
         counts.read = counts.kept + counts.dropped.total()
         return counts
 
-    def add(self, later: "DataCounts") -> None:
-        """Add the counts of the following records."""
-        for name in ("read", "kept", "pairs"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
-        for name in ("dropped", "changed", "read_as"):
-            getattr(self, name).update(getattr(later, name))
-        self.examples += later.examples[: SHOWN_EXAMPLES - len(self.examples)]
-        self.details = later.details | self.details
-
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples and details, for JSON."""
         whole = {"read": self.read, "kept": self.kept, "pairs": self.pairs}

@@ -18,7 +18,7 @@ from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.sampler import Indices, Span
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.data.counts import DataCounts, check_counts, check_split
+from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
     MEMO_FOLDER,
@@ -57,7 +57,7 @@ class PreferenceDataset:
         ids: int32 [tokens].
         piece_starts: int64 [pieces], offset of each piece in `ids`.
         piece_tokens: int32 [pieces], length of each piece.
-        pair_pieces: int64 [examples], end of the pieces of each example.
+        first_pieces: int64 [examples + 1], index of each example's prompt in the pieces; their number.
         keys: uint64 [responses, 2], `encode.response_key` of each response, in the order of the examples.
         scores: float64 [responses], nan if a record has no scores.
         trained: bool [tokens of responses with a mask], whether the loss counts a token.
@@ -78,7 +78,7 @@ class PreferenceDataset:
     ids: Array | pa.ChunkedArray
     piece_starts: Array
     piece_tokens: Array
-    pair_pieces: Array
+    first_pieces: Array
     keys: Array
     scores: Array
     trained: Array | pa.ChunkedArray
@@ -90,7 +90,7 @@ class PreferenceDataset:
     encoded: tuple[EncodedSource, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.pair_pieces)
+        return len(self.first_pieces) - 1
 
     def spans(self, weights: Sequence[float]) -> list[Span]:
         """Return the index range of each source with its weight."""
@@ -149,7 +149,7 @@ class PreferenceDataset:
 
     def mean_chosen_tokens(self, indices: Indices) -> float:
         """Return the mean number of tokens that the loss counts in the chosen responses of these examples."""
-        return float(self._trained_tokens(self._first_pieces(indices) - indices).mean())
+        return float(self.trained_tokens[self.first_pieces[indices] - indices].mean())
 
     def sizes(
         self,
@@ -165,9 +165,9 @@ class PreferenceDataset:
         at least one. With `masked`, only tokens that the loss counts are targets.
         """
         pieces = response_indices + np.repeat(indices, counts) + 1
-        prompt_tokens = self._piece_tokens(self._first_pieces(indices))
-        response_tokens = self._piece_tokens(pieces)
-        targets = self._trained_tokens(response_indices) if masked else response_tokens
+        prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
+        response_tokens = self.piece_tokens[pieces].astype(np.int64)
+        targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
         return example_sizes(prompt_tokens, response_tokens, counts, costs, targets)
 
     def response_range(self, index: int) -> range:
@@ -177,60 +177,48 @@ class PreferenceDataset:
 
     def response_counts(self, indices: Indices) -> Indices:
         """Return the number of responses of each example, int64."""
-        counts: Indices = self.pair_pieces[indices] - self._first_pieces(indices) - 1
+        counts: Indices = self.first_pieces[indices + 1] - self.first_pieces[indices] - 1
         return counts
 
     def response_indices(self, indices: Indices) -> Indices:
         """Return the response indices of all responses of these examples, int64."""
         counts = self.response_counts(indices)
         starts_in_result = np.cumsum(counts) - counts
-        starts = self._first_pieces(indices) - indices
+        starts = self.first_pieces[indices] - indices
         return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
 
     def score_gaps(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the score of each example's best response minus that of its worst; nan without scores."""
         indices = np.asarray(indices, dtype=np.int64)
-        best = self._first_pieces(indices) - indices
+        best = self.first_pieces[indices] - indices
         worst = best + self.response_counts(indices) - 1
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
     def locate_responses(self, response_indices: Indices) -> tuple[Indices, Indices]:
         """Return the example of each response, and the response's rank in it, int64 each."""
-        ends = self.pair_pieces - np.arange(1, len(self) + 1)
-        examples = np.searchsorted(ends, response_indices, side="right")
-        starts = np.where(examples > 0, ends[np.maximum(examples - 1, 0)], 0)
-        return examples, response_indices - starts
+        starts = self.first_pieces[:-1] - np.arange(len(self))
+        examples = np.searchsorted(starts, response_indices, side="right") - 1
+        return examples, response_indices - starts[examples]
 
     def origin(self, index: int) -> Origin:
         """Return the file and line of an example's record."""
         source, line = self.origins[index]
         return Origin(self.source_paths[int(source)], int(line))
 
-    def _first_pieces(self, indices: Indices) -> Indices:
-        if not len(indices):
-            return np.empty(0, dtype=np.int64)
-        return np.where(indices > 0, self.pair_pieces[np.maximum(indices - 1, 0)], 0)
-
-    def _piece_tokens(self, pieces: Indices) -> Indices:
-        return np.asarray(self.piece_tokens[pieces], dtype=np.int64)
-
-    def _trained_tokens(self, response_indices: Indices) -> Indices:
-        return np.asarray(self.trained_tokens[response_indices], dtype=np.int64)
-
     def _pieces(self, index: int) -> tuple[int, int]:
-        return (int(self.pair_pieces[index - 1]) if index else 0), int(self.pair_pieces[index])
+        return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
 def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
     """Map the encoded sources and verify their digests; only files that have changed are read for that."""
-    tables = list(map(read_source, sources))
-    counts, by_source = DataCounts(), []
+    tables, by_source = list(map(read_source, sources)), []
     for source, rows in zip(sources, tables, strict=True):
         of_source = counts_of(rows)
         check_counts(of_source, source.path, config)
         by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
-        counts.add(of_source)
+    every = pa.concat_tables(tables)
+    counts = counts_of(every)
     check_split(counts)
     return PreferenceDataset(
         fingerprint=data_fingerprint(sources),
@@ -238,7 +226,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
-        **columns_of(pa.concat_tables(tables)),
+        **columns_of(every),
     )
 
 
@@ -298,42 +286,25 @@ def check_ids_in_vocabulary(
         )
 
 
-def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Check all examples of a dataset with `check_fits_loss`."""
+def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
+    """Check that every example has the responses and scores that the loss compares. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
-    check_fits_loss(
-        loss,
-        dataset.response_counts(every),
-        lambda: dataset.score_gaps(every),
-        lambda index: str(dataset.origin(index)),
-    )
-
-
-def check_fits_loss(
-    loss: LossConfig,
-    response_counts: npt.NDArray[np.int64],
-    score_gaps: Callable[[], npt.NDArray[np.floating]],
-    origin: Callable[[int], str],
-) -> None:
-    """Check that every example has the responses and scores that the loss compares. Raises DataError.
-
-    `score_gaps` returns [examples], as `PreferenceDataset.score_gaps`, and `origin` the place of an example.
-    """
+    counts = dataset.response_counts(every)
 
     def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
         if misfits.any():
             raise DataError(
                 f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
-                where="; ".join(origin(int(index)) for index in np.flatnonzero(misfits)[:5]),
+                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
                 got=got,
                 remedy=remedy,
             )
 
     if not loss.is_one_sided:
-        check(response_counts < 2, "1 response", "set loss=sft, or use data with two responses")
+        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
-        check(response_counts > 2, "a ranking of more than two responses", remedy)
+        check(counts > 2, "a ranking of more than two responses", remedy)
     if loss.needs_scores:
         got = "no scores, or a chosen response that is not scored above the rejected one"
-        check(~(score_gaps() > 0), got, "remove these records, or set another loss.kind")
+        check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")

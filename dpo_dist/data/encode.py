@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, RESERVED_CHARACTER, SpecialTokenInTextError, any_text
+from dpo_dist.data.escape import RESERVED, SpecialTokenInTextError, any_text
 from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
     BadRecord,
@@ -77,7 +77,7 @@ def encode_pair(
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     try:
-        if _has_reserved_character(record):
+        if any_text((record.prompt, record.responses, record.tools, record.template_arguments), RESERVED):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         rendered = render_record(record, facts, data_config)
         prompt, responses, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses)
@@ -121,20 +121,6 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
     digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
     digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
     return digest.digest()
-
-
-def _has_reserved_character(record: PreferenceRecord) -> bool:
-    """Return whether a text that is encoded or given to the chat template has it."""
-    for part in (record.prompt, *record.responses):
-        if isinstance(part, str):
-            if RESERVED_CHARACTER in part:
-                return True
-        elif any(
-            RESERVED_CHARACTER in turn.content or (turn.fields and any_text(turn.fields, RESERVED))
-            for turn in part
-        ):
-            return True
-    return any_text((*record.tools, record.template_arguments), RESERVED)
 
 
 def _masks(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import AddedToken, Tokenizer
 
+from dpo_dist.data.records import Message
 from dpo_dist.data.template import THOUGHT_TAGS, any_of
 from dpo_dist.foundation.errors import ConfigError
 
@@ -102,11 +103,14 @@ def alias_of(token: str) -> str:
 
 
 def any_text(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Return whether a text of a nested value, or a key of it, matches `pattern`."""
-    if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(any_text(part, pattern) for item in value.items() for part in item)
+    """Return whether a text of messages or of a nested value, or a key of it, matches `pattern`."""
+    match value:
+        case str():
+            return pattern.search(value) is not None
+        case Message():
+            return any_text((value.content, value.fields), pattern)
+        case Mapping():
+            return any(any_text(part, pattern) for item in value.items() for part in item)
     return isinstance(value, list | tuple) and any(any_text(part, pattern) for part in value)
 
 

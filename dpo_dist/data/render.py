@@ -10,7 +10,7 @@ from dpo_dist.config.data import DataConfig, TextTemplate
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.template import THOUGHT_TAGS, check_arguments
 from dpo_dist.data.tokenizer import TokenizerFacts
-from dpo_dist.data.turns import ChatRenderer, Escapable, Span, Turns
+from dpo_dist.data.turns import ChatRenderer, Forms, Span, Turns
 from dpo_dist.foundation.errors import ConfigError
 
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -140,7 +140,7 @@ class _Conversation:
     """The prompt of one record, with the tools and arguments of the template for it."""
 
     messages: Messages
-    context: Escapable
+    context: Forms
     facts: TokenizerFacts
     chat: ChatRenderer
     config: DataConfig
@@ -179,7 +179,7 @@ class _Conversation:
 
     def _ends_thoughts_by_itself(self) -> bool:
         """Return whether the template ends a thought in the prompt without an argument that asks for it."""
-        tools = {name: value for name, value in self.context.plain.items() if name == "tools"}
+        tools = {name: value for name, value in self.context[0].items() if name == "tools"}
         prompt = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
         return prompt.rstrip().endswith(_CLOSE)
 
@@ -205,12 +205,9 @@ class _Conversation:
 
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
-        trace = self.chat.trace((*self.prompt, self.chat.turn(message)), self.context)
-        first, end = _written(trace.spans[-1])
-        turn = trace.text[first:end]
-        header = turn[: self._header_length(turn, self.prompt, self.role)]
+        text, start, _ = self._whole((message,))
         # The prompt before it has no opened thought.
-        return self.facts.until_end(turn[len(_before_open_thought(header)) :])
+        return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
 
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
         """Return the length of a turn's header: what a generation prompt writes after `before`.

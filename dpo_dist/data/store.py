@@ -1,10 +1,10 @@
-"""Encoded sources on disk: an Arrow file with a row for each record, and a manifest; written once, mapped."""
+"""Encoded sources on disk: an Arrow file with a row for each record; written once, mapped."""
 
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,23 +17,14 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import (
-    content_digest,
-    is_temporary,
-    remember_digest,
-    remembered_digest,
-    staged_folder,
-    text_digest,
-    write_text,
-)
+from dpo_dist.foundation.files import staged_file, text_digest
 
 log = logging.getLogger(__name__)
 
 Array: TypeAlias = npt.NDArray[Any]
 
 MEMO_FOLDER = "file_digests"
-_RECORDS, _MANIFEST = "records.arrow", "manifest.json"
-_FIRST = "-first-"
+_FIRST, _ENDING = "-first-", ".arrow"
 _BATCH_BYTES = 2**24
 
 SCHEMA = pa.schema(
@@ -62,63 +53,43 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class _Manifest:
-    """Description of an encoded source.
-
-    Attributes:
-        fingerprint: digest of everything that decides the ids.
-        whole: whether the source was read to its end.
-        records: number of records read.
-        digest: of the file of records.
-    """
-
-    fingerprint: str
-    whole: bool
-    records: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class EncodedSource:
-    """The first `limit` records (None: all) of a source, encoded in `folder`; configured path, label."""
+    """The first `limit` records (None: all) of a source, encoded in `file`; configured path, label."""
 
     path: str
-    folder: Path
+    file: Path
     limit: int | None = None
     label: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides the ids."""
-        return self.folder.name.partition(_FIRST)[0]
+        return self.file.stem.partition(_FIRST)[0]
 
 
 def write_source(
     cache: Path, fingerprint: str, path: str, limit: int | None, batches: Iterable[pa.RecordBatch]
 ) -> Path:
-    """Write the records of a source in constant memory; return their folder in the cache."""
-    final = cache / (fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}")
+    """Write the records of a source in constant memory; return their file in the cache."""
+    final = cache / f"{fingerprint}{'' if limit is None else f'{_FIRST}{limit}'}{_ENDING}"
     if final.exists():
         log.warning("%s is damaged and is encoded again", final)
-    records = 0
-    with staged_folder(final, lambda written: find_encoded(cache, fingerprint, limit) == written) as folder:
-        try:
-            with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-                for batch in _large(batches):
-                    records += len(batch)
-                    files = [_relative_name(path, source) for source in batch["file"].to_pylist()]
-                    writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
-        except OSError as error:  # the error of a full disk has no file name
-            raise ConfigError(
-                "the encoded data cannot be written",
-                where="data.cache",
-                got=f"{folder}: {error}",
-                remedy="free disk space, or set data.cache to a folder on another disk",
-            ) from error
-        digest = content_digest([folder / _RECORDS])
-        manifest = _Manifest(fingerprint, limit is None or records < limit, records, digest)
-        write_text(folder / _MANIFEST, json.dumps(asdict(manifest), indent=1))
-    remember_digest(final / _RECORDS, cache / MEMO_FOLDER, digest)
+    try:
+        with (
+            staged_file(final) as staged,
+            pa.OSFile(str(staged), "wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+        ):
+            for batch in _large(batches):
+                files = [_relative_name(path, source) for source in batch["file"].to_pylist()]
+                writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+    except OSError as error:  # the error of a full disk has no file name
+        raise ConfigError(
+            "the encoded data cannot be written",
+            where="data.cache",
+            got=f"{final}: {error}",
+            remedy="free disk space, or set data.cache to a folder on another disk",
+        ) from error
     return final
 
 
@@ -139,36 +110,35 @@ def _relative_name(path: str, source: str) -> str:
 
 
 def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
-    """Return an undamaged folder with the first `limit` records (None: all) of this content, or None."""
-    for folder in sorted(cache.glob(f"{fingerprint}*"), key=lambda one: (len(one.name), one.name)):
-        manifest = None if is_temporary(folder) else _intact(folder, fingerprint)
-        if manifest and (manifest.whole or (limit is not None and manifest.records >= limit)):
-            return folder
+    """Return a file with the first `limit` records (None: all) of this content, or None."""
+    for file in sorted(cache.glob(f"{fingerprint}*{_ENDING}")):
+        rows, first = _mapped(file), file.stem.partition(_FIRST)[2]
+        if rows is None:
+            continue
+        is_whole = not first or len(rows) < int(first)
+        if is_whole or (limit is not None and limit <= int(first)):
+            return file
     return None
 
 
-def _intact(folder: Path, fingerprint: str) -> _Manifest | None:
-    """Return the manifest of a folder; None if it or the records are damaged, or of another fingerprint.
-
-    The records are read only if their file has changed.
-    """
+def _mapped(file: Path) -> pa.Table | None:
+    """Map all records of a file; None if there is none, or it is damaged."""
     try:
-        manifest = _Manifest(**json.loads((folder / _MANIFEST).read_bytes()))
-        digest = remembered_digest(folder / _RECORDS, folder.parent / MEMO_FOLDER)
-    except (OSError, ValueError, TypeError, ConfigError):
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowInvalid):
         return None
-    return manifest if (digest, fingerprint) == (manifest.digest, manifest.fingerprint) else None
 
 
 def read_source(source: EncodedSource) -> pa.Table:
     """Map the first `limit` records of an encoded source. Raises DataError: they are damaged."""
-    if _intact(source.folder, source.fingerprint) is None:
+    rows = _mapped(source.file)
+    if rows is None:
         raise DataError(
             "the encoded data are damaged",
-            where=str(source.folder),
+            where=str(source.file),
             remedy="start again: damaged data are encoded again",
         )
-    rows = pa.ipc.open_file(pa.memory_map(str(source.folder / _RECORDS))).read_all().slice(0, source.limit)
+    rows = rows.slice(0, source.limit)
     files = rows["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
@@ -217,7 +187,6 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
     response = (np.cumsum(is_response) - 1)[piece]
     response_tokens = tokens[is_response]
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
-    pair_pieces = np.cumsum(responses_of + 1)
     # The prompt of an example is before its first response.
     pieces = np.insert(piece, np.cumsum(responses_of) - responses_of, first_piece[record])
     files = rows["file"].combine_chunks().dictionary_encode()
@@ -228,7 +197,7 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
         "ids": pc.list_flatten(rows["ids"]),
         "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
         "piece_tokens": tokens[pieces],
-        "pair_pieces": pair_pieces,
+        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
         "keys": flat("keys").reshape(-1, 2)[response],
         "scores": flat("scores")[response],
         "trained": pc.list_flatten(rows["trained"]),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS
 from dpo_dist.data.escape import RESERVED_CHARACTER, Marks, any_text
-from dpo_dist.data.records import Message, UnusableRecordError
+from dpo_dist.data.records import Fields, Message, UnusableRecordError
 from dpo_dist.data.template import THOUGHT_TAGS, argument_names
 from dpo_dist.foundation.errors import ConfigError
 
@@ -42,6 +42,10 @@ class Trace:
     text: str
     spans: list[Span | None]
     end: int
+
+
+def _mark(kind: str, index: int) -> str:
+    return f"{RESERVED_CHARACTER}{kind}{index}{RESERVED_CHARACTER}"
 
 
 def _with_marks(template: str) -> str:
@@ -88,31 +92,10 @@ def _read_trace(rendered: str, turns: int) -> Trace | None:
     return None if opened else Trace(text, spans, end)
 
 
-@dataclass(frozen=True, eq=False)
-class Escapable:
-    """A value for the template; if it spells control tokens, also `marked`.
-
-    That is the value with a mark in place of each token, and with a mark beside each token.
-    """
-
-    plain: Mapping[str, Any]
-    marked: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
-
-    def form(self, number: int | None) -> Mapping[str, Any]:
-        """Return the plain value (None), or one with marks."""
-        return self.plain if self.marked is None or number is None else self.marked[number]
-
-    def __or__(self, other: "Escapable | Mapping[str, Any]") -> "Escapable":
-        """Return the fields of both."""
-        right = other if isinstance(other, Escapable) else Escapable(other)
-        plain = {**self.plain, **right.plain}
-        if self.marked is None and right.marked is None:
-            return Escapable(plain)
-        return Escapable(plain, ({**self.form(0), **right.form(0)}, {**self.form(1), **right.form(1)}))
-
-
-Turns: TypeAlias = tuple[Escapable, ...]
-_NO_CONTEXT = Escapable({})
+Forms: TypeAlias = tuple[Fields, Fields, Fields]
+"""A value for the template: plain, with a mark in place of each control token, with a mark beside each."""
+Turns: TypeAlias = tuple[Forms, ...]
+NO_CONTEXT: Forms = ({}, {}, {})
 _PROBE = "probe answer"
 _PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
 _PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
@@ -127,45 +110,40 @@ class ChatRenderer:
         self.template = template
         self._marks = marks
 
-    def turn(self, message: Message) -> Escapable:
+    def turn(self, message: Message) -> Forms:
         """Return a message as the template gets it."""
         fields: dict[str, Any] = {"role": message.role, "content": message.content, **message.fields}
-        is_usual = message.role in ("system", "user", "assistant") and not message.fields
-        if is_usual and not self._marks.anywhere.search(message.content):
-            return Escapable(fields)
         if (calls := fields.get("tool_calls")) and not self._takes_objects:
             fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
         if message.role != "assistant":
             return self.data(fields)
         # Calls and names are no text of the model: a template writes the tags around them.
-        texts = {name: fields[name] for name in fields if name in _TEXTS}
-        others = {name: fields[name] for name in fields if name not in _TEXTS}
-        return Escapable(fields) | self.data(others) | self._marked(texts, self._marks.in_response)
+        others = self.data({name: part for name, part in fields.items() if name not in _TEXTS})
+        texts = {name: part for name, part in fields.items() if name in _TEXTS}
+        _, replaced, in_place = self._marked(texts, self._marks.in_response)
+        return fields, {**others[1], **replaced}, {**others[2], **in_place}
 
-    def data(self, values: Mapping[str, Any]) -> Escapable:
+    def data(self, values: Fields) -> Forms:
         """Return tools or arguments as the template gets them."""
         return self._marked(values, self._marks.anywhere)
 
-    def _marked(self, value: Mapping[str, Any], pattern: Any) -> Escapable:
+    def _marked(self, value: Fields, pattern: re.Pattern[str]) -> Forms:
         if not any_text(value, pattern):
-            return Escapable(value)
-        return Escapable(value, (self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)))
+            return value, value, value
+        return value, self._marks.replaced(value, pattern), self._marks.in_place(value, pattern)
 
-    def render(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> str:
+    def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
         """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
 
         Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
         """
         return self._render(self.template, turns, context, generation)
 
-    def trace(self, turns: Turns, context: Escapable = _NO_CONTEXT, *, generation: bool = False) -> Trace:
+    def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
         """Render a conversation as `render`, with the position of each turn."""
         text = self.render(turns, context, generation=generation)
-        marks = ({_START: f"start{index}", _END: f"end{index}"} for index in range(len(turns)))
-        numbered = tuple(
-            turn | {key: f"{RESERVED_CHARACTER}{mark}{RESERVED_CHARACTER}" for key, mark in both.items()}
-            for turn, both in zip(turns, marks, strict=True)
-        )
+        marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
+        numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
         found = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
         if found is None or found.text != text:
             raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
@@ -180,7 +158,7 @@ class ChatRenderer:
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
-            _, found, after = self.render(tuple(map(Escapable, _PROBES))).rpartition(_PROBE)
+            _, found, after = self.render(tuple(map(self.data, _PROBES))).rpartition(_PROBE)
             fault = "" if found else "its output does not contain the response"
         except UnusableRecordError as error:
             fault = error.detail
@@ -204,23 +182,25 @@ class ChatRenderer:
         def is_rendered(call: Mapping[str, Any]) -> bool:
             turn = {"role": "assistant", "content": "", "tool_calls": [call]}
             try:
-                self.render((Escapable(_PROBES[0]), Escapable(turn)))
+                self.render((self.data(_PROBES[0]), self.data(turn)))
             except UnusableRecordError:
                 return False
             return True
 
         return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
 
-    def _render(self, template: str, turns: Turns, context: Escapable, generation: bool) -> str:
-        def applied(number: int | None) -> str:
+    def _render(
+        self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool
+    ) -> str:
+        def applied(form: int) -> str:
             try:
                 return str(
                     self._tokenizer.apply_chat_template(
-                        [turn.form(number) for turn in turns],
+                        [turn[form] for turn in turns],
                         chat_template=template,
                         tokenize=False,
                         add_generation_prompt=generation,
-                        **context.form(number),
+                        **context[form],
                     )
                 )
             except TemplateError as fault:
@@ -228,11 +208,11 @@ class ChatRenderer:
             except Exception as fault:  # its operators, methods and nesting can raise anything
                 raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 
-        plain = applied(None)
-        if all(part.marked is None for part in (context, *turns)):
+        plain = applied(0)
+        if all(part[0] == part[1] for part in (context, *turns)):
             return plain
-        for number in (0, 1):
-            marked = self._marks.settle(applied(number))
+        for form in (1, 2):
+            marked = self._marks.settle(applied(form))
             if self._marks.spell(marked) == plain:
                 return marked
         raise UnusableRecordError(
@@ -267,20 +247,6 @@ class UntrainedParts:
     inside: tuple[re.Pattern[str], ...]
     opened: tuple[tuple[str, re.Pattern[str]], ...]
 
-    def trained(self, before: str, turn: str) -> Iterator[Span]:
-        """Yield the spans of a turn that the loss counts, given the end of the text before it."""
-        before = before[-_LONGEST_OPENING:].rstrip()
-        opened = (pattern for opening, pattern in self.opened if before.endswith(opening))
-        found = [pattern.match(turn) for pattern in opened]
-        found += [one for pattern in self.inside for one in pattern.finditer(turn)]
-        start = 0
-        for first, last in sorted(one.span() for one in found if one):
-            if start < first:
-                yield start, first
-            start = max(start, last)
-        if start < len(turn):
-            yield start, len(turn)
-
 
 @lru_cache(maxsize=8)
 def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> UntrainedParts:
@@ -291,9 +257,10 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
     if "empty_thoughts" in names:
         opened.append(("", re.compile(rf"\s*{begin}\s*{end}\s*")))
         opened.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
-    markers = [name.split(MARKER_GAP, 1) for name in names if name not in UNTRAINED_PARTS]
-    for first, last in [THOUGHT_TAGS, *markers] if "thoughts" in names else markers:
-        spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
+    markers = [(*name.split(MARKER_GAP, 1), "") for name in names if name not in UNTRAINED_PARTS]
+    if "thoughts" in names:
+        markers.append((*THOUGHT_TAGS, r"\s*"))
+    for first, last, spaces in markers:
         until = rf".*?(?:{re.escape(last)}{spaces}|\Z)"
         inside.append(re.compile(re.escape(first) + until, re.DOTALL))
         opened.append((first, re.compile(until, re.DOTALL)))
@@ -307,12 +274,18 @@ def counted_characters(
 
     `turns` are the spans of its trained turns, and `parts` what is not trained in them.
     """
-    before = before[-_LONGEST_OPENING:]
-    counted = [
-        (start + first, start + last)
-        for start, end in turns
-        for first, last in parts.trained(before + text[:start], text[start:end])
-    ]
+    before, counted = before[-_LONGEST_OPENING:], list[Span]()
+    for start, end in turns:
+        turn, tail = text[start:end], (before + text[:start])[-_LONGEST_OPENING:].rstrip()
+        found = [pattern.match(turn) for opening, pattern in parts.opened if tail.endswith(opening)]
+        found += [one for pattern in parts.inside for one in pattern.finditer(turn)]
+        position = start
+        for first, last in sorted(one.span() for one in found if one):
+            if position < start + first:
+                counted.append((position, start + first))
+            position = max(position, start + last)
+        if position < end:
+            counted.append((position, end))
     return None if counted == [(0, len(text))] else counted
 
 

@@ -270,11 +270,6 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
     return digest
 
 
-def remember_digest(file: Path, memo: Path, digest: str) -> None:
-    """Cache a digest that was computed while the file was written."""
-    remember(memo, file_identity(file), digest)
-
-
 def recall(memo: Path | None, identity: str) -> str | None:
     """Return the text cached for `identity`, if there is one."""
     if memo is None:

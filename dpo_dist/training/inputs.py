@@ -20,7 +20,7 @@ from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
     PreferenceDataset,
-    check_data_fits_loss,
+    check_fits_loss,
     check_ids_in_vocabulary,
     count_duplicates,
     count_shared,
@@ -180,7 +180,7 @@ def _load_models(
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
-        world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
+        world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
 
     return ModelInputs(*files, tokenizer, adapter, flops, weights, router), encode

@@ -12,7 +12,7 @@ from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import OptimizerKind, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.data.formats import check_first_formats, check_source
+from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.process import check_groups
@@ -51,8 +51,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
         check_groups(int(os.environ["WORLD_SIZE"]), config.parallelism.sequence_parallel)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source)
-        check_first_formats(source, config.data)
+        check_source(source, config.data)
     check_template_file(config.data.chat_template)
     _check_run_dir(config)
     for key, folder in _needed_folders(config).items():

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
-from dpo_dist.data.dataset import check_fits_loss
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
@@ -133,16 +132,14 @@ def _first_records(
     rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
     counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
-    columns = columns_of(rows)
-    scores, origins = columns["scores"], columns["origins"]
-    response_counts = np.diff(columns["pair_pieces"], prepend=0) - 1
-    ends = np.cumsum(response_counts)
-    check_fits_loss(
-        config.loss,
-        response_counts,
-        lambda: scores[ends - response_counts] - scores[ends - 1],
-        lambda index: f"{key}: {columns['source_paths'][origins[index][0]]}:{origins[index][1]}",
+    dataset = PreferenceDataset(
+        fingerprint="",
+        counts=counts.as_dict(),
+        source_pairs=(counts.pairs,),
+        source_labels=("",),
+        **columns_of(rows),
     )
+    check_fits_loss(dataset, config.loss)
     name = f" ({source.name})" if source.name else ""
     rest = " (the others were not looked at)" if has_more else ""
     found = [
@@ -150,6 +147,6 @@ def _first_records(
         f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
-        f"{columns['piece_tokens'].sum() / len(response_counts):.0f} tokens per example",
+        f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
     ]
     return "; ".join(filter(None, found))

@@ -44,11 +44,7 @@ def prepare(
     """The files that `prepare_dataset` writes on this number of processes."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
     encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
-    return {
-        f"{place} {file.name}": file.read_bytes()
-        for place, one in enumerate(encoded)
-        for file in one.folder.iterdir()
-    }
+    return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.mistral], ids=["qwen", "mistral"])

@@ -19,9 +19,9 @@ def prepare_all(
 
 
 def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
-    """Encode one source and return its folder."""
+    """Encode one source and return its file."""
     [encoded] = prepare_all(folder, source, **data)
-    return encoded.folder
+    return encoded.file
 
 
 def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PreferenceDataset:
@@ -30,5 +30,5 @@ def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> Prefer
 
 
 def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:
-    """Return the names of the encoded folders in the cache."""
+    """Return the names of the encoded files in the cache."""
     return sorted(below.name for below in (folder / cache).iterdir() if below.name != MEMO_FOLDER)

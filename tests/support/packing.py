@@ -53,7 +53,7 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         ids=np.concatenate(pieces),
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,
-        pair_pieces=np.cumsum([1 + len(pair.responses) for pair in pairs]),
+        first_pieces=np.cumsum([0, *(1 + len(pair.responses) for pair in pairs)]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),
         trained=np.concatenate([np.empty(0, dtype=np.bool_), *masks]),

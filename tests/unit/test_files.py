@@ -13,7 +13,6 @@ from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
     recover_folder,
-    remember_digest,
     remembered_digest,
     staged_file,
     staged_folder,
@@ -216,12 +215,3 @@ def test_files_of_equal_metadata_differ_by_their_samples(
         before = remembered_digest(file, memo)
         file.write_bytes(b"b" * 100_000)
         assert remembered_digest(file, memo) == content_digest([file]) != before
-
-
-def test_a_digest_of_the_writer_is_used_until_the_file_changes(tmp_path: Path) -> None:
-    file, memo = tmp_path / "file", tmp_path / "memo"
-    file.write_bytes(b"content")
-    remember_digest(file, memo, "written")
-    assert remembered_digest(file, memo) == "written"
-    file.write_bytes(b"other content")
-    assert remembered_digest(file, memo) == content_digest([file])

@@ -16,7 +16,7 @@ from dpo_dist.config.verb_options import FailOn
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,
-    check_data_fits_loss,
+    check_fits_loss,
     check_ids_in_vocabulary,
     open_dataset,
 )
@@ -173,15 +173,13 @@ def prepare(
             return f"{source} ({side} part)" if data.eval_share else source
 
         def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
-            return prepare_dataset(
-                sources, used, tokenizer, digest, lambda path: progress(shown(path)), part, needs_pairs=False
-            )
+            return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(shown(path)), part)
 
         try:
             if found := encoded(data):
                 dataset = open_dataset(found, data)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
-                check_data_fits_loss(dataset, config.loss)
+                check_fits_loss(dataset, config.loss)
         except (DataError, ConfigError) as refusal:
             found = encoded(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)

@@ -144,7 +144,7 @@ CASES = [
     Case("missing response", "data.train=[a.jsonl]", "no record can be used", "a.jsonl", "missing_field",
          before=records("a.jsonl", {"prompt": "a", "chosen": "b"}, times=5),
          to_do="name the columns of the source"),
-    Case("responses with labels", "data.train=[a.jsonl]", "good/bad label", "a.jsonl",
+    Case("responses with labels", "data.train=[a.jsonl]", "no record can be used", "a.jsonl", "unpaired",
          to_do="pair good and bad",
          before=records("a.jsonl", {"prompt": "a", "completion": "b", "label": True}, times=5)),
     Case("equal responses", "data.train=[a.jsonl]", "no record can be used", "a.jsonl", "identical",

@@ -127,7 +127,7 @@ def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts", "got"),
+    ("kind", "responses", "got"),
     [
         (LossKind.sigmoid, [2, 1, 2], "1 response"),
         (LossKind.sigmoid, [2, 3, 2], "a ranking"),
@@ -137,18 +137,17 @@ def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -
     ],
 )
 def test_examples_of_no_use_to_the_loss_are_listed(
-    kind: LossKind, counts: list[int], got: str | None
+    kind: LossKind, responses: list[int], got: str | None
 ) -> None:
-    def check() -> None:
-        gaps = np.array([1, np.nan, 1])
-        check_fits_loss(LossConfig(kind), np.array(counts), lambda: gaps, "line {}".format)
-
+    data = dataset_of(random_pairs([(1, *[1] * count) for count in responses]))
+    data = replace(data, origins=np.array([[0, 1], [0, 2], [0, 3]]), scores=1.0 - np.arange(len(data.keys)))
+    data.scores[2:4] = np.nan
     if got is None:
-        check()
+        check_fits_loss(data, LossConfig(kind))
         return
     with pytest.raises(DataError, match=f"{kind} cannot use 1 of 3 examples") as raised:
-        check()
-    assert raised.value.where == "line 1"
+        check_fits_loss(data, LossConfig(kind))
+    assert raised.value.where == ":2"
     assert raised.value.got.startswith(got)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.data import DataConfig, DataFormat, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import DataError
@@ -58,7 +58,7 @@ def source_of(name: str, options: dict[str, Any]) -> SourceConfig:
 def test_known_faults(name: str, options: dict[str, Any], kept: int, dropped: dict[str, int]) -> None:
     source = source_of(name, options)
     if kept:
-        check_source(source)
+        check_source(source, DataConfig(max_bad_share=1.0))
     outcomes = Counter(
         record.reason if isinstance(record, BadRecord) else "kept" for record in read_records(source)
     )
@@ -82,4 +82,4 @@ def test_every_file_has_a_row_above() -> None:
 )
 def test_responses_with_labels_are_refused_at_the_start(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="pair good and bad responses"):
-        check_source(source_of(name, options))
+        check_source(source_of(name, options), DataConfig())

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
-from dpo_dist.data.formats import check_first_formats, read_records
+from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned, source_identity, source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -252,10 +252,10 @@ def test_first_records_refuse_a_source_only_if_the_others_cannot_be_better(
     source = SourceConfig(str(write(tmp_path, {"a.jsonl": content}) / "a.jsonl"))
     config = DataConfig(on_bad_record=OnBadRecord(on_bad_record))
     if match is None:
-        check_first_formats(source, config)
+        check_source(source, config)
         return
     with pytest.raises(DataError, match=match):
-        check_first_formats(source, config)
+        check_source(source, config)
 
 
 HUB = SourceConfig(path="org/pairs", revision="v1")

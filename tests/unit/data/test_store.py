@@ -12,11 +12,12 @@ import pytest
 from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
+from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation import files as digests_module
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import jsonl
 
@@ -36,10 +37,6 @@ def files(folder: Path, *parts: list[Any]) -> list[str]:
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
     pairs = map(data.sequences, range(len(data)))
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture
@@ -68,47 +65,44 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
     ids=str,
 )
-def test_inputs_of_the_ids_change_the_folder(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_inputs_of_the_ids_change_the_file(tmp_path: Path, change: dict[str, Any]) -> None:
     path = jsonl(tmp_path, *GOOD)
-    folder = prepare(tmp_path, path)
-    assert prepare(tmp_path, path, **change) != folder
-    assert prepare(tmp_path, path, max_bad_share=0.5) == folder
+    file = prepare(tmp_path, path)
+    assert prepare(tmp_path, path, **change) != file
+    assert prepare(tmp_path, path, max_bad_share=0.5) == file
 
 
-def file_of(folder: Path, kind: str) -> Path:
-    [file] = folder.glob(f"*.{kind}")
-    return file
-
-
-def flip_a_bit(folder: Path) -> None:
-    """Damage as by a disk: size and times of the file do not change."""
-    file = file_of(folder, "arrow")
-    times, content = file.stat(), bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda folder: os.truncate(file_of(folder, "arrow"), 500),
-    "lost": lambda folder: file_of(folder, "arrow").unlink(),
-    "no manifest": lambda folder: file_of(folder, "json").unlink(),
-    "broken manifest": lambda folder: file_of(folder, "json").write_text('{"sizes"'),
-    "flipped": flip_a_bit,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_data_are_not_opened_and_are_encoded_again(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)
+def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     [source] = prepare_all(tmp_path, path)
-    whole = bytes_of(source.folder)
-    DAMAGES[damage](source.folder)
+    whole = source.file.read_bytes()
+    os.truncate(source.file, size)
     with pytest.raises(DataError, match="damaged"):
         open_dataset([source], DataConfig())
-    assert prepare(tmp_path, path) == source.folder
-    assert bytes_of(source.folder) == whole
-    assert encoded_folders(tmp_path) == [source.folder.name]
+    assert prepare(tmp_path, path) == source.file
+    assert source.file.read_bytes() == whole
+    assert encoded_folders(tmp_path) == [source.file.name]
+
+
+def raising(error: OSError) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_fault_of_the_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_dataset_module, "read_records", raising(OSError("input/output error")))
+        with pytest.raises(DataError, match="source cannot be read") as of_source:
+            prepare(tmp_path, path)
+    monkeypatch.setattr(store_module, "_relative_name", raising(OSError("no space left")))
+    with pytest.raises(ConfigError, match="cannot be written") as of_cache:
+        prepare(tmp_path, path)
+    assert (of_source.value.where, of_cache.value.where) == (path, "data.cache")
+    assert encoded_folders(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_nothing_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
