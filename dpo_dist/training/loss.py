@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from dpo_dist.objective.logps import (
     wpo_weights,
 )
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
+from dpo_dist.objective.metrics import MetricPlan, MetricSums, divergence, metric_sums
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.scoring import ReferenceProvider
@@ -51,14 +51,16 @@ class ScoredPairs:
     """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
-    `labels`. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
+    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if
+    measured. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
-    tokens: TokenSums = field(default_factory=TokenSums)
+    kl: PairLogps | None = None
+    entropy: PairLogps | None = None
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
     routing: Tensor | None = None
@@ -148,17 +150,16 @@ class Objective:
         token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
         statistics = dict(zip(wanted, rows, strict=True))
         sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
         pair_weights = None
         if "collisions" in statistics:
             pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
-        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
         return ScoredPairs(
             policy=self.pair_logps(token_logps, batch),
             reference=None if reference is None else self.pair_logps(reference, batch),
             facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
             weights=batch.weights,
-            tokens=TokenSums(kl, entropy),
+            kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
+            entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
             labels=batch.labels,
             sources=batch.sources,
             routing=routing,
@@ -176,9 +177,8 @@ class Objective:
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
         plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
-        sums = metric_sums(
-            plan, losses, pairs.policy, pairs.reference, pairs.weights, pairs.tokens, pairs.sources
-        )
+        tokens = {"kl": pairs.kl, "entropy": pairs.entropy}
+        sums = metric_sums(plan, losses, pairs.policy, pairs.reference, pairs.weights, tokens, pairs.sources)
         return (losses * pairs.weights).sum(), sums
 
     def no_sums(
