@@ -8,8 +8,7 @@ from typing import Any
 
 from dpo_dist.foundation.errors import DpoDistError, first_line
 from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import Trackers
-from dpo_dist.insight.metrics.wandb import Margins
+from dpo_dist.insight.metrics.trackers import Margins, Trackers
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.verdict.rules import RULES, sample_alarm
