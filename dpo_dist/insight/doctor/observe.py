@@ -1,10 +1,10 @@
 """Observe records in a worker process: facts about each one, from which the report is made."""
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import combinations, islice
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.prompts import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.data.template import any_of, chosen_template
-from dpo_dist.foundation.files import text_digest
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import differences
 from dpo_dist.insight.doctor.findings import RULE_OF
@@ -189,7 +188,11 @@ def _token_names(encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase") 
 
 def text_key(*texts: str) -> int:
     """Return a 64-bit key of texts; equal texts have equal keys."""
-    return int(text_digest(json.dumps(texts))[:16], 16)
+    digest = blake2b(digest_size=8)
+    for text in texts:
+        content = text.encode("utf-8", "replace")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _pair_facts(record: PreferenceRecord, texts: Texts, key: int, prompt: int) -> PairFacts:
