@@ -63,7 +63,7 @@ def train(
     def step() -> float:
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
         norm = one_step(policy, objective, dataset, ROWS, 64, world)[1]
-        values = evaluate(policy, objective, plan, world, RunningMeans()).values
+        _, values = evaluate(policy, objective, plan, world, RunningMeans())
         scores.append(None if values is None else values.logp_chosen.tolist())
         return norm.item()
 

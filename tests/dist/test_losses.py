@@ -157,10 +157,9 @@ def _trajectory(
             running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
     policy.train(False)
-    evaluation = evaluate(policy, objective, plan(range(RECORDS)), world, running)
-    assert (evaluation.values is not None) == world.is_main
-    of_pairs = world.on_main(lambda: {} if evaluation.values is None else of_each_pair(evaluation.values))
-    yield means(evaluation.sums) | of_pairs
+    evaluated, values = evaluate(policy, objective, plan(range(RECORDS)), world, running)
+    assert (values is not None) == world.is_main
+    yield evaluated | world.on_main(lambda: {} if values is None else of_each_pair(values))
 
 
 def of_each_pair(values: PairValues) -> dict[str, float]:

@@ -55,8 +55,7 @@ class Trainer:
         """The mean reward margin of all pairs."""
         plan = shard_batch(self.dataset, np.arange(11), self.world.rank, self.world.size, 256, COSTS)
         self.policy.train(False)
-        sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans()).sums
-        return self._metrics(sums)["rewards/margins"]
+        return evaluate(self.policy, self.objective, plan, self.world, RunningMeans())[0]["rewards/margins"]
 
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()
