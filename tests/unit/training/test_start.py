@@ -253,8 +253,10 @@ def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
     other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5")
     assert start_of(other).finished is not None, "which `train` then refuses"
     RunFolder.of(other).state.unlink()
-    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+    with pytest.raises(CheckpointError, match="belongs to another configuration") as error:
         start_of(other)
+    assert "optim.lr=0.5" in error.value.got
+    assert "optim.lr=1e-06" in error.value.expected
 
 
 # Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.
