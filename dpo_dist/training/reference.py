@@ -41,14 +41,7 @@ from dpo_dist.reference.numerics import (
     difference,
     find_compatible,
 )
-from dpo_dist.reference.scoring import (
-    AdapterReference,
-    LiveReference,
-    NoReference,
-    ReferenceProvider,
-    Scorer,
-    StoredReference,
-)
+from dpo_dist.reference.scoring import ReferenceProvider, Scorer
 from dpo_dist.reference.store import LogpStore, Values
 from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
@@ -188,20 +181,22 @@ def prepare_reference(
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return _unstored(NoReference(), False, mode, inputs)
+        return _unstored(ReferenceProvider(), False, mode, inputs)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(LiveReference(load_reference(files, config, world)), is_start, mode, inputs)
+        return _unstored(
+            ReferenceProvider(engine=load_reference(files, config, world)), is_start, mode, inputs
+        )
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    return _unstored(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+    return _unstored(ReferenceProvider(policy=policy), True, ReferenceMode.adapter, inputs)
 
 
 def _unstored(
@@ -216,7 +211,6 @@ def open_reference_sync(run: Run, reference: ReferenceProvider, policy: PolicyEn
     sync = run.config.loss.sync_reference
     if sync.every is None:
         return None
-    assert isinstance(reference, LiveReference)
     assert isinstance(reference.engine, FrozenEngine)
     return ReferenceSync(reference.engine, policy, sync, run.world)
 
@@ -266,10 +260,11 @@ def _stored(
             f"reference: the store has log-probs of this model of other numerics ({others}); "
             "reference.numerics=tolerant uses them"
         )
-    provider = StoredReference(filler.open_filled())
+    opened = filler.open_filled()
+    provider = ReferenceProvider(store=opened)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
-        reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
+        reused = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused.entries
         run.say(f"reference: {_describe_reused(reused)}")
         if reused.audited is not None:

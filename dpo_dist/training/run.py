@@ -22,7 +22,6 @@ from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceEngine, settle_engine
-from dpo_dist.reference.scoring import LiveReference
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, still_there
@@ -183,7 +182,7 @@ def _load_models(
     if run.config.reference.mode is not ReferenceMode.adapter:
         with run.clock.of("reference"):
             reference = prepare_reference(run, inputs, step0_follows=start.checkpoint is None)
-        if isinstance(reference.provider, LiveReference):
+        if reference.provider.engine is not None:
             engines.push(partial(_free, reference.provider.engine, run.world))
         run.stops.check()
     policy = load_policy(run, inputs)
@@ -220,7 +219,7 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
     arrangement, provider, pads = policy.model.arrangement, reference.provider, False
-    if isinstance(provider, LiveReference):
+    if provider.engine is not None:
         pads = provider.engine.model.arrangement is Arrangement.padded
     inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
     if arrangement is Arrangement.packed:

@@ -31,7 +31,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import (
     LOSS,
@@ -234,7 +234,7 @@ def train_beside(assets: Assets, models: dict[str, Path], world: World, _folder:
         policy = load_policy(own, world, max_length=512)
         settle_engine(policy, 512, world)
         reference = load_reference(files_of(models[names[1]]), RunConfig(model=other), world)
-        objective = Objective(LOSS, LiveReference(reference))
+        objective = Objective(LOSS, ReferenceProvider(engine=reference))
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
         found.append([[policy.model.arrangement, reference.model.arrangement], norms])
