@@ -90,10 +90,15 @@ def _configuration() -> str:
         "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
         "    optim.lr: 1e-6\n",
         "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
-        "command line; in each, keys\nover presets (`loss=ipo`). Presets and experiments are in "
-        "[conf/](../conf); `--config-dir DIR` adds\n`DIR/experiment/NAME.yaml` and `DIR/loss/NAME.yaml`, "
-        "a preset, which has the bare keys of its section.\n"
-        "`loss=NAME` and presets without keys replace the whole section.\n",
+        "command line; in each, keys\nover presets (`loss=ipo`). `loss=NAME` and presets without keys "
+        "replace the whole section.\n",
+        "Hydra composes [conf/](../conf): `config.yaml` lists the groups, a file of a group is a preset "
+        "with the bare keys of\nits section, and experiments set keys of all sections "
+        "(`# @package _global_`). `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
+        "which come before ours of the same name; their lists of `defaults` and packages are\n"
+        "[Hydra's](https://hydra.cc/docs/advanced/defaults_list/). An experiment may also be written "
+        "like a file of your\nown, without that line (`loss: simpo`, `optim.lr: 1e-6`). The `defaults` of a "
+        "file on the command line name presets only.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "

@@ -1,21 +1,27 @@
 """Compose, type and check the configuration of a run: a command to one frozen `RunConfig`, and YAML.
 
-Layers, lowest first: defaults, experiments, YAML files, the command line. In each, presets come before keys.
-Hydra parses the words of a command, pydantic types the result.
+Hydra composes conf/config.yaml, presets and experiments. YAML files and words of the command are layers above
+it, in which presets come before keys. Pydantic types the result.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_origin
+from typing import Any, cast, get_args, get_origin
 
+import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -41,15 +47,21 @@ from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-_COMPOSITION_ERRORS = (OmegaConfBaseException, yaml.YAMLError, ValueError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 _EXPERIMENT = "experiment"
+_ROOT = "dpo_dist"
+"""The primary configuration: conf/config.yaml."""
+_PRESETS = "dpo_dist_presets"
+"""A primary configuration without keys, for chosen presets alone."""
+_OF_COMMAND = " of the command"
+"""The end of the name of an experiment that is stored for Hydra."""
 
 
 def config_dir() -> Path:
-    """Return the folder of presets and experiments, of an installed package or a source checkout."""
+    """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
-        if (folder / _EXPERIMENT).is_dir():
+        if (folder / "config.yaml").is_file():
             return folder
     raise ConfigError(
         "the configuration files of dpo_dist are missing",
@@ -59,8 +71,8 @@ def config_dir() -> Path:
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:
-    """Return the folders of presets and experiments, in the order in which they are searched."""
-    return [config_dir(), *([own_folder] if own_folder is not None else [])]
+    """Return the folders of configuration groups, in the order in which they are searched."""
+    return [*([own_folder.resolve()] if own_folder is not None else []), config_dir()]
 
 
 def load_run_config(
@@ -75,7 +87,7 @@ def load_run_config(
 
     Args:
         words: as on the command line of a verb: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`.
-        own_folder: further presets and experiments, as of `--config-dir`.
+        own_folder: further groups of presets and experiments, as of `--config-dir`.
         verb: it reads all keys of the command, and has the keys that it needs.
         former: values of a run's config.yaml, which the command changes.
         mistakes: that were found in the command before.
@@ -118,12 +130,21 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
     parsed, unread = [], []
     for word in words:
         key, equals, value = word.partition("=")
-        override = _parsed(word) or (_parsed(f"{key}={_quoted(value)}") if equals else None)
+        override = _parsed(word)
+        is_text = override is not None and type(override.value()) in (int, float) and _takes_text(key)
+        if equals and (override is None or is_text):  # `run.name=1e3` is that text
+            override = _parsed(f"{key}={_quoted(value)}")
         if override is None or not override.key_or_group:
             unread.append(word)
         else:
             parsed.append(override)
     return parsed, unread
+
+
+def _takes_text(key: str) -> bool:
+    hint = run_keys().get(key.lstrip("+"))
+    kinds = {hint, *get_args(hint)}
+    return str in kinds and kinds.isdisjoint({int, float})
 
 
 def _parsed(line: str) -> Override | None:
@@ -166,45 +187,75 @@ class _Command:
         self.folders, self.verb = group_folders(own_folder), verb
         trains = not given_keys(parsed).isdisjoint({"pairs.rounds", _EXPERIMENT})  # `composed` knows for sure
         self._own = keys_of(verb or TRAIN, trains=trains)
-        right = []
+        self.overrides = []
         for override in parsed:
             if (mistake := self._mistake(override)) is None:
-                right.append(override)
+                self.overrides.append(override)
             else:
                 self.mistakes.append(mistake)
-        experiments = [name for each in right if each.key_or_group == _EXPERIMENT for name in _names(each)]
-        self.overrides = [override for override in right if override.key_or_group != _EXPERIMENT]
-        layers = [
-            self._layer(self._preset(_EXPERIMENT, name), f"experiment/{name}.yaml") for name in experiments
+        choices = [override for override in self.overrides if self._is_choice(override)]
+        self.added = [
+            (group, name)
+            for override in choices
+            if (group := override.key_or_group) not in run_keys()
+            for name in _names(override)
         ]
-        layers += [self._layer(Path(file), file) for file in files]
-        self.layers = [layer for layer in layers if layer is not None]
+        """Choices of experiments and other groups that are no section."""
+        typed = {o.key_or_group: str(o.value()) for o in choices if o.key_or_group in run_keys()}
+        self.layers = [layer for file in files if (layer := self._layer(file)) is not None]
         if former is not None:
             self.layers.append(_Layer("config.yaml", former, {}))
+        self.layers.append(_Layer(COMMAND_LINE, {}, typed))
+        self.chosen = {group: name for layer in self.layers for group, name in layer.presets.items()}
 
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
         config = OmegaConf.create(_plain(RunConfig()))
-        typed = {one.key_or_group: str(one.value()) for one in self.overrides if self._is_choice(one)}
-        layers = [*self.layers, _Layer(COMMAND_LINE, {}, typed)]
-        chosen = {group: name for layer in layers for group, name in layer.presets.items()}
         try:
-            for layer in [_Layer("", {}, chosen), *layers]:
+            with _hydra(self.folders):
+                config.merge_with(hydra.compose(_ROOT, self._choices()))
+                is_above = self.chosen and (self.added or self.layers[1:])
+                presets = hydra.compose(_PRESETS, _words("+", self.chosen)) if is_above else {}
+            OmegaConf.set_struct(config, False)
+            for layer in self.layers:
                 for group, name in layer.presets.items():
-                    if name == chosen[group]:  # a preset replaces those of its group below it
-                        self._choose(config, group, name)
+                    if group in presets and name == self.chosen[group]:  # above what is below its layer
+                        if group == "loss" or not presets[group]:
+                            config[group] = _plain(RunConfig())[group]
+                        config.merge_with({group: presets[group]})
                 config.merge_with(layer.values)
             for override in self.overrides:
                 if not self._is_choice(override):
                     OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
             whole = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         except _COMPOSITION_ERRORS as error:
-            self.mistakes.append(composition_error(error))
+            self.mistakes.append(composition_error(error, self.folders))
             raise_all(self.mistakes)
         if self.verb:
             trains = bool(OmegaConf.select(config, "pairs.rounds"))
             self.mistakes += _not_read(self.overrides, self.verb, trains=trains)
         return whole
+
+    def _choices(self) -> list[str]:
+        """Return the choices of groups, as overrides for Hydra."""
+        added: dict[str, list[str]] = {}
+        for group, name in self.added:
+            added.setdefault(group, []).append(self._stored(group, name))
+        return [*_words("", self.chosen), *_words("+", added)]
+
+    def _stored(self, group: str, name: str) -> str:
+        """Store an experiment for Hydra, also one written like a file of the command, and return its name."""
+        file = self._file(f"{group}/{name}")
+        entries, presets, values = self._keys(file)
+        defaults = [*entries, *({f"override /{key}": preset} for key, preset in presets.items())]
+        header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        ConfigStore.instance().store(
+            f"{name}{_OF_COMMAND}",
+            {"defaults": defaults, **values},
+            group=group,
+            package=header[1] if header else "_global_",
+        )
+        return f"{name}{_OF_COMMAND}"
 
     def origin(self, key: str) -> str:
         """Return the override, file or experiment that gives a key; the last one counts."""
@@ -212,7 +263,7 @@ class _Command:
             given = override.key_or_group
             if is_within(key, given) or is_within(given, key):
                 return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
-        for layer in reversed(self.layers):
+        for layer in reversed([*self._composed_files, *self.layers]):
             inner: Any = layer.values
             for part in key.partition("[")[0].split("."):
                 inner = inner.get(part, _ABSENT) if isinstance(inner, Mapping) else _ABSENT
@@ -220,16 +271,26 @@ class _Command:
                 return f"{key} in {layer.name}"
         return key
 
-    def _preset(self, group: str, name: str) -> Path:
-        files = (folder / group / f"{name}.yaml" for folder in reversed(self.folders))
-        return next(file for file in files if file.is_file())
+    @cached_property
+    def _composed_files(self) -> list[_Layer]:
+        """The files that Hydra composes, the lowest first."""
+        with _hydra(self.folders):
+            loader = GlobalHydra.instance().config_loader()
+            entries = loader.compute_defaults_list(_ROOT, self._choices(), RunMode.RUN).defaults
+        layers = []
+        for entry in entries:
+            name = str(entry.config_path).removesuffix(_OF_COMMAND)
+            if not name.startswith("hydra/") and (file := self._file(name)).is_file():
+                values = self._keys(file)[2]
+                for section in reversed((entry.package or "").split(".") if entry.package else []):
+                    values = {section: values}
+                layers.append(_Layer(f"{name}.yaml", values, {}))
+        return layers
 
-    def _choose(self, config: DictConfig, group: str, name: str) -> None:
-        """Apply a preset; a loss, and a preset without keys, on the defaults of its section."""
-        values = _read(self._preset(group, name))
-        if group == "loss" or not values:
-            config[group] = _plain(RunConfig())[group]
-        config.merge_with({group: values})
+    def _file(self, name: str) -> Path:
+        """Return the file of a preset or experiment: `loss/simpo`."""
+        files = [folder / f"{name}.yaml" for folder in self.folders]
+        return next(filter(Path.is_file, files), files[-1])
 
     def _is_choice(self, override: Override) -> bool:
         is_group = any((folder / override.key_or_group).is_dir() for folder in self.folders)
@@ -257,7 +318,7 @@ class _Command:
     def _wrong_choice(self, override: Override) -> ConfigError | None:
         group, value, line = override.key_or_group, override.value(), str(override.input_line)
         known = preset_names(group, self.folders)
-        if group != _EXPERIMENT and not isinstance(value, str):
+        if group in run_keys() and not isinstance(value, str):
             remedy = f"choose one of {', '.join(known)}, or remove {group}"
             if isinstance(value, list) and group == "loss":
                 terms = ", ".join(f"{{kind: {(*values_of(name), name)[0]}, weight: 1}}" for name in value)
@@ -268,27 +329,54 @@ class _Command:
         unknown = [name for name in _names(override) if name not in known]
         return unknown_preset(group, unknown[0], self.folders, self.verb) if unknown else None
 
-    def _layer(self, file: Path, name: str) -> _Layer | None:
-        """Read a YAML file of keys; texts of sections and its list of `defaults` are presets."""
+    def _layer(self, file: str) -> _Layer | None:
+        """Return the layer of a file of the command; its list of `defaults` names presets."""
         try:
-            content = _read(file)
-            presets = _defaults(content.pop("defaults", []), name)
-            for group, value in list(content.items()):
-                if isinstance(value, str) and group != _EXPERIMENT and preset_names(group, self.folders):
-                    presets[group] = content.pop(group)
-            values = OmegaConf.create()
-            for key, value in content.items():
-                OmegaConf.update(values, key, value, force_add=True)  # `loss.beta: 0.2` too
+            entries, presets, values = self._keys(Path(file))
+            presets |= _defaults(entries, file)
         except ConfigError as error:
             self.mistakes.append(error)
             return None
         except _COMPOSITION_ERRORS as error:
-            self.mistakes.append(composition_error(error))
+            self.mistakes.append(composition_error(error, self.folders))
             return None
         for group, preset in list(presets.items()):
             if preset not in preset_names(group, self.folders):
                 self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders, self.verb))
-        return _Layer(name, cast(dict[str, Any], OmegaConf.to_container(values)), presets)
+        return _Layer(file, values, presets)
+
+    def _keys(self, file: Path) -> tuple[list[Any], dict[str, str], dict[str, Any]]:
+        """Return the list of `defaults` of a file, the sections that are names of presets, and the keys."""
+        content = _read(file)
+        entries, presets = content.pop("defaults", []), {}
+        for group, value in list(content.items()):
+            if isinstance(value, str) and group in run_keys() and preset_names(group, self.folders):
+                presets[group] = content.pop(group)
+        values = OmegaConf.create()
+        for key, value in content.items():
+            OmegaConf.update(values, key, value, force_add=True)  # `loss.beta: 0.2` too
+        whole = cast(dict[str, Any], OmegaConf.to_container(values))
+        return entries if isinstance(entries, list) else [entries], presets, whole
+
+
+@contextlib.contextmanager
+def _hydra(folders: Sequence[Path]) -> Iterator[None]:
+    """Initialise Hydra with groups of folders, the first one first; on exit, restore that of the caller."""
+    search = {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}}
+    ConfigStore.instance().store(_ROOT, {"defaults": ["config", "_self_"], **search})
+    ConfigStore.instance().store(_PRESETS, search)
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folders[0])):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
+
+
+def _words(sign: str, choices: Mapping[str, str | list[str]]) -> list[str]:
+    """Return choices of groups as overrides; JSON quotes a name as Hydra does."""
+    return [f"{sign}{group}={json.dumps(names, ensure_ascii=False)}" for group, names in choices.items()]
 
 
 _ABSENT = object()
@@ -318,9 +406,9 @@ def _read(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _defaults(entries: Any, file: str) -> dict[str, str]:
+def _defaults(entries: Iterable[Any], file: str) -> dict[str, str]:
     """Return the presets of a list of defaults as Hydra writes it: `[override /loss: ipo]`."""
-    listed = [entry for entry in entries if entry != "_self_"] if isinstance(entries, list) else [entries]
+    listed = [entry for entry in entries if entry != "_self_"]
     if not all(isinstance(entry, dict) for entry in listed):
         raise ConfigError(
             "the list of defaults names presets only",
@@ -367,7 +455,7 @@ def from_yaml(text: str) -> RunConfig:
         raise_all(wrong_values(error, lambda key: key))
         raise
     except (yaml.YAMLError, ValueError) as error:
-        raise composition_error(error) from error
+        raise composition_error(error, group_folders()) from error
 
 
 def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -271,8 +271,11 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str =
     )
 
 
-def composition_error(error: Exception) -> ConfigError:
-    """Return the `ConfigError` for an exception of OmegaConf or the YAML parser."""
+def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
+    """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return unknown_preset(group, choice, folders)
     if isinstance(error, yaml.MarkedYAMLError):
         message = f"a configuration file is not valid YAML: {error.problem}"
         return ConfigError(message, where=str(error.problem_mark).strip(), remedy="correct the file")

@@ -277,8 +277,8 @@ _GRADE = (
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
 _CHOICE = re.compile(r"\[\[(A|B|tie)\]\]")
-_NUMBER = re.compile(r"\[\[(\d+)\]\]")
-_HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ("Hello.",))
+_NUMBER = re.compile(r"\[\[(10|[1-9])\]\]")
+_HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ())
 
 
 class Reply(NamedTuple):
@@ -311,7 +311,7 @@ class EndpointJudge:
 
     def check(self) -> str:
         """Send a harmless request, which is not to be refused."""
-        [harmless] = _grades(_HARMLESS, self._config.criterion)
+        harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
         if refusal := self._ask(harmless, self._client.with_options(max_retries=0)).refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
         return f"{self._config.model} at {self._config.url} replies"
@@ -334,27 +334,66 @@ class EndpointJudge:
 
         Counts: `requests`, `refused`, `unreadable`, and of comparisons `position_disagreements`.
         """
-        is_comparison = self._config.verdicts is Verdicts.compare
-        ask, read = (_comparisons, _compared) if is_comparison else (_grades, _graded)
-        requests = [ask(question, self._config.criterion) for question in questions]
-        replies = iter(self._replies(list(itertools.chain.from_iterable(requests))))
-        judgements = []
-        for question, asked in zip(questions, requests, strict=True):
-            own = list(itertools.islice(replies, len(asked)))
-            judgement = read(own, len(question.responses))
-            judgement.counts.update(requests=len(own), refused=sum(bool(reply.refusal) for reply in own))
-            judgements.append(judgement)
-        return judgements
-
-    def _replies(self, requests: Sequence[list[Any]]) -> list[Reply]:
+        work = self._compare if self._config.verdicts is Verdicts.compare else self._grade
         pool = ThreadPoolExecutor(self._config.parallel_requests, "judge")
         try:
-            replies = list(pool.map(self._ask, requests))
+            judgements = list(pool.map(work, questions))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
-        if replies and all(reply.refusal for reply in replies):
+        counts = sum((judgement.counts for judgement in judgements), Counter[str]())
+        if 0 < counts["requests"] == counts["refused"]:
             self.check()  # all requests of a short part may be refused for their texts
-        return replies
+        return judgements
+
+    def _compare(self, question: Question) -> Judgement:
+        """Return the share of comparisons that each response has won, each two compared in both positions."""
+        counts: Counter[str] = Counter()
+        won: list[list[float]] = [[] for _ in question.responses]
+        for one, other in itertools.combinations(range(len(won)), 2):
+            first, second = question.responses[one], question.responses[other]
+            verdicts = (
+                self._verdict(_COMPARE, _CHOICE, question, counts, response_A=first, response_B=second),
+                self._verdict(_COMPARE, _CHOICE, question, counts, response_A=second, response_B=first),
+            )
+            if None in verdicts:
+                continue
+            # In the second request the positions are swapped.
+            credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(verdicts, 0.5)  # type: ignore[arg-type]
+            counts["position_disagreements"] += credit == 0.5 and verdicts != ("tie", "tie")
+            won[one].append(credit)
+            won[other].append(1 - credit)
+        return Judgement([sum(own) / len(own) if own else None for own in won], counts)
+
+    def _grade(self, question: Question) -> Judgement:
+        counts: Counter[str] = Counter()
+        verdicts = [
+            self._verdict(_GRADE, _NUMBER, question, counts, response=response)
+            for response in question.responses
+        ]
+        return Judgement([None if verdict is None else float(verdict) for verdict in verdicts], counts)
+
+    def _verdict(
+        self,
+        instruction: str,
+        form: re.Pattern[str],
+        question: Question,
+        counts: Counter[str],
+        **responses: str,
+    ) -> str | None:
+        """Return the last verdict of a reply, as others are thoughts; None, and counted, if it has none."""
+        reply = self._ask(self._messages(instruction, question, **responses))
+        counts.update(requests=1, refused=bool(reply.refusal))
+        if found := form.findall(reply.text):
+            return str(found[-1])
+        counts["unreadable"] += not reply.refusal
+        return None
+
+    def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
+        content = {"conversation": question.prompt, **context_fields(question.record), **responses}
+        return [
+            {"role": "system", "content": instruction.format(criterion=self._config.criterion)},
+            {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
+        ]
 
     def _ask(self, messages: list[Any], client: Any = None) -> Reply:
         """Return the reply to a conversation, at temperature 0 if the endpoint can."""
@@ -404,60 +443,3 @@ def _checked(url: str) -> str:
             remedy=f"put the key into the environment variable {_KEY_VARIABLE}",
         )
     return url
-
-
-def _comparisons(question: Question, criterion: str) -> list[list[Any]]:
-    """Return the requests for every two responses, each in both positions."""
-    return [
-        _messages(_COMPARE, criterion, question, response_A=first, response_B=second)
-        for one, other in itertools.combinations(question.responses, 2)
-        for first, second in ((one, other), (other, one))
-    ]
-
-
-def _grades(question: Question, criterion: str) -> list[list[Any]]:
-    return [_messages(_GRADE, criterion, question, response=response) for response in question.responses]
-
-
-def _messages(instruction: str, criterion: str, question: Question, **responses: str) -> list[Any]:
-    content = {"conversation": question.prompt, **context_fields(question.record), **responses}
-    return [
-        {"role": "system", "content": instruction.format(criterion=criterion)},
-        {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
-    ]
-
-
-def _compared(replies: Sequence[Reply], number: int) -> Judgement:
-    """Return the share of comparisons that each response has won."""
-    counts: Counter[str] = Counter()
-    won: list[list[float]] = [[] for _ in range(number)]
-    pairs = itertools.combinations(range(number), 2)
-    for (one, other), first, second in zip(pairs, replies[::2], replies[1::2], strict=True):
-        verdicts = _verdict(_CHOICE, first, counts), _verdict(_CHOICE, second, counts)
-        if None in verdicts:
-            continue
-        # In the second request the positions are swapped.
-        credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(verdicts, 0.5)  # type: ignore[arg-type]
-        counts["position_disagreements"] += credit == 0.5 and verdicts != ("tie", "tie")
-        won[one].append(credit)
-        won[other].append(1 - credit)
-    return Judgement([sum(own) / len(own) if own else None for own in won], counts)
-
-
-def _graded(replies: Sequence[Reply], _number: int) -> Judgement:
-    counts: Counter[str] = Counter()
-    scores: list[float | None] = []
-    for reply in replies:
-        verdict = _verdict(_NUMBER, reply, counts)
-        in_range = verdict is not None and 1 <= int(verdict) <= 10
-        counts["unreadable"] += verdict is not None and not in_range
-        scores.append(float(verdict) if verdict is not None and in_range else None)
-    return Judgement(scores, counts)
-
-
-def _verdict(form: re.Pattern[str], reply: Reply, counts: Counter[str]) -> str | None:
-    """Return the last verdict of a reply, as others are thoughts; None, and counted, if it has none."""
-    if found := form.findall(reply.text):
-        return str(found[-1])
-    counts["unreadable"] += not reply.refusal
-    return None

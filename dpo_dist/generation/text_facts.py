@@ -161,22 +161,18 @@ def longest_repeat(words: Sequence[str]) -> int:
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
     """Return the means of facts by name; without a measurement a name is absent."""
-    languages = [
-        (found.language, language)
+    changed = [
+        None if found.language is None or language is None else found.language != language
         for found, language in zip(facts, expected, strict=True)
-        if found.language is not None and language is not None
     ]
-    measured: dict[str, list[float]] = {
-        "length": _numbers(found.tokens for found in facts),
-        "finished": _numbers(found.is_finished for found in facts),
-        "distinct_3": _numbers(found.distinct_3 for found in facts),
-        "longest_repeat": _numbers(found.longest_repeat for found in facts),
-        "language_changed": _numbers(found != language for found, language in languages),
-        "refusals": _numbers(found.is_refusal for found in facts),
-        "empty": _numbers(found.is_empty for found in facts),
+    columns: dict[str, Iterable[float | None]] = {
+        "length": (found.tokens for found in facts),
+        "finished": (found.is_finished for found in facts),
+        "distinct_3": (found.distinct_3 for found in facts),
+        "longest_repeat": (found.longest_repeat for found in facts),
+        "language_changed": changed,
+        "refusals": (found.is_refusal for found in facts),
+        "empty": (found.is_empty for found in facts),
     }
-    return {name: sum(values) / len(values) for name, values in measured.items() if values}
-
-
-def _numbers(values: Iterable[float | None]) -> list[float]:
-    return [float(value) for value in values if value is not None]
+    known = {name: [value for value in column if value is not None] for name, column in columns.items()}
+    return {name: sum(values) / len(values) for name, values in known.items() if values}

@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import ConsoleDimensions
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
@@ -32,77 +32,56 @@ from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
 
 WARNING = "warning: "
-_GAP = "  "
+LINE_SECONDS = 30.0
+"""Between two lines about progress."""
 _REFRESH_SECONDS = 0.5
-_FIRST_LINE_SECONDS = 5.0
+_SECOND_LINE_SECONDS = 5.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
+_TRAINING = "training"
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 
 
 @dataclass(frozen=True)
-class TrainingStatus:
-    """The state of the training: steps done, steps of the run, values as in a metrics row, estimated time."""
+class Progress:
+    """How far work is, with a line for people; None: not known."""
 
-    step: int
-    steps: int
-    values: Mapping[str, float]
-    seconds_left: float | None = None
-
-    @property
-    def share(self) -> float:
-        """The share of the steps that are done."""
-        return self.step / self.steps
-
-    def parts(self) -> list[str]:
-        """Return the parts of a line, the most important first."""
-        values = self.values
-        found = [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
-        if self.seconds_left is not None and self.step < self.steps:
-            found.append(f"{duration(self.seconds_left)} left")
-        found += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
-        if (peak := values.get("memory/peak_bytes")) is not None:
-            found.append(size(peak))
-        return [f"step {self.step:,}/{self.steps:,}", *found]
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of the object."""
-        done = {"work": "training", "done": self.step, "total": self.steps, "unit": "step"}
-        return {**done, "share": self.share, "seconds_left": self.seconds_left}
-
-
-@dataclass
-class Work:
-    """Progress of work that is no training step; its unit is in the singular, an unknown total is None."""
-
-    title: str
+    work: str
     unit: str
-    started: float
-    done: int = 0
-    share: float | None = None
-    total: int | None = None
-
-    def parts(self) -> list[str]:
-        """Return the parts of a line, the most important first."""
-        seconds = time.monotonic() - self.started
-        amount = counted(self.done if self.total is None else self.total, self.unit)
-        found = [f"{self.title}: {amount if self.total is None else f'{self.done:,} of {amount}'}"]
-        if self.share is not None:
-            found.append(percent(self.share))
-        if self.done > seconds >= 1:
-            found.append(f"{self.done / seconds:,.0f} a second")
-        if self.share and self.share < 1 and seconds >= 1:
-            found.append(f"{duration(seconds / self.share - seconds)} left")
-        return found
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of the object."""
-        done = {"work": self.title, "done": self.done, "total": self.total, "unit": self.unit}
-        return {**done, "share": self.share}
+    done: int
+    total: int | None
+    share: float | None
+    seconds_left: float | None
+    line: str
 
 
-Progress = TrainingStatus | Work
+def training_progress(
+    step: int, steps: int, values: Mapping[str, float], seconds_left: float | None
+) -> Progress:
+    """Return the state of the training; its line has values of a metrics row, the most important first."""
+    parts = [f"step {step:,}/{steps:,}"]
+    parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
+    if seconds_left is not None and step < steps:
+        parts.append(f"{duration(seconds_left)} left")
+    parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
+    if (peak := values.get("memory/peak_bytes")) is not None:
+        parts.append(size(peak))
+    return Progress(_TRAINING, "step", step, steps, step / steps, seconds_left, "  ".join(parts))
+
+
+def _work_progress(
+    title: str, unit: str, done: int, share: float | None, total: int | None, seconds: float
+) -> Progress:
+    """Return the state of work that has taken so many seconds."""
+    amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+    parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
+    left = seconds / share - seconds if share and seconds >= 1 else None
+    if done > seconds >= 1:
+        parts.append(f"{done / seconds:,.0f} a second")
+    if left:
+        parts.append(f"{duration(left)} left")
+    return Progress(title, unit, done, total, share, left, ", ".join(parts))
 
 
 def _in_words(name: str, value: float) -> str:
@@ -124,34 +103,30 @@ def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
 
 
-LINE_SECONDS = 30.0
-"""Between two lines about progress."""
-
-
 class LineScreen:
-    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`."""
+    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`.
 
-    def __init__(self, print_line: Callable[[str], None], seconds: float):
+    `has_times`: messages begin with date and time, but results do not.
+    """
+
+    def __init__(self, print_line: Callable[[str], None], seconds: float, *, has_times: bool = False):
         self.seconds = seconds
         self.due: float | None = None
         """When progress is printed again; None: its first line is printed at once."""
-        self._print = print_line
+        self._print, self._has_times = print_line, has_times
 
     def message(self, text: str) -> None:
         """Print a message; a warning starts with `WARNING`."""
-        self._print(printable_lines(text))
+        start = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if self._has_times else ""
+        self._print(printable_lines(start + text))
 
     def error(self, text: str) -> None:
         """Print an error, and no progress after it."""
         self.message(text)
 
-    def progress(self, progress: Progress) -> float:
-        """Print progress; return the seconds until it is due again."""
-        if isinstance(progress, Work) and self.due is None:
-            self.message(f"{progress.title} ...")
-            return _FIRST_LINE_SECONDS
-        self.message((", " if isinstance(progress, Work) else _GAP).join(progress.parts()))
-        return self.seconds
+    def progress(self, progress: Progress, line: str) -> None:  # noqa: ARG002
+        """Print progress; `line` is for people."""
+        self.message(line)
 
     def row(self, row: Mapping[str, float], line: str) -> None:  # noqa: ARG002
         """Print a metrics row; `line` has an evaluation in words, and is empty for a row of steps."""
@@ -168,40 +143,29 @@ class LineScreen:
         self.due = None
 
 
-class TimedScreen(LineScreen):
-    """Lines with date and time, but those of results."""
-
-    def message(self, text: str) -> None:
-        """Print a message."""
-        super().message(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {text}")
-
-
 class JsonScreen(LineScreen):
     """A JSON object a line, each with `kind` and `time`."""
 
     def message(self, text: str) -> None:
         """Print a message."""
         level = "warning" if text.startswith(WARNING) else "info"
-        self._object("message", {"level": level, "text": text.removeprefix(WARNING)})
+        self.result("message", {"level": level, "text": text.removeprefix(WARNING)}, ())
 
     def error(self, text: str) -> None:
         """Print an error."""
-        self._object("error", {"message": text})
+        self.result("error", {"message": text}, ())
 
-    def progress(self, progress: Progress) -> float:
+    def progress(self, progress: Progress, line: str) -> None:  # noqa: ARG002
         """Print progress."""
-        self._object("progress", progress.fields())
-        return self.seconds
+        fields = {name: value for name, value in vars(progress).items() if name != "line"}
+        self.result("progress", fields, ())
 
     def row(self, row: Mapping[str, float], line: str) -> None:
         """Print all metrics."""
-        self._object("evaluation" if line else "step", row)
+        self.result("evaluation" if line else "step", row, ())
 
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the content."""
-        self._object(kind, content)
-
-    def _object(self, kind: str, content: Mapping[str, Any]) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self._print(json.dumps(plain({"kind": kind, "time": now, **content}), default=str))
 
@@ -219,26 +183,24 @@ class LiveScreen(LineScreen):
         self.end_progress()
         self.message(text)
 
-    def progress(self, progress: Progress) -> float:
+    def progress(self, progress: Progress, line: str) -> None:
         """Replace the live line; a narrow terminal cuts its end."""
-        line, share = _GAP.join(progress.parts()), round(1000 * (progress.share or 0))
+        self._fit()
+        share = round(1000 * (progress.share or 0))
         if self._live is None:
-            text = TextColumn(
-                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop")
-            )
+            cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
-                *(text, BarColumn(_BAR_WIDTH)),
+                *(TextColumn("{task.description}", markup=False, table_column=cut), BarColumn(_BAR_WIDTH)),
                 console=self._terminal,
                 auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,
-                transient=isinstance(progress, Work),
+                transient=progress.work != _TRAINING,
             )
             self._live.add_task(line, total=1000, completed=share)
             self._live.start()
         else:
             self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
-        return self.seconds
 
     def end_progress(self) -> None:
         """Leave the last state of the training on the screen; remove that of other work."""
@@ -249,10 +211,17 @@ class LiveScreen(LineScreen):
 
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the lines, broken between words; messages are not, as they have commands to copy."""
+        self._fit()
         for line in lines:
             width = max(self._terminal.width - 1, 8)
             for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]:
                 self.message(part)
+
+    def _fit(self) -> None:
+        """Take the width of this terminal, whatever the standard streams are; windows are resized."""
+        with contextlib.suppress(OSError, ValueError):
+            if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
+                self._terminal.width = columns
 
     def _print_above(self, line: str) -> None:
         style = "yellow" if line.startswith(WARNING) else ""
@@ -260,43 +229,22 @@ class LiveScreen(LineScreen):
 
 
 class Terminal(RichConsole):
-    """rich's console on the terminal of its stream, whatever the standard streams of this process are."""
-
-    @property
-    def size(self) -> ConsoleDimensions:
-        """Columns and lines, read again each time: windows are resized."""
-        with contextlib.suppress(OSError, ValueError):
-            columns, lines = os.get_terminal_size(self.file.fileno())
-            if columns:
-                return ConsoleDimensions(columns, lines or 25)
-        return super().size
-
-    @size.setter
-    def size(self, new_size: tuple[int, int]) -> None:
-        self._width, self._height = new_size
+    """rich's console, which leaves the cursor visible."""
 
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002
-        """Leave the cursor visible: a killed process could not show it again."""
+        """Do nothing: a killed process could not show the cursor again."""
         return False
 
 
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
     """Return the screen that `settings` asks for: messages for people, objects for programs."""
-
-    def printer(stream: SafeStream) -> Callable[[str], None]:
-        def print_line(line: str) -> None:
-            stream.write(line + "\n")
-            stream.flush()
-
-        return print_line
-
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(printer(objects), LINE_SECONDS)
+        return JsonScreen(partial(print, file=objects, flush=True), LINE_SECONDS)
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return TimedScreen(printer(messages), LINE_SECONDS)
+    return LineScreen(partial(print, file=messages, flush=True), LINE_SECONDS, has_times=True)
 
 
 Count = Callable[..., None]
@@ -350,15 +298,28 @@ class Console:
         """Return whether it is time for `training`."""
         return time.monotonic() >= min(screen.due or 0.0 for screen in self._shown)
 
-    def training(self, status: TrainingStatus, *, always: bool = False) -> None:
-        """Show the state of the training where it is due, or `always`."""
-        self._progress(status, always=always)
+    def training(
+        self,
+        step: int,
+        steps: int,
+        values: Mapping[str, float],
+        seconds_left: float | None = None,
+        *,
+        always: bool = False,
+    ) -> None:
+        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row."""
+        self._progress(training_progress(step, steps, values, seconds_left), always=always)
 
-    def _progress(self, progress: Progress, *, always: bool = False) -> None:
+    def _progress(self, progress: Progress, opening: str = "", *, always: bool = False) -> None:
+        """Show progress; `opening`, if there is one, is the first line, and the second follows soon."""
         now = time.monotonic()
         for screen in self._shown:
+            is_opening = screen.due is None and opening != ""
             if always or screen.due is None or now >= screen.due:
-                screen.due = now + screen.progress(progress)
+                screen.progress(progress, opening if is_opening else progress.line)
+                screen.due = now + (
+                    min(_SECOND_LINE_SECONDS, screen.seconds) if is_opening else screen.seconds
+                )
 
     def heartbeat(self, work: str) -> Callable[[float], None]:
         """Return a function that takes the seconds spent on `work` so far and prints them once a minute.
@@ -404,15 +365,16 @@ class Console:
 
         Share and total are None if they are unknown. Nothing is shown if it is never called.
         """
-        work: Work | None = None
+        done, started = 0, math.nan
 
         def count(more: int, share: float | None = None, total: int | None = None) -> None:
-            nonlocal work
+            nonlocal done, started
             if self._screen is not None:
-                work = work or Work(title, unit, time.monotonic())
-                work.done, work.share, work.total = work.done + more, share, total
                 self._worked = time.monotonic()
-                self._progress(work)
+                started = self._worked if math.isnan(started) else started
+                done += more
+                seconds = self._worked - started
+                self._progress(_work_progress(title, unit, done, share, total, seconds), f"{title} ...")
 
         with self.until_end():
             yield count

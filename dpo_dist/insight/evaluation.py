@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
@@ -46,7 +46,7 @@ def bootstrap_intervals(
     measured: Mapping[Name, tuple[Column, Column]],
     prompts: npt.NDArray[np.uint64],
     seed: int = 0,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     shares: Collection[Name] = (),
     differences: Collection[Name] = (),
 ) -> dict[Name, tuple[float, float]]:
@@ -86,14 +86,6 @@ def bootstrap_intervals(
     return found
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """The settings of the intervals: `resamples` of the prompts, drawn with `seed`."""
-
-    resamples: int
-    seed: int
-
-
 def results_name(label: str) -> str:
     """Return the name of a label's results: the label, but not the name of the results of all pairs."""
     return f"{ALL} (source)" if label == ALL else label
@@ -105,7 +97,8 @@ def results(
     labels: Mapping[str, Mask],
     prompts: npt.NDArray[np.uint64],
     plan: MetricPlan,
-    resampling: Resampling,
+    seed: int,
+    resamples: int = RESAMPLES,
 ) -> dict[str, dict[str, Any]]:
     """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
@@ -113,25 +106,25 @@ def results(
     of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    found = {ALL: _of_group(values, prompts, plan, resampling)}
+    found = {ALL: _of_group(values, prompts, plan, seed, resamples)}
     divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
     found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
         suffix = f"/{label}" if plan.labels else ""
-        found[results_name(label)] = _of_group(own, prompts[members], plan, resampling) | {
+        found[results_name(label)] = _of_group(own, prompts[members], plan, seed, resamples) | {
             f"eval_{metric}": means[metric + suffix] for metric in plan.of_sources if metric + suffix in means
         }
     return found
 
 
 def _of_group(
-    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, resampling: Resampling
+    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int, resamples: int
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
     measured = _measured(values, plan)
     shares = {name for name in measured if name.startswith(_SHARES)}
-    intervals = bootstrap_intervals(measured, prompts, resampling.seed, resampling.resamples, shares)
+    intervals = bootstrap_intervals(measured, prompts, seed, resamples, shares)
     found: dict[str, Any] = {
         f"eval_{name}": float(column.sum() / counts.sum())
         for name, (column, counts) in measured.items()

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.foundation.errors import DpoDistError, first_line
-from dpo_dist.insight.doctor.findings import Finding
 from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import Trackers
-from dpo_dist.insight.metrics.wandb import Margins
+from dpo_dist.insight.metrics.trackers import Margins, Trackers
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.verdict.rules import RULES, sample_alarms
+from dpo_dist.insight.verdict.rules import RULES, sample_alarm
 
 _SAMPLED = "eval_samples/prompts"
 
@@ -44,25 +42,19 @@ class Recorder:
     say: Callable[[str], None]
 
     def record(self, row: Mapping[str, float], margins: Margins | None = None) -> None:
-        """Write and send one metrics row; that of samples with the number of alarms about them."""
-        if _SAMPLED not in row:
-            self._add(row, margins)
-            return
-        known: set[str] = set()
-        alarms: list[Finding] = []
-        with spared("the comparison of samples with those before", self.say):
-            known = {alarm.rule for alarm in sample_alarms(self.metrics.rows)}
-            alarms = sample_alarms([*self.metrics.rows, row])
-        self._add({**row, "eval_samples/alarms": float(len(alarms))}, margins)
-        for alarm in alarms:
-            if alarm.rule not in known:
-                headline = RULES[alarm.rule].text
-                self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
-                self.trackers.alert(headline, alarm.with_remedy)
-
-    def _add(self, row: Mapping[str, float], margins: Margins | None) -> None:
+        """Write and send one metrics row; that of samples with whether they are a fault."""
+        alarm, is_new = None, False
+        if _SAMPLED in row:
+            with spared("the comparison of samples with those before", self.say):
+                alarm = sample_alarm([*self.metrics.rows, row])
+                is_new = sample_alarm(self.metrics.rows) is None
+            row = {**row, "eval_samples/alarms": float(alarm is not None)}
         self.metrics.append(row)
         self.trackers.log(row, margins)
+        if alarm is not None and is_new:
+            headline = RULES[alarm.rule].text
+            self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+            self.trackers.alert(headline, alarm.with_remedy)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""

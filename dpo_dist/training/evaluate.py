@@ -20,7 +20,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
 from dpo_dist.insight.console import Console
-from dpo_dist.insight.evaluation import ALL, RESAMPLES, Mask, Resampling, results, write_scores
+from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.lora import add_adapter, load_adapter
@@ -187,7 +187,7 @@ def write_evaluation(
         _members(dataset),
         np.asarray(dataset.prompts[:], dtype=np.uint64),
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
-        Resampling(RESAMPLES, config.trainer.seed),
+        config.trainer.seed,
     )
     evaluated = {
         "model": model,

@@ -26,11 +26,11 @@ from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.console import Console, TrainingStatus
+from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import Row
-from dpo_dist.insight.metrics.wandb import Margins
+from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.verdict.facts import spike_of_last
+from dpo_dist.insight.verdict.facts import usual_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import (
@@ -71,7 +71,7 @@ class Progress:
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
         row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
-        self._console.training(TrainingStatus(step, self._steps, row, left), always=is_first or is_last)
+        self._console.training(step, self._steps, row, left, always=is_first or is_last)
         self._window = LogWindow()
 
 
@@ -79,12 +79,12 @@ def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> No
     """Add `loss_spikes`, their number so far, to the row after `rows`; warn of one."""
     last: Row = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
-    spike = spike_of_last(rows, row)
-    if spike is not None:
+    usual = usual_loss(rows, row)
+    if usual is not None:
         row["loss_spikes"] += 1
         say(
-            f"warning: the loss jumped to {spike.loss:.4g} at step {spike.step}, "
-            f"from {spike.usual:.4g} before"
+            f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
+            f"from {usual:.4g} before"
         )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.insight.pages.charts import Line, chart
 from dpo_dist.insight.pages.render import page
-from dpo_dist.insight.pages.svg import Line, chart
 from tests.support.browser import Watched, chromium
 
 HOSTILE = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
@@ -23,17 +23,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory) -> Path:
-    loss: list[float | None] = [1 / step for step in STEPS]
+    loss = [1 / step for step in STEPS]
     loss[50] = math.nan
     lines = [
-        Line("train", loss, "raw"),
-        Line("train", [0.123456789] * len(STEPS), "smooth"),
-        Line("evaluation", [0.5 if step % 250 == 0 else None for step in STEPS], "evaluation"),
+        Line.of("train", "raw", STEPS, loss),
+        Line.of("train", "smooth", STEPS, [0.123456789] * len(STEPS)),
+        Line.of("evaluation", "evaluation", [250, 500, 750, 1000], [0.5] * 4),
     ]
     figures = [
-        chart("Loss", lines, STEPS),
-        chart(HOSTILE, [Line(HOSTILE, [1e7 + step for step in STEPS], "raw")], STEPS, HOSTILE),
-        chart("Gradient norm", [Line("norm", [10.0**-step for step in range(100)], "raw")], STEPS, log=True),
+        chart("Loss", lines),
+        chart(HOSTILE, [Line.of(HOSTILE, "raw", STEPS, [1e7 + step for step in STEPS])], HOSTILE),
+        chart("Norm", [Line.of("norm", "raw", STEPS, [10.0**-step for step in range(100)])], log=True),
     ]
     file = tmp_path_factory.mktemp("page") / "charts.html"
     names = "outcome about verdict last_step tiles links samples accuracy data speed reference"

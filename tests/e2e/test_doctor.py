@@ -1,7 +1,6 @@
 """The doctor on the command line: faults, exit codes, its files beside a run's, the page in a browser."""
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from tests.e2e.conftest import Overrides
 from tests.support.browser import Watched, chromium
+from tests.support.doctor_data import as_messages, clean_pairs, write
 from tests.support.launch import constants, run_verb, train
 from tests.support.records import assistant, user
 
@@ -17,31 +17,11 @@ HOSTILE = (
     "</script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)></style></div>"
     "<a href='javascript:alert(3)'>x</a> \u202egnp.exe\u202c \u200b\x07 <|im_end|>"
 )
-SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "or")]
-
 SHOWN = "dpo_dist.insight.doctor.examine.SHOWN_PAIRS"
 
 
-def words(source: random.Random, count: int) -> str:
-    return " ".join("".join(source.choices(SYLLABLES, k=source.randint(1, 3))) for _ in range(count))
-
-
 def clean_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs without a pattern: chosen and rejected are drawn alike."""
-    source = random.Random(seed)
-    return [
-        {
-            "prompt": [user(words(source, source.randint(8, 20)))],
-            "chosen": [assistant(words(source, source.randint(8, 20)))],
-            "rejected": [assistant(words(source, source.randint(8, 20)))],
-        }
-        for _ in range(count)
-    ]
-
-
-def write(file: Path, records: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
+    return list(map(as_messages, clean_pairs(count, seed)))
 
 
 def faulty_records() -> list[dict[str, Any]]:
@@ -54,7 +34,7 @@ def faulty_records() -> list[dict[str, Any]]:
     records[11] = {**records[12], "chosen": records[12]["rejected"], "rejected": records[12]["chosen"]}
     records[20]["prompt"] = [user(HOSTILE)]
     records[21]["chosen"] = [assistant(HOSTILE)]
-    records[30]["chosen"] = [assistant(words(random.Random(1), 2000))]
+    records[30]["chosen"] = [assistant("a long story " * 1000)]
     return records
 
 
@@ -68,11 +48,11 @@ def rules(tmp_path: Path) -> set[str]:
 
 
 @pytest.fixture
-def faulty(tmp_path: Path) -> Path:
+def faulty(tmp_path: Path) -> str:
     return write(tmp_path / "faulty.jsonl", faulty_records())
 
 
-def test_planted_faults_are_found(overrides: Overrides, faulty: Path, tmp_path: Path) -> None:
+def test_planted_faults_are_found(overrides: Overrides, faulty: str, tmp_path: Path) -> None:
     held_out = write(tmp_path / "eval.jsonl", [*clean_records(20, seed=5), clean_records(100)[50]])
     data = (f"data.train=[{faulty}]", f"data.eval=[{held_out}]")
     ended = run_verb("doctor", overrides(*data), cold=True)
@@ -98,20 +78,12 @@ def test_planted_faults_are_found(overrides: Overrides, faulty: Path, tmp_path: 
     assert train(overrides(*data, "run.resume=auto", "trainer.max_steps=2")).code == 0
 
 
-def test_clean_data_have_no_findings(overrides: Overrides, tmp_path: Path) -> None:
-    clean = write(tmp_path / "clean.jsonl", clean_records(200))
-    ended = run_verb("doctor", overrides(f"data.train=[{clean}]"))
-    assert ended.code == 0, ended.output
-    assert not [found for found in report(tmp_path)["findings"] if found["level"] != "note"]
-
-
 @pytest.mark.parametrize(
     ("extra", "where"),
     [
         (["data.train=[missing.jsonl]"], "missing.jsonl"),
         (["doctor.fail_on=sometimes"], "doctor.fail_on"),
         (["model.path=./missing"], "model.path"),
-        (["doctor.benchmarks=[missing.txt]"], "missing.txt"),
         (["--check"], "command line"),
     ],
 )
@@ -140,14 +112,7 @@ def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path:
     assert "training_refuses" in rules(tmp_path), ended.output
 
 
-def test_help_names_the_command() -> None:
-    ended = run_verb("doctor", ["--help"])
-    assert ended.code == 0
-    assert ended.output.startswith("usage: python -m dpo_dist.doctor ")
-    assert "\nExamine the data of a run" in ended.output
-
-
-def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: Path, tmp_path: Path) -> None:
+def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: str, tmp_path: Path) -> None:
     given = [each for each in overrides(f"data.train=[{faulty}]") if not each.startswith("model.")]
     ended = run_verb("doctor", given)
     assert ended.code == 1, ended.output
@@ -160,6 +125,7 @@ def test_a_filled_store_gives_margins(overrides: Overrides, tmp_path: Path) -> N
     clean = write(tmp_path / "clean.jsonl", clean_records(30))
     data = f"data.train=[{clean}]"
     ended = run_verb("doctor", overrides(data))
+    assert ended.code == 0, ended.output
     assert "no log-probs of these pairs" in ended.output
     assert not (tmp_path / "store").exists()
     assert run_verb("precompute", overrides(data)).code == 0
@@ -178,7 +144,7 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_page_is_inert_in_a_browser(
-    overrides: Overrides, faulty: Path, tmp_path: Path, browser: Any
+    overrides: Overrides, faulty: str, tmp_path: Path, browser: Any
 ) -> None:
     ended = run_verb("doctor", overrides(f"data.train=[{faulty}]"), prepare=constants(**{SHOWN: 100}))
     address = f"file://{tmp_path}/run/doctor/doctor.html"

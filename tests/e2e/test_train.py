@@ -18,7 +18,7 @@ from dpo_dist.config.data import DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.insight.metrics.log import PHASES
-from dpo_dist.insight.metrics.names import wandb_names
+from dpo_dist.insight.metrics.trackers import wandb_names
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.store import LogpStore, open_shard
 from scripts.wandb_dashboard import SECTIONS

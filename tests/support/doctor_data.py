@@ -9,6 +9,7 @@ from typing import Any
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
 from dpo_dist.insight.doctor.findings import Finding, Level, with_thresholds
+from tests.support.records import assistant, user
 
 Pair = dict[str, Any]
 
@@ -38,6 +39,12 @@ def clean_pairs(count: int, seed: int = 0) -> list[Pair]:
         {"prompt": _text(rng, 8, 40), "chosen": _text(rng, 5, 80), "rejected": _text(rng, 5, 80)}
         for _ in range(count)
     ]
+
+
+def as_messages(pair: Pair) -> Pair:
+    """Return a pair of texts as one of messages."""
+    sides = {name: [assistant(pair[name])] for name in ("chosen", "rejected")}
+    return {"prompt": [user(pair["prompt"])], **sides}
 
 
 def write(file: Path, records: Sequence[Mapping[str, Any]]) -> str:

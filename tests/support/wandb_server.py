@@ -3,7 +3,6 @@
 import gzip
 import json
 import threading
-from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -21,13 +20,6 @@ _ANSWER = {
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
     "project": None,
-    "createArtifact": {
-        "artifact": {
-            "id": "1",
-            "state": "COMMITTED",
-            "artifactSequence": {"id": "1", "latestArtifact": {"id": "1", "versionIndex": 0}},
-        }
-    },
     "models": {
         "pageInfo": {"hasNextPage": False, "endCursor": None},
         "edges": [
@@ -41,14 +33,9 @@ _ANSWER = {
     },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
-
-
 _PROJECT = {"id": "1", "internalId": "1", "name": "project", "entityName": "entity"}
 _TIME = "2026-01-02T03:04:05Z"
 _VIEW = {"project": _PROJECT, "createdAt": _TIME, "updatedAt": _TIME, "user": None}
-
-Fault = StrEnum("Fault", ["silent", "error", "cut"])
-"""It never replies; it replies 500; it closes every connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -64,8 +51,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             self.server.history += [json.loads(line) for line in history.get("content", [])]
-        if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
-            self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
         data = {**_ANSWER, **self._known_run()}
         variables = (json.loads(body).get("variables") or {}) if self.path.endswith("/graphql") else {}
         if name := variables.get("name"):
@@ -96,17 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
         return {"model": {"bucket": bucket, "entity": {"id": "1", "name": "entity"}}}
 
     def _answer(self, content: dict[str, Any]) -> None:
-        match self.server.fault:
-            case Fault.silent:
-                self.server.is_over.wait()
-            case Fault.error:
-                self.send_error(500)
-            case Fault.cut:
-                self.connection.close()
-            case _:
-                self._reply(content)
-
-    def _reply(self, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -120,11 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    fault: "Fault | None"
-    is_over: threading.Event
     stops_the_run: bool
     history: list[dict[str, Any]]
-    artifacts: list[str]
     views: list[dict[str, Any]]
 
 
@@ -133,11 +104,8 @@ class WandbServer:
 
     def __init__(self, *, stops_the_run: bool = False) -> None:
         self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.fault = None
-        self._server.is_over = threading.Event()
         self._server.stops_the_run = stops_the_run
         self._server.history = []
-        self._server.artifacts = []
         self._server.views = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -146,13 +114,8 @@ class WandbServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.is_over.set()
         self._server.shutdown()
         self._server.server_close()
-
-    def fail(self, fault: Fault | None) -> None:
-        """Fail from now on; None: work again."""
-        self._server.fault = fault
 
     def history_rows(self) -> list[dict[str, Any]]:
         """The rows received, without wandb's own keys, tables and histograms."""

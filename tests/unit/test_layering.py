@@ -24,7 +24,7 @@ LAYERS = (
 ROOMS = {
     "accelerate": r"distributed\.|insight\.metrics\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"insight\.metrics\.wandb",
+    "wandb": r"insight\.metrics\.trackers",
     "hydra": r"config\.|\w+$",  # verbs, too
     "omegaconf": r"config\.|\w+$",
     "torch": r"(?!config\.|foundation\.)",

@@ -4,11 +4,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import dpo_dist
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.keys import as_written
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
 from dpo_dist.data.records import (
     BadRecord,
@@ -20,32 +21,36 @@ from dpo_dist.data.records import (
     Prompt,
     Response,
 )
+from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
 from dpo_dist.foundation.text import counted
 
-_TOTALS = {
-    "prompts": "prompt",
-    "samples": "response",
-    "comparisons_decided": "comparison decided",
-    "comparisons_tied": "comparison tied",
-    "comparisons_without_majority": "comparison without majority",
-    "comparisons_skipped": "comparison skipped",
-    "comparisons_not_judged": "comparison not judged",
-}
 _NOT_ASKED = "prompts_dropped_"
 
 
 def describe_counts(counts: Mapping[str, int]) -> list[str]:
-    """Return lines for the screen: the totals, then each other count with its name and meaning."""
-    found = [(counts[name], *words.partition(" ")) for name, words in _TOTALS.items() if counts.get(name)]
-    totals = ", ".join(counted(number, noun) + space + rest for number, noun, space, rest in found)
-    lines = [totals] if totals else []
-    for name, number in sorted(counts.items()):
-        if number and name not in _TOTALS:
-            asked = "prompts that are not asked: " if name.startswith(_NOT_ASKED) else ""
-            lines.append(f"  {number:,} {name}: {asked}{in_words(name.removeprefix(_NOT_ASKED))}")
-    return lines
+    """Return a line for each count: its number, name and meaning."""
+    return [
+        f"  {number:,} {name}: "
+        + ("prompts that are not asked: " if name.startswith(_NOT_ASKED) else "")
+        + in_words(name.removeprefix(_NOT_ASKED))
+        for name, number in sorted(counts.items())
+        if number
+    ]
+
+
+Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
+"""`read_records` or `read_prompts`."""
+
+
+def training_records(
+    config: RunConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
+    for source in config.data.train:
+        if not enough():
+            yield from good_records(read(pinned(source, None)), source, config.data, say, enough)
 
 
 def good_records(

@@ -27,18 +27,17 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import PairsMethod
+from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
-from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked, text_digest, write_text
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
-    describe_counts,
-    good_records,
     pair_fields,
+    training_records,
     write_results,
 )
 
@@ -302,15 +301,12 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     if records:
         write_results(folder.pairs_file, records, settings, counts, say)
     else:
-        say(f"no pair is decided yet: {', '.join(describe_counts(counts))}")
+        say(f"no pair is decided yet: {in_one_line(counts)}")
 
 
 def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
     counts: Counter[str] = Counter()
-    records = itertools.chain.from_iterable(
-        good_records(read_records(pinned(source, None)), source, config.data, say)
-        for source in config.data.train
-    )
+    records = training_records(config, read_records, say)
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.trainer.seed, counts)
     read = counts.pop("read", 0)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+counts).items())

@@ -1,7 +1,7 @@
 """`--check` of `pairs`: load and check everything that needs no weights and no GPU; writes nothing."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 from dpo_dist.config.data import DataConfig, SourceConfig
@@ -15,16 +15,15 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.judges import open_judge
-from dpo_dist.generation.pairs.files import good_records
+from dpo_dist.generation.pairs.files import Read, good_records
 from dpo_dist.generation.pairs.prompts import as_asked
 from dpo_dist.generation.pairs.rounds import check_rounds
 from dpo_dist.generation.pairs.start import responding_models
-from dpo_dist.generation.sampling.respond import KEY, find_description, open_responder, usable_prompt
+from dpo_dist.generation.sampling.respond import KEY, find_model, open_responder, usable_prompt
 
 _FIRST_RECORDS = 64
 _READ_RECORDS = 1024
 
-Read = Callable[[SourceConfig], Iterable[PreferenceRecord | BadRecord]]
 Fault = Callable[[PreferenceRecord], str | None]
 """Returns the reason why a record cannot be used, or None."""
 
@@ -71,7 +70,7 @@ def check_model(
     model: str, config: RunConfig, new_tokens: int, lines: Lines, name: str = "", key: str = KEY
 ) -> Fault:
     """Check a model without its weights; return a function that returns why it cannot be asked a prompt."""
-    responder = open_responder(find_description(model, config, key), config, key)
+    responder = open_responder(find_model(model, config, key, is_check=True), config, key)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder
     found = f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}"

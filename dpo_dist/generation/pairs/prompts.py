@@ -10,10 +10,9 @@ from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.files import content_digest
 from dpo_dist.foundation.text import counted
-from dpo_dist.generation.pairs.files import good_records, prompt_key, prompt_row
+from dpo_dist.generation.pairs.files import prompt_key, prompt_row, training_records
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.stages import Parts
 
@@ -23,27 +22,21 @@ PART_PROMPTS = 64
 
 def write_prompts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
     """Write the different prompts of `data.train`, in their order, as parts of a stage."""
-    pairs, data = config.pairs, config.data
+    pairs = config.pairs
     seen: set[str] = set()
     counts: Counter[str] = Counter()
 
-    def enough() -> bool:
-        return len(seen) == pairs.limit
-
     def rows() -> Iterator[dict[str, Any]]:
-        for source in data.train:
-            for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
-                asked = as_asked(record, data)
-                key = prompt_key(asked)
-                if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
-                    counts["in_other_parts"] += 1
-                elif key in seen:
-                    counts["repeated"] += 1
-                else:
-                    seen.add(key)
-                    yield prompt_row(asked)
-            if enough():
-                return
+        for record in training_records(config, read_prompts, say, lambda: len(seen) == pairs.limit):
+            asked = as_asked(record, config.data)
+            key = prompt_key(asked)
+            if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
+                counts["in_other_parts"] += 1
+            elif key in seen:
+                counts["repeated"] += 1
+            else:
+                seen.add(key)
+                yield prompt_row(asked)
 
     prompts = Parts.written(folder, "prompts", rows(), PART_PROMPTS)
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))

@@ -17,7 +17,6 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
-from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, Judgement, Question, open_judge
@@ -25,10 +24,10 @@ from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
     context_fields,
-    good_records,
     pair_fields,
     prompt_key,
     read_prompt_row,
+    training_records,
     write_lines,
     write_results,
 )
@@ -314,7 +313,7 @@ def _scored_pairs(
     config: RunConfig, counts: Counter[str], say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     pairs, seed = config.pairs, config.trainer.seed
-    for record in _scored_records(config, say, lambda: counts["prompts"] == pairs.limit):
+    for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
         counts["prompts"] += 1
         scores = record.scores
         if scores is None:
@@ -333,14 +332,6 @@ def _scored_pairs(
             }
             responses = record.responses[better], record.responses[worse]
             yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
-
-
-def _scored_records(
-    config: RunConfig, say: Callable[[str], None], enough: Callable[[], bool]
-) -> Iterator[PreferenceRecord]:
-    for source in config.data.train:
-        if not enough():
-            yield from good_records(read_records(pinned(source, None)), source, config.data, say, enough)
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:

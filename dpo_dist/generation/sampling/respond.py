@@ -58,34 +58,26 @@ class ModelSource:
         return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
 
-def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
+def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool = False) -> ModelSource:
     """Return the files of a model or adapter by folder or hub name; downloads a hub model.
 
-    `model.revision` counts for `model.path` only.
+    `model.revision` counts for `model.path` only. `is_check`: without a digest and weights of the hub.
     """
-    source = _located(name, config, model_folder, key)
-    store = Path(config.reference.store)
-    files = digest_model(source.folder, store, remote_code=config.model.trust_remote_code)
-    added = [] if source.adapter is None else sorted(source.adapter.glob("adapter_*"))
-    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
-    parts += [f"ends with {token}" for token in sorted(_given_stops(source.folder))]
-    return replace(source, digest=text_digest(" ".join(parts)))
-
-
-def find_description(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
-    """Return the same as `find_model`, without a digest, and without downloading weights from the hub."""
-    return _located(name, config, description_folder, key)
-
-
-def _located(
-    name: str, config: RunConfig, find: Callable[[str, str | None, str], Path], key: str
-) -> ModelSource:
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
     if adapter is not None:
         local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
-    return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
+    folder = (description_folder if is_check else model_folder)(base, base_revision, key)
+    source = ModelSource(name, folder, adapter, revision, "")
+    if is_check:
+        return source
+    store = Path(config.reference.store)
+    files = digest_model(folder, store, remote_code=config.model.trust_remote_code)
+    added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
+    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    parts += [f"ends with {token}" for token in sorted(_given_stops(folder))]
+    return replace(source, digest=text_digest(" ".join(parts)))
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
-from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -88,30 +88,6 @@ class Parts:
         return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
 
 
-def work_on(
-    parts: Parts,
-    unfinished: list[int],
-    world: World,
-    work: Callable[[int], list[dict[str, Any]]],
-    while_waiting: WhileWaiting,
-) -> None:
-    """Finish the parts of `Parts.open`, which the processes share. Collective."""
-    flag = parts.folder / _FAILED
-
-    def my_parts() -> None:
-        try:
-            for index in unfinished[world.rank :: world.size]:
-                if flag.exists():
-                    return
-                parts.write(index, work(index))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                flag.touch()
-            raise
-
-    world.together(my_parts, while_waiting)
-
-
 class Screen(Protocol):
     """The part of `insight.console.Console` that is used here; it prints on rank 0."""
 
@@ -140,20 +116,29 @@ class Stages:
     remedy: str
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
-        """Finish all parts of a stage, with a progress bar; return them."""
+        """Finish all parts of a stage, which the processes share, with a progress bar; return them."""
+        world, flag = self.world, parts.folder / _FAILED
+        unfinished = world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
 
-        def guarded(index: int) -> list[dict[str, Any]]:
-            with explain_out_of_memory(title, self.remedy):
-                return work(index)
+        def my_parts() -> None:
+            try:
+                for index in unfinished[world.rank :: world.size]:
+                    if flag.exists():
+                        return
+                    with explain_out_of_memory(title, self.remedy):
+                        parts.write(index, work(index))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    flag.touch()
+                raise
 
-        unfinished = self.world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
         with self.screen.progress(title, "part") as show:
 
             def beat(_seconds: float) -> None:
-                if self.world.is_main and unfinished:
+                if world.is_main and unfinished:
                     show(parts.finished(), parts.count)
 
-            work_on(parts, unfinished, self.world, guarded, beat)
+            world.together(my_parts, beat)
             beat(0)
         return parts
 

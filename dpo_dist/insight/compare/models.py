@@ -11,13 +11,13 @@ from typing import Any
 
 import dpo_dist
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import read_config
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
@@ -37,15 +37,8 @@ from dpo_dist.insight.compare.responses import (
     shown_prompt,
     write_held_out,
 )
-from dpo_dist.insight.compare.results import (
-    compare_texts,
-    compares,
-    comparison,
-    describe,
-    score_texts,
-)
-from dpo_dist.insight.compare.start import KEY, Compared, Kind
-from dpo_dist.insight.evaluation import RESAMPLES, Resampling
+from dpo_dist.insight.compare.results import compares, comparison, describe, judge_texts
+from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.folder import hub_commit
 
 _DIFFERING = "differing "
@@ -92,7 +85,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
-    if model.kind is not Kind.checkpoint:
+    if not model.is_checkpoint:
         return model.location
     checkpoint = Path(model.location).resolve()
     digest = content_digest([checkpoint / MANIFEST])[:16]
@@ -108,13 +101,7 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
 def _config_of_run(checkpoint: Path) -> RunConfig:
     """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    file = RunFolder(checkpoint.parents[1]).config
-    if not file.is_file():
-        remedy = "name a checkpoint in the directory of its run"
-        raise ConfigError(
-            "the run of this checkpoint has no configuration", where=KEY, got=str(file), remedy=remedy
-        )
-    found = from_yaml(read_config(file))
+    found = from_yaml(read_config(existing_run(checkpoint.parents[1]).config))
     return replace(found, model=replace(found.model, trust_remote_code=False))
 
 
@@ -139,14 +126,14 @@ def _judging(
     speakers: Sequence[Speaker], judge: Judge, config: RunConfig, prompts: Parts
 ) -> Callable[[int], list[Row]]:
     """Return the function that judges a part."""
-    work = compare_texts if compares(config.pairs) else score_texts
 
     def part(index: int) -> list[Row]:
         rows = zip(*(map(Answers.of, speaker.responses.read(index)) for speaker in speakers), strict=True)
         texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
         # A prompt that a model cannot be asked is not judged.
         asked = [own if len(own) == len(speakers) else [] for own in texts]
-        return work(list(map(read_prompt_row, prompts.read(index))), asked, judge)
+        records = list(map(read_prompt_row, prompts.read(index)))
+        return judge_texts(records, asked, judge, in_pairs=compares(config.pairs))
 
     return part
 
@@ -213,7 +200,7 @@ def _write(
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
         with temporary.open("rb") as lines:
-            found = comparison(map(json.loads, lines), names, Resampling(RESAMPLES, 0))
+            found = comparison(map(json.loads, lines), names)
     for speaker, row in zip(speakers, found["models"], strict=True):
         row |= {
             "path": speaker.compared.path,
@@ -246,7 +233,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     lines: Lines = []
     faults: dict[str, Fault] = {}
     for model in models:
-        if model.kind is Kind.checkpoint:
+        if model.is_checkpoint:
             lines.append(("model", f"{model.name}: {model.location}, a checkpoint"))
             continue
         name, new_tokens = f"{model.name}: ", config.compare.max_new_tokens

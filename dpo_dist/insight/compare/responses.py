@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import scored_model
 
 Row = dict[str, Any]
 PART_PROMPTS = 16
@@ -99,49 +100,46 @@ def _held_out(config: RunConfig, say: Callable[[str], None]) -> Iterator[tuple[P
                 yield as_asked(record, config.data), label
 
 
+@dataclass(eq=False)
 class Speaker:
     """A model of the comparison; its weights are loaded when a process has its first part to do.
 
     `logps` are of its responses under itself, `base_logps` under the base; None if that has other tokens.
     """
 
-    responses: Parts
-    logps: Parts
+    compared: Compared
+    source: ModelSource
+    config: RunConfig
+    stages: Stages
+    folder: Path
+    prompts: Parts
+    responses: Parts = field(init=False)
+    logps: Parts = field(init=False)
     base_logps: Parts | None = None
 
-    def __init__(
-        self,
-        compared: Compared,
-        source: ModelSource,
-        config: RunConfig,
-        stages: Stages,
-        folder: Path,
-        prompts: Parts,
-    ):
-        self.compared, self.source, self.name = compared, source, compared.name
-        self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
-        settings = config.compare
-        self._sampling = Sampling(settings.max_new_tokens, settings.temperature)
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+        return self.compared.name
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature)
 
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
-        return open_responder(self.source, self._config, KEY)
+        return open_responder(self.source, self.config, KEY)
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        model_config = replace(
-            self._config.model,
-            gradient_checkpointing="none",
-            activation_offload=False,
-            adapter=None,
-            compile=False,
-            liger=False,
-        )
-        longest = self._config.data.max_length + self._sampling.max_new_tokens
+        scored = scored_model(self.config)
+        bits = self.config.model.quantization
+        model_config = replace(scored, quantization=bits, compile=False, liger=False)
+        longest = self.config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
-        world = self._stages.world
+        world = self.stages.world
         with whole_loading(world):
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
@@ -152,21 +150,20 @@ class Speaker:
 
     def respond(self) -> None:
         """Finish the responses; collective. Models share the random numbers of a prompt."""
-        prompts = self._prompts
-        settings = generation_settings(self._config, prompts, self._sampling) | {"model": self.source.digest}
-        parts = Parts.of(self._folder, "responses", settings, prompts.count)
+        prompts = self.prompts
+        settings = generation_settings(self.config, prompts, self._sampling) | {"model": self.source.digest}
+        parts = Parts.of(self.folder, "responses", settings, prompts.count)
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
-                budget = BATCH_TOKENS
-                return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
 
         def part(index: int) -> list[Row]:
             records, numbers = list(map(read_prompt_row, prompts.read(index))), range(1)
             rows = respond(records, self.responder, samples, self._sampling, numbers, keeps_ids=True)
             return [asdict(row) for row in rows]
 
-        self.responses = self._stages.finish(f"responses of {self.name}", parts, part)
+        self.responses = self.stages.finish(f"responses of {self.name}", parts, part)
 
     def score(self, other: "Speaker") -> Parts:
         """Return the finished log-probs of a model's responses under this model; collective.
@@ -176,18 +173,18 @@ class Speaker:
         settings = {
             "responses": other.responses.folder.name,
             "model": self.source.digest,
-            "attention": str(self._config.model.attention),
+            "attention": str(self.config.model.attention),
         }
-        parts = Parts.of(self._folder, "logps", settings, self._prompts.count)
+        parts = Parts.of(self.folder, "logps", settings, self.prompts.count)
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS, self._stages.world.device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
-        return self._stages.finish(title, parts, part)
+        return self.stages.finish(title, parts, part)
 
     def has_tokens_of(self, other: "Speaker") -> bool:
         """Return whether every token of the other model is the same token of this one."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from dpo_dist.config.verb_options import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.generation.judges import Judge, Judgement, Question
+from dpo_dist.generation.judges import Judge, Question
 from dpo_dist.generation.text_facts import text_facts
-from dpo_dist.insight.evaluation import Column, Resampling, bootstrap_intervals
+from dpo_dist.insight.evaluation import RESAMPLES, Column, bootstrap_intervals
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
@@ -49,56 +49,43 @@ def describe(judge: dict[str, Any]) -> str:
     return f"{judge['model']} at {judge['url']}: {verdicts}"
 
 
-def compare_texts(
-    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
-) -> list[dict[str, Any]]:
-    """Return for each prompt `credits` of the first of every two models, and `counts` of the judge.
+def judge_texts(
+    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
+) -> list[Row]:
+    """Return for each prompt `scores` of the texts, `credits` of the first of every two, and `counts`.
 
-    A credit is null without a usable verdict; the order is that of `itertools.combinations`. The judge is
-    asked only about two different texts that are not empty.
+    `in_pairs`: the judge compares and gives no scores; else credits follow from the scores. It is asked only
+    about different texts that are not empty, each once. A score or credit is null without a usable verdict;
+    the order of the credits is that of `itertools.combinations`, the counts are the judge's.
     """
-    pairs = [list(itertools.combinations(own, 2)) for own in texts]
-    questions = [
-        Question(record, pair)
-        for record, own in zip(records, pairs, strict=True)
-        for pair in own
-        if without_judge(*pair) is None
-    ]
-    judgements, rows = iter(judge.judge(questions)), []
-    for own, own_pairs in zip(texts, pairs, strict=True):
-        counts, credited = Counter[str](), [without_judge(*pair) for pair in own_pairs]
-        for at, decided in enumerate(credited):
-            if decided is None:
-                judgement = next(judgements)
-                credited[at] = judgement.scores[0]
-                counts += judgement.counts
-        rows.append(_row([None] * len(own), credited, counts))
+    asked = [_questions(record, own, in_pairs) for record, own in zip(records, texts, strict=True)]
+    judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
+    for own, questions in zip(texts, asked, strict=True):
+        scores, verdicts, counts = dict[str, float | None](), dict[Key, float | None](), Counter[str]()
+        for question in questions:
+            judgement = next(judgements)
+            counts += judgement.counts
+            if in_pairs:
+                verdicts[question.responses] = judgement.scores[0]
+            else:
+                scores = dict(zip(question.responses, judgement.scores, strict=True))
+        credited = []
+        for pair in itertools.combinations(own, 2):
+            one, other = pair
+            decided = credit((one, scores.get(one)), (other, scores.get(other)))
+            credited.append(verdicts.get(pair, decided))
+        row = {"scores": [scores.get(text) for text in own], "credits": credited}
+        rows.append({**row, "counts": dict(sorted((+counts).items()))})
     return rows
 
 
-def score_texts(
-    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge
-) -> list[dict[str, Any]]:
-    """Return the same as `compare_texts`, with the `scores` of the models' responses, which decide credits.
-
-    Equal responses are scored once; an empty one has no score.
-    """
-    different = [tuple(dict.fromkeys(filter(str.strip, own))) for own in texts]
-    questions = [Question(record, own) for record, own in zip(records, different, strict=True) if own]
-    judgements, rows = iter(judge.judge(questions)), []
-    for own, asked in zip(texts, different, strict=True):
-        judgement = next(judgements) if asked else Judgement([])
-        scores = dict(zip(asked, judgement.scores, strict=True))
-        scored = [(text, scores.get(text)) for text in own]
-        credited = [credit(*pair) for pair in itertools.combinations(scored, 2)]
-        rows.append(_row([score for _, score in scored], credited, judgement.counts))
-    return rows
-
-
-def _row(
-    scores: Sequence[float | None], credited: Sequence[float | None], counts: Counter[str]
-) -> dict[str, Any]:
-    return {"scores": scores, "credits": credited, "counts": dict(sorted((+counts).items()))}
+def _questions(record: PreferenceRecord, texts: Sequence[str], in_pairs: bool) -> list[Question]:
+    """Return the questions about the texts of a prompt: one, or one about every two that need a judge."""
+    if in_pairs:
+        pairs = dict.fromkeys(itertools.combinations(texts, 2))
+        return [Question(record, pair) for pair in pairs if without_judge(*pair) is None]
+    different = tuple(dict.fromkeys(filter(str.strip, texts)))
+    return [Question(record, different)] if different else []
 
 
 def without_judge(first: str, second: str) -> float | None:
@@ -120,7 +107,7 @@ def credit(first: tuple[str, float | None], second: tuple[str, float | None]) ->
     return TIE if one == other else WIN if one > other else LOSS
 
 
-def comparison(rows: Iterable[Row], models: Sequence[str], resampling: Resampling) -> dict[str, Any]:
+def comparison(rows: Iterable[Row], models: Sequence[str], resamples: int = RESAMPLES) -> dict[str, Any]:
     """Return the sections of `comparison.json` that follow from the rows of `answers.jsonl`."""
     # A value and its count for each prompt: a mean is the sum of values divided by the sum of counts.
     values: dict[Key, list[tuple[float, float]]] = defaultdict(list)
@@ -140,13 +127,15 @@ def comparison(rows: Iterable[Row], models: Sequence[str], resampling: Resamplin
     columns = {key: np.array(found, dtype=np.float64).T for key, found in values.items()}
     lowest = _with_empty_scores(columns, models)
     pairs = list(itertools.combinations(models, 2))
-    means = _means(columns, pairs, prompts, resampling)
+    means = _means(columns, pairs, prompts, resamples)
     return {
         "prompts": prompts,
         "models": [_model(name, means) for name in models],
         "wins": [_win(pair, counts, means) for pair, counts in outcomes.items() if (*pair, _RATE) in means],
         "differences": [
-            _estimates(dict(zip(("first", "second"), pair, strict=True)), pair, means) for pair in pairs
+            {"first": pair[0], "second": pair[1]}
+            | _estimates(pair, [metric for metric in _DIFFERENCES if (*pair, metric) in means], means)
+            for pair in pairs
         ],
         "empty_score": lowest,
         "not_judged": {
@@ -192,7 +181,7 @@ def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> flo
 
 
 def _means(
-    columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int, resampling: Resampling
+    columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int, resamples: int
 ) -> Means:
     """Return the mean of every metric that has a count, and of differences of models.
 
@@ -209,8 +198,8 @@ def _means(
     ends = bootstrap_intervals(
         measured,
         np.arange(prompts, dtype=np.uint64),
-        resampling.seed,
-        resampling.resamples,
+        0,
+        resamples,
         {key for key in columns if key[-1] in _SHARES},
         {key for key in differences if key[-1] in _SHARES},
     )
@@ -222,12 +211,10 @@ def _means(
 
 
 def _model(name: str, means: Means) -> Row:
-    found: Row = {"name": name}
-    for metric in ("kl", "kl_per_token", "score"):
-        value, interval = means.get((name, metric), (None, None))
-        found |= {metric: value, f"{metric}_interval": interval}
     style = {metric: means[name, metric] for metric in _STYLE if (name, metric) in means}
-    return found | {
+    return {
+        "name": name,
+        **_estimates((name,), ("kl", "kl_per_token", "score"), means),
         "style": {metric: value for metric, (value, _) in style.items()},
         "style_intervals": {metric: ends for metric, (_, ends) in style.items() if ends is not None},
     }
@@ -239,10 +226,9 @@ def _win(pair: tuple[str, str], counts: Counter[str], means: Means) -> Row:
     return {"first": pair[0], "second": pair[1], **numbers, "rate": rate, "interval": interval}
 
 
-def _estimates(found: Row, pair: tuple[str, str], means: Means) -> Row:
-    """Return the second model's means minus those of the first; of metrics that both have."""
-    for metric in _DIFFERENCES:
-        if (*pair, metric) in means:
-            value, interval = means[*pair, metric]
-            found |= {metric: value, f"{metric}_interval": interval}
+def _estimates(of: Key, metrics: Iterable[str], means: Means) -> Row:
+    """Return the means of a model, or the differences of two, with their intervals; null if unknown."""
+    found: Row = {}
+    for metric in metrics:
+        found[metric], found[f"{metric}_interval"] = means.get((*of, metric), (None, None))
     return found

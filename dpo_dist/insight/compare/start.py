@@ -1,11 +1,11 @@
 """Checks of `compare` before torch is imported and processes join: models, data, judge."""
 
 import re
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_dist.config.keys import as_written
+from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint, step_of, without_model
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import check_source
@@ -13,13 +13,18 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs.start import check_judge
-from dpo_dist.model.folder import is_adapter, local_model_folder
+from dpo_dist.model.folder import local_model_folder
 
 KEY = "compare.models"
-Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
 # Names of folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+_REVISION = Rule(
+    "model.revision!=null model.path compare.models",
+    "model.revision has no effect on a comparison without model.path",
+    "set model.revision=null; a revision of another model: download it and name its folder",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,11 @@ class Compared:
     name: str
     path: str
     location: str
-    kind: Kind
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint, whose weights are exported first."""
+        return is_checkpoint(Path(self.location))
 
 
 def check_comparison(config: RunConfig) -> list[Compared]:
@@ -42,7 +51,8 @@ def check_comparison(config: RunConfig) -> list[Compared]:
     for source in config.data.eval_sources:
         check_source(source)
     check_template_file(config.data.chat_template)
-    _check_revision(config, models)
+    locations = [model.location for model in models]
+    check(config, [replace(_REVISION, also=lambda c: c.model.path not in locations)])
     check_judge(config)
     return models
 
@@ -77,11 +87,10 @@ def _compared(entry: str) -> Compared:
         raise ConfigError(
             "a model has no path", where=KEY, got=repr(entry), remedy="write the entry as PATH or NAME=PATH"
         )
-    location, kind = _located(path)
-    return Compared(name or _short_name(path), path, location, kind)
+    return Compared(name or _short_name(path), path, _located(path))
 
 
-def _located(path: str) -> tuple[str, Kind]:
+def _located(path: str) -> str:
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
@@ -89,10 +98,10 @@ def _located(path: str) -> tuple[str, Kind]:
             raise without_model(run, KEY, "let the run complete")
         folder = run.model
     elif is_checkpoint(folder):
-        return str(folder), Kind.checkpoint
+        return str(folder)
     location = str(folder) if folder.is_dir() else path
     local_model_folder(location, None, KEY, accepts_adapter=True)
-    return location, Kind.adapter if is_adapter(folder) else Kind.model
+    return location
 
 
 def _short_name(path: str) -> str:
@@ -101,15 +110,3 @@ def _short_name(path: str) -> str:
     if not Path(path).expanduser().exists():  # a hub name
         return path.rpartition("/")[2]
     return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
-
-
-def _check_revision(config: RunConfig, models: list[Compared]) -> None:
-    revision = config.model.revision
-    if revision is not None and config.model.path not in [model.location for model in models]:
-        raise ConfigError(
-            "model.revision has no effect on a comparison without model.path",
-            where="model.revision",
-            got=revision,
-            expected="the hub name that model.path has too, among the models",
-            remedy="set model.revision=null; a revision of another model: download it and name its folder",
-        )

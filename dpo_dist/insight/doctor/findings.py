@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dpo_dist.config.mistakes import suggestion
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import percent
 
@@ -107,13 +107,12 @@ def with_thresholds(thresholds: Mapping[str, float] | None) -> Rules:
     """Return the rules, some with other thresholds. Raises ConfigError for an unknown rule."""
     thresholds = thresholds or {}
     if unknown := sorted(thresholds.keys() - RULES.keys()):
-        near = get_close_matches(unknown[0], RULES, n=1)
         raise ConfigError(
             "the doctor has no such rule",
             where="doctor.thresholds",
             got=", ".join(unknown),
             expected="a rule of docs/doctor.md",
-            remedy=f"did you mean {near[0]}?" if near else "see docs/doctor.md",
+            remedy=f"{suggestion(unknown[0], RULES)}see docs/doctor.md",
         )
     return {
         name: replace(rule, threshold=thresholds.get(name, rule.threshold)) for name, rule in RULES.items()

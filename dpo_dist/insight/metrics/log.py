@@ -11,19 +11,19 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
 import torch
 
-from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.metrics import MAIN, PREFIX, metric_of
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.files import plain
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.insight.metrics.names import best_rows
 from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
 
 Row = dict[str, float]
@@ -45,6 +45,8 @@ COLUMNS = (
     *(PREFIX + key for key in PAIR_METRICS),
 )
 """Columns of a new CSV file."""
+BEST = ("loss", *(PREFIX + key for key in MAIN))
+"""Metrics whose best value is in the summary of a tracker; summary.json has two of them."""
 _BEST = ("eval_loss", "eval_rewards/accuracies")
 _PACKAGES = (
     *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets"),
@@ -166,6 +168,15 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             final |= {key: value for key, value in last.items() if key.startswith(_grouped(prefix))}
     best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
     return {"final": final, "best": best}
+
+
+def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Yield each metric of `BEST` that is finite after a step, with the first row that has its best value."""
+    for key in BEST:
+        found = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
+        if found:
+            sign = 1 if metric_of(key).best is Direction.lowest else -1
+            yield key, min(found, key=lambda row: sign * row[key])
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:

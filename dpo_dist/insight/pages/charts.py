@@ -1,23 +1,244 @@
-"""The charts of a run: panels of metrics on its page, and six of them as an image."""
+"""Charts: curves of a run on its page and as an image, a scatter, a histogram; complete without a script."""
 
-import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter1d
 
 from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
-from dpo_dist.insight.pages.svg import COLORS, Axis, Line, Role, chart, smoothed
+from dpo_dist.foundation.text import number
+from dpo_dist.insight.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
+FloatArray = NDArray[np.float64]
+Interval = Sequence[float] | None
+
+COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
+"""Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito
+(https://jfly.uni-koeln.de/color/), darkened to a contrast of 4 to white. page.css has them too."""
+
+_PADDING = 0.05
+_MOST_DECADES = 6
+_SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio of its ends
+_SMOOTHED_SHARE = 0.06
+_MOST_POINTS = 400
+_FEW_POINTS = 30
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic axis: `low` is drawn at the coordinate `start`, `high` at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    @classmethod
+    def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
+        """Return the axis of finite values, with some room at both ends."""
+        found = list(values)
+        low, high = (min(found), max(found)) if found else (1.0, 10.0) if is_log else (0.0, 1.0)
+        if is_log:
+            room = (high / low) ** _PADDING if high > low else 2.0
+            return cls(low / room, high * room, start, end, is_log=True)
+        room = _PADDING * (high - low) or 0.1 * abs(high) or 1.0
+        return cls(low - room, high + room, start, end)
+
+    def place(self, value: float) -> float:
+        """Return the coordinate of a value, in tenths; of a logarithmic axis it must be positive."""
+        low, high, at = (
+            map(math.log10, (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
+        )
+        return round(self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start), 1)
+
+    def ticks(self, most: int = 5, *, whole: bool = False) -> list[float]:
+        """Return at most about `most` round values within the axis; `whole`: integers only."""
+        if self.is_log:
+            subs = (1.0, 2.0, 5.0) if self.high < _SHORT * self.low else (1.0,)
+            found = LogLocator(subs=subs, numticks=_MOST_DECADES).tick_values(self.low, self.high)
+        else:
+            locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+            found = locator.tick_values(self.low, self.high)
+        slack = 1e-9 * (self.high - self.low)
+        within = [float(tick) for tick in found if self.low - slack <= tick <= self.high + slack]
+        return within if len(within) > 1 or not self.is_log else [self.low, self.high]
+
+    def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
+        """Return coordinate and text of each tick."""
+        return [(self.place(tick), number(tick)) for tick in self.ticks(whole=whole)]
+
+
+Role = Literal["raw", "smooth", "evaluation", "spike"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, with increasing steps; lines with the same label share their colour.
+
+    A value that is nan is a gap, which is counted below the chart. A "raw" line is light beside a "smooth"
+    one; a "spike" is a mark without a line.
+    """
+
+    label: str
+    role: Role
+    steps: FloatArray
+    values: FloatArray
+
+    @classmethod
+    def of(
+        cls, label: str, role: Role, steps: Sequence[float], values: Sequence[float], *, log: bool = False
+    ) -> "Line":
+        """Return a line; values that are not finite, and not positive on a logarithmic axis, are gaps."""
+        shown = np.array(values, dtype=np.float64)
+        shown[~np.isfinite(shown) | ((shown <= 0) & log)] = math.nan
+        return cls(label, role, np.array(steps, dtype=np.float64), shown)
+
+    def smoothed(self) -> "Line":
+        """Return two passes of a centred mean over 6 % of the values; gaps stay gaps, and are in no mean."""
+        is_known = np.isfinite(self.values)
+        width = 1 + 2 * int(_SMOOTHED_SHARE * is_known.sum() / 2)
+        if width == 1:
+            return self
+
+        def window(values: FloatArray) -> FloatArray:
+            return np.asarray(uniform_filter1d(values, width, mode="constant"), dtype=np.float64)
+
+        means, shares = np.where(is_known, self.values, 0.0), window(is_known.astype(np.float64))
+        for _ in range(2):
+            means = np.where(is_known, window(means) / np.where(is_known, shares, 1.0), 0.0)
+        return Line(self.label, "smooth", self.steps, np.where(is_known, means, math.nan))
+
+    def extremes(self, most: int) -> FloatArray:
+        """Return at most about `most` steps that show the line's shape.
+
+        They are its ends, and in each of equal parts the steps of the smallest and the largest value.
+        """
+        if len(self.steps) <= most:
+            return self.steps
+        kept = {0, len(self.steps) - 1}
+        for indices in np.array_split(np.arange(len(self.steps)), max(1, most // 2)):
+            own = self.values[indices]
+            if np.isfinite(own).any():
+                kept |= {int(indices[np.nanargmin(own)]), int(indices[np.nanargmax(own)])}
+        return self.steps[sorted(kept)]
+
+    def at(self, steps: FloatArray) -> "Line":
+        """Return the line at these steps only."""
+        is_kept = np.isin(self.steps, steps)
+        return Line(self.label, self.role, self.steps[is_kept], self.values[is_kept])
+
+
+def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False) -> Markup:
+    """Return a `<figure>` with one chart over steps; empty if no line has a point.
+
+    Of a long line about 400 points are drawn, the smallest and largest values among them.
+    """
+    whole = [line for line in lines if line.steps.size]
+    if not whole:
+        return Markup("")
+    with_raw = {line.label for line in whole if line.role == "raw"}
+    shapes = [line for line in whole if line.role != "smooth" or line.label not in with_raw]
+    kept = np.unique(np.concatenate([line.extremes(_MOST_POINTS // len(shapes)) for line in shapes]))
+    drawn = [line.at(kept) for line in whole]
+    low, high = float(kept[0]), float(kept[-1])
+    across = Axis(low, high if high > low else low + 1, 50, 364)
+    values = np.concatenate([line.values for line in drawn])
+    up = Axis.around(values[np.isfinite(values)].tolist(), 184, 8, is_log=log)
+    data = {
+        "box": [across.start, across.end, up.end, up.start],
+        "xAxis": [across.low, across.high],
+        "yAxis": [up.low, up.high, up.is_log],
+        "lines": [
+            [line.steps.tolist(), [None if math.isnan(v) else float(f"{v:.6g}") for v in line.values]]
+            for line in drawn
+        ],
+    }
+    labels = list(dict.fromkeys(line.label for line in drawn))
+    figure = {
+        **{"title": title, "unit": unit, "across": across, "up": up, "place": number(high)},
+        "json": json.dumps(data, separators=(",", ":")),
+        "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
+        "legend": _legend(drawn, labels, high),
+        "gaps": _gaps(whole, log),
+    }
+    return part("svg.jinja", "chart", figure)
+
+
+def _color(index: int) -> str:
+    return f"c{index % len(COLORS)}"
+
+
+def _paths(
+    line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
+) -> list[tuple[str, str]]:
+    """Return classes and data of the paths of a line; a gap interrupts it."""
+    runs: list[list[str]] = [[]]
+    for at, value in zip(line.steps.tolist(), line.values.tolist(), strict=True):
+        if math.isnan(value):
+            runs.append([])
+        else:
+            runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
+    dots = "".join(f"M{point}h0" for run in runs for point in run)
+    color = _color(labels.index(line.label))
+    if line.role == "spike":
+        return [(f"spike {color}", dots)]
+    is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
+    style = f"{line.role} {'light ' if is_light else ''}{color}"
+    path = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
+    if line.role == "evaluation":
+        return [(style, path), (f"mark {color}", dots), ("hole", dots)]
+    return [(style, path), *([(f"dot {style}", dots)] if len(line.steps) <= _FEW_POINTS else [])]
+
+
+def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Mapping[str, Any]]:
+    """Return an item for each label's curve and for each label's evaluations, with the last values."""
+    items: dict[tuple[str, bool], list[int]] = {}
+    for index, line in enumerate(drawn):
+        items.setdefault((line.label, line.role == "evaluation"), []).append(index)
+    return [
+        {
+            "color": _color(labels.index(label)),
+            "lines": indices,
+            "mark": "ring" if is_evaluation else "stroke",
+            "label": label,
+            "note": " (evaluation)" if is_evaluation and (label, False) in items else "",
+            "last": " · mean ".join(_last_value(drawn[index], end) for index in indices),
+        }
+        for (label, is_evaluation), indices in items.items()
+    ]
+
+
+def _last_value(line: Line, end: float) -> str:
+    step, value = float(line.steps[-1]), float(line.values[-1])
+    shown = "no value" if math.isnan(value) else number(value)
+    return shown if step == end else f"{shown} at step {number(step)}"
+
+
+def _gaps(lines: Sequence[Line], log: bool) -> str:
+    """Return a note that counts the values that are not drawn."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        if line.role != "smooth":
+            counts[line.label] += int(np.isnan(line.values).sum())
+    missing = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
+    reason = "missing, not finite or not positive" if log else "missing or not finite"
+    return f"{reason}: {missing}" if missing else ""
 
 
 @dataclass(frozen=True)
@@ -58,27 +279,11 @@ PANELS = (
 
 def charts(rows: Rows) -> list[Markup]:
     """Return all charts of a run that have a value."""
-    merged = rows_by_step(rows)
-    steps = [row["step"] for row in merged]
     figures = (
-        chart(
-            panel.title,
-            list(panel_lines(panel, merged)),
-            steps,
-            METRICS[panel.keys[0]].unit,
-            log=panel.is_log,
-        )
+        chart(panel.title, list(panel_lines(panel, rows)), METRICS[panel.keys[0]].unit, log=panel.is_log)
         for panel in PANELS
     )
     return [figure for figure in figures if figure]
-
-
-def rows_by_step(rows: Rows) -> list[Mapping[str, float]]:
-    """Return one row for each step, with its evaluation."""
-    merged: dict[float, dict[str, float]] = {}
-    for row in sorted(rows, key=lambda row: row["step"]):
-        merged.setdefault(row["step"], {}).update(row)
-    return list(merged.values())
 
 
 def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
@@ -86,6 +291,7 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
 
     A panel by source has the first sources only, as many as there are colours.
     """
+    steps = [row for row in rows if "loss" in row]
     known = set().union(*rows)
     labels = {key: key.split("/")[-1].removesuffix("_per_token") for key in panel.keys}
     if len(panel.keys) == 1:
@@ -95,36 +301,29 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
         names = sorted({name for key in known if (name := key.removeprefix(PREFIX)).startswith(prefix)})
         labels = {name: name.removeprefix(prefix) for name in names[: len(COLORS)]}
     for key, label in labels.items():
-        values = _values(rows, "loss", key, math.nan) if key in known else []
-        mean = _mean(values) if panel.is_smoothed else []
-        found: tuple[tuple[list[float | None], Role], ...] = (
-            ([] if panel.by_source and mean else values, "raw"),
-            (mean, "smooth"),
-            (_values(rows, f"{PREFIX}loss", PREFIX + key, None), "evaluation"),
-        )
-        yield from (Line(label, each, role) for each, role in found if any(v is not None for v in each))
-    if panel.keys == ("loss",) and "loss_spikes" in known:
-        counts = itertools.accumulate((row.get("loss_spikes", 0.0) for row in rows), max, initial=0.0)
-        spikes = [
-            row.get("loss") if row.get("loss_spikes", 0.0) > before else None
-            for row, before in zip(rows, counts, strict=False)
-        ]
-        yield Line("spike", spikes, "spike")
+        if key in known:
+            yield from _training_lines(panel, label, steps, key)
+        if evaluated := [row for row in rows if PREFIX + key in row]:
+            yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
+    if panel.keys == ("loss",) and not panel.by_source:
+        counts = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
+        pairs = zip(steps, counts, strict=False)
+        if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
+            yield _line(panel, "spike", "spike", spikes, "loss")
 
 
-def _values(rows: Rows, mark: str, key: str, absent: float | None) -> list[float | None]:
-    """Return a value for each row: None of one without `mark`, `absent` of one that has it without `key`."""
-    return [row.get(key, absent) if mark in row else None for row in rows]
+def _training_lines(panel: Panel, label: str, rows: Rows, key: str) -> Iterator[Line]:
+    raw = _line(panel, label, "raw", rows, key)
+    mean = raw.smoothed() if panel.is_smoothed else raw
+    if mean is raw or not panel.by_source:
+        yield raw
+    if mean is not raw:
+        yield mean
 
 
-def _mean(values: Sequence[float | None]) -> list[float | None]:
-    """Return the moving mean; empty if it equals the values because they are few."""
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    mean = smoothed(known)
-    if np.array_equal(mean, known, equal_nan=True):
-        return []
-    means = iter(mean.tolist())
-    return [None if value is None else next(means) for value in values]
+def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
+    values = [row.get(key, math.nan) for row in rows]
+    return Line.of(label, role, [row["step"] for row in rows], values, log=panel.is_log)
 
 
 _STYLES: Mapping[Role, Mapping[str, Any]] = {
@@ -137,7 +336,6 @@ _STYLES: Mapping[Role, Mapping[str, Any]] = {
 
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
-    merged = rows_by_step(rows)
     figure = Figure(figsize=(16, 8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
@@ -145,26 +343,95 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, IMAGE_PANELS, strict=True):
         axes.set_title(panel.title, loc="left")
         axes.grid(alpha=0.3)
-        colors: dict[str, str] = {}
-        drawn: list[float] = []
-        for line in panel_lines(panel, merged):
-            points = [
-                (row["step"], value if math.isfinite(value) and (value > 0 or not panel.is_log) else math.nan)
-                for row, value in zip(merged, line.values, strict=True)
-                if value is not None
-            ]
-            drawn += [value for _, value in points if not math.isnan(value)]
-            color = colors.setdefault(line.label, COLORS[len(colors)])
+        lines = list(panel_lines(panel, rows))
+        labels = list(dict.fromkeys(line.label for line in lines))
+        for line in lines:
             name = None if line.role == "smooth" else line.label
             name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
-            axes.plot(*zip(*points, strict=True), color=color, label=name, **_STYLES[line.role])
+            color = COLORS[labels.index(line.label)]
+            axes.plot(line.steps, line.values, color=color, label=name, **_STYLES[line.role])
+        drawn = [value for line in lines for value in line.values.tolist() if not math.isnan(value)]
         axis = Axis.around(drawn, 0, 1, is_log=panel.is_log)
         if panel.is_log:
             axes.set_yscale("log")
         else:
             axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.set_ylim(axis.low, axis.high)
-        if colors:
+        if lines:
             axes.legend(frameon=False)
     with files.staged_file(path) as temporary:
         canvas.print_figure(temporary, format="png")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter with its intervals."""
+
+    label: str
+    x: float
+    y: float
+    x_ends: Interval
+    y_ends: Interval
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[float, str] | None) -> Markup:
+    """Return numbered points with intervals as bars, and a legend; empty without a point.
+
+    The horizontal axis is logarithmic; `level` is a value on the vertical one of a line with its name.
+    """
+    if not points:
+        return Markup("")
+    widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
+    across = Axis.around(widths, 58, 704, is_log=True)
+    heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
+    up = Axis.around([*heights, *([level[0]] if level else [])], 304, 14)
+    shown = []
+    for index, point in enumerate(points):
+        x, y, errors = across.place(point.x), up.place(point.y), ""
+        if point.x_ends:
+            low, high = (across.place(max(end, across.low)) for end in point.x_ends)
+            errors += f"M{low} {y}H{high}"
+        if point.y_ends:
+            low, high = map(up.place, point.y_ends)
+            errors += f"M{x} {low}V{high}"
+        title = f"{point.label}: {number(point.x)}, {number(point.y)}"
+        own = {"x": x, "y": y, "errors": errors, "color": _color(index), "label": point.label, "title": title}
+        shown.append(own)
+    plot = {"across": across, "up": up, "x_title": x_title, "y_title": y_title, "level": level}
+    return part("svg.jinja", "scatter", {**plot, "points": shown})
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    labelled: Sequence[float],
+    title: str,
+    limit: float | None = None,
+) -> Markup:
+    """Return a histogram of bins between `edges`; its axis is logarithmic for numbers from 0.
+
+    Values of `labelled` get a label where there is room, the first ones first; `limit` is marked by a line.
+    """
+    width, bottom, room = 360, 92, 44
+    shape: Callable[[float], float] = math.log1p if edges[0] >= 0 else float
+    axis = Axis(shape(edges[0]), shape(edges[-1]), 0, width)
+    largest, bars = max(counts, default=0) or 1, []
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
+        if count:
+            x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
+            own = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
+            label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
+            bars.append((x, round(bottom - height, 1), own, height, label))
+    ticks: list[tuple[float, str, str]] = []
+    for value in labelled:
+        x = axis.place(shape(value))
+        if all(abs(x - other) > room for other, *_ in ticks):
+            anchor = "start" if x < room / 2 else "end" if x > width - room / 2 else "middle"
+            ticks.append((x, number(value, 3), anchor))
+    is_marked = limit is not None and edges[0] <= limit <= edges[-1]
+    plot = {
+        **{"width": width, "height": bottom + 18, "bottom": bottom},
+        **{"title": title, "bars": bars, "ticks": ticks},
+        "limit": (axis.place(shape(limit or 0)), number(limit or 0, 3)) if is_marked else None,
+    }
+    return part("svg.jinja", "histogram", plot)

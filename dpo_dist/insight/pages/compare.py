@@ -11,9 +11,9 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, without_secrets
+from dpo_dist.insight.pages.charts import Interval, Point, scatter
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
-from dpo_dist.insight.pages.svg import Interval, Point, scatter
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]

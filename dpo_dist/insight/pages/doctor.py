@@ -25,8 +25,8 @@ from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.margins import store_sentence
+from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import joined_origins, page
-from dpo_dist.insight.pages.svg import histogram
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""

@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import KINDS
 from dpo_dist.foundation import text
 
 Row = Mapping[str, float]
-Side = Literal["chosen", "rejected"]
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
@@ -92,8 +91,8 @@ class RunFacts:
             end = None if start is None or end is None else end - start
         return end / beta if beta and end is not None else None
 
-    def falls(self, rows: Sequence[Row], side: Side = "chosen") -> list[tuple[float, float]] | None:
-        """Return step and fall of the log-prob of responses below the reference's, in nats per token.
+    def falls(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
+        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
 
         Both models score the same responses. None if the policy does not start as the reference, or if the
         rewards are not beta times a log-ratio.
@@ -102,21 +101,18 @@ class RunFacts:
         has_reference = any("rewards/both_fall" in row for row in self.rows)
         if not beta or not has_reference or self.setting("reference.path") is not None:
             return None
-        tokens = dict(values(rows, f"tokens/{side}"))
-        return [
-            (step, -reward / beta / tokens[step])
-            for step, reward in values(rows, f"rewards/{side}")
-            if tokens.get(step)
-        ] or None
+        tokens = dict(values(rows, "tokens/chosen"))
+        rewards = values(rows, "rewards/chosen")
+        return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
 
-    def moved_logps(self, side: Side) -> tuple[float, float] | None:
-        """Return nats per token of a side's responses before and after training; None if not measured.
+    def moved_logps(self) -> tuple[float, float] | None:
+        """Return nats per token of chosen responses before and after training; None if not measured.
 
         Of the last row's responses under both models, else of the first and the last training row.
         """
-        metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
+        falls = self.falls(self.last_rows)
         rows = self.steps if falls is None else self.last_rows
-        start, end = first(rows, metric), last(rows, metric)
+        start, end = (which(rows, "logps/chosen_per_token") for which in (first, last))
         if start is None or end is None:
             return None
         return (start if falls is None else end + falls[-1][1]), end
@@ -152,25 +148,9 @@ class RunFacts:
         value = mean(recent, ACCURACY)
         return None if value is None else Accuracy(value, int(sum(row.get("pairs", 0) for row in recent)))
 
-    def evaluated_sources(self) -> dict[str, Accuracy]:
-        """Return the last evaluation accuracy of each source; empty if there is only one."""
-        return {
-            label: Accuracy(value, pairs)
-            for label, pairs in self.pairs_of_labels("eval").items()
-            if pairs and (value := last(self.evaluations, f"{ACCURACY}/{label}")) is not None
-        }
 
-
-class Spike(NamedTuple):
-    """A step whose loss is far above the median of those before."""
-
-    step: int
-    loss: float
-    usual: float
-
-
-def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
-    """Return the spike of a row after `rows`, if it is one.
+def usual_loss(rows: Sequence[Row], row: Row) -> float | None:
+    """Return the median loss before a row after `rows`, if the row is a spike.
 
     A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
     them, and by more than that median and the first loss.
@@ -183,7 +163,7 @@ def spike_of_last(rows: Sequence[Row], row: Row) -> Spike | None:
         return None
     usual = median(before)
     least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first(rows, "loss") or 0))
-    return Spike(int(row["step"]), loss, usual) if loss - usual > least else None
+    return usual if loss - usual > least else None
 
 
 def is_collapsed(row: Row) -> bool:
@@ -252,15 +232,12 @@ def mean(rows: Iterable[Row], key: str) -> float | None:
 
 def mean_over_time(rows: Iterable[Row], key: str) -> float | None:
     """Return the mean of a rate, such as pairs per second, over the time of the training steps, or None."""
-    total, seconds, before = 0.0, 0.0, 0.0
-    for row in rows:
-        if "step_seconds" not in row:  # an evaluation
-            continue
-        value, spent = finite(row, key), row["step_seconds"] * (row["step"] - before)
-        before = row["step"]
-        if value is not None:
-            total, seconds = total + value * spent, seconds + spent
-    return total / seconds if seconds else None
+    timed = [row for row in rows if "step_seconds" in row]  # no evaluations
+    before = [0.0, *(row["step"] for row in timed)]
+    spent = [row["step_seconds"] * (row["step"] - step) for row, step in zip(timed, before, strict=False)]
+    known = [(row[key], time) for row, time in zip(timed, spent, strict=True) if finite(row, key) is not None]
+    seconds = sum(time for _, time in known)
+    return sum(value * time for value, time in known) / seconds if seconds else None
 
 
 def number(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -236,8 +236,11 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         return
     if not facts.evaluations or facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
         return
-    by_source = {f" of {label}": found for label, found in facts.evaluated_sources().items()}
-    for source, accuracy in ({"": facts.accuracy()} | by_source).items():
+    found = [("", facts.accuracy())]
+    for label, pairs in facts.pairs_of_labels("eval").items():
+        if pairs and (value := last(facts.evaluations, f"{ACCURACY}/{label}")) is not None:
+            found.append((f" of {label}", Accuracy(value, pairs)))
+    for source, accuracy in found:
         if accuracy is not None and is_below_half(accuracy):
             yield (
                 f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs{source}, clearly "
@@ -438,7 +441,7 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
-    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
+    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps()
     if share is None or chosen is None or facts.setting("loss.kind") == "apo_down":  # which does it by design
         return
     if share >= 0.5 and chosen[0] - chosen[1] >= 0.1:
@@ -447,9 +450,6 @@ def _displacement(facts: RunFacts) -> Iterator[str]:
             f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, and "
             "harmful only if probability moves to texts that are neither"
         )
-
-
-_NEXT = "; "
 
 
 @dataclass(frozen=True)
@@ -483,7 +483,7 @@ def verdict(
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts.of(rows, summary, data_findings)
-    found = _found(facts, RULES)
+    found = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
@@ -495,19 +495,16 @@ def verdict(
     return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
 
 
-def sample_alarms(rows: Sequence[Row]) -> list[Finding]:
-    """Return the faults of the sampled responses by the metrics rows so far."""
-    return list(_found(RunFacts.of(rows, {}), ["over_optimised"]).values())
+def sample_alarm(rows: Sequence[Row]) -> Finding | None:
+    """Return the fault of the sampled responses by the metrics rows so far."""
+    return _finding("over_optimised", RunFacts.of(rows, {}))
 
 
-def _found(facts: RunFacts, names: Iterable[str]) -> dict[str, Finding]:
-    """Return the finding of each of these rules that the run breaks."""
-    texts = {name: _NEXT.join(RULES[name].find(facts)) for name in names}
-    return {
-        name: Finding(name, RULES[name].level, text, remedy=RULES[name].remedy)
-        for name, text in texts.items()
-        if text
-    }
+def _finding(name: str, facts: RunFacts) -> Finding | None:
+    """Return the finding of a rule, if the run breaks it."""
+    rule = RULES[name]
+    text = "; ".join(rule.find(facts))
+    return Finding(name, rule.level, text, remedy=rule.remedy) if text else None
 
 
 def _success(facts: RunFacts) -> str:

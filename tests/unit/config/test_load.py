@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
@@ -235,7 +236,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize(
     ("files", "kind", "beta"),
     [
-        (["loss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
+        (["# @package _global_\nloss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
         (["loss.beta: 3\nloss: simpo\n"], "simpo", 3.0),
         (["loss: {kind: simpo, simpo_gamma: 1.5}\n", "loss: ipo\n"], "ipo", 0.1),
         (["loss: {beta: 0.3}\n", "loss: simpo\n"], "simpo", 2.0),
@@ -248,12 +249,84 @@ def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
 ) -> None:
     for number, text in enumerate(files):
         Path(f"{number}.yaml").write_text(text)
-        Path(f"conf/experiment/e{number}.yaml").write_text(text)
-    own = configured(" ".join(f"{number}.yaml" for number in range(len(files))))
-    experiments = ",".join(f"e{number}" for number in range(len(files)))
-    experiment = configured(f"--config-dir conf +experiment=[{experiments}]")
-    assert own == experiment
-    assert (own.loss.kind, own.loss.beta) == (kind, beta)
+    loss = configured(" ".join(f"{number}.yaml" for number in range(len(files)))).loss
+    assert (loss.kind, loss.beta) == (kind, beta)
+    Path("conf/experiment/mine.yaml").write_text(files[0])
+    rest = " ".join(f"{number}.yaml" for number in range(1, len(files)))
+    assert configured(f"--config-dir conf +experiment=mine {rest}").loss == loss
+
+
+def write(**files: str) -> None:
+    """Write files of the own folder: `loss__mine` is conf/loss/mine.yaml."""
+    for name, text in files.items():
+        file = Path("conf", f"{name.replace('__', '/')}.yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> None:
+    write(
+        loss__softer="defaults: [ipo, _self_]\nbeta: 0.05\n",
+        loss__slow="# @package _global_\nloss: {kind: hinge}\noptim: {lr: 1e-8}\n",
+        experiment__base="# @package _global_\noptim: {lr: 3e-6}\ntrainer: {seed: 1, epochs: 3}\n",
+        experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
+        experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
+        cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
+        cluster__b="reference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
+        samples__many="prompts: 64\n",
+    )
+    config = configured(
+        "--config-dir conf +experiment=mine +cluster=[a,b] samples=many data.eval=[e] trainer.eval_every=5"
+    )
+    assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
+    assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
+    assert (config.parallelism.kind, config.reference.offload, config.tracking.wandb) == (
+        "zero2",
+        "cpu",
+        "off",
+    )
+    seed, loss = [configured(f"--config-dir conf +experiment=plain {more}") for more in ("", "loss=simpo")]
+    assert (seed.trainer.seed, seed.trainer.epochs, seed.loss.beta) == (4, 3, 0.05)
+    assert (loss.loss.kind, loss.loss.beta) == ("simpo", 2.0)
+    config = configured("--config-dir conf loss=slow")
+    assert (config.loss.kind, config.optim.lr) == ("hinge", 1e-8)
+    config = configured("--config-dir conf '+experiment=[plain,smoke]'")
+    assert (config.trainer.seed, config.trainer.max_steps) == (4, 4), "in the order of the command"
+
+
+def test_an_own_folder_may_have_its_own_root() -> None:
+    write(config="defaults: [{loss: ipo}, {model: null}, _self_]\ntrainer: {seed: 5}\n")
+    config = configured("--config-dir conf model=qwen2_5_7b", run=RUN[1:])
+    assert (config.loss.kind, config.trainer.seed) == ("ipo", 5)
+
+
+def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
+    write(
+        loss__mine="betta: 1\n",
+        experiment__base="# @package _global_\ntrainer: {sede: 1}\n",
+        experiment__mine="# @package _global_\ndefaults: [base, override /loss: mine]\nrunn: {name: x}\n",
+    )
+    text = error_of("--config-dir conf +experiment=mine").block()
+    for line in (
+        "loss.betta in loss/mine.yaml",
+        "trainer.sede in experiment/base.yaml",
+        "runn in experiment/mine.yaml",
+    ):
+        assert line in text
+    write(experiment__mine="defaults: [gone]\n")
+    assert "there is no experiment named 'gone'" in error_of("--config-dir conf +experiment=mine").block()
+
+
+def test_a_program_with_hydra_keeps_its_own() -> None:
+    write(config="{}")
+    with hydra.initialize_config_dir(version_base=None, config_dir=str(Path("conf").resolve())):
+        configured("loss=ipo")
+        assert hydra.compose("config") == {}
+
+
+@pytest.mark.parametrize("name", ["1e3", "007", "1_000", "é"])
+def test_a_text_is_as_typed(name: str) -> None:
+    assert configured(f"run.name={name}").run.name == name
 
 
 def test_every_mistake_in_files_is_named_with_its_file() -> None:
@@ -279,7 +352,6 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         ("- a", "this file has no keys"),
         ("loss: ipoo", "did you mean loss=ipo?"),
         ("experiment: qwen7b", "+experiment=NAME"),
-        ("defaults: [other]", "the list of defaults names presets only"),
         ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
     ],
 )

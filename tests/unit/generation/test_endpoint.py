@@ -90,15 +90,6 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any("authorization" in headers for headers in judged(longer_wins, SHORT, LONG)[1].headers)
 
 
-def test_a_busy_endpoint_is_asked_again() -> None:
-    def answer(content: dict[str, Any], number: int) -> Any:
-        return (429, {"retry-after-ms": "1"}, "{}") if number <= 2 else longer_wins(content)
-
-    judgement, server = judged(answer, SHORT, LONG, retries=3, parallel_requests=1)
-    assert judgement.scores == [0.0, 1.0]
-    assert len(server.bodies) == 4
-
-
 REFUSAL = {"error": {"code": "bad_parameter", "param": "max_tokens", "message": "a text of the record"}}
 
 

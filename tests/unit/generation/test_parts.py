@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.pairs import prompts
 from dpo_dist.generation.pairs.prompts import write_prompts
-from dpo_dist.generation.sampling.stages import Parts, work_on
+from dpo_dist.generation.sampling.stages import Parts, Stages
 from tests.support.records import jsonl
 
 
@@ -57,7 +58,10 @@ def stage(folder: Path, settings: Any = "a") -> Parts:
 
 def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
     """Do the share of one of two processes, one after the other; return the parts begun."""
-    process: Any = SimpleNamespace(rank=rank, size=2, together=lambda work, _: work())
+    world: Any = SimpleNamespace(
+        rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work, _: work()
+    )
+    screen: Any = SimpleNamespace(heartbeat=lambda _: None, progress=lambda *_: nullcontext())
     done = []
 
     def part(index: int) -> list[dict[str, Any]]:
@@ -66,10 +70,8 @@ def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = Non
             raise ConfigError("no memory")
         return number(index)
 
-    try:
-        work_on(parts, open_parts, process, part, lambda _: None)
-    except ConfigError:
-        assert fails is not None
+    with nullcontext() if fails is None else pytest.raises(ConfigError):
+        Stages(world, screen, "").finish("responses", parts, part)
     return done
 
 

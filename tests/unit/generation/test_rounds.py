@@ -225,17 +225,6 @@ def test_what_rounds_cannot_do_is_an_error(override: str, monkeypatch: pytest.Mo
     assert verbs.order == []
 
 
-@pytest.mark.parametrize("own_code", [1, 0])
-def test_sigterm_ends_the_rounds_with_its_own_code(own_code: int) -> None:
-    work = (
-        f"import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({own_code})); "
-        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
-    )
-    with pytest.raises(SystemExit) as caught:
-        run_command([sys.executable, "-c", work], Path("codes"))
-    assert caught.value.code == 143
-
-
 @pytest.mark.parametrize("code", [ExitCode.preempted, ExitCode.diverged, ExitCode.invalid])
 def test_the_exit_code_of_a_verb_survives_its_launcher(code: int) -> None:
     """Its processes write their codes, also after SIGTERM; it ends the others by SIGTERM, and with 1."""

@@ -29,9 +29,9 @@ from dpo_dist.insight.console import (
     Console,
     LineScreen,
     LiveScreen,
-    TrainingStatus,
     open_console,
     open_screen,
+    training_progress,
     warnings_off,
 )
 
@@ -40,7 +40,7 @@ VALUES = {
     **{"loss": 0.51234, "rewards/accuracies": 0.78, "rewards/margins": 0.4123},
     **{"pairs_per_second": 1234.5, "mfu": 0.41, "memory/peak_bytes": 61.2 * 2**30},
 }
-STATUS = TrainingStatus(120, 1000, VALUES, seconds_left=7200.0)
+STATUS = (120, 1000, VALUES, 7200.0)
 LINE = (
     "step 120/1,000  loss 0.5123  accuracy 0.780  2 h 00 min left  margin 0.412  1,234.5 pairs/s  MFU 41 %"
     "  61.2 GiB"
@@ -93,7 +93,7 @@ def test_other_ranks_print_errors_only_and_log_their_steps(
         with console.counter("encoding train data", "record") as count:
             count(1)
         assert console.is_due()
-        console.training(STATUS)
+        console.training(*STATUS)
         assert not console.is_due()
         console.alarm("process lost: rank 0 of 2 died")
     assert re.fullmatch(r"\d{4}-\S+ [\d:]{8}  process lost: rank 0 of 2 died\n", capfd.readouterr().err)
@@ -150,10 +150,10 @@ def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation
     console, printed = lines()
     for step in range(1, 11):
         if console.is_due():
-            console.training(TrainingStatus(step, 1000, {"loss": 0.5}, 90.0))
+            console.training(step, 1000, {"loss": 0.5}, 90.0)
         clock.now += 10.0
     assert [line.split("/")[0] for line in printed] == ["step 1", "step 4", "step 7", "step 10"]
-    console.training(TrainingStatus(1000, 1000, {"loss": 0.5}), always=True)
+    console.training(1000, 1000, {"loss": 0.5}, always=True)
     console.row({"step": 5, "loss": 0.5}, 1000)
     console.row({"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
     assert printed[4:] == [
@@ -170,7 +170,7 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.row({"step": 1, "loss": float("nan"), "grad_norm": 2.5}, 10)
     console.row({"step": 1, "eval_loss": 0.5}, 10)
     with console.until_end():
-        console.training(STATUS, always=True)
+        console.training(*STATUS, always=True)
     with console.progress("scoring", "pair") as show:
         show(1, 4)
     console.result("summary", {"steps": 10}, ["10 steps"])
@@ -205,7 +205,7 @@ def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: Consol
     console = Console(open_screen(stream, stream, ConsoleConfig(style=style)))
     for _ in range(2):
         console.say("text")
-        console.training(STATUS, always=True)
+        console.training(*STATUS, always=True)
         console.row({"step": 1, "eval_loss": 0.5}, 10)
         console.alarm("an error")
     stream.close()
@@ -249,7 +249,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTerminal]:
 @pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
 def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> None:
     terminal.resize(width)
-    terminal.screen.progress(STATUS)
+    terminal.screen.progress(training_progress(*STATUS), LINE)
     line = re.sub(r"\x1b\[[\d;?]*\w", "", terminal.shown()).rsplit("\r")[-1]
     assert "\n" not in line
     assert len(line) <= width

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.insight.evaluation import Resampling, bootstrap_intervals, results
+from dpo_dist.insight.evaluation import bootstrap_intervals, results
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 
@@ -27,7 +27,7 @@ def test_results_by_label_and_length_with_intervals() -> None:
     of_a = np.arange(PAIRS) < 25
     means = {"loss": 0.5, "loss/a": 0.4, "loss/b": 0.7, "rewards/margins": 7.0}
     prompts = np.arange(PAIRS, dtype=np.uint64) // 2
-    found = results(means, values, {"a": of_a, "b": ~of_a}, prompts, plan, Resampling(200, 0))
+    found = results(means, values, {"a": of_a, "b": ~of_a}, prompts, plan, 0, 200)
     assert list(found) == ["all", "a", "b"]
     assert (found["all"]["eval_loss"], found["a"]["eval_loss"], found["b"]["eval_loss"]) == (0.5, 0.4, 0.7)
     assert found["all"]["eval_rewards/margins"] == 7.0, "the exact mean, where there is one"

@@ -40,7 +40,7 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
 
 
 def test_a_bug_in_a_report_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "write_page", "sample_alarms"):
+    for name in ("draw_curves", "write_page", "sample_alarm"):
         monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
     opened = Opened(tmp_path)
     opened.recorder.record(sampled(2))

@@ -23,8 +23,8 @@
         lines: item.dataset.lines.split(" ").map(Number),
       }));
       this.data = JSON.parse(figure.dataset.chart);
-      this.points = this.data.lines.map(values => values
-        .map((value, i) => ({step: this.data.steps[i], value})).filter(point => point.value !== null));
+      this.points = this.data.lines.map(([steps, values]) =>
+        steps.map((step, i) => ({step, value: values[i]})));
       this.steps = [...new Set(this.points.flat().map(point => point.step))].sort((a, b) => a - b);
       this.at = null;
     }
@@ -40,7 +40,7 @@
     describe(line, step) {
       const point = this.last(line, step);
       if (!point) return "none yet";
-      const value = point.value === "" ? "no value" : text(point.value);
+      const value = point.value === null ? "no value" : text(point.value);
       return point.step === step ? value : value + " at step " + text(point.step);
     }
     show(step) {
@@ -65,7 +65,7 @@
       };
       const dots = this.items.map(item => {
         const point = this.last(item.lines[item.lines.length - 1], at);
-        if (!point || point.step !== at || point.value === "") return null;
+        if (!point || point.step !== at || point.value === null) return null;
         const y = between(scale(point.value), [scale(low), scale(high)], bottom, top);
         return made("circle", {cx: x, cy: y, r: 4, class: item.color});
       });

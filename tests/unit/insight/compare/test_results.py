@@ -10,16 +10,7 @@ import pytest
 from dpo_dist.config.verb_options import EndpointConfig
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.generation.judges import EndpointJudge, Judgement, Question
-from dpo_dist.insight.compare.results import (
-    LOSS,
-    TIE,
-    WIN,
-    compare_texts,
-    comparison,
-    credit,
-    score_texts,
-)
-from dpo_dist.insight.evaluation import Resampling
+from dpo_dist.insight.compare.results import LOSS, TIE, WIN, comparison, credit, judge_texts
 from tests.support.judge_server import judge_server
 
 Row = dict[str, Any]
@@ -46,7 +37,7 @@ def results(
                 for (one, two), value in zip(pairs, own, strict=True)
             ]
         found.append(row)
-    return comparison(found, list(rows[0]), Resampling(200, 0))
+    return comparison(found, list(rows[0]), 200)
 
 
 def test_kl_per_response_and_per_token() -> None:
@@ -140,7 +131,7 @@ class ByLength:
 
 def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
     judge = ByLength()
-    rows = score_texts(RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], []], judge)
+    rows = judge_texts(RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], []], judge, in_pairs=False)
     assert judge.asked == [("aa", "b"), ("why?", "c")]
     assert rows == [
         {"scores": [2.0, 1.0, 2.0], "credits": [WIN, TIE, LOSS], "counts": {"requests": 1}},
@@ -179,11 +170,12 @@ def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
 
     texts = [["good", "bad", "worse"], ["good", "good", ""], ["broken", "bad", "bad"]]
     with judge_server(answer) as server:
-        rows = compare_texts(RECORDS, texts, EndpointJudge(EndpointConfig(url=server.url, model="judge")))
-    assert len(server.bodies) == 2 * (3 + 0 + 2)
+        judge = EndpointJudge(EndpointConfig(url=server.url, model="judge"))
+        rows = judge_texts(RECORDS, texts, judge, in_pairs=True)
+    assert len(server.bodies) == 2 * (3 + 0 + 1)
     assert [row["credits"] for row in rows] == [[WIN, WIN, TIE], [TIE, WIN, WIN], [None, None, TIE]]
     assert [row["counts"] for row in rows] == [
         {"position_disagreements": 1, "requests": 6},
         {},
-        {"requests": 4, "unreadable": 4},
+        {"requests": 2, "unreadable": 2},
     ]

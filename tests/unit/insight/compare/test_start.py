@@ -8,7 +8,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.insight.compare.models import rehearse_comparison
-from dpo_dist.insight.compare.start import Kind, check_comparison, compared_models
+from dpo_dist.insight.compare.start import check_comparison, compared_models
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl, user
 from tests.support.tiny_model import write_model
@@ -48,14 +48,14 @@ def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
     names = ("", "beta=", "same=", "", "lora 2=")
     written = [f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)]
     found = compared_models([*written, "org/small", "big=org/large"])
-    assert [(model.name, model.kind, model.location) for model in found] == [
-        ("base", Kind.model, f"{models}/base"),
-        ("beta", Kind.model, f"{models}/run/model"),
-        ("same", Kind.model, f"{models}/run/model"),
-        ("run/step-000100", Kind.checkpoint, f"{models}/run/checkpoints/step-000100"),
-        ("lora 2", Kind.adapter, f"{models}/lora/model"),
-        ("small", Kind.model, "org/small"),
-        ("big", Kind.model, "org/large"),
+    assert [(model.name, model.is_checkpoint, model.location) for model in found] == [
+        ("base", False, f"{models}/base"),
+        ("beta", False, f"{models}/run/model"),
+        ("same", False, f"{models}/run/model"),
+        ("run/step-000100", True, f"{models}/run/checkpoints/step-000100"),
+        ("lora 2", False, f"{models}/lora/model"),
+        ("small", False, "org/small"),
+        ("big", False, "org/large"),
     ]
     assert found[1].path == f"{models}/run"
     # On the command line names need no quotes.
@@ -85,6 +85,7 @@ def test_models_that_cannot_be_compared(models: Path, written: list[str], messag
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
         (("pairs.endpoint.criterion=short",), "has no effect with this pairs.endpoint.url"),
         (("pairs.function=json:nothing",), "nothing"),
+        (("model.revision=main",), "no effect on a comparison without model.path"),
         (("data.eval=[]",), "no evaluation data to compare"),
     ],
 )

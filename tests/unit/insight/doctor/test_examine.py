@@ -12,7 +12,7 @@ from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import RULE_OF, RULES, Level
 from tests.support import tiny
-from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
+from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user
 
 Plant = Callable[[Pair], object]
@@ -26,13 +26,6 @@ def turns(*prompt: dict[str, str]) -> Plant:
     return lambda pair: pair.update(
         prompt=[*prompt], chosen=[assistant(pair["chosen"])], rejected=[assistant(pair["rejected"])]
     )
-
-
-def as_messages(pair: Pair) -> Pair:
-    return {
-        "prompt": [user(pair["prompt"])],
-        **{name: [assistant(pair[name])] for name in ("chosen", "rejected")},
-    }
 
 
 PLANTED: dict[str, Plant] = {

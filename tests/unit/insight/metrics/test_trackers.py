@@ -17,9 +17,16 @@ from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.insight.metrics.names import wandb_names
-from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
-from dpo_dist.insight.metrics.wandb import InBackground, Tracker, end_service, open_tracker, wanted_mode
+from dpo_dist.insight.metrics.trackers import (
+    InBackground,
+    Trackers,
+    WandbRun,
+    end_service,
+    open_trackers,
+    open_wandb,
+    wandb_names,
+    wanted_mode,
+)
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
 from tests.support.wandb_server import WandbServer
@@ -41,10 +48,10 @@ def config_of(mode: WandbMode = OFFLINE, **tracking: Any) -> RunConfig:
     return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, **tracking))
 
 
-def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> Tracker:
+def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> WandbRun:
     run_dir.mkdir(exist_ok=True)
     options.setdefault("request_stop", lambda: None)
-    tracker = open_tracker(config or config_of(), RunFolder(run_dir), **options)
+    tracker = open_wandb(config or config_of(), RunFolder(run_dir), **options)
     assert tracker is not None
     return tracker
 
@@ -62,8 +69,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+def services() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [each for each in children if "wandb-core" in each.name() and each.status() != "zombie"]
+
+
 def kill_service() -> None:
-    [service] = [each for each in psutil.Process().children() if "wandb-core" in each.name()]
+    [service] = services()
     service.kill()
     service.wait()
 
@@ -83,13 +95,13 @@ class Stuck:
         self.outcome = outcome
 
 
-def background(start: Callable[[Any], Any], say: Callable[[str], None], folder: Path) -> InBackground:
-    return InBackground(start, say, RunFolder(folder), first_wait=0.0)
+def background(run: Any, folder: Path, say: Callable[[str], None] = print) -> InBackground:
+    return InBackground(lambda tell: run, say, RunFolder(folder))
 
 
 def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) -> None:
     stuck = Stuck()
-    tracker = background(lambda say: stuck, print, tmp_path)
+    tracker = background(stuck, tmp_path)
     for step in range(1000):
         tracker.log({"step": step})
     assert stuck.sent == []
@@ -102,7 +114,7 @@ def test_rows_wait_for_a_dead_network_and_the_caller_does_not(tmp_path: Path) ->
 def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException], tmp_path: Path) -> None:
     stuck = Stuck()
     stuck.network.set()
-    trackers = Trackers([background(lambda say: stuck, print, tmp_path)])
+    trackers = Trackers([background(stuck, tmp_path)])
     trackers.log({"step": 1})
     with pytest.raises(error), trackers.ended_by_errors():
         raise error
@@ -187,9 +199,9 @@ def test_a_run_has_tables_histograms_and_its_verdict(tmp_path: Path, monkeypatch
 
 
 def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Path) -> None:
-    run_ids, said = set(), list[str]()
+    run_ids = set()
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
-        tracker = open_in(tmp_path, rows=ROWS[:known], say=said.append)
+        tracker = open_in(tmp_path, rows=ROWS[:known])
         run_ids.add(tracker.run.id)
         for row in ROWS[known:computed]:
             tracker.log(row)
@@ -202,7 +214,6 @@ def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Pat
             tracker.finish(end, {})
         time.sleep(1.0)  # wandb names its folders by the second
     assert run_ids == {(tmp_path / "wandb" / "run_id.txt").read_text()}
-    assert "wandb has the rows up to step 2" in str(said)
     assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1, 2, 3, 4]
     assert [row["train/global_step"] for row in all_rows(tmp_path)] == [1, 2, 2, 3, 4]
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75, 0]
@@ -217,7 +228,8 @@ def test_an_unreachable_server_leaves_an_offline_run(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     said: list[str] = []
-    tracker = open_in(tmp_path, config_of(WandbMode.auto), init_seconds=2.0, say=said.append)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    tracker = open_in(tmp_path, config_of(WandbMode.auto), say=said.append)
     assert "cannot start online" in said[0]
     assert "wandb sync" in said[1]
     tracker.log(ROWS[0])
@@ -242,17 +254,19 @@ def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    said: list[str] = []
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        tracker = open_in(tmp_path, config_of(WandbMode.auto), finish_seconds=1.0)
+        tracker = background(open_in(tmp_path, config_of(WandbMode.auto)), tmp_path, said.append)
     tracker.log(ROWS[0])
-    tracker.finish("completed", {})
-    (warning,) = warnings(caplog)
+    tracker.finish("completed", {}, seconds=2.0)
+    (warning,) = said
     assert f"wandb sync {tmp_path / 'wandb'}" in warning
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
+    assert services() == [], "the service does not start again"
 
 
 def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -268,10 +282,10 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert open_tracker(config_of(WandbMode.off), RunFolder(tmp_path), lambda: None) is None
+    assert open_wandb(config_of(WandbMode.off), RunFolder(tmp_path), lambda: None) is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
-    assert open_tracker(config_of(), RunFolder(tmp_path), lambda: None) is None
+    assert open_wandb(config_of(), RunFolder(tmp_path), lambda: None) is None
     assert "cannot start offline" in caplog.text
 
 

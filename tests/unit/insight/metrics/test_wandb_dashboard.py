@@ -8,8 +8,8 @@ import pytest
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.generation import text_facts
-from dpo_dist.insight.metrics.log import COLUMNS
-from dpo_dist.insight.metrics.names import BEST, MARGINS, STEP_AXIS, wandb_names
+from dpo_dist.insight.metrics.log import BEST, COLUMNS
+from dpo_dist.insight.metrics.trackers import MARGINS, STEP_AXIS, wandb_names
 from dpo_dist.objective.metrics import MetricPlan
 from scripts import wandb_dashboard
 from scripts.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dpo_dist.insight.pages.charts import PANELS, Panel, charts, draw_curves, panel_lines, rows_by_step
-from dpo_dist.insight.pages.svg import (
+from dpo_dist.insight.pages.charts import (
+    PANELS,
     Axis,
     Line,
     Point,
     chart,
+    charts,
+    draw_curves,
     histogram,
+    panel_lines,
     scatter,
 )
 
@@ -37,34 +40,41 @@ def paths(figure: str, role: str) -> list[str]:
 
 
 def test_a_value_that_is_not_finite_is_a_counted_gap_and_a_step_without_point_is_not() -> None:
-    gap = chart("x", [Line("a", [1, math.nan, 3, math.inf, 5], "raw")], [1, 2, 3, 4, 5])
+    gap = chart("x", [Line.of("a", "raw", [1, 2, 3, 4, 5], [1, math.nan, 3, math.inf, 5])])
     assert paths(gap, "raw")[0].count("M") == 3
     assert "Gaps: values that are missing or not finite: a 2." in gap
-    over = chart("x", [Line("a", [1, None, 3, None, 5], "raw")], [1, 2, 3, 4, 5])
+    assert data_of(gap)["lines"] == [[[1, 2, 3, 4, 5], [1, None, 3, None, 5]]]
+    over = chart("x", [Line.of("a", "raw", [1, 3, 5], [1, 3, 5])])
     assert paths(over, "raw")[0].count("M") == 1
     assert "Gaps" not in over
-    assert data_of(gap)["lines"] == [[1, "", 3, "", 5]]
-    assert data_of(over)["lines"] == [[1, None, 3, None, 5]]
-    positive = chart("x", [Line("a", [1e-3, 0, 1e3], "raw")], [1, 2, 3], log=True)
+    positive = chart("x", [Line.of("a", "raw", [1, 2, 3], [1e-3, 0, 1e3], log=True)], log=True)
     assert "not positive: a 1." in positive
-    assert chart("x", [Line("a", [None, None], "raw")], [1, 2]) == chart("x", [], []) == ""
+    assert chart("x", [Line.of("a", "raw", [], [])]) == chart("x", []) == ""
 
 
 def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
     values = np.random.default_rng(0).normal(size=100_000)
     values[777], values[99_000] = 50, -50
-    evaluations: list[float | None] = [None] * 100_000
-    evaluations[1510:1513] = [9.0, 0.1, 0.5]
-    lines = [Line("a", values.tolist(), "raw"), Line("b", evaluations, "evaluation")]
-    figure = chart("x", lines, list(range(100_000)))
-    assert len(figure) < 30_000
-    assert {50, -50} <= set(data_of(figure)["lines"][0])
+    raw = Line.of("a", "raw", range(100_000), values.tolist())
+    figure = chart("x", [raw, raw.smoothed(), Line.of("b", "evaluation", [1510, 1512], [9.0, 0.5])])
+    assert len(figure) < 45_000
+    assert {50, -50} <= set(data_of(figure)["lines"][0][1])
     assert "b <b>0.5 at step 1,512</b>" in figure
+
+
+def test_the_moving_mean_has_no_gap_in_it() -> None:
+    values = [float(step % 2) for step in range(200)]
+    values[100] = math.nan
+    means = Line.of("a", "raw", range(200), values).smoothed().values
+    assert np.isnan(means).nonzero()[0].tolist() == [100]
+    assert np.nanmax(np.abs(means[20:180] - 0.5)) < 0.05
+    few = Line.of("a", "raw", [1, 2], [1, 2])
+    assert few.smoothed() is few
 
 
 def test_texts_are_inert() -> None:
     for figure in (
-        chart(HOSTILE, [Line(HOSTILE, [1.0], "raw")], [1], unit=HOSTILE),
+        chart(HOSTILE, [Line.of(HOSTILE, "raw", [1], [1.0])], unit=HOSTILE),
         scatter([Point(HOSTILE, 1, 2, None, None)], HOSTILE, HOSTILE, (1.0, HOSTILE)),
         histogram([0, 1, 2], [1, 2], [0], HOSTILE),
     ):
@@ -92,14 +102,10 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
     return found
 
 
-def lines_of(history: list[dict[str, float]], panel: Panel = PANELS[0]) -> list[Line]:
-    return list(panel_lines(panel, rows_by_step(history)))
-
-
 def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
     history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(10)]
-    [spike] = [line for line in lines_of(history) if line.role == "spike"]
-    assert [step for step, value in enumerate(spike.values, 1) if value] == [5, 9]
+    [spike] = [line for line in panel_lines(PANELS[0], history) if line.role == "spike"]
+    assert spike.steps.tolist() == [5, 9]
     assert '<path class="spike c1"' in charts(history)[0]
 
 
