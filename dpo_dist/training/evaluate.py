@@ -13,7 +13,6 @@ import numpy as np
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
 from dpo_dist.distributed.world import World
@@ -22,11 +21,12 @@ from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, wri
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
-from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
+from dpo_dist.model.adapter_files import base_notes
+from dpo_dist.model.folder import hub_commit, is_adapter
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.objective.metrics import MetricPlan, MetricSums, PairValues
+from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
 from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
 from dpo_dist.training.loss import Objective
@@ -94,16 +94,13 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
     model, running, commit = load_evaluated(run, evaluated, inputs)
-    dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
-    every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
+    ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
-    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, costs, one_sided)
-    evaluation = evaluate(model, objective, rank_batch, world, running)
-    means = MetricSums(evaluation.sums.names, world.sum_replicas(evaluation.sums.values)).means()
+    means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
     found: Results = {}
 
     def write() -> None:
-        values, folder = evaluation.values, run.folder
+        folder = run.folder
         assert values is not None
         name = evaluated.name(config, inputs)
         found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
@@ -136,8 +133,8 @@ def load_evaluated(
         found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
         commit = hub_commit(found)
         if is_adapter(found):
-            if named := foreign_base(found, base, config):
-                run.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
+            for note in base_notes(config.model, found):
+                run.say(note)
             finish = partial(load_adapter, folder=found)
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
@@ -147,14 +144,6 @@ def load_evaluated(
     model_config = replace(scored_model(config), quantization=bits)
     model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
     return model, running, commit
-
-
-def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:
-    """Return the base that an adapter names, unless it is `model.path` or is not named."""
-    named = read_model_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or named in ("", config.model.path):
-        return None
-    return None if Path(named).expanduser().resolve() == base.resolve() else named
 
 
 def _load_trained(
