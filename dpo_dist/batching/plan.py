@@ -70,8 +70,6 @@ def causal_pairs(tokens: CountT) -> CountT:
 Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
-_GROUPS = 128  # of examples that are assigned at a time: as tight as one by one, in milliseconds
-_CAPACITY_TRIALS = 3
 _ROW_TRIALS = 12
 
 
@@ -161,8 +159,9 @@ def example_sizes(
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Assign the examples of a global batch to micro-batches and ranks.
 
-    As few micro-batches as possible; the ranks get work of equal cost in each micro-batch and in the whole
-    step, so that they wait little for each other. An example above the budget is alone in its micro-batch.
+    As few micro-batches as hold examples that are dealt out by cost, and rarely one more than the tightest
+    packing has: the ranks get work of equal cost in each micro-batch and in the whole step, so that they wait
+    little for each other. An example above the budget is alone in its micro-batch.
 
     `token_budget`: tokens that fit in one micro-batch, with their padding. The plan, by micro-batch and rank,
     has indices in `sizes`; none where a rank computes a dummy: all have the same number of micro-batches
@@ -177,8 +176,6 @@ def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) 
     micro_batches = math.ceil(tokens.sum() / (world_size * token_budget))
     while True:
         bins = _fill_evenly(tokens, sizes.costs, world_size, micro_batches, token_budget)
-        if bins is None:
-            bins = _fill_tightly(tokens, world_size * micro_batches, token_budget)
         if bins is not None:
             return _assign_to_ranks(bins, sizes.costs, world_size, micro_batches)
         micro_batches += 1
@@ -233,26 +230,6 @@ def _target_costs(costs: Costs, world_size: int, micro_batches: int) -> Costs:
     return targets
 
 
-def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
-    """Best fit into bins as small as a few trials find possible (Coffman, Garey, Johnson 1978)."""
-    longest_first = np.argsort(-tokens, kind="stable")
-    descending = tokens[longest_first]
-    fitted = _fit(descending, number, budget)
-    if fitted is None:
-        return None
-    too_small, capacity = int(tokens.sum()) // number, budget
-    for _ in range(_CAPACITY_TRIALS):
-        middle = (too_small + capacity) // 2
-        tighter = _fit(descending, number, middle)
-        if tighter is None:
-            too_small = middle
-        else:
-            fitted, capacity = tighter, middle
-    bins = np.empty_like(fitted)
-    bins[longest_first] = fitted
-    return bins
-
-
 def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
     """Assign examples of similar lengths to a bin, of which all rows are padded to its longest.
 
@@ -283,32 +260,6 @@ def _cut_rows(rows: Counts, longest: Counts, capacity: int) -> Bins:
         stop = max(start + 1, int(np.searchsorted(before, before[start] + most, side="right")) - 1)
         bins[longest_first[start:stop]] = number
         start, number = stop, number + 1
-    return bins
-
-
-def _fit(tokens: Counts, number: int, capacity: int) -> Bins | None:
-    """Assign each example, longest first, to the fullest bin with enough space; None if no bin has it.
-
-    A group of examples is assigned at a time, to as many bins.
-    """
-    free, numbers = np.full(number, capacity), np.arange(number)
-    bins = np.empty(len(tokens), dtype=np.int64)
-    done, group = 0, math.ceil(len(tokens) / _GROUPS)
-    while done < len(tokens):
-        ascending = tokens[done : done + group][::-1]
-        # The first bin with space for each, or the next that no shorter example of the group has taken.
-        offsets = np.arange(len(ascending))
-        taken = np.maximum.accumulate(np.searchsorted(free, ascending) - offsets) + offsets
-        if taken[-1] >= number:
-            if len(ascending) == 1:
-                return None
-            group = math.ceil(len(ascending) / 2)
-            continue
-        bins[done : done + len(ascending)] = numbers[taken][::-1]
-        done += len(ascending)
-        free[taken] -= ascending
-        fullest_first = np.argsort(free, kind="stable")
-        free, numbers = free[fullest_first], numbers[fullest_first]
     return bins
 
 

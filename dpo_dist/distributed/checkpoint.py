@@ -558,51 +558,50 @@ class CheckpointSaver:
         try:
             mine = world.together(pending.entries.result)
             entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            self._damaged.discard(pending.folder.name)
             world.on_main(lambda: self._commit(pending, entries))
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise
-        self._damaged.discard(pending.folder.name)
-        world.on_main(lambda: self._list_best(self._best))
-        # Some file systems need minutes to delete files of terabytes.
-        world.on_main(lambda: self._delete_old(pending.folder, self._best))
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
             write_manifest(pending.temporary, entries)
             commit_folder(pending.temporary, pending.folder)
-            write_text(self._root / _LATEST, pending.folder.name)
-            note_progress(str(pending.folder))
-            self._committed(step_of(pending.folder.name) or 0)
+        self._name(pending.folder)
+        note_progress(str(pending.folder))
+        self._committed(step_of(pending.folder.name) or 0)
+        self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
 
-    def _list_best(self, best: Sequence[str]) -> None:
-        with disk_errors(self._root):
-            if best:
-                write_text(self._root / BEST, "".join(f"{name}\n" for name in best))
+    def _name(self, folder: Path) -> None:
+        """Name the last checkpoint and the best ones in their files."""
+        with disk_errors(folder):
+            write_text(self._root / _LATEST, folder.name)
+            if self._best:
+                write_text(self._root / BEST, "".join(f"{name}\n" for name in self._best))
             else:
                 (self._root / BEST).unlink(missing_ok=True)
 
-    def _delete_old(self, committed: Path, best: Sequence[str]) -> None:
+    def _delete_old(self, committed: Path) -> None:
         """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         complete = [each for each in others if each.name not in self._damaged and has_all_files(each)]
-        kept = {*complete[: self._keep_last - 1], *(folder for folder in complete if folder.name in best)}
+        kept = {*complete[: self._keep_last - 1], *(each for each in complete if each.name in self._best)}
         for folder in set(others) - kept:
             shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
+
         `best_steps` are those of the best checkpoints, the best first.
         """
-        best = [checkpoint_name(step) for step in best_steps]
+        self._best = [checkpoint_name(step) for step in best_steps]
 
         def complete() -> None:
-            with disk_errors(folder):
-                write_text(self._root / _LATEST, folder.name)
-            self._list_best(best)
+            self._name(folder)
             if not self._damaged:  # deleted after the next commit, as are the others then
-                self._delete_old(folder, best)
+                self._delete_old(folder)
 
         self._world.on_main(complete)
 

@@ -41,6 +41,7 @@ from dpo_dist.distributed.memory import (
     explain_out_of_memory,
     policy_remedy,
     return_memory,
+    trim_heap,
     wait_for_device,
 )
 from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
@@ -206,7 +207,7 @@ _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of the policy, without `policy_communication`."""
+    """Return DeepSpeed's configuration of the policy, without `communication`."""
     zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
@@ -224,23 +225,27 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     }
 
 
-def policy_communication(stage: int, hidden_size: int) -> dict[str, Any]:
-    """Return the bucket sizes of the policy's ZeRO configuration, in elements, for a model of this width.
+def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:
+    """Return the bucket sizes of a ZeRO configuration, in elements, for a model of this width.
 
-    Stage 3 has the values of DeepSpeed's documentation and of transformers' `auto`: gradients are reduced,
-    and weights prefetched, in buckets of about one square matrix; vectors are not sharded. The other stages
-    reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed would allocate
-    5e8.
+    Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
+    would allocate 5e8. Stage 3 has the values of DeepSpeed's documentation and of transformers' `auto`:
+    gradients are reduced, and weights prefetched, in buckets of about one square matrix; vectors are not
+    sharded. A model that is only scored has the memory of gradients, optimizer states and activations: a
+    layer is gathered while the one before it computes. DeepSpeed prefetches nothing while more than
+    `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
     """
     square = hidden_size**2
+    layer = _SQUARES_PER_LAYER * square
     if stage < 3:
-        layer = _SQUARES_PER_LAYER * square
         return {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
-    return {
-        "reduce_bucket_size": square,
-        "stage3_prefetch_bucket_size": int(0.9 * square),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
+    prefetch = {"reduce_bucket_size": square, "stage3_prefetch_bucket_size": int(0.9 * square)}
+    if not trains:
+        prefetch = {
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": max(10**9, 3 * layer),
+        }
+    return {**prefetch, "stage3_param_persistence_threshold": 10 * hidden_size}
 
 
 def frozen_config(
@@ -257,22 +262,6 @@ def frozen_config(
     if folder is not None:
         zero["offload_param"] |= {"nvme_path": str(folder), "buffer_size": largest_shard}
     return _shared_config(zero, dtype)
-
-
-def with_layer_prefetch(frozen: dict[str, Any], hidden_size: int) -> dict[str, Any]:
-    """Return `frozen_config` with prefetch of a whole decoder layer, for a model of this width.
-
-    A layer is gathered while the one before it computes: the memory that training needs for gradients,
-    optimizer states and activations is free. DeepSpeed prefetches nothing while more than
-    `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
-    """
-    layer = _SQUARES_PER_LAYER * hidden_size**2
-    options = {
-        "stage3_prefetch_bucket_size": layer,
-        "stage3_max_live_parameters": max(10**9, 3 * layer),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    return {**frozen, "zero_optimization": {**frozen["zero_optimization"], **options}}
 
 
 def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
@@ -341,6 +330,7 @@ class FrozenEngine(Engine):
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         model.requires_grad_(False)
         gather_at_once(model)
+        deepspeed_config["zero_optimization"].update(communication(3, model.hidden_size, trains=False))
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
         super().__init__(model, engine)
@@ -382,7 +372,7 @@ class PolicyEngine(Engine):
         self, model: PackedCausalLM, optim: OptimConfig, world: World, ema_decay: float | None = None
     ):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero.update(policy_communication(zero["stage"], model.hidden_size))
+        zero.update(communication(zero["stage"], model.hidden_size))
         if model.compiled and zero["stage"] == 3 and torch.__version__ < "2.12":
             raise ConfigError(
                 "compiled layers lose gradients of sharded weights in torch before 2.12",
@@ -467,6 +457,8 @@ class PolicyEngine(Engine):
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._world.device.type == "cpu":  # else what backward has freed adds to what the update takes
+            trim_heap()
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
         is_applied = self._engine.was_step_applied()

@@ -3,10 +3,10 @@
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -171,14 +171,11 @@ def _varlen(
 PACKED = "dpo_dist_packed"
 
 
-class PackedAttention(Protocol):
-    """Attention of one micro-batch, shared by all layers."""
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
+"""Attention of one micro-batch, shared by all layers.
 
-    layout: Layout
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Return [tokens, heads, dim]; query [tokens, heads, dim], key and value [tokens, kv_heads, dim]."""
-        ...
+Of query [tokens, heads, dim], key and value [tokens, kv_heads, dim] it returns [tokens, heads, dim].
+"""
 
 
 def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:

@@ -55,7 +55,7 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
     """Return the transformers configuration of a model folder, with all dropout and noise switched off."""
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        text = model_config.get_text_config()
+        model_config.get_text_config()
     except Exception as error:  # a configuration's validation can raise anything
         raise _own_code_error(folder, config, key, CONFIG_FILE) or ConfigError(
             "the model's config.json cannot be read",
@@ -70,13 +70,6 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
             got=f"{folder / CONFIG_FILE}: {' '.join(named[0].split())}",
             expected="an implementation of transformers",
             remedy="remove it from config.json: model.attention selects the kernel",
-        )
-    if getattr(text, "num_hidden_layers", None) == 0:
-        raise ConfigError(
-            "config.json describes a model without layers",
-            where=key,
-            got=f"{folder} with num_hidden_layers=0",
-            remedy="download or save the model again",
         )
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:  # such weights have no gradient: only norms would be trained

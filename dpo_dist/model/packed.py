@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpo_dist.batching.pack import PackedBatch, Rows, rows_of
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.model.attention import PACKED, PackedAttention, packed_attention
+from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.model.rotary import forget_lengths, rope_limit
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
@@ -180,65 +180,45 @@ class PackedCausalLM(nn.Module):
 
         Beside them, `with_routing`, `objective.router.routing_sums` of a mixture of experts.
         """
-        if self.arrangement is Arrangement.packed and self.sequence is not None:
-            return self._shared(batch, self.sequence, statistics, with_routing)
-        found, weights = self._in_rows(batch, with_routing)
-        logps = self._logps(found.predicting, batch.targets, statistics)
-        return logps if weights is None else (logps, self._routing(found, weights))
-
-    def _in_rows(self, batch: PackedBatch, with_routing: bool) -> tuple["_Outputs", Tensor | None]:
-        """Return outputs of the predictors; with routing float32 [tokens], how often each token counts."""
         if self.arrangement is Arrangement.packed:
-            attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
-            packed = self._packed(batch.input_ids, batch.position_ids, attention, with_routing)
-            return packed.at(batch.predictors), batch.rows if with_routing else None
+            return self._packed(batch, statistics, with_routing)
         rows = rows_of(batch, self._pad_id)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
-            of_rows = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
-            return of_rows, rows.is_token.flatten() * is_example if with_routing else None
-        of_each = self._one_by_one(rows, batch.forwards, with_routing)
-        weights = of_each.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        return of_each, weights if with_routing else None
-
-    def _shared(
-        self,
-        batch: PackedBatch,
-        sequence: TokenExchange,
-        statistics: Sequence[Statistic],
-        with_routing: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return `forward` of a packed batch; each rank of `sequence` computes a part of its tokens."""
-        attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
-        tokens = len(batch.input_ids)
-        share = TokenShare.of(sequence, tokens, batch.target_places[1], batch.input_ids.device)
-        found = self._packed(
-            batch.input_ids[share.tokens],
-            batch.position_ids[share.tokens],
-            ExchangedAttention(attention, sequence, tokens),
-            with_routing,
-        )
-        predicting = found.at(share.predictors).predicting
-        logps = share.gather(self._logps(predicting, batch.targets[share.targets], statistics))
-        return (logps, share.sum(self._routing(found, share.own(batch.rows)))) if with_routing else logps
+            found = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
+            weights = rows.is_token.flatten() * is_example
+        else:
+            found = self._one_by_one(rows, batch.forwards, with_routing)
+            weights = found.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
+        logps = self._logps(found.predicting, batch.targets, statistics)
+        return (logps, self._routing(found, weights)) if with_routing else logps
 
     def _packed(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention: PackedAttention,
-        with_routing: bool = False,
-    ) -> "_Outputs":
-        """Return the outputs of one packed sequence."""
-        return self._call(
+        self, batch: PackedBatch, statistics: Sequence[Statistic], with_routing: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `forward` of one packed sequence, of which each rank of `sequence` computes some tokens."""
+        ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
+        attention = packed_attention(batch.layout, self.backend, device)
+        predictors, targets, rows, share = batch.predictors, batch.targets, batch.rows, None
+        if self.sequence is not None:
+            share = TokenShare.of(self.sequence, len(ids), batch.target_places[1], device)
+            attention = ExchangedAttention(attention, self.sequence, len(ids))
+            ids, positions = ids[share.tokens], positions[share.tokens]
+            predictors, targets = share.predictors, targets[share.targets]
+        found = self._call(
             with_routing,
-            input_ids=input_ids[None],
+            input_ids=ids[None],
             # Of ones: without it transformers would look for packed sequences itself, by their positions.
-            attention_mask=torch.ones_like(input_ids[None]),
-            position_ids=position_ids[None],
+            attention_mask=torch.ones_like(ids[None]),
+            position_ids=positions[None],
             packed=attention,
-            packed_positions=position_ids,
-        )
+            packed_positions=positions,
+        ).at(predictors)
+        logps = self._logps(found.predicting, targets, statistics)
+        if share is None:
+            return (logps, self._routing(found, rows)) if with_routing else logps
+        logps = share.gather(logps)
+        return (logps, share.sum(self._routing(found, share.own(rows)))) if with_routing else logps
 
     def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.

@@ -8,7 +8,7 @@ dealt out in turn because a long prompt has no targets: with contiguous slices, 
 output layer.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import Heads, PackedAttention
-from dpo_dist.model.sdpa import Layout, Scores
+from dpo_dist.model.sdpa import Scores
 
 KEY = "parallelism.sequence_parallel"
 
@@ -139,10 +139,6 @@ class ExchangedAttention:
     whole: PackedAttention
     exchange: TokenExchange
     tokens: int
-    layout: Layout = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.layout = self.whole.layout
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `PackedAttention`; tensors are of this rank's tokens and all heads. Collective."""

@@ -97,26 +97,6 @@ class MetricPlan:
 
 
 @dataclass(frozen=True)
-class TokenSums:
-    """`divergence` and entropy (nats) of the policy's tokens, summed by response; None: not measured."""
-
-    kl: PairLogps | None = None
-    entropy: PairLogps | None = None
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A metric with a count of its own: the sum of `values` over the batch divided by the sum of `counts`.
-
-    Both are [pairs], for example log-probs summed over tokens, and numbers of tokens. A value is ignored
-    where its count is 0.
-    """
-
-    values: Tensor
-    counts: Tensor
-
-
-@dataclass(frozen=True)
 class MetricSums:
     """Weighted sums and counts over pairs, to be added over micro-batches and ranks.
 
@@ -130,14 +110,6 @@ class MetricSums:
     def zeros(names: tuple[str, ...], device: torch.device) -> "MetricSums":
         """Return the sums of no pairs."""
         return MetricSums(names, torch.zeros(2 * len(names), dtype=torch.float64, device=device))
-
-    @staticmethod
-    def of(measured: Mapping[str, Tensor | Counted], weights: Tensor) -> "MetricSums":
-        """Sum metrics, [pairs] each, over the pairs of weight 1; dummies have weight 0."""
-        pairs = [_with_counts(metric) for metric in measured.values()]
-        values, counts = (torch.stack([row.double() for row in rows]) for rows in zip(*pairs, strict=True))
-        columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
-        return MetricSums(tuple(measured), (columns * weights.double()).sum(dim=1))
 
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
         """Return these sums with scalars of the whole step added, each counted `count` times.
@@ -187,38 +159,47 @@ def metric_sums(
     policy: PairLogps,
     reference: PairLogps | None,
     weights: Tensor,
-    tokens: TokenSums | None = None,
+    tokens: Mapping[str, PairLogps | None] | None = None,
     sources: Tensor | None = None,
 ) -> MetricSums:
     """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
 
     `losses`: [pairs], of `preference_loss`. `weights`: float32 [pairs], 1 for a pair of the batch, 0 for a
-    dummy. `sources`: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
+    dummy. `tokens`: `kl` (`divergence`) and `entropy` (nats) of the policy's tokens, summed by response, if
+    they are measured. `sources`: int64 [pairs], index of each pair's source in `plan.labels`; None without
+    labels.
     """
     loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
-    measured = _of_pairs(loss, losses, policy, reference, tokens or TokenSums())
-    measured[BATCH_MARGIN] = scaled_margin(ratios, loss)
-    measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2
+    ones = torch.ones_like(zeros)
+    measured = {name: (values, ones) for name, values in _of_pairs(loss, losses, policy, reference).items()}
+    measured[BATCH_MARGIN] = scaled_margin(ratios, loss), ones
+    measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
+    # Counted by tokens: the sum of values over the batch is divided by the sum of tokens.
+    by_token = {f"{name}/{{}}": sums for name, sums in (tokens or {}).items() if sums is not None}
+    for name, sums in (by_token | {"logps/{}_per_token": policy.detached()}).items():
+        measured[name.format("chosen")] = sums.chosen, sums.chosen_tokens
+        measured[name.format("rejected")] = sums.rejected, sums.rejected_tokens
     longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
     buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
-    members = {"": torch.ones_like(zeros)}
+    members = {"": ones}
     members |= {group: buckets == number for number, group in enumerate(_LENGTH_GROUPS)}
     if sources is not None:
         members |= {f"/{label}": sources == number for number, label in enumerate(plan.labels)}
-    found: dict[str, Tensor | Counted] = {}
-    for name, (metric, group) in plan.rows.items():
-        values, counts = _with_counts(measured.get(metric, Counted(zeros, zeros)))
-        found[name] = Counted(values, counts * members.get(group, zeros))
-    return MetricSums.of(found, weights)
+    rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
+    values = torch.stack([row.double() for row, _, _ in rows])
+    counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
+    # A value is ignored where its count is 0.
+    columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
+    return MetricSums(plan.names, (columns * weights.double()).sum(dim=1))
 
 
 def _of_pairs(
-    loss: LossConfig, losses: Tensor, policy: PairLogps, reference: PairLogps | None, tokens: TokenSums
-) -> dict[str, Tensor | Counted]:
-    """Return every metric of pairs that was measured."""
+    loss: LossConfig, losses: Tensor, policy: PairLogps, reference: PairLogps | None
+) -> dict[str, Tensor]:
+    """Return the metrics that each pair has once."""
     rewards = implicit_rewards(policy, reference, loss)
     margins = rewards.chosen - rewards.rejected
-    measured: dict[str, Tensor | Counted] = {
+    measured = {
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
@@ -227,25 +208,13 @@ def _of_pairs(
         "rewards/margins": margins,
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
-        "logps/chosen_per_token": Counted(policy.chosen.detach(), policy.chosen_tokens),
-        "logps/rejected_per_token": Counted(policy.rejected.detach(), policy.rejected_tokens),
         "tokens/chosen": policy.chosen_tokens,
         "tokens/rejected": policy.rejected_tokens,
     }
     if reference is not None:
         falls = (policy.chosen < reference.chosen) & (policy.rejected < reference.rejected)
         measured["rewards/both_fall"] = torch.where(margins.isnan(), margins, falls)
-    for name, sums in (("kl", tokens.kl), ("entropy", tokens.entropy)):
-        if sums is not None:
-            measured[f"{name}/chosen"] = Counted(sums.chosen, sums.chosen_tokens)
-            measured[f"{name}/rejected"] = Counted(sums.rejected, sums.rejected_tokens)
     return measured
-
-
-def _with_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
-    if isinstance(metric, Counted):
-        return metric.values, metric.counts
-    return metric, torch.ones_like(metric, dtype=torch.float64)
 
 
 Values = npt.NDArray[np.float32]

@@ -21,7 +21,6 @@ from dpo_dist.distributed.zero import (
     frozen_config,
     sharded_loading,
     whole_loading,
-    with_layer_prefetch,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
@@ -186,7 +185,7 @@ def load_scored(
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        engine = FrozenEngine(model, with_layer_prefetch(deepspeed_config, model.hidden_size), own)
+        engine = FrozenEngine(model, deepspeed_config, own)
     settle_engine(engine, length, world, key)
     return engine
 

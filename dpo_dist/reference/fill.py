@@ -18,7 +18,7 @@ from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
-from dpo_dist.reference.scoring import Scorer, Work, plan_round, score_round
+from dpo_dist.reference.scoring import Scorer, plan_round, score_round, split_into_rounds
 from dpo_dist.reference.store import LogpStore, Values, first_of_each
 
 log = logging.getLogger(__name__)
@@ -133,30 +133,32 @@ class StoreFiller:
 
     def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: Progress) -> FillReport:
         """Score responses in rounds; while one round is scored, the shards of the one before are written."""
-        started, work, done, is_stopped = time.monotonic(), Work.of(dataset, missing), 0, False
-        score, written, own = self.load_scorer(), set[str](), 0
+        started, done, is_stopped = time.monotonic(), 0, False
+        score, written, stored = self.load_scorer(), set[str](), 0
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
-        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.replicas)
+        pairs_of_round = max(1, self.entries_per_shard // 2) * self.world.replicas
+        rounds = split_into_rounds(dataset, missing, pairs_of_round)
+        pairs = len(np.unique(dataset.locate_responses(missing)[0]))
         must_stop = self.stops.must_stop if self.stops is not None else lambda: False
-        progress(0, len(work))
+        progress(0, pairs)
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writing: Future[set[str]] = pool.submit(set)
             for round_ in planned:
 
-                def within(share: float, before: int = done, pairs: int = len(round_.work)) -> None:
-                    progress(before + int(share * pairs), len(work))
+                def within(share: float, before: int = done, own: int = round_.pairs) -> None:
+                    progress(before + int(share * own), pairs)
 
                 keys, entries, is_stopped = score_round(dataset, round_, score, self.world, within, must_stop)
                 written |= self.world.together(writing.result)
                 writing = pool.submit(self._write, keys, entries)
-                own, done = own + len(keys), done + len(round_.work)
+                stored, done = stored + len(keys), done + round_.pairs
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
         self.shards = self.shards.union(*self.world.gather(written))
         if is_stopped and self.stops is not None:
-            stored = sum(self.world.gather(own))
-            when = f"after {stored:,} of the {len(missing):,} missing reference log-probs were stored"
+            in_all = sum(self.world.gather(stored))
+            when = f"after {in_all:,} of the {len(missing):,} missing reference log-probs were stored"
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
 

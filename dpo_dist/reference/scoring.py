@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,70 +26,52 @@ _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Work:
-    """Responses to score, grouped by pair; arrays, because they may be many millions.
+class Part:
+    """A pair, and those of its responses to score: indices in the dataset's `keys`, and in the pair."""
 
-    Attributes:
-        pairs: int64 [pairs], indices in the dataset, ascending.
-        stops: int64 [pairs], end offset of each pair's responses in `responses`.
-        responses: int64 [responses], indices in the dataset's `keys`.
-        which: int64 [responses], number of each response within its pair.
-    """
-
-    pairs: Indices
-    stops: Indices
+    pair: int
     responses: Indices
     which: Indices
-
-    @classmethod
-    def of(cls, dataset: PreferenceDataset, responses: Indices) -> "Work":
-        """Group `responses`, ascending indices in `dataset.keys`, by pair."""
-        pairs, which = dataset.locate_responses(responses)
-        distinct, counts = np.unique(pairs, return_counts=True)
-        return cls(distinct, np.cumsum(counts), responses, which)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def part(self, start: int, stop: int) -> "Work":
-        """Return the pairs ``start <= number < stop``."""
-        first = int(self.stops[start - 1]) if start else 0
-        pairs, stops = self.pairs[start:stop], self.stops[start:stop] - first
-        responses = slice(first, first + int(stops[-1]))
-        return Work(pairs, stops, self.responses[responses], self.which[responses])
-
-    def rounds(self, pairs: int) -> Iterator["Work"]:
-        """Split into rounds of `pairs` pairs."""
-        for start in range(0, len(self), pairs):
-            yield self.part(start, min(start + pairs, len(self)))
 
 
 @dataclass(frozen=True)
 class Round:
-    """Work that all ranks score before they write, and one rank's micro-batches of it: numbers of pairs."""
+    """Pairs that all ranks score before they write, and one rank's micro-batches of them."""
 
-    work: Work
-    micro_batches: list[list[int]]
+    pairs: int
+    micro_batches: list[list[Part]]
 
     @property
     def responses(self) -> list[int]:
         """Number of responses of each micro-batch."""
-        counts = np.diff(self.work.stops, prepend=0)
-        return [int(counts[numbers].sum()) for numbers in self.micro_batches]
+        return [sum(len(part.responses) for part in parts) for parts in self.micro_batches]
+
+
+def split_into_rounds(dataset: PreferenceDataset, responses: Indices, pairs: int) -> list[Indices]:
+    """Split `responses`, ascending indices in `dataset.keys`, into those of `pairs` pairs each."""
+    _, firsts = np.unique(dataset.locate_responses(responses)[0], return_index=True)
+    return np.split(responses, firsts[pairs::pairs])
 
 
 def plan_round(
-    dataset: PreferenceDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, work: Work
+    dataset: PreferenceDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, responses: Indices
 ) -> Round:
-    """Assign pairs of a round to this rank's micro-batches; not collective.
+    """Assign the pairs of a round to this rank's micro-batches; not collective.
 
     A round has thousands of pairs per rank: dealt out in order of cost, ranks get nearly equal shares, and
     each rank plans only its own.
     """
-    sizes = dataset.sizes(work.pairs, work.responses, np.diff(work.stops, prepend=0), costs)
+    owners, which = dataset.locate_responses(responses)
+    pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
+    sizes = dataset.sizes(pairs, responses, counts, costs)
     mine = np.argsort(-sizes.costs, kind="stable")[world.replica :: world.replicas]
+
+    def part(number: int) -> Part:
+        own = slice(firsts[number], firsts[number] + counts[number])
+        return Part(int(pairs[number]), responses[own], which[own])
+
     plan = plan_micro_batches(sizes.at(mine), 1, micro_batch_tokens)
-    return Round(work, [mine[numbers].tolist() for (numbers,) in plan])
+    return Round(len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan])
 
 
 def score_round(
@@ -152,15 +133,14 @@ def _packed(
     If token ids do not match the keys, the pairs are added to `damaged` and a dummy is used: until the end of
     the round all ranks score the same number of batches.
     """
-    dummies: list[list[int]] = [[]] * (len(forwards) - len(round_.micro_batches))
-    for numbers, most in zip(round_.micro_batches + dummies, forwards, strict=True):
-        parts = [round_.work.part(number, number + 1) for number in numbers]
-        sequences = [dataset.sequences(int(part.pairs[0]), part.which.tolist()) for part in parts]
+    dummies: list[list[Part]] = [[]] * (len(forwards) - len(round_.micro_batches))
+    for parts, most in zip(round_.micro_batches + dummies, forwards, strict=True):
+        sequences = [dataset.sequences(part.pair, part.which.tolist()) for part in parts]
         keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
         is_whole = has_keys(sequences, keys)
         if not is_whole:
-            damaged += [int(round_.work.pairs[number]) for number in numbers]
-        batch = pack(sequences, keys) if numbers and is_whole else dummy_batch()
+            damaged += [part.pair for part in parts]
+        batch = pack(sequences, keys) if parts and is_whole else dummy_batch()
         batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch
 
@@ -194,65 +174,37 @@ class _ScoredBatch:
         return np.split(self.logps.numpy(), ends[:-1])
 
 
-class ReferenceProvider(Protocol):
-    """Per-token reference log-probs of a micro-batch."""
+@dataclass(frozen=True)
+class ReferenceProvider:
+    """Per-token reference log-probs of a micro-batch, from one of these, or none (`reference.mode=none`).
+
+    Attributes:
+        engine: a model beside the policy (`live`).
+        policy: computes them with its adapter switched off (`adapter`).
+        store: has the entries of all batches, looked up by content (`cached`).
+    """
+
+    engine: ReferenceEngine | None = None
+    policy: PolicyEngine | None = None
+    store: LogpStore | None = None
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Attach log-probs that need no forward pass, on the host; thread-safe. By default there are none."""
-        return batch
-
-    def token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
-
-        Collective where a model computes them.
-        """
-        ...
-
-
-class NoReference(ReferenceProvider):
-    """`reference.mode=none`."""
-
-    def token_logps(self, _batch: PackedBatch) -> None:
-        """Return None."""
-
-
-@dataclass(frozen=True)
-class LiveReference(ReferenceProvider):
-    """`reference.mode=live`: an engine beside the policy."""
-
-    engine: ReferenceEngine
-
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Score the batch with the reference."""
-        return self.engine.token_logps(batch)
-
-
-@dataclass(frozen=True)
-class AdapterReference(ReferenceProvider):
-    """`reference.mode=adapter`: the policy with its adapter switched off."""
-
-    policy: PolicyEngine
-
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Score the batch with the policy's base."""
-        return self.policy.base_token_logps(batch)
-
-
-@dataclass(frozen=True)
-class StoredReference(ReferenceProvider):
-    """`reference.mode=cached`: entries of the store, looked up by content."""
-
-    store: LogpStore
-
-    def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Look up the batch's entries, which are of whole responses; a dummy batch gets zeros."""
+        """Attach the store's log-probs, on the host; a dummy batch gets zeros; thread-safe."""
+        if self.store is None:
+            return batch
         if not len(batch.keys):
             return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
         values = np.concatenate(self.store.read(batch.keys))
         scored = values if batch.mask is None else values[batch.mask]
         return replace(batch, reference_logps=torch.from_numpy(scored))
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Return the log-probs that `attach` looked up."""
-        assert batch.reference_logps is not None, "the batch did not go through attach"
+    def token_logps(self, batch: PackedBatch) -> Tensor | None:
+        """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
+
+        Collective where a model computes them.
+        """
+        if self.engine is not None:
+            return self.engine.token_logps(batch)
+        if self.policy is not None:
+            return self.policy.base_token_logps(batch)
         return batch.reference_logps

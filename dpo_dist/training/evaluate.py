@@ -13,7 +13,6 @@ import numpy as np
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
 from dpo_dist.distributed.world import World
@@ -26,7 +25,7 @@ from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.objective.metrics import MetricPlan, MetricSums, PairValues
+from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
 from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
 from dpo_dist.training.loss import Objective
@@ -94,16 +93,13 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
     model, running, commit = load_evaluated(run, evaluated, inputs)
-    dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
-    every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
+    ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
-    rank_batch = shard_batch(dataset, every, world.replica, world.replicas, budget, costs, one_sided)
-    evaluation = evaluate(model, objective, rank_batch, world, running)
-    means = MetricSums(evaluation.sums.names, world.sum_replicas(evaluation.sums.values)).means()
+    means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
     found: Results = {}
 
     def write() -> None:
-        values, folder = evaluation.values, run.folder
+        folder = run.folder
         assert values is not None
         name = evaluated.name(config, inputs)
         found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))

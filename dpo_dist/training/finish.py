@@ -16,8 +16,7 @@ from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import plain
 from dpo_dist.insight.metrics.card import model_card
-from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
-from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.metrics.log import final_and_best, package_versions
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
@@ -42,21 +41,23 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
         # Above the closing table: the advice about it is part of the verdict, the last words of a run.
         run.console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
         error.is_printed = True
-        _close(loop, RunState(RunOutcome.diverged, position.step, identity), _summary(loop, position))
+        diverged = RunState(RunOutcome.diverged, position.step, identity)
+        finish(run, diverged, loop.recorder, _summary(loop, position))
         raise
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
         why = run.stops.agreed
         state = RunState(outcome, position.step, identity, stopped_by=why)
-        _close(loop, state, summary | {"stopped_by": why})
+        finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     with run.clock.of("saving"):
         _write_model(loop, position, summary)
     summary["work"] = run.clock.read().as_dict()
     exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
+    completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
     run.stops.check("after the model was written, before its report")
-    finish(run, exported, loop.recorder)
+    finish(run, completed, loop.recorder, summary)
     return ExitCode.completed
 
 
@@ -157,54 +158,22 @@ def data_findings(folder: RunFolder, say: Callable[[str], None]) -> list[dict[st
     return found
 
 
-def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
-    """Write report and state of a run that ends before its last step; collective."""
-    run = loop.run
+def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[str, Any]) -> None:
+    """Write the report of a run and its state, and delete checkpoints if none are kept. Collective.
+
+    `recorder`: None on other ranks than 0. `summary`: content of summary.json without `exit`.
+    """
 
     def work() -> None:
-        assert loop.recorder is not None
-        _close_report(run, loop.recorder, summary, state.outcome)
+        assert recorder is not None
+        _close_report(run, recorder, summary, state.outcome)
+        if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
+            drop_checkpoints(run.folder.checkpoints)
         # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
         former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
         write_state(run.folder, state if former is None else replace(state, step=former.step))
 
     run.write(work, run.console.heartbeat("writing the report"))
-
-
-def finish(run: Run, state: RunState, recorder: Recorder | None) -> None:
-    """Write the report of a run whose model is written; delete its checkpoints if none are kept. Collective.
-
-    Of a completed run, files of the report that were deleted are written again.
-    """
-
-    def work() -> None:
-        if state.outcome is not RunOutcome.completed:
-            assert recorder is not None
-            assert state.summary is not None
-            _close_report(run, recorder, state.summary, RunOutcome.completed)
-            write_state(run.folder, replace(state, outcome=RunOutcome.completed))
-        elif state.summary is not None:
-            _write_missing(run, state.summary)
-        if run.config.trainer.keep_last == 0:
-            drop_checkpoints(run.folder.checkpoints)
-
-    run.write(work, run.console.heartbeat("writing the report"))
-
-
-def _write_missing(run: Run, summary: dict[str, Any]) -> None:
-    """Write the files of a completed run's report again if one is missing, from its metrics rows."""
-    folder = run.folder
-    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
-    missing = [file.name for file in files if not file.exists()]
-    if not missing:
-        return
-    try:
-        metrics = MetricsLog(folder, read_latest_rows(folder))
-    except FileNotFoundError:
-        run.say(f"warning: {', '.join(missing)} cannot be written again: the metrics rows are gone")
-        return
-    run.say(f"written again: {', '.join(missing)}")
-    _close_report(run, Recorder(metrics, Trackers(), run.say), summary, RunOutcome.completed)
 
 
 def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome) -> None:

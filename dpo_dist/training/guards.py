@@ -60,7 +60,7 @@ def pair_losses(
     whole = torch.zeros(rank_batch.pairs, dtype=torch.float64, device=world.device)
     policy.train(False)
     with torch.no_grad():
-        scored = [pairs for _, pairs in objective.scored(policy, ready.batches, facts, world.device)]
+        scored = list(objective.scored(policy, ready.batches, facts, world.device))
         if loss.is_coupled:
             pairs = gather_pairs(scored, rank_batch, world)
             return preference_loss(pairs.policy, pairs.reference, loss, pairs.facts).tolist()

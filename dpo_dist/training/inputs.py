@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import AdapterConfig, ParallelismKind, ReferenceMode
+from dpo_dist.config.schema import AdapterConfig, ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
@@ -164,16 +164,11 @@ def _load_models(
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer = load_tokenizer(own_tokenizer, config.model)
-    model_config = load_config(folder, config.model)
-    check_supported(model_config, config.data.max_length)
-    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    adapter = trained_adapter(config.model, start)
     with whole_loading(world):  # a sharded model has no shapes to count
-        causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+        model_config, causal_lm, adapter = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm, adapter), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
-        check_modules(causal_lm, config.model, adapter)
     router = router_loss(routers, model_config)
     notes = training_notes(model_config, config.data.max_length)
     notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
@@ -189,6 +184,19 @@ def _load_models(
         return dataset
 
     return ModelInputs(*files, tokenizer, adapter, flops, weights, router), encode
+
+
+def checked_model(
+    config: RunConfig, folder: Path, start: Path | None
+) -> tuple[PreTrainedConfig, PreTrainedModel, AdapterConfig | None]:
+    """Return the policy's configuration, the model without its weights, and its adapter, all checked."""
+    model_config = load_config(folder, config.model)
+    check_supported(model_config, config.data.max_length)
+    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
+    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    adapter = trained_adapter(config.model, start)
+    check_modules(causal_lm, config.model, adapter)
+    return model_config, causal_lm, adapter
 
 
 def _encode(

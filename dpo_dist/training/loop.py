@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, checkpoint_name
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
-from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
@@ -31,7 +29,7 @@ from dpo_dist.insight.metrics.log import Row
 from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.facts import usual_loss
-from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, MetricSums
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, PairValues
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.guards import (
     count,
@@ -48,7 +46,7 @@ from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
 from dpo_dist.training.start import Run
 from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, throughput
-from dpo_dist.training.step import Evaluation, StepClock, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.step import StepClock, StepTotals, evaluate, reduce_step, train_step
 
 
 class Progress:
@@ -226,7 +224,8 @@ class Loop:
         """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
-            rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
+            indices, costs = sampler.indices(step), self.inputs.costs
+            rank_batch = self.run.shard(self.inputs.train_set, indices, costs)
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
@@ -296,27 +295,24 @@ class Loop:
         write = partial(write_bad_step, folder, totals, step, dataset, pairs, losses)
         self.run.say(self.run.write(write))
 
-    def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
-        budget, only_chosen = self.run.config.trainer.micro_batch_tokens, self.run.config.loss.is_one_sided
-        world, costs = self.run.world, self.inputs.costs
-        return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, only_chosen)
-
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
         started, world = time.monotonic(), self.run.world
-        rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
+        every = np.arange(len(dataset), dtype=np.int64)
+        rank_batch = self.run.shard(dataset, every, self.inputs.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
-        found = evaluate(policy, self.objective, rank_batch, world, position.running, self.run.stops.give_way)
-        metrics = MetricSums(found.sums.names, world.sum_replicas(found.sums.values)).means()
+        metrics, values = evaluate(
+            policy, self.objective, rank_batch, world, position.running, self.run.stops.give_way
+        )
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
         trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:
-            self._write_evaluation(dataset, found, metrics)
+            self._write_evaluation(dataset, values, metrics)
         margins = None
-        if found.values is not None and not self.run.config.loss.is_one_sided:
-            metrics |= found.values.margin_percentiles()
-            margins = found.values.margin
+        if values is not None and not self.run.config.loss.is_one_sided:
+            metrics |= values.margin_percentiles()
+            margins = values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
             measured |= self.samples.at(position.step, self.policy, self.run.stops.give_way)
@@ -325,7 +321,7 @@ class Loop:
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
-        self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]
+        self, dataset: PreferenceDataset, values: PairValues | None, means: dict[str, float]
     ) -> None:
         """Write the files of the last evaluation; collective.
 
@@ -333,10 +329,10 @@ class Loop:
         """
 
         def write() -> None:
-            assert evaluation.values is not None
+            assert values is not None
             model = str(self.run.folder.model)
             with spared("the last evaluation's folder", self.run.say):
-                write_evaluation(LAST_EVALUATION, model, self.run.config, means, evaluation.values, dataset)
+                write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
 
         writing = self.run.console.heartbeat("computing the intervals of the last evaluation")
         self.run.write(write, writing)

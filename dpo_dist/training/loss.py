@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.data.collate import RankBatch
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.log import Phase
@@ -24,8 +22,8 @@ from dpo_dist.objective.logps import (
     wpo_weights,
 )
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
-from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
+from dpo_dist.objective.metrics import MetricPlan, MetricSums, divergence, metric_sums
+from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.scoring import ReferenceProvider
 
@@ -53,14 +51,16 @@ class ScoredPairs:
     """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
-    `labels`. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
+    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if
+    measured. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
-    tokens: TokenSums = field(default_factory=TokenSums)
+    kl: PairLogps | None = None
+    entropy: PairLogps | None = None
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
     routing: Tensor | None = None
@@ -106,8 +106,8 @@ class Objective:
         enter: Callable[[Phase], None] = lambda _phase: None,
         *,
         is_evaluation: bool = False,
-    ) -> Iterator[tuple[PackedBatch, ScoredPairs]]:
-        """Yield each micro-batch on its device, scored by the reference and then by `model`; collective.
+    ) -> Iterator[ScoredPairs]:
+        """Yield each micro-batch, scored by the reference and then by `model`; collective.
 
         Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
         also has entropies.
@@ -118,7 +118,7 @@ class Objective:
             enter("reference")
             reference = self.reference.token_logps(batch)
             enter("forward")
-            yield batch, self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
+            yield self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
 
     def score(
         self,
@@ -138,44 +138,33 @@ class Objective:
             wanted.append("collisions")
         if is_evaluation and policy is not None:  # entropies need a forward
             wanted.append("entropy")
+        routing = None
         if policy is None:
             assert reference is not None
-            values, routing = reference, None
+            values = reference
+        elif self.router is None or is_evaluation:
+            values = policy.token_logps(batch, wanted)
         else:
-            values, routing = self.forward(policy, batch, wanted, is_evaluation=is_evaluation)
+            assert isinstance(policy, PolicyEngine)
+            values, routing = policy.routed_token_logps(batch, wanted)
         token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
         statistics = dict(zip(wanted, rows, strict=True))
         sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
         pair_weights = None
         if "collisions" in statistics:
             pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
-        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
         return ScoredPairs(
             policy=self.pair_logps(token_logps, batch),
             reference=None if reference is None else self.pair_logps(reference, batch),
             facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
             weights=batch.weights,
-            tokens=TokenSums(kl, entropy),
+            kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
+            entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
             labels=batch.labels,
             sources=batch.sources,
             routing=routing,
             is_evaluation=is_evaluation,
         )
-
-    def forward(
-        self,
-        policy: ScoredModel,
-        batch: PackedBatch,
-        statistics: Sequence[Statistic] = (),
-        *,
-        is_evaluation: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the policy's `token_logps`, and in training what the losses of routers need; collective."""
-        if self.router is None or is_evaluation:
-            return policy.token_logps(batch, statistics), None
-        assert isinstance(policy, PolicyEngine)
-        return policy.routed_token_logps(batch, statistics)
 
     def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
         """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
@@ -188,9 +177,8 @@ class Objective:
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
         plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
-        sums = metric_sums(
-            plan, losses, pairs.policy, pairs.reference, pairs.weights, pairs.tokens, pairs.sources
-        )
+        tokens = {"kl": pairs.kl, "entropy": pairs.entropy}
+        sums = metric_sums(plan, losses, pairs.policy, pairs.reference, pairs.weights, tokens, pairs.sources)
         return (losses * pairs.weights).sum(), sums
 
     def no_sums(
@@ -199,60 +187,3 @@ class Objective:
         """Return metric sums of no pairs of a global batch."""
         plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
         return MetricSums.zeros(plan.names, device)
-
-
-class RouterTerms:
-    """Adds the losses of the routers to the micro-batches of one rank in one step.
-
-    `unseen`: `selections` of all micro-batches of this rank but the first.
-    """
-
-    def __init__(self, loss: RouterLoss, unseen: Tensor, step: ReadyStep, world: World):
-        self._loss, self._unseen, self._world = loss, unseen, world
-        self._tokens = step.rank_batch.rows_tokens
-        self._selected: Tensor | None = None
-        self._count = int(world.is_main)
-
-    @classmethod
-    def of(
-        cls, policy: PolicyEngine, loss: RouterLoss | None, step: ReadyStep, world: World
-    ) -> "RouterTerms | None":
-        """Count the selections of a step, one forward for each micro-batch but the first; collective.
-
-        None without losses of routers.
-        """
-        if loss is None:
-            return None
-        unseen = torch.zeros((), device=world.device)
-        policy.train(False)
-        with torch.no_grad():
-            for host_batch in step.batches[1:] if loss.aux is not None else ():
-                batch = host_batch.to(world.device)
-                if policy.model.arrangement is Arrangement.packed:
-                    # The output layer is used, as in every forward, and computes next to nothing.
-                    batch = batch.with_one_target()
-                unseen = unseen + selections(policy.routed_token_logps(batch)[1])
-        return cls(loss, unseen, step, world)
-
-    @classmethod
-    def of_scored(
-        cls, loss: RouterLoss | None, scored: Sequence[ScoredPairs], step: ReadyStep, world: World
-    ) -> "RouterTerms | None":
-        """Count the selections of a step whose micro-batches are scored already; None without losses."""
-        if loss is None:
-            return None
-        others = (selections(pairs.routing) for pairs in scored[1:] if pairs.routing is not None)
-        return cls(loss, sum(others, start=torch.zeros((), device=world.device)), step, world)
-
-    def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
-        """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
-
-        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
-        """
-        if self._loss.aux is not None and self._selected is None:
-            self._selected = self._world.sum_replicas(self._unseen + selections(routing))
-        parts = self._loss.parts(routing, self._selected, self._tokens)
-        values, count, self._count = dict(parts), self._count, 0
-        if self._selected is not None:
-            values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
-        return loss + self._loss.weighted(parts), sums.plus_values(values, count)

@@ -1,19 +1,17 @@
 """The reference of a run: find or fill its log-probs, and check a sample of them before the first step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
-from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.reference_sync import ReferenceSync
@@ -43,15 +41,8 @@ from dpo_dist.reference.numerics import (
     difference,
     find_compatible,
 )
-from dpo_dist.reference.scoring import (
-    AdapterReference,
-    LiveReference,
-    NoReference,
-    ReferenceProvider,
-    Scorer,
-    StoredReference,
-)
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.scoring import ReferenceProvider, Scorer
+from dpo_dist.reference.store import LogpStore, Values
 from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import Run, open_run, say_header
@@ -60,18 +51,6 @@ _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
 _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.fp16: 2e-2, Dtype.bf16: 5e-2}
-
-
-class _Drift(NamedTuple):
-    """Absolute difference between fresh and stored log-probs of a response, in nats: mean over its tokens,
-    largest of a token, and of the sum.
-    """
-
-    origin: str
-    tokens: int
-    mean: float
-    largest: float
-    total: float
 
 
 @torch.no_grad()
@@ -93,9 +72,8 @@ def check_drift(
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
-    budget = config.trainer.micro_batch_tokens
-    rank_batch = shard_batch(dataset, indices, world.replica, world.replicas, budget, costs)
-    own: list[_Drift] = []
+    rank_batch = run.shard(dataset, indices, costs)
+    own: list[tuple[str, Values]] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with objective.prefetched(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
@@ -109,8 +87,14 @@ def check_drift(
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
             if micro_batch and world.leads:
+                counts = dataset.response_counts(np.array(micro_batch, dtype=np.int64)).tolist()
+                names = [
+                    f"{dataset.origin(index)} response {number}"
+                    for index, count in zip(micro_batch, counts, strict=True)
+                    for number in range(count)
+                ]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
-                own += _drifts(parts, dataset, micro_batch)
+                own += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [drift for part in world.gather(own) for drift in part]
     loss, at_zero_margin = (world.sum_replicas(losses) / rank_batch.pairs).tolist()
     _check_drifts(drifts, config)
@@ -125,35 +109,28 @@ def check_drift(
         )
     return {
         "responses": len(drifts),
-        "mean_token_drift": float(np.mean([drift.mean for drift in drifts])),
-        "largest_token_drift": max(drift.largest for drift in drifts),
-        "largest_response_drift": max(drift.total for drift in drifts),
+        "mean_token_drift": float(np.mean([np.abs(drift).mean() for _, drift in drifts])),
+        "largest_token_drift": max(float(np.abs(drift).max()) for _, drift in drifts),
+        "largest_response_drift": max(abs(float(drift.sum())) for _, drift in drifts),
     }
 
 
-def _drifts(parts: Sequence[Tensor], dataset: PreferenceDataset, indices: Sequence[int]) -> Iterator[_Drift]:
-    """Yield the drift of every response of these examples, whose differences are `parts`."""
-    counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
-    owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
-    for (example, response), part in zip(owners, parts, strict=True):
-        name, sizes = f"{dataset.origin(example)} response {response}", part.abs()
-        yield _Drift(name, len(part), float(sizes.mean()), float(sizes.max()), abs(float(part.sum())))
-
-
-def _check_drifts(drifts: Sequence[_Drift], config: RunConfig) -> None:
+def _check_drifts(drifts: Sequence[tuple[str, Values]], config: RunConfig) -> None:
+    """Check the differences of the tokens of each response, which are given by its name."""
     dtype = config.model.dtype
 
     def tolerance(tokens: int) -> float:
         # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
 
+    means = {name: float(np.abs(drift).mean()) for name, drift in drifts}
     # Not "mean > tolerance", which accepts nan.
-    failed = [drift for drift in drifts if not drift.mean <= tolerance(drift.tokens)]
+    failed = [name for name, drift in drifts if not means[name] <= tolerance(len(drift))]
     if failed:
         is_strict = config.reference.numerics is Numerics.strict
         raise ReferenceModelError(
             f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
-            where="; ".join(f"{drift.origin} ({drift.mean:.2g})" for drift in failed[:5]),
+            where="; ".join(f"{name} ({means[name]:.2g})" for name in failed[:5]),
             got="the mean difference per token in parentheses, in nats",
             expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
             "16 bits",
@@ -204,20 +181,22 @@ def prepare_reference(
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return _unstored(NoReference(), False, mode, inputs)
+        return _unstored(ReferenceProvider(), False, mode, inputs)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(LiveReference(load_reference(files, config, world)), is_start, mode, inputs)
+        return _unstored(
+            ReferenceProvider(engine=load_reference(files, config, world)), is_start, mode, inputs
+        )
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    return _unstored(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+    return _unstored(ReferenceProvider(policy=policy), True, ReferenceMode.adapter, inputs)
 
 
 def _unstored(
@@ -232,7 +211,6 @@ def open_reference_sync(run: Run, reference: ReferenceProvider, policy: PolicyEn
     sync = run.config.loss.sync_reference
     if sync.every is None:
         return None
-    assert isinstance(reference, LiveReference)
     assert isinstance(reference.engine, FrozenEngine)
     return ReferenceSync(reference.engine, policy, sync, run.world)
 
@@ -244,17 +222,9 @@ def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
     """
     if not former:
         return dict(report)
-    peaks = [part["peak_memory_bytes"] for part in (former, report) if "peak_memory_bytes" in part]
-    return {
-        **former,
-        **report,
-        "hits": former["hits"],
-        "computed": former["computed"] + report["computed"],
-        "seconds": round(former["seconds"] + report["seconds"], 3),
-        "damaged": sorted({*former["damaged"], *report["damaged"]}),
-        **({"drift": former["drift"]} if "drift" in former else {}),
-        **({"peak_memory_bytes": max(peaks)} if peaks else {}),
-    }
+    computed, seconds = (former[name] + report[name] for name in ("computed", "seconds"))
+    damaged = sorted({*former["damaged"], *report["damaged"]})
+    return {**report, **former, "computed": computed, "seconds": round(seconds, 3), "damaged": damaged}
 
 
 def _stored(
@@ -290,10 +260,11 @@ def _stored(
             f"reference: the store has log-probs of this model of other numerics ({others}); "
             "reference.numerics=tolerant uses them"
         )
-    provider = StoredReference(filler.open_filled())
+    opened = filler.open_filled()
+    provider = ReferenceProvider(store=opened)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
-        reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
+        reused = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused.entries
         run.say(f"reference: {_describe_reused(reused)}")
         if reused.audited is not None:

@@ -19,20 +19,18 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder, trained_adapter
-from dpo_dist.model.architectures import check_supported
-from dpo_dist.model.flops import without_weights
+from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.folder import description_folder, is_adapter
-from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
+from dpo_dist.model.load import load_tokenizer
 from dpo_dist.model.router import router_loss
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.engine import check_same_vocabulary
 from dpo_dist.training.evaluate import with_stored_reference
-from dpo_dist.training.resume import check_configuration, check_fresh_start, check_unused, find_finished
+from dpo_dist.training.inputs import checked_model
+from dpo_dist.training.resume import check_configuration, check_fresh_start, find_finished
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
-_FIRST_RECORDS = 64
-_MORE_RECORDS = 1024  # looked at where too many of the first ones are bad
+_FIRST_RECORDS = 1024
 
 
 def rehearse(config: RunConfig, *, trains: bool = True) -> str:
@@ -86,15 +84,13 @@ def _passed(lines: list[tuple[str, str]], config: RunConfig, tokenizer: PreTrain
 
 def _expected_start(config: RunConfig, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
-    if config.run.resume is Resume.never:
-        check_unused(folder)
-    elif finished := find_finished(config, folder):
-        check_configuration(finished.identity, config, folder)
-        return "complete: nothing is left to train"
-    elif any(folder.checkpoints.glob("step-*")):  # also one that the next start commits
-        return "has checkpoints: the run resumes"
-    else:
-        check_fresh_start(config, folder)
+    if config.run.resume is not Resume.never:
+        if finished := find_finished(config, folder):
+            check_configuration(finished.identity, config, folder)
+            return "complete: nothing is left to train"
+        if any(folder.checkpoints.glob("step-*")):
+            return "has checkpoints: the run resumes"
+    check_fresh_start(config, folder)
     return "new"
 
 
@@ -103,12 +99,8 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config = load_config(folder, config.model)
-    check_supported(model_config, config.data.max_length)
-    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
+    model_config, _, _ = checked_model(config, folder, start)
     router_loss(config.loss.router, model_config)
-    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
-    check_modules(causal_lm, config.model, trained_adapter(config.model, start))
     check_template_keys(config.data, tokenizer)
     return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 
@@ -136,13 +128,9 @@ def _first_records(
     """Read, encode and check the first records of a source; return their counts as one line."""
     # No run directory is written, so the commit of a hub dataset is not recorded.
     source = pinned(source, None)
-    for most in (_FIRST_RECORDS, _MORE_RECORDS):
-        records = list(itertools.islice(read_records(source), most + 1))
-        rows = pa.Table.from_batches([encode_chunk(records[:most], config.data, tokenizer)])
-        counts = counts_of(rows)
-        if sum(counts.dropped.values()) <= config.data.max_bad_share * counts.read:
-            break
-    has_more = len(records) > most
+    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
     dataset = PreferenceDataset(
         fingerprint="",

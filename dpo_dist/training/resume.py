@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
@@ -52,11 +54,10 @@ class RunState:
 def read_state(folder: RunFolder) -> RunState | None:
     """Return the recorded state of the run in `folder`; None if there is none."""
     try:
-        content = json.loads(folder.state.read_bytes())
-        return RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
+        return TypeAdapter(RunState).validate_json(folder.state.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "the state of this run cannot be read",
             where=str(folder.state),
@@ -186,25 +187,19 @@ def check_newest_checkpoint(config: RunConfig) -> None:
     check_configuration(state, config, folder)
 
 
-def check_unused(folder: RunFolder) -> None:
-    """Refuse a directory with results, for `run.resume=never`."""
-    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    if used:
-        raise CheckpointError(
-            "the run directory has results of a run, and run.resume=never",
-            where=str(folder),
-            got=", ".join(used),
-            remedy="set run.resume=auto to resume, or another run.dir",
-        )
-
-
 def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a start without a checkpoint where one is required, or where it would replace a result."""
+    """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
     state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
     is_finished = state is not None and state.is_finished
     is_shorter = state is not None and former_length(state.identity, config) is not None
+    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     again = f"to train from the beginning, delete {folder.state.name}, or set another run.dir"
-    if is_shorter and (is_finished or has_model):
+    if config.run.resume is Resume.never:
+        if not used:
+            return
+        fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
+        remedy = "set run.resume=auto to resume, or another run.dir"
+    elif is_shorter and (is_finished or has_model):
         fault = "this run has another length and no checkpoint from which it could continue to this one"
         remedy = "set the length that it had, or another run.dir; trainer.keep_last keeps checkpoints"
     elif is_finished:
@@ -220,4 +215,4 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
         remedy = f"put them back, or mount their disk; {again}"
     else:
         return
-    raise CheckpointError(fault, where=str(folder.checkpoints), remedy=remedy)
+    raise CheckpointError(fault, where=str(folder.path), remedy=remedy)

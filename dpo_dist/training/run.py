@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
@@ -17,7 +15,6 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, RunOutcome
 from dpo_dist.foundation.process import BY_TRACKER, StopRequest
-from dpo_dist.foundation.text import percent
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import open_trackers
@@ -25,7 +22,6 @@ from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceEngine, settle_engine
-from dpo_dist.reference.scoring import LiveReference
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, still_there
@@ -62,11 +58,8 @@ from dpo_dist.training.start import (
     recorded_stop,
     say_header,
     say_steps,
-    write_description,
 )
 from dpo_dist.training.state import Position
-
-_SAMPLED_EXAMPLES = 10_000
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
@@ -110,8 +103,7 @@ def _begin(run: Run, start: Start) -> tuple[Inputs, dict[str, Any], RunState]:
             run.say(change)
     state = RunState(RunOutcome.started, start.step, identity)
     world.on_main(lambda: check_disk_room(config, inputs.weights, start.step, steps))
-    write_description(run, environment)
-    mark_started(run, state)
+    mark_started(run, environment, state)
     say_steps(run, inputs.sampler, start.step)
     return inputs, environment, state
 
@@ -190,7 +182,7 @@ def _load_models(
     if run.config.reference.mode is not ReferenceMode.adapter:
         with run.clock.of("reference"):
             reference = prepare_reference(run, inputs, step0_follows=start.checkpoint is None)
-        if isinstance(reference.provider, LiveReference):
+        if reference.provider.engine is not None:
             engines.push(partial(_free, reference.provider.engine, run.world))
         run.stops.check()
     policy = load_policy(run, inputs)
@@ -222,12 +214,12 @@ def load_policy(run: Run, inputs: ModelInputs) -> PolicyEngine:
 
 
 def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> Inputs:
-    """Return the inputs for the arrangement of a policy; print the cost of one that shares no prompts.
+    """Return the inputs for the arrangement of a policy; print one that shares no prompts.
 
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
     arrangement, provider, pads = policy.model.arrangement, reference.provider, False
-    if isinstance(provider, LiveReference):
+    if provider.engine is not None:
         pads = provider.engine.model.arrangement is Arrangement.padded
     inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
     if arrangement is Arrangement.packed:
@@ -235,20 +227,10 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
             rows = "the reference computes padded rows, one response each; micro-batches fit them"
             run.say(f"unpacked: {rows}")
         return inputs
-    dataset, visited = inputs.visited[0]
-    sample = np.unique(visited[:_SAMPLED_EXAMPLES])
-    responses, counts = dataset.response_indices(sample), dataset.response_counts(sample)
-    packed, own = (
-        dataset.sizes(sample, responses, counts, replace(inputs.costs, arrangement=each)).tokens.sum()
-        for each in (Arrangement.packed, arrangement)
-    )
     how = "one response per forward"
     if arrangement is Arrangement.padded:
         how = "one response per row, padded to the longest of the micro-batch"
-    run.say(
-        f"unpacked: responses of this model cannot share a prompt in one forward: {how}, "
-        f"{percent(own / packed - 1)} more tokens than packed, padding not counted"
-    )
+    run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     return inputs
 
 
@@ -287,13 +269,12 @@ def _complete(run: Run, finished: RunState) -> int:
     world.on_main(partial(check_configuration, finished.identity, run.config, folder))
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
-    recorder = None
     if finished.outcome is RunOutcome.exported:
-        environment = describe_run(run)
-        write_description(run, environment)
-        recorder = _open_recorder(run, Position(finished.step), environment)
-    with run.stops.request.deferred():
-        finish(run, finished, recorder)
+        assert finished.summary is not None
+        recorder = _open_recorder(run, Position(finished.step), describe_run(run))
+        with run.stops.request.deferred():
+            completed = replace(finished, outcome=RunOutcome.completed)
+            finish(run, completed, recorder, finished.summary)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     run.say("change the configuration or run.dir to train again")

@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dpo_dist.batching.sampler import BatchSampler
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import BatchSampler, Indices
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
+from dpo_dist.data.collate import RankBatch, shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io
@@ -45,7 +48,6 @@ from dpo_dist.training.resume import (
     RunState,
     check_configuration,
     check_fresh_start,
-    check_unused,
     find_finished,
     write_state,
 )
@@ -77,6 +79,12 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
         self.console.say(text)
+
+    def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
+        """Return this rank's micro-batches of a global batch."""
+        world, budget = self.world, self.config.trainer.micro_batch_tokens
+        one_sided = self.config.loss.is_one_sided
+        return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
 
     def write(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
@@ -159,13 +167,12 @@ class Start:
 def find_start(run: Run) -> Start:
     """Return the point to continue from, according to `run.resume`; collective."""
     config, folder, world = run.config, run.folder, run.world
-    if config.run.resume is Resume.never:
-        world.on_main(partial(check_unused, folder))
-        return Start()
-    world.on_main(partial(recover_folder, folder.model))
-    if finished := world.on_main(partial(find_finished, config, folder)):
-        return Start(finished=finished)
-    checkpoint = latest_checkpoint(folder.checkpoints, world)
+    checkpoint = None
+    if config.run.resume is not Resume.never:
+        world.on_main(partial(recover_folder, folder.model))
+        if finished := world.on_main(partial(find_finished, config, folder)):
+            return Start(finished=finished)
+        checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
         world.on_main(partial(check_fresh_start, config, folder))
     else:
@@ -222,21 +229,13 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
         )
 
 
-def write_description(run: Run, environment: dict[str, Any]) -> None:
-    """Write config.yaml and environment.json, after every check that may refuse the start; collective."""
-
-    def write() -> None:
-        write_text(run.folder.config, to_yaml(run.config))
-        write_text(run.folder.environment, json.dumps(environment, indent=2) + "\n")
-
-    run.write(write)
-
-
-def mark_started(run: Run, state: RunState) -> None:
-    """Record that a run trains, and remove the summary of an earlier start; collective."""
+def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None:
+    """Record that a run trains, after all checks, and remove the summary of an earlier start; collective."""
     folder = run.folder
 
     def work() -> None:
+        write_text(folder.config, to_yaml(run.config))
+        write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
         for leftover in folder.path.glob(f"{folder.model.name}.*"):  # of any host, as this one has the lock
             if is_temporary(leftover):

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.distributed.zero import LossScale
 from dpo_dist.insight.metrics.log import Work
@@ -170,14 +172,7 @@ class Position:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
         """Return the position in a checkpoint's state."""
-        position = cls(**{one.name: state[one.name] for one in fields(cls)})
-        position.running = RunningMeans(**state["running"])
-        position.window = LogWindow(**state["window"])
-        position.work = WorkTime(**state["work"])
-        position.best = [BestCheckpoint(**one) for one in state["best"]]
-        if state["loss_scale"] is not None:
-            position.loss_scale = LossScale(**state["loss_scale"])
-        return position
+        return TypeAdapter(cls).validate_python({one.name: state[one.name] for one in fields(cls)})
 
     @property
     def is_best(self) -> bool:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nan, where
 
-from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.pack import PackedBatch, copied_to
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.world import World
@@ -29,7 +30,9 @@ from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
-from dpo_dist.training.loss import Objective, ReadyStep, RouterTerms, ScoredModel, ScoredPairs
+from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
+from dpo_dist.reference.scoring import NoReference
+from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
 
 
 def train_step(
@@ -43,40 +46,59 @@ def train_step(
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
 
+    A coupled loss is computed before, from all log-probs of the global batch without a graph; then each
+    micro-batch is forwarded again, and what flows back are the derivatives of the loss by its log-probs.
+
     Return this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
     all ranks, infinite if the update was skipped.
     """
-    facts = BatchFacts(step.rank_batch.mean_chosen_tokens, running=running)
-    accumulate = _accumulate_coupled if objective.loss.is_coupled else _accumulate
-    sums = accumulate(policy, objective, step, facts, world, clock)
+    rank_batch, device = step.rank_batch, world.device
+    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+    sums, slopes = objective.no_sums(rank_batch, device), list[Tensor]()
+    known: list[ScoredPairs] = []
+    if objective.loss.is_coupled:
+        policy.train(False)
+        with torch.no_grad():
+            known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
+        slopes, of_all = _differentiated(objective, known, rank_batch, world)
+        sums = of_all if world.is_main else sums
+        objective = replace(objective, reference=NoReference())  # it is in the slopes
+    clock.enter("forward")
+    routers = None
+    if objective.router is not None:
+        routers = RouterTerms(objective.router, policy, step, known, world)
+    policy.train()
+    scored = objective.scored(policy, step.batches, facts, device, clock.enter)
+    for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
+        if objective.loss.is_coupled:
+            own = _on_device(positions or (0,), device)
+            parts = zip(slopes, _differentiable(pairs.policy), strict=True)
+            loss = (torch.stack([slope[own] * part for slope, part in parts]) * pairs.weights).sum()
+        else:
+            loss, of_batch = objective.measure(pairs)
+            loss, sums = _whole(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
+        if routers is not None and pairs.routing is not None:
+            loss, sums = routers.add(loss, pairs.routing, sums)
+        clock.enter("backward")
+        policy.backward(loss, is_last=number == len(step.batches))
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
     return sums, grad_norm
 
 
-def _accumulate(
-    policy: PolicyEngine,
-    objective: Objective,
-    step: ReadyStep,
-    facts: BatchFacts,
-    world: World,
-    clock: "StepClock",
-) -> MetricSums:
-    """Accumulate the gradient of a loss that is a sum over pairs; return this rank's metric sums."""
-    sums = objective.no_sums(step.rank_batch, world.device)
-    clock.enter("forward")
-    routers = RouterTerms.of(policy, objective.router, step, world)
-    policy.train()
-    scored = objective.scored(policy, step.batches, facts, world.device, clock.enter)
-    for number, (_, pairs) in enumerate(scored, start=1):
-        loss, batch_sums = objective.measure(pairs)
-        loss, sums = _whole(loss, pairs.policy.chosen) / step.rank_batch.pairs, sums + batch_sums
-        if routers is not None and pairs.routing is not None:
-            loss, sums = routers.add(loss, pairs.routing, sums)
-        clock.enter("backward")
-        policy.backward(loss, is_last=number == len(step.batches))
-    return sums
+def _differentiated(
+    objective: Objective, scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World
+) -> tuple[list[Tensor], MetricSums]:
+    """Return the derivatives of a coupled loss by the log-probs of the global batch, and its metric sums.
+
+    Collective: every rank differentiates the whole loss. `scored`: as of `gather_pairs`.
+    """
+    pairs = gather_pairs(scored, rank_batch, world)
+    leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+    loss, sums = objective.measure(pairs)
+    loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)), sums
 
 
 def _whole(loss: Tensor, logps: Tensor) -> Tensor:
@@ -87,49 +109,55 @@ def _whole(loss: Tensor, logps: Tensor) -> Tensor:
     return loss + where(loss.detach().isfinite(), 0.0, nan) * logps.sum()
 
 
-def _accumulate_coupled(
-    policy: PolicyEngine,
-    objective: Objective,
-    step: ReadyStep,
-    facts: BatchFacts,
-    world: World,
-    clock: "StepClock",
-) -> MetricSums:
-    """Accumulate the gradient of a coupled loss; return metric sums: those of the pairs on rank 0 only.
+class RouterTerms:
+    """Adds the losses of the routers to the micro-batches of one rank in one step.
 
-    1. Score all micro-batches without a graph, and all-reduce the log-probs of the global batch.
-    2. On every rank, differentiate the loss of the global batch by each log-prob.
-    3. Forward each micro-batch again, and backpropagate these derivatives.
+    At first the selections of all micro-batches of this rank but the first are counted, from `known` if they
+    are scored already, else by a forward of each. Collective.
     """
-    rank_batch, device = step.rank_batch, world.device
+
+    def __init__(
+        self,
+        loss: RouterLoss,
+        policy: PolicyEngine,
+        step: ReadyStep,
+        known: Sequence[ScoredPairs],
+        world: World,
+    ):
+        self._loss, self._world, self._tokens = loss, world, step.rank_batch.rows_tokens
+        self._selected: Tensor | None = None
+        self._count = int(world.is_main)
+        others = [pairs.routing for pairs in known[1:] if pairs.routing is not None]
+        if loss.aux is not None and not known:
+            others = _routing(policy, step.batches[1:], world)
+        self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
+
+    def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
+        """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
+
+        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
+        """
+        if self._loss.aux is not None and self._selected is None:
+            self._selected = self._world.sum_replicas(self._unseen + selections(routing))
+        parts = self._loss.parts(routing, self._selected, self._tokens)
+        values, count, self._count = dict(parts), self._count, 0
+        if self._selected is not None:
+            values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
+        return loss + self._loss.weighted(parts), sums.plus_values(values, count)
+
+
+@torch.no_grad()
+def _routing(policy: PolicyEngine, batches: Sequence[PackedBatch], world: World) -> list[Tensor]:
+    """Return the `routing_sums` of micro-batches, one forward each; collective."""
     policy.train(False)
-    with torch.no_grad():
-        scoring = objective.scored(policy, step.batches, facts, device, clock.enter)
-        scored = [pairs for _, pairs in scoring]
-    pairs = gather_pairs(scored, rank_batch, world)
-    leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-    loss, sums = objective.measure(pairs)
-    loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
-    slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    if not world.is_main:
-        sums = objective.no_sums(rank_batch, device)
-    routers = RouterTerms.of_scored(objective.router, scored, step, world)
-    policy.train()
-    numbered = enumerate(zip(step.batches, rank_batch.positions, strict=True), start=1)
-    for number, (host_batch, positions) in numbered:
-        clock.enter("data")
-        batch = host_batch.to(device)
-        clock.enter("forward")
-        token_logps, routing = objective.forward(policy, batch)
-        logps = objective.pair_logps(token_logps, batch)
-        clock.enter("backward")
-        own = _on_device(positions or (0,), device)
-        parts = zip(slopes, _differentiable(logps), strict=True)
-        surrogate = (torch.stack([slope[own] * part for slope, part in parts]) * batch.weights).sum()
-        if routers is not None and routing is not None:
-            surrogate, sums = routers.add(surrogate, routing, sums)
-        policy.backward(surrogate, is_last=number == len(step.batches))
-    return sums
+    found = []
+    for host_batch in batches:
+        batch = host_batch.to(world.device)
+        if policy.model.arrangement is Arrangement.packed:
+            # The output layer is used, as in every forward, and computes next to nothing.
+            batch = batch.with_one_target()
+        found.append(policy.routed_token_logps(batch)[1])
+    return found
 
 
 def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
@@ -250,14 +278,6 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
     return StepTotals(by_metric, counts, metric_means(by_metric, counts), counted, norm)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """This rank's metric sums of an evaluation, and on rank 0 the values of every pair."""
-
-    sums: MetricSums
-    values: PairValues | None
-
-
 @torch.no_grad()
 def evaluate(
     model: ScoredModel | None,
@@ -266,11 +286,11 @@ def evaluate(
     world: World,
     running: RunningMeans,
     give_way: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Return metrics and pair values of a dataset, which is one global batch; collective.
+) -> tuple[dict[str, float], PairValues | None]:
+    """Return the metrics of a dataset, which is one global batch, and on rank 0 the values of every pair.
 
-    `model` is not in training mode; without one, the reference's log-probs are the policy's. `give_way` is
-    called before each micro-batch, of which all ranks have the same number, and may raise.
+    Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
+    `give_way` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums = objective.no_sums(rank_batch, world.device, is_evaluation=True)
@@ -281,7 +301,7 @@ def evaluate(
             give_way()
 
     with objective.prefetched(rank_batch, world.device) as batches:
-        for _, pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
+        for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
             values.append(pair_values(pairs.policy, pairs.reference, objective.loss))
             if objective.loss.is_coupled:
                 scored.append(pairs)
@@ -290,7 +310,8 @@ def evaluate(
     if objective.loss.is_coupled:
         _, of_all = objective.measure(gather_pairs(scored, rank_batch, world))
         sums = of_all if world.is_main else sums
-    return Evaluation(sums, _gather_values(values, rank_batch, world))
+    means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
+    return means, _gather_values(values, rank_batch, world)
 
 
 def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World) -> PairValues | None:

@@ -28,7 +28,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.load import keep_trainable, quantized_loading
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.reference.scoring import AdapterReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
 from tests.support.packing import COSTS, plain_logps
@@ -62,7 +62,9 @@ def scored(policy: Any, assets: Assets) -> dict[str, list[float]]:
 def steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> dict[str, Any]:
     policy = load_policy(model, world, seed=SEED)
     before = scored(policy, assets)
-    norms = all_steps(policy, Objective(LOSS, AdapterReference(policy)), assets.dataset(), world, STEPS)
+    norms = all_steps(
+        policy, Objective(LOSS, ReferenceProvider(policy=policy)), assets.dataset(), world, STEPS
+    )
     write_model(policy, folder / "model", world)
     inner = policy._engine.optimizer.optimizer
     moments = sum(state["exp_avg"].numel() for state in inner.state.values())
@@ -162,7 +164,7 @@ def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path)
     found = []
     for compiled in (False, True):
         policy = load_policy(replace(model, compile=compiled), world, seed=SEED)
-        objective = Objective(LOSS, AdapterReference(policy))
+        objective = Objective(LOSS, ReferenceProvider(policy=policy))
         found.append(all_steps(policy, objective, assets.dataset(), world, STEPS[:1]))
     return found
 
@@ -176,7 +178,7 @@ def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
     policy = load_policy(model, world, OptimConfig(lr=2e-5, eps=1e-12), seed=SEED)
     write_model(policy, folder / "before", world)
-    objective = Objective(LOSS, AdapterReference(policy))
+    objective = Objective(LOSS, ReferenceProvider(policy=policy))
     all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 40, lr=2e-5)
     write_model(policy, folder / "after", world)
 

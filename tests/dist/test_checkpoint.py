@@ -39,7 +39,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.scoring import LiveReference, NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.state import Position
 from tests.dist.scenario import Assets, files_of, load_policy, one_step
@@ -48,7 +48,7 @@ from tests.support.precision import DTYPES, NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
 
-OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
+OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Trainer:
             reference = load_reference(
                 files_of(assets.reference), assets.config(assets.policy, dtype=dtype), world
             )
-            self.objective = Objective(loss, LiveReference(reference))
+            self.objective = Objective(loss, ReferenceProvider(engine=reference))
         self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
         if loss is not None:
             self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)

@@ -31,7 +31,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import (
     LOSS,
@@ -47,7 +47,6 @@ from tests.dist.scenario import plain_steps as plain_packed_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny
 from tests.support.families import COMMON, FAMILIES, tiny_family
-from tests.support.moe import write_moe
 from tests.support.multimodal import write_multimodal
 from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
@@ -67,11 +66,10 @@ ALONE = {"gemma2", "own_rows", "longrope"}
 OWN_CODE = {"own_state": "state", "own_rows": "rows", "own_refusing": "refusing"}
 # Their own code has no float64.
 NO_FLOAT64 = {"xglm"}
-MOE = ("mixtral", "qwen3_moe", "glm4_moe")
+MOE = {"mixtral", "qwen3_moe", "glm4_moe"}
 # Of models that are no family of the table.
-ARRANGEMENTS = {"gemma3": PACKED, "own_state": PADDED, "own_rows": SINGLE, "own_refusing": PADDED} | (
-    dict.fromkeys(MOE, PACKED) | {"longrope": SINGLE}
-)
+ARRANGEMENTS = {"gemma3": PACKED, "own_state": PADDED, "own_rows": SINGLE, "own_refusing": PADDED}
+ARRANGEMENTS["longrope"] = SINGLE
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -185,7 +183,7 @@ def test_families_train_in_other_ways(
 ) -> None:
     """As the error of ZeRO-3 advises; short sequences use some weights of DeepSeek-V4's compressors only."""
     names = {"gpt_oss", "gemma2"} if kind == SHARED else NOT_SHARDED | {"deepseek_v4"}
-    models = write_families(names, tmp_path) | {name: write_moe(tmp_path / name, name) for name in MOE}
+    models = write_families(names | MOE, tmp_path)
     assert_trained_as_plain(models, assets, plain_entries, tmp_path, kind)
 
 
@@ -236,7 +234,7 @@ def train_beside(assets: Assets, models: dict[str, Path], world: World, _folder:
         policy = load_policy(own, world, max_length=512)
         settle_engine(policy, 512, world)
         reference = load_reference(files_of(models[names[1]]), RunConfig(model=other), world)
-        objective = Objective(LOSS, LiveReference(reference))
+        objective = Objective(LOSS, ReferenceProvider(engine=reference))
         costs = replace(COSTS, arrangement=policy.model.arrangement)
         norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
         found.append([[policy.model.arrangement, reference.model.arrangement], norms])
@@ -281,7 +279,7 @@ def test_an_adapter_of_shared_experts_only_gets_its_whole_gradient(
     assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     """The first one's input has no gradient."""
-    folder = write_moe(tmp_path / "model", "qwen2_moe")
+    folder = write_families(["qwen2_moe"], tmp_path)["qwen2_moe"]
     config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=SHARED_EXPERTS)
     results = run_ranks(partial(adapted_steps, assets, config, plain_entries), 2, tmp_path / "ranks")
     loaded = load_packed(folder, config, 1024, torch.device("cpu"))

@@ -15,7 +15,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.reference.scoring import AdapterReference, NoReference, ReferenceProvider
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
@@ -43,7 +43,9 @@ def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
 def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
     """Return counts after steps with evaluation and samples: micro-batches, lost records, comparisons."""
     policy = load_policy(ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter), world)
-    reference: ReferenceProvider = NoReference() if adapter is None else AdapterReference(policy)
+    reference: ReferenceProvider = (
+        ReferenceProvider() if adapter is None else ReferenceProvider(policy=policy)
+    )
     objective, dataset = Objective(loss, reference), assets.dataset()
     coordinator, micro_batches, comparisons = gathering.PartitionedParameterCoordinator, [], []
     discard, compare = coordinator._invalidate_trace, gathering.assert_ints_same_as_other_ranks
@@ -77,7 +79,7 @@ def switch(assets: Assets, sft: Path, world: World, _folder: Path) -> float:
     policy = load_policy(ModelConfig(str(assets.policy), Dtype.fp32, adapter=adapter), world, start=sft)
     policy.train(False)
     plan = shard_batch(assets.dataset(), ROWS, world.rank, world.size, 8192, COSTS)
-    objective = Objective(LossConfig(reference_free=True), NoReference())
+    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
     differences = [0.0]
     with objective.prefetched(plan, world.device) as batches, torch.no_grad():
         batch = next(iter(batches)).to(world.device)

@@ -16,7 +16,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.reference.scoring import NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
@@ -58,12 +58,12 @@ def train(
         str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
     )
     policy = load_policy(model, world)
-    objective, dataset = Objective(LossConfig(reference_free=True), NoReference()), assets.dataset()
+    objective, dataset = Objective(LossConfig(reference_free=True), ReferenceProvider()), assets.dataset()
 
     def step() -> float:
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
         norm = one_step(policy, objective, dataset, ROWS, 64, world)[1]
-        values = evaluate(policy, objective, plan, world, RunningMeans()).values
+        _, values = evaluate(policy, objective, plan, world, RunningMeans())
         scores.append(None if values is None else values.logp_chosen.tolist())
         return norm.item()
 

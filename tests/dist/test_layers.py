@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.scoring import NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole
@@ -42,7 +42,7 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def norms(assets: Assets, model: Path, world: World, folder: Path) -> dict[str, list[float]]:
     """Gradient norms of `STEPS` with each choice of checkpointing; the weights after them go to `folder`."""
-    objective = Objective(LossConfig(reference_free=True), NoReference())
+    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
     found = {}
     for choice in CHOICES:
         config = ModelConfig(str(model), dtype=Dtype.fp32, gradient_checkpointing=choice)

@@ -22,7 +22,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.scoring import LiveReference, NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.dist.scenario import Assets, files_of, load_policy
@@ -136,7 +136,9 @@ def _trajectory(
     config = assets.config(assets.policy)
     free = not loss.needs_reference
     reference = (
-        NoReference() if free else LiveReference(load_reference(files_of(assets.reference), config, world))
+        ReferenceProvider()
+        if free
+        else ReferenceProvider(engine=load_reference(files_of(assets.reference), config, world))
     )
     objective, running = Objective(loss, reference), RunningMeans()
     policy = load_policy(config.model, world)
@@ -157,10 +159,9 @@ def _trajectory(
             running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
     policy.train(False)
-    evaluation = evaluate(policy, objective, plan(range(RECORDS)), world, running)
-    assert (evaluation.values is not None) == world.is_main
-    of_pairs = world.on_main(lambda: {} if evaluation.values is None else of_each_pair(evaluation.values))
-    yield means(evaluation.sums) | of_pairs
+    evaluated, values = evaluate(policy, objective, plan(range(RECORDS)), world, running)
+    assert (values is not None) == world.is_main
+    yield evaluated | world.on_main(lambda: {} if values is None else of_each_pair(values))
 
 
 def of_each_pair(values: PairValues) -> dict[str, float]:

@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.scoring import LiveReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import evaluate
 from tests.dist.scenario import LOSS, Assets, files_of, load_policy, one_step
@@ -42,7 +42,7 @@ class Trainer:
         self.reference = load_reference(files_of(reference), config, world)
         self.policy = load_policy(model, world)
         self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, MIXUP), world)
-        self.objective = Objective(LOSS, LiveReference(self.reference))
+        self.objective = Objective(LOSS, ReferenceProvider(engine=self.reference))
         self.dataset, self.world, self.done = assets.dataset(), world, 0
 
     def step(self, rows: tuple[int, ...]) -> float:
@@ -55,8 +55,7 @@ class Trainer:
         """The mean reward margin of all pairs."""
         plan = shard_batch(self.dataset, np.arange(11), self.world.rank, self.world.size, 256, COSTS)
         self.policy.train(False)
-        sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans()).sums
-        return self._metrics(sums)["rewards/margins"]
+        return evaluate(self.policy, self.objective, plan, self.world, RunningMeans())[0]["rewards/margins"]
 
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()

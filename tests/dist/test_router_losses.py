@@ -23,7 +23,8 @@ from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import reduce_step
 from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_values
-from tests.support.moe import write_moe
+from tests.support import tiny
+from tests.support.families import tiny_family
 from tests.support.packing import plain_logps
 from tests.support.ranks import run_ranks
 
@@ -107,7 +108,8 @@ def test_losses_of_routers_equal_those_of_the_whole_padded_batch(
     plain_entries: list[np.ndarray],
     tmp_path: Path,
 ) -> None:
-    model = write_moe(tmp_path / "model", model_type)
+    model = tmp_path / "model"
+    tiny_family(model_type, len(tiny.qwen())).save_pretrained(model)
     scenario = partial(routed_steps, assets, model, plain_entries, loss, checkpointing)
     results = run_ranks(scenario, size, tmp_path / "ranks", kind)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -4,16 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset, tokenizer_digest
-from dpo_dist.data.dataset import open_dataset
-from tests.e2e.conftest import Overrides
+from tests.e2e.conftest import Overrides, small_run
+from tests.e2e.test_start_adapter import mean_logp, on_base, responses
 from tests.support.launch import assert_same_history, history, summary, train
-from tests.support.packing import plain_logps
 
 STEPS = [
     "model.adapter={r: 4, alpha: 8}",
@@ -27,44 +21,20 @@ STEPS = [
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(
-        [
-            f"model.path={assets}/model",
-            "model.dtype=fp32",
-            f"data.train=[{assets}/train.jsonl]",
-            f"data.eval=[{assets}/eval.jsonl]",
-            f"data.cache={assets}/encoded",
-            f"run.dir={folder}/run",
-            "trainer.global_batch_pairs=6",
-            "tracking.wandb=off",
-            *STEPS,
-        ],
-        processes=2,
-    )
+    train([*small_run(assets, folder), f"data.eval=[{assets}/eval.jsonl]", *STEPS], processes=2)
     return folder / "run"
 
 
 def test_the_written_adapter_gives_the_log_probs_that_training_saw(assets: Path, uninterrupted: Path) -> None:
     assert not (uninterrupted / "model/model.safetensors").exists()
     evaluated = [row for row in history(uninterrupted) if "eval_loss" in row][-1]
-    base = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, uninterrupted / "model")
-    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "model")
-    data = DataConfig(cache=str(assets / "encoded"))
-    sources = [SourceConfig(str(assets / "eval.jsonl"))]
-    encoded = prepare_dataset(sources, data, tokenizer, tokenizer_digest(assets / "model"))
-    dataset = open_dataset(encoded, data)
+    adapted = on_base(assets, uninterrupted / "model")
     for which, name in enumerate(("chosen", "rejected")):
-        responses = [dataset.sequences(row, (which,)) for row in range(len(dataset))]
-        with torch.no_grad():
-            logps = [plain_logps(adapted, [response]).sum() for response in responses]
-            with adapted.disable_adapter():
-                margins = [
-                    after - plain_logps(adapted, [response]).sum()
-                    for after, response in zip(logps, responses, strict=True)
-                ]
-        assert torch.stack(logps).mean().item() == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)
-        reward = 0.1 * torch.stack(margins).mean().item()
+        pairs = responses(assets, which)
+        logp = mean_logp(adapted, pairs)
+        assert logp == pytest.approx(evaluated[f"eval_logps/{name}"], rel=1e-4)
+        with adapted.disable_adapter():
+            reward = 0.1 * (logp - mean_logp(adapted, pairs))
         assert reward == pytest.approx(evaluated[f"eval_rewards/{name}"], rel=1e-3, abs=1e-5)
 
 

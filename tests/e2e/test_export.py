@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import small_run
 from tests.e2e.test_start_adapter import mean_logp, on_base, responses
@@ -92,61 +92,12 @@ def test_an_adapter_with_modules_in_full_from_start_to_end(assets: Path, tmp_pat
     told = run_verb("export", [f"run.dir={run}", "export.weights=ema", "export.merge=true"])
     assert told.code == 0, told.output
     assert (run / "exported/step-000003-ema-merged/model.safetensors").is_file()
-    told = run_verb("evaluate", [f"run.dir={run}", f"evaluation.model={run}/checkpoints/step-000003"])
+    models = f"evaluation.model=[{run}/checkpoints/step-000003,{run}/model]"
+    told = run_verb("evaluate", [f"run.dir={run}", models])
     assert told.code == 0, told.output
-    (file,) = (run / "evaluation").glob("s*-*/evaluation.json")
-    found = json.loads(file.read_text())["all"]
-    assert found["eval_rewards/margins"] == pytest.approx(evaluated["eval_rewards/margins"], rel=1e-3)
-
-
-def test_new_tokens_from_the_base_to_the_merged_model(assets: Path, tmp_path: Path) -> None:
-    extended, tokens = tmp_path / "extended", ["<|plan|>", "<|act|>"]
-    write_extended(assets / "model", extended, tokens)
-    records = [json.loads(line) for line in (assets / "train.jsonl").read_text().splitlines()]
-    for record in records:
-        record["chosen"] = mark(record["chosen"], tokens)
-    data = tmp_path / "marked.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    command = run_of(
-        assets,
-        tmp_path,
-        "r: 2, modules_to_save: [embed_tokens,lm_head]",
-        f"model.path={extended}",
-        f"data.train=[{data}]",
-        "reference.mode=cached",
-        "trainer.max_steps=2",
-        "trainer.save_every=2",
-    )
-    train(command, processes=2)
-    exported = run_verb("export", [f"run.dir={tmp_path}/run", "export.merge=true"])
-    assert exported.code == 0, exported.output
-    merged = tmp_path / "run/exported/step-000002-merged"
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
-    assert_last_log_probs(model, assets, tmp_path / "run")
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
-    assert len(tokenizer) == len(model.get_input_embeddings().weight) == max(ids) + 1
-    start = AutoModelForCausalLM.from_pretrained(extended).get_input_embeddings().weight
-    assert (model.get_input_embeddings().weight[ids] != start[ids]).any(1).all()
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    files = sorted(extended.glob("tokenizer*"))
-    assert files
-    for file in files:
-        assert (merged / file.name).read_bytes() == file.read_bytes()
-
-
-def write_extended(base: Path, folder: Path, tokens: list[str]) -> None:
-    """The recipe of docs/adapters.md."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def mark(chosen: Any, tokens: list[str]) -> Any:
-    """A response with the new tokens in its text."""
-    if isinstance(chosen, str):
-        return "".join(tokens) + chosen
-    return [*chosen[:-1], chosen[-1] | {"content": "".join(tokens) + chosen[-1]["content"]}]
+    results = list((run / "evaluation").glob("[ms]*-*/evaluation.json"))
+    assert len(results) == 2
+    for file in results:
+        found = json.loads(file.read_text())["all"]
+        for name in ("eval_rewards/margins", "eval_logps/chosen"):
+            assert found[name] == pytest.approx(evaluated[name], rel=1e-3)

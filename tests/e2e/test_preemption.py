@@ -4,73 +4,46 @@ import importlib
 import os
 import re
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from dpo_dist.foundation.process import exit_codes
-from tests.e2e.conftest import Overrides, small_run
+from tests.e2e.conftest import Overrides
 from tests.support.invented import write_pairs
-from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
-from tests.support.signalled import Signalled, signalled
+from tests.support.launch import history, run_state, run_verb, summary, train
+from tests.support.signalled import signalled, signalled_launcher
 
-STEPS = ["trainer.epochs=8", "optim.lr=1e-3", "trainer.save_every=4"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    train([*small_run(assets, folder), *STEPS], processes=2)
-    return history(folder / "run")
+STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
 
 
-@pytest.mark.parametrize(
-    ("number", "ranks"),
-    [
-        pytest.param(signal.SIGUSR1, [1], id="SIGUSR1 to rank 1"),
-        pytest.param(signal.SIGTERM, [], id="SIGTERM to the launcher"),
-        pytest.param(signal.SIGKILL, [], id="SIGKILL to the launcher"),
-    ],
-)
-def test_a_signal_saves_and_the_same_command_resumes_exactly(
-    number: signal.Signals,
-    ranks: list[int],
-    overrides: Overrides,
-    tmp_path: Path,
-    uninterrupted: list[dict[str, float]],
-) -> None:
+def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
+    """One run: a signal to one rank, then to the launcher, which at last is killed."""
     run, command = tmp_path / "run", overrides(*STEPS)
-    saved = (run / "checkpoints" / "step-000004").is_dir
-    if ranks:
-        stopped = signalled("train", command, number, ranks, saved)
+    latest = run / "checkpoints" / "latest"
+
+    def reached(step: int) -> Callable[[], bool]:
+        return lambda: latest.is_file() and latest.read_text() >= f"step-{step:06d}"
+
+    stops = {
+        "SIGUSR1": lambda: signalled("train", command, signal.SIGUSR1, [1], reached(4)),
+        "SIGTERM": lambda: signalled_launcher(command, signal.SIGTERM, reached(16)),
+        "SIGTERM of the system": lambda: signalled_launcher(command, signal.SIGKILL, reached(28)),
+    }
+    for by, stop in stops.items():
+        stopped = stop()
         assert stopped.codes == [75, 75], stopped.output
-        assert "Traceback" not in stopped.output
-        output = stopped.output
-    else:
-        output = signal_run(command, number, ranks, saved, codes=tmp_path / "codes").output
-        assert exit_codes(tmp_path / "codes") == [75, 75], output
-    assert "process lost" not in output
-    state = run_state(run)
-    assert state["outcome"] == "preempted"
-    assert summary(run)["exit"] == "preempted"
-    by = "SIGTERM" if number == signal.SIGKILL else number.name  # of the system, when a launcher has died
-    assert state["stopped_by"] == summary(run)["stopped_by"] == by
-    assert 0 < state["step"] < uninterrupted[-1]["step"]
-    assert (run / "checkpoints" / "latest").read_text() == f"step-{state['step']:06d}"
-    assert f"stopping after step {state['step']}, with a checkpoint" in (run / "logs/rank-0.log").read_text()
+        assert "process lost" not in stopped.output
+        assert "Traceback" not in stopped.output or by == "SIGTERM"  # of torch's launcher
+        state = run_state(run)
+        assert state["outcome"] == summary(run)["exit"] == "preempted"
+        assert state["stopped_by"] == summary(run)["stopped_by"] == by.partition(" ")[0]
+        assert latest.read_text() == f"step-{state['step']:06d}"
+        log = (run / "logs/rank-0.log").read_text()
+        assert f"stopping after step {state['step']}, with a checkpoint" in log
     train(command, processes=2)
-    assert history(run) == uninterrupted
-
-
-def assert_stopped(stopped: Signalled, text: str) -> None:
-    """Assert that both ranks ended with 75, and the screen has one error, with `text`."""
-    assert stopped.codes == [75, 75], stopped.output
-    assert len(re.findall("^stopped: ", stopped.output, re.MULTILINE)) == 1, stopped.output
-    assert re.search(text, stopped.output), stopped.output
-    assert "Traceback" not in stopped.output
-    assert "process lost" not in stopped.output
+    train([*command, f"run.dir={tmp_path}/whole"], processes=2)
+    assert history(run) == history(tmp_path / "whole")
 
 
 def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
@@ -83,11 +56,12 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
         "train", command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
     )
     found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
-    assert_stopped(stopped, found)
-    stored, wanted = (
-        int(number.replace(",", ""))
-        for number in re.search(found, stopped.output).groups()  # type: ignore[union-attr]
-    )
+    assert stopped.codes == [75, 75], stopped.output
+    assert not re.search("Traceback|process lost", stopped.output)
+    assert len(re.findall("^stopped: ", stopped.output, re.MULTILINE)) == 1, stopped.output
+    said = re.search(found, stopped.output)
+    assert said, stopped.output
+    stored, wanted = (int(number.replace(",", "")) for number in said.groups())
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")

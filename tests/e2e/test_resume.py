@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Overrides, small_run
+from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_state, run_verb, summary, train
-from tests.support.signalled import kill_one_rank
+from tests.support.signalled import signalled
 from tests.support.tiny_model import write_model
 
 STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
@@ -29,39 +30,19 @@ def refused_without_checkpoints(command: list[str], run: Path) -> None:
     (run / "mounted").rename(run / "checkpoints")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    train([*small_run(assets, folder), *STEPS], processes=2)
-    return history(folder / "run")
-
-
-def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
-    overrides: Overrides, tmp_path: Path, uninterrupted: list[dict[str, float]]
+def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
+    overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
+    """Of three starts, the first is killed and the second stopped; then a whole run with a full store."""
     run = tmp_path / "run"
-    command = overrides(*STEPS)
-    killed = kill_one_rank(command, 0, when=(run / "checkpoints/step-000004").is_dir)
+    evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
+    command = overrides(*STEPS, *evaluated, "samples.max_new_tokens=4")
+    when = (run / "checkpoints/step-000004").is_dir
+    killed = signalled("train", command, signal.SIGKILL, [0], when)
     assert all(killed.codes), killed.output
     assert "rank 0 of 2 died" in killed.output, killed.output
     assert not list((run / "model").glob("*"))
     refused_without_checkpoints(command, run)
-    assert "resuming from" in train(command, processes=2).output
-    assert history(run) == uninterrupted
-    assert summary(run)["exit"] == "completed"
-
-
-def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    """Two starts on two processes, of which the first is killed, and a third that resumes again.
-
-    A fourth run finds the store full at its first start.
-    """
-    run = tmp_path / "run"
-    evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
-    command = overrides(*STEPS, *evaluated, "samples.max_new_tokens=4")
-    kill_one_rank(command, 1, when=(run / "checkpoints/step-000004").is_dir)
     (folder,) = sorted(run.glob("checkpoints/step-*"))[-1:]
     saved = json.loads((folder / "state.json").read_text())
     first, before = saved["reference_report"], saved["work"]
@@ -70,8 +51,9 @@ def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
     assert first["drift"]["responses"] > 0
     assert run_verb("train", [*command, "trainer.stop_after_steps=2"], processes=2).code == 75
     stopped = summary(run)
-    train(command, processes=2)
+    assert "resuming from" in train(command, processes=2).output
     ended = summary(run)
+    assert ended["exit"] == "completed"
     assert stopped["reference"] == ended["reference"] == first
     works = ("starting", "reference", "training", "evaluation", "samples", "saving")
     for work in works:
@@ -80,39 +62,36 @@ def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
     assert math.isclose(ended["work"]["device_seconds"], 2 * total, abs_tol=0.1)
     assert math.isclose(ended["work"]["seconds"]["training"], ended["train_seconds"], rel_tol=0.2)
 
-    full = [*command, f"run.dir={tmp_path}/other"]
-    assert run_verb("train", [*full, "trainer.stop_after_steps=2"], processes=2).code == 75
-    train(full, processes=2)
-    reused = summary(tmp_path / "other")["reference"]
+    whole = tmp_path / "whole"
+    train([*command, f"run.dir={whole}"], processes=2)
+    assert history(run) == history(whole)
+    reused = summary(whole)["reference"]
     assert (reused["hits"], reused["computed"]) == (first["hits"] + first["computed"], 0)
-    assert reused["drift"]["responses"] > 0
 
 
 def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    steps = ["trainer.epochs=2", "trainer.log_every=2"]  # stopped between two rows
-    steps += [f"data.eval=[{assets}/eval.jsonl]"]
+    """Between two rows, with a loss that has running means."""
+    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.bco_delta=running_mean"]
+    steps = ["trainer.epochs=2", "trainer.log_every=2", "optim.lr=1e-2"]
+    steps += [f"data.eval=[{assets}/eval.jsonl]", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))
     stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
     assert "verdict: stopped after step 3; so far: " in stopped.output
-    refused_without_checkpoints(overrides(*steps), tmp_path / "run")
     train(overrides(*steps))
     rows = history(tmp_path / "run")
     assert rows == history(tmp_path / "whole")
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, rows[-1]["step"]]
+    values = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
+    assert len(set(values)) > 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["parallelism=zero2", "trainer.deterministic=true"], ["parallelism=ddp"]],
-)
-def test_a_stopped_run_in_bf16_resumes_exactly(
-    options: list[str], overrides: Overrides, tmp_path: Path
-) -> None:
-    steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3", *options]
+def test_a_stopped_run_in_bf16_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
+    steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3"]
+    steps += ["parallelism=zero2", "trainer.deterministic=true"]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"), processes=2)
     assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=2"), processes=2).code == 75
     assert run_state(tmp_path / "run")["outcome"] == "preempted"
@@ -121,23 +100,6 @@ def test_a_stopped_run_in_bf16_resumes_exactly(
     for file in ("model.safetensors", "README.md"):
         written = [tmp_path / name / "model" / file for name in ("run", "whole")]
         assert written[0].read_bytes() == written[1].read_bytes(), file
-
-
-def test_running_means_of_a_loss_resume(overrides: Overrides, tmp_path: Path) -> None:
-    steps = [
-        "trainer.epochs=2",
-        "optim.lr=1e-2",
-        "loss.beta=0.5",
-        "loss=bco_pair",
-        "loss.bco_delta=running_mean",
-    ]
-    train(overrides(*steps, f"run.dir={tmp_path}/whole"))
-    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=3")).code == 75
-    train(overrides(*steps))
-    rows = history(tmp_path / "run")
-    assert rows == history(tmp_path / "whole")
-    values = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
-    assert len(set(values)) > 3
 
 
 def test_a_damaged_checkpoint_is_not_used(overrides: Overrides, tmp_path: Path) -> None:
@@ -158,22 +120,18 @@ def test_a_damaged_checkpoint_is_not_used(overrides: Overrides, tmp_path: Path) 
     assert "metrics up to step 4 are lost" in screen
 
 
-def test_resume_never_and_must_are_obeyed(overrides: Overrides, tmp_path: Path) -> None:
-    nothing = run_verb("train", overrides("run.resume=must"))
-    assert nothing.code == 2, nothing.output
-    assert "no checkpoint" in nothing.output
-    train(overrides("trainer.max_steps=1"))
-    used = run_verb("train", overrides("trainer.max_steps=1", "run.resume=never"))
-    assert used.code == 2, used.output
-    assert "has results of a run" in used.output
+def test_starts_that_run_resume_and_the_configuration_forbid(overrides: Overrides) -> None:
+    def refused(*options: str) -> str:
+        ended = run_verb("train", overrides("trainer.max_steps=1", *options))
+        assert ended.code == 2, ended.output
+        return ended.output
 
-
-def test_another_configuration_does_not_resume_a_run(overrides: Overrides) -> None:
+    assert "no checkpoint" in refused("run.resume=must")
     train(overrides("trainer.max_steps=1"))
-    other = run_verb("train", overrides("trainer.max_steps=1", "loss.beta=0.3"))
-    assert other.code == 2, other.output
-    assert "another configuration" in other.output
-    assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other.output
+    assert "has results of a run" in refused("run.resume=never")
+    other = refused("loss.beta=0.3")
+    assert "another configuration" in other
+    assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other
 
 
 def test_other_processes_and_parallelism_continue_a_run(

@@ -1,7 +1,6 @@
 """A run that starts from an adapter of supervised fine-tuning: its reference, its steps, its result."""
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
 from tests.e2e.conftest import Overrides
-from tests.support.launch import assert_same_history, history, run_verb, summary, train
+from tests.support.launch import assert_same_history, history, summary, train
 from tests.support.packing import plain_logps
 from tests.support.sft_adapter import write_sft_adapter
 
@@ -94,24 +93,6 @@ def test_an_adapter_of_a_run_is_continued_by_the_next(
     command = overrides(f"model.adapter={{path: {tmp_path}/first/model}}", "trainer.max_steps=2")
     train(command)
     assert history(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_a_checkpoint_is_evaluated_against_the_start(
-    start: Callable[..., list[str]], assets: Path, tmp_path: Path
-) -> None:
-    command = start("trainer.save_every=4", "trainer.keep_last=1")
-    train(command)
-    evaluated = [row for row in history(tmp_path / "run") if "eval_loss" in row][-1]
-    run = tmp_path / "run"
-    models = f"evaluation.model=[{run}/checkpoints/step-000004,{run}/model]"
-    told = run_verb("evaluate", [f"run.dir={run}", models])
-    assert told.code == 0, told.output
-    results = list((run / "evaluation").glob("[ms]*-*/evaluation.json"))
-    assert len(results) == 2
-    for file in results:
-        found = json.loads(file.read_text())["all"]
-        for name in ("eval_rewards/margins", "eval_logps/chosen"):
-            assert found[name] == pytest.approx(evaluated[name], rel=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

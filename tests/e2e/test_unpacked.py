@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.families import tiny_family
@@ -12,39 +10,21 @@ from tests.support.launch import assert_same_history, history, run_verb, summary
 from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
+TOLD = "unpacked: responses of this model cannot share a prompt in one forward"
+RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
+
 
 def without_ties(run: Path) -> list[dict[str, float]]:
     """The history without shares of margins above 0: before the first update margins are rounding."""
     return [{key: value for key, value in row.items() if "accurac" not in key} for row in history(run)]
 
 
-@pytest.fixture
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    if request.param == "own":
-        return ship_code(write_model(folder), "rows")
-    tokenizer = tiny.qwen()
-    causal_lm = tiny_family(request.param, len(tokenizer))
-    causal_lm.config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
-    causal_lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [
-        ("jamba", "one response per row, padded to the longest of the micro-batch"),
-        ("own", "one response per forward"),
-    ],
-    indirect=["model"],
-)
-def test_a_run_is_the_same_on_one_and_two_processes(
-    model: Path, told: str, overrides: Overrides, assets: Path, tmp_path: Path
+def test_a_run_of_one_response_per_forward_is_the_same_on_one_and_two_processes(
+    overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Store filled on two ranks, evaluation, steps of several micro-batches, step-0 check, export."""
     command = overrides(
-        f"model.path={model}",
+        f"model.path={ship_code(write_model(tmp_path / 'model'), 'rows')}",
         "model.trust_remote_code=true",
         f"data.eval=[{assets}/eval.jsonl]",
         "trainer.max_steps=3",
@@ -52,7 +32,7 @@ def test_a_run_is_the_same_on_one_and_two_processes(
         "trainer.micro_batch_tokens=200",
     )
     output = train(command, processes=2).output
-    assert f"unpacked: responses of this model cannot share a prompt in one forward: {told}, " in output
+    assert f"{TOLD}: one response per forward" in output
     assert "step-0 check passed" in output
     one = tmp_path / "one"
     train([*command, f"run.dir={one}", f"reference.store={tmp_path}/other"], processes=1)
@@ -63,14 +43,13 @@ def test_a_run_is_the_same_on_one_and_two_processes(
     assert evaluated.code == 0, evaluated.output
 
 
-RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
-
-
-@pytest.mark.parametrize("model", ["bloom"], indirect=True)
-def test_the_other_verbs_take_a_model_in_rows(
-    model: Path, overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
+def test_every_verb_takes_a_model_in_rows(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     """A store of `precompute` is complete; a run has samples; `compare` scores its responses."""
+    model, tokenizer = tmp_path / "model", tiny.qwen()
+    causal_lm = tiny_family("jamba", len(tokenizer))
+    causal_lm.config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    causal_lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
     command = overrides(
         f"model.path={model}",
         f"data.eval=[{assets}/eval.jsonl]",
@@ -82,7 +61,8 @@ def test_the_other_verbs_take_a_model_in_rows(
     )
     filled = run_verb("precompute", command)
     assert filled.code == 0, filled.output
-    train(command, processes=1)
+    output = train(command, processes=2).output
+    assert f"{TOLD}: one response per row, padded to the longest of the micro-batch" in output
     assert summary(tmp_path / "run")["reference"]["computed"] == 0
     assert (tmp_path / "run/samples/step-000002.jsonl").read_text().count("\n") == 2
     (tmp_path / "rule.py").write_text(RULE)

@@ -13,7 +13,7 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.reference.scoring import NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock
 from tests.support.packing import pack_unkeyed, random_pairs
@@ -28,7 +28,7 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
     folder = write_model(tmp_path, hidden_size=256)
     model = load_packed(folder, ModelConfig(dtype=Dtype.bf16), 256, CUDA).to(CUDA)
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
-    objective = Objective(LossConfig(kind=LossKind.simpo), NoReference())
+    objective = Objective(LossConfig(kind=LossKind.simpo), ReferenceProvider())
     batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).pinned()
 
     def step() -> None:

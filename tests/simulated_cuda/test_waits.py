@@ -16,9 +16,9 @@ from dpo_dist.training.step import StepClock
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_simulated
 from tests.support import tiny
+from tests.support.families import tiny_family
 from tests.support.invented import write_pairs
 from tests.support.launch import history
-from tests.support.moe import write_moe
 from tests.support.tiny_model import write_model
 
 STEPS, COUNTED = 4, 2  # of a run; the last of them, as DeepSpeed's first steps record the order of gathers
@@ -104,7 +104,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     changed = {"rope_parameters": rope, "max_position_embeddings": 64}
     config.write_text(json.dumps(json.loads(config.read_text()) | changed))
-    write_moe(folder / "experts", "qwen3_moe")
+    tiny_family("qwen3_moe", len(tiny.qwen())).save_pretrained(folder / "experts")
     tiny.qwen().save_pretrained(folder / "experts")
     write_pairs(folder / "train.jsonl", 12, seed=3)
     return folder

@@ -44,6 +44,7 @@ MAMBA2 = {
     "mamba_chunk_size": 16,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LISTED = {**EXPERTS, **HEADS, "norm_topk_prob": True}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -97,6 +98,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
         | {"global_head_dim": 16, "use_double_wide_mlp": True, "use_bidirectional_attention": "vision"},
         PACKED,
     ),
+    "glm4_moe": (ROUTED | HEADS | {"n_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}, PACKED),
     "gpt_bigcode": ({}, PACKED),
     "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}, PADDED),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **HEADS}, PACKED),
@@ -120,6 +122,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "mamba": ({"state_size": 4}, PADDED),
     "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PADDED),
     "minimax": ({"num_local_experts": 4, "block_size": 16, **HEADS}, PADDED),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, **HEADS}, PACKED),
     "mpt": ({}, PADDED),
     "nemotron": ({}, PADDED),
     "nemotron_h": (
@@ -130,7 +133,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "olmo3": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, PACKED),
     "olmo_hybrid": (DELTA, PADDED),
     "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, PACKED),
+    "qwen2_moe": (LISTED | {"shared_expert_intermediate_size": 16}, PACKED),
     "qwen3_5_text": (DELTA, PADDED),
+    "qwen3_moe": (LISTED | {"mlp_only_layers": [0]}, PACKED),
     "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PADDED),
     "recurrent_gemma": ({"attention_window_size": 8, "lru_width": 32, **HEADS}, PADDED),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 512}, PADDED),
@@ -161,4 +166,7 @@ def tiny_family(model_type: str, vocab_size: int, *, has_noise: bool = True) -> 
     for parameter in causal_lm.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
+    for name, buffer in causal_lm.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # balances the experts, without a gradient
+            buffer.normal_(std=0.3)
     return causal_lm.eval()

@@ -1,105 +1,96 @@
-"""Runs that are killed again and again, and their comparison with one that was not."""
+"""Kill -9 of processes at a chosen file operation, which no clock decides; runs compared to the last bit."""
 
+import contextlib
 import itertools
 import json
-import random
-import shutil
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import safe_open
 
-from tests.support import warm
-from tests.support.kill_points import KillPoint
-from tests.support.launch import Finished, history, run_verb, summary
+from tests.support.launch import history, summary
 
-# Seconds after the fatal operation; in half of the kills none.
-_LONGEST_DELAY = 0.03
-# As short as a launcher's: what the ranks that are left say is not looked at.
-_GRACE_SECONDS = 0.5
+_CHANGES = frozenset(
+    {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OF_STARTS = frozenset({"train_seconds", "work", "window", "reference_report"})
 
 
 @dataclass(frozen=True)
-class KilledRuns:
-    """One configuration, whose runs are killed until there were enough kills.
+class KillPoint:
+    """The file operation of a rank at which processes are killed.
 
     Attributes:
-        parent: of the folders of the runs; each has its own run directory, store and encoded data.
-        overrides: makes the command line of a run in a folder.
-        processes: of each start.
-        seed: of the places.
-        kills: of all runs together.
-        reach: the part of a whole run, in file operations, in which a start is killed.
-        seconds: after which a start fails.
-        before: called once with the folder of each run, before its first start that may be killed.
+        folder: operations below it are counted.
+        operation: the number of the fatal one; 0: none, they are only counted.
+        rank: of the process whose operations are counted.
+        delay: seconds between the operation and the kill; 0: the operation itself does not happen.
+        everybody: all ranks are killed, not only this one.
     """
 
-    parent: Path
-    overrides: Callable[[Path], Sequence[str]]
-    processes: int
-    seed: int
-    kills: int
-    reach: float = 0.7
-    seconds: float = 400
-    before: Callable[[Path], None] = lambda folder: None
+    folder: Path
+    operation: int = 0
+    rank: int = 0
+    delay: float = 0.0
+    everybody: bool = False
 
-    def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
-        """Kill runs, and compare each with the uninterrupted one; `done` is called after every kill.
+    def forget_former_start(self) -> None:
+        """Remove what a former start in the folder has left; call it before each."""
+        for file in (*self.folder.glob("process-*"), self.folder / "reached"):
+            file.unlink(missing_ok=True)
 
-        Raises:
-            AssertionError: a start failed in another way, or a result differs.
-        """
-        whole, drawn = self._folder("whole"), random.Random(self.seed)
-        operations = self._count(whole)
-        kills = runs = 0
-        while kills < self.kills:
-            runs += 1
-            folder = self._folder(f"killed-{runs}")
-            while True:
-                point = self._point(folder, operations, drawn, kills)
-                if (ended := self._start(point)).code == 0:
-                    break
-                assert point.is_reached, ended.output  # else it was not killed, but refused or wrong
-                assert "Traceback" not in ended.output, ended.output
-                kills += 1
-                done(kills)
-            assert_same_run(folder, whole)
-            shutil.rmtree(folder)
+    @property
+    def is_reached(self) -> bool:
+        """Whether the fatal operation of the last start was reached."""
+        return (self.folder / "reached").exists()
 
-    def _count(self, whole: Path) -> list[int]:
-        point = KillPoint(whole)
-        ended = self._start(point)
-        assert ended.code == 0, ended.output
-        return [max(1, int(point.counted(rank) * self.reach)) for rank in range(self.processes)]
+    def counted(self, rank: int) -> int:
+        """Return the operations of this rank in the last start."""
+        return int((self.folder / f"operations-{rank}").read_text())
 
-    def _point(self, folder: Path, operations: list[int], drawn: random.Random, kills: int) -> KillPoint:
-        rank = drawn.randrange(self.processes)
-        return KillPoint(
-            folder,
-            operation=drawn.randint(1, operations[rank]) if kills < self.kills else 0,
-            rank=rank,
-            delay=drawn.choice([0.0, drawn.uniform(0, _LONGEST_DELAY)]),
-            everybody=drawn.random() < 0.7,
-        )
+    def arm(self) -> None:
+        """Count in this process from now on."""
+        rank = int(os.environ.get("RANK", "0"))
+        (self.folder / f"process-{rank}").write_text(str(os.getpid()))
+        record = os.open(self.folder / f"operations-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        beginning, fatal, count = f"{self.folder}{os.sep}", self.operation if rank == self.rank else 0, 0
 
-    def _start(self, point: KillPoint) -> Finished:
-        command = list(self.overrides(point.folder))
-        point.forget_former_start()
-        with mock.patch.object(warm, "GRACE_AFTER_KILL_SECONDS", _GRACE_SECONDS):
-            return run_verb(
-                "train", command, processes=self.processes, prepare=point.arm, seconds=int(self.seconds)
-            )
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            changes = event in _CHANGES or (event == "open" and arguments[2] & _WRITING)
+            if not changes or isinstance(arguments[0], int):
+                return
+            if os.fsdecode(arguments[0]).startswith(beginning):
+                count += 1
+                os.pwrite(record, str(count).encode(), 0)
+                if count == fatal:
+                    self._fall()
 
-    def _folder(self, name: str) -> Path:
-        folder = self.parent / name
-        folder.mkdir()
-        self.before(folder)
-        return folder
+        sys.addaudithook(hook)
+
+    def _fall(self) -> None:
+        (self.folder / "reached").touch()
+        if self.delay:
+            threading.Thread(target=self._kill, daemon=True).start()
+        else:
+            self._kill()
+
+    def _kill(self) -> None:
+        time.sleep(self.delay)
+        if self.everybody:
+            for file in self.folder.glob("process-*"):
+                if file.name != f"process-{self.rank}":
+                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                        os.kill(int(file.read_text()), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assert_same_run(killed: Path, whole: Path) -> None:
@@ -112,13 +103,13 @@ def assert_same_run(killed: Path, whole: Path) -> None:
         row.pop("memory/peak_allocated_bytes", None)
     assert rows[0] == rows[1]
     assert summary(killed / "run")["exit"] == "completed"
-    (last,) = sorted((whole / "run" / "checkpoints").glob("step-*"))[-1:]
-    for part in ("model", f"checkpoints/{last.name}/engine"):
-        files = sorted(file.name for file in (whole / "run" / part).iterdir())
-        assert sorted(file.name for file in (killed / "run" / part).iterdir()) == files
-        for name in files:
-            assert _content(killed / "run" / part / name) == _content(whole / "run" / part / name), name
-    saved = whole / "run" / "checkpoints" / last.name
+    saved = sorted((whole / "run" / "checkpoints").glob("step-*"))[-1]
+    for part in (whole / "run" / "model", saved / "engine"):
+        other = killed / part.relative_to(whole)
+        names = sorted(file.name for file in part.iterdir())
+        assert sorted(file.name for file in other.iterdir()) == names
+        for name in names:
+            assert _content(other / name) == _content(part / name), name
     for file in (saved / "state.json", *sorted(saved.glob("random_states_*.json"))):
         assert _untimed(killed / file.relative_to(whole)) == _untimed(file), file.name
     assert not [file for file in killed.rglob("*") if ".tmp-" in file.name]

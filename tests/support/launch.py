@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.foundation.process import EXIT_CODES
 from dpo_dist.insight.metrics.log import PHASES
 from tests.support.warm import launcher_variables, run_warm, start_verb
 
@@ -113,57 +111,6 @@ def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Fi
     ended = run_verb("train", overrides, processes=processes, cold=cold)
     assert ended.code == 0, ended.output
     return ended
-
-
-def signal_run(
-    overrides: list[str],
-    number: signal.Signals,
-    ranks: list[int],
-    when: Callable[[], bool],
-    processes: int = 2,
-    codes: Path | None = None,
-) -> Finished:
-    """Start a training, send a signal as soon as `when()` is true, and wait for the end.
-
-    Args:
-        overrides: of the command line.
-        number: of the signal.
-        ranks: that get it; none: the launcher.
-        when: called often.
-        processes: of the training.
-        codes: path of the exit codes of the processes.
-    """
-    with subprocess.Popen(
-        command("train", overrides, processes),
-        cwd=ROOT,
-        env={**environment(), **({} if codes is None else {EXIT_CODES: str(codes)})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as launcher:
-        deadline = time.monotonic() + 240
-        while not when():
-            assert launcher.poll() is None, launcher.stdout.read() if launcher.stdout else ""
-            assert time.monotonic() < deadline, "the run did not get to where it was to be killed"
-            time.sleep(0.02)
-        for process in [_process_of_rank(launcher.pid, rank) for rank in ranks] or [launcher.pid]:
-            os.kill(process, number)
-        output, _ = launcher.communicate(timeout=240)
-    return Finished(launcher.returncode, output)
-
-
-def _process_of_rank(launcher: int, rank: int) -> int:
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher and f"RANK={rank}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"rank {rank} is not running")
 
 
 def history(run_dir: Path) -> list[dict[str, float]]:

@@ -1,15 +1,19 @@
-"""Ranks of a verb, forked from the warm parent, that get a signal."""
+"""Ranks of a verb, forked from the warm parent, or a launcher, that get a signal."""
 
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.launch import TWO_PROCESSES, environment
+from dpo_dist.foundation.process import EXIT_CODES, exit_codes
+from tests.support.launch import TWO_PROCESSES, command, environment
 from tests.support.warm import ROOT, launcher_variables, start_verb
+
+_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -21,20 +25,15 @@ class Signalled:
 
 
 def signalled(
-    verb: str,
-    overrides: list[str],
-    number: signal.Signals,
-    ranks: Sequence[int],
-    when: Callable[[], bool],
-    size: int = 2,
+    verb: str, overrides: list[str], number: signal.Signals, ranks: Sequence[int], when: Callable[[], bool]
 ) -> Signalled:
-    """Run `verb` on `size` ranks without a launcher, and send a signal to `ranks` once `when()` is true."""
+    """Run `verb` on two ranks without a launcher, and send a signal to `ranks` once `when()` is true."""
     variables = environment() | launcher_variables(TWO_PROCESSES)
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
         screen.touch()
-        processes = start_verb(verb, overrides, variables, size, ROOT, screen)
-        deadline = time.monotonic() + 240
+        processes = start_verb(verb, overrides, variables, 2, ROOT, screen)
+        deadline = time.monotonic() + _SECONDS
         try:
             while not when():
                 assert time.monotonic() < deadline, screen.read_text()
@@ -50,6 +49,24 @@ def signalled(
                 process.kill()
 
 
-def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Signalled:
-    """Train on two ranks, and kill -9 one of them as soon as `when()` is true; the other ends by itself."""
-    return signalled("train", overrides, signal.SIGKILL, [rank], when)
+def signalled_launcher(overrides: list[str], number: signal.Signals, when: Callable[[], bool]) -> Signalled:
+    """Train on two processes, and send a signal to their launcher once `when()` is true."""
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        subprocess.Popen(
+            command("train", overrides, 2),
+            cwd=ROOT,
+            env=environment() | {EXIT_CODES: f"{temporary}/codes"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as launcher,
+    ):
+        deadline = time.monotonic() + _SECONDS
+        while not when():
+            assert launcher.poll() is None, launcher.stdout.read() if launcher.stdout else ""
+            assert time.monotonic() < deadline, "the run did not get to where it was to be signalled"
+            time.sleep(0.02)
+        launcher.send_signal(number)
+        output, _ = launcher.communicate(timeout=_SECONDS)  # of the ranks, too, which may outlive it
+        return Signalled(exit_codes(Path(temporary) / "codes"), output)

@@ -1,68 +1,59 @@
-"""A SLURM of two nodes on this machine, without accounting and cgroups, for tests of batch scripts."""
+"""A SLURM of two nodes on this machine, without accounting and cgroups, and jobs of the batch script."""
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 NODES = ("node1", "node2")
 GPUS = 8
-_SECONDS = 120.0
-_COMMAND_SECONDS = 240.0
+RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "NODE_FAIL")
+# Whether the whole suite runs beside it on two cores or not.
+_SECONDS = 240.0
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def missing() -> str:
     """Return why no cluster can be started here; "" if one can."""
     if os.geteuid() != 0:
         return "SLURM's daemons need root"
-    absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     return f"not installed: {', '.join(absent)} (packages slurm-wlm and munge)" if absent else ""
 
 
-def _path() -> str:
-    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
 class Cluster:
-    """The two nodes; its ports and files are its own, so that several can run at once.
-
-    Args:
-        folder: for its files; a short path, as those of sockets are limited.
-    """
+    """The two nodes, with files of their own in `folder`: a short path, as those of sockets are limited."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), _path()]),
+            "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), _PATH]),
             "DPO_DIST_ENV": "",
         }
-        self._ports = _free_ports(3)
-
-    def _write_launcher(self) -> None:
-        """Write a `python` without the GPUs of SLURM, which are invented."""
-        launcher = self._folder / "bin" / "python"
-        launcher.parent.mkdir()
-        launcher.write_text(f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nexec {sys.executable} "$@"\n')
-        launcher.chmod(0o755)
 
     def start(self) -> None:
         """Start the daemons and wait until both nodes are idle."""
-        for name in ("state", "log", *(f"spool.{node}" for node in NODES)):
+        for name in ("bin", "state", "log", *(f"spool.{node}" for node in NODES)):
             (self._folder / name).mkdir()
         (self._folder / "slurm.conf").write_text(self._configuration())
-        self._write_launcher()
-        version = self.output("slurmd", "-V").split()[-1].split(".")
+        # Without the GPUs of SLURM, which are invented.
+        launcher = self._folder / "bin" / "python"
+        launcher.write_text(f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nexec {sys.executable} "$@"\n')
+        launcher.chmod(0o755)
+        version = self.run("slurmd", "-V").split()[-1].split(".")
         if tuple(map(int, version[:2])) >= (23, 11):  # earlier ones need no cgroups
             (self._folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         for number in range(GPUS):
@@ -74,11 +65,11 @@ class Cluster:
         key.chmod(0o400)
         names = {"socket": "munge", "key-file": "key", "pid-file": "munged.pid", "log-file": "munged.log"}
         files = [f"--{option}={self._folder / name}" for option, name in names.items()]
-        self._run("munged", "--force", f"--seed-file={self._folder / 'seed'}", *files)
-        self._run("slurmctld", "-c")
+        self.run("munged", "--force", f"--seed-file={self._folder / 'seed'}", *files)
+        self.run("slurmctld", "-c")
         for node in NODES:
-            self.start_node(node)
-        self.wait_for(lambda: self.idle_nodes() == len(NODES))
+            self.run("slurmd", "-N", node)
+        self.wait_for(lambda: int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D") or 0) == len(NODES))
 
     def stop(self) -> None:
         """End all daemons, and the processes of jobs that are left."""
@@ -87,57 +78,44 @@ class Cluster:
         for name in ("slurmctld.pid", "munged.pid"):
             _kill(self._folder / name)
 
-    def start_node(self, node: str) -> None:
-        """Start the daemon of a node."""
-        self._run("slurmd", "-N", node)
-
     def kill_node(self, node: str) -> None:
         """Kill the daemon of a node and all processes of jobs there at the same moment."""
         _kill(self._folder / f"slurmd.{node}.pid")
-        variables = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self._folder / 'slurm.conf'}"}
-        lost = [process for process in psutil.process_iter() if variables <= _environment_of(process)]
-        for process in {above for one in lost for above in (one, *_step_daemons(one))}:
-            _signal(process, signal.SIGKILL)
+        variables = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._folder / "slurm.conf")}.items()
+        lost: set[psutil.Process] = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if variables <= process.environ().items():
+                    daemons = [one for one in process.parents() if one.name() == "slurmstepd"]
+                    lost |= {process, *daemons}
+        for process in lost:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
-    def idle_nodes(self) -> int:
-        """Return how many nodes are idle."""
-        return int(self.output("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)
-
-    def output(
-        self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None
-    ) -> str:
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
         """Return the output of a command of SLURM."""
-        return self._run(*command, environment=environment, cwd=cwd).stdout
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = _SECONDS) -> None:
-        """Wait for a condition.
-
-        Raises:
-            TimeoutError: it does not come.
-        """
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError(self.output("scontrol", "show", "nodes"))
-            time.sleep(0.1)
-
-    def _run(
-        self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None
-    ) -> subprocess.CompletedProcess[str]:
         ended = subprocess.run(
             command,
-            cwd=cwd,
+            cwd=ROOT,
             env=environment or self.environment,
             capture_output=True,
             text=True,
             check=False,
-            timeout=_COMMAND_SECONDS,
+            timeout=_SECONDS,
         )
         assert ended.returncode == 0, f"{' '.join(command)}: {ended.stderr}"
-        return ended
+        return ended.stdout
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; if it does not come, that is a `TimeoutError`."""
+        deadline = time.monotonic() + _SECONDS
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.run("scontrol", "show", "nodes"))
+            time.sleep(0.1)
 
     def _configuration(self) -> str:
-        host, (controller, *ports) = socket.gethostname().split(".")[0], self._ports
+        host, (controller, *ports) = socket.gethostname().split(".")[0], _free_ports(1 + len(NODES))
         settings = {
             "ClusterName": "tests",
             "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -171,38 +149,74 @@ class Cluster:
 
 def _free_ports(number: int) -> list[int]:
     """Return ports that nobody uses at the moment."""
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for one in sockets:
             one.bind(("", 0))
         return [one.getsockname()[1] for one in sockets]
 
 
-def _environment_of(process: psutil.Process) -> set[str]:
-    try:
-        return {f"{name}={value}" for name, value in process.environ().items()}
-    except (psutil.Error, OSError):
-        return set()
-
-
-def _step_daemons(process: psutil.Process) -> list[psutil.Process]:
-    """Return SLURM's daemons of the job step that a process belongs to."""
-    try:
-        return [parent for parent in process.parents() if parent.name() == "slurmstepd"]
-    except psutil.Error:
-        return []
-
-
 def _kill(pid_file: Path) -> None:
     if pid_file.is_file() and (text := pid_file.read_text().strip()):
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(int(text)).kill()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job. `number`: of the job, or of an array and its job (12_0); `screen`: its output."""
+
+    cluster: Cluster
+    number: str
+    screen: Path
+
+    def ended(self) -> tuple[str, ...]:
+        """Wait until the job has ended for good; return its state, exit code and number of restarts."""
+        last: list[tuple[str, ...]] = []
+
+        def is_over() -> bool:
+            shown = self.cluster.run("scontrol", "show", "job", self.number)
+            fields = [re.search(rf"\b{name}=(\S*)", shown) for name in ("JobState", "ExitCode", "Restarts")]
+            last.append(tuple(found[1] for found in fields if found))
+            return last[-1][0] not in RUNNING
+
+        self.wait_for(is_over)
+        return last[-1]
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; the job is cancelled if it does not come."""
         try:
-            _signal(psutil.Process(int(text)), signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            return
+            self.cluster.wait_for(condition)
+        except TimeoutError as late:
+            self.cluster.run("scancel", self.number)
+            raise AssertionError(f"{self.text()}\n{late}") from late
+
+    def wait_for_text(self, text: str) -> None:
+        """Wait until the job has printed `text`."""
+        self.wait_for(lambda: text in self.text())
+
+    def text(self) -> str:
+        """Return the output so far."""
+        return self.screen.read_text() if self.screen.exists() else ""
 
 
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.Error:
-        return
+def submit(cluster: Cluster, folder: Path, options: list[str], arguments: list[str], **variables: str) -> Job:
+    """Submit the batch script as it is; one CPU and one process for each of its tasks.
+
+    `folder`: of the output and the job's files. `options`: of sbatch. `arguments`: of the script.
+    """
+    environment = cluster.environment | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "PROCESSES_PER_NODE": "1",
+        "JOB_FILES": str(folder),
+        **variables,
+    }
+    own = [
+        "--parsable",
+        "--cpus-per-task=1",
+        f"--output={folder}/{'%A_%a' if 'EACH' in variables else '%j'}.out",
+    ]
+    script = str(ROOT / "launch" / "slurm" / "train.sbatch")
+    number = cluster.run("sbatch", *own, *options, script, *arguments, environment=environment).strip()
+    return Job(cluster, number, folder / f"{number}.out")

@@ -22,10 +22,10 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
+from dpo_dist.model.adapter_files import tokenizer_folder
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
     description_folder,
-    has_tokenizer,
     is_adapter,
     local_model_folder,
     model_folder,
@@ -51,7 +51,7 @@ class ModelSource:
     @property
     def tokenizer_folder(self) -> Path:
         """The adapter's folder if it has a tokenizer, else that of the model."""
-        return self.adapter if self.adapter is not None and has_tokenizer(self.adapter) else self.folder
+        return tokenizer_folder(self.folder, self.adapter)
 
     def described(self) -> dict[str, Any]:
         """Return the facts for provenance."""

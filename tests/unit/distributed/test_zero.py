@@ -3,8 +3,7 @@
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from dpo_dist.config.schema import Dtype, Offload
-from dpo_dist.distributed.zero import START, LossScale, frozen_config, with_layer_prefetch
+from dpo_dist.distributed.zero import START, LossScale, communication
 
 
 @pytest.mark.parametrize(
@@ -14,8 +13,7 @@ from dpo_dist.distributed.zero import START, LossScale, frozen_config, with_laye
 )
 def test_a_scored_model_can_prefetch_a_layer(hidden_size: int, layer_parameters: float) -> None:
     """Qwen2.5-0.5B and 7B, Llama-3-70B: DeepSpeed stops prefetching at `max_live_parameters`."""
-    config = with_layer_prefetch(frozen_config(Offload.none, Dtype.bf16), hidden_size)
-    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    zero = DeepSpeedZeroConfig(stage=3, **communication(3, hidden_size, trains=False))
     assert 0.8 * layer_parameters < zero.prefetch_bucket_size < 1.5 * layer_parameters
     assert zero.max_live_parameters > 2 * layer_parameters
     assert zero.param_persistence_threshold == 10 * hidden_size

@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig
 
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.router import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
-from tests.support.families import COMMON
+from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY, random_pairs
-from tests.unit.model.test_architectures import (
-    MIXTURE,
-    SHAPES,
-    tiny_causal_lm,
-    tiny_config,
-)
+from tests.unit.model.test_architectures import SHAPES, tiny_config
 
 LOSS = RouterLoss(1.0, None)
 
@@ -34,32 +28,11 @@ def padded(pairs: list[Sequences]) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": 2,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-    },
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
-    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": MIXTURE | {"head_dim": 8},
-    "granitemoe": MIXTURE,
-    "jetmoe": MIXTURE | {"kv_channels": 8},
-    "minimax_m2": MIXTURE | {"head_dim": 8},
-    "phimoe": MIXTURE,
-    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
-
-
-@pytest.mark.parametrize("model_type", sorted(OWN))
+@pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe", "qwen3_next"])
 def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
     """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
-    sizes = COMMON | {"vocab_size": VOCABULARY, "intermediate_size": 16, "pad_token_id": None}
-    config = AutoConfig.for_model(model_type, **sizes | OWN[model_type])
-    assert own_coefficient(config)
-    causal_lm = tiny_causal_lm(config).eval()
+    causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
+    assert own_coefficient(causal_lm.config)
     input_ids, mask = padded(random_pairs(SHAPES))
     outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
     sums = routing_sums(outputs.router_logits, mask.flatten().float(), causal_lm.num_experts_per_tok)

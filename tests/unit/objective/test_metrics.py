@@ -19,7 +19,6 @@ from dpo_dist.objective.metrics import (
     MetricPlan,
     MetricSums,
     PairValues,
-    TokenSums,
     divergence,
     metric_sums,
     pair_values,
@@ -74,7 +73,7 @@ def test_metrics_per_token_have_the_counts_of_their_tokens() -> None:
     kl = PairLogps(torch.tensor([1.0, 4.1]), torch.tensor([0.0, 12.7]), *tokens)
     entropy = PairLogps(torch.tensor([2.0, 304.0]), torch.tensor([126.0, 128.0]), *tokens)
     plan = MetricPlan(CONFIG, is_evaluation=True)
-    sums = metric_sums(plan, torch.ones(2), policy, policy, torch.ones(2), TokenSums(kl, entropy))
+    sums = metric_sums(plan, torch.ones(2), policy, policy, torch.ones(2), {"kl": kl, "entropy": entropy})
     assert sums.names == plan.names
     means = sums.means()
     expected = {

@@ -28,7 +28,7 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import StoredReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.precision import COMPUTED
@@ -128,7 +128,7 @@ def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[
     empty = LogpStore(store, [fingerprint], [])
     filler = StoreFiller(empty, lambda: score, world, run.micro_batch_tokens, COSTS, run.entries_per_shard)
     report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
-    provider = StoredReference(filler.open_filled())
+    provider = ReferenceProvider(store=filler.open_filled())
     batch = provider.attach(pack([PAIRS[pair] for pair in run.pairs], dataset.keys))
     return report, provider.token_logps(batch)
 

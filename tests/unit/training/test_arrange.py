@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.batching.plan import Arrangement, computed_tokens
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.model.flops import StepFlops
-from dpo_dist.reference.scoring import LiveReference, NoReference, ReferenceProvider
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.run import arranged
 from tests.support.packing import dataset_of, random_pairs
@@ -21,10 +21,12 @@ SHAPES = [(20, 3, 4)] * 6 + [(90, 4, 4)] + [(10, 5, 5, 2)] * 5
 
 def live(arrangement: Arrangement) -> ReferenceProvider:
     engine: Any = SimpleNamespace(model=SimpleNamespace(arrangement=arrangement))
-    return LiveReference(engine)
+    return ReferenceProvider(engine=engine)
 
 
-@pytest.mark.parametrize("reference", [NoReference(), live(Arrangement.padded), live(Arrangement.single)])
+@pytest.mark.parametrize(
+    "reference", [ReferenceProvider(), live(Arrangement.padded), live(Arrangement.single)]
+)
 def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: ReferenceProvider) -> None:
     facts: dict[str, Any] = dict.fromkeys(Inputs.__dataclass_fields__) | {"flops": StepFlops(1.0, 1.0, 1.0)}
     lines: list[str] = []

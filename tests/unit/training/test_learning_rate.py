@@ -1,5 +1,6 @@
 """The learning rate is a function of the step."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,6 @@ from transformers.optimization import (
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.schedule import check_warmup, learning_rate
-
-
-def rates(schedule: LearningRateSchedule, steps: int, warmup_ratio: float, floor: float = 0.0) -> list[float]:
-    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=floor)
-    return [learning_rate(optim, step, steps) for step in range(steps)]
-
 
 FLOOR = 0.2
 FLOORS = {LearningRateSchedule.linear: FLOOR, LearningRateSchedule.cosine: FLOOR}
@@ -50,33 +45,24 @@ def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, s
 
 @pytest.mark.parametrize("schedule", LearningRateSchedule)
 @pytest.mark.parametrize("with_floor", [False, True])
-@given(steps=st.integers(1, 60), data=st.data())
+@given(steps=st.integers(1, 60), ratio=st.none() | st.floats(0, 0.999), data=st.data())
 def test_schedules_are_those_of_transformers_whose_warmup_is_one_step_later(
-    schedule: LearningRateSchedule, with_floor: bool, steps: int, data: st.DataObject
+    schedule: LearningRateSchedule, with_floor: bool, steps: int, ratio: float | None, data: st.DataObject
 ) -> None:
-    warmup = data.draw(st.integers(0, steps - 1))  # theirs divide by the steps after it
     floor = FLOORS.get(schedule, 0.0) if with_floor else 0.0
-    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_steps=warmup, min_lr_ratio=floor)
+    optim = OptimConfig(lr=8.0, schedule=schedule, min_lr_ratio=floor)
+    if ratio is None:
+        warmup = data.draw(st.integers(0, steps - 1))
+        optim = replace(optim, warmup_steps=warmup)
+    else:
+        given_so = SimpleNamespace(warmup_steps=ratio, warmup_ratio=None)
+        warmup = TrainingArguments.get_warmup_steps(given_so, steps)
+        optim = replace(optim, warmup_ratio=ratio)
+    assume(warmup < steps)  # theirs divide by the steps after it
     theirs = of_transformers(schedule, floor, warmup, steps)
     for step in range(steps):
         expected = theirs[step + 1] if step < warmup else theirs[step]
         assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("schedule", LearningRateSchedule)
-@given(steps=st.integers(1, 40), more=st.integers(0, 40), ratio=st.floats(0, 0.999), data=st.data())
-def test_a_run_of_a_ratio_that_is_continued_to_more_steps_has_the_schedule_of_these(
-    schedule: LearningRateSchedule, steps: int, more: int, ratio: float, data: st.DataObject
-) -> None:
-    optim = OptimConfig(lr=8.0, schedule=schedule, warmup_ratio=ratio)
-    whole, done = steps + more, data.draw(st.integers(0, steps))
-    given_so = SimpleNamespace(warmup_steps=ratio, warmup_ratio=None)
-    warmup = TrainingArguments.get_warmup_steps(given_so, whole)
-    assume(warmup < whole)
-    theirs = of_transformers(schedule, 0.0, warmup, whole)
-    for step in range(done, whole):
-        expected = theirs[step + 1] if step < warmup else theirs[step]
-        assert learning_rate(optim, step, whole) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_warmup_longer_than_the_run_is_an_error() -> None:

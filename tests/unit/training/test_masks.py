@@ -24,7 +24,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import AdapterReference, LiveReference, NoReference, StoredReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
@@ -79,12 +79,12 @@ def packed(folder: Path) -> PackedCausalLM:
 
 def filled(
     dataset: PreferenceDataset, folder: Path, store: Path, world: World
-) -> tuple[StoredReference, FillReport]:
+) -> tuple[ReferenceProvider, FillReport]:
     model = packed(folder)
     score = torch.no_grad()(model)
     filler = StoreFiller(LogpStore(store, [FINGERPRINT], []), lambda: score, world, 80, COSTS, 4)
     report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
-    return StoredReference(filler.open_filled()), report
+    return ReferenceProvider(store=filler.open_filled()), report
 
 
 def pairs_of(loss: LossConfig) -> list[Sequences]:
@@ -172,7 +172,7 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
     loss = CASES[case]
     dataset = dataset_of(pairs_of(loss))
     needs = any(KINDS[kind].needs_reference for kind in loss.kinds)
-    reference = filled(dataset, folders[1], tmp_path / "store", world)[0] if needs else NoReference()
+    reference = filled(dataset, folders[1], tmp_path / "store", world)[0] if needs else ReferenceProvider()
     objective, model = Objective(loss, reference), packed(folders[0])
     plan = plan_of(dataset, loss)
     assert len(plan.micro_batches) > 1
@@ -187,8 +187,8 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
     expected = {name: gradient for name, gradient in expected_gradients.items() if name in gradients}
     assert len(expected) == len(expected_gradients)
     assert_same_gradients(gradients, expected)
-    evaluated = evaluate(policy, objective, plan_of(dataset, loss, 8192), world, RunningMeans()).sums  # type: ignore[arg-type]
-    assert evaluated.means()["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    evaluated, _ = evaluate(policy, objective, plan_of(dataset, loss, 8192), world, RunningMeans())  # type: ignore[arg-type]
+    assert evaluated["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
 
 
 def test_a_store_filled_without_masks_serves_every_mask(
@@ -202,8 +202,8 @@ def test_a_store_filled_without_masks_serves_every_mask(
     assert first.computed == len(whole.keys)
     assert (second.hits, second.computed) == (len(whole.keys), 0)
     batch = provider.attach(collate(other, range(len(other))))
-    live = LiveReference(OneProcess(packed(folders[1])))  # type: ignore[arg-type]
-    adapter = AdapterReference(OneProcess(packed(folders[1])))  # type: ignore[arg-type]
+    live = ReferenceProvider(engine=OneProcess(packed(folders[1])))  # type: ignore[arg-type]
+    adapter = ReferenceProvider(policy=OneProcess(packed(folders[1])))  # type: ignore[arg-type]
     assert batch.mask is not None
     assert not batch.mask.all()
     for model in (live, adapter):

@@ -19,7 +19,7 @@ from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.preflight import check_start, without_traces
 from dpo_dist.training.rehearsal import rehearse
 from dpo_dist.training.resume import RunState, length_of, write_state
-from dpo_dist.training.start import Run
+from dpo_dist.training.start import Run, find_start
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -212,14 +212,14 @@ LEFT_MODEL, LEFT_CHECKPOINT = "model/model.safetensors", "checkpoints/step-00000
     ("outcome", "left", "overrides", "text"),
     [
         (RunOutcome.preempted, (), [], "its checkpoints are missing"),
+        (RunOutcome.preempted, (LEFT_MODEL,), [], "move model/ away"),
         (RunOutcome.completed, (), [], "its model and its checkpoints were removed"),
         (RunOutcome.completed, (LEFT_MODEL,), ["trainer.epochs=2"], "no checkpoint from which it could"),
-        (RunOutcome.completed, (LEFT_MODEL,), ["loss.beta=0.3"], "belongs to another configuration"),
         (RunOutcome.completed, (LEFT_MODEL,), ["run.resume=never"], "has results of a run"),
         (None, (), ["run.resume=must"], "no checkpoint to resume from"),
     ],
 )
-def test_a_check_refuses_the_run_directories_that_a_start_refuses(
+def test_a_check_and_a_start_refuse_run_directories(
     outcome: RunOutcome | None,
     left: tuple[str, ...],
     overrides: list[str],
@@ -231,8 +231,9 @@ def test_a_check_refuses_the_run_directories_that_a_start_refuses(
     if outcome is not None:
         leave_run(run_of(assets, tmp_path, place), outcome, left)
     config = run_of(assets, tmp_path, place, *overrides)
-    with pytest.raises(CheckpointError, match=text):
-        rehearse(config)
+    for work in (rehearse, lambda config: find_start(Run(config, ALONE, Console(None)))):
+        with pytest.raises(CheckpointError, match=text):
+            work(config)
     assert text not in rehearse(config, trains=False), "a verb that does not train"
 
 
@@ -253,7 +254,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
         ([UNKNOWN] * 3, [], "no record can be used"),
         ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
         ([PAIR], ["loss=odpo", "reference=cached"], "odpo cannot use 1 of 1 examples"),
-        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 100 of 100"),
         ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
         ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo cannot use"),
     ],
@@ -268,12 +269,11 @@ def test_a_check_reads_the_first_records(
 
 
 def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Path) -> None:
-    # Four of the first 64 are too many, four of the first 1,024 are not.
-    file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 100, *[UNKNOWN] * 2)
+    file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 1100)
     passed = rehearse(run_of(assets, tmp_path, f"data.train=[{{path: {file}, limit: 104}}]"))
     assert "100 of the first 104 records kept; dropped: 4 unknown_format" in passed
-    loose = run_of(assets, tmp_path, f"data.train=[{file}]", "data.max_bad_share=0.1")
-    assert "60 of the first 64 records kept (the others were not looked at); dropped: 4" in rehearse(loose)
+    passed = rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
+    assert "1020 of the first 1024 records kept (the others were not looked at); dropped: 4" in passed
 
 
 @pytest.mark.parametrize(

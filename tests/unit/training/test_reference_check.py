@@ -21,7 +21,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.insight.console import Console
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import StoredReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import check_drift
@@ -85,16 +85,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
 
 
 @pytest.fixture(scope="module")
-def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
+def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory) -> ReferenceProvider:
     root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
     batch = collate(data, range(PAIRS))
     values = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
     LogpStore.open(root, space).write(batch.keys, [logps.numpy() for logps in values])
-    return StoredReference(LogpStore.open(root, space))
+    return ReferenceProvider(store=LogpStore.open(root, space))
 
 
 @pytest.fixture
-def check(world: World, data: PreferenceDataset, reference: StoredReference) -> Any:
+def check(world: World, data: PreferenceDataset, reference: ReferenceProvider) -> Any:
     def check(policy: Policy, dtype: Dtype = Dtype.fp32, loss: LossConfig = SIGMOID) -> dict[str, Any]:
         config = RunConfig(model=ModelConfig(dtype=dtype), loss=loss)
         objective = Objective(loss, reference)

@@ -121,16 +121,6 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
     assert (start.finished, start.step) == (None, 4)
 
 
-@pytest.mark.parametrize("outcome", [None, RunOutcome.started, RunOutcome.preempted])
-def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder: RunFolder) -> None:
-    if outcome is not None:
-        write_state(folder, replace(state_of(outcome), step=0))
-    assert find_start(run_in(folder.path)).checkpoint is None
-    folder.model.mkdir()
-    with pytest.raises(CheckpointError, match="move model/ away"):
-        find_start(run_in(folder.path))
-
-
 @pytest.mark.parametrize("name", ["data", "eval_data", "model", "reference"])
 def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> None:
     check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state)
@@ -143,7 +133,7 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
     assert ">preempted<" in folder.report.read_text()
     (folder.path / "model.tmp-0123456789ab").mkdir()
-    mark_started(run_in(folder.path), state_of(RunOutcome.started))
+    mark_started(run_in(folder.path), {}, state_of(RunOutcome.started))
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
@@ -151,30 +141,18 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
-def test_the_report_of_a_killed_run_is_written_and_its_lost_files_again(
-    keep_last: int, folder: RunFolder
-) -> None:
+def test_the_report_of_a_complete_run_is_written(keep_last: int, folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
-    run, recorder = run_in(folder.path, keep_last), recorder_in(folder)
+    recorder = recorder_in(folder)
     recorder.record({"step": 4, "loss": 0.5})
-    finish(run, state_of(RunOutcome.exported), recorder)
+    finish(run_in(folder.path, keep_last), state_of(RunOutcome.completed), recorder, SUMMARY)
     summary = json.loads(folder.summary.read_text())
     assert summary.pop("verdict")["findings"] == []
     assert summary == {**SUMMARY, "exit": "completed"}
-    state = read_state(folder)
-    assert state is not None
-    assert state.outcome is RunOutcome.completed
+    assert folder.report.is_file()
+    assert read_state(folder) == state_of(RunOutcome.completed)
     left = [] if keep_last == 0 else ["latest", "step-000004"]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == left
-    files = [folder.summary, folder.log_history, folder.metrics_table]
-    before = {file: file.read_text() for file in files}
-    for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
-        for file in lost:
-            file.unlink()
-        finish(run, state, None)
-        assert folder.report.is_file()
-        assert {file: file.read_text() for file in files} == before
-        assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +167,7 @@ def test_the_verdict_reads_the_findings_of_the_doctor(
 ) -> None:
     write_text(folder.doctor_report, report)
     run = run_in(folder.path)
-    finish(run, state_of(RunOutcome.exported), recorder_in(folder))
+    finish(run, state_of(RunOutcome.completed), recorder_in(folder), SUMMARY)
     assert json.loads(folder.summary.read_text())["verdict"]["sentence"].startswith(sentence)
     assert any(line.startswith(f"verdict: {sentence}") for line in lines_of(run))
     assert any("the verdict ignores" in line for line in lines_of(run)) is warns
