@@ -427,7 +427,6 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        names_crashes = faulthandler.is_enabled()
         faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
             screen = open_screen(messages, objects, settings)
@@ -447,8 +446,6 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
-            if not names_crashes:
-                faulthandler.disable()
             messages.close()
             objects.close()
 

@@ -31,7 +31,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
-from dpo_dist.reference.scoring import NoReference
+from dpo_dist.reference.scoring import ReferenceProvider
 from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
 
 
@@ -62,7 +62,7 @@ def train_step(
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
         slopes, of_all = _differentiated(objective, known, rank_batch, world)
         sums = of_all if world.is_main else sums
-        objective = replace(objective, reference=NoReference())  # it is in the slopes
+        objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
     clock.enter("forward")
     routers = None
     if objective.router is not None:

@@ -385,20 +385,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     across = Axis.around(widths, 58, 704, is_log=True)
     heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
     up = Axis.around([*heights, *([level[0]] if level else [])], 304, 14)
-    shown = []
-    for index, point in enumerate(points):
-        x, y, errors = across.place(point.x), up.place(point.y), ""
-        if point.x_ends:
-            low, high = (across.place(max(end, across.low)) for end in point.x_ends)
-            errors += f"M{low} {y}H{high}"
-        if point.y_ends:
-            low, high = map(up.place, point.y_ends)
-            errors += f"M{x} {low}V{high}"
-        title = f"{point.label}: {number(point.x)}, {number(point.y)}"
-        own = {"x": x, "y": y, "errors": errors, "color": _color(index), "label": point.label, "title": title}
-        shown.append(own)
-    plot = {"across": across, "up": up, "x_title": x_title, "y_title": y_title, "level": level}
-    return part("svg.jinja", "scatter", {**plot, "points": shown})
+    return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
 def histogram(
