@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from dpo_dist.config.losses import KINDS, LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, likely, meant, preset_names, suggestion, unknown_key
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
-from dpo_dist.config.user_code import check_doors, open_doors, read_config, written_values
+from dpo_dist.config.user_code import check_doors, open_doors, written_values
 from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import (
     ConfigError,
@@ -46,21 +46,6 @@ from dpo_dist.foundation.text import without_secrets
 
 _EXIT_CODES = """exit codes: 0 completed, 1 bug or findings of the doctor, 2 configuration or data error,
 3 diverged; the same command resumes after 69 lost process, 75 stopped with a checkpoint"""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """A command line: its options, the other words, and the options that do not exist."""
-
-    options: argparse.Namespace
-    words: list[str]
-    mistakes: list[ConfigError] = field(default_factory=list)
-
-    @property
-    def own_folder(self) -> Path | None:
-        """The user's folder of configuration groups."""
-        folder: Path | None = self.options.config_dir
-        return folder
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,8 +99,8 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def divide(arguments: Sequence[str]) -> Arguments:
-    """Divide a command line into options and other words, in any order."""
+def divide(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
     parser, known, mistakes, rest = _parser(), [], [], list(arguments)
     while rest:
         word = rest.pop(0)
@@ -127,10 +112,10 @@ def divide(arguments: Sequence[str]) -> Arguments:
             value = rest.pop(0)
         mistakes.append(_unknown_option(name, value))
     options = parser.parse_intermixed_args(known)
-    words = options.words
     if options.help and "=" in options.help:
-        words, options.help = [options.help, *words], ""
-    return Arguments(options, words, mistakes)
+        options.words, options.help = [options.help, *options.words], ""
+    options.mistakes = mistakes
+    return options
 
 
 def _unknown_option(name: str, value: str) -> ConfigError:
@@ -150,18 +135,18 @@ def _unknown_option(name: str, value: str) -> ConfigError:
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
-def former_values(arguments: Arguments) -> dict[str, Any] | None:
+def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
     """Return the values of config.yaml in `run.dir`, for a command that names its run only.
 
     None if the command chooses a model, an experiment or a file itself, or if the run has no config.yaml.
     """
-    overrides, _ = parse_overrides(word for word in arguments.words if "=" in word)
+    overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
-    is_whole = not {"experiment", "model", "model.path"}.isdisjoint(given) or arguments.own_folder is not None
-    if is_whole or any("=" not in word for word in arguments.words):
+    is_whole = not {"experiment", "model", "model.path"}.isdisjoint(given) or options.config_dir is not None
+    if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
-        if arguments.options.cfg:
+        if options.cfg:
             return None
         raise ConfigError(
             "no run is named",
@@ -173,7 +158,7 @@ def former_values(arguments: Arguments) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        values = written_values(read_config(file))
+        values = written_values(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",
@@ -355,15 +340,14 @@ def _run(
     errors: _Errors,
     about: str,
 ) -> int:
-    arguments = divide(sys.argv[1:])
-    options = arguments.options
-    if (text := _answer(arguments, verb, about)) is None:
+    options = divide(sys.argv[1:])
+    if (text := _answer(options, verb, about)) is None:
         config = load_run_config(
-            arguments.words,
-            arguments.own_folder,
+            options.words,
+            options.config_dir,
             verb=verb,
-            former=former_values(arguments) if VERBS[verb].of_former_run else None,
-            mistakes=arguments.mistakes,
+            former=former_values(options) if VERBS[verb].of_former_run else None,
+            mistakes=options.mistakes,
         )
         text = to_yaml(config) if options.cfg else None
     if text is not None:
@@ -402,16 +386,15 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _answer(arguments: Arguments, verb: str, about: str) -> str | None:
+def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     """Return the text of an option that needs no configuration; None without one."""
-    options = arguments.options
     if options.version:
         return f"dpo_dist {dpo_dist.__version__}\n"
     if options.cfg == "schema":
         return json.dumps(SCHEMA.json_schema(), indent=1) + "\n"
     if options.help is None:
         return None
-    folders, own = group_folders(arguments.own_folder), keys_of(verb, trains=verb == "pairs")
+    folders, own = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders, own)
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"

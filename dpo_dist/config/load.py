@@ -42,7 +42,7 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.reference import resolve_reference
 from dpo_dist.config.rules import RULES, Rule, check
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import find_function, read_config, written_values
+from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
@@ -464,7 +464,7 @@ def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     Empty if this version cannot read the file, which has no secrets.
     """
     try:
-        found = differing_keys(from_yaml(read_config(file)), config)
+        found = differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
     except (OSError, ValueError, ConfigError):
         return {}
     return {key: (old, new) for key, (old, new) in found.items() if old != without_secrets(new)}

@@ -144,11 +144,6 @@ def open_doors(config: RunConfig) -> list[str]:
     return [f"warning: {key}={value}: {_DOORS[key]}" for key, value in _opened(asdict(config)).items()]
 
 
-def read_config(file: Path) -> str:
-    """Return the text of a config.yaml."""
-    return file.read_text(encoding="utf-8")
-
-
 def written_values(text: str) -> dict[str, Any]:
     """Return the values of a config.yaml, which has nothing to be evaluated.
 

@@ -30,16 +30,6 @@ and an interval of one outcome has no width."""
 _MOST_PROMPTS = 1 << 17
 """Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 _SHARES = ("rewards/accuracies", "rewards/both_fall")
-_SCORES = {
-    "reward_chosen": "reward_chosen",
-    "reward_rejected": "reward_rejected",
-    "margin": "margin",
-    "logp_chosen": "logp_chosen",
-    "logp_rejected": "logp_rejected",
-    "reference_logp_chosen": "reference_chosen",
-    "reference_logp_rejected": "reference_rejected",
-}
-_LENGTHS = ("tokens_chosen", "tokens_rejected")
 
 
 def bootstrap_intervals(
@@ -180,13 +170,16 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = chain.from_iterable(map(repeat, dataset.source_labels, dataset.source_pairs))
+    columns = {
+        name.replace("reference_", "reference_logp_"): column.astype(
+            int if name.startswith("tokens") else float
+        )
+        for name, column in vars(values).items()
+    }
     with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
             origin = dataset.origin(index)
-            scores = {name: float(vars(values)[column][index]) for name, column in _SCORES.items()}
-            record = {
-                **{"source": label, "file": origin.source, "line": origin.line},
-                **{name: score if math.isfinite(score) else None for name, score in scores.items()},
-                **{name: int(vars(values)[name][index]) for name in _LENGTHS},
-            }
+            record = {"source": label, "file": origin.source, "line": origin.line}
+            scores = {name: column[index].item() for name, column in columns.items()}
+            record |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -151,13 +151,14 @@ def _unsupported(folder: Path, got: str) -> ConfigError:
     )
 
 
-def base_notes(config: ModelConfig, start: Path | None) -> list[str]:
-    """Return a warning if the adapter in `start` names another base than `model.path`, by its last part."""
-    content = {} if start is None else read_model_json(start / ADAPTER_CONFIG)
+def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
+    """Return a warning if an adapter names another base than `model.path`, by the last part of its name."""
+    content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
     named = str(content.get("base_model_name_or_path") or "")
-    if not named or Path(named).name.lower() == Path(config.path).expanduser().resolve().name.lower():
+    last, own = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))
+    if not named or last == own:
         return []
     return [
-        f"warning: the adapter of model.adapter.path was trained on {named}, model.path is {config.path}; on "
-        "other weights than its own an adapter is noise"
+        f"warning: the adapter {adapter} was trained on {named}, model.path is {config.path}; on other "
+        "weights than its own an adapter is noise"
     ]

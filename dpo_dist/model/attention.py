@@ -1,6 +1,7 @@
 """Attention over packed pairs by the kernel of the run, which is checked on the device before training."""
 
 import functools
+import importlib.metadata
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import not_causal, recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
-from dpo_dist.model.optional_packages import has_flash_attn
 from dpo_dist.model.sdpa import (
     Layout,
     MaskRule,
@@ -295,7 +295,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
     if wanted is AttentionBackend.auto:
         if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
             return AttentionBackend.sdpa
-        return AttentionBackend.flash_attention_2 if has_flash_attn() else AttentionBackend.varlen
+        return AttentionBackend.flash_attention_2 if _has_flash_attn() else AttentionBackend.varlen
     if wanted is AttentionBackend.sdpa:
         return wanted
     if not has_kernels:
@@ -306,7 +306,7 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             expected="auto or sdpa",
             remedy="set model.attention=auto",
         )
-    if wanted is AttentionBackend.flash_attention_2 and not has_flash_attn():
+    if wanted is AttentionBackend.flash_attention_2 and not _has_flash_attn():
         raise ConfigError(
             "flash-attn 2 is not installed",
             where="model.attention",
@@ -315,6 +315,15 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             "which compiles it for the torch that is installed",
         )
     return wanted
+
+
+def _has_flash_attn() -> bool:
+    """Return whether flash-attn 2 is installed; the module of flash-attn-4 has the same name."""
+    try:
+        importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def scores_of(model_config: Any) -> list[Scores]:

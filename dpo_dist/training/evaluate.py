@@ -21,7 +21,8 @@ from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, wri
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
-from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
+from dpo_dist.model.adapter_files import base_notes
+from dpo_dist.model.folder import hub_commit, is_adapter
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
@@ -132,8 +133,8 @@ def load_evaluated(
         found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
         commit = hub_commit(found)
         if is_adapter(found):
-            if named := foreign_base(found, base, config):
-                run.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
+            for note in base_notes(config.model, found):
+                run.say(note)
             finish = partial(load_adapter, folder=found)
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
@@ -143,14 +144,6 @@ def load_evaluated(
     model_config = replace(scored_model(config), quantization=bits)
     model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
     return model, running, commit
-
-
-def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:
-    """Return the base that an adapter names, unless it is `model.path` or is not named."""
-    named = read_model_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or named in ("", config.model.path):
-        return None
-    return None if Path(named).expanduser().resolve() == base.resolve() else named
 
 
 def _load_trained(

@@ -1,6 +1,7 @@
 """Checks of a run before torch is imported and processes join: packages, files, folders."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -25,7 +26,9 @@ from dpo_dist.model.folder import (
     local_model_folder,
     weight_files,
 )
-from dpo_dist.model.optional_packages import check_installed
+
+# The extra that installs a package, if it has another name.
+_EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
 
 
 @contextlib.contextmanager
@@ -141,15 +144,26 @@ def _check_folder(folder: Path, key: str) -> None:
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
     if config.model.quantization is not None:
-        check_installed("bitsandbytes", "model.quantization", config.model.quantization)
+        _check_installed("bitsandbytes", "model.quantization", config.model.quantization)
     if config.reference.quantization is not None:
-        check_installed("bitsandbytes", "reference.quantization", config.reference.quantization)
+        _check_installed("bitsandbytes", "reference.quantization", config.reference.quantization)
     if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        check_installed("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw)
+        _check_installed("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw)
     if config.model.liger:
-        check_installed("liger-kernel", "model.liger", "true", "false")
+        _check_installed("liger-kernel", "model.liger", "true", "false")
     for tracker in config.tracking.also:
-        check_installed(tracker, "tracking.also", tracker, "[]")
+        _check_installed(tracker, "tracking.also", tracker, "[]")
+
+
+def _check_installed(package: str, key: str, value: str, instead: str = "null") -> None:
+    """Check that the package is installed that `key` with this value needs; else name another value."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise ConfigError(
+            f"{package} is not installed",
+            where=key,
+            got=value,
+            remedy=f"pip install 'dpo-dist[{_EXTRAS.get(package, package)}]', or set {key}={instead}",
+        )
 
 
 def _check_models(config: RunConfig) -> None:

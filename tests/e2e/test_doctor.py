@@ -78,25 +78,6 @@ def test_planted_faults_are_found(overrides: Overrides, faulty: str, tmp_path: P
     assert train(overrides(*data, "run.resume=auto", "trainer.max_steps=2")).code == 0
 
 
-@pytest.mark.parametrize(
-    ("extra", "where"),
-    [
-        (["data.train=[missing.jsonl]"], "missing.jsonl"),
-        (["doctor.fail_on=sometimes"], "doctor.fail_on"),
-        (["model.path=./missing"], "model.path"),
-        (["--check"], "command line"),
-    ],
-)
-def test_a_wrong_configuration_is_an_error(
-    overrides: Overrides, tmp_path: Path, extra: list[str], where: str
-) -> None:
-    ended = run_verb("doctor", overrides(*extra))
-    assert ended.code == 2, ended.output
-    assert where in ended.output
-    assert "Traceback" not in ended.output
-    assert not (tmp_path / "run").exists()
-
-
 def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path: Path) -> None:
     half = write(tmp_path / "half.jsonl", [*clean_records(20), *[{"messages": [], "label": True}] * 20])
     ended = run_verb("doctor", overrides(f"data.train=[{half}]"))

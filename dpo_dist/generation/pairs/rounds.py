@@ -19,7 +19,6 @@ from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
-from dpo_dist.config.user_code import read_config
 from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
@@ -68,7 +67,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     if not file.exists() or not folder.round(1).round_result.exists():
         write_text(file, to_yaml(config))
         return
-    before, now = from_yaml(read_config(file)), from_yaml(to_yaml(config))  # without secrets
+    before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before, now)
     for name in {field.name for field in fields(PairsConfig)} - set(_FREE):
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))

@@ -13,7 +13,6 @@ import dpo_dist
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.user_code import read_config
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
@@ -101,7 +100,7 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
 def _config_of_run(checkpoint: Path) -> RunConfig:
     """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    found = from_yaml(read_config(existing_run(checkpoint.parents[1]).config))
+    found = from_yaml(existing_run(checkpoint.parents[1]).config.read_text(encoding="utf-8"))
     return replace(found, model=replace(found.model, trust_remote_code=False))
 
 

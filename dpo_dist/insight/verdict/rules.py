@@ -1,5 +1,6 @@
 """The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,14 +94,12 @@ def _lost_weights(facts: RunFacts) -> Iterator[str]:
             yield _first_bad_value(facts, index, broken)
             return
     rows = [row for row in facts.steps if finite(row, "loss") is not None]
-    start = len(rows)
-    while start and is_collapsed(rows[start - 1]):
-        start -= 1
-    if start < len(rows):
+    if collapsed := list(itertools.takewhile(is_collapsed, reversed(rows))):
+        row, before = collapsed[-1], rows[: -len(collapsed)]
         yield (
-            f"the policy has collapsed: from step {rows[start]['step']:.0f} on the gradient is 0, and chosen "
-            f"responses have {number(rows[start]['logps/chosen_per_token'])} nats per token, as if all "
-            f"tokens were alike; before it the loss was {number(last(rows[:start], 'loss'))}, with "
+            f"the policy has collapsed: from step {row['step']:.0f} on the gradient is 0, and chosen "
+            f"responses have {number(row['logps/chosen_per_token'])} nats per token, as if all "
+            f"tokens were alike; before it the loss was {number(last(before, 'loss'))}, with "
             f"optim.lr={number(facts.setting('optim.lr'))}"
         )
 

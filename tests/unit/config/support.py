@@ -14,7 +14,7 @@ RUN = ["model.path=m", "data.train=[a.jsonl]"]
 
 def configured(typed: str = "", *, verb: str = "", run: list[str] = RUN) -> RunConfig:
     arguments = divide([*run, *shlex.split(typed)])
-    return load_run_config(arguments.words, arguments.own_folder, verb=verb, mistakes=arguments.mistakes)
+    return load_run_config(arguments.words, arguments.config_dir, verb=verb, mistakes=arguments.mistakes)
 
 
 def error_of(typed: str, *, verb: str = "", run: list[str] = RUN) -> ConfigError:

@@ -35,6 +35,11 @@ MISTYPED = [
     ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
     ("trainer.batch=4", "trainer.global_batch_pairs or trainer.micro_batch_tokens"),
     ("foo=1", "the sections are run, model, "),
+    ("deepspeed=ds.json", "parallelism=zero3"),
+    ("trainer.save_steps=100", "save_every=100"),
+    ("loss.beta=0,2", "brackets"),
+    ("run.dir=", "write a value"),
+    ("+experiment=qwen7", "+experiment=qwen7b?"),
     ("lossbeta=1", "did you mean loss.beta?"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "did you mean loss.terms[1].kind=sft?"),
@@ -165,6 +170,13 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("train", "output=foo", "write run.dir=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
+        ("compare", "samples.temperature=1", "did you mean compare.temperature?"),
+        ("compare", "pairs.samples=8", "compare does not read pairs.samples"),
+        ("train", "'export={checkpoint: best}'", "train does not read export"),
+        ("train", "'evaluation.data=[{path: e}]'", "train does not read evaluation.data"),
+        ("precompute", "doctor.texts=false", "precompute does not read doctor.texts"),
+        ("pairs", "loss=ipo", "pairs does not read loss"),
+        ("export", "export.chekpoint=best", "did you mean export.checkpoint?"),
     ],
 )
 def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
@@ -205,7 +217,7 @@ def test_no_guess_ends_a_run_early(typed: str) -> None:
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
     arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "--cfg=job"])
     assert arguments.words == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
-    assert (str(arguments.own_folder), arguments.options.cfg) == (".", "job")
+    assert (str(arguments.config_dir), arguments.cfg) == (".", "job")
     config = configured("", run=[*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
 

@@ -272,7 +272,8 @@ def test_an_adapter_of_the_output_layer_is_refused(base: Path, tmp_path: Path) -
 def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft: Path) -> None:
     config = config_of(base, sft)
     assert base_notes(config, sft) == []
-    for same in (f"org/{base.name.upper()}", "", None):
+    (sft.parent / "link").symlink_to(base)
+    for same in (f"org/{base.name.upper()}", f"{sft.parent}/link", "", None):
         assert base_notes(config, changed(sft, base_model_name_or_path=same)) == []
     (note,) = base_notes(config, changed(sft, base_model_name_or_path=named))
     assert f"was trained on {named}, model.path is {base}" in note

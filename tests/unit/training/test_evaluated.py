@@ -1,6 +1,5 @@
 """The models of an evaluation: their kinds, their names, and the weights of which precision is used."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.insight.console import Console
 from dpo_dist.training import evaluate as loading
-from dpo_dist.training.evaluate import check_origin, foreign_base, load_evaluated
+from dpo_dist.training.evaluate import check_origin, load_evaluated
 from dpo_dist.training.start import Run
 from dpo_dist.training.targets import Evaluated, Kind
 from tests.support import tiny
@@ -63,17 +62,3 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
         check_origin(Evaluated(str(folder), Kind.checkpoint), config, inputs)
     inputs.policy_files.digest = "m"
     check_origin(Evaluated(str(folder), Kind.checkpoint), configured(tmp_path), inputs)
-
-
-def test_an_adapter_of_another_base_is_noticed(tmp_path: Path) -> None:
-    """It loads on any model of the same shape, and its numbers would be wrong without a word."""
-    config, base = configured(tmp_path), tmp_path / "base"
-    base.mkdir()
-    (tmp_path / "link").symlink_to(base)
-
-    def named(path: object) -> str | None:
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": path}))
-        return foreign_base(tmp_path, base, config)
-
-    assert named(f"{tmp_path}/other") == f"{tmp_path}/other"
-    assert [named(path) for path in (None, "", str(base), f"{tmp_path}/link")] == [None] * 4

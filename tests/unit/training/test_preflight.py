@@ -1,6 +1,7 @@
 """Checks before torch is imported, `--check`, and the files that a failed start leaves."""
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.insight.console import Console
-from dpo_dist.model import optional_packages
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.preflight import check_start, without_traces
 from dpo_dist.training.rehearsal import rehearse
@@ -93,9 +93,7 @@ def test_missing_inputs_are_errors_and_no_files_are_left(
 def test_a_missing_package_is_an_error_before_anything_is_read(
     package: str, overrides: list[str], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        optional_packages.importlib.util, "find_spec", lambda name: None if name == package else name
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
