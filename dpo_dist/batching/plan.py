@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -114,15 +114,10 @@ class ExampleSizes:
 
     def at(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
-        return ExampleSizes(
-            self.tokens[indices],
-            self.rows_tokens[indices],
-            self.targets[indices],
-            self.attended[indices],
-            self.costs[indices],
-            None if self.rows is None else self.rows[indices],
-            None if self.longest is None else self.longest[indices],
-        )
+        found: dict[str, Any] = {
+            name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
+        }
+        return ExampleSizes(**found)
 
 
 def example_sizes(

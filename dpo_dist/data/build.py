@@ -20,7 +20,7 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.sources import local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
@@ -89,7 +89,7 @@ def _write(
     meter = Meter()
 
     def encoded() -> Generator[pa.RecordBatch, None, None]:
-        records, state = 0, _source_state(source)
+        records, state = 0, _identities(source)
         try:
             with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
                 for chunk in chunks:
@@ -104,7 +104,7 @@ def _write(
                 remedy="check the files, their disk and their permissions",
             ) from fault
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
-        if _source_state(source) != state:
+        if _identities(source) != state:
             raise DataError(
                 "the data changed while they were read",
                 where=source.path,
@@ -116,34 +116,18 @@ def _write(
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Return a digest of the files of a model folder that decide how text becomes token ids.
-
-    An adapter's folder with a tokenizer has no config.json. Raises ConfigError: config.json cannot be read.
-    """
+    """Return a digest of the files of a model folder that decide how text becomes token ids."""
     files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
-    config_file = folder / "config.json"
-    try:
-        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "a file of the model cannot be read",
-            where=str(config_file),
-            got=str(error),
-            remedy="download or save the model again",
-        ) from error
+    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
     return text_digest(json.dumps(parts))
 
 
-def _source_state(source: SourceConfig) -> list[str]:
-    """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
-    files = local_files(source) or []
-    # Includes the link itself if the path is a symbolic link.
-    return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
+def _identities(source: SourceConfig) -> list[str]:
+    return [file_identity(file) for file in local_files(source) or ()]
 
 
 def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:

@@ -267,7 +267,7 @@ def _row(
     found: EncodedRecord | BadRecord | None = None  # of another part
     prompt = 0
     if isinstance(record, BadRecord):
-        found = record if part.has_bad_records else None
+        found = None if part.is_eval else record  # it has no prompt
     elif part.has(prompt := prompt_hash(record.prompt)):
         found = encode_record(record, config, tokenizer)
     values: dict[str, Any] = {}

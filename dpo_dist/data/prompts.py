@@ -101,11 +101,6 @@ class Part:
     held_out: PromptHashes | None = None
 
     @property
-    def has_bad_records(self) -> bool:
-        """Whether records that cannot be read belong to this part: those without a prompt are in training."""
-        return not self.is_eval
-
-    @property
     def others(self) -> str:
         """The name under which records of the other part are counted."""
         return LEFT_IN_TRAIN if self.is_eval else HELD_OUT

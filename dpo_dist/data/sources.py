@@ -372,36 +372,33 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 
 
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return a label for each source: its own `label`, or the shortest name that no other has.
+    """Return a label for each source: its own `label`, or its name, with the folder where names are equal.
 
-    Equal sources are numbered. Sources with the same own `label` share it.
+    Names that are equal then too are numbered. Sources with the same own `label` share it.
     """
-    own = {source.label for source in sources if source.label is not None}
-    listed = [[] if source.label is not None else _names(source) for source in sources]
-    labels: list[str] = []
-    for source, names in zip(sources, listed, strict=True):
-        if source.label is not None:
-            labels.append(source.label)
-            continue
-        others = own.union(*(other for other in listed if other != names))
-        label = next((name for name in names if name not in others), names[-1])
-        taken = {*labels, *own, *(others - {label})}
-        numbered = (f"{label}-{number}" for number in itertools.count(2))
-        labels.append(next(one for one in itertools.chain([label], numbered) if one not in taken))
+    names = list(map(_name, sources))
+    taken, labels = {source.label for source in sources}, list[str]()
+    for source, short in zip(sources, names, strict=True):
+        name = short if names.count(short) == 1 else _name(source, folders=1)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        labels.append(
+            source.label or next(one for one in itertools.chain([name], numbered) if one not in taken)
+        )
+        taken.add(labels[-1])
     return labels
 
 
-def _names(source: SourceConfig) -> list[str]:
-    """Return names of a source, short ones first: of its file, then with subset, folder, split and path."""
+def _name(source: SourceConfig, folders: int = 0) -> str:
+    """Return the name of a source's file, after so many `folders` above, with subset, folder and split."""
+    if source.name is not None and resolved(source) is not source:
+        return _safe(source.name)
     file = PurePath(source.path)
     while file.suffix in _SUFFIXES:
         file = file.with_suffix("")
-    *above, last = [*filter(None, map(_safe, file.parts))] or ["source"]
-    qualifiers = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
-    names = [_safe(source.name)] if source.name is not None and resolved(source) is not source else []
-    if last not in _USUAL_NAMES or not above:
-        names += ["-".join([last, *qualifiers[:count]]) for count in range(len(qualifiers) + 1)]
-    return names + ["-".join([*above[at:], last, *qualifiers]) for at in reversed(range(len(above)))]
+    parts = [*filter(None, map(_safe, file.parts))] or ["source"]
+    shown = parts[-1 - folders - (parts[-1] in _USUAL_NAMES) :]
+    options = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
+    return "-".join(filter(None, [*shown, *options]))
 
 
 def _safe(text: str) -> str:

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,8 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(
-    path: Path, keep_if: Callable[[Path], bool] | None = None, *, replaces: bool = True
-) -> Iterator[Path]:
+def staged_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` on exit, and is removed on an error.
-
-    `keep_if` is called with `path` on exit: True keeps the folder that another process has committed there.
 
     Raises:
         FileExistsError: `path` exists on exit, has files, and is not to be replaced.
@@ -69,8 +65,7 @@ def staged_folder(
     recover_folder(path)
     with temporary_folder(path) as temporary:
         yield temporary
-        if keep_if is None or not keep_if(path):
-            commit_folder(temporary, path, replaces=replaces)
+        commit_folder(temporary, path, replaces=replaces)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ class LineScreen:
     `has_times`: messages begin with date and time, but results do not.
     """
 
-    def __init__(self, print_line: Callable[[str], None], seconds: float, *, has_times: bool = False):
+    def __init__(
+        self, print_line: Callable[[str], None], seconds: float = LINE_SECONDS, *, has_times: bool = False
+    ):
         self.seconds = seconds
         self.due: float | None = None
         """When progress is printed again; None: its first line is printed at once."""
@@ -239,12 +241,12 @@ class Terminal(RichConsole):
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
     """Return the screen that `settings` asks for: messages for people, objects for programs."""
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(partial(print, file=objects, flush=True), LINE_SECONDS)
+        return JsonScreen(partial(print, file=objects, flush=True))
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return LineScreen(partial(print, file=messages, flush=True), LINE_SECONDS, has_times=True)
+    return LineScreen(partial(print, file=messages, flush=True), has_times=True)
 
 
 Count = Callable[..., None]
@@ -254,16 +256,13 @@ Count = Callable[..., None]
 class Console:
     """Messages and progress on the screen, also written to the log; ranks other than 0 print only errors.
 
-    Printing never raises. `screen` is None on other ranks, which have `errors`; `seconds` are the shortest
-    time between two lines about progress in the log.
+    Printing never raises. `screen` is None on other ranks, which have `errors`.
     """
 
-    def __init__(
-        self, screen: LineScreen | None, errors: LineScreen | None = None, seconds: float = LINE_SECONDS
-    ):
+    def __init__(self, screen: LineScreen | None, errors: LineScreen | None = None):
         self._screen = screen
         self._errors = errors or screen
-        log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
+        log = LineScreen(logging.getLogger("dpo_dist").info)
         self._shown = [log] if screen is None else [log, screen]
         self._worked = -math.inf
 

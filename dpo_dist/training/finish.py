@@ -137,7 +137,7 @@ def run_card(
     folder, evaluation = RunFolder.of(config), {}
     found = [""]
     with spared("the model card", say):
-        judged = verdict(rows, summary, data_findings(folder, say))
+        judged = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
@@ -146,15 +146,11 @@ def run_card(
     return found[0]
 
 
-def data_findings(folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the doctor's findings about the data of this run; none if it was not asked."""
-    try:
-        found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
-    except FileNotFoundError:
+    if not folder.doctor_report.is_file():
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"warning: the verdict ignores {folder.doctor_report}, which cannot be read: {error}")
-        return []
+    found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
     return found
 
 
@@ -182,7 +178,7 @@ def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome
     ended = {**summary, "exit": outcome.value}
     lines: list[str] = []
     with spared("the verdict", run.say):
-        judged = verdict(rows, ended, data_findings(run.folder, run.say))
+        judged = verdict(rows, ended, data_findings(run.folder))
         ended["verdict"] = judged.as_dict()
         lines = judged.lines()
     recorder.close(ended)

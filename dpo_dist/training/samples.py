@@ -53,8 +53,6 @@ class Samples:
     Attributes:
         stop_ids: tokens that end a response.
         starts_as_reference: whether the policy before its first step is the reference.
-        asks_policy: whether the policy, at its start or without its adapter (`of_base`), responds as the
-            reference if its responses are not known.
         reference: responses of the reference, one for each prompt; None: not known.
     """
 
@@ -64,8 +62,6 @@ class Samples:
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     starts_as_reference: bool = False
-    asks_policy: bool = False
-    of_base: bool = False
     reference: list[Row] | None = None
 
     def at(
@@ -94,9 +90,9 @@ class Samples:
         return self.run.write(write)
 
     def open(self, policy: Generates) -> None:
-        """Ask the policy before its first step for the reference's responses, if it gives them."""
-        if self.reference is None and self.asks_policy:
-            self.ask_reference(policy, of_base=self.of_base)
+        """Ask the policy, at its start or without its adapter, for the reference's responses if not known."""
+        if self.reference is None and self.starts_as_reference:
+            self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Generates, *, of_base: bool = False) -> None:
         """Set the reference's responses to those of a model, and write them."""
@@ -185,15 +181,14 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
         return None
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = (
+    samples.starts_as_reference = is_start = (
         inputs.reference_files is None
         or config.reference.mode is ReferenceMode.adapter
         or (files.digest == inputs.policy_files.digest and same_precision)
     )
-    samples.starts_as_reference, samples.of_base = is_start, config.model.adapter is not None
-    samples.asks_policy = is_start and (step == 0 or samples.of_base)
     samples.reference = run.world.on_main(samples.read_reference)
-    if samples.reference is None and not samples.asks_policy:
+    policy_responds = is_start and (step == 0 or config.model.adapter is not None)
+    if samples.reference is None and not policy_responds:
         run.say("samples: the reference is loaded for its responses")
         engine = load_reference(files, config, run.world)
         samples.ask_reference(engine)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,9 @@ def labelling(folder: Path) -> Iterator[Any]:
         yield command
 
 
-def start(watched: Watched, url: str, name: str = "Ada") -> None:
+def start(watched: Watched, url: str) -> None:
     watched.page.goto(url)
-    watched.page.fill("[name=annotator]", name)
+    watched.page.fill("[name=annotator]", "Ada")
     watched.page.keyboard.press("Enter")
     watched.page.wait_for_selector("#left")
 
@@ -118,23 +117,3 @@ def test_a_person_labels_by_keyboard_through_reload_and_kill(browser: Any, tmp_p
     assert (summary["pairs"], summary["settings"]["method"]) == (6, "people")
     log = (tmp_path / "run/logs/rank-0.log").read_text()
     assert address.rstrip("/").rpartition("/")[2] not in log
-
-
-def test_two_annotators_on_a_screen_and_a_phone(browser: Any, tmp_path: Path) -> None:
-    with labelling(tmp_path) as command:
-        ada = Watched(browser, color_scheme="dark")
-        start(ada, command.url)
-        press(ada, "1")
-        phone = Watched(browser, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
-        start(phone, command.url, "Ben")
-        left, right = (phone.page.locator(name).bounding_box() for name in ("#left", "#right"))
-        assert right["y"] >= left["y"] + left["height"]
-        assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
-        for _ in range(2):
-            with phone.page.expect_navigation():
-                phone.page.tap("[value=left]")
-        assert ada.errors == phone.errors == []
-        os.kill(command.pid, signal.SIGINT)
-        command.join(240)
-        assert "Ben: 2 judged" in command.screen.read_text()
-    assert Counter(event["annotator"] for event in judgements(tmp_path)) == {"Ada": 1, "Ben": 2}

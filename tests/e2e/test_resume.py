@@ -120,20 +120,6 @@ def test_a_damaged_checkpoint_is_not_used(overrides: Overrides, tmp_path: Path) 
     assert "metrics up to step 4 are lost" in screen
 
 
-def test_starts_that_run_resume_and_the_configuration_forbid(overrides: Overrides) -> None:
-    def refused(*options: str) -> str:
-        ended = run_verb("train", overrides("trainer.max_steps=1", *options))
-        assert ended.code == 2, ended.output
-        return ended.output
-
-    assert "no checkpoint" in refused("run.resume=must")
-    train(overrides("trainer.max_steps=1"))
-    assert "has results of a run" in refused("run.resume=never")
-    other = refused("loss.beta=0.3")
-    assert "another configuration" in other
-    assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other
-
-
 def test_other_processes_and_parallelism_continue_a_run(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:

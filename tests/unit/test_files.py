@@ -64,11 +64,9 @@ def test_a_folder_appears_with_all_its_files_or_not_and_replaces_all_of_an_older
     assert (names(path), names(path.parent)) == (["second"], ["folder"])
 
 
-def test_the_folder_of_another_process_is_kept_if_asked_and_never_replaced_if_asked(tmp_path: Path) -> None:
+def test_the_folder_of_another_process_is_never_replaced_if_asked(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     write_folder(path, text="first")
-    with staged_folder(path, keep_if=lambda there: (there / "file").is_file()) as temporary:
-        (temporary / "file").write_text("second")
     with pytest.raises(FileExistsError), staged_folder(path, replaces=False) as temporary:
         (temporary / "file").write_text("third")
     assert (path / "file").read_text() == "first"

@@ -41,11 +41,6 @@ class Request:
     key: str
     number: int
 
-    def seed(self, sampling: Sampling) -> int:
-        """Return 128 bits, from the seed, the prompt and the number of the sample alone."""
-        text = f"{sampling.seed} {self.number} {self.key}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -72,7 +67,9 @@ class NotFiniteError(Exception):
 
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
     """Return float64 [max_new_tokens] in [0, 1): from seed, prompt and number of the sample alone."""
-    generator = np.random.Generator(np.random.PCG64(request.seed(sampling)))
+    text = f"{sampling.seed} {request.number} {request.key}"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
     return torch.from_numpy(generator.random(sampling.max_new_tokens))
 
 

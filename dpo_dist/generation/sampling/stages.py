@@ -53,7 +53,7 @@ class Parts:
         left, count = iter(rows), 0
         with temporary_folder(root / stage) as temporary:
             while part := list(itertools.islice(left, size)):
-                cls(temporary, 0, {}).write(count, part)
+                cls(temporary, 0, {}).file(count).write_text(_lines(part), encoding="utf-8")
                 count += 1
             content = content_digest(sorted(temporary.iterdir()))
             parts = cls.of(root, stage, {"content": content, "size": size}, count)
@@ -80,12 +80,15 @@ class Parts:
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
         with staged_file(self.file(index)) as temporary:
-            lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text(_lines(rows), encoding="utf-8")
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
         return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 class Screen(Protocol):

@@ -23,7 +23,10 @@ FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("llama_factory_sharegpt_en.json", {}, 150, {}),
     ("llama_factory_sharegpt_zh.json", {}, 300, {}),
     ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
-    ("llama_factory_kto_en.json", {}, 0, {"unpaired": 60}),
+    *(
+        ("llama_factory_kto_en.json", how, 0, {"unpaired": 60})
+        for how in ({}, {"format": DataFormat.completion})
+    ),
     ("ultrafeedback_plain_scored.jsonl", {}, 293, SCORED),
     ("ranked_oasst_history_zh.json", {}, 244, RANKED),
     ("system_history_question_zh.jsonl", {}, 150, {}),
@@ -59,6 +62,9 @@ def test_known_faults(name: str, options: dict[str, Any], kept: int, dropped: di
     source = source_of(name, options)
     if kept:
         check_source(source, DataConfig(max_bad_share=1.0))
+    else:
+        with pytest.raises(DataError, match="pair good and bad responses"):
+            check_source(source, DataConfig())
     outcomes = Counter(
         record.reason if isinstance(record, BadRecord) else "kept" for record in read_records(source)
     )
@@ -70,16 +76,3 @@ def test_every_file_has_a_row_above() -> None:
     assert SHARED is not None
     files = {str(file.relative_to(SHARED)) for file in SHARED.rglob("*.*") if file.suffix != ".md"}
     assert files == {name for name, *_ in FILES if name}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("", {"name": "kto_en_demo"}),
-        ("llama_factory_kto_en.json", {}),
-        ("llama_factory_kto_en.json", {"format": DataFormat.completion}),
-    ],
-)
-def test_responses_with_labels_are_refused_at_the_start(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="pair good and bad responses"):
-        check_source(source_of(name, options), DataConfig())

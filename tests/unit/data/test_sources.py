@@ -323,8 +323,8 @@ def of(path: str, **options: Any) -> SourceConfig:
             [of("/data/my pairs (new).jsonl"), of("folder/"), of("データ/選択.jsonl")],
             "my-pairs-new folder 選択",
         ),
-        ([of("a.jsonl"), of("a.jsonl"), of("a-2.jsonl")], "a a-3 a-2"),
-        ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a d-b d-b-2"),
+        ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("b-a-2")], "a b-a b-a-2 b-a-2-2"),
+        ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a o-d-b o-d-b-2"),
         ([of("a/p.csv", label="math"), of("b/p.csv", label="math"), of("math.csv")], "math math math-2"),
     ],
 )

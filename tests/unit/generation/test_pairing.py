@@ -2,9 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection,
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.generation.judges import Judgement, Question
+from dpo_dist.generation.judges import Judgement
 from dpo_dist.generation.pairs.files import read_prompt_row
 from dpo_dist.generation.pairs.prompts import write_prompts
 from dpo_dist.generation.pairs.run import (
@@ -171,12 +171,7 @@ MODELS = [ModelSource(name, Path(name), None, None, f"digest of {name}") for nam
 THOUGHT = {"reasoning_content": "I add."}
 
 
-class ByTable:
-    """Scores the responses to the first two prompts."""
-
-    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        scores: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
-        return [Judgement(own, Counter(unreadable=1)) for own in scores[: len(questions)]]
+SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
 
 
 def finished(folder: Path) -> Results:
@@ -196,7 +191,7 @@ def finished(folder: Path) -> Results:
         if prompt == 2:
             of_models[1] = Answers([], "too_long")
         rows.append(joined_answers(of_models, rule))
-    judge: Any = ByTable()
+    judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
     scored = score(list(map(read_prompt_row, prompts.read(0))), rows, judge)
     answers = Parts.written(folder, "scores", map(asdict, scored), 64)
     return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})

@@ -115,17 +115,6 @@ def test_samples_are_the_same_in_any_batch_and_order(model: Any) -> None:
         assert sample.is_finished or len(sample.ids) == 16
 
 
-def test_samples_have_the_distribution_of_the_model(model: Any) -> None:
-    prompt = requests()[1].prompt_ids
-    many = [Request(prompt, "key", number) for number in range(3000)]
-    drawn = [sample.ids[0] for sample in generate(model, many, Sampling(1), [10**6], 10**6)]
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1]
-    expected = logits.softmax(-1).numpy()
-    observed = np.bincount(drawn, minlength=len(expected)) / len(drawn)
-    assert np.abs(np.cumsum(observed) - np.cumsum(expected)).max() < 0.03  # Kolmogorov: 1.7 / sqrt(3000)
-
-
 @contextlib.contextmanager
 def broken(model: Any, row: int, value: float) -> Iterator[None]:
     calls = itertools.count()

@@ -125,7 +125,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def lines() -> tuple[Console, list[str]]:
     printed: list[str] = []
-    return Console(LineScreen(printed.append, 30.0)), printed
+    return Console(LineScreen(printed.append)), printed
 
 
 def test_progress_is_printed_now_and_then(clock: Clock) -> None:
@@ -213,7 +213,7 @@ def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: Consol
 
 def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_are_escaped() -> None:
     printed: list[str] = []
-    LineScreen(printed.append, 30.0).message("a\x1b[31mb\rc\td\ne")
+    LineScreen(printed.append).message("a\x1b[31mb\rc\td\ne")
     assert printed == ["a\\x1b[31mb\\rc\\td\ne"]
     binary = io.BytesIO()
     text = io.TextIOWrapper(binary, encoding="ascii", write_through=True)
