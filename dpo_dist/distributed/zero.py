@@ -41,7 +41,6 @@ from dpo_dist.distributed.memory import (
     explain_out_of_memory,
     policy_remedy,
     return_memory,
-    trim_heap,
     wait_for_device,
 )
 from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
@@ -457,8 +456,6 @@ class PolicyEngine(Engine):
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._world.device.type == "cpu":  # else what backward has freed adds to what the update takes
-            trim_heap()
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
         is_applied = self._engine.was_step_applied()

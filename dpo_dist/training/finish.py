@@ -16,7 +16,8 @@ from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome
 from dpo_dist.foundation.files import plain
 from dpo_dist.insight.metrics.card import model_card
-from dpo_dist.insight.metrics.log import final_and_best, package_versions
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
+from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
@@ -170,6 +171,21 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
         write_state(run.folder, state if former is None else replace(state, step=former.step))
 
     run.write(work, run.console.heartbeat("writing the report"))
+
+
+def write_lost_files(run: Run, completed: RunState) -> None:
+    """Write the report of a completed run again if one of its files was deleted; collective."""
+    folder, summary = run.folder, completed.summary
+    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
+
+    def work() -> None:
+        lost = [file.name for file in files if not file.exists()]
+        if lost and summary is not None and any(file.exists() for file in files[:2]):  # they have the rows
+            run.say(f"written again: {', '.join(lost)}")
+            recorder = Recorder(MetricsLog(folder, read_latest_rows(folder)), Trackers(), run.say)
+            _close_report(run, recorder, summary, completed.outcome)
+
+    run.write(work)
 
 
 def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome) -> None:

@@ -36,7 +36,7 @@ class RunState:
     """Content of the state file.
 
     `step`: steps done; with `started` and `diverged`, at the last checkpoint. `summary`: content of
-    summary.json with `exported`, else None. `stopped_by`: reasons of a stop: signals, limits, the tracker.
+    summary.json of a finished run, else None. `stopped_by`: reasons of a stop: signals, limits, the tracker.
     """
 
     outcome: RunOutcome

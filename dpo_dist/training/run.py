@@ -22,7 +22,7 @@ from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceEngine, settle_engine
-from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, still_there
 from dpo_dist.training.loss import Objective
@@ -275,6 +275,8 @@ def _complete(run: Run, finished: RunState) -> int:
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
+    else:
+        write_lost_files(run, finished)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     run.say("change the configuration or run.dir to train again")

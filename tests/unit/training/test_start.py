@@ -23,7 +23,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.training.finish import finish
+from dpo_dist.training.finish import finish, write_lost_files
 from dpo_dist.training.resume import (
     RunState,
     check_identity,
@@ -140,11 +140,17 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
-def test_the_report_of_a_complete_run_is_written(keep_last: int, folder: RunFolder) -> None:
+def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(
+    keep_last: int, folder: RunFolder
+) -> None:
     save_checkpoint(folder, 4)
-    recorder = recorder_in(folder)
+    run, recorder, completed = (
+        run_in(folder.path, keep_last),
+        recorder_in(folder),
+        state_of(RunOutcome.completed),
+    )
     recorder.record({"step": 4, "loss": 0.5})
-    finish(run_in(folder.path, keep_last), state_of(RunOutcome.completed), recorder, SUMMARY)
+    finish(run, completed, recorder, SUMMARY)
     summary = json.loads(folder.summary.read_text())
     assert summary.pop("verdict")["findings"] == []
     assert summary == {**SUMMARY, "exit": "completed"}
@@ -152,6 +158,15 @@ def test_the_report_of_a_complete_run_is_written(keep_last: int, folder: RunFold
     assert read_state(folder) == state_of(RunOutcome.completed)
     left = [] if keep_last == 0 else ["latest", "step-000004"]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == left
+    files = [folder.summary, folder.log_history, folder.metrics_table]
+    before = {file: file.read_text() for file in files}
+    for lost in ((folder.summary, folder.report), (folder.log_history,), (folder.metrics_table,)):
+        for file in lost:
+            file.unlink()
+        write_lost_files(run, replace(completed, summary=SUMMARY))
+        assert folder.report.is_file()
+        assert {file: file.read_text() for file in files} == before
+        assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
 
 
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
