@@ -75,12 +75,12 @@ CASES = [
          "reference.store", "/proc/1/store", to_do="set reference.store to another folder"),
     Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=/proc/x",
          "reference.nvme_path", "reference.nvme_path", "/proc/x", to_do="set reference.nvme_path to another"),
-    Case("run that has results", "run.dir=used run.resume=never", "run.resume=never", "used", "dpo_metrics",
+    Case("run that has results", "run.dir=used run.resume=never", "dpo_metrics), and run.resume=never", "used",
          before=used, joins=True, leaves=("used/.*",), to_do="set run.resume=auto to resume"),
     Case("run directory of another configuration", "run.dir=other", "belongs to another configuration",
          "other", "digest", "digest of-another", "remove run.dir", before=of_another_configuration),
     Case("nothing to resume", "run.dir=new run.resume=must", "no checkpoint to resume from",
-         "new/checkpoints", joins=True, to_do="set run.resume=auto to start a new run"),
+         "new", joins=True, to_do="set run.resume=auto to start a new run"),
 ]
 # fmt: on
 
