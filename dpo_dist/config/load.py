@@ -47,7 +47,7 @@ from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 _EXPERIMENT = "experiment"
 _ROOT = "dpo_dist"
 """The primary configuration: conf/config.yaml."""
@@ -248,6 +248,16 @@ class _Command:
         file = self._file(f"{group}/{name}")
         entries, presets, values = self._keys(file)
         defaults = [*entries, *({f"override /{key}": preset} for key, preset in presets.items())]
+        given = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+        of_groups = [(key, value) for key, value in given if key.split()[-1].lstrip("/") in run_keys()]
+        faults = [f"{key}: {value}" for key, value in of_groups if not isinstance(value, str)]
+        if faults or "hydra" in values:
+            raise ConfigError(
+                "an experiment chooses one preset for a group, and no keys of Hydra's own",
+                where=str(file),
+                got=", ".join([*faults, *(["hydra"] if "hydra" in values else [])]),
+                remedy="name one preset, 'override /loss: ipo', and remove what else is named",
+            )
         header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
         ConfigStore.instance().store(
             f"{name}{_OF_COMMAND}",

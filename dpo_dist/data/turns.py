@@ -257,10 +257,9 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
     if "empty_thoughts" in names:
         opened.append(("", re.compile(rf"\s*{begin}\s*{end}\s*")))
         opened.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
-    markers = [(*name.split(MARKER_GAP, 1), "") for name in names if name not in UNTRAINED_PARTS]
-    if "thoughts" in names:
-        markers.append((*THOUGHT_TAGS, r"\s*"))
-    for first, last, spaces in markers:
+    markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
+    for first, last in [*markers, *([THOUGHT_TAGS] if "thoughts" in names else [])]:
+        spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
         until = rf".*?(?:{re.escape(last)}{spaces}|\Z)"
         inside.append(re.compile(re.escape(first) + until, re.DOTALL))
         opened.append((first, re.compile(until, re.DOTALL)))

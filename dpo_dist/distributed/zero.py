@@ -372,16 +372,12 @@ class PolicyEngine(Engine):
     ):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
-        if model.compiled and zero["stage"] == 3 and torch.__version__ < "2.12":
-            raise ConfigError(
-                "compiled layers lose gradients of sharded weights in torch before 2.12",
-                where="model.compile",
-                got=f"true with parallelism=zero3 and torch {torch.__version__}",
-                remedy="update torch, or set parallelism=zero2 or model.compile=false",
-            )
         gather_at_once(model)
         for module in partly_used_blocks(model.causal_lm):
-            join_gradients(module)
+            # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may. And
+            # aliases would keep the weights of each layer gathered until backward.
+            if zero["stage"] < 3 or hasattr(module, "compress_rate"):
+                join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         super().__init__(model, engine)

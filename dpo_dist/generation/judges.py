@@ -277,7 +277,8 @@ _GRADE = (
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
 _CHOICE = re.compile(r"\[\[(A|B|tie)\]\]")
-_NUMBER = re.compile(r"\[\[(10|[1-9])\]\]")
+_NUMBER = re.compile(r"\[\[(\d+)\]\]")
+_GRADES = [str(grade) for grade in range(1, 11)]
 _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ())
 
 
@@ -310,11 +311,14 @@ class EndpointJudge:
         self._options = _OPTIONS
 
     def check(self) -> str:
-        """Send a harmless request, which is not to be refused."""
-        harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
-        if refusal := self._ask(harmless, self._client.with_options(max_retries=0)).refusal:
-            raise self._unusable(f"{refusal}, also for a harmless request")
+        """Send a harmless request once, which is not to be refused."""
+        self._check(self._client.with_options(max_retries=0))
         return f"{self._config.model} at {self._config.url} replies"
+
+    def _check(self, client: Any) -> None:
+        harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
+        if refusal := self._ask(harmless, client).refusal:
+            raise self._unusable(f"{refusal}, also for a harmless request")
 
     def describe(self) -> dict[str, Any]:
         """Return address, model and criterion."""
@@ -342,7 +346,7 @@ class EndpointJudge:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
-            self.check()  # all requests of a short part may be refused for their texts
+            self._check(self._client)  # all requests of a short part may be refused for their texts
         return judgements
 
     def _compare(self, question: Question) -> Judgement:
@@ -383,7 +387,8 @@ class EndpointJudge:
         """Return the last verdict of a reply, as others are thoughts; None, and counted, if it has none."""
         reply = self._ask(self._messages(instruction, question, **responses))
         counts.update(requests=1, refused=bool(reply.refusal))
-        if found := form.findall(reply.text):
+        found = form.findall(reply.text)
+        if found and (form is _CHOICE or found[-1] in _GRADES):
             return str(found[-1])
         counts["unreadable"] += not reply.refusal
         return None

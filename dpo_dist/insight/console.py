@@ -241,12 +241,17 @@ class Terminal(RichConsole):
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
     """Return the screen that `settings` asks for: messages for people, objects for programs."""
     if settings.style is ConsoleStyle.json:
-        return JsonScreen(partial(print, file=objects, flush=True))
+        return JsonScreen(partial(_print, objects))
     if settings.style is ConsoleStyle.auto and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return LineScreen(partial(print, file=messages, flush=True), has_times=True)
+    return LineScreen(partial(_print, messages), has_times=True)
+
+
+def _print(stream: SafeStream, line: str) -> None:
+    stream.write(f"{line}\n")  # at once: lines of threads do not mix
+    stream.flush()
 
 
 Count = Callable[..., None]

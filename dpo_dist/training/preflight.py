@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import OptimizerKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import OptimizerKind, ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
@@ -153,6 +154,18 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         _check_installed("liger-kernel", "model.liger", "true", "false")
     for tracker in config.tracking.also:
         _check_installed(tracker, "tracking.also", tracker, "[]")
+    torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
+    if trains and config.model.compile and is_sharded and _minor(torch_version) < (2, 12):
+        raise ConfigError(
+            "compiled layers lose gradients of sharded weights in torch before 2.12",
+            where="model.compile",
+            got=f"true with parallelism=zero3 and torch {torch_version}",
+            remedy="update torch, or set parallelism=zero2 or model.compile=false",
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def _check_installed(package: str, key: str, value: str, instead: str = "null") -> None:

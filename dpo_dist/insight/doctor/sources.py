@@ -58,9 +58,10 @@ class Source:
     def add(self, records: Sequence[Facts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
         self.records += records
-        self._pairs += [one.pair for one in records if one.pair is not None]
-        self._pairs.sort(key=lambda pair: pair.record)
-        del self._pairs[_SAMPLED_PAIRS:]
+        is_full = len(self._pairs) == _SAMPLED_PAIRS
+        pairs = [one.pair for one in records if one.pair is not None]
+        if added := [pair for pair in pairs if not is_full or pair.record < self._pairs[-1].record]:
+            self._pairs = sorted([*self._pairs, *added], key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
         for one in records:
             one.pair = None
 

@@ -317,6 +317,20 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
     assert "there is no experiment named 'gone'" in error_of("--config-dir conf +experiment=mine").block()
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("hydra: {run: {dir: x}}\n", "no keys of Hydra's own"),
+        ("defaults: [{override /loss: [ipo, simpo]}]\n", "one preset for a group"),
+        ("defaults: [{override /loss: null}]\n", "one preset for a group"),
+        ("defaults: [mine]\n", "cannot be composed"),
+    ],
+)
+def test_an_experiment_that_cannot_be_composed_is_an_error(content: str, text: str) -> None:
+    write(experiment__mine=content)
+    assert text in error_of("--config-dir conf +experiment=mine").message
+
+
 def test_a_program_with_hydra_keeps_its_own() -> None:
     write(config="{}")
     with hydra.initialize_config_dir(version_base=None, config_dir=str(Path("conf").resolve())):

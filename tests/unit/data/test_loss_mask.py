@@ -55,6 +55,7 @@ RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>
         ("It rains.", "qwen3", {}, RAIN),
         ("It rains.", "qwen3", {"untrained": []}, f"<think>\n\n</think>\n\n{RAIN}"),
         *((turns, "qwen3", {}, THOUGHT + RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+        (f"{THOUGHT}It rains.", "qwen3", {"untrained": ["<think>...</think>"]}, RAIN),
         *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
     ],
 )

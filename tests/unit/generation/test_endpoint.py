@@ -66,6 +66,7 @@ CUT = '{"choices": [{"message": {"content": "[[A]]? Or"}, "finish_reason": "leng
             for reply in ("", "A is better", "[[C]]", "[A]", (200, {}, '{"choices": []}'), (200, {}, CUT))
         ),
         (always("ok [[10]]"), {"verdicts": GRADE}, [10.0, 10.0], {}),
+        (always("[[5]], no: [[0]]"), {"verdicts": GRADE}, [None, None], {"unreadable": 2}),
         (
             lambda content, _: (400, {}, '{"error": {"code": "filter"}}') if "response_A" in content else "",
             *({}, [None, None], {"refused": 2}),

@@ -113,6 +113,16 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
 
 
+def test_compiled_sharded_layers_need_torch_2_12(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.training.preflight.version", lambda _package: "2.11.0+cu130")
+    compiled = run_of(assets, tmp_path, "model.compile=true")
+    assert "lose gradients" in refused(compiled).message
+    check_start(compiled)  # nothing is trained
+    check_start(run_of(assets, tmp_path, "model.compile=true", "parallelism=zero2"), trains=True)
+
+
 @pytest.mark.parametrize("verb", [precompute.main, precompute.check])
 @pytest.mark.parametrize("mode", [["reference=live"], ["loss=sft"]])
 def test_only_a_stored_reference_is_precomputed(
