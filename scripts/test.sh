@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests, with arguments for pytest: ./scripts/test.sh tests/unit -k losses
-# One process of one thread for each core, at most 8; -n 0 runs them in this process, for a debugger.
+# Three processes of one thread for each two cores, as many tests wait, at most 8; -n 0 runs them in this one, for a
+# debugger.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh dev
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"
+workers=$(($(nproc) * 3 / 2))
+exec .venv/bin/python -m pytest --numprocesses $((workers > 8 ? 8 : workers)) --dist worksteal "$@"
