@@ -59,16 +59,11 @@ def wait_for_device() -> None:
 def return_memory() -> None:
     """Release memory without references: the device's, pinned memory of the host, free pages of the heap."""
     gc.collect()
-    trim_heap()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps most pages between tensors that live on
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return_host_memory()
-
-
-def trim_heap() -> None:
-    """Return free pages of the host's heap, of which glibc keeps most between tensors that live on."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def return_host_memory() -> None:

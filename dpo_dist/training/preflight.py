@@ -155,17 +155,14 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
     for tracker in config.tracking.also:
         _check_installed(tracker, "tracking.also", tracker, "[]")
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
-    if trains and config.model.compile and is_sharded and _minor(torch_version) < (2, 12):
+    is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
+    if trains and config.model.compile and is_sharded and is_old:
         raise ConfigError(
             "compiled layers lose gradients of sharded weights in torch before 2.12",
             where="model.compile",
             got=f"true with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or set parallelism=zero2 or model.compile=false",
         )
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
 
 
 def _check_installed(package: str, key: str, value: str, instead: str = "null") -> None:

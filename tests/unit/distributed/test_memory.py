@@ -13,7 +13,7 @@ import torch
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.distributed import slices as host_copy
-from dpo_dist.distributed.memory import available_memory, peak_memory_bytes, reset_peak_memory, trim_heap
+from dpo_dist.distributed.memory import available_memory, peak_memory_bytes, reset_peak_memory, return_memory
 from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import DeviceMemoryError
@@ -116,7 +116,7 @@ def test_freed_memory_between_living_tensors_is_returned() -> None:
     tensors = [torch.ones(1 << 14) for _ in range(2000)]  # 64 KiB each
     living, before = tensors[::100] + tensors[-1:], psutil.Process().memory_info().rss
     del tensors
-    trim_heap()
+    return_memory()
     assert psutil.Process().memory_info().rss < before - (1 << 26)
     assert all(map(torch.Tensor.all, living))
 
