@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, start_folder
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, fingerprint_folders, read_fingerprint
 from dpo_dist.reference.store import LogpStore, Values
 
