@@ -33,10 +33,8 @@ from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
-from dpo_dist.reference.fill import FillReport, StoreFiller, missing_responses
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import Scorer
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, missing_responses
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 
 FINGERPRINT = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32
