@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig, Quantization
+from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import is_absent_offline
 
@@ -280,24 +280,6 @@ def start_folder(config: ModelConfig) -> Path | None:
             remedy="set model.quantization=nf4 or null",
         )
     return folder
-
-
-def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
-    """Return the adapter that is trained: that of the configuration, or that of `start`."""
-    adapter: AdapterConfig | None = config.adapter
-    if adapter is None or start is None:
-        return adapter
-    found: Any = read_model_json(start / ADAPTER_CONFIG)
-    variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
-    layers, saved = modules_on_disk(start)
-    return AdapterConfig(
-        path=adapter.path,
-        r=found.get("r", 8),
-        alpha=float(found.get("lora_alpha", 8)),
-        target_modules=layers,
-        variant=AdapterVariant.dora if found.get("use_dora") else variant,
-        modules_to_save=saved,
-    )
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
