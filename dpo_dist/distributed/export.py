@@ -28,7 +28,6 @@ from dpo_dist.model.save import (
     copy_tokenizer,
     write_adapter,
     write_merged,
-    write_tokenizer,
     write_weights,
     writing_errors,
 )
@@ -134,7 +133,7 @@ def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunCo
     if template is None:
         copy_tokenizer(source, folder)
     else:
-        write_tokenizer(folder, with_chosen_template(load_tokenizer(source, config.model), template))
+        with_chosen_template(load_tokenizer(source, config.model), template).save_pretrained(folder)
 
 
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:

@@ -288,7 +288,12 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
             names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _unreadable(folder / ADAPTER_WEIGHTS, error) from error
+        raise ConfigError(
+            "the weights of the adapter cannot be read",
+            where=_ADAPTER_KEY,
+            got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
+            remedy="save or download the adapter again",
+        ) from error
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
     saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
@@ -326,16 +331,6 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if other:
         raise _unsupported(folder, ", ".join(other))
     return found
-
-
-def _unreadable(file: Path, error: Exception) -> ConfigError:
-    """Return the error of an adapter whose weights `file` is missing, incomplete or no safetensors file."""
-    return ConfigError(
-        "the weights of the adapter cannot be read",
-        where=_ADAPTER_KEY,
-        got=f"{file}: {first_line(error)}",
-        remedy="save or download the adapter again",
-    )
 
 
 def _unsupported(folder: Path, got: str) -> ConfigError:

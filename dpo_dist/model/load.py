@@ -136,7 +136,7 @@ def load_packed(
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
-    check_supported(model_config, max_length)
+    check_supported(model_config)
     text = model_config.get_text_config()
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)

@@ -33,7 +33,13 @@ from dpo_dist.data.tokenizer import end_notes
 from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.insight.console import Count
-from dpo_dist.model.architectures import check_supported, router_loss, router_notes, training_notes
+from dpo_dist.model.architectures import (
+    check_positions,
+    check_supported,
+    router_loss,
+    router_notes,
+    training_notes,
+)
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device
@@ -187,9 +193,11 @@ def checked_model(
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
     model_config = load_config(folder, config.model)
-    check_supported(model_config, config.data.max_length)
+    check_supported(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    return model_config, without_weights(model_config, config.model, start)
+    causal_lm = without_weights(model_config, config.model, start)
+    check_positions(causal_lm, config.data.max_length)
+    return model_config, causal_lm
 
 
 def _encode(
