@@ -20,8 +20,7 @@ from benchmarks.options import Benchmark, Json, markdown
 from dpo_dist.config.schema import ReferenceConfig
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.reference.fill import missing_responses
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 
 FINGERPRINT = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend, RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import AttentionBackend, ExportedWeights, RunConfig
 from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.foundation.errors import RunOutcome, first_line

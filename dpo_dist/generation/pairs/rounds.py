@@ -18,8 +18,7 @@ from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
-from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
+from dpo_dist.config.schema import NO_MODEL, PairsConfig, ReferenceMode, RoundReference, RunConfig, Verdicts
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite

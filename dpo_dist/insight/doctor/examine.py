@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.config.verb_options import FailOn
+from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,

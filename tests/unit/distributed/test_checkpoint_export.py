@@ -16,8 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, RunConfig
-from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Dtype,
+    ExportConfig,
+    ExportedWeights,
+    ModelConfig,
+    RunConfig,
+)
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
 from dpo_dist.distributed.export import export_checkpoint

@@ -9,8 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ExportConfig,
+    FolderConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+)
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.console import Console
