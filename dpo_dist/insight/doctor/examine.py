@@ -34,8 +34,7 @@ from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
