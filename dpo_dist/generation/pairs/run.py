@@ -16,8 +16,7 @@ import numpy as np
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import read_prompts
