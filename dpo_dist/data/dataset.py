@@ -4,6 +4,7 @@ Token ids and masks are never loaded. The other columns are, about 140 bytes a p
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,11 +37,10 @@ from dpo_dist.data.store import (
     EncodedSource,
     columns_of,
     counts_of,
-    data_fingerprint,
     read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import recall, remember
+from dpo_dist.foundation.files import recall, remember, text_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,7 +210,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
     counts = counts_of(every)
     check_split(counts)
     return PreferenceDataset(
-        fingerprint=data_fingerprint(sources),
+        fingerprint=text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources])),
         counts=counts.as_dict() | {"sources": by_source},
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
