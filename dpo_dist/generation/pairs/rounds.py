@@ -153,8 +153,11 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
-    from dpo_dist.model.merge import write_merged  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.save import (  # noqa: PLC0415
+        copy_tokenizer,
+        write_merged,
+        writing_errors,
+    )
 
     source = find_model(str(adapter), config)
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code

@@ -12,8 +12,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.insight.doctor.findings import Finding, Rules
 from dpo_dist.insight.doctor.sources import distribution
-from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, fingerprint_folders, read_fingerprint
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
