@@ -18,8 +18,7 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory

@@ -20,8 +20,8 @@ from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.prompts import eval_part, prompt_hash, read_prompts
-from dpo_dist.data.records import Dialogue, Prompt
+from dpo_dist.data.formats import read_prompts
+from dpo_dist.data.records import Dialogue, Prompt, eval_part, prompt_hash
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
