@@ -27,7 +27,7 @@ from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdi
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.generation.pairs.files import as_fields, context_fields

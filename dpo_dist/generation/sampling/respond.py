@@ -16,8 +16,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
-from dpo_dist.data.render import THOUGHT_FIELDS
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
