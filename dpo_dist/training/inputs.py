@@ -29,7 +29,7 @@ from dpo_dist.data.dataset import (
     remembered_count,
 )
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.tokenizer import end_notes
+from dpo_dist.data.render import end_notes
 from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.insight.console import Count

@@ -94,7 +94,7 @@ def raising(error: OSError) -> Callable[..., Any]:
 
 def test_a_fault_of_the_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path, *GOOD)
-    monkeypatch.setattr(store_module, "_relative_name", raising(OSError("no space left")))
+    monkeypatch.setattr(store_module, "staged_file", raising(OSError("no space left")))
     with pytest.raises(ConfigError, match="cannot be written") as of_cache:
         prepare(tmp_path, path)
     assert of_cache.value.where == "data.cache"
