@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_dist.distributed.world import World
-from dpo_dist.foundation.process import check_groups
 
 
 def with_sequence_groups(world: World, ranks: int) -> World:
     """Return `world` in groups of `ranks` consecutive ranks, on one host where possible; collective."""
     if ranks == 1:
         return world
-    check_groups(world.size, ranks)
     timeout = timedelta(seconds=world.timeout_seconds)
     # Every rank creates every group, in the same order.
     groups = [

@@ -22,7 +22,7 @@ from dpo_dist.foundation.process import (
     answered_at_once,
     ended_with_launcher,
     last_words,
-    note_stop,
+    note_progress,
     raise_terminated,
     stopped_by,
 )
@@ -286,5 +286,5 @@ class Stops:
         reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
         self.agreed = ", ".join(reasons)
         if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
-            note_stop(self.agreed)
+            note_progress(f"stopped by {self.agreed}")  # it is not to be started again by itself
         return self.agreed
