@@ -96,7 +96,12 @@ def export_checkpoint(
                 write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
-        _write_tokenizer(temporary, base, start, config)
+        tokenizer, template = tokenizer_folder(base, start), config.data.chat_template
+        if template is None:
+            copy_tokenizer(tokenizer, temporary)
+        else:
+            chosen = with_chosen_template(load_tokenizer(tokenizer, config.model), template)
+            write_tokenizer(temporary, chosen)
         if card is not None and (text := card()):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
@@ -110,11 +115,7 @@ def _check_written(
     if is_adapter(folder):
         found = load_file(folder / ADAPTER_WEIGHTS)
     else:
-        code = config.model.trust_remote_code
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=code
-        )
-        found = dict(loaded.named_parameters())
+        found = dict(_loaded(folder, config).named_parameters())
     wrong = [name for name in trained if not torch.equal(found[name], read(name))]
     wrong += [name for name, weight in found.items() if not trained and not weight.isfinite().all()]
     if wrong:
@@ -126,27 +127,21 @@ def _check_written(
         )
 
 
-def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunConfig) -> None:
-    """Write the files of the run's tokenizer; new ones if it has a chat template of its own."""
-    source, template = tokenizer_folder(base, start), config.data.chat_template
-    if template is None:
-        copy_tokenizer(source, folder)
-    else:
-        write_tokenizer(folder, with_chosen_template(load_tokenizer(source, config.model), template))
-
-
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
     """Return buffers and weights that the architecture does not train, which are as in the base's files."""
     frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
     wanted = frozen | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
     if not wanted:
         return {}
-    base = model_folder(config.model.path, config.model.revision)
-    code = config.model.trust_remote_code
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", trust_remote_code=code, use_safetensors=True
-    ).state_dict()
+    loaded = _loaded(model_folder(config.model.path, config.model.revision), config).state_dict()
     return {name: loaded[name] for name in wanted}
+
+
+def _loaded(folder: Path, config: RunConfig) -> Any:
+    code = config.model.trust_remote_code
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=code
+    )
 
 
 def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:

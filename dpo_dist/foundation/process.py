@@ -154,6 +154,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
@@ -341,6 +342,24 @@ def _follow_launcher(number: int = signal.SIGTERM) -> None:
 def raise_terminated(number: int, _frame: FrameType | None) -> None:
     """Handle SIGTERM by ending the program, which has nothing to save, in the main thread."""
     raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def beating(beat: Callable[[float], None]) -> Iterator[None]:
+    """Call `beat` every few seconds during the block, in a thread, with the seconds since its start."""
+    done, started = threading.Event(), time.monotonic()
+
+    def run() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            beat(time.monotonic() - started)
+
+    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 T = TypeVar("T")

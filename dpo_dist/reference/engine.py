@@ -11,14 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.kernels import own_folder
-from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.processes import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
     Engine,
     FrozenEngine,
     frozen_config,
+    own_folder,
     sharded_loading,
     whole_loading,
 )
@@ -116,21 +115,6 @@ def scoring_tokens(config: RunConfig) -> int:
     return _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
 
 
-class QuantizedReference(Engine):
-    """A quantized reference; ZeRO cannot shard it, so every rank has the whole model."""
-
-    def __init__(self, model: PackedCausalLM):
-        super().__init__(model.eval(), model)
-
-    def free(self) -> None:
-        """Free its memory."""
-        del self.model, self._engine
-        return_memory()
-
-
-ReferenceEngine = FrozenEngine | QuantizedReference
-
-
 def scored_model(config: RunConfig) -> ModelConfig:
     """Return the policy's model settings without those of training, with the reference's quantization."""
     return replace(
@@ -142,7 +126,7 @@ def scored_model(config: RunConfig) -> ModelConfig:
     )
 
 
-def load_reference(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+def load_reference(files: ModelFiles, config: RunConfig, world: World) -> Engine:
     """Load the reference with its adapter, in the policy's precision unless it is quantized; collective."""
     key = "model.path" if config.reference.path is None else "reference.path"
     adapter = files.adapter
@@ -158,7 +142,7 @@ def load_scored(
     finish: Callable[[PackedCausalLM], None] | None = None,
     *,
     key: str = "model.path",
-) -> ReferenceEngine:
+) -> Engine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
     `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
@@ -172,10 +156,10 @@ def load_scored(
             finish(model)
         return model
 
-    engine: ReferenceEngine
     if model_config.quantization is not None:
-        with whole_loading(world):
-            engine = QuantizedReference(load())
+        with whole_loading(world):  # ZeRO cannot shard it: every rank has the whole model
+            model = load().eval()
+        engine = Engine(model, model)
     else:
         own, largest_shard = None, 0
         if placement.nvme_path is not None:

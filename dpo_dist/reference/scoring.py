@@ -14,9 +14,8 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.collate import damaged_ids, has_keys
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.reference.engine import ReferenceEngine
 from dpo_dist.reference.store import LogpStore, Values
 
 Scorer = Callable[[PackedBatch], Tensor]
@@ -184,7 +183,7 @@ class ReferenceProvider:
         store: has the entries of all batches, looked up by content (`cached`).
     """
 
-    engine: ReferenceEngine | None = None
+    engine: Engine | None = None
     policy: PolicyEngine | None = None
     store: LogpStore | None = None
 
