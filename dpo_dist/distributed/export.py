@@ -50,19 +50,13 @@ def export_checkpoint(
     is_new: bool = False,
     replaces: bool = True,
 ) -> None:
-    """Write the trained weights of a checkpoint as a model or adapter folder, whole or not.
+    """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32.
-
-    Args:
-        checkpoint: of any number of processes and kind of parallelism.
-        folder: its final name.
-        config: of the run; `config.export` says how.
-        card: returns the content of README.md; None or "": there is none.
-        is_new: this process has just written the checkpoint; neither its files nor the written ones are
-            checked.
-        replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
+    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
+    that of the run; `card` returns the content of README.md ("": none). Of a checkpoint that `is_new`, just
+    written by this process, neither its files nor the written ones are checked. `replaces`: also a folder of
+    this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)

@@ -81,7 +81,10 @@ def load_async_io(say: Callable[[str], None]) -> None:
 
 
 # Of the store of the rendezvous, and of gloo.
-_CUT = r"connection was likely closed|closed by peer|reset by peer|broken pipe|connectFullMesh failed"
+_NOT_JOINED = (
+    r"timed ?out|timeout|connection was likely closed|closed by peer|reset by peer|broken pipe"
+    r"|connectFullMesh failed"
+)
 
 
 @contextlib.contextmanager
@@ -116,29 +119,6 @@ def joined(
     sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
-@contextlib.contextmanager
-def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
-    """Raise failures of communication as errors for the user: a rank has not come, or has ended."""
-    try:
-        yield
-    except RuntimeError as failure:
-        has_waited = re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE)
-        if not has_waited and not re.search(_CUT, str(failure), re.IGNORECASE):
-            raise
-        ranks = f"{os.environ.get('WORLD_SIZE')} processes of the run"
-        raise PeerLostError(
-            f"not all {ranks} have joined"
-            if has_waited
-            else f"one of the {ranks} ended before all had joined",
-            where=f"rank {os.environ.get('RANK')}, which waited at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
-            got=first_line(failure),
-            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address; then run the same command again",
-        ) from failure
-
-
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
     """Join the processes that the launcher started; without a launcher, return a world of one process."""
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
@@ -163,7 +143,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         AcceleratorState._reset_state(reset_partial_state=True)
         if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    with _missing_ranks_named(timeout_seconds):
+    try:
         accelerator = Accelerator(
             mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
@@ -173,6 +153,18 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         rank, size = accelerator.process_index, accelerator.num_processes
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
+    except RuntimeError as failure:
+        if not re.search(_NOT_JOINED, str(failure), re.IGNORECASE):
+            raise
+        raise PeerLostError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
+            "whether every node reaches this address; then run the same command again",
+        ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 

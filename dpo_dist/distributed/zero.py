@@ -107,15 +107,15 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
     Under ZeRO-3 only `ds_shape` has the number of dimensions.
     """
     unmoved = without_gradient(model.causal_lm)
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        is_decayed = dimensions > 1 and parameter not in unmoved
-        (matrices if is_decayed else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def decays(weight: nn.Parameter) -> bool:
+        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if decays(weight)], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if not decays(weight)], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -27,6 +27,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
+    Checkpoint,
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
@@ -378,21 +379,38 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)
     others = run_ranks(scenario, other_ranks, tmp_path / "others", other_kind, dtype)
     moments = {"exp_avg", "exp_avg_sq"}
-    demand_same_slices(root, SHARDS, {"weight", *moments}, step=2)
+    models = [(SHARDS, {"weight", *moments}, 2)]
     if policy.loss is not None:
-        demand_same_slices(root, "reference", {"weight"}, step=0)
+        models.append(("reference", {"weight"}, 0))
+    for model, parts, step in models:
+        saved = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
+        demand_equal(*saved, parts, step)
     tolerance = 1e-5 if dtype is Dtype.fp32 else 2e-2
     for found in others:
         assert found[0] == pytest.approx(norms[0][0], rel=tolerance)
         assert found[1:] == pytest.approx(norms[0][1:], rel=10 * tolerance)
 
 
-def demand_same_slices(root: Path, model: str, parts: set[str], step: int) -> None:
-    """Checkpoints 2 and 3 have the same tensors of a model, with this number of updates."""
-    first, second = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
-    assert (first.step, first.shapes) == (second.step, second.shapes)
-    assert first.step == step
-    assert {*first.parts} == {*second.parts} == parts
+def demand_equal(first: SavedSlices, second: SavedSlices, parts: set[str], step: int) -> None:
+    """Two checkpoints have the same tensors of a model, of these parts, after this number of updates."""
+    assert (first.step, first.shapes, {*first.parts}) == (step, second.shapes, parts)
+    assert (second.step, {*second.parts}) == (step, parts)
     for name in first.shapes:
         for part in parts:
             assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+
+
+def resume(
+    make: Callable[[World], Trainer],
+    found: Path,
+    steps: Sequence[Sequence[int]],
+    end: Path,
+    world: World,
+    _folder: Path,
+) -> list[float]:
+    """Continue a checkpoint of two ranks in new processes, and save its end; return the gradient norms."""
+    trainer = make(world)
+    load_checkpoint(Checkpoint(found, {"world_size": 2}), [trainer.policy], world)
+    norms = [trainer.step(rows) for rows in steps]
+    trainer.save(end.parent, int(end.name.removeprefix("step-")))
+    return norms
