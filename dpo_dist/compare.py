@@ -41,4 +41,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="compare", about=__doc__)
+    run_verb(main, check, verb="compare")

@@ -68,4 +68,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="doctor", about=__doc__)
+    run_verb(main, verb="doctor")

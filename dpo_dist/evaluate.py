@@ -37,4 +37,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="evaluate", about=__doc__)
+    run_verb(main, check, verb="evaluate")

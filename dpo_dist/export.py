@@ -38,4 +38,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="export", about=__doc__)
+    run_verb(main, verb="export")

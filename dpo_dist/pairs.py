@@ -50,4 +50,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="pairs", about=__doc__)
+    run_verb(main, check, verb="pairs")

@@ -32,4 +32,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="precompute", about=__doc__)
+    run_verb(main, check, verb="precompute")

@@ -43,4 +43,4 @@ def check(config: RunConfig, *, trains: bool = True) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="train", about=__doc__)
+    run_verb(main, check, verb="train")

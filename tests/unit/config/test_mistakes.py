@@ -62,7 +62,7 @@ MISTYPED = [
     ("export.dtype=fp8", "bf16, fp16 or fp32"),
     ("export.checkpoint=3", "such as step-000100"),
     ("export.average=step-000100", "write 'export.average=[step-000100]'"),
-    ("--config-dir nowhere", "--config-dir is no folder"),
+    ("--config-dir nowhere", "nowhere is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
     ("--cfg job --resolve", "prints resolved values"),
     # Values of other trainers are kept.
