@@ -237,7 +237,7 @@ _OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None = None, *, verb: str = TRAIN
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = TRAIN
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -317,7 +317,7 @@ class _Errors:
 
 
 def _run(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, verb: str, errors: _Errors
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None, verb: str, errors: _Errors
 ) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
@@ -338,11 +338,15 @@ def _run(
     if this_rank() == 0:
         doors = without_secrets(open_doors(config))
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
+    if verb in _OF_ONE_PROCESS and this_rank() > 0:
+        return ExitCode.completed
     if not options.check:
         return main(config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
-    return check(config) if this_rank() == 0 else ExitCode.completed
+    if this_rank() == 0:
+        check(config)
+    return ExitCode.completed
 
 
 def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -73,7 +73,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
             prefix + option,
             hint,
             NO_MODEL if default is PydanticUndefined else default,
-            field.description or "",
+            " ".join((field.description or "").split()),
             " and ".join(bounds),
             defining,
             tuple(used_by.split()),

@@ -58,14 +58,8 @@ _OF_COMMAND = " of the command"
 def config_dir() -> Path:
     """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(
-        "the configuration files of dpo_dist are missing",
-        where=str(package / "conf"),
-        remedy="install the package again",
-    )
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:
@@ -83,12 +77,9 @@ def load_run_config(
 ) -> RunConfig:
     """Compose, type and check one run; what a verb needs of it, such as `data.train`, only with `verb`.
 
-    Args:
-        words: as on the command line of a verb: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`.
-        own_folder: further groups of presets and experiments, as of `--config-dir`.
-        verb: it reads all keys of the command, and has the keys that it needs.
-        former: values of a run's config.yaml, which the command changes.
-        mistakes: that were found in the command before.
+    `words` are those of a command: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` has
+    further groups, as `--config-dir`. A `verb` reads all keys of the command, and has the keys that it needs.
+    `former` are values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
@@ -96,13 +87,12 @@ def load_run_config(
     find_function.cache_clear()
     command = _Command(words, own_folder, verb, former, mistakes)
     values = command.composed()
-    config = None
     try:
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        command.mistakes += wrong_values(error, command.origin)
+        raise_all([*command.mistakes, *wrong_values(error, command.origin)])
+        raise
     raise_all(command.mistakes)
-    assert config is not None
     return checked(config, given_keys(command.overrides), NEEDS.get(verb, ()))
 
 
@@ -184,15 +174,15 @@ class _Command:
                 self.overrides.append(override)
             else:
                 self.mistakes.append(mistake)
-        choices = [override for override in self.overrides if self._is_choice(override)]
-        self.added = [
-            (group, name)
-            for override in choices
-            if (group := override.key_or_group) not in run_keys()
-            for name in _names(override)
-        ]
+        self.added: dict[str, list[str]] = {}
         """Choices of experiments and other groups that are no section."""
-        typed = {o.key_or_group: str(o.value()) for o in choices if o.key_or_group in run_keys()}
+        typed = {}
+        for override in filter(self._is_choice, self.overrides):
+            group = override.key_or_group
+            if group in run_keys():
+                typed[group] = str(override.value())
+            else:
+                self.added.setdefault(group, []).extend(_names(override))
         self.layers = [layer for file in files if (layer := self._layer(file)) is not None]
         if former is not None:
             self.layers.append(_Layer("config.yaml", former, {}))
@@ -229,9 +219,7 @@ class _Command:
 
     def _choices(self) -> list[str]:
         """Return the choices of groups, as overrides for Hydra."""
-        added: dict[str, list[str]] = {}
-        for group, name in self.added:
-            added.setdefault(group, []).append(self._stored(group, name))
+        added = {group: [self._stored(group, name) for name in names] for group, names in self.added.items()}
         return [*_words("", self.chosen), *_words("+", added)]
 
     def _stored(self, group: str, name: str) -> str:
