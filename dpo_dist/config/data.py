@@ -41,7 +41,9 @@ class SourceConfig:
     """Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs."""
     limit: int | None = key(None, ge=1)
     """Number of records to read, from the first; null: all."""
-    columns: dict[str, Any] | None = key(None, accepts="a mapping, {prompt: question, chosen: answers.good}")
+    columns: dict[str, str | None] | None = key(
+        None, accepts="a mapping, {prompt: question, chosen: answers.good}"
+    )
     """Column, or path into nested objects, of a field with another name; null: it is ignored."""
     reader: str | None = key(None)
     """Your own function, as `module:function`: from a record's fields to those of a format."""

@@ -14,8 +14,7 @@ from dpo_dist.foundation.errors import RunOutcome, first_line
 from dpo_dist.foundation.files import staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import read_latest_rows
-from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import writing_errors
+from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.training.finish import check_base, run_card
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.losses import LossConfig, Weighting
-from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.log import Phase
@@ -25,7 +25,7 @@ from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, divergence, metric_sums
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 
 _BATCHES_AHEAD = 4
 

@@ -23,7 +23,7 @@ from torch import Tensor, nan, where
 from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.insight.metrics.log import PHASES, Phase
@@ -31,7 +31,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
 
 

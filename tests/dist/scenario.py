@@ -14,8 +14,7 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
-from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -26,10 +25,8 @@ from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.fill import StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import Scorer
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.fill import Scorer, StoreFiller
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, train_step
 from tests.support.packing import COSTS, plain_logps

@@ -14,8 +14,8 @@ from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -98,7 +98,7 @@ def test_a_fault_of_the_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: py
         patch.setattr(build_dataset_module, "read_records", raising(OSError("input/output error")))
         with pytest.raises(DataError, match="source cannot be read") as of_source:
             prepare(tmp_path, path)
-    monkeypatch.setattr(store_module, "_relative_name", raising(OSError("no space left")))
+    monkeypatch.setattr(store_module, "staged_file", raising(OSError("no space left")))
     with pytest.raises(ConfigError, match="cannot be written") as of_cache:
         prepare(tmp_path, path)
     assert (of_source.value.where, of_cache.value.where) == (path, "data.cache")

@@ -32,8 +32,7 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import write_weights
+from dpo_dist.model.save import write_mean, write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import write_multimodal
