@@ -56,51 +56,11 @@ class Progress:
     line: str
 
 
-def training_progress(
-    step: int, steps: int, values: Mapping[str, float], seconds_left: float | None
-) -> Progress:
-    """Return the state of the training; its line has values of a metrics row, the most important first."""
-    parts = [f"step {step:,}/{steps:,}"]
-    parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
-    if seconds_left is not None and step < steps:
-        parts.append(f"{duration(seconds_left)} left")
-    parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
-    if (peak := values.get("memory/peak_bytes")) is not None:
-        parts.append(size(peak))
-    return Progress(_TRAINING, "step", step, steps, step / steps, seconds_left, "  ".join(parts))
-
-
-def _work_progress(
-    title: str, unit: str, done: int, share: float | None, total: int | None, seconds: float
-) -> Progress:
-    """Return the state of work that has taken so many seconds."""
-    amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
-    parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
-    left = seconds / share - seconds if share and seconds >= 1 else None
-    if done > seconds >= 1:
-        parts.append(f"{done / seconds:,.0f} a second")
-    if left:
-        parts.append(f"{duration(left)} left")
-    return Progress(title, unit, done, total, share, left, ", ".join(parts))
-
-
 def _in_words(name: str, value: float) -> str:
     """Return "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
     metric = METRICS[name]
     words = (metric.form(value), metric.title)
     return " ".join(words if name == "pairs_per_second" else reversed(words))
-
-
-def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
-    """Return the line about a metrics row of an evaluation: "step 100/1,000  evaluation: loss 0.6, ..."."""
-    parts = [
-        _in_words(name, row[PREFIX + name]) for name in (*MAIN, "pairs_per_second") if PREFIX + name in row
-    ]
-    if (length := row.get("eval_samples/length")) is not None:
-        parts.append(f"samples of {length:,.0f} tokens")
-    if (finished := row.get("eval_samples/finished")) is not None:
-        parts.append(f"{percent(finished)} of them finished")
-    return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
 
 
 class LineScreen:
@@ -176,7 +136,7 @@ class LiveScreen(LineScreen):
     """Messages above one live line on a terminal; without progress there is no live line."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_above, _REFRESH_SECONDS)
+        super().__init__(self._print_line, _REFRESH_SECONDS)
         self._terminal = terminal
         self._live: RichProgress | None = None
 
@@ -225,7 +185,7 @@ class LiveScreen(LineScreen):
             if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
                 self._terminal.width = columns
 
-    def _print_above(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         style = "yellow" if line.startswith(WARNING) else ""
         self._terminal.print(Text(line, style), soft_wrap=True)
 
@@ -294,7 +254,14 @@ class Console:
 
     def row(self, row: Mapping[str, float], steps: int) -> None:
         """Show a metrics row of a run of so many steps; evaluations are always printed."""
-        line = describe_evaluation(row, steps) if any(name.startswith(PREFIX) for name in row) else ""
+        measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
+        parts = [_in_words(name, row[PREFIX + name]) for name in measured]
+        if (length := row.get("eval_samples/length")) is not None:
+            parts.append(f"samples of {length:,.0f} tokens")
+        if (finished := row.get("eval_samples/finished")) is not None:
+            parts.append(f"{percent(finished)} of them finished")
+        is_evaluation = any(name.startswith(PREFIX) for name in row)
+        line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}" if is_evaluation else ""
         for screen in self._shown:
             screen.row(row, line)
 
@@ -311,8 +278,19 @@ class Console:
         *,
         always: bool = False,
     ) -> None:
-        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row."""
-        self._progress(training_progress(step, steps, values, seconds_left), always=always)
+        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row.
+
+        The most important ones come first, as a narrow terminal cuts the end of the line.
+        """
+        parts = [f"step {step:,}/{steps:,}"]
+        parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
+        if seconds_left is not None and step < steps:
+            parts.append(f"{duration(seconds_left)} left")
+        parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
+        if (peak := values.get("memory/peak_bytes")) is not None:
+            parts.append(size(peak))
+        share, line = step / steps, "  ".join(parts)
+        self._progress(Progress(_TRAINING, "step", step, steps, share, seconds_left, line), always=always)
 
     def _progress(self, progress: Progress, opening: str = "", *, always: bool = False) -> None:
         """Show progress; `opening`, if there is one, is the first line, and the second follows soon."""
@@ -378,7 +356,13 @@ class Console:
                 started = self._worked if math.isnan(started) else started
                 done += more
                 seconds = self._worked - started
-                self._progress(_work_progress(title, unit, done, share, total, seconds), f"{title} ...")
+                amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+                parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
+                parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
+                left = seconds / share - seconds if share and seconds >= 1 else None
+                parts += [f"{duration(left)} left"] if left else []
+                line = ", ".join(parts)
+                self._progress(Progress(title, unit, done, total, share, left, line), f"{title} ...")
 
         with self.until_end():
             yield count

@@ -3,11 +3,10 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from markupsafe import Markup
 from rich import box
 from rich.console import Console as Screen
 from rich.console import Group, RenderableType
@@ -24,7 +23,6 @@ from dpo_dist.foundation.streams import SafeStream, printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.margins import store_sentence
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import joined_origins, page
 
@@ -33,7 +31,6 @@ FORMAT = 1
 
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
-_LABELLED = (50, 95, 25)
 _COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
 _SHOWN_EXAMPLES = 3
 _MIN_WIDTH_OF_TABLE = 72
@@ -68,6 +65,11 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
 
 def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:
     """Write doctor.html."""
+    settings = [("model", str(diagnosis.model or "none"))]
+    for name, content in (("data", config.data), ("doctor", config.doctor)):
+        for key, value in vars(content).items():
+            settings.append((f"{name}.{key}", str(without_secrets(str(plain(value))))))
+    settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
     html = page(
         "doctor.jinja",
         f"Data doctor: {folder.path.resolve().name}",
@@ -82,11 +84,22 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         across=[(name, number(diagnosis.across[key])) for key, name in _ACROSS.items()],
         pairs=diagnosis.shown,
-        settings=list(_settings(config, diagnosis)),
+        settings=settings,
         max_length=config.data.max_length,
-        picture=_picture,
+        picture=histogram,
     )
     files.write_text(folder.doctor_page, html)
+
+
+def store_sentence(use: Mapping[str, Any]) -> str:
+    """Return the use of the reference store in one line."""
+    if not use["stored"]:
+        return (
+            f"reference: no log-probs of these pairs in {use['folder']}; after dpo_dist.precompute with "
+            "this configuration, the doctor finds pairs that are likely mislabelled"
+        )
+    numerics = "; ".join(use["numerics"])
+    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
@@ -97,26 +110,26 @@ def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of the table of all sources."""
-    return (
-        ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected", "prompts save"],
-        [
-            [
-                source["label"],
-                _part_of(source),
-                *map(number, (source["read"], source["kept"], source["read"] - source["kept"])),
-                number(source["pairs"]),
-                *(_median(source["sides"].get(side)) for side in ("chosen", "rejected")),
-                f"{percent(source['prefix']['share'])} of tokens" if source["prefix"] else "",
-            ]
-            for source in sources
-        ],
-    )
-
-
-def _part_of(source: Mapping[str, Any]) -> str:
-    if source["held_out"] is None:
-        return "eval" if source["is_eval"] else "train"
-    return f"{source['kept'] - source['held_out']:,} train and {source['held_out']:,} eval"
+    rows = []
+    for source in sources:
+        read, kept, held_out, prefix = (source[key] for key in ("read", "kept", "held_out", "prefix"))
+        data = "eval" if source["is_eval"] else "train"
+        data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
+        numbers = map(number, (read, kept, read - kept, source["pairs"]))
+        lengths = (_median(source["sides"].get(side)) for side in ("chosen", "rejected"))
+        saved = f"{percent(prefix['share'])} of tokens" if prefix else ""
+        rows.append([source["label"], data, *numbers, *lengths, saved])
+    return [
+        "source",
+        "data",
+        "read",
+        "kept",
+        "dropped",
+        "examples",
+        "chosen",
+        "rejected",
+        "prompts save",
+    ], rows
 
 
 def _median(side: Mapping[str, Any] | None) -> str:
@@ -149,22 +162,6 @@ def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return shares without those of no record and of all, the largest first."""
     found = sorted(shares.items(), key=lambda item: -item[1])
     return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
-
-
-def _picture(values: Mapping[str, Any], title: str, limit: float | None) -> Markup:
-    """Return a histogram with labels at the smallest, the largest and some values between."""
-    between = (values["percentiles"][each] for each in _LABELLED)
-    labelled = (values["smallest"], values["largest"], *between)
-    return histogram(values["edges"], values["counts"], labelled, title, limit)
-
-
-def _settings(config: RunConfig, diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    yield "model", str(diagnosis.model or "none")
-    for name, content in (("data", config.data), ("doctor", config.doctor)):
-        for field in fields(content):
-            value = plain(getattr(content, field.name))
-            yield f"{name}.{field.name}", str(without_secrets(str(value)))
-    yield "versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"
 
 
 def print_diagnosis(diagnosis: Diagnosis, folder: RunFolder, screen: Screen | None = None) -> None:

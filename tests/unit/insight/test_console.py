@@ -31,7 +31,6 @@ from dpo_dist.insight.console import (
     LiveScreen,
     open_console,
     open_screen,
-    training_progress,
     warnings_off,
 )
 
@@ -249,7 +248,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTerminal]:
 @pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
 def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> None:
     terminal.resize(width)
-    terminal.screen.progress(training_progress(*STATUS), LINE)
+    Console(terminal.screen).training(*STATUS)
     line = re.sub(r"\x1b\[[\d;?]*\w", "", terminal.shown()).rsplit("\r")[-1]
     assert "\n" not in line
     assert len(line) <= width

@@ -12,7 +12,7 @@ from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
+from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
 from dpo_dist.insight.pages.doctor import write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 from tests.unit.insight.pages.made_run import Page
@@ -57,10 +57,8 @@ def diagnosis(text: str = HOSTILE) -> Diagnosis:
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
         for level in (Level.error, Level.warning, Level.note)
     )
-    part = Part(
-        "chosen", (Segment(text, Kind.text, True), Segment(text, Kind.special), Segment(text, is_cut=True))
-    )
-    pair = ShownPair(f"{text}:1", ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),))))
+    part = Part("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
+    pair = ShownPair(f"{text}:1", ("rule",), text, [part, Part("prompt", [("9 not shown", "omitted")])])
     store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
     return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))
 
