@@ -7,16 +7,14 @@ from pathlib import Path
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, read_state
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.foundation.errors import RunOutcome, first_line
 from dpo_dist.foundation.files import staged_folder
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import read_latest_rows
-from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import writing_errors
+from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.training.finish import check_base, run_card
 
 

@@ -21,8 +21,7 @@ from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
-from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.resume import RunState, read_state, write_state

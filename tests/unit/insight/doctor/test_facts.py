@@ -8,7 +8,7 @@ import pytest
 
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.insight.doctor.findings import RULES
-from dpo_dist.insight.doctor.sources import margin_findings
+from dpo_dist.insight.doctor.margins import margin_findings
 from dpo_dist.insight.doctor.texts import read_benchmarks
 
 
