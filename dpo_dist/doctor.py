@@ -11,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode
@@ -48,22 +48,20 @@ def main(config: RunConfig) -> int:
     from dpo_dist.insight.console import console_on  # noqa: PLC0415
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages.doctor import (  # noqa: PLC0415
-        print_diagnosis,
+        diagnosis_lines,
         write_doctor_page,
         write_doctor_report,
     )
 
     folder = RunFolder.of(config)
     folder.check_writable()
-    console = console_on(sys.stderr, config.console)
-    diagnosis = diagnose(config, console.counter, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     write_doctor_report(folder, diagnosis, exit_code)
     write_doctor_page(folder, diagnosis, config)
-    if config.console.style is ConsoleStyle.json:
-        console.result("diagnosis", json.loads(folder.doctor_report.read_text(encoding="utf-8")), ())
-    else:
-        print_diagnosis(diagnosis, folder)
+    content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
+    lines = diagnosis_lines(diagnosis, folder)
+    console_on(sys.stdout, config.console).result("diagnosis", content, lines)
     return exit_code
 
 

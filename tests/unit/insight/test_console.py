@@ -212,7 +212,7 @@ def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: Consol
 
 def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_are_escaped() -> None:
     printed: list[str] = []
-    LineScreen(printed.append).message("a\x1b[31mb\rc\td\ne")
+    Console(LineScreen(printed.append)).say("a\x1b[31mb\rc\td\ne")
     assert printed == ["a\\x1b[31mb\\rc\\td\ne"]
     binary = io.BytesIO()
     text = io.TextIOWrapper(binary, encoding="ascii", write_through=True)

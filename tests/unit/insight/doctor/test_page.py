@@ -13,7 +13,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
-from dpo_dist.insight.pages.doctor import write_doctor_page, write_doctor_report
+from dpo_dist.insight.pages.doctor import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 from tests.unit.insight.pages.made_run import Page
 
@@ -130,3 +130,15 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
     assert content["store"]["stored"] == 4
     assert content["across"]["duplicates"] == 5
     assert "shown" not in content
+
+
+def test_the_lines_for_a_screen_are_complete_and_inert() -> None:
+    lines = diagnosis_lines(diagnosis("data.jsonl"), RunFolder(Path("out/run")))
+    assert lines[1].split() == ["data.jsonl", "train", "10", "8", "2", "8", "3", "tokens", "3", "tokens"]
+    finding = ["error rule_error data.jsonl", "  data.jsonl", "  to do: data.jsonl", "  first: data.jsonl:4"]
+    at = lines.index(finding[0])
+    assert lines[at : at + 5] == [*finding, "warning rule_warning data.jsonl"]
+    assert lines[-2:] == ["1 error, 1 warning, 1 note", "page: out/run/doctor/doctor.html"]
+    assert any("4 of 10 pairs in the store" in line for line in lines)
+    hostile = diagnosis_lines(diagnosis(f"{HOSTILE}\nforged"), RunFolder(Path("out/run")))
+    assert not {"\x1b", "\u202e", "\u200b", "\n"} & set("".join(hostile))
