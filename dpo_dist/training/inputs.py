@@ -28,7 +28,7 @@ from dpo_dist.data.dataset import (
     open_dataset,
     remembered_count,
 )
-from dpo_dist.data.prompts import Part, eval_part, train_part
+from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.tokenizer import end_notes
 from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
