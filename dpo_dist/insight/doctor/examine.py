@@ -13,12 +13,7 @@ import numpy as np
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
-from dpo_dist.data.dataset import (
-    PreferenceDataset,
-    check_fits_loss,
-    check_ids_in_vocabulary,
-    open_dataset,
-)
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.data.encode import CHUNK_RECORDS, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part

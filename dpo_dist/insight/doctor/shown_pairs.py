@@ -53,10 +53,7 @@ class ShownPair:
 
 
 def show_pairs(
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    findings: Sequence[Finding],
-    count: int,
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", findings: Sequence[Finding], count: int
 ) -> list[ShownPair]:
     """Return examples of the findings, and of each source a sample of `count` records.
 

@@ -49,10 +49,7 @@ def code(value: object) -> Markup:
 
 
 def model_card(
-    config: RunConfig,
-    summary: Row,
-    evaluation: Mapping[str, Row],
-    versions: Mapping[str, str],
+    config: RunConfig, summary: Row, evaluation: Mapping[str, Row], versions: Mapping[str, str]
 ) -> str:
     """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json."""
     # As on pages, every text of a template becomes inert.

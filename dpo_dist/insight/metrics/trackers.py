@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, float]
 Margins = npt.NDArray[np.float32]
+Fields = Mapping[str, Any]
 Say = Callable[[str], None]
+Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
 
 STEP_AXIS = "train/global_step"
@@ -90,9 +92,9 @@ class WandbRun:
         config: RunConfig,
         folder: RunFolder,
         mode: Mode,
-        request_stop: Callable[[], None],
-        environment: Mapping[str, Any],
+        stop: Stop,
         rows: Sequence[Row],
+        environment: Fields,
     ):
         self._most_samples, self._folder, self._is_offline = (
             config.tracking.samples,
@@ -119,7 +121,7 @@ class WandbRun:
                 console="off",
                 save_code=False,
                 disable_git=True,
-                stop_fn=request_stop,
+                stop_fn=stop,
                 x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
                 x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
             ),
@@ -159,7 +161,7 @@ class WandbRun:
         if not self._has_row:
             self._do(lambda: self.run.alert(title=title, text=text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+    def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run: verdict, summary (as in `summary.json`), outcome."""
         self._do(lambda: self._close(outcome, summary))
         end_service()
@@ -185,7 +187,7 @@ class WandbRun:
         self._received = place_of(row)
         files.write_text(self._sent, json.dumps(self._received))
 
-    def _close(self, outcome: str, summary: Mapping[str, Any]) -> None:
+    def _close(self, outcome: str, summary: Fields) -> None:
         # wandb itself knows values of the last start only; the axes are its own: it can be ahead of the rows.
         last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
         best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
@@ -210,13 +212,7 @@ class WandbRun:
 
 
 def open_wandb(
-    config: RunConfig,
-    folder: RunFolder,
-    request_stop: Callable[[], None],
-    *,
-    rows: Sequence[Row] = (),
-    environment: Mapping[str, Any] | None = None,
-    say: Say = print,
+    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
 ) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
 
@@ -225,7 +221,7 @@ def open_wandb(
     """
     for mode in _modes_to_try(wanted_mode(config), say):
         try:
-            tracker = WandbRun(config, folder, mode, request_stop, environment or {}, rows)
+            tracker = WandbRun(config, folder, mode, stop, rows, environment)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             end_service()
@@ -324,7 +320,7 @@ class InBackground:
         """Raise an alert later, in order."""
         self._calls.put(lambda run: run.alert(title, text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
         self._calls.put(lambda run: run.finish(outcome, summary))
         self._calls.put(None)
@@ -380,7 +376,7 @@ class TensorBoard:
     def alert(self, title: str, text: str) -> None:
         """Nothing: it has no alarms."""
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:  # noqa: ARG002
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
         """Close the files."""
         self._tracker.finish()
 
@@ -402,7 +398,7 @@ class Trackers:
         """Show an alarm; does not wait for a server."""
         self._each(lambda tracker: tracker.alert(title, text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float = _FINISH_SECONDS) -> None:
+    def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
         """Close all; waits at most `seconds` for each."""
         self._each(lambda tracker: tracker.finish(outcome, summary, seconds))
 
@@ -426,23 +422,17 @@ class Trackers:
 
 
 def open_trackers(
-    config: RunConfig,
-    folder: RunFolder,
-    request_stop: Callable[[], None],
-    *,
-    rows: Sequence[Row],
-    environment: Mapping[str, Any],
-    say: Say,
+    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
 ) -> Trackers:
     """Start or resume the trackers of a run; does not wait for a server that is slow.
 
-    `rows` are those up to the checkpoint that training resumes from. `request_stop`, if someone stops the run
-    on its W&B page, and `say` are also called from other threads.
+    `rows` are those up to the checkpoint that training resumes from. `stop`, if someone stops the run on its
+    W&B page, and `say` are also called from other threads.
     """
     trackers: list[Tracker] = []
     if config.tracking.wandb is not WandbMode.off:
-        start = partial(open_wandb, config, folder, request_stop, rows=list(rows), environment=environment)
-        trackers.append(InBackground(lambda tell: start(say=tell), say, folder))
+        start = partial(open_wandb, config, folder, stop, list(rows), environment)
+        trackers.append(InBackground(start, say, folder))
     if OtherTracker.tensorboard in config.tracking.also:
         trackers.append(TensorBoard(config, folder, rows))
     return Trackers(trackers, say)

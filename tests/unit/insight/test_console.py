@@ -25,14 +25,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
-from dpo_dist.insight.console import (
-    Console,
-    LineScreen,
-    LiveScreen,
-    open_console,
-    open_screen,
-    warnings_off,
-)
+from dpo_dist.insight.console import Console, LineScreen, LiveScreen, open_console, open_screen, warnings_off
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
 VALUES = {
