@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.losses import LossConfig, Weighting
-from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.log import Phase

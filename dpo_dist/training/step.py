@@ -23,7 +23,7 @@ from torch import Tensor, nan, where
 from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.insight.metrics.log import PHASES, Phase
