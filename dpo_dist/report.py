@@ -14,10 +14,19 @@ from dpo_dist.insight.pages.difference import write_difference
 from dpo_dist.insight.pages.run import write_page
 
 
+def _run(text: str) -> Path:
+    return Path(text.removeprefix("run.dir=")).expanduser()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     open_closed_streams()
-    given = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
+    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
+    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
+    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    given = parser.parse_args(arguments)
     try:
         run = existing_run(given.run)
         if given.other is None:
@@ -42,19 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.completed
     print_line(fault.block(), sys.stderr)
     return fault.exit_code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
-    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
-    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
-    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    return parser
-
-
-def _run(text: str) -> Path:
-    return Path(text.removeprefix("run.dir=")).expanduser()
 
 
 if __name__ == "__main__":
