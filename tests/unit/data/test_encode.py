@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.batching.pack import packed_tokens
 from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.escape import token_ids
@@ -23,6 +22,7 @@ from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import opened
+from tests.support.packing import packed_tokens
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_data_dir
