@@ -232,9 +232,26 @@ def encode_chunk(
     part: Part = ALL_RECORDS,
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""
-    return pa.RecordBatch.from_pylist(
-        [_row(record, config, tokenizer, part) for record in records], schema=SCHEMA
-    )
+    rows = []
+    for record in records:
+        prompt, values = 0, dict[str, Any]()
+        found: EncodedRecord | BadRecord | None = None  # of another part
+        if isinstance(record, BadRecord):
+            found = None if part.is_eval else record  # it has no prompt
+        elif part.has(prompt := prompt_hash(record.prompt)):
+            found = encode_record(record, config, tokenizer)
+        if isinstance(found, BadRecord):
+            if config.on_bad_record is OnBadRecord.error:
+                raise bad_record_error(found)
+            outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
+            values = {"detail": found.detail}
+        elif found is None:
+            outcome = Outcome(changed=((part.others, 1),))
+        else:
+            outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
+        origin = {"file": record.origin.source, "line": record.origin.line}
+        rows.append({**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values})
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 _NOTHING = {
@@ -243,32 +260,6 @@ _NOTHING = {
     "largest_id": -1,
     **{field.name: () for field in SCHEMA if pa.types.is_list(field.type)},
 }
-
-
-def _row(
-    record: PreferenceRecord | BadRecord,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    part: Part,
-) -> dict[str, Any]:
-    found: EncodedRecord | BadRecord | None = None  # of another part
-    prompt = 0
-    if isinstance(record, BadRecord):
-        found = None if part.is_eval else record  # it has no prompt
-    elif part.has(prompt := prompt_hash(record.prompt)):
-        found = encode_record(record, config, tokenizer)
-    values: dict[str, Any] = {}
-    if isinstance(found, BadRecord):
-        if config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(found)
-        outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
-        values = {"detail": found.detail}
-    elif found is None:
-        outcome = Outcome(changed=((part.others, 1),))
-    else:
-        outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
-    origin = {"file": record.origin.source, "line": record.origin.line}
-    return {**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values}
 
 
 def _columns(record: EncodedRecord) -> dict[str, Any]:
@@ -285,12 +276,9 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "scores": record.scores,
         "truncated": encoded.truncated,
         "trained_tokens": [int(mask.sum()) for mask in encoded.masks],
-        "trained": np.concatenate([*(mask for mask in encoded.masks if not mask.all()), _NO_MASK]),
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in encoded.masks if not m.all())]),
         "examples": record.ranks,
     }
-
-
-_NO_MASK: Mask = np.empty(0, dtype=np.bool_)
 
 
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
