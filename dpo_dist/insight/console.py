@@ -27,6 +27,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import plain
+from dpo_dist.foundation.process import beating
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
 
@@ -262,11 +263,9 @@ class Console:
                 soon = min(_SECOND_LINE_SECONDS, screen.seconds)
                 screen.due = now + (soon if is_opening else screen.seconds)
 
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that takes the seconds spent on `work` so far and prints them once a minute.
-
-        It is silent beside progress that is shown.
-        """
+    @contextlib.contextmanager
+    def heartbeat(self, work: str) -> Iterator[None]:
+        """Print the seconds spent on `work`, the block, once a minute; silent beside shown progress."""
         due = _FIRST_HEARTBEAT_SECONDS
 
         def beat(seconds: float) -> None:
@@ -275,7 +274,8 @@ class Console:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
-        return beat
+        with beating(beat):
+            yield
 
     @contextlib.contextmanager
     def until_end(self) -> Iterator[None]:
