@@ -29,7 +29,6 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.store import MEMO_FOLDER
-from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.files import recall, remember
 from dpo_dist.insight.console import Count
@@ -184,7 +183,8 @@ def _load_models(
     for note in [*router_notes(routers, model_config), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    files = _digest_models(run, folder, start)
+    with run.console.heartbeat("reading the model's files to identify them"):
+        files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
@@ -221,14 +221,12 @@ def _encode(
     def progress(source: str) -> AbstractContextManager[Count]:
         return console.counter(f"encoding the {name} data: {source}", "record")
 
-    encoded = run.world.on_main(
-        lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part),
-        console.heartbeat(f"preparing the {name} data"),
-    )
-    # A node that sees the files on another device verifies them again.
-    verifying = console.heartbeat(f"verifying the {name} data")
-    dataset = run.world.together(lambda: open_dataset(encoded, data), verifying)
-    return _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
+    with console.heartbeat(f"preparing the {name} data"):
+        encoded = run.world.on_main(lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part))
+    with console.heartbeat(f"verifying the {name} data"):
+        # A node that sees the files on another device verifies them again.
+        dataset = run.world.together(lambda: open_dataset(encoded, data))
+        return _with_count(run, dataset, "duplicates", count_duplicates)
 
 
 def _with_count(
@@ -237,7 +235,6 @@ def _with_count(
     name: str,
     count: Callable[..., int],
     *others: PreferenceDataset,
-    while_waiting: WhileWaiting | None = None,
 ) -> PreferenceDataset:
     """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
     memo = Path(run.config.data.cache) / MEMO_FOLDER
@@ -249,7 +246,7 @@ def _with_count(
             remember(memo, identity, known)
         return int(known)
 
-    number = run.world.on_main(remembered, while_waiting)
+    number = run.world.on_main(remembered)
     return replace(dataset, counts=dataset.counts | {name: number})
 
 
@@ -262,7 +259,6 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
         store=Path(config.reference.store),
         remote_code=config.model.trust_remote_code,
         world=run.world,
-        while_waiting=run.console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
     policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
@@ -279,9 +275,9 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
     """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
-    waiting = run.console.heartbeat(doing)
-    run.world.on_main(find, waiting)
-    return run.world.together(find, waiting)
+    with run.console.heartbeat(doing):
+        run.world.on_main(find)
+        return run.world.together(find)
 
 
 def shared_model_folder(

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
@@ -32,7 +32,6 @@ from dpo_dist.reference.digest import (
 )
 from dpo_dist.reference.engine import (
     SCORING_TOKENS_FACTOR,
-    ReferenceEngine,
     ReferenceProvider,
     check_same_vocabulary,
     load_reference,
@@ -238,7 +237,7 @@ def _stored(
     found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
-    engines: list[ReferenceEngine] = []
+    engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
         if not engines:

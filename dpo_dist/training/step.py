@@ -325,7 +325,7 @@ def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World
     columns = np.empty((0, 0), dtype=np.float32)
     if own:
         columns = torch.cat([of_batch for _, of_batch in own], dim=1).cpu().numpy()
-    parts = world.to_main((positions, columns))
-    if parts is None:
+    parts = world.gather((positions, columns))
+    if not world.is_main:
         return None
     return PairValues.joined((part for part in parts if len(part[0])), rank_batch.pairs)
