@@ -204,14 +204,3 @@ def test_an_adapter_scores_as_in_the_run(overrides: Overrides, assets: Path, tmp
     assert_equals_the_run(tmp_path / "run")
     ended = run_verb("evaluate", [*command, last, "model.adapter.alpha=16"])
     assert "the checkpoint is of a run with another adapter" in ended.output
-
-
-def test_a_run_without_a_model_is_refused(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    ended = run_verb("evaluate", overrides(f"data.eval=[{assets}/eval.jsonl]"))
-    assert ended.code == 2
-    assert "this run directory has no model" in ended.output
-    assert not (tmp_path / "run").exists()
-    ended = run_verb("evaluate", overrides(f"data.eval=[{assets}/eval.jsonl]", "evaluation.model=./absent"))
-    assert "this model folder does not exist" in ended.output
-    assert "reference:" not in ended.output, "before anything is computed"
-    assert "there is no evaluation data to evaluate models on" in run_verb("evaluate", overrides()).output

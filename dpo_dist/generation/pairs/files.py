@@ -110,7 +110,8 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [_messages(prompt), *(_messages(_as_messages(response)) for response in responses)]
+    sides = ((Message("assistant", one),) if isinstance(one, str) else one for one in responses)
+    return [_messages(turns) for turns in (prompt, *sides)]
 
 
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:
@@ -121,10 +122,6 @@ def context_fields(record: PreferenceRecord) -> dict[str, Any]:
     if record.template_arguments:
         fields["chat_template_kwargs"] = dict(record.template_arguments)
     return fields
-
-
-def _as_messages(response: Response) -> Messages:
-    return (Message("assistant", response),) if isinstance(response, str) else response
 
 
 def _messages(messages: Messages) -> list[dict[str, Any]]:

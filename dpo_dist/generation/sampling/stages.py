@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from dpo_dist.foundation.files import (
     text_digest,
     write_text,
 )
+from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
@@ -181,19 +182,23 @@ class Stages:
         sampling: Sampling,
         numbers: range,
         opened: Callable[[], tuple[Responder, Generate]],
-        *,
-        keeps_ids: bool = False,
     ) -> Parts:
         """Return a model's finished responses to prompts; `opened` is called by a process with work to do."""
 
         def part(index: int) -> list[dict[str, Any]]:
             records = list(map(read_prompt_row, prompts.read(index)))
-            return list(map(asdict, respond(records, *opened(), sampling, numbers, keeps_ids=keeps_ids)))
+            return list(map(asdict, respond(records, *opened(), sampling, numbers)))
 
         own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         settings = generation_settings(config, prompts, sampling) | own
         parts = Parts.of(prompts.folder.parent, "responses", settings, prompts.count)
         return self.finish(f"responses of {source.name}", parts, part)
+
+    def judge(self, config: RunConfig) -> tuple[Judge | None, dict[str, Any] | None]:
+        """Return the judge on every rank and what it is, if there is one."""
+        judge = self.world.together(lambda: open_judge(config, self.world.device))
+        looking = self.screen.heartbeat("looking for the judge")
+        return judge, None if judge is None else self.world.on_main(judge.describe, looking)
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""
@@ -203,8 +208,10 @@ class Stages:
 
 
 @contextmanager
-def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[Stages]:
-    """Join the processes, each of which loads whole models."""
+def joined_stages(
+    config: RunConfig, screen: Screen, remedy: str, only: AbstractContextManager[Any]
+) -> Iterator[Stages]:
+    """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
     whole = replace(
         config.parallelism,
         kind=ParallelismKind.ddp,
@@ -214,5 +221,6 @@ def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[St
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
     stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
     reports = Reports(screen.alarm, screen.say, stacks)
-    with joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+    with ExitStack() as held, joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+        world.on_main(lambda: held.enter_context(only))
         yield Stages(world, screen, remedy)
