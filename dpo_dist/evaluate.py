@@ -7,7 +7,6 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started, with_evaluated_pairs, without_traces
 from dpo_dist.training.targets import find_evaluated
@@ -23,8 +22,8 @@ def main(config: RunConfig) -> int:
         return evaluate_models(config, models, console)
 
 
-def check(config: RunConfig) -> int:
-    """Check everything that `main` needs before it uses a GPU; return the exit code."""
+def check(config: RunConfig) -> None:
+    """Check everything that `main` needs before it uses a GPU."""
     config = with_evaluated_pairs(config)
     models = find_evaluated(config)
     with without_traces(config, of_success=True):
@@ -33,8 +32,7 @@ def check(config: RunConfig) -> int:
             from dpo_dist.training.rehearsal import rehearse_evaluation  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse_evaluation(config, models), config.console)
-    return ExitCode.completed
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="evaluate", about=__doc__)
+    run_verb(main, check, verb="evaluate")

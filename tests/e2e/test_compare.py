@@ -36,7 +36,11 @@ PARTS = constants(**{"dpo_dist.insight.compare.models.PART_PROMPTS": 4})
 
 
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
-    base = ["compare.models=[base=./base, ./other,twin=base]", "data.eval=[records.jsonl]", "model.dtype=fp32"]
+    base = [
+        "compare.models=[base=./base, ./other,twin=base]",
+        "data.eval=[records.jsonl]",
+        "model.dtype=fp32",
+    ]
     limits = ["compare.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
     return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 

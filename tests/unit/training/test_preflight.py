@@ -126,7 +126,7 @@ def test_compiled_sharded_layers_need_torch_2_12(
 @pytest.mark.parametrize("verb", [precompute.main, precompute.check])
 @pytest.mark.parametrize("mode", [["reference=live"], ["loss=sft"]])
 def test_only_a_stored_reference_is_precomputed(
-    verb: Callable[[RunConfig], int], mode: list[str], assets: Path, tmp_path: Path
+    verb: Callable[[RunConfig], object], mode: list[str], assets: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="only a stored reference") as caught:
         verb(run_of(assets, tmp_path, *mode))
