@@ -336,8 +336,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
     write_results(file, found(), settings, counts, say)
 
 
-_FIRST_RECORDS = 64
-_READ_RECORDS = 1024
+_FIRST_RECORDS = 1024
 
 Fault = Callable[[PreferenceRecord], str | None]
 """Returns the reason why a record cannot be used, or None."""
@@ -400,11 +399,10 @@ def first_records(
     label: str, read: Read, source: SourceConfig, data: DataConfig, faults: Mapping[str, Fault]
 ) -> Lines:
     """Check the first records of a source; return the number that each model, or the verb, can use."""
-    found = list(islice(read(pinned(source, None)), _READ_RECORDS + 1))
-    is_more = len(found) > _READ_RECORDS
-    list(good_records(iter(found[:_READ_RECORDS]), source, data, lambda _: None, of_first=is_more))
-    first, lines = found[:_FIRST_RECORDS], []
-    rest = " (the others were not looked at)" if len(found) > len(first) else ""
+    found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
+    first, lines, is_more = found[:_FIRST_RECORDS], [], len(found) > _FIRST_RECORDS
+    list(good_records(iter(first), source, data, lambda _: None, of_first=is_more))
+    rest = " (the others were not looked at)" if is_more else ""
     for whose, fault in faults.items():
         reasons = [record.reason if isinstance(record, BadRecord) else fault(record) for record in first]
         dropped = in_one_line(Counter(reason for reason in reasons if reason is not None))

@@ -26,7 +26,6 @@ from dpo_dist.foundation.files import (
     staged_file,
     temporary_folder,
     text_digest,
-    write_text,
 )
 from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
@@ -42,13 +41,12 @@ class Parts:
 
     folder: Path
     count: int
-    settings: Mapping[str, Any]
 
     @classmethod
     def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
         """Return the parts of a stage below `root`; other settings have another folder."""
         digest = text_digest(json.dumps(settings, sort_keys=True))[:16]
-        return cls(root / f"{stage}-{digest}", count, settings)
+        return cls(root / f"{stage}-{digest}", count)
 
     @classmethod
     def written(cls, root: Path, stage: str, rows: Iterable[Mapping[str, Any]], size: int) -> "Parts":
@@ -58,7 +56,7 @@ class Parts:
         left, count = iter(rows), 0
         with temporary_folder(root / stage) as temporary:
             while part := list(itertools.islice(left, size)):
-                write_lines(cls(temporary, 0, {}).file(count), part)
+                write_lines(cls(temporary, 0).file(count), part)
                 count += 1
             content = content_digest(sorted(temporary.iterdir()))
             parts = cls.of(root, stage, {"content": content, "size": size}, count)
@@ -75,7 +73,6 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
-        write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
     def finished(self) -> int:

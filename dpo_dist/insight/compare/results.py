@@ -150,19 +150,8 @@ def _measured(response: Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base
-    single: dict[str, float | None] = {
-        "length": facts.tokens,
-        "words": facts.words,
-        "finished": facts.is_finished,
-        "refusals": facts.is_refusal,
-        "lists": facts.has_list,
-        "markdown": facts.has_markdown,
-        "distinct_3": facts.distinct_3,
-        "longest_repeat": facts.longest_repeat,
-        "empty": facts.is_empty,
-        "kl": ratio,
-        "score": response["score"],
-    }
+    single = {**vars(facts), "kl": ratio, "score": response["score"]}
+    del single["language"]
     found = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
     return found | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
 

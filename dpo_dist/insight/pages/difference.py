@@ -1,6 +1,6 @@
 """The page about two runs: the settings that differ, and their metrics side by side."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import RunFolder
@@ -103,12 +103,11 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
 
 def _amounts(two: Two) -> Iterator[tuple[object, ...]]:
     """Yield time, speed and memory of both runs, as far as both have them, with their ratio."""
-    forms: Mapping[str, Callable[[float], str]] = {
-        "train_seconds": duration,
-        "pairs_per_second": number,
-        "peak_memory_bytes": size,
-    }
-    for name, form in forms.items():
+    for name, form in (
+        ("train_seconds", duration),
+        ("pairs_per_second", number),
+        ("peak_memory_bytes", size),
+    ):
         first, second = (facts.summary.get(name) for facts in two)
         if first and second:
             yield name.replace("_", " "), form(first), form(second), f"\u00d7 {number(second / first, 3)}", ""
