@@ -247,10 +247,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
     with joined_stages(config, screen, _REMEDY, only) as stages:
         world, parts = stages.world, folder.comparison_parts
-        prompts = world.on_main(
-            lambda: write_held_out(parts, config, screen.say),
-            screen.heartbeat("reading prompts"),
-        )
+        with screen.heartbeat("reading prompts"):
+            prompts = world.on_main(lambda: write_held_out(parts, config, screen.say))
         judge, described = stages.judge(config)
         speakers = []
         for model in models:
@@ -275,10 +273,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             judged = stages.finish(
                 "judgements", Parts.of(parts, "judgements", settings, prompts.count), judgements
             )
-        return world.on_main(
-            lambda: _write(speakers, described, judged, config, prompts, screen),
-            screen.heartbeat("writing the comparison"),
-        )
+        with screen.heartbeat("writing the comparison"):
+            return world.on_main(lambda: _write(speakers, described, judged, config, prompts, screen))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -298,7 +294,8 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
     if not stages.world.on_main(written.is_dir):
         stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        stages.world.on_main(write, stages.screen.heartbeat(f"writing {written}"))
+        with stages.screen.heartbeat(f"writing {written}"):
+            stages.world.on_main(write)
     return str(written)
 
 
