@@ -9,7 +9,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import duration, number, size
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.render import estimate, flat, page
-from dpo_dist.insight.pages.run import PageFacts, read_facts, verdict_of
+from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 
@@ -29,7 +29,7 @@ def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None =
             remedy="name two runs, or one for its own page",
         )
     two, names = (
-        (read_facts(folders[0]), read_facts(folders[1])),
+        (PageFacts(folders[0]), PageFacts(folders[1])),
         [one.path.resolve().name for one in folders],
     )
     runs = [
