@@ -20,6 +20,7 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     Prompt,
     Response,
+    turns_of,
 )
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -110,8 +111,7 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    sides = ((Message("assistant", one),) if isinstance(one, str) else one for one in responses)
-    return [_messages(turns) for turns in (prompt, *sides)]
+    return [_messages(turns) for turns in (prompt, *map(turns_of, responses))]
 
 
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:

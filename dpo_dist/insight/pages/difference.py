@@ -8,7 +8,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.text import duration, number, size
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.render import estimate, flat, page
-from dpo_dist.insight.pages.run import PageFacts, read_facts, verdict_of
+from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 
@@ -21,7 +21,7 @@ _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 
 def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None = None) -> Path:
     """Write the page about two runs to `output` or to the working folder, and return its path."""
-    two, names = [read_facts(one) for one in folders], [one.path.resolve().name for one in folders]
+    two, names = [PageFacts(one) for one in folders], [one.path.resolve().name for one in folders]
     runs = [
         (label, name, facts.summary.get("exit") or "not ended", verdict_of(facts))
         for label, name, facts in zip("AB", names, two, strict=True)

@@ -85,6 +85,17 @@ def test_a_special_token_stays_text_and_a_long_conversation_has_no_score(write: 
     assert judgement.counts["not_scored"] == 1
 
 
+def test_a_conversation_that_cannot_be_encoded_has_no_score(
+    write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer = tiny.with_template(tiny.unigram(), template)
+    folder = write(tokenizer, pad_token_id=0)
+    monkeypatch.setattr("dpo_dist.generation.judges.load_tokenizer", lambda *_: tokenizer)
+    (judgement,) = judged(folder, question(CHAT, "the </s> end", "the end"))
+    assert [score is None for score in judgement.scores] == [True, False]
+
+
 def test_a_model_that_is_no_reward_model_is_refused(write: Any, tmp_path: Path) -> None:
     """Before it is loaded, which is after the last response."""
     for folder in (write(num_labels=3), write_model(tmp_path / "policy")):
