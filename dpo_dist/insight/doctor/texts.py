@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash
 
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.text_facts import is_refusal
 
@@ -73,7 +73,7 @@ class Texts:
 def texts_of(record: PreferenceRecord) -> Texts:
     """Return the texts of a record."""
     prompt = record.prompt
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = turns_of(prompt, "user")
     turns = tuple((message.role, _turn_text(message)) for message in messages)
     responses = (
         response if isinstance(response, str) else "\n".join(map(_turn_text, response))
