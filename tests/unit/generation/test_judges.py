@@ -8,18 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
 
-from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges import (
-    FunctionJudge,
-    Judgement,
-    Question,
-    RewardModel,
-    open_judge,
-)
+from dpo_dist.generation.judges import FunctionJudge, Judgement, Question, RewardModel
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -128,6 +121,5 @@ def test_a_bad_function_is_named(
         FunctionJudge("own_judge:score").judge([question("a private text", "a", "b")])
     assert "a.jsonl:1" in caught.value.where
     assert "private" not in caught.value.block()
-    config = load_run_config(["model.path=m", "data.train=[a]", "pairs.function=own_judge:scores"])
     with pytest.raises(ConfigError, match="cannot be imported"):
-        open_judge(config)
+        FunctionJudge("own_judge:scores")
