@@ -180,7 +180,7 @@ class RewardModel:
     def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
         """Return the conversation by the model's template; without one, prompt and response as two texts.
 
-        None: the template rejects the conversation.
+        None: the template rejects the conversation, or the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
         prompt, chat = record.prompt, facts.chat

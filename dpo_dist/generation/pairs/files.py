@@ -111,7 +111,7 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [_messages(prompt), *(_messages(turns_of(response)) for response in responses)]
+    return [_messages(turns) for turns in (prompt, *map(turns_of, responses))]
 
 
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:
