@@ -145,7 +145,6 @@ class OptimConfig:
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
-_OR_OWN = ", or that of the adapter that is continued."
 
 
 @schema
