@@ -221,9 +221,8 @@ class LossConfig:
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
-    label_smoothing: float | None = key(
-        None, ge=0, lt=0.5
-    )  # from a half on the rejected response would be preferred
+    # From a half on the rejected response would be preferred.
+    label_smoothing: float | None = key(None, ge=0, lt=0.5)
     """Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3."""
     divergence: Divergence = key(Divergence.reverse_kl)
     """f-divergence that turns log-ratios into scores."""
@@ -233,9 +232,8 @@ class LossConfig:
     """`ipo`: divide log-ratios by the response's tokens."""
     bco_delta: BcoDelta = key(BcoDelta.zero)
     """`bco_pair`: reward shift."""
-    discopop_tau: float = key(
-        0.05, gt=0, le=1
-    )  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
+    # Above 1 the loss of a pair that is ranked wrongly grows like exp(-b h).
+    discopop_tau: float = key(0.05, gt=0, le=1)
     """`discopop`: temperature of the blend of its two losses."""
     dpop_lambda: float = key(50.0, ge=0)
     """`dpop`: weight of the penalty on a chosen response below the reference."""

@@ -61,10 +61,8 @@ def alone(typed: str, **options: str) -> Any:
 
 
 def test_values_are_typed_and_frozen() -> None:
-    config = configured(
-        "data.train=[a.jsonl,{path:b,limit:5,weight:2}] reference=live "
-        "loss.sync_reference={every:512,mixup:0.3}"
-    )
+    sources = "data.train=[a.jsonl,{path:b,limit:5,weight:2}]"
+    config = configured(f"{sources} reference=live loss.sync_reference={{every:512,mixup:0.3}}")
     assert config.data.train == [SourceConfig("a.jsonl"), SourceConfig("b", limit=5, weight=2.0)]
     assert config.loss.sync_reference == SyncReferenceConfig(512, 0.3)
     terms = configured("loss.terms=[{kind:sigmoid},{kind:sft,weight:0.1}]").loss.terms
@@ -132,9 +130,7 @@ def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
     assert config.model.adapter is not None, "a key that the preset lacks has the experiment's value"
     assert alone("+experiment=qwen7b data=hh_rlhf").data.max_length == 1024, "not that of its preset"
     config = alone("+experiment=qwen7b trainer=default trainer.global_batch_pairs=32")
-    assert config.trainer == TrainerConfig(global_batch_pairs=32), (
-        "a preset without values restores the defaults"
-    )
+    assert config.trainer == TrainerConfig(global_batch_pairs=32), "one without values restores defaults"
     config = alone("+experiment=qwen7b_lora loss=simpo loss.simpo_gamma=0.7")
     assert (config.loss.kind, config.loss.beta, config.loss.simpo_gamma) == (LossKind.simpo, 2.0, 0.7)
 
@@ -266,11 +262,8 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
     assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
-    assert (config.parallelism.kind, config.reference.offload, config.tracking.wandb) == (
-        "zero2",
-        "cpu",
-        "off",
-    )
+    of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.wandb
+    assert of_clusters == ("zero2", "cpu", "off")
     seed, loss = [configured(f"--config-dir conf +experiment=plain {more}") for more in ("", "loss=simpo")]
     assert (seed.trainer.seed, seed.trainer.epochs, seed.loss.beta) == (4, 3, 0.05)
     assert (loss.loss.kind, loss.loss.beta) == ("simpo", 2.0)
