@@ -26,12 +26,11 @@ from dpo_dist.data.dataset import (
     count_shared,
     count_shared_prompts,
     open_dataset,
-    remembered_count,
 )
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.render import end_notes
-from dpo_dist.distributed.world import WhileWaiting
+from dpo_dist.data.store import MEMO_FOLDER
 from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.foundation.files import recall, remember
 from dpo_dist.insight.console import Count
 from dpo_dist.model.architectures import (
     check_positions,
@@ -53,6 +52,11 @@ T = TypeVar("T")
 
 _SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
+
+_NO_END = (
+    "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
+    "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
+)
 
 
 @dataclass(frozen=True)
@@ -173,11 +177,14 @@ def _load_models(
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
     router = router_loss(routers, model_config)
     notes = training_notes(model_config, config.data.max_length)
-    notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
+    if not tokenizer.eos_token:
+        notes.append(_NO_END)
+    notes += base_notes(config.model, start)
     for note in [*router_notes(routers, model_config), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    files = _digest_models(run, folder, start)
+    with run.console.heartbeat("reading the model's files to identify them"):
+        files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
@@ -214,14 +221,12 @@ def _encode(
     def progress(source: str) -> AbstractContextManager[Count]:
         return console.counter(f"encoding the {name} data: {source}", "record")
 
-    encoded = run.world.on_main(
-        lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part),
-        console.heartbeat(f"preparing the {name} data"),
-    )
-    # A node that sees the files on another device verifies them again.
-    verifying = console.heartbeat(f"verifying the {name} data")
-    dataset = run.world.together(lambda: open_dataset(encoded, data), verifying)
-    return _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
+    with console.heartbeat(f"preparing the {name} data"):
+        encoded = run.world.on_main(lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part))
+    with console.heartbeat(f"verifying the {name} data"):
+        # A node that sees the files on another device verifies them again.
+        dataset = run.world.together(lambda: open_dataset(encoded, data))
+        return _with_count(run, dataset, "duplicates", count_duplicates)
 
 
 def _with_count(
@@ -230,11 +235,18 @@ def _with_count(
     name: str,
     count: Callable[..., int],
     *others: PreferenceDataset,
-    while_waiting: WhileWaiting | None = None,
 ) -> PreferenceDataset:
     """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
-    cache = Path(run.config.data.cache)
-    number = run.world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
+    memo = Path(run.config.data.cache) / MEMO_FOLDER
+
+    def remembered() -> int:  # by the content of the datasets, as it reads all their keys
+        identity = " ".join([count.__name__, *(each.fingerprint for each in (dataset, *others))])
+        if (known := recall(memo, identity)) is None:
+            known = str(count(dataset, *others))
+            remember(memo, identity, known)
+        return int(known)
+
+    number = run.world.on_main(remembered)
     return replace(dataset, counts=dataset.counts | {name: number})
 
 
@@ -247,7 +259,6 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
         store=Path(config.reference.store),
         remote_code=config.model.trust_remote_code,
         world=run.world,
-        while_waiting=run.console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
     policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
@@ -264,9 +275,9 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
     """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
-    waiting = run.console.heartbeat(doing)
-    run.world.on_main(find, waiting)
-    return run.world.together(find, waiting)
+    with run.console.heartbeat(doing):
+        run.world.on_main(find)
+        return run.world.together(find)
 
 
 def shared_model_folder(

@@ -334,8 +334,8 @@ class Loop:
             with spared("the last evaluation's folder", self.run.say):
                 write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
 
-        writing = self.run.console.heartbeat("computing the intervals of the last evaluation")
-        self.run.write(write, writing)
+        with self.run.console.heartbeat("computing the intervals of the last evaluation"):
+            self.run.write(write)
 
     def _record_window(self, position: Position) -> None:
         """Record one metrics row of the steps since the last one, if one of them was applied."""

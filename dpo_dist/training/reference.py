@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
@@ -31,12 +31,11 @@ from dpo_dist.reference.digest import (
     model_label,
 )
 from dpo_dist.reference.engine import (
-    ReferenceEngine,
+    SCORING_TOKENS_FACTOR,
     ReferenceProvider,
     check_same_vocabulary,
     load_reference,
     scored_model,
-    scoring_tokens,
 )
 from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Reused, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
@@ -238,7 +237,7 @@ def _stored(
     found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
-    engines: list[ReferenceEngine] = []
+    engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
         if not engines:
@@ -247,7 +246,7 @@ def _stored(
         return engines[0].token_logps
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
-    tokens = scoring_tokens(config)
+    tokens = SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}

@@ -107,7 +107,7 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
     if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.kernels import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
         check_async_io()
     found = [reference.mode.value]

@@ -30,7 +30,7 @@ from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
-from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
+from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
 
@@ -142,7 +142,7 @@ class RouterTerms:
         parts = self._loss.parts(routing, self._selected, self._tokens)
         values, count, self._count = dict(parts), self._count, 0
         if self._selected is not None:
-            values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
+            values[BUSIEST] = self._selected.max() / self._tokens * count
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
 
 
@@ -325,7 +325,7 @@ def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World
     columns = np.empty((0, 0), dtype=np.float32)
     if own:
         columns = torch.cat([of_batch for _, of_batch in own], dim=1).cpu().numpy()
-    parts = world.to_main((positions, columns))
-    if parts is None:
+    parts = world.gather((positions, columns))
+    if not world.is_main:
         return None
     return PairValues.joined((part for part in parts if len(part[0])), rank_batch.pairs)
