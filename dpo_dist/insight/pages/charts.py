@@ -170,10 +170,6 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
     return part("svg.jinja", "chart", figure)
 
 
-def _color(index: int) -> str:
-    return f"c{index % len(COLORS)}"
-
-
 def _paths(
     line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
 ) -> list[tuple[str, str]]:
@@ -185,7 +181,7 @@ def _paths(
         else:
             runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
     dots = "".join(f"M{point}h0" for run in runs for point in run)
-    color = _color(labels.index(line.label))
+    color = f"c{labels.index(line.label) % len(COLORS)}"
     if line.role == "spike":
         return [(f"spike {color}", dots)]
     is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
@@ -203,7 +199,7 @@ def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Ma
         items.setdefault((line.label, line.role == "evaluation"), []).append(index)
     return [
         {
-            "color": _color(labels.index(label)),
+            "color": f"c{labels.index(label) % len(COLORS)}",
             "lines": indices,
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,

@@ -13,11 +13,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
+from dpo_dist.insight.console import aligned
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import joined_origins, page
-from dpo_dist.insight.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -134,17 +134,10 @@ def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **source,
         "path": without_secrets(source["path"]),
-        "changed": _values(source["changed"]),
         "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
-        "scores": _values(source["scores"]),
-        "margins": _values(source["margins"]),
         "languages": _shares(source["languages"]),
         "shares": _shares(source["shares"]),
     }
-
-
-def _values(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), number(value)) for name, value in values.items()]
 
 
 def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
