@@ -42,7 +42,8 @@ from dpo_dist.model.architectures import (
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device
-from dpo_dist.model.load import check_shared_tokens, load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.schedule import check_warmup
