@@ -43,7 +43,7 @@ class World:
     """The processes of the run, as one of them sees them. Methods, but properties, are collective.
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
-    after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
+    after `timeout_seconds`; but `barrier`, `gather`, `on_main` and `together` first wait for ranks
     that still work. A replica is one rank, or the ranks of `sequence`, which compute the same micro-batches
     together.
     """
@@ -107,15 +107,6 @@ class World:
         self.barrier()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def to_main(self, value: T) -> list[T] | None:
-        """Return every rank's `value`, in rank order, on rank 0; None on the others."""
-        if self.size == 1:
-            return [value]
-        self.barrier()
-        values: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:

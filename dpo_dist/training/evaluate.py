@@ -90,24 +90,23 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
 
 
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
-    """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
+    """Evaluate one model, write and print its results; return them. Collective."""
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
     model, running, commit = load_evaluated(run, evaluated, inputs)
     ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
-    found: Results = {}
 
-    def write() -> None:
+    def write() -> Results:
         folder = run.folder
-        assert values is not None
         name = evaluated.name(config, inputs)
-        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
+        found = write_evaluation(name, evaluated.path, config, means, values, dataset, commit)
         console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+        return found
 
-    world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
+    found = world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
     model.free()
     return found
 
@@ -170,10 +169,14 @@ def write_evaluation(
     `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    members, start = dict[str, Mask](), 0
+    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
+        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
+        start += pairs
     found = results(
         means,
         values,
-        _members(dataset),
+        members,
         np.asarray(dataset.prompts[:], dtype=np.uint64),
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
         config.trainer.seed,
@@ -195,14 +198,4 @@ def write_evaluation(
     for file, target in zip(own.files, newest.files, strict=True):
         with staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
-    return found
-
-
-def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
-    """Return for each label whether a pair has it, [pairs]."""
-    found: dict[str, Mask] = {}
-    start = 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        found.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
     return found

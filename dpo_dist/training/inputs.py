@@ -42,7 +42,6 @@ from dpo_dist.model.load import check_modules, check_shared_tokens, load_config,
 from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.schedule import check_warmup
 from dpo_dist.training.start import Run
 
 T = TypeVar("T")
@@ -52,8 +51,8 @@ _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 
 @dataclass(frozen=True)
-class ModelInputs:
-    """The models of one run before their weights are loaded, the same on every rank.
+class EvaluationInputs:
+    """The models of one run before their weights are loaded, and its pairs; the same on every rank.
 
     Attributes:
         reference_files: None if the loss uses no reference.
@@ -71,6 +70,7 @@ class ModelInputs:
     flops: StepFlops
     weights: int
     router: RouterLoss | None
+    eval_set: PreferenceDataset | None
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
     reference_pads: bool = field(default=False, kw_only=True)
 
@@ -79,25 +79,19 @@ class ModelInputs:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
         return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
 
-
-@dataclass(frozen=True)
-class EvaluationInputs(ModelInputs):
-    """The inputs of an evaluation."""
-
-    eval_set: PreferenceDataset
-
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
-        """The dataset with all its indices."""
-        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        return (
+            [] if self.eval_set is None else [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+        )
 
 
 @dataclass(frozen=True)
-class Inputs(ModelInputs):
+class Inputs(EvaluationInputs):
     """The inputs of one run; the sampler has the indices of each training step."""
 
     train_set: PreferenceDataset
-    eval_set: PreferenceDataset | None
     sampler: BatchSampler
 
     @property
@@ -112,11 +106,8 @@ class Inputs(ModelInputs):
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
-        """Each dataset with its indices that the run visits; the training dataset is first."""
-        visited = [(self.train_set, self.sampler.visited_indices())]
-        if self.eval_set is not None:
-            visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
-        return visited
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        return [(self.train_set, self.sampler.visited_indices()), *super().visited]
 
 
 def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
@@ -125,18 +116,15 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     With `trains`, options of the policy's training are checked before any large file is read.
     """
     config = run.config
-    models, encode = _load_models(run, config.loss.router, trains=trains)
-    eval_set, eval_prompts = None, None
-    if config.data.eval_sources:
-        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
-        eval_prompts = eval_set.prompts[:]
-    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    found, encode = _load(run, config.loss.router, trains=trains)
+    eval_set = found.eval_set
+    part = train_part(config.data, None if eval_set is None else eval_set.prompts[:])
+    train_set = encode("train", config.data.train, part)
     if eval_set is not None:
         for count_name, count in _SHARED_WITH_TRAIN.items():
             eval_set = _with_count(run, eval_set, count_name, count, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
-    check_warmup(config.optim, sampler.steps)
-    inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
+    inputs = Inputs(**vars(found) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
@@ -147,23 +135,25 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
-    data = run.config.data
-    models, encode = _load_models(run)
-    eval_set = encode("eval", data.eval_sources, eval_part(data))
-    for line in describe_counts("eval", eval_set.counts):
+    inputs, _ = _load(run)
+    assert inputs.eval_set is not None, "evaluations have data"
+    for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return EvaluationInputs(**vars(models), eval_set=eval_set)
+    return inputs
 
 
-def _load_models(
+def _load(
     run: Run, routers: RouterConfig | None = None, *, trains: bool = False
-) -> tuple[ModelInputs, _Encode]:
-    """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
+) -> tuple[EvaluationInputs, _Encode]:
+    """Return models and evaluation data, and a function that encodes data for them; collective.
+
+    `routers`: of a policy.
+    """
     config, world = run.config, run.world
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
-    tokenizer = load_tokenizer(own_tokenizer, config.model)
+    tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
     with whole_loading(world):  # a sharded model has no shapes to count
         model_config, causal_lm, adapter = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm, adapter), sum(map(torch.numel, causal_lm.parameters()))
@@ -178,12 +168,23 @@ def _load_models(
     files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
+        def progress(source: str) -> AbstractContextManager[Count]:
+            return run.console.counter(f"encoding the {name} data: {source}", "record")
+
+        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
+        encoded = world.on_main(prepare, run.console.heartbeat(f"preparing the {name} data"))
+        # A node that sees the files on another device verifies them again.
+        verifying = run.console.heartbeat(f"verifying the {name} data")
+        dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
+        dataset = _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
 
-    return ModelInputs(*files, tokenizer, adapter, flops, weights, router), encode
+    sources, eval_set = config.data.eval_sources, None
+    if sources:
+        eval_set = encode("eval", sources, eval_part(config.data))
+    return EvaluationInputs(*files, tokenizer, adapter, flops, weights, router, eval_set), encode
 
 
 def checked_model(
@@ -197,30 +198,6 @@ def checked_model(
     adapter = trained_adapter(config.model, start)
     check_modules(causal_lm, config.model, adapter)
     return model_config, causal_lm, adapter
-
-
-def _encode(
-    run: Run,
-    name: str,
-    sources: Sequence[SourceConfig],
-    part: Part,
-    tokenizer: PreTrainedTokenizerBase,
-    digest: str,
-) -> PreferenceDataset:
-    """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
-    data, console = run.config.data, run.console
-
-    def progress(source: str) -> AbstractContextManager[Count]:
-        return console.counter(f"encoding the {name} data: {source}", "record")
-
-    encoded = run.world.on_main(
-        lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part),
-        console.heartbeat(f"preparing the {name} data"),
-    )
-    # A node that sees the files on another device verifies them again.
-    verifying = console.heartbeat(f"verifying the {name} data")
-    dataset = run.world.together(lambda: open_dataset(encoded, data), verifying)
-    return _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
 
 
 def _with_count(

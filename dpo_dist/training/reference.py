@@ -14,8 +14,6 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
-from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
@@ -43,7 +41,7 @@ from dpo_dist.reference.numerics import (
 )
 from dpo_dist.reference.scoring import ReferenceProvider, Scorer
 from dpo_dist.reference.store import LogpStore, Values
-from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
+from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import Run, open_run, say_header
 
@@ -170,9 +168,7 @@ class Reference:
     report: dict[str, Any]
 
 
-def prepare_reference(
-    run: Run, inputs: Inputs | EvaluationInputs, *, step0_follows: bool = False
-) -> Reference:
+def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool = False) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
 
     With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
@@ -181,38 +177,22 @@ def prepare_reference(
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return _unstored(ReferenceProvider(), False, mode, inputs)
+        return unstored(run, inputs, ReferenceProvider(), is_start=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(
-            ReferenceProvider(engine=load_reference(files, config, world)), is_start, mode, inputs
-        )
+        provider = ReferenceProvider(engine=load_reference(files, config, world))
+        return unstored(run, inputs, provider, is_start=is_start)
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
-def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
-    """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    return _unstored(ReferenceProvider(policy=policy), True, ReferenceMode.adapter, inputs)
-
-
-def _unstored(
-    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
-) -> Reference:
-    report = {"mode": mode.value, **FillReport().as_dict()}
+def unstored(run: Run, inputs: EvaluationInputs, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+    """Return a reference that is computed with each micro-batch, or none."""
+    report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
     return Reference(provider, is_start, inputs.visited[0], report)
-
-
-def open_reference_sync(run: Run, reference: ReferenceProvider, policy: PolicyEngine) -> ReferenceSync | None:
-    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
-    sync = run.config.loss.sync_reference
-    if sync.every is None:
-        return None
-    assert isinstance(reference.engine, FrozenEngine)
-    return ReferenceSync(reference.engine, policy, sync, run.world)
 
 
 def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +208,7 @@ def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
 
 
 def _stored(
-    run: Run, inputs: Inputs | EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
+    run: Run, inputs: EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
 ) -> Reference:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
@@ -293,7 +273,7 @@ def _fingerprint(run: Run, files: ModelFiles) -> ReferenceFingerprint:
     return ReferenceFingerprint(files.digest, profile, label)
 
 
-def _fill(run: Run, inputs: Inputs | EvaluationInputs, filler: StoreFiller) -> FillReport:
+def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     several = len(inputs.visited) > 1

@@ -11,6 +11,7 @@ after the last micro-batch
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -28,7 +29,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, RunningMeans
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
 from dpo_dist.reference.scoring import ReferenceProvider
@@ -60,7 +61,11 @@ def train_step(
         policy.train(False)
         with torch.no_grad():
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
-        slopes, of_all = _differentiated(objective, known, rank_batch, world)
+        pairs = gather_pairs(known, rank_batch, world)
+        leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+        loss, of_all = objective.measure(pairs)  # on every rank the whole loss
+        loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
+        slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = of_all if world.is_main else sums
         objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
     clock.enter("forward")
@@ -85,20 +90,6 @@ def train_step(
     grad_norm = policy.step(rate)
     clock.enter("other")
     return sums, grad_norm
-
-
-def _differentiated(
-    objective: Objective, scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World
-) -> tuple[list[Tensor], MetricSums]:
-    """Return the derivatives of a coupled loss by the log-probs of the global batch, and its metric sums.
-
-    Collective: every rank differentiates the whole loss. `scored`: as of `gather_pairs`.
-    """
-    pairs = gather_pairs(scored, rank_batch, world)
-    leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-    loss, sums = objective.measure(pairs)
-    loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)), sums
 
 
 def _whole(loss: Tensor, logps: Tensor) -> Tensor:
@@ -166,16 +157,23 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
     `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
     """
     scored = [replace(pairs, routing=None, sources=None) for pairs in scored]
-    columns = len(_tensors(scored[0]))
-    whole = torch.zeros(columns, rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for pairs, positions in zip(scored, rank_batch.positions, strict=True):
-        if positions:
-            own = [column.double() for column in _tensors(pairs)]
-            whole[:, _on_device(positions, world.device)] = torch.stack(own)
-    rows = iter(world.sum_replicas(whole))
+    columns = [torch.stack([column.double() for column in _tensors(pairs)]) for pairs in scored]
+    rows = iter(in_order(columns, rank_batch, world))
     sources = None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device)
     gathered: ScoredPairs = _with_tensors(scored[0], lambda _: next(rows))
     return replace(gathered, sources=sources, labels=rank_batch.dataset.labels)
+
+
+def in_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
+    """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
+
+    `columns`: of each micro-batch of this rank, [columns, pairs].
+    """
+    whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
+    for own, positions in zip(columns, rank_batch.positions, strict=True):
+        if positions:  # not a dummy
+            whole[:, _on_device(positions, world.device)] = own.double()
+    return world.sum_replicas(whole)
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -217,8 +215,7 @@ class StepClock:
         self._started = time.monotonic()
         self._on_cuda = device.type == "cuda"
         self._phases: list[Phase] = []
-        self._seconds: list[float] = []
-        self._events: list[torch.cuda.Event] = []
+        self._starts: list[Any] = []
 
     def enter(self, phase: Phase) -> None:
         """Start `phase`, which lasts until the next call; never waits for the device."""
@@ -226,9 +223,9 @@ class StepClock:
         if self._on_cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-            self._events.append(event)
+            self._starts.append(event)
         else:
-            self._seconds.append(time.monotonic())
+            self._starts.append(time.monotonic())
 
     def stop(self) -> dict[Phase, float]:
         """Return the seconds of every phase; `other` is the rest, so that they add up to those of the step.
@@ -237,20 +234,14 @@ class StepClock:
         """
         total = time.monotonic() - self._started
         seconds = dict.fromkeys(PHASES, 0.0)
-        for phase, duration in zip(self._phases, self._durations(), strict=False):
-            seconds[phase] += duration
+        if self._on_cuda and self._starts:
+            # The device may not have reached the last event yet: its phase began after the host waited.
+            self._starts[-1].synchronize()
+        for phase, (begin, end) in zip(self._phases, itertools.pairwise(self._starts), strict=False):
+            seconds[phase] += begin.elapsed_time(end) / 1000 if self._on_cuda else end - begin
         seconds["other"] = 0.0
         seconds["other"] = total - sum(seconds.values())
         return seconds
-
-    def _durations(self) -> list[float]:
-        """Return the seconds from each `enter` to the next."""
-        if self._on_cuda:
-            if self._events:
-                # The device may not have reached the last event yet: its phase began after the host waited.
-                self._events[-1].synchronize()
-            return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(self._events)]
-        return [end - begin for begin, end in itertools.pairwise(self._seconds)]
 
 
 @dataclass(frozen=True)
@@ -265,6 +256,11 @@ class StepTotals:
     means: dict[str, float]
     votes: list[int]
     grad_norm: float
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the mean loss or the gradient norm is not finite."""
+        return not (math.isfinite(self.means["loss"]) and math.isfinite(self.grad_norm))
 
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
@@ -286,8 +282,8 @@ def evaluate(
     world: World,
     running: RunningMeans,
     give_way: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float], PairValues | None]:
-    """Return the metrics of a dataset, which is one global batch, and on rank 0 the values of every pair.
+) -> tuple[dict[str, float], PairValues]:
+    """Return the metrics of a dataset, which is one global batch, and the values of every pair.
 
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
     `give_way` is called before each micro-batch, of which all ranks have the same number, and may raise.
@@ -311,21 +307,21 @@ def evaluate(
         _, of_all = objective.measure(gather_pairs(scored, rank_batch, world))
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, _gather_values(values, rank_batch, world)
+    return means, PairValues(*in_order(values, rank_batch, world).float().cpu().numpy())
 
 
-def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World) -> PairValues | None:
-    """Return the values of all pairs on rank 0, None on the others; `values`: of each micro-batch."""
-    own = [
-        (positions, of_batch)
-        for positions, of_batch in zip(rank_batch.positions, values, strict=True)
-        if positions and world.leads  # not a dummy, and once for each replica
-    ]
-    positions = np.array([position for of_batch, _ in own for position in of_batch], dtype=np.int64)
-    columns = np.empty((0, 0), dtype=np.float32)
-    if own:
-        columns = torch.cat([of_batch for _, of_batch in own], dim=1).cpu().numpy()
-    parts = world.to_main((positions, columns))
-    if parts is None:
-        return None
-    return PairValues.joined((part for part in parts if len(part[0])), rank_batch.pairs)
+@torch.no_grad()
+def pair_losses(
+    policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
+) -> list[float]:
+    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
+    rank_batch, loss = ready.rank_batch, objective.loss
+    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+    policy.train(False)
+    scored = list(objective.scored(policy, ready.batches, facts, world.device))
+    if loss.is_coupled:
+        scored = [gather_pairs(scored, rank_batch, world)]
+    losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
+    if loss.is_coupled:
+        return losses[0].tolist()
+    return in_order([values[None] for values in losses], rank_batch, world)[0].tolist()

@@ -51,6 +51,7 @@ class Evaluated:
         place = str(folder.resolve()) if folder.is_dir() else self.path
         reference = inputs.reference_files.digest if inputs.reference_files is not None else None
         data, model = inputs.eval_set, config.model
+        assert data is not None, "evaluations have data"
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
         own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
         facts = [*own, data.fingerprint, list(data.source_labels)]

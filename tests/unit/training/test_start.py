@@ -16,7 +16,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.insight.console import Console
@@ -33,7 +33,6 @@ from dpo_dist.training.resume import (
 )
 from dpo_dist.training.start import (
     Run,
-    Start,
     check_disk_room,
     describe_run,
     find_start,
@@ -83,6 +82,12 @@ def state_of(outcome: RunOutcome) -> RunState:
     return RunState(outcome, 4, dict(IDENTITY), SUMMARY if outcome is RunOutcome.exported else None)
 
 
+def step_of(found: Any) -> int:
+    """The step of the checkpoint that a start continues from."""
+    assert isinstance(found, Checkpoint)
+    return int(found.state["step"])
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
@@ -107,7 +112,7 @@ def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
     write_state(folder, state_of(outcome))
     folder.model.mkdir()
     (folder.model / "model.safetensors").touch()
-    assert find_start(run_in(folder.path, resume=resume)) == Start(finished=state_of(outcome))
+    assert find_start(run_in(folder.path, resume=resume)) == state_of(outcome)
 
 
 def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(folder: RunFolder) -> None:
@@ -116,8 +121,7 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
     with pytest.raises(CheckpointError, match="its model and its checkpoints were removed"):
         find_start(run_in(folder.path))
     save_checkpoint(folder, 4)
-    start = find_start(run_in(folder.path))
-    assert (start.finished, start.step) == (None, 4)
+    assert step_of(find_start(run_in(folder.path))) == 4
 
 
 @pytest.mark.parametrize("name", ["data", "eval_data", "model", "reference"])
@@ -226,7 +230,7 @@ def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
         save_checkpoint(folder, 8, steps=8, pairs_seen=500, **identity)
 
 
-def start_of(config: RunConfig) -> Start:
+def start_of(config: RunConfig) -> Checkpoint | RunState | None:
     return find_start(Run(config, ALONE, Screen()))
 
 
@@ -248,25 +252,25 @@ def test_a_complete_run_continues_to_a_greater_length_only(
 ) -> None:
     config = config_of(tmp_path, *former)
     complete(config)
-    assert start_of(config).finished is not None
+    assert isinstance(start_of(config), RunState)
     longer = config_of(tmp_path, *new)
     if not is_longer:
         with pytest.raises(CheckpointError, match="to a greater length only") as error:
             start_of(longer)
         assert error.value.expected.endswith(", 8 steps")
         return
-    assert start_of(longer).step == 8
+    assert step_of(start_of(longer)) == 8
     # The config.yaml and the state of a start that was killed before its first checkpoint.
     RunFolder.of(longer).config.write_text(to_yaml(longer))
     state = RunState(RunOutcome.started, 8, {"run_digest": run_digest(longer)})
     write_state(RunFolder.of(longer), state)
-    assert start_of(longer).step == 8
+    assert step_of(start_of(longer)) == 8
 
 
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
     complete(config_of(tmp_path))
     other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5")
-    assert start_of(other).finished is not None, "which `train` then refuses"
+    assert isinstance(start_of(other), RunState), "which `train` then refuses"
     RunFolder.of(other).state.unlink()
     with pytest.raises(CheckpointError, match="belongs to another configuration") as error:
         start_of(other)
