@@ -2,11 +2,7 @@
 
 Writes the entries in shards of the default size, opens them, looks entries up at random, finds the responses
 of a dataset that are missing, and does the same over many small shards. Figures that end in `_cpu` are CPU
-time of this process. Then fills, with a model that takes no time and with a real one of 40M parameters:
-
-    fill_microseconds_per_pair   wall time of the first
-    fill_outside_model_share     share of the second's wall time outside the model
-    fill_host_share              the first's time of a pair over the model's: the share without any overlap
+time of this process.
 """
 
 import gc
@@ -15,48 +11,30 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from benchmarks.options import Benchmark, Json, markdown
-from benchmarks.setting import SHAPES, save_random_model
-from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
+from dpo_dist.config.schema import ReferenceConfig
 from dpo_dist.data.dataset import Keys, PreferenceDataset
-from dpo_dist.data.encode import response_key
-from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_packed
-from dpo_dist.reference.fill import FillReport, StoreFiller, missing_responses
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import Scorer
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.fill import missing_responses
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 
 FINGERPRINT = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32
-MICRO_BATCH_TOKENS = 8192
 LOOKUP_BATCH = 64
 
 Figures = dict[str, float]
 
 
 def run(options: Namespace) -> Json:
-    """Measure writing, opening, reading and filling."""
+    """Measure writing, opening and reading."""
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         figures: Figures = {"entries": options.entries}
         figures |= _measure_large(Path(name, "large"), options.entries)
         figures |= _measure_small_shards(Path(name, "small"), options.small_shards)
-        figures |= _measure_fill(Path(name, "fill"), min(options.entries, 200_000))
-        pairs, shape = (32, "tiny") if options.smoke else (512, "40m")
-        figures |= _measure_fill_beside_model(Path(name, "model"), pairs, shape)
-        host, model = figures["fill_microseconds_per_pair"], figures["model_microseconds_per_pair"]
-        figures["fill_host_share"] = host / model
     print(markdown([["figure", "value"], *([key, f"{value:,.6g}"] for key, value in figures.items())]))
     return figures
 
@@ -98,50 +76,6 @@ def _measure_small_shards(root: Path, shards: int) -> Figures:
     return figures
 
 
-def _measure_fill(root: Path, responses: int) -> Figures:
-    """Measure a fill without its model: find, plan, pack, split, write; one process."""
-    dataset = _scorable(_invented_pairs(responses // 2))
-    report = _fill(
-        root, dataset, lambda batch: torch.zeros(len(batch.targets)), ReferenceConfig.rows_per_shard
-    )
-    return {"fill_microseconds_per_pair": report.seconds / len(dataset) * 1e6}
-
-
-def _measure_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
-    """Measure a fill in eight rounds with a real model, in float32 on this machine's CPU."""
-    save_random_model(SHAPES[shape], root / "model", seed=0)
-    setting = ModelConfig(path=str(root / "model"), dtype=Dtype.fp32)
-    model = load_packed(root / "model", setting, 1024, torch.device("cpu"))
-    seconds = 0.0
-
-    @torch.no_grad()
-    def score(batch: PackedBatch) -> torch.Tensor:
-        nonlocal seconds
-        started = time.monotonic()
-        logps: torch.Tensor = model(batch)
-        seconds += time.monotonic() - started
-        return logps
-
-    report = _fill(root / "store", _scorable(_invented_pairs(pairs)), score, pairs // 4)
-    return {
-        "fill_outside_model_share": 1 - seconds / report.seconds,
-        "model_microseconds_per_pair": seconds / pairs * 1e6,
-    }
-
-
-def _fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        world, costs = World(None, 0, 1, torch.device("cpu"), ()), ComputeCosts(key=1 / 8192, target=0.1)
-        store = LogpStore(root, [FINGERPRINT], [])
-        filler = StoreFiller(store, lambda: score, world, MICRO_BATCH_TOKENS, costs, rows_per_shard)
-        report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
-    finally:
-        dist.destroy_process_group()
-    assert report.computed == len(dataset.keys)
-    return report
-
-
 def _invented_pairs(pairs: int) -> PreferenceDataset:
     """Return pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
     generator = np.random.default_rng(0)
@@ -168,18 +102,6 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         prompts=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
-
-
-def _scorable(dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the same pairs with ids that differ, and their keys."""
-    ids = np.random.default_rng(1).integers(0, 100, len(dataset.ids)).astype(np.int32)
-    dataset = replace(dataset, ids=ids)
-    keys = [
-        response_key(pair.prompt_ids, response)
-        for pair in map(dataset.sequences, range(len(dataset)))
-        for response in pair.responses
-    ]
-    return replace(dataset, keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
 
 
 def _write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:

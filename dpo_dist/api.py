@@ -33,8 +33,7 @@ from dpo_dist.model.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
-from dpo_dist.reference.fingerprint import ReferenceFingerprint, fingerprint_folders, read_fingerprint
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
 
 __all__ = [
     "BatchFacts",

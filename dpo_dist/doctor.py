@@ -9,9 +9,9 @@ import os
 import sys
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
-from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError, ExitCode

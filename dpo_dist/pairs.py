@@ -9,8 +9,7 @@ import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import PairsMethod
+from dpo_dist.config.schema import PairsMethod, RunConfig
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.generation.pairs.rounds import run_rounds
 from dpo_dist.generation.pairs.start import check_pairs

@@ -10,8 +10,8 @@ if __name__ == "__main__":
 
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verbs import check_needs
 from dpo_dist.training.preflight import started
 
 

@@ -15,13 +15,14 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, Refe
 from dpo_dist.foundation.files import is_temporary, temporary_name
 from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
 from dpo_dist.foundation.text import counted, size
-from dpo_dist.reference.fingerprint import (
+from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
     ReferenceFingerprint,
     fingerprint_folders,
+    list_shards,
+    open_shard,
     read_fingerprint,
 )
-from dpo_dist.reference.store import list_shards, open_shard
 
 # A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node.
 _LEFTOVER_SECONDS = 24 * 3600

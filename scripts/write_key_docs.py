@@ -104,8 +104,7 @@ def _configuration() -> str:
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
         "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
     ]
-    # Entries of data.eval have the keys of those of data.train; a weight has no effect on evaluation data.
-    left_out = ("data.eval[]", "evaluation.data[].weight")
+    left_out = ("data.eval[]", "evaluation.data[]")  # they have the keys of data.train[]
     keys = [key for key in all_keys().values() if not key.name.startswith(left_out)]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():

@@ -22,10 +22,10 @@ from dpo_dist.config.keys import COMMAND_LINE, Key, all_keys, entry_of, run_keys
 from dpo_dist.config.load import group_folders, is_within, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, likely, meant, preset_names, suggestion, unknown_key
+from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
-from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import (
     ConfigError,
     DpoDistError,
@@ -346,7 +346,7 @@ def _run(
             options.words,
             options.config_dir,
             verb=verb,
-            former=former_values(options) if VERBS[verb].of_former_run else None,
+            former=former_values(options) if verb in OF_FORMER_RUN else None,
             mistakes=options.mistakes,
         )
         text = to_yaml(config) if options.cfg else None

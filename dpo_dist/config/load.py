@@ -39,11 +39,9 @@ from dpo_dist.config.mistakes import (
     values_of,
     wrong_values,
 )
-from dpo_dist.config.reference import resolve_reference
-from dpo_dist.config.rules import RULES, Rule, check
+from dpo_dist.config.rules import NEEDS, RULES, TRAIN, Rule, check, keys_of, resolve_reference
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, written_values
-from dpo_dist.config.verbs import TRAIN, VERBS, keys_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
@@ -105,7 +103,7 @@ def load_run_config(
         command.mistakes += wrong_values(error, command.origin)
     raise_all(command.mistakes)
     assert config is not None
-    return checked(config, given_keys(command.overrides), VERBS[verb].needs if verb else ())
+    return checked(config, given_keys(command.overrides), NEEDS.get(verb, ()))
 
 
 def checked(config: RunConfig, given: Collection[str] = (), needs: Iterable[Rule] = ()) -> RunConfig:

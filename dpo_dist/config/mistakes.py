@@ -195,6 +195,8 @@ def unknown_key(
         answer = None
     else:
         same, answer = _same_keys(key, own), next(iter(meant(key, "answers")), None)
+        if answer and all(assignment(one, value).endswith("=...") for one in same):
+            same = []  # `template: llama3` of LLaMA-Factory is no value of data.template
         if key.startswith("hydra."):
             answer = "remove it: run.dir sets the run directory, and a sweep is one job for each value"
     found = same or ([] if answer else likely(key, own) or likely(key, known))

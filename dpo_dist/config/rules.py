@@ -1,22 +1,29 @@
 """The rules between the values of a run, one row each: no option without effect (law L5).
 
-Bounds and forms of single values are in the schema; what `reference.mode=auto` is, in `reference`.
+Also the keys that each verb needs and reads, and what `reference.mode=auto` is. Bounds and forms of single
+values are in the schema.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.data import DataFormat
 from dpo_dist.config.fields import fields_of
-from dpo_dist.config.keys import all_keys, as_written
+from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.mistakes import raise_all
-from dpo_dist.config.reference import MODES_USING
-from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.config.schema import (
+    NO_MODEL,
+    Direction,
+    ReferenceConfig,
+    ReferenceMode,
+    RunConfig,
+    TrainerConfig,
+)
 from dpo_dist.foundation.errors import ConfigError
 
 Test = Callable[[RunConfig], bool]
@@ -92,6 +99,25 @@ def at(config: RunConfig, key: str, absent: Any = None) -> Any:
         return absent
     return None if key == LOSS else reduce(getattr, key.split("."), config)
 
+
+LOADED = (ReferenceMode.cached, ReferenceMode.live)
+_STORED = (ReferenceMode.cached,)
+MODES_USING = {
+    "path": LOADED,
+    "quantization": LOADED,
+    "numerics": _STORED,
+    "offload": LOADED,
+    "nvme_path": LOADED,
+    "rows_per_shard": _STORED,
+}
+"""Options of `reference` and the modes in which they have an effect.
+
+`store` is not among them: like `data.cache` it names a folder, which scripts and saved configurations set for
+runs of every mode.
+"""
+
+# They define the reference model; the other options only say how it is loaded and scored.
+_DEFINING = ("path", "quantization", "numerics")
 
 _MODEL = (
     Rule(
@@ -169,24 +195,16 @@ OTHER_ROLE_NAMES = frozenset(
 """Roles of datasets that are read as user, assistant or tool."""
 
 
-def _is_repeated(sources: Sequence[SourceConfig]) -> bool:
-    """Return whether two sources are equal apart from their weights."""
-    bare = [replace(source, weight=1.0) for source in sources]
-    return any(source in bare[:index] for index, source in enumerate(bare))
-
-
-def _has_rankings(config: RunConfig) -> bool:
-    """Return whether a source may have rankings, by its format."""
-    sources = [*config.data.train, *config.data.eval]
-    return any(source.format in (DataFormat.auto, DataFormat.ranked) for source in sources)
-
-
 def _given_once(key: str) -> Rule:
+    def is_repeated(config: RunConfig) -> bool:
+        bare = [replace(source, weight=1.0) for source in at(config, key)]
+        return any(source in bare[:index] for index, source in enumerate(bare))
+
     return Rule(
         key,
         f"a source of {key} is given twice",
         "remove one of them; weight: 2 draws each pair of a source of data.train twice per epoch",
-        lambda c: _is_repeated(at(c, key)),
+        is_repeated,
     )
 
 
@@ -208,7 +226,14 @@ _DATA = (
         "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
     ),
     unused("data.drop_eval_prompts", "data.eval!=[]", "set data.eval; data.eval_share never shares a prompt"),
-    unused("data.ranked", "data.train", "name a source of format ranked or auto", _has_rankings),
+    unused(
+        "data.ranked",
+        "data.train",
+        "name a source of format ranked or auto",
+        lambda c: any(
+            source.format in (DataFormat.auto, DataFormat.ranked) for source in [*c.data.train, *c.data.eval]
+        ),
+    ),
     Rule(
         "data.max_prompt_length!=null data.max_length",
         "the longest prompt leaves no room for a response",
@@ -459,3 +484,73 @@ _REFERENCE = (
 
 RULES = (*_MODEL, *_COMPILE, *_ADAPTER, *_DATA, *_LOSS, *_OPTIM, *_TRAINING, *_REFERENCE, *_EXPORT)
 """In the order in which they are checked."""
+
+_NEEDS_MODEL = Rule(
+    f"model.path={NO_MODEL}",
+    "model.path is not set",
+    "set model.path to a folder or hub name, or choose a preset: model=NAME",
+)
+_NEEDS_DATA = Rule(
+    "data.train=[]",
+    "no training data is given",
+    "set data.train=[pairs.jsonl], or choose a preset with data=...",
+)
+_NEEDS_STORE = Rule(
+    "reference.mode!=cached loss",
+    "only a stored reference can be precomputed",
+    "set reference=cached, with a loss that uses a reference model",
+)
+TRAIN = "train"
+NEEDS = {
+    TRAIN: (_NEEDS_MODEL, _NEEDS_DATA),
+    "precompute": (_NEEDS_MODEL, _NEEDS_DATA, _NEEDS_STORE),
+    "evaluate": (_NEEDS_MODEL,),
+    "export": (_NEEDS_MODEL,),
+    "doctor": (_NEEDS_DATA,),
+    "pairs": (_NEEDS_DATA,),
+}
+"""The keys without which a verb does nothing."""
+OF_FORMER_RUN = ("evaluate", "export")
+"""The verbs about a run that exists: its configuration may be that of `run.dir`."""
+
+
+def check_needs(config: RunConfig, verb: str) -> None:
+    """Check that a configuration that no command line gave has what a verb needs."""
+    check(config, NEEDS[verb])
+
+
+def keys_of(verb: str, *, trains: bool = False) -> list[str]:
+    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run.
+
+    Only `pairs` without rounds and `compare` do not take the whole command line of a training run.
+    """
+    verbs = {verb, TRAIN} if trains or verb not in ("pairs", "compare") else {verb}
+    return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
+
+
+def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
+    """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
+
+    An experiment may set how its reference model is loaded, and the command line may choose a loss or a mode
+    that loads none. Options that the command line sets (`given`) are kept, so that a rule refuses them.
+    """
+    reference, mode = config.reference, config.reference.mode
+    sections = {key.partition(".")[0] for key in given}
+    mode_given = not {"reference", "reference.mode"}.isdisjoint(given)
+    needs_reference, has_adapter = config.loss.needs_reference, config.model.adapter is not None
+    # The command line may choose a loss or a model that contradicts the experiment's mode.
+    if "loss" in sections:
+        is_overruled = (mode is ReferenceMode.none) is needs_reference
+    else:
+        is_overruled = mode is ReferenceMode.adapter and not has_adapter and "model" in sections
+    unused = []
+    if follows := mode is ReferenceMode.auto or (is_overruled and not mode_given):
+        base_is_reference = reference.path is None and reference.quantization is None
+        mode = ReferenceMode.adapter if has_adapter and base_is_reference else ReferenceMode.cached
+        mode = mode if needs_reference else ReferenceMode.none
+    if follows or mode_given:
+        unused += [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
+    if follows and mode is ReferenceMode.none and "loss" in sections:
+        unused += _DEFINING
+    reset = {opt: getattr(ReferenceConfig, opt) for opt in unused if f"reference.{opt}" not in given}
+    return replace(config, reference=replace(reference, mode=mode, **reset))

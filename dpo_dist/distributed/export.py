@@ -10,22 +10,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend, RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import AttentionBackend, ExportedWeights, RunConfig
 from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.folder import ADAPTER_WEIGHTS, description_folder, is_adapter, model_folder
+from dpo_dist.model.folder import (
+    ADAPTER_WEIGHTS,
+    description_folder,
+    is_adapter,
+    model_folder,
+    start_folder,
+    tokenizer_folder,
+)
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.merge import write_merged
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.save import (
     copy_tokenizer,
     write_adapter,
+    write_merged,
     write_tokenizer,
     write_weights,
     writing_errors,

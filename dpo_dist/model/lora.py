@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_files import PEFT_PREFIX, is_repeated, modules_on_disk
-from dpo_dist.model.folder import ADAPTER_WEIGHTS
+from dpo_dist.model.folder import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
 from dpo_dist.model.layers import indexers, partly_used_blocks, text_part
 from dpo_dist.model.packed import PackedCausalLM
 

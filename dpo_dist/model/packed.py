@@ -14,7 +14,6 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.model.rotary import forget_lengths, rope_limit
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
@@ -152,7 +151,7 @@ class PackedCausalLM(nn.Module):
         return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
 
     def mixes_lengths(self, longest: int) -> bool:
-        """Return whether responses of up to `longest` tokens need forwards of their own: see `rotary`."""
+        """Return whether responses of up to `longest` tokens need forwards of their own (`rope_limit`)."""
         return self._rope_limit is not None and longest > self._rope_limit
 
     def start_as(self, recorded: Arrangement, longest: int) -> None:
@@ -316,3 +315,38 @@ def _accepted(model: nn.Module, names: set[str]) -> set[str]:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return names if takes_any else names & parameters.keys()
+
+
+# `dynamic` and `longrope` RoPE choose the frequencies of all tokens of a forward by its longest sequence, and
+# `dynamic` also by the forwards before it. A model whose sequences may be that long computes each response in
+# a forward of its own, with the frequencies of a new model for prompt and response, the last token included.
+_ORIGINAL = "original_inv_freq"
+
+
+def rope_limit(model_config: Any) -> int | None:
+    """Return the longest sequence with the frequencies of short ones, in tokens; None: they are fixed."""
+    if not getattr(model_config, "rope_parameters", None):
+        return None
+    model_config.standardize_rope_params()  # as the model does; it may replace the original length
+    parameters = model_config.rope_parameters
+    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
+    limits: list[int] = []
+    for rope in of_layers or [parameters]:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in rope_type:
+            limits.append(model_config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def forget_lengths(causal_lm: nn.Module) -> None:
+    """Make the rotary embeddings of a model those of one that has seen no sequence."""
+    for module in causal_lm.modules():
+        # Buffers with the frequencies of short sequences may be the same tensors as those in use.
+        for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            prefix = name.removesuffix(_ORIGINAL)
+            longest = getattr(module, f"{prefix}max_seq_len_cached", None)
+            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # of a long sequence
+                setattr(module, f"{prefix}inv_freq", original)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

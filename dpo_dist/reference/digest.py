@@ -1,10 +1,12 @@
-"""Digest of the files that determine a model's function; each file is read once and remembered in the store.
+"""What identifies a reference model: the digest of its files, and the numerics of its log-probs on all ranks.
 
-Weights are digested as files, never as live tensors, which are empty under ZeRO-3.
+Weights are digested as files, never as live tensors, which are empty under ZeRO-3; each file is read once and
+remembered in the store.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,10 @@ from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import remembered_digest, text_digest
 from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, read_model_json, weight_files
-from dpo_dist.reference.fingerprint import MEMO_FOLDER
+from dpo_dist.model.numerics import TOLERABLE_FIELDS
+from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+
+Profile = dict[str, str]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -126,3 +131,48 @@ def _classes(folder: Path, remote_code: bool) -> str:
             remedy="copy the code into the model folder and name it in auto_map without a repository",
         )
     return text
+
+
+def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
+    """Return the one numerics profile under which all ranks store log-probs; collective.
+
+    Tolerant ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values, because a reader
+    of an entry does not know which rank computed it.
+    """
+    profiles = world.gather(profile)
+    names = sorted({name for each in profiles for name in each})
+    found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
+    differing = [name for name, values in found.items() if len(values) > 1]
+    is_tolerable = TOLERABLE_FIELDS.issuperset(differing)
+    if differing and not (is_tolerant and is_tolerable):
+        raise ReferenceModelError(
+            "the processes of this run compute log-probs with different numerics",
+            where=f"ranks of {world.size}",
+            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
+            remedy="run on nodes of one kind with one installation"
+            + ("; or set reference.numerics=tolerant" if is_tolerable else ""),
+        )
+    return {name: " or ".join(values) for name, values in found.items()}
+
+
+def _by_ranks(name: str, profiles: Sequence[Profile], world: World) -> str:
+    """Return the values of one field, each with its first rank: "AVX2 on rank 1 (host b), ..."."""
+    first: dict[str, str] = {}
+    for rank, profile in enumerate(profiles):
+        first.setdefault(profile.get(name, "-"), f"rank {rank} ({world.peers[rank].host})")
+    return ", ".join(f"{value} on {rank}" for value, rank in first.items())
+
+
+def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
+    """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
+    found = [read_fingerprint(folder) for folder in fingerprint_folders(root)] if root.is_dir() else []
+    same_model = [other for other in found if other is not None and other.reference == own.reference]
+    compatible = [
+        other for other in same_model if other != own and TOLERABLE_FIELDS.issuperset(own.differing(other))
+    ]
+    return sorted(compatible, key=lambda other: (len(own.differing(other)), other.name))
+
+
+def difference(own: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
+    """Return the numerics of `other` that differ from `own`: "attention sdpa, torch 2.12"."""
+    return ", ".join(f"{name} {value}" for name, value in own.differing(other).items())

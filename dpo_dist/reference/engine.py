@@ -1,15 +1,18 @@
-"""The reference model, loaded for scoring: sharded, offloaded or quantized; freed when done."""
+"""The reference model, loaded for scoring: sharded, offloaded or quantized; where its log-probs come from."""
 
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.kernels import own_folder
 from dpo_dist.distributed.memory import return_memory
@@ -18,6 +21,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
     Engine,
     FrozenEngine,
+    PolicyEngine,
     frozen_config,
     sharded_loading,
     whole_loading,
@@ -29,6 +33,7 @@ from dpo_dist.model.load import load_config, load_packed, load_tokenizer
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles
+from dpo_dist.reference.store import LogpStore
 
 log = logging.getLogger(__name__)
 
@@ -198,3 +203,33 @@ def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
         )
     sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]
     return max(sizes)
+
+
+@dataclass(frozen=True)
+class ReferenceProvider:
+    """Per-token reference log-probs of a micro-batch, from one of these, or none (`reference.mode=none`)."""
+
+    engine: ReferenceEngine | None = None  # `live`: a model beside the policy
+    policy: PolicyEngine | None = None  # `adapter`: the policy with its adapter switched off
+    store: LogpStore | None = None  # `cached`: entries of all batches, looked up by content
+
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        """Attach the store's log-probs, on the host; a dummy batch gets zeros; thread-safe."""
+        if self.store is None:
+            return batch
+        if not len(batch.keys):
+            return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
+        values = np.concatenate(self.store.read(batch.keys))
+        scored = values if batch.mask is None else values[batch.mask]
+        return replace(batch, reference_logps=torch.from_numpy(scored))
+
+    def token_logps(self, batch: PackedBatch) -> Tensor | None:
+        """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
+
+        Collective where a model computes them.
+        """
+        if self.engine is not None:
+            return self.engine.token_logps(batch)
+        if self.policy is not None:
+            return self.policy.base_token_logps(batch)
+        return batch.reference_logps

@@ -1,32 +1,41 @@
-"""Fill the store on all ranks: find missing responses, score them, write whole shards."""
+"""Fill the store on all ranks: find missing responses, score them in rounds, write whole shards."""
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
+from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
+from dpo_dist.data.collate import damaged_ids, has_keys
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
-from dpo_dist.reference.scoring import Scorer, plan_round, score_round, split_into_rounds
+from dpo_dist.reference.digest import difference
 from dpo_dist.reference.store import LogpStore, Values, first_of_each
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
+Scorer = Callable[[PackedBatch], Tensor]
+"""Per-token log-probs of a batch by the reference model: float32 [targets]."""
+
+_BATCHES_AHEAD = 2
 _LOCK = "fill.lock"
 _RETRY_SECONDS = 1.0
+OWN_NUMERICS = "own"
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,20 @@ class FillReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of summary.json."""
-        return {
-            "hits": self.hits,
-            "computed": self.computed,
-            "seconds": round(self.seconds, 3),
-            "damaged": sorted(self.damaged),
-        }
+        return {**vars(self), "seconds": round(self.seconds, 3), "damaged": sorted(self.damaged)}
+
+
+class _Part(NamedTuple):
+    """A pair, and those of its responses to score: indices in the dataset's `keys`, and in the pair."""
+
+    pair: int
+    responses: Indices
+    which: Indices
 
 
 @dataclass
 class StoreFiller:
-    """Computes and stores the missing log-probs of a run; all methods are collective.
+    """Computes and stores the missing log-probs of a run; all public methods are collective.
 
     Attributes:
         store: the store to fill; its own view may be empty.
@@ -87,7 +99,13 @@ class StoreFiller:
         compute what is still missing. A killed fill loses at most two shards of each rank.
         `progress` is called with pairs done and pairs in all: at the start, and after each micro-batch.
         """
-        survey = partial(self._survey, dataset, indices)
+
+        def survey() -> tuple[Indices, FillReport, frozenset[str]]:
+            store = self.store.reopen()
+            missing, hits = missing_responses(store, dataset, indices)
+            found = FillReport(hits, damaged=frozenset(store.damaged))
+            return missing, found, self.shards.union(store.shards)
+
         missing, report, self.shards = self.world.on_main(survey)
         if not len(missing):
             return report
@@ -101,14 +119,6 @@ class StoreFiller:
     def open_filled(self) -> LogpStore:
         """Open the same shards on every rank: all that the fills found or wrote."""
         return self.world.together(lambda: self.store.reopen(self.shards))
-
-    def _survey(
-        self, dataset: PreferenceDataset, indices: Indices
-    ) -> tuple[Indices, FillReport, frozenset[str]]:
-        """Return the responses that are missing now, a report, and the shards that exist; not collective."""
-        store = self.store.reopen()
-        missing, hits = missing_responses(store, dataset, indices)
-        return missing, FillReport(hits, damaged=frozenset(store.damaged)), self.shards.union(store.shards)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -135,23 +145,32 @@ class StoreFiller:
         """Score responses in rounds; while one round is scored, the shards of the one before are written."""
         started, done, is_stopped = time.monotonic(), 0, False
         score, written, stored = self.load_scorer(), set[str](), 0
-        plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
         pairs_of_round = max(1, self.entries_per_shard // 2) * self.world.replicas
-        rounds = split_into_rounds(dataset, missing, pairs_of_round)
-        pairs = len(np.unique(dataset.locate_responses(missing)[0]))
-        must_stop = self.stops.must_stop if self.stops is not None else lambda: False
-        progress(0, pairs)
+        pairs, firsts = np.unique(dataset.locate_responses(missing)[0], return_index=True)
+        rounds = np.split(missing, firsts[pairs_of_round::pairs_of_round])
+        progress(0, len(pairs))
+
+        def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
+            return self._plan(dataset, responses)
+
+        def write(keys: Keys, entries: list[Values]) -> set[str]:
+            if not entries:
+                return set()
+            name = self.store.write(keys, entries)
+            note_progress(name)
+            return {name}
+
         with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
             writing: Future[set[str]] = pool.submit(set)
-            for round_ in planned:
+            for of_round, micro_batches in planned:
 
-                def within(share: float, before: int = done, own: int = round_.pairs) -> None:
-                    progress(before + int(share * own), pairs)
+                def within(share: float, before: int = done, own: int = of_round) -> None:
+                    progress(before + int(share * own), len(pairs))
 
-                keys, entries, is_stopped = score_round(dataset, round_, score, self.world, within, must_stop)
+                keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
                 written |= self.world.together(writing.result)
-                writing = pool.submit(self._write, keys, entries)
-                stored, done = stored + len(keys), done + round_.pairs
+                writing = pool.submit(write, keys, entries)
+                stored, done = stored + len(keys), done + of_round
                 if is_stopped:
                     break
             written |= self.world.together(writing.result)
@@ -162,13 +181,105 @@ class StoreFiller:
             raise stopped_by(self.stops.reasons(), when)
         return FillReport(computed=len(missing), seconds=time.monotonic() - started)
 
-    def _write(self, keys: Keys, entries: list[Values]) -> set[str]:
-        """Write this rank's shard of a round, if it has entries; return its name."""
-        if not entries:
-            return set()
-        name = self.store.write(keys, entries)
-        note_progress(name)
-        return {name}
+    def _plan(self, dataset: PreferenceDataset, responses: Indices) -> tuple[int, list[list[_Part]]]:
+        """Return the number of pairs of a round, and this rank's micro-batches of them; not collective.
+
+        A round has thousands of pairs per rank: dealt out in order of cost, ranks get nearly equal shares,
+        and each rank plans only its own.
+        """
+        owners, which = dataset.locate_responses(responses)
+        pairs, firsts, counts = np.unique(owners, return_index=True, return_counts=True)
+        sizes = dataset.sizes(pairs, responses, counts, self.costs)
+        mine = np.argsort(-sizes.costs, kind="stable")[self.world.replica :: self.world.replicas]
+
+        def part(number: int) -> _Part:
+            own = slice(firsts[number], firsts[number] + counts[number])
+            return _Part(int(pairs[number]), responses[own], which[own])
+
+        plan = plan_micro_batches(sizes.at(mine), 1, self.micro_batch_tokens)
+        return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
+
+    def _score(
+        self,
+        dataset: PreferenceDataset,
+        micro_batches: Sequence[Sequence[_Part]],
+        score: Scorer,
+        progress: Callable[[float], None],
+    ) -> tuple[Keys, list[Values], bool]:
+        """Score this rank's micro-batches of a round, the same number on every rank (law L2). Collective.
+
+        `progress` is called with the share of the round that is done. Returns keys uint64 [n, 2] and
+        log-probs of its responses, none if it does not lead its replica; and whether the fill has to stop.
+        """
+        world = self.world
+        own = [sum(len(part.responses) for part in parts) for parts in micro_batches]
+        columns = itertools.zip_longest(*world.gather(own), fillvalue=0)
+        forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]
+        damaged: list[int] = []
+        packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
+        keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
+        entries: list[Values] = []
+        arriving: Callable[[], list[Values]] = list
+        is_stopped = False
+        with prefetch(packed, _BATCHES_AHEAD) as batches:
+            for number, batch in enumerate(batches, start=1):
+                logps = score(batch.to(world.device))
+                if world.leads and len(batch.keys):
+                    keys.append(batch.keys)
+                    # Read one batch late: the device computes the next one while these values are copied.
+                    entries += arriving()
+                    arriving = _copied(logps, np.cumsum(batch.response_tokens.numpy())[:-1])
+                progress(number / len(forwards))
+                if is_stopped := self.stops is not None and self.stops.must_stop():
+                    break
+        entries += arriving()
+
+        def check() -> None:
+            if damaged:
+                raise damaged_ids(dataset, damaged)
+
+        world.together(check)
+        return np.concatenate(keys), entries, is_stopped
+
+
+def _packed(
+    dataset: PreferenceDataset,
+    micro_batches: Sequence[Sequence[_Part]],
+    forwards: Sequence[int],
+    damaged: list[int],
+    device: torch.device,
+) -> Iterator[PackedBatch]:
+    """Pack as many micro-batches as `forwards` has numbers of responses; dummies where this rank has fewer.
+
+    If token ids do not match the keys, the pairs are added to `damaged` and a dummy is used: until the end of
+    the round all ranks score the same number of batches.
+    """
+    dummies: list[list[_Part]] = [[]] * (len(forwards) - len(micro_batches))
+    for parts, most in zip([*micro_batches, *dummies], forwards, strict=True):
+        sequences = [dataset.sequences(part.pair, part.which.tolist()) for part in parts]
+        keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
+        is_whole = has_keys(sequences, keys)
+        if not is_whole:
+            damaged += [part.pair for part in parts]
+        batch = pack(sequences, keys) if parts and is_whole else dummy_batch()
+        batch = replace(batch, forwards=most)
+        yield batch.pinned() if device.type == "cuda" else batch
+
+
+def _copied(logps: Tensor, ends: Indices) -> Callable[[], list[Values]]:
+    """Start the copy of log-probs to the host; return what waits for it, and splits them at the `ends`."""
+    if logps.device.type != "cuda":
+        return lambda: np.split(logps.numpy(), ends)
+    on_host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
+    on_host.copy_(logps, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def entries() -> list[Values]:
+        arrived.synchronize()
+        return np.split(on_host.numpy(), ends)
+
+    return entries
 
 
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
@@ -180,3 +291,30 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     distinct = responses[first_of_each(dataset.keys[responses])]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
+
+
+@dataclass(frozen=True)
+class Reused:
+    """Number of distinct responses by difference of their numerics (`OWN_NUMERICS` for none).
+
+    `audited`: index in `visited` of a dataset, and its pairs with compatible entries; None if none has.
+    """
+
+    entries: dict[str, int]
+    audited: tuple[int, Indices] | None
+
+
+def count_reused(store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]) -> Reused:
+    """Count the entries of the pairs that a run visits, all of them in `store`, by their numerics."""
+    counts = np.zeros(len(store.fingerprints), dtype=np.int64)
+    audited = None
+    for number, (dataset, indices) in enumerate(visited):
+        keys = dataset.keys[dataset.response_indices(indices)]
+        sources = store.sources(keys)
+        counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
+        of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
+        if audited is None and len(of_compatible):
+            audited = number, of_compatible
+    own, *compatible = store.fingerprints
+    names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
+    return Reused({name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited)

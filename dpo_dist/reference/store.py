@@ -5,8 +5,10 @@
       <fingerprint>/<digest>.safetensors      a shard: sorted keys, ends and checksums of entries, all values
       file_digests/                           digests of model files
 
-The name of a shard is a digest of its fingerprint and of everything but the values, which the checksums
-cover: it is whole or absent whoever writes it, and one copied from another fingerprint counts as damaged.
+A fingerprint is the digest of model weights, numerics and version of the scoring code (law L3); entries are
+addressed by the exact token ids. The name of a shard is a digest of its fingerprint and of everything but the
+values, which the checksums cover: it is whole or absent whoever writes it, and one copied from another
+fingerprint counts as damaged. Imports no torch before values are read.
 """
 
 import hashlib
@@ -18,9 +20,10 @@ import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.files import staged_file, write_text
-from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, ReferenceFingerprint, read_fingerprint
+from dpo_dist.foundation.files import is_temporary, staged_file, text_digest, write_text
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,85 @@ Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.float32]
 _Numbers = npt.NDArray[np.int64]
 
-_SUFFIX = ".safetensors"
-_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+# Raised when the code that computes log-probs changes their digits, which
+# tests/unit/reference/test_scoring_digits.py detects.
+LOGP_PATH_VERSION = 2
+
+# Raised when the files of a store change: entries of older formats are computed again, never misread.
+STORE_FORMAT = 2
+
+FINGERPRINT_FILE = "space.json"
+
+# Beside the fingerprints' folders: digests of model files, one file for each.
+MEMO_FOLDER = "file_digests"
+
+_FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
+_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+
+
+@dataclass(frozen=True)
+class ReferenceFingerprint:
+    """Identity of stored log-probs: the reference's weights and the numerics they were computed with.
+
+    `reference` is the digest of the model's files, `profile` comes from `model.numerics.numerics_of`, and
+    `label` is the model's name for people, which is not part of the identity.
+    """
+
+    reference: str
+    profile: dict[str, str]
+    label: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """Folder name: digest of reference, profile and versions; 32 hex digits."""
+        identity = {name: value for name, value in self.as_dict().items() if name != "label"}
+        return text_digest(json.dumps(identity, sort_keys=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `space.json`."""
+        return {**vars(self), "logp_path": LOGP_PATH_VERSION, "format": STORE_FORMAT}
+
+    def differing(self, other: "ReferenceFingerprint") -> dict[str, str]:
+        """Return the fields of the profile in which `other` differs, with its values."""
+        names = sorted({name for name, _ in self.profile.items() ^ other.profile.items()})
+        return {name: other.profile.get(name, "-") for name in names}
+
+
+def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
+    """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's."""
+    try:
+        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
+        found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
+        return found if found.as_dict() == content and found.name == folder.name else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def fingerprint_folders(root: Path) -> list[Path]:
+    """Return the folders of all fingerprints in a store; a folder that is no store is an error."""
+    try:
+        content = sorted(root.iterdir())
+    except OSError as error:
+        raise _no_store(root, str(error.strerror)) from error
+    named = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    # Encoded data have such names too.
+    found = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
+    begun = {path for path in named if all(map(is_temporary, path.iterdir()))}  # by another or a killed start
+    others = [
+        path for path in content if path.name != MEMO_FOLDER and not is_temporary(path) and path not in begun
+    ]
+    if others and not found:
+        raise _no_store(root, f"{others[0].name} and no log-probs")
+    return found
+
+
+def _no_store(root: Path, got: str) -> ReferenceModelError:
+    return ReferenceModelError(
+        "no reference store is found in this folder",
+        where=str(root),
+        got=got,
+        remedy="give the folder set as reference.store, by default output/reference",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,28 +160,14 @@ class Shard:
 def list_shards(folder: Path) -> list[str]:
     """Return the names of all shards in the folder of a fingerprint, damaged ones included."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_file())
-
-
-def write_shard(folder: Path, keys: Keys, entries: Sequence[Values]) -> str:
-    """Write entries to `folder` as one shard, whole or not at all; return its name."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
-    keys = np.ascontiguousarray(keys[order])
-    ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
-    checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
-    name = _name(folder, keys, ends, checks)
-    with staged_file(folder / name) as temporary:
-        tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
-        save_file(tensors, temporary)
-    return name
+        return sorted(one.name for one in entries if _SHARD_NAME.fullmatch(one.name) and one.is_file())
 
 
 def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
     digest = hashlib.blake2b(folder.name.encode(), digest_size=16)
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest() + _SUFFIX
+    return f"{digest.hexdigest()}.safetensors"
 
 
 def open_shard(file: Path) -> Shard | None:
@@ -129,10 +194,8 @@ class LogpStore:
     (`data.encode.response_key`). Opening reads everything but the values.
 
     Attributes:
-        root: the store's folder (`reference.store`).
-        fingerprints: the store's own, then compatible ones, the most similar first.
-        folder: of the own fingerprint.
-        shards: names below the root of the shards in this view.
+        fingerprints: the store's own, whose `folder` is written, then compatible ones, most similar first.
+        shards: names below the `root` (`reference.store`) of the shards in this view.
         damaged: names of those that have no entry, or for which a look-up found damaged values.
     """
 
@@ -158,18 +221,17 @@ class LogpStore:
         # Stable, so that of two entries of one key the one of the earlier shard comes first.
         order = np.argsort(keys[:, 0], kind="stable")
         self._first_words, self._second_words = keys[order, 0], keys[order, 1]
-        columns = [
-            (np.full(len(shard.ends), number), np.diff(shard.ends, prepend=0), shard.ends, shard.checks)
-            for number, shard in enumerate(shards)
-        ]
-        # Shard, number of values, end in the values of the shard, checksum.
-        types = (np.int32, np.int32, np.int64, np.uint32)
-        self._entries = [
-            np.concatenate([np.empty(0, kind), *(of_shard[place].astype(kind) for of_shard in columns)])[
-                order
-            ]
-            for place, kind in enumerate(types)
-        ]
+
+        def sorted_column(kind: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+            return np.concatenate([np.empty(0, kind), *(part.astype(kind) for part in parts)])[order]
+
+        # Of each entry: its shard, number of values, end in the values of the shard, and their checksum.
+        self._entries = (
+            sorted_column(np.int32, (np.full(len(each.ends), n) for n, each in enumerate(shards))),
+            sorted_column(np.int32, (np.diff(each.ends, prepend=0) for each in shards)),
+            sorted_column(np.int64, (each.ends for each in shards)),
+            sorted_column(np.uint32, (each.checks for each in shards)),
+        )
 
     @classmethod
     def open(
@@ -275,8 +337,16 @@ class LogpStore:
                 got=f"{not_finite} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
+        keys = np.ascontiguousarray(keys[order])
+        ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
+        checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
+        name = _name(self.folder, keys, ends, checks)
         try:
-            return f"{self.folder.name}/{write_shard(self.folder, keys, entries)}"
+            with staged_file(self.folder / name) as temporary:
+                tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
+                save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
             raise ReferenceModelError(
                 "a shard of reference log-probs cannot be written",
@@ -284,6 +354,7 @@ class LogpStore:
                 got=f"{self.folder}: {error}",
                 remedy="free disk space or set another reference.store; finished shards are kept",
             ) from error
+        return f"{self.folder.name}/{name}"
 
 
 def first_of_each(keys: Keys) -> _Numbers:

@@ -21,8 +21,7 @@ from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, wri
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
-from dpo_dist.model.adapter_files import base_notes
-from dpo_dist.model.folder import hub_commit, is_adapter
+from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans

@@ -8,8 +8,7 @@ from typing import Any
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name, step_of
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.checkpoint import read_state as read_checkpoint
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
@@ -24,10 +23,8 @@ from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
-from dpo_dist.model.adapter_files import start_folder
-from dpo_dist.model.folder import model_folder
-from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import writing_errors
+from dpo_dist.model.folder import model_folder, start_folder
+from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.resume import RunState, read_state, write_state

@@ -33,13 +33,11 @@ from dpo_dist.data.tokenizer import end_notes
 from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.insight.console import Count
-from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder, trained_adapter
-from dpo_dist.model.architectures import check_supported, training_notes
+from dpo_dist.model.architectures import check_supported, router_loss, router_notes, training_notes
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder, trained_adapter
 from dpo_dist.model.layers import check_device
 from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
-from dpo_dist.model.router import router_loss, router_notes
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start import Run

@@ -25,7 +25,7 @@ from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, divergence, metric_sums
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 
 _BATCHES_AHEAD = 4
 

@@ -19,12 +19,13 @@ from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
 from dpo_dist.model.folder import (
     check_cached_offline,
     check_tokenizer_files,
     check_weights,
     local_model_folder,
+    start_folder,
+    tokenizer_folder,
     weight_files,
 )
 

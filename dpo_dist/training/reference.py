@@ -21,26 +21,23 @@ from dpo_dist.insight.console import Console
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.reference.digest import ModelFiles, model_label
+from dpo_dist.reference.digest import (
+    ModelFiles,
+    agree_on_numerics,
+    difference,
+    find_compatible,
+    model_label,
+)
 from dpo_dist.reference.engine import (
     ReferenceEngine,
+    ReferenceProvider,
     check_same_vocabulary,
     load_reference,
     scored_model,
     scoring_tokens,
 )
-from dpo_dist.reference.fill import FillReport, StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.numerics import (
-    OWN_NUMERICS,
-    Reused,
-    agree_on_numerics,
-    count_reused,
-    difference,
-    find_compatible,
-)
-from dpo_dist.reference.scoring import ReferenceProvider, Scorer
-from dpo_dist.reference.store import LogpStore, Values
+from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Reused, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import Run, open_run, say_header

@@ -19,11 +19,10 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.folder import description_folder, is_adapter
+from dpo_dist.model.architectures import router_loss
+from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.load import load_tokenizer
-from dpo_dist.model.router import router_loss
-from dpo_dist.objective.custom_loss import check_custom_loss
+from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.reference.engine import check_same_vocabulary
 from dpo_dist.training.evaluate import with_stored_reference
 from dpo_dist.training.inputs import checked_model

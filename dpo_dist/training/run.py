@@ -24,8 +24,7 @@ from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import ReferenceEngine, settle_engine
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceEngine, ReferenceProvider, settle_engine
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, check_warmup, still_there

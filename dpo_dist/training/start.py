@@ -42,7 +42,7 @@ from dpo_dist.insight.recorder import spared
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
-from dpo_dist.objective.custom_loss import check_custom_loss
+from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.training.resume import (
     RunState,
     check_configuration,

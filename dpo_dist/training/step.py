@@ -32,7 +32,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
 
 

@@ -19,8 +19,7 @@ from dpo_dist.config.run_folder import (
     step_of,
     without_model,
 )
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest

@@ -26,10 +26,8 @@ from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.fill import StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import Scorer
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.fill import Scorer, StoreFiller
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, train_step
 from tests.support.packing import COSTS, plain_logps

@@ -28,7 +28,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.load import keep_trainable, quantized_loading
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
 from tests.support.packing import COSTS, plain_logps

@@ -38,8 +38,7 @@ from dpo_dist.distributed.slices import SHARDS, Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider, load_reference
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.state import Position
 from tests.dist.scenario import Assets, files_of, load_policy, one_step

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.loss import Objective
 from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole

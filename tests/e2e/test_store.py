@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, read_fingerprint
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
 from tests.support.read_only import read_only

@@ -18,8 +18,7 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.insight.metrics.log import PHASES
 from dpo_dist.insight.metrics.trackers import wandb_names
-from dpo_dist.reference.fingerprint import read_fingerprint
-from dpo_dist.reference.store import LogpStore, open_shard
+from dpo_dist.reference.store import LogpStore, open_shard, read_fingerprint
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides
 from tests.support import tiny

@@ -13,8 +13,7 @@ from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.fill import StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.support.packing import COSTS, dataset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

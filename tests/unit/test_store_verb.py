@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.store import main
 from tests.unit.reference.test_store import ENTRIES, flip, flip_value, keys_of, readable, values, write
 

@@ -18,8 +18,7 @@ from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
-from dpo_dist.config.verb_options import PairsConfig, RoundReference, Verdicts
+from dpo_dist.config.schema import NO_MODEL, PairsConfig, ReferenceMode, RoundReference, RunConfig, Verdicts
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
@@ -154,8 +153,11 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
-    from dpo_dist.model.merge import write_merged  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.save import (  # noqa: PLC0415
+        copy_tokenizer,
+        write_merged,
+        writing_errors,
+    )
 
     source = find_model(str(adapter), config)
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code

@@ -13,8 +13,7 @@ import numpy as np
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.distributed.memory import return_memory

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from dpo_dist.config.data import SourceConfig
-from dpo_dist.config.rules import Rule, check, unused
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.rules import Rule, check, check_needs, unused
+from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.config.verb_options import PairsMethod
-from dpo_dist.config.verbs import check_needs
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.folder import local_model_folder
 

@@ -22,7 +22,6 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
-from dpo_dist.model.adapter_files import tokenizer_folder
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
     description_folder,
@@ -30,6 +29,7 @@ from dpo_dist.model.folder import (
     local_model_folder,
     model_folder,
     read_model_json,
+    tokenizer_folder,
 )
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.verb_options import PairsConfig, Verdicts
+from dpo_dist.config.schema import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.generation.judges import Judge, Question
 from dpo_dist.generation.text_facts import text_facts

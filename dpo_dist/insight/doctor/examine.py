@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.config.verb_options import FailOn
+from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,
@@ -35,8 +34,7 @@ from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
-from dpo_dist.model.adapter_files import start_folder, tokenizer_folder
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,5 +1,6 @@
-"""Stored reference log-probs of the data: pairs that are likely mislabelled."""
+"""Stored reference log-probs of the data, looked up without the model: pairs that are likely mislabelled."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.insight.doctor.findings import Finding, Rules
 from dpo_dist.insight.doctor.sources import distribution
-from dpo_dist.reference.lookup import describe_numerics, find_stored, stored_sums
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.model.folder import description_folder, start_folder
+from dpo_dist.reference.store import LogpStore, Values, fingerprint_folders, read_fingerprint
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.
 _FAR_NATS, _FAR_DEVIATIONS, _TOKEN_DEVIATION = 0.5, 3.0, 1.5
 _BINS = 40
+_EXAMPLES_AT_ONCE = 1 << 12
 
 
 def compare_with_store(
@@ -37,9 +39,12 @@ def compare_with_store(
     findings: list[Finding] = []
     if store is None:
         return use, findings
-    use["numerics"] = list(dict.fromkeys(map(describe_numerics, store.fingerprints)))
+    names = ("quantization", "dtype", "attention", "gpu", "device")
+    profiles = [each.profile for each in store.fingerprints]
+    described = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
+    use["numerics"] = list(dict.fromkeys(described))
     for source, of_source in zip(sources, datasets, strict=True):
-        table, origins = _stored_pairs(store, of_source)
+        table, origins = stored_pairs(store, of_source)
         if origins:
             margins, source["margins"], found = margin_findings(table, origins, source["label"], rules)
             findings += found
@@ -60,18 +65,66 @@ def store_sentence(use: dict[str, Any]) -> str:
     return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
-def _stored_pairs(
+def find_stored(config: RunConfig) -> LogpStore | None:
+    """Return all stored log-probs of the reference model of `config`; None if there are none.
+
+    Of every numerics profile: they differ by rounding only, which does not matter for statistics of the data.
+    The weight files are digested, unless the store remembers their digests. Nothing is created in a store
+    that does not exist.
+    """
+    root = Path(config.reference.store)
+    folders = fingerprint_folders(root) if root.is_dir() else []
+    stored = [each for folder in folders if (each := read_fingerprint(folder)) is not None]
+    if not stored:
+        return None
+    # Imports DeepSpeed: only if there is a store.
+    from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
+
+    path, revision, key = config.model.path, config.model.revision, "model.path"
+    adapter = start_folder(config.model)
+    if config.reference.path is not None:
+        path, revision, key, adapter = config.reference.path, None, "reference.path", None
+    folder = description_folder(path, revision, key, needs_weights=False)
+    model = digest_model(folder, root, remote_code=config.model.trust_remote_code, adapter=adapter)
+    bits = config.reference.quantization or ""
+    own = [
+        each
+        for each in stored
+        if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
+    ]
+    own.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
+    store = LogpStore(root, own) if own else None
+    return store or None  # its length counts
+
+
+def stored_pairs(
     store: LogpStore, datasets: Sequence[PreferenceDataset]
 ) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """Return [4, pairs]: log-probs of chosen and rejected responses, and their tokens; and each origin."""
-    tables, origins = [np.empty((4, 0))], []
+    """Return [4, pairs] of the pairs of which both responses are stored, and each origin.
+
+    The rows are log-probs of the first and of the last response, summed over the tokens that the loss counts,
+    and the numbers of these tokens.
+    """
+    columns: list[tuple[float, ...]] = []
+    origins: list[str] = []
     for dataset in datasets:
-        sums = stored_sums(store, dataset)
-        indices = np.flatnonzero(sums.is_stored & (sums.chosen_tokens > 0) & (sums.rejected_tokens > 0))
-        columns = (sums.chosen, sums.rejected, sums.chosen_tokens, sums.rejected_tokens)
-        tables.append(np.stack([column[indices] for column in columns]))
-        origins += [str(dataset.origin(int(index))) for index in indices]
-    return np.concatenate(tables, axis=1), origins
+        for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
+            examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
+            responses = [dataset.response_range(index) for index in examples]
+            found = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
+            for index, within in zip(examples, responses, strict=True):
+                values = list(itertools.islice(found, len(within)))
+                masks = dataset.masks(index) or (slice(None),) * len(values)
+                chosen, rejected = _counted(values[0], masks[0]), _counted(values[-1], masks[-1])
+                if len(values) > 1 and len(chosen) and len(rejected):
+                    sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
+                    columns.append((*sums, len(chosen), len(rejected)))
+                    origins.append(str(dataset.origin(index)))
+    return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
+
+
+def _counted(values: Values | None, mask: slice | npt.NDArray[np.bool_]) -> Values:
+    return np.empty(0, dtype=np.float32) if values is None else values[mask]
 
 
 def margin_findings(

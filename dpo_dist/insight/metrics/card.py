@@ -15,8 +15,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportedWeights
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.evaluation import results_name

@@ -12,7 +12,7 @@ from dpo_dist.config.fields import EVERY_VERB
 from dpo_dist.config.keys import all_keys, section_meanings
 from dpo_dist.config.load import group_folders
 from dpo_dist.config.losses import KINDS
-from dpo_dist.config.verbs import keys_of
+from dpo_dist.config.rules import keys_of
 from dpo_dist.foundation.errors import ConfigError
 
 

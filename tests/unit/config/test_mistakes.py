@@ -36,6 +36,8 @@ MISTYPED = [
     ("trainer.batch=4", "trainer.global_batch_pairs or trainer.micro_batch_tokens"),
     ("foo=1", "the sections are run, model, "),
     ("deepspeed=ds.json", "parallelism=zero3"),
+    ("template=llama3", "the tokenizer's own chat template is used"),
+    ("adapter=lora", "trains an adapter"),
     ("trainer.save_steps=100", "save_every=100"),
     ("loss.beta=0,2", "brackets"),
     ("run.dir=", "write a value"),

@@ -16,8 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, RunConfig
-from dpo_dist.config.verb_options import ExportConfig, ExportedWeights
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Dtype,
+    ExportConfig,
+    ExportedWeights,
+    ModelConfig,
+    RunConfig,
+)
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
 from dpo_dist.distributed.export import export_checkpoint
@@ -25,8 +32,7 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.merge import write_mean
-from dpo_dist.model.save import write_weights
+from dpo_dist.model.save import write_mean, write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import write_multimodal

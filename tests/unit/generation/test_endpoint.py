@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.verb_options import EndpointConfig, Verdicts
+from dpo_dist.config.schema import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation import judges

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.verb_options import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError

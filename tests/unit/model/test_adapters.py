@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.adapter_files import base_notes, start_folder, tokenizer_folder
+from dpo_dist.model.folder import base_notes, start_folder, tokenizer_folder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM

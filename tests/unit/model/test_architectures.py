@@ -19,8 +19,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import check_supported, switch_off_noise, training_notes
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.load import load_config
-from dpo_dist.model.packed import LogpHead, PackedCausalLM
-from dpo_dist.model.rotary import rope_limit
+from dpo_dist.model.packed import LogpHead, PackedCausalLM, rope_limit
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.router import own_coefficient, router_loss
+from dpo_dist.model.architectures import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY, random_pairs

@@ -8,9 +8,8 @@ import torch
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.losses import check_custom_loss, preference_loss
 from tests.support.own_loss import OWN
 
 POLICY = PairLogps(*torch.tensor([[-10.0, -12.0], [-20.0, -9.0], [4.0, 6.0], [5.0, 2.0]]))

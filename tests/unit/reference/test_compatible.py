@@ -12,9 +12,9 @@ from dpo_dist.batching.pack import Sequences
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.numerics import Profile, agree_on_numerics, count_reused, difference, find_compatible
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.digest import Profile, agree_on_numerics, difference, find_compatible
+from dpo_dist.reference.fill import count_reused
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.support.packing import dataset_of
 
 PROFILE = {
@@ -70,7 +70,7 @@ def test_other_weights_scoring_code_and_foreign_folders_are_not_compatible(
     write(tmp_path, OWN, [1])
     write(tmp_path, replace(SDPA, reference="others"), [1])
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_dist.reference.fingerprint.LOGP_PATH_VERSION", 0)
+        patch.setattr("dpo_dist.reference.store.LOGP_PATH_VERSION", 0)
         write(tmp_path, SDPA, [1])
     (tmp_path / ("0" * 32)).mkdir()
     (tmp_path / ("1" * 32)).write_text("")

@@ -12,7 +12,7 @@ from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.reference.digest import digest_model, model_label
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.store import ReferenceFingerprint
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 CONTENT = {
@@ -144,7 +144,7 @@ def test_fingerprints_differ_by_reference_and_every_field_of_the_profile() -> No
 @pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
 def test_a_new_version_is_a_new_fingerprint(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ReferenceFingerprint("weights", {}).name
-    monkeypatch.setattr(f"dpo_dist.reference.fingerprint.{version}", 77)
+    monkeypatch.setattr(f"dpo_dist.reference.store.{version}", 77)
     assert ReferenceFingerprint("weights", {}).name != before
 
 

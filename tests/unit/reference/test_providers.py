@@ -26,10 +26,9 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import ReferenceProvider
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.precision import COMPUTED
 from tests.support.tiny_model import write_model

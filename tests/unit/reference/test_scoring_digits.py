@@ -15,7 +15,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import token_logps
-from dpo_dist.reference.fingerprint import LOGP_PATH_VERSION
+from dpo_dist.reference.store import LOGP_PATH_VERSION
 
 VOCABULARY = 50
 RECORDED_VERSION = 2

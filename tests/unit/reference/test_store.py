@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.store import Keys, LogpStore, Values
+from dpo_dist.reference.store import Keys, LogpStore, ReferenceFingerprint, Values
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]

@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.batching.plan import Arrangement, computed_tokens
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.model.flops import StepFlops
-from dpo_dist.reference.scoring import ReferenceProvider
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.run import arranged
 from tests.support.packing import dataset_of, random_pairs

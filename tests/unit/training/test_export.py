@@ -9,12 +9,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    Dtype,
+    ExportConfig,
+    FolderConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+)
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.console import Console
-from dpo_dist.model.adapter_files import start_folder
+from dpo_dist.model.folder import start_folder
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.finish import export_model
 from tests.support import tiny

@@ -22,10 +22,9 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import ReferenceProvider
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.step import StepClock, evaluate, train_step
 from tests.support.masks import masked

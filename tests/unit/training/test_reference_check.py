@@ -20,9 +20,8 @@ from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.insight.console import Console
-from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.scoring import ReferenceProvider
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import check_drift
 from dpo_dist.training.start import Run

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.verb_options import ExportConfig
+from dpo_dist.config.schema import ExportConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.targets import Evaluated, Kind, find_evaluated, find_exported
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.verb_options import EndpointConfig
+from dpo_dist.config.schema import EndpointConfig
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.generation.judges import EndpointJudge, Judgement, Question
 from dpo_dist.insight.compare.results import LOSS, TIE, WIN, comparison, credit, judge_texts
