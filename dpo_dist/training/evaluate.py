@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
 from dpo_dist.distributed.world import World
@@ -27,7 +27,12 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
-from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
+from dpo_dist.training.inputs import (
+    EvaluationInputs,
+    load_evaluation_inputs,
+    shared_model_folder,
+    with_stored_reference,
+)
 from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
@@ -49,18 +54,6 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
             of_all = {path: results[ALL] for path, results in found.items()}
             console.result("comparison", of_all, evaluation_table(of_all))
     return ExitCode.completed
-
-
-def with_stored_reference(config: RunConfig) -> RunConfig:
-    """Return `config` with the reference in the store, unless the loss uses none.
-
-    A reference beside the policy, or its base, is the same model.
-    """
-    former = config.reference
-    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
-        return config
-    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
-    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
 
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:

@@ -11,13 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
@@ -188,30 +186,6 @@ def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
         position.bad_in_a_row = 0
         collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
         position.collapsed_in_a_row = position.collapsed_in_a_row + 1 if collapsed else 0
-
-
-def write_bad_step(
-    folder: RunFolder,
-    totals: StepTotals,
-    step: int,
-    dataset: PreferenceDataset,
-    pairs: Indices,
-    losses: Sequence[float],
-) -> str:
-    """Write source, line and loss of every pair of a skipped step; return a warning that names the cause."""
-    described = [
-        {"source": origin.source, "line": origin.line, "loss": _json_number(loss)}
-        for origin, loss in zip(map(dataset.origin, pairs.tolist()), losses, strict=True)
-    ]
-    norm = _json_number(totals.grad_norm)
-    content = {"step": step, "loss": _json_number(totals.means["loss"]), "grad_norm": norm}
-    write_text(folder.bad_step(step), json.dumps({**content, "pairs": described}, indent=1) + "\n")
-    named = [f"{pair['source']}:{pair['line']}" for pair in described if isinstance(pair["loss"], str)]
-    return (
-        f"warning: step {step} was skipped: loss {totals.means['loss']:.4g}, gradient norm "
-        f"{totals.grad_norm:.4g}; {first_few(named) or 'no pair alone is the cause'}; "
-        f"all pairs of the step: {folder.bad_step(step)}"
-    )
 
 
 def _json_number(value: float) -> float | str:
@@ -414,15 +388,30 @@ class Loop:
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
         """Say why a step was skipped; of a bad one, name the pairs. Collective: no weight has changed."""
-        step, scale, folder = position.step, self.policy.loss_scale, self.run.folder
+        step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
             self.run.say(f"step {step} was skipped: {why}")
             return
         losses = pair_losses(self.policy, self.objective, ready, position.running, self.run.world)
-        pairs, dataset = self.inputs.sampler.indices(step - 1), self.inputs.train_set
-        write = partial(write_bad_step, folder, totals, step, dataset, pairs, losses)
-        self.run.say(self.run.write(write))
+        loss, norm = totals.means["loss"], totals.grad_norm
+
+        def write() -> str:
+            origins = map(self.inputs.train_set.origin, self.inputs.sampler.indices(step - 1).tolist())
+            pairs = [
+                {"source": origin.source, "line": origin.line, "loss": _json_number(loss_of_pair)}
+                for origin, loss_of_pair in zip(origins, losses, strict=True)
+            ]
+            content = {"step": step, "loss": _json_number(loss), "grad_norm": _json_number(norm)}
+            write_text(file, json.dumps({**content, "pairs": pairs}, indent=1) + "\n")
+            named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
+            return first_few(named) or "no pair alone is the cause"
+
+        causes = self.run.write(write)
+        self.run.say(
+            f"warning: step {step} was skipped: loss {loss:.4g}, gradient norm {norm:.4g}; {causes}; "
+            f"all pairs of the step: {file}"
+        )
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
@@ -452,7 +441,7 @@ class Loop:
             margins = values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
-            measured |= self.samples.at(position.step, self.policy, self.run.stops.give_way)
+            measured |= self.samples.at(position.step, self.policy)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.data.collate import RankBatch
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.log import Phase
 from dpo_dist.objective.logps import (
@@ -28,14 +27,6 @@ from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 
 _BATCHES_AHEAD = 4
-
-
-class ScoredModel(Protocol):
-    """A model that scores micro-batches: the policy, or one that is only evaluated."""
-
-    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Objective:
 
     def scored(
         self,
-        model: ScoredModel | None,
+        model: Engine | None,
         batches: Iterable[PackedBatch],
         facts: BatchFacts,
         device: torch.device,
@@ -122,7 +113,7 @@ class Objective:
 
     def score(
         self,
-        policy: ScoredModel | None,
+        policy: Engine | None,
         batch: PackedBatch,
         reference: Tensor | None,
         facts: BatchFacts,

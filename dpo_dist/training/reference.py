@@ -1,7 +1,7 @@
 """The reference of a run: find or fill its log-probs, and check a sample of them before the first step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,10 @@ def check_drift(
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
             if micro_batch and world.leads:
-                counts = dataset.response_counts(np.array(micro_batch, dtype=np.int64)).tolist()
                 names = [
                     f"{dataset.origin(index)} response {number}"
-                    for index, count in zip(micro_batch, counts, strict=True)
-                    for number in range(count)
+                    for index in micro_batch
+                    for number in range(len(dataset.response_range(index)))
                 ]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 own += zip(names, (part.numpy() for part in parts), strict=True)
@@ -192,18 +191,6 @@ def unstored(run: Run, inputs: EvaluationInputs, provider: ReferenceProvider, *,
     return Reference(provider, is_start, inputs.visited[0], report)
 
 
-def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report of a resumed run: what all starts computed, and what the first one found.
-
-    A later start finds what the first one computed, and makes no step-0 check. `former`: empty, if not known.
-    """
-    if not former:
-        return dict(report)
-    computed, seconds = (former[name] + report[name] for name in ("computed", "seconds"))
-    damaged = sorted({*former["damaged"], *report["damaged"]})
-    return {**report, **former, "computed": computed, "seconds": round(seconds, 3), "damaged": damaged}
-
-
 def _stored(
     run: Run, inputs: EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
 ) -> Reference:
@@ -214,7 +201,11 @@ def _stored(
     reference (`is_start`), else by an engine loaded for it.
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
-    fingerprint = _fingerprint(run, files)
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
+    own = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    fingerprint = ReferenceFingerprint(files.digest, profile, label)
     found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
@@ -258,16 +249,6 @@ def _stored(
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
         reset_peak_memory(world.device)
     return Reference(provider, is_start, audited, report)
-
-
-def _fingerprint(run: Run, files: ModelFiles) -> ReferenceFingerprint:
-    """Return the fingerprint of the log-probs that this run computes; collective."""
-    config, world = run.config, run.world
-    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    own = numerics_of(scored_model(config), backend, world.device)
-    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
-    label = model_label(config.reference.path or config.model.path, files.folder)
-    return ReferenceFingerprint(files.digest, profile, label)
 
 
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:

@@ -189,30 +189,24 @@ def check_newest_checkpoint(config: RunConfig) -> None:
 
 def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
     """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
-    state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
-    is_finished = state is not None and state.is_finished
-    is_shorter = state is not None and former_length(state.identity, config) is not None
+    state, has_model = read_state(folder), folder.model.is_dir()
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    again = f"to train from the beginning, delete {folder.state.name}, or set another run.dir"
     if config.run.resume is Resume.never:
         if not used:
             return
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
         remedy = "set run.resume=auto to resume, or another run.dir"
-    elif is_shorter and (is_finished or has_model):
-        fault = "this run has another length and no checkpoint from which it could continue to this one"
-        remedy = "set the length that it had, or another run.dir; trainer.keep_last keeps checkpoints"
-    elif is_finished:
-        fault = "this run is complete, but its model and its checkpoints were removed"
-        remedy = f"put {model} back; {again}"
-    elif has_model:
-        fault = "there is a model in the run directory, but no checkpoint to resume from"
-        remedy = f"move {model} away to train again, or set another run.dir"
+    elif has_model or (state is not None and (state.is_finished or state.step)):
+        found = "a model" if has_model or state is None else f"a run of {state.step:,} steps"
+        fault = f"the run directory has {found}, and its checkpoints are missing"
+        remedy = (
+            "put them back (of a complete run, its model), or mount their disk; to train from the beginning "
+            f"delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+        )
+        if has_model and state is not None and former_length(state.identity, config) is not None:
+            remedy = "set the length that the run had; trainer.keep_last keeps checkpoints to continue from"
     elif config.run.resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
-    elif state is not None and state.step:
-        fault = f"this run has done {state.step:,} steps, and its checkpoints are missing"
-        remedy = f"put them back, or mount their disk; {again}"
     else:
         return
     raise CheckpointError(fault, where=str(folder.path), remedy=remedy)

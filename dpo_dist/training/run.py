@@ -33,7 +33,6 @@ from dpo_dist.training.reference import (
     Reference,
     check_drift,
     describe_drift,
-    over_starts,
     prepare_reference,
     unstored,
 )
@@ -250,7 +249,10 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report
     load_checkpoint(checkpoint, sharded, run.world)
     position = Position.of(checkpoint.state)
     position.best = run.world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
-    position.reference_report = over_starts(position.reference_report, report)
+    former = position.reference_report  # a later start finds what the first one computed, and checks no drift
+    sums = {name: round(former[name] + report[name], 3) for name in ("computed", "seconds")}
+    damaged = sorted({*former["damaged"], *report["damaged"]})
+    position.reference_report = {**report, **former, **sums, "damaged": damaged}
     run.clock.resume(position.work)
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:

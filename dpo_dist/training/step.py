@@ -26,14 +26,14 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.insight.metrics.log import PHASES, Phase
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
 from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
+from dpo_dist.training.loss import Objective, ReadyStep, ScoredPairs
 
 
 def train_step(
@@ -276,7 +276,7 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
 
 @torch.no_grad()
 def evaluate(
-    model: ScoredModel | None,
+    model: Engine | None,
     objective: Objective,
     rank_batch: RankBatch,
     world: World,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,10 +58,14 @@ class Evaluated:
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
 
-def find_evaluated(config: RunConfig) -> list[Evaluated]:
-    """Return the models that `config` evaluates."""
+def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
+    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`, and the models."""
+    data = config.data
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    config = replace(config, data=replace(data, train=[]) if data.eval else data)
     check_has_evaluation_data(config.data, "evaluate models on")
-    return [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
+    return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
 
 
 def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
@@ -91,9 +95,20 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
             expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
             remedy="give run.dir and keys of export only: without model.path, others are those of the run",
         )
-    is_average = bool(config.export.average)
-    sources = _members(config) if is_average else [_checkpoint(run, config.export.checkpoint)]
-    name = "average" if is_average else sources[0].name
+    sources = [Path(member.path).expanduser() for member in config.export.average]
+    for folder in sources:
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                "a member of the average is no model folder",
+                where="export.average",
+                got=str(folder),
+                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
+                remedy="export each checkpoint first, and name the folders",
+            )
+    name = "average"
+    if not sources:
+        sources = [_checkpoint(run, config.export.checkpoint)]
+        name = sources[0].name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
     if config.export.merge:
@@ -131,18 +146,3 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
             remedy="name one of them",
         )
     return folder
-
-
-def _members(config: RunConfig) -> list[Path]:
-    """Return the model folders of an average."""
-    members = [Path(member.path).expanduser() for member in config.export.average]
-    for folder in members:
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(
-                "a member of the average is no model folder",
-                where="export.average",
-                got=str(folder),
-                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
-                remedy="export each checkpoint first, and name the folders",
-            )
-    return members

@@ -15,9 +15,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.insight.console import Console
-from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.inputs import load_inputs, rehearse
 from dpo_dist.training.preflight import check_start, without_traces
-from dpo_dist.training.rehearsal import rehearse
 from dpo_dist.training.resume import RunState, length_of, write_state
 from dpo_dist.training.start import Run, find_start
 from tests.support import tiny
@@ -219,10 +218,10 @@ LEFT_MODEL, LEFT_CHECKPOINT = "model/model.safetensors", "checkpoints/step-00000
 @pytest.mark.parametrize(
     ("outcome", "left", "overrides", "text"),
     [
-        (RunOutcome.preempted, (), [], "its checkpoints are missing"),
-        (RunOutcome.preempted, (LEFT_MODEL,), [], "move model/ away"),
-        (RunOutcome.completed, (), [], "its model and its checkpoints were removed"),
-        (RunOutcome.completed, (LEFT_MODEL,), ["trainer.epochs=2"], "no checkpoint from which it could"),
+        (RunOutcome.preempted, (), [], "a run of 8 steps, and its checkpoints are missing"),
+        (RunOutcome.preempted, (LEFT_MODEL,), [], "a model, and its checkpoints are missing"),
+        (RunOutcome.completed, (), [], "a run of 8 steps, and its checkpoints are missing"),
+        (RunOutcome.completed, (LEFT_MODEL,), ["trainer.epochs=2"], "set the length that the run had"),
         (RunOutcome.completed, (LEFT_MODEL,), ["run.resume=never"], "has results of a run"),
         (None, (), ["run.resume=must"], "no checkpoint to resume from"),
     ],
