@@ -41,7 +41,7 @@ class SourceConfig:
         verbs="train precompute",
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", ge=1)
-    columns: dict[str, Any] | None = key(
+    columns: dict[str, str | None] | None = key(
         None,
         "Column, or path into nested objects, of a field with another name; null: it is ignored.",
         accepts="a mapping, {prompt: question, chosen: answers.good}",

@@ -14,10 +14,8 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.prompts import ALL_RECORDS, Part
-from dpo_dist.data.read import Meter, file_kind
-from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
-from dpo_dist.data.sources import local_files, pinned, source_identity, source_labels
+from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord, text_characters
+from dpo_dist.data.sources import Meter, file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError

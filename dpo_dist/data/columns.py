@@ -1,7 +1,7 @@
 """Other names of a source's fields: `reader`, `columns`, and LLaMA-Factory's `dataset_info.json`."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,66 +30,50 @@ FIELDS = (
 _OTHERS = "*"
 _MAX_SHOWN = 20
 _MISSING = object()
+FIRST_RECORDS = 20
 
 
-def with_columns(
-    records: Iterator[RawRecord], source: SourceConfig, *, of_first: bool = False
-) -> Iterator[RawRecord]:
+def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     """Return records as `reader` and `columns` of their source name their fields.
 
     Raises ConfigError: one of these keys is wrong; by this call. DataError: no record has one of the columns;
-    after the last record. `of_first`: these are the first ones, which may lack fields that are rare.
+    after the first records, or for fields that are rare after the last one.
     """
     for name, path in (source.columns or {}).items():
-        where = f"columns.{name} of {source.path}"
         if path is not None and name not in FIELDS:
             raise ConfigError(
                 "columns has a name that no format reads",
-                where=where,
+                where=f"columns.{name} of {source.path}",
                 got=name,
                 expected=", ".join((*FIELDS, f"{_OTHERS} with null")),
                 remedy=_nearest(name, FIELDS) or "write columns: {prompt: NAME}",
             )
-        if path is not None and not (isinstance(path, str) and path):
-            raise ConfigError(
-                "columns has a value that is no name",
-                where=where,
-                got=str(path),
-                expected="a name, a path into nested objects (answers.good), or null to ignore the column",
-                remedy=f"write columns: {{{name}: NAME}}",
-            )
     if source.reader is not None:
-        records = _by_reader(records, source.reader)
-    return _renamed(records, source, of_first=of_first) if source.columns else records
+        records = _by_reader(records, user_function(source.reader, READER))
+    return _renamed(records, source) if source.columns else records
 
 
-def _by_reader(records: Iterator[RawRecord], name: str) -> Iterator[RawRecord]:
-    read = user_function(name, READER)
-
-    def converted() -> Iterator[RawRecord]:
-        for record, origin in records:
-            if isinstance(record, BadRecord):
-                yield record, origin
-                continue
-            try:
-                found = read(dict(record))
-                detail = "" if isinstance(found, Mapping) else f"it returned a {type(found).__name__}"
-            except Exception as fault:  # the user's code can raise anything
-                found, detail = None, f"it raised {type(fault).__name__}"
-            yield BadRecord("reader_failed", origin, detail) if detail else found, origin
-
-    return converted()
+def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterator[RawRecord]:
+    for record, origin in records:
+        if isinstance(record, BadRecord):
+            yield record, origin
+            continue
+        try:
+            found = read(dict(record))
+            detail = "" if isinstance(found, Mapping) else f"it returned a {type(found).__name__}"
+        except Exception as fault:  # the user's code can raise anything
+            found, detail = None, f"it raised {type(fault).__name__}"
+        yield BadRecord("reader_failed", origin, detail) if detail else found, origin
 
 
-def _renamed(records: Iterator[RawRecord], source: SourceConfig, *, of_first: bool) -> Iterator[RawRecord]:
+def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns = source.columns or {}
     paths = {field: path for field, path in columns.items() if path is not None}
     # `metadata` is no field of its own: a pair's scores in it stay.
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
     hidden = {*columns, *paths.values(), *outer}
-    unseen = {path for field, path in paths.items() if not (of_first and field in _OPTIONAL)}
-    seen = dict[str, None]()
-    for record, origin in records:
+    unseen, seen = dict(paths), dict[str, None]()
+    for number, (record, origin) in enumerate(records, start=1):
         if isinstance(record, BadRecord):
             yield record, origin
             continue
@@ -97,8 +81,10 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig, *, of_first: bo
             field: value for field in paths if (value := _value_at(record, paths[field])) is not _MISSING
         }
         if unseen:
-            unseen -= {paths[field] for field in found}
+            unseen = {field: path for field, path in unseen.items() if field not in found}
             seen |= dict.fromkeys(map(shown_key, record))
+        if number >= FIRST_RECORDS and not unseen.keys() <= set(_OPTIONAL):
+            break
         rest = {} if _OTHERS in columns else {name: record[name] for name in record if name not in hidden}
         whole = from_json(found.pop(_WHOLE, None if _WHOLE in paths else {}))
         if isinstance(whole, Mapping):
@@ -106,7 +92,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig, *, of_first: bo
         else:
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
     if unseen and seen:
-        first, *others = sorted(unseen)
+        first, *others = sorted(set(unseen.values()))
         raise DataError(
             "no record has a column of the source",
             where=f"columns of {source.path}",
@@ -177,14 +163,24 @@ def resolved(source: SourceConfig) -> SourceConfig:
     """
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
-    try:
-        if "://" in source.path or not file.is_file() or is_saved(file.parent):
-            return source
-    except OSError:
-        return source  # no path of a source; `sources.local_files` says why
-    entries = _entries(file, is_required=source.name is not None or file == local)
-    if entries is None:
+    if "://" in source.path or not file.is_file() or is_saved(file.parent):
         return source
+    try:
+        found, fault = parse_json(file.read_bytes()), ""
+    except ValueError as error:
+        found, fault = None, fault_of(error)
+    entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
+    if all(entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values()):
+        if source.name is None and file != local:
+            return source  # the file is another program's
+        raise DataError(
+            f"the file is no {_FILE} of LLaMA-Factory",
+            where=str(file),
+            got=fault or f"a {type(found).__name__} without file_name or hf_hub_url",
+            expected='{"NAME": {"file_name": "pairs.json", ...}, ...}',
+            remedy="remove `name` and set path to the data file, or to dataset_path of an entry of ms-swift, "
+            "and columns: {FIELD: COLUMN}",
+        )
     if source.name not in entries:
         raise ConfigError(
             f"{_FILE} has no such entry" if source.name else f"`name` chooses an entry of {_FILE}",
@@ -196,30 +192,6 @@ def resolved(source: SourceConfig) -> SourceConfig:
             "pattern",
         )
     return _described(source, file, entries[source.name])
-
-
-def _entries(file: Path, *, is_required: bool) -> dict[str, Fields] | None:
-    """Return the entries of the file; None if it is another program's and no entry is required."""
-    found, fault = None, "no entry with file_name or hf_hub_url"
-    try:
-        found = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        fault = fault_of(error) if isinstance(error, ValueError) else str(error)
-    entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
-    if any(not entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values()):
-        return entries
-    if not is_required:
-        return None
-    is_list = isinstance(found, list)
-    raise DataError(
-        f"the file is no {_FILE} of LLaMA-Factory",
-        where=str(file),
-        got="a list, as of ms-swift" if is_list else fault,
-        expected='{"NAME": {"file_name": "pairs.json", ...}, ...}',
-        remedy="set path to the entry's dataset_path or hf_dataset_id, and columns: {FIELD: COLUMN}"
-        if is_list
-        else "remove `name` and set path to the data file",
-    )
 
 
 def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
@@ -238,15 +210,10 @@ def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
         columns = {"chosen": None, "rejected": None}
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
     found = replace(source, name=None, format=kind, columns=columns, limit=min(limits, default=None))
+    split = entry.get("split")
     if hub := entry.get("hf_hub_url"):
-        return replace(
-            found,
-            path=hub,
-            name=entry.get("subset"),
-            data_dir=entry.get("folder"),
-            revision=entry.get("revision"),
-            split=entry.get("split"),
-        )
+        name, folder, revision = map(entry.get, ("subset", "folder", "revision"))
+        return replace(found, path=hub, name=name, data_dir=folder, revision=revision, split=split)
     if not entry.get("file_name"):
         raise DataError(
             "the entry names no data that can be read here",
@@ -256,7 +223,7 @@ def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
             remedy="download the data and set file_name",
         )
     # LLaMA-Factory gives every local file the split train.
-    split = None if entry.get("split") == "train" else entry.get("split")
+    split = None if split == "train" else split
     return replace(found, path=str(file.parent / entry["file_name"]), split=split)
 
 
@@ -275,9 +242,9 @@ def _checked(entry: Fields, where: str) -> tuple[DataFormat, dict[str, str]]:
     _check_entry(where, "tag", tags, _TAGS)
     for tag, name in tags.items():
         _check_entry(where, f"{tag} (other turns need a reader)", [name], _TAGS[tag])
-    sides = [name for name in ("chosen", "rejected") if name in named]
-    if sides and not entry.get("ranking"):
-        _check_entry(where, 'column of an entry without "ranking": true', sides, ())
+    if not entry.get("ranking"):
+        sides = {"chosen", "rejected"} & named.keys()
+        _check_entry(where, 'column of an entry without "ranking": true', sorted(sides), ())
     if "kto_tag" in named:
         raise DataError(
             "the entry has unpaired responses with a good/bad label (KTO)",

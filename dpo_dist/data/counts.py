@@ -10,12 +10,11 @@ import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.data import DataConfig, TextTemplate
-from dpo_dist.data.records import BadRecord
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
-HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 EMPTY_REMEDY = "check the path, or remove the source"
 _PLAIN = "chat_template_not_applied"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(

@@ -21,12 +21,14 @@ import pyarrow as pa
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import RESERVED, SpecialTokenInTextError, any_text
-from dpo_dist.data.prompts import ALL_RECORDS, Part, prompt_hash
 from dpo_dist.data.records import (
+    ALL_RECORDS,
     BadRecord,
+    Part,
     PreferenceRecord,
     UnusableRecordError,
     bad_record_error,
+    prompt_hash,
     training_examples,
 )
 from dpo_dist.data.render import Rendered, render_record

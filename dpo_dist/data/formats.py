@@ -9,14 +9,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.columns import resolved, with_columns
+from dpo_dist.data.columns import FIRST_RECORDS, resolved, with_columns
 from dpo_dist.data.counts import DataCounts, Outcome, check_counts, no_records
 from dpo_dist.data.messages import (
-    FIRST_TURN,
     MEDIA,
     Reader,
     check_no_media,
@@ -34,8 +33,8 @@ from dpo_dist.data.messages import (
     spelled_messages,
     without_nulls,
 )
-from dpo_dist.data.read import Meter
 from dpo_dist.data.records import (
+    FIRST_TURN,
     BadRecord,
     Dialogue,
     Fields,
@@ -44,16 +43,22 @@ from dpo_dist.data.records import (
     Origin,
     PreferenceRecord,
     Prompt,
-    Response,
     UnusableRecordError,
     bad_record_error,
     shown_key,
+    turns_of,
 )
-from dpo_dist.data.sources import check_cached_offline, local_files, raw_records
+from dpo_dist.data.sources import Meter, check_cached_offline, local_files, raw_records
 
-_FIRST_RECORDS = 20
 _CHECKED_RECORDS = 64
 _MANY_RECORDS = 16_384
+# Faults of the responses of a record; its prompt may be usable.
+_OF_RESPONSES = frozenset(
+    (
+        *("unknown_format", "missing_field", "not_one_answer", "no_ranking", "all_tied", "invalid_scores"),
+        *("empty_response", "identical_responses"),
+    )
+)
 # Reasons that the other records of a source share, if the first ones have them.
 _SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field", "reader_failed"})
 _MAX_SHOWN_KEYS = 12
@@ -67,9 +72,22 @@ def read_records(
     One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
     ConfigError are raised by this call if they are known then.
     """
-    source = resolved(SourceConfig(path=source) if isinstance(source, str) else source)
+    return _read(SourceConfig(path=source) if isinstance(source, str) else source, meter, parse_record)
+
+
+def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
+    """Read the records of a source for their prompts: without responses where they have none to be used."""
+    return _read(source, None, parse_prompt)
+
+
+def _read(
+    source: SourceConfig,
+    meter: Meter | None,
+    parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord],
+) -> Iterator[PreferenceRecord | BadRecord]:
+    source = resolved(source)
     return (
-        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        record if isinstance(record, BadRecord) else parse(record, source.format, origin)
         for record, origin in raw_records(source, meter)
     )
 
@@ -85,15 +103,11 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     if local_files(source) is None:
         check_cached_offline(source)
         return
-    most = min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS)
-    first = list(raw_records(replace(source, limit=most), of_first=True))
-    if config is not None:
-        if not first:
-            raise no_records(source.path)
-        _check_first_formats(source, config)
-
-
-def _check_first_formats(source: SourceConfig, config: DataConfig) -> None:
+    first = list(itertools.islice(raw_records(source), FIRST_RECORDS))
+    if config is None:
+        return
+    if not first:
+        raise no_records(source.path)
     records = read_records(source)
     if config.on_bad_record is OnBadRecord.error:
         for record in itertools.islice(records, _CHECKED_RECORDS):
@@ -126,13 +140,29 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
         return BadRecord("unparsable", origin, "nested too deeply")
 
 
+def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+    """Return a record of format `name`, without responses if it has none that can be used."""
+    parsed = parse_record(record, name, origin)
+    if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
+        return parsed
+    # With an invented response the prompt is read as that of any completion.
+    turns = record.get("messages")
+    if record.get("prompt") is None and isinstance(turns, list):
+        invented: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": "response"}]}
+    else:
+        invented = {"completion": "response"}
+    completed = parse_record({**record, **invented}, DataFormat.completion, origin)
+    if isinstance(completed, BadRecord):
+        return parsed if completed.reason in _OF_RESPONSES else completed
+    return replace(completed, responses=(), scores=None)
+
+
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
+    row: Format | None = FORMATS[name]
     if name is DataFormat.auto:
         row = next((row for row in FORMATS.values() if row.matches and row.matches(record)), None)
-        if row is None:
-            raise _unknown_format(record)
-    else:
-        row = FORMATS[name]
+    if row is None:
+        raise _unknown_format(record)
     content = row.content(record)
     if name is DataFormat.auto:
         _check_no_other(record, content)
@@ -140,29 +170,22 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     if read is None and has_only_sides(record):
         read = read_implicit
     if read is None:
-        raise (
-            UnusableRecordError("empty_prompt")
-            if content.prompt is None and has_prompt(record)
-            else _unknown_format(record)
-        )
+        fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
+        is_empty = content.prompt is None and any(record.get(name) is not None for name in fields)
+        raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(record)
     prompt, responses = read(content.prompt, content.responses)
-    prompt, tools, arguments = with_context(
-        prompt, record, content.responses, is_plain=row.read in (read_text, read_implicit)
-    )
+    is_plain = row.read in (read_text, read_implicit)
+    prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
     check_content(result)
     return result
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """The prompt and the responses of a record, with values as in the source.
 
-    Attributes:
-        prompt: text or messages; None if the responses contain it.
-        responses: text or messages each, best first, by the names that error messages use.
-        scores: of each response, finite; None if the source has none.
-        field: the field that has the responses, if they are a list.
+    `prompt` is None if the responses contain it. `responses` are text or messages each, best first, by the
+    names that errors use, `scores` finite. `field` has the responses, if they are a list.
     """
 
     prompt: Any
@@ -171,14 +194,11 @@ class Content:
     field: str | None = None
 
 
-@dataclass(frozen=True)
-class Format:
-    """One format of input records.
+class Format(NamedTuple):
+    """One format: the function that returns a record's content, and may raise UnusableRecordError.
 
-    Attributes:
-        content: returns the prompt and the responses of a record. Raises UnusableRecordError.
-        read: reads the prompt and the responses; None: chosen by their types.
-        matches: whether a record has this format; None: never detected, only configured by its name.
+    `read` reads the prompt and the responses; None: chosen by their types. `matches`: whether a record has
+    this format; None: never detected, only configured by its name.
     """
 
     content: Callable[[Fields], Content]
@@ -259,12 +279,6 @@ def is_conversation(response: Any) -> bool:
         return response.startswith(FIRST_TURN)
     is_list = isinstance(response, list) and bool(response) and is_messages(response)
     return is_list and not ends_with_response(response[:1])
-
-
-def has_prompt(record: Fields) -> bool:
-    """Return whether a record has a field for a prompt, perhaps an empty one."""
-    names = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
-    return any(record.get(name) is not None for name in names)
 
 
 def ends_with_response(turns: Any) -> bool:
@@ -391,20 +405,20 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
         numbers = _finite(own)
         if scores is not None and _finite(scores) != numbers:
             raise UnusableRecordError("invalid_scores", "two different scores of a response")
-        order = sorted(range(len(items)), key=lambda index: -numbers[index])
-        return [_scored_response(items[index]) for index in order], tuple(numbers[index] for index in order)
+        best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
+        texts = [
+            # The whole message if it has tool calls or thoughts.
+            {"role": "assistant", **item, "content": text} if has_more(item) else text
+            for _, item in best_first
+            for text in [_first(item, _TEXTS)]
+        ]
+        return texts, tuple(number for number, _ in best_first)
     if scores is None:
         return items, None
     numbers = _finite(scores)
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
         raise UnusableRecordError("invalid_scores", "not one score for each response, best first")
     return items, numbers
-
-
-def _scored_response(item: Fields) -> Any:
-    """Return the text of a response; the whole message if it has tool calls or thoughts."""
-    text = _first(item, _TEXTS)
-    return {"role": "assistant"} | dict(item) | {"content": text} if has_more(item) else text
 
 
 def _own_score(response: Fields) -> Any:
@@ -485,7 +499,7 @@ def with_context(
     `unread_content` with the names of fields that would be lost, or `invalid_tools`.
     """
     is_dialogue = isinstance(prompt, Dialogue)
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]
     unread += [name for name, neutral in _UNREAD_NUMBERS.items() if not _is_number(record.get(name), neutral)]
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
@@ -537,11 +551,8 @@ def _exchanges(history: Any) -> list[Message] | None:
         not isinstance(pair, list) or list(map(type, pair)) != [str, str] for pair in history
     ):
         return None
-    return [
-        Message(role, text)
-        for pair in history
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    roles = itertools.cycle(("user", "assistant"))
+    return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
 
 
 def _tools(value: Any) -> tuple[Fields, ...]:
@@ -576,7 +587,7 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
     if not has_value(value):
         return False
-    whole = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    whole = [turn.content for turn in turns_of(prompt, "user")]
     whole += [prompt.text] if isinstance(prompt, Dialogue) else []
     texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
     return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
@@ -586,7 +597,7 @@ def _is_number(value: Any, neutral: float) -> bool:
     """Return whether a field is empty or this number, perhaps as text."""
     try:
         return value in (None, "") or float(value) == neutral
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -595,38 +606,36 @@ _FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
 
 def check_content(record: PreferenceRecord) -> None:
     """Check that something can be learned from a record. Raises UnusableRecordError."""
-    parts = [_values(turns) for turns in (record.prompt, *record.responses)]
+    prompt, *responses = turns_of(record.prompt, "user"), *map(turns_of, record.responses)
+    values = [
+        [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
+    ]
     try:
-        _json([parts, record.tools, record.template_arguments]).encode()
+        _json([values, record.tools, record.template_arguments]).encode()
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
-    prompt, number = record.prompt, len(record.responses)
-    as_turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if not any(turn.content.strip() or turn.fields for turn in as_turns):
+    if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
+    number = len(responses)
     names = _FEW.get(number, [f"response {rank} of the ranking" for rank in range(1, number + 1)])
-    empty = [name for name, response in zip(names, record.responses, strict=True) if _is_empty(response)]
-    if empty:
+    # Something that the loss can count.
+    is_learned = [
+        any(_has_content(turn) for turn in turns if turn.role == "assistant" and turn.is_trained is not False)
+        for turns in responses
+    ]
+    if not all(is_learned):
+        empty = [name for name, is_so in zip(names, is_learned, strict=True) if not is_so]
         raise UnusableRecordError("empty_response", f"no text in {', '.join(empty)}")
-    if len(set(map(_json, parts[1:]))) < number:
+    if len(set(map(_json, values[1:]))) < number:
         raise UnusableRecordError("identical_responses")
 
 
-def _values(turns: Prompt | Response) -> Any:
-    if isinstance(turns, str):
-        return turns.strip()
-    return [(turn.role, turn.content.strip(), turn.fields) for turn in turns]
+def _has_content(turn: Message) -> bool:
+    return bool(turn.content.strip() or turn.fields)
 
 
 def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _is_empty(response: Response) -> bool:
-    """Return whether the loss can count nothing of a response."""
-    turns = (Message("assistant", response),) if isinstance(response, str) else response
-    trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
-    return not any(turn.content.strip() or turn.fields for turn in trained)
 
 
 # The role of a message that a text in one of these fields may spell alone.

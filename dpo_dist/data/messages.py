@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from dpo_dist.data.records import (
+    FIRST_TURN,
+    LAST_TURN,
     Dialogue,
     Fields,
     Message,
@@ -104,6 +106,8 @@ _WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 # Thoughts and calls of gpt-oss; a channel of another name is no part of a turn.
 _UNREAD_CHANNELS = ("analysis", "commentary")
+# The kinds of parts of a content.
+_PARTS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
 
@@ -201,11 +205,9 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         kind, value = "text", part
         if isinstance(part, Mapping) and content is not part:
             kind = part.get("type", "text")
-            value = next((part[name] for name in (kind, "text", "value") if part.get(name) is not None), None)
-        is_read = kind == "tool_call" or (
-            kind in ("text", "reasoning", "thinking") and isinstance(value, str)
-        )
-        if not is_read:
+            names = (kind, "text", "value") if kind in _PARTS else ()
+            value = next((part[name] for name in names if part.get(name) is not None), None)
+        if kind != "tool_call" and not (kind in _PARTS and isinstance(value, str)):
             raise UnusableRecordError(
                 "unread_content", "the content of a message is not a text", ("content",)
             )
@@ -261,9 +263,6 @@ def _check_turns(messages: Sequence[Fields]) -> None:
 Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
 """Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
 
-_LAST_TURN = "\n\nAssistant:"
-FIRST_TURN = "\n\nHuman:"
-
 
 def reader_of(prompt: Any, responses: Fields) -> Reader | None:
     """Return the reader for the types of the prompt and the responses; None if no reader fits."""
@@ -310,7 +309,7 @@ def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]
             dialogue = start + side
         if not dialogue.startswith(FIRST_TURN):
             raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
-        history, turn, text = dialogue.rpartition(_LAST_TURN)
+        history, turn, text = dialogue.rpartition(LAST_TURN)
         if not turn or FIRST_TURN in text:
             raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
         histories.append(history + turn)
@@ -324,14 +323,14 @@ def _dialogue(text: str, prompt: Any) -> str:
     """Return a text, with the blank line before its first turn that is missing from some dialogues."""
     start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
     may_be = prompt is None or _is_open(prompt)  # else it may be a story of one
-    if may_be and _LAST_TURN in text and text.lstrip().startswith(start):
+    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
         return "\n\n" + text.lstrip()
     return text
 
 
 def _is_open(prompt: Any) -> bool:
     """Return whether a prompt is a dialogue that a response completes."""
-    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(_LAST_TURN)
+    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:

@@ -1,16 +1,26 @@
-"""Preference data before tokenisation: every format is read into `PreferenceRecord`."""
+"""Preference data before tokenisation: every format is read into `PreferenceRecord`.
 
+Records belong to the training or to the evaluation data by the hash of their prompt.
+"""
+
+import hashlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from dpo_dist.config.data import Ranked
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.data import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 
+FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -38,6 +48,11 @@ Text: TypeAlias = str
 Messages: TypeAlias = tuple[Message, ...]
 Response: TypeAlias = Text | Messages
 """The content of one assistant turn; or all turns after the prompt, of which the last is the assistant's."""
+
+
+def turns_of(content: Response, role: str = "assistant") -> Messages:
+    """Return a prompt or a response as messages; a text is one turn of `role`."""
+    return (Message(role, content),) if isinstance(content, str) else content
 
 
 class Dialogue(tuple[Message, ...]):
@@ -176,3 +191,75 @@ def shown_key(key: Any) -> str:
     if len(name) > _MAX_SHOWN_CHARACTERS or len(name.split()) > _MAX_SHOWN_WORDS or not name.isprintable():
         return f"a name of {len(name)} characters"
     return name
+
+
+PromptHashes = npt.NDArray[np.uint64]
+_HASH_BYTES = 8
+# Characters without width that change no word: joiners, marks of direction, soft hyphens, byte-order marks.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+
+
+def prompt_hash(prompt: Prompt) -> int:
+    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen; see docs/data.md."""
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    if isinstance(prompt, str):
+        text = "\n\n" + prompt.strip()
+        is_dialogue = text.startswith(FIRST_TURN) and text.endswith(LAST_TURN)
+        prompt = Dialogue(text) if is_dialogue else turns_of(prompt, "user")
+    for message in prompt:
+        if message.role == "system" and not message.content.strip():
+            continue
+        for text in (message.role, message.content):
+            visible = text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+            content = " ".join(visible.split()).encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The records of sources that belong to the training data, or to the evaluation data.
+
+    `is_eval`: those of a split of the training sources by `share`. `held_out`: uint64 [prompts], ascending,
+    the `prompt_hash` of prompts that are not in the training data.
+    """
+
+    is_eval: bool = False
+    share: float = 0.0
+    held_out: PromptHashes | None = None
+
+    @property
+    def others(self) -> str:
+        """The name under which records of the other part are counted."""
+        return LEFT_IN_TRAIN if self.is_eval else HELD_OUT
+
+    @property
+    def identity(self) -> list[str]:
+        """A text for each property that selects records; empty if all records belong to this part."""
+        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r}"] if self.share else []
+        held_out = [] if self.held_out is None else [hashlib.blake2b(self.held_out.tobytes()).hexdigest()]
+        return split + held_out
+
+    def has(self, prompt: int) -> bool:
+        """Return whether records with this `prompt_hash` belong to this part."""
+        if self.held_out is not None:
+            index = int(np.searchsorted(self.held_out, np.uint64(prompt)))
+            if index < len(self.held_out) and int(self.held_out[index]) == prompt:
+                return False
+        seeded = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
+        drawn = int.from_bytes(hashlib.blake2b(seeded, digest_size=_HASH_BYTES).digest(), "little")
+        return not self.share or (drawn < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval
+
+
+ALL_RECORDS = Part()
+
+
+def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
+    """Return the part that is trained; `eval_prompts`: uint64 [examples], hashes of the evaluation data."""
+    held_out = None if eval_prompts is None or not config.drop_eval_prompts else np.unique(eval_prompts)
+    return Part(share=config.eval_share, held_out=held_out)
+
+
+def eval_part(config: DataConfig) -> Part:
+    """Return the part of the evaluation sources that is evaluated: all of `data.eval`, else the split's."""
+    return Part(is_eval=config.eval_share > 0, share=config.eval_share)

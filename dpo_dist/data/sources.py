@@ -1,26 +1,45 @@
-"""Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub."""
+"""Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub.
+
+Files are JSON lines, JSON, CSV and Parquet.
+"""
 
 import contextlib
+import csv
 import difflib
+import io
 import itertools
+import json
 import logging
 import os
 import re
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
+
+import pyarrow
+import pyarrow.parquet
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.read import KINDS, Meter, check_kind, file_kind, read_file, table_records
-from dpo_dist.data.records import RawRecord, shown_key
+from dpo_dist.data.messages import JSON, fault_of, parse_json, without_nulls
+from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import is_absent_offline, recall, remember, remembered_digest, text_digest
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (*KINDS, ".gz", ".zst")
+_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+_COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK_BYTES = 2**20
+_BATCH_RECORDS = 64
+_MAX_CELL_CHARACTERS = 2**31 - 1
+_ARGUMENTS = ("arguments", "parameters")
+_SPACES = re.compile(r"\s*")
+_SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _GLOB = re.compile(r"[*?\[]")
 _DATA_NAME = re.compile(
     r"\.(jsonl|json|csv|parquet|ndjson|jsonlines|tsv|arrow|feather)(\.(gz|zst|bz2|xz|zip|lz4|7z|br))?$",
@@ -32,33 +51,48 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
-def raw_records(
-    source: SourceConfig, meter: Meter | None = None, *, of_first: bool = False
-) -> Iterator[RawRecord]:
-    """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
+class Meter:
+    """The share of the bytes of a source's files that has been read; `total` is None if it is unknown."""
 
-    Its `reader` and `columns` have been applied; `of_first` is that of `with_columns`.
-    """
-    source = resolved(source)
-    written = itertools.islice(_written(source, meter or Meter()), source.limit)
-    return with_columns(written, source, of_first=of_first)
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self._done = 0
+        self._size = 0
+        self._position: Callable[[], int] = int
+
+    def start(self, file: Path, position: Callable[[], int]) -> None:
+        """Begin the next file; `position` returns the number of its bytes that have been read."""
+        self._done += self._size
+        self._size = file.stat().st_size
+        self._position = position
+
+    @property
+    def share(self) -> float | None:
+        """The share that has been read, from 0 to 1; None if the total is unknown."""
+        if not self.total:
+            return None
+        return min(1.0, (self._done + min(self._position(), self._size)) / self.total)
 
 
-def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
+def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
+    """Return the first `limit` records of a `resolved` source, by its `reader` and `columns`."""
+    meter = meter or Meter()
     files, local = local_files(source), Path(source.path).expanduser()
-    if files is not None and local.is_dir() and is_saved(local):
-        return _saved_records(local, source)
     names: Iterable[str] = map(str, files or ())
     if files is None:
         folder = _download(source)
         files = _data_files(folder, source)
         names = [f"{source.path}/{file.relative_to(folder)}" for file in files]
-    meter.total = sum(file.stat().st_size for file in files)
-    if files == [local]:
-        return read_file(local, source.path, meter)
-    return itertools.chain.from_iterable(
-        read_file(file, name, meter) for file, name in zip(files, names, strict=True)
-    )
+    elif files == [local]:
+        names = [source.path]
+    if is_saved(local):
+        records = _saved_records(local, source)
+    else:
+        meter.total = sum(file.stat().st_size for file in files)
+        records = itertools.chain.from_iterable(
+            read_file(file, name, meter) for file, name in zip(files, names, strict=True)
+        )
+    return with_columns(itertools.islice(records, source.limit), source)
 
 
 def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
@@ -88,7 +122,6 @@ def local_files(source: SourceConfig) -> list[Path] | None:
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(path).expanduser()
-    _check_path(local)
     looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
@@ -110,7 +143,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         raise _missing(local)
     files = [local] if local.is_file() else _globbed_files(str(local))
     for file in files:
-        check_kind(file, path)
+        _check_kind(file, path)
     return files
 
 
@@ -131,19 +164,15 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
-def _check_path(local: Path) -> None:
-    """Check that the system can look for the path. Raises DataError."""
-    try:
-        local.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError) as fault:
+def _check_kind(file: Path, path: str) -> None:
+    if file_kind(file) is None:
         raise DataError(
-            "the path cannot be opened",
-            where=shown_key(local),
-            got=str(getattr(fault, "strerror", fault)),
-            remedy="check the path and its permissions",
-        ) from fault
+            "this kind of file cannot be read",
+            where=path,
+            got=file.suffix or "a name without an extension",
+            expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
+            remedy="convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
+        )
 
 
 def _missing(file: Path) -> DataError:
@@ -153,8 +182,8 @@ def _missing(file: Path) -> DataError:
             where=str(file),
             remedy="write the records to a file: data are read several times",
         )
-    names = [] if dead_link(file) or not file.parent.is_dir() else [one.name for one in file.parent.iterdir()]
-    near = difflib.get_close_matches(file.name, names, n=3)
+    names = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
+    near = [] if dead_link(file) else difflib.get_close_matches(file.name, names, n=3)
     return DataError(
         "the file does not exist",
         where=str(file),
@@ -204,7 +233,7 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
             "the folder has no data files",
             where=str(folder),
             got=", ".join(file.name for file in below[:5]) or "an empty folder",
-            expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
+            expected=f"{', '.join(_KINDS)} files, or a folder written by Dataset.save_to_disk",
             remedy="check the path; a file with another ending is named itself, or by a pattern",
         )
     files = _data_files(folder, source, [file for file in below if _DATA_NAME.search(file.name)])
@@ -254,7 +283,7 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
         raise _no_split(source, splits)
     files = splits[source.split or "train"]
     for file in files:
-        check_kind(file, str(file))
+        _check_kind(file, str(file))
     return files
 
 
@@ -272,19 +301,12 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     """Return the records of a folder written by `Dataset.save_to_disk`."""
     from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
-    try:
+    with _as_data_error(source):
         saved = load_from_disk(str(folder))
-    except Exception as fault:  # the library's errors share no base class
-        raise DataError(
-            "the folder saved by datasets cannot be loaded",
-            where=str(folder),
-            got=first_line(fault),
-            remedy="save it again with Dataset.save_to_disk",
-        ) from fault
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
     if (source.split or "train") not in splits:
         raise _no_split(source, splits)
-    return table_records(splits[source.split or "train"], source.path)
+    return _of_table(splits[source.split or "train"], source.path)
 
 
 # The Hugging Face Hub.
@@ -351,7 +373,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
     except Exception as fault:
         is_folder = Path(source.path).expanduser().is_dir()
         raise DataError(
-            "the data files of the folder cannot be found" if is_folder else _NOT_FOUND,
+            "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
             where=_described(source),
             got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
@@ -363,6 +385,166 @@ def _described(source: SourceConfig) -> str:
     keys = ("name", "data_dir", "revision", "split")
     options = [f"{key} {getattr(source, key)}" for key in keys if getattr(source, key)]
     return f"{source.path} ({', '.join(options) or 'split train'})"
+
+
+# Files.
+
+
+def file_kind(file: Path) -> str | None:
+    """Return a file's extension without that of its compression; None if such files cannot be read."""
+    if file.suffix in _COMPRESSIONS:
+        inner = Path(file.stem).suffix
+        return inner if inner in _COMPRESSED_KINDS else None
+    return file.suffix if file.suffix in _KINDS else None
+
+
+def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
+    """Yield the records of a file, or why they cannot be read, in its order and in bounded memory.
+
+    Their origin is `path` with the 1-based line of their start in .jsonl and .csv, their number elsewhere.
+    Raises DataError: the file cannot be read.
+    """
+    try:
+        match file_kind(file):
+            case ".jsonl":
+                yield from _jsonl_records(_opened(file, meter), path)
+            case ".json":
+                yield from _numbered(_elements(_opened(file, meter), path), path)
+            case ".csv":
+                yield from _csv_records(_opened(file, meter), path)
+            case _:
+                yield from _of_table(_rows(file, path, meter), path)
+    except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
+        raise DataError(
+            "the file cannot be read to its end",
+            where=path,
+            # Some texts go on with an excerpt of the file, which is not shown.
+            got=first_line(fault).partition("\\n")[0].rstrip(),
+            expected="a whole file of the kind that its name says; a .json file is one array of objects",
+            remedy="check the file; if it is damaged or incomplete, write or download it again",
+        ) from fault
+
+
+def _of_table(rows: Iterable[Any], path: str) -> Iterator[RawRecord]:
+    """Yield the rows of a table with their numbers, tool calls with the arguments that they were given."""
+    return _numbered(map(_with_given_arguments, rows), path)
+
+
+def _with_given_arguments(value: Any) -> Any:
+    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    if isinstance(value, Mapping):
+        return {
+            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
+            for name, item in value.items()
+        }
+    return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
+
+
+def _numbered(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
+    return (_as_record(value, Origin(path, number)) for number, value in enumerate(values, start=1))
+
+
+def _as_record(value: Any, origin: Origin) -> RawRecord:
+    if isinstance(value, Mapping):
+        return value, origin
+    return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
+
+
+def _opened(file: Path, meter: Meter) -> BinaryIO:
+    """Open a file that may be compressed, after its byte-order mark."""
+    stored = file.open("rb")
+    meter.start(file, lambda: file.stat().st_size if stored.closed else stored.tell())
+    stream = stored
+    if file.suffix in _COMPRESSIONS:
+        unpacked = pyarrow.input_stream(stored, compression=_COMPRESSIONS[file.suffix])
+        stream = io.BufferedReader(unpacked, _BLOCK_BYTES)
+    if stream.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+        stream.read(len(BOM_UTF8))
+    return cast(BinaryIO, stream)
+
+
+def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
+    # Lines of bytes end at newlines only, not at Unicode separators.
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        origin = Origin(path, number)
+        try:
+            yield _as_record(parse_json(line), origin)
+        except ValueError as fault:
+            yield BadRecord("unparsable", origin, fault_of(fault)), origin
+
+
+def _elements(stream: BinaryIO, path: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array as they are parsed: it may be larger than memory."""
+    file = io.TextIOWrapper(stream, "utf-8")
+    text = file.read(_BLOCK_BYTES).lstrip()
+    if not text.startswith("["):
+        raise DataError(
+            "the JSON file is not an array",
+            where=path,
+            expected="one array of objects",
+            remedy="rename a file with one object per line to .jsonl",
+        )
+    at, separator = _after_spaces(text, 1), ","
+    if text.startswith("]", at):
+        at, separator = at + 1, "]"
+    while separator == ",":
+        try:
+            value, end = JSON.raw_decode(text, _after_spaces(text, at))
+            end = _after_spaces(text, end)
+        except json.JSONDecodeError:
+            end = len(text)
+        if end < len(text):
+            yield value
+            separator, at = text[end], end + 1
+        elif block := file.read(max(_BLOCK_BYTES, len(text) - at)):
+            text, at = text[at:] + block, 0  # the end of the last block has cut the element
+        else:
+            raise ValueError("the array is not closed, or an element is no JSON")
+    if separator != "]" or text[at:].strip() or file.read().strip():
+        raise ValueError("no comma after an element, or text after the array")
+
+
+def _after_spaces(text: str, at: int) -> int:
+    return _SPACES.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _csv_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
+    rows = csv.reader(io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), strict=True)
+    header = next(rows, [])
+    _check_columns(header, f"{path}:1")
+    line = rows.line_num + 1
+    for cells in rows:
+        origin, line = Origin(path, line), rows.line_num + 1
+        if len(cells) > len(header):
+            yield BadRecord("unparsable", origin, f"{len(cells)} cells for {len(header)} columns"), origin
+        elif cells:
+            yield dict(zip(header, cells, strict=False)), origin
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(
+            "two columns have the same name",
+            where=where,
+            got=", ".join(map(shown_key, names)),
+            remedy="rename one of them in the file",
+        )
+
+
+def _rows(file: Path, path: str, meter: Meter) -> Iterator[Any]:
+    # Buffered: else a whole column of a row group is loaded at once.
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
+    _check_columns(table.schema_arrow.names, path)
+    read = 0
+    per_row = file.stat().st_size / max(table.metadata.num_rows, 1)
+    meter.start(file, lambda: int(read * per_row))
+    for batch in table.iter_batches(batch_size=_BATCH_RECORDS):
+        yield from batch.to_pylist()
+        read += len(batch)
 
 
 # Labels.

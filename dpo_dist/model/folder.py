@@ -34,6 +34,8 @@ _OTHER_FORMS = (
 # What an adapter is, which is read from the one that is continued.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 _AGAIN = "download or save the model again"
+_COMMITS: dict[tuple[str, str | None], str] = {}
+"""Commits of this process's snapshots: a branch that moves while a run trains does not change its model."""
 
 
 def model_folder(
@@ -106,9 +108,12 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored))
+        commit = _COMMITS.get((path, revision), revision)
+        folder = Path(snapshot_download(path, revision=commit, ignore_patterns=ignored))
     except (OSError, HFValidationError, ValueError) as error:
         raise _not_found(path, key, first_line(error)) from None
+    _COMMITS[path, revision] = folder.name
+    return folder
 
 
 def check_cached_offline(path: str, key: str) -> None:

@@ -36,7 +36,7 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.prompts import Part, eval_part, train_part
+from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys

@@ -65,16 +65,20 @@ def rows(*prompts: str) -> bytes:
     ).encode()
 
 
-def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **environment: str) -> list[Any]:
-    environment = {
+def environment_of(folder: Path, url: str) -> dict[str, str]:
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
         "HF_ENDPOINT": url,
         "HF_HOME": str(folder / "home"),
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        **environment,
     }
+
+
+def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **environment: str) -> list[Any]:
     command = [sys.executable, "-c", _STEPS, str(folder / "encoded"), json.dumps(steps)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment_of(folder, url) | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     results: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return results
@@ -134,6 +138,25 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: HubSer
     )
     assert bare[0] == 2
     assert "could not be reached" in bare[1][1]
+
+
+def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: HubServer) -> None:
+    files = {"config.json": b"{}", "model.safetensors": (8).to_bytes(8, "little") + b"{}      "}
+    first = hub.commit("o/model", files)
+    find = "from dpo_dist.model.folder import *; print(model_folder('o/model', None).name, flush=True)"
+    describe = "print(description_folder('o/model', None).name)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{find}; input(); {find}; {describe}"],
+        env=environment_of(tmp_path, hub.url),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == first
+        assert hub.commit("o/model", files | {"config.json": b'{"changed": 1}'}) != first
+        rest, _ = process.communicate("\n")
+    assert rest.split() == [first, first]
 
 
 def test_jobs_that_start_at_once_keep_each_other_s_commits(

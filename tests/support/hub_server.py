@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub that reading datasets needs: commits, their trees and files."""
+"""The part of the Hugging Face Hub that reading needs: commits, their trees and files."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _found(self, path: str) -> tuple[bytes | None, dict[str, str]]:
         api = path.startswith("api/")
-        words = path.removeprefix("api/").removeprefix("datasets/").split("/")
+        words = path.removeprefix("api/").removeprefix("datasets/").removeprefix("models/").split("/")
         repository, what, rest = "/".join(words[:2]), *(words[2:3] or [""]), words[3:]
         commits = self.server.repositories.get(repository)
         revisions = self.server.revisions.get(repository, {})

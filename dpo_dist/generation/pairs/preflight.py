@@ -8,8 +8,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError

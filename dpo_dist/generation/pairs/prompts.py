@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.files import content_digest
 from dpo_dist.foundation.text import counted

@@ -13,7 +13,7 @@ import dpo_dist
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.formats import read_prompts
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.foundation.errors import DataError

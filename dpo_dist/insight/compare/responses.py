@@ -13,8 +13,8 @@ import torch
 from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.prompts import eval_part, prompt_hash, read_prompts
-from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt
+from dpo_dist.data.formats import read_prompts
+from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import whole_loading

@@ -21,10 +21,8 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.encode import CHUNK_RECORDS, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.prompts import Part, eval_part, train_part
-from dpo_dist.data.read import Meter
-from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.sources import pinned, source_labels
+from dpo_dist.data.records import BadRecord, Part, PreferenceRecord, eval_part, train_part
+from dpo_dist.data.sources import Meter, pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.benchmarks import Benchmark

@@ -12,8 +12,7 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
-from dpo_dist.data.prompts import eval_part, prompt_hash
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
 from dpo_dist.data.template import any_of, chosen_template
 from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.features import differences

@@ -59,7 +59,6 @@ def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, col
     ("columns", "names"),
     [
         ({"promt": "task"}, ("promt", "chosen", "did you mean prompt")),
-        ({"prompt": 3}, ("columns.prompt", "answers.good")),
         ({"*": "task"}, ("columns.*",)),
     ],
 )
@@ -195,7 +194,7 @@ def test_a_wrong_entry_is_an_error_at_the_start(
     ("content", "got"),
     [
         ("[1", "character"),
-        ('[{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]', "a list, as of ms-swift"),
+        ('[{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]', "a list without file_name"),
     ],
 )
 def test_a_description_of_another_program_is_no_registry(tmp_path: Path, content: str, got: str) -> None:
@@ -207,3 +206,4 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path, content
         with pytest.raises(DataError, match="no dataset_info") as raised:
             resolved(SourceConfig(path=str(path), name=name))
         assert got in raised.value.got
+        assert "dataset_path" in raised.value.remedy

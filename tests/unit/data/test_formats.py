@@ -16,8 +16,7 @@ import pytest
 from dpo_dist.config.data import DataConfig, DataFormat, TextTemplate, Truncation
 from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.encode import encode_chunk
-from dpo_dist.data.formats import parse_record, read_records
-from dpo_dist.data.prompts import parse_prompt
+from dpo_dist.data.formats import parse_prompt, parse_record, read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from tests.support import tiny
 from tests.support.pages import ROOT

@@ -11,8 +11,7 @@ import pytest
 from dpo_dist.config.data import DataConfig, Ranked, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
-from dpo_dist.data.prompts import Part, eval_part, prompt_hash, train_part
-from dpo_dist.data.records import Dialogue, Message, Prompt
+from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.records import assistant, jsonl, user

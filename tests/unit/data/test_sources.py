@@ -186,7 +186,7 @@ def test_the_card_of_a_folder_names_its_parts(tmp_path: Path) -> None:
     card = f"---\nconfigs: {json.dumps(configs)}\n---\n".encode()
     write(tmp_path, {"README.md": card, "one/a.jsonl": lines("1"), "two/a.jsonl": lines("2")})
     assert prompts(tmp_path, name="two") == ["2"]
-    assert "one" in refused(tmp_path, "files of the folder cannot be found")
+    assert "one" in refused(tmp_path, "data of the folder cannot be found")
 
 
 @pytest.mark.parametrize(

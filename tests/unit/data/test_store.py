@@ -14,8 +14,8 @@ from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.read import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.data.prompts import eval_part, prompt_hash
+from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine

@@ -12,7 +12,7 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.prompts import Part, eval_part, train_part
+from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.insight.doctor.examine import prepare
 from tests.support import tiny
