@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
 from dpo_dist.insight.console import Console
@@ -113,12 +112,18 @@ def load_evaluated(
     """
     config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    folder, finish, commit = base, None, None
+    folder, commit = base, None
+    finish: Callable[[PackedCausalLM], None] | None = None
     if evaluated.kind is Kind.checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
-        start = inputs.policy_files.adapter
-        finish = partial(_load_trained, Path(evaluated.path), start, config, world)
+
+        def load_trained(model: PackedCausalLM) -> None:
+            if config.model.adapter is not None:
+                add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
+            load_checkpoint_weights(model, Path(evaluated.path), world)
+
+        finish = load_trained
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
         found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
@@ -135,15 +140,6 @@ def load_evaluated(
     model_config = replace(scored_model(config), quantization=bits)
     model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
     return model, running, commit
-
-
-def _load_trained(
-    folder: Path, start: Path | None, config: RunConfig, world: World, model: PackedCausalLM
-) -> None:
-    """Give a model the weights that training changed: its own, or those of an adapter; collective."""
-    if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, start)
-    load_checkpoint_weights(model, folder, world)
 
 
 def write_evaluation(

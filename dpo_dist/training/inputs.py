@@ -62,7 +62,7 @@ from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.reference.engine import check_same_vocabulary
-from dpo_dist.training.resume import check_configuration, check_fresh_start, find_finished
+from dpo_dist.training.resume import check_fresh_start, find_finished
 from dpo_dist.training.start import Run
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
@@ -326,8 +326,7 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
 def _expected_start(config: RunConfig, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
     if config.run.resume is not Resume.never:
-        if finished := find_finished(config, folder):
-            check_configuration(finished.identity, config, folder)
+        if find_finished(config, folder):
             return "complete: nothing is left to train"
         if any(folder.checkpoints.glob("step-*")):
             return "has checkpoints: the run resumes"

@@ -36,7 +36,7 @@ from dpo_dist.reference.engine import (
     scored_model,
     scoring_tokens,
 )
-from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Reused, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.loss import Objective, ScoredPairs
@@ -234,7 +234,12 @@ def _stored(
     if compatible:
         reused = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused.entries
-        run.say(f"reference: {_describe_reused(reused)}")
+        described = [
+            counted(count, "log-prob")
+            + (" of this run's own numerics" if numerics == OWN_NUMERICS else f" computed with {numerics}")
+            for numerics, count in reused.entries.items()
+        ]
+        run.say(f"reference: {', '.join(described)}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
@@ -265,16 +270,6 @@ def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport
     for name in sorted(filled.damaged):
         run.say(f"warning: reference: damaged file ignored: {store}/{name}")
     return filled
-
-
-def _describe_reused(reused: Reused) -> str:
-    """Return the number of log-probs used of each numerics, in words."""
-    return ", ".join(
-        f"{counted(count, 'log-prob')} of this run's own numerics"
-        if numerics == OWN_NUMERICS
-        else f"{counted(count, 'log-prob')} computed with {numerics}"
-        for numerics, count in reused.entries.items()
-    )
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:

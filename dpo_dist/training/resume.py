@@ -167,11 +167,17 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
 
 
 def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
-    """Return the state of a run that is complete at the length of `config` and has its model, else None."""
+    """Return the state of a run that is complete at the length of `config` and has its model, else None.
+
+    It is an error if `config` is another one.
+    """
     state = read_state(folder)
     if state is None or not state.is_finished or former_length(state.identity, config) is not None:
         return None
-    return state if any(folder.model.glob("*.safetensors")) else None
+    if not any(folder.model.glob("*.safetensors")):
+        return None
+    check_configuration(state.identity, config, folder)
+    return state
 
 
 def check_newest_checkpoint(config: RunConfig) -> None:

@@ -38,7 +38,6 @@ from dpo_dist.training.reference import (
 )
 from dpo_dist.training.resume import (
     RunState,
-    check_configuration,
     check_identity,
     describe_change,
     identify,
@@ -105,10 +104,8 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
     mark_started(run, environment, state)
-    pairs, left = (
-        counted(inputs.sampler.global_batch_pairs, "pair"),
-        f", {done:,} of them done" if done else "",
-    )
+    left = f", {done:,} of them done" if done else ""
+    pairs = counted(inputs.sampler.global_batch_pairs, "pair")
     run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
     if decay is not None:
         kept = percent(decay**steps)
@@ -225,20 +222,16 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
 
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
-    arrangement, provider, pads = policy.model.arrangement, reference.provider, False
-    if provider.engine is not None:
-        pads = provider.engine.model.arrangement is Arrangement.padded
-    inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
-    if arrangement is Arrangement.packed:
-        if pads:
-            rows = "the reference computes padded rows, one response each; micro-batches fit them"
-            run.say(f"unpacked: {rows}")
-        return inputs
-    how = "one response per forward"
-    if arrangement is Arrangement.padded:
-        how = "one response per row, padded to the longest of the micro-batch"
-    run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
-    return inputs
+    arrangement, engine = policy.model.arrangement, reference.provider.engine
+    pads = engine is not None and engine.model.arrangement is Arrangement.padded
+    if arrangement is not Arrangement.packed:
+        how = "one response per forward"
+        if arrangement is Arrangement.padded:
+            how = "one response per row, padded to the longest of the micro-batch"
+        run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
+    elif pads:
+        run.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
+    return replace(inputs, arrangement=arrangement, reference_pads=pads)
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report: dict[str, Any]) -> Position:
@@ -264,12 +257,9 @@ def _open_recorder(run: Run, position: Position) -> Recorder | None:
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not run.world.is_main:
         return None
-    owes = position.owes_evaluation
+    owes, ask = position.owes_evaluation, partial(run.stops.request.ask, BY_TRACKER)
     metrics = MetricsLog.open(run.folder, position.step or None, run.say, owes_evaluation=owes)
-    ask, environment = (
-        partial(run.stops.request.ask, BY_TRACKER),
-        json.loads(run.folder.environment.read_bytes()),
-    )
+    environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(
         run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
     )
@@ -279,7 +269,6 @@ def _open_recorder(run: Run, position: Position) -> Recorder | None:
 def _complete(run: Run, finished: RunState) -> int:
     """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
-    world.on_main(partial(check_configuration, finished.identity, run.config, folder))
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:

@@ -130,19 +130,16 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
             got=str(run),
             remedy=f"use its model {run.model}" if run.model.is_dir() else "train it until its first one",
         )
-    best = best_checkpoints(run.checkpoints)
-    if named == "best" and not best:
-        kept = "a run with trainer.keep_best, after its first evaluation"
-        remedy = f"set {_CHECKPOINT}=latest, or name one of {run.checkpoints}"
-        raise ConfigError("this run has no best checkpoint", where=_CHECKPOINT, expected=kept, remedy=remedy)
-    name = {"best": best[0] if best else "", "latest": found[0].name}.get(named, named)
-    folder = next((one for one in found if step_of(one.name) == step_of(name)), None)
+    best = next(iter(best_checkpoints(run.checkpoints)), "best")
+    name = {"best": best, "latest": found[0].name}.get(named, named)
+    step = step_of(name)
+    folder = next((one for one in found if step_of(one.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_CHECKPOINT,
             got=named,
             expected=", ".join(other.name for other in found),
-            remedy="name one of them",
+            remedy="name one of them; a run with trainer.keep_best has a best one",
         )
     return folder

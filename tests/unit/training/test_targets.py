@@ -52,7 +52,7 @@ def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
         find_exported(named(config, "step-000300"))
     assert missing.value.expected == "step-000200, step-000100"
     (tmp_path / "checkpoints" / "best").unlink()
-    with pytest.raises(ConfigError, match="no best checkpoint"):
+    with pytest.raises(ConfigError, match="does not have this checkpoint"):
         find_exported(named(config, "best"))
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="has no checkpoint"):
