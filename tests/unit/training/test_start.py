@@ -270,12 +270,12 @@ def test_a_complete_run_continues_to_a_greater_length_only(
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
     complete(config_of(tmp_path))
     other = config_of(tmp_path, "trainer.epochs=2", "optim.lr=0.5")
-    assert isinstance(start_of(other), RunState), "which `train` then refuses"
-    RunFolder.of(other).state.unlink()
-    with pytest.raises(CheckpointError, match="belongs to another configuration") as error:
-        start_of(other)
-    assert "optim.lr=0.5" in error.value.got
-    assert "optim.lr=1e-06" in error.value.expected
+    for _ in ("a complete run", "a run with a checkpoint"):
+        with pytest.raises(CheckpointError, match="belongs to another configuration") as error:
+            start_of(other)
+        assert "optim.lr=0.5" in error.value.got
+        assert "optim.lr=1e-06" in error.value.expected
+        RunFolder.of(other).state.unlink(missing_ok=True)
 
 
 # Room on the disk: checkpoints of 12 GiB, and a model of 2 GiB, of 2^30 weights in bf16.
@@ -294,15 +294,12 @@ def check_room(
     [
         ({"save_every": 10}, (), 36),  # two kept, and the one that is written beside them
         ({"save_every": 10, "keep_last": 1}, (), 24),
-        ({"save_every": 10, "keep_last": 0}, (), 24),
         ({"save_every": 50}, (), 26),  # two in all, and the model beside them
         ({"save_every": 0}, (), 14),
-        ({"save_every": 10, "steps_done": 95}, (), 14),
         ({"save_every": 10, "steps": 11, "steps_done": 9}, (), 26),
         ({"save_every": 10, "steps": 100, "steps_done": 100}, (), 2),  # the model alone is missing
         ({"save_every": 0, "keep_best": "eval_loss", "eval_every": 10}, (), 48),
         ({"save_every": 10, "steps_done": 20, "keep_last": 1}, (10, 20), 12),
-        ({"save_every": 10, "steps_done": 20, "keep_last": 2}, (10, 20), 12),
         ({"save_every": 10, "steps_done": 20, "keep_last": 3}, (10, 20), 24),
     ],
 )

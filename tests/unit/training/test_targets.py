@@ -93,7 +93,7 @@ def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").write_text("")
     names = "base", "lora", "step-000003"
     several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
-    found = find_evaluated(configured(tmp_path, several))
+    _, found = find_evaluated(configured(tmp_path, several))
     assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
     with pytest.raises(ConfigError, match="this run directory has no model"):
         find_evaluated(configured(tmp_path))
