@@ -32,10 +32,9 @@ from dpo_dist.training.inputs import (
     shared_model_folder,
     with_stored_reference,
 )
-from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.step import Objective, evaluate
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 Results = dict[str, dict[str, Any]]

@@ -38,12 +38,20 @@ from dpo_dist.insight.verdict.facts import is_collapsed, usual_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.loss import Objective, ReadyStep
 from dpo_dist.training.resume import Identity
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.start import Run
 from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, throughput
-from dpo_dist.training.step import StepClock, StepTotals, evaluate, pair_losses, reduce_step, train_step
+from dpo_dist.training.step import (
+    Objective,
+    ReadyStep,
+    StepClock,
+    StepTotals,
+    evaluate,
+    pair_losses,
+    reduce_step,
+    train_step,
+)
 
 _STEPS_WITHOUT_WARMUP = 10_000
 """The time scale of `inverse_sqrt` without warm-up, as in transformers."""
@@ -58,7 +66,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     the number of steps is. The schedules of transformers start the warm-up one step later: their first step
     has a rate of 0 and does not change the weights; after the warm-up they are equal.
     """
-    warmup_steps = warmup_length(optim, steps)
+    warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
     if step < warmup_steps:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -75,14 +83,9 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
 
 
-def warmup_length(optim: OptimConfig, steps: int) -> int:
-    """Return the number of warm-up steps of a run of `steps`."""
-    return math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
-
-
 def check_warmup(optim: OptimConfig, steps: int) -> None:
     """Check that the warm-up ends within a run of `steps`."""
-    if warmup_length(optim, steps) > steps:
+    if optim.warmup_steps is not None and optim.warmup_steps > steps:
         raise ConfigError(
             "the warm-up is longer than the run, so that optim.lr is never reached",
             where="optim.warmup_steps",

@@ -39,8 +39,8 @@ from dpo_dist.reference.engine import (
 from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.loss import Objective, ScoredPairs
 from dpo_dist.training.start import Run, open_run, say_header
+from dpo_dist.training.step import Objective, ScoredPairs
 
 _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.

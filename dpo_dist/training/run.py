@@ -28,7 +28,6 @@ from dpo_dist.reference.engine import ReferenceEngine, ReferenceProvider, settle
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, check_warmup, still_there
-from dpo_dist.training.loss import Objective
 from dpo_dist.training.reference import (
     Reference,
     check_drift,
@@ -56,6 +55,7 @@ from dpo_dist.training.start import (
     say_header,
 )
 from dpo_dist.training.state import Position
+from dpo_dist.training.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest) -> int:

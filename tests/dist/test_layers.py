@@ -16,7 +16,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import Objective
 from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole
 from tests.support.packing import pack_unkeyed, random_pairs

@@ -19,8 +19,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.step import Objective, evaluate
 from tests.dist.scenario import LOSS, Assets, files_of, load_policy, one_step
 from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, plain_logps
