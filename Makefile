@@ -1,6 +1,6 @@
 BIN := .venv/bin
 
-.PHONY: help env format lint audit check test docs golden
+.PHONY: help env format lint check test docs golden
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
@@ -15,10 +15,7 @@ format: env ## format the code and apply ruff's safe fixes
 lint: ## check format, lint rules, types and spelling
 	@./scripts/lint.sh
 
-audit: env ## look for known vulnerabilities of the pinned packages
-	@./scripts/audit.sh
-
-check: lint audit ## lint, audit, then the unit tests
+check: lint ## lint, then the unit tests
 	./scripts/test.sh tests/unit
 
 test: ## run all tests

@@ -43,7 +43,7 @@ def check(config: RunConfig) -> int:
     """Check everything that needs no weights and no GPU; return the exit code."""
     check_pairs(config)
     with warnings_off():
-        from dpo_dist.generation.pairs.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
+        from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
     return ExitCode.completed

@@ -504,8 +504,11 @@ JUDGING = "compare pairs"
 class EndpointConfig:
     """A judge behind an OpenAI-compatible API; prompts and responses are sent to it."""
 
-    url: Filled | None = key(
-        None, "Address up to the version: `http://localhost:8000/v1`; null: no such judge."
+    url: str | None = key(
+        None,
+        "Address up to the version: `http://localhost:8000/v1`; null: no such judge.",
+        accepts="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
+        pattern=r"^https?://[^\s/@?]+(/[^\s?]*)?$",
     )
     model: Filled | None = key(None, "Name of the model, as the endpoint lists it.")
     verdicts: Verdicts = key(

@@ -14,7 +14,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord, text_characters
+from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord, turns_of
 from dpo_dist.data.sources import Meter, file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
@@ -28,6 +28,10 @@ from dpo_dist.foundation.files import (
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 13
+_ENCODING_KEYS = (
+    *("max_length", "max_prompt_length", "truncation", "text_as_messages", "template_arguments", "ranked"),
+    "on_bad_record",
+)
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*"),
@@ -88,19 +92,11 @@ def _write(
 
     def encoded() -> Generator[pa.RecordBatch, None, None]:
         records, state = 0, _identities(source)
-        try:
-            with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
-                for chunk in chunks:
-                    yield chunk
-                    records += len(chunk)
-                    count(len(chunk), share_read(meter, source.limit, records))
-        except OSError as fault:
-            raise DataError(
-                "the source cannot be read",
-                where=source.path,
-                got=str(fault),
-                remedy="check the files, their disk and their permissions",
-            ) from fault
+        with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
+            for chunk in chunks:
+                yield chunk
+                records += len(chunk)
+                count(len(chunk), share_read(meter, source.limit, records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _identities(source) != state:
             raise DataError(
@@ -134,7 +130,9 @@ def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
     characters = 0
     for record in read_records(source, meter):
         chunk.append(record)
-        characters += 0 if isinstance(record, BadRecord) else text_characters(record)
+        if not isinstance(record, BadRecord):
+            texts = (record.prompt, *record.responses)
+            characters += sum(len(turn.content) for text in texts for turn in turns_of(text))
         if len(chunk) == CHUNK_RECORDS or characters > _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -154,22 +152,14 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "truncation": config.truncation,
-        "text_as_messages": config.text_as_messages,
+        **{name: getattr(config, name) for name in _ENCODING_KEYS},
         "template_applied": config.template is TextTemplate.applied,
         "template_date": TEMPLATE_DATE,
-        "template_arguments": config.template_arguments,
         "trained_roles": sorted(set(config.trained_roles)),
         "untrained": sorted(set(config.untrained)),
-        "ranked": config.ranked,
-        "on_bad_record": config.on_bad_record,
         "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
         "kinds": [file_kind(file) for file in local_files(source) or []],
-        "format": source.format,
-        "split": source.split,
-        "columns": source.columns,
+        **{name: getattr(source, name) for name in ("format", "split", "columns")},
         "reader": source.reader and find_function(source.reader, READER).digest,
         "part": part.identity,
     }

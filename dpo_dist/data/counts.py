@@ -16,7 +16,6 @@ from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
 EMPTY_REMEDY = "check the path, or remove the source"
-_PLAIN = "chat_template_not_applied"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
 )
@@ -38,14 +37,10 @@ def remedy_of(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one record.
+    """Result of one record: the reason why it was `dropped`, or the number of its `pairs` (0: other part).
 
-    Attributes:
-        dropped: the reason why it was dropped; None if it was kept.
-        pairs: the number of examples made from it; 0 without a reason if it belongs to the other part of a
-            split into training and evaluation data.
-        changed: number of changes of each kind; for a dropped record the fields that no format reads.
-        read_as: form of the prompt, and how it is rendered; empty for a record that was not kept.
+    `changed`: number of changes of each kind; for a dropped record the fields that no format reads.
+    `read_as`: form of the prompt, and how it is rendered; empty for a record that was not kept.
     """
 
     dropped: str | None = None
@@ -123,26 +118,17 @@ def in_one_line(counts: Mapping[str, int]) -> str:
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records; of each source also how it was read."""
     lines = [f"{name} data: {_kept(counts)}", *describe_dropped(counts["dropped"])]
-    changed = {
-        key: number for key, number in counts.items() if isinstance(number, int) and number and key != _PLAIN
-    }
     lines += [
-        f"  {changed[change]:,} {change}: {in_words(change)}"
-        for change in sorted(changed.keys() - {"read", "kept", "pairs"})
+        f"  {number:,} {change}: {in_words(change)}"
+        for change, number in sorted(counts.items())
+        if isinstance(number, int) and number and change not in ("read", "kept", "pairs")
     ]
     for source in counts["sources"]:
         found = f"{source['path']}: {counted(source['kept'], 'record')}"
         if len(counts["sources"]) > 1:
-            dropped = "".join(
-                f", {number:,} {reason}" for reason, number in sorted(source["dropped"].items())
-            )
+            dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
             found = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
         lines.append(f"  {found}: {read_in_words(source['read_as'])}")
-    if plain := counts.get(_PLAIN):
-        lines.append(
-            f"  {plain:,} of {counted(counts['kept'], 'record')} {'is' if plain == 1 else 'are'} plain text, "
-            "without the chat template (data.text_as_messages=true makes their prompts user turns)"
-        )
     return lines
 
 
@@ -207,17 +193,17 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
     dropped = counts.dropped.total()
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
-    main_reason = max(counts.dropped, key=lambda reason: counts.dropped[reason])
-    reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
-    detail = f"; {main_reason}: {counts.details[main_reason]}" if counts.details.get(main_reason) else ""
-    remedy = remedy_of(main_reason)
+    reason = max(counts.dropped, key=lambda name: counts.dropped[name])
+    reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
+    detail = f"; {reason}: {counts.details[reason]}" if reason in counts.details else ""
+    remedy = remedy_of(reason)
     if "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
-    what = f"none of the first {counts.read} records can be used" if of_first else "no record can be used"
+    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
+    what = f"none of {first}{counts.read} records can be used" if of_first else "no record can be used"
     if counts.kept:
-        what = f"{dropped} of {'the first ' if of_first else ''}{counts.read} records cannot be used"
+        what = f"{dropped} of {first}{counts.read} records cannot be used"
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
-    rest = " (the others were not looked at)" if of_first else ""
     raise DataError(
         what,
         where="; ".join(counts.examples[:5]) or path,

@@ -1,24 +1,35 @@
-"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
+"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks; its micro-batches.
 
 Token ids and masks are never loaded. The other columns are, about 140 bytes a pair.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
-from dpo_dist.batching.pack import Mask, Sequences, packed_tokens
-from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
+from dpo_dist.batching.pack import (
+    RESPONSES_OF_DUMMY,
+    Mask,
+    PackedBatch,
+    Sequences,
+    dummy_batch,
+    pack,
+    packed_tokens,
+)
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices, Span
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.data.counts import check_counts, check_split
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
     MEMO_FOLDER,
@@ -26,11 +37,10 @@ from dpo_dist.data.store import (
     EncodedSource,
     columns_of,
     counts_of,
-    data_fingerprint,
     read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import recall, remember
+from dpo_dist.foundation.files import recall, remember, text_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,48 +56,27 @@ class PreferenceDataset:
     An example has one response (supervised), two (chosen, rejected) or more (a ranking), best first. Its
     pieces are its prompt, then its responses. Examples of one ranking share the token ids of their pieces. An
     index is the position of an example in the dataset, a response index that of a response in `keys`.
-
-    Attributes:
-        fingerprint: digest of everything that decides the token ids.
-        counts: counts of the records (`DataCounts.as_dict`); those of each source under `sources`.
-        source_paths: the files of the records.
-        source_pairs: number of examples of each source.
-        source_labels: label of each source; sources with the same one are counted together.
-        largest_id: upper bound of the token ids in `ids`.
-        ids: int32 [tokens].
-        piece_starts: int64 [pieces], offset of each piece in `ids`.
-        piece_tokens: int32 [pieces], length of each piece.
-        first_pieces: int64 [examples + 1], index of each example's prompt in the pieces; their number.
-        keys: uint64 [responses, 2], `encode.response_key` of each response, in the order of the examples.
-        scores: float64 [responses], nan if a record has no scores.
-        trained: bool [tokens of responses with a mask], whether the loss counts a token.
-        mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
-        trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
-        truncated: bool [responses], whether the end of a response was cut, with its end of turn.
-        prompts: uint64 [examples], a hash of each record's prompt.
-        origins: int64 [examples, 2], index in `source_paths`, and line.
-        encoded: the sources on disk.
     """
 
-    fingerprint: str
-    counts: dict[str, Any]
-    source_paths: tuple[str, ...]
-    source_pairs: tuple[int, ...]
-    source_labels: tuple[str, ...]
-    largest_id: int
-    ids: Array | pa.ChunkedArray
-    piece_starts: Array
-    piece_tokens: Array
-    first_pieces: Array
-    keys: Array
-    scores: Array
-    trained: Array | pa.ChunkedArray
-    mask_starts: Array
-    trained_tokens: Array
-    truncated: Array
-    prompts: Array
-    origins: Array
-    encoded: tuple[EncodedSource, ...] = ()
+    fingerprint: str  # digest of everything that decides the token ids
+    counts: dict[str, Any]  # of the records (`DataCounts.as_dict`); those of each source under `sources`
+    source_paths: tuple[str, ...]  # the files of the records
+    source_pairs: tuple[int, ...]  # number of examples of each source
+    source_labels: tuple[str, ...]  # sources with the same one are counted together
+    largest_id: int  # upper bound of the token ids in `ids`
+    ids: Array | pa.ChunkedArray  # int32 [tokens]
+    piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
+    piece_tokens: Array  # int32 [pieces], length of each piece
+    first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
+    keys: Array  # uint64 [responses, 2], `encode.response_key` of each, in the order of the examples
+    scores: Array  # float64 [responses], nan if a record has no scores
+    trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
+    mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
+    trained_tokens: Array  # int32 [responses], tokens that the loss counts; of more, the response has a mask
+    truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
+    prompts: Array  # uint64 [examples], a hash of each record's prompt
+    origins: Array  # int64 [examples, 2], index in `source_paths`, and line
+    encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -221,12 +210,106 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
     counts = counts_of(every)
     check_split(counts)
     return PreferenceDataset(
-        fingerprint=data_fingerprint(sources),
+        fingerprint=text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources])),
         counts=counts.as_dict() | {"sources": by_source},
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
         **columns_of(every),
+    )
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's share of a global batch; every rank has the same number of micro-batches."""
+
+    dataset: PreferenceDataset
+    micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; an empty one is a dummy
+    positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
+    pairs: int  # examples of the global batch, over all ranks; as are all that follow
+    tokens: int
+    rows_tokens: int  # `tokens` with each prompt once for each of its responses
+    targets: int  # completion tokens that the loss counts
+    attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
+    mean_chosen_tokens: float  # mean number of targets in the chosen responses
+    sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
+    only_chosen: bool = False
+    forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """Collate this rank's micro-batches in order, on the host."""
+        for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
+            yield replace(collate(self.dataset, indices, self.only_chosen), forwards=forwards)
+
+
+def shard_batch(
+    dataset: PreferenceDataset,
+    indices: Indices,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
+    only_chosen: bool = False,
+) -> RankBatch:
+    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch)."""
+    counts = dataset.response_counts(indices)
+    responses = dataset.response_indices(indices)
+    if only_chosen:
+        responses, counts = responses[np.cumsum(counts) - counts], np.ones_like(counts)
+    sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
+    positions = tuple(tuple(ranks[rank]) for ranks in plan)
+    return RankBatch(
+        dataset=dataset,
+        micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
+        positions=positions,
+        pairs=len(indices),
+        tokens=int(sizes.tokens.sum()),
+        rows_tokens=int(sizes.rows_tokens.sum()),
+        targets=int(sizes.targets.sum()),
+        attended=int(sizes.attended.sum()),
+        mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
+        sources=dataset.label_numbers(indices) if dataset.labels else None,
+        only_chosen=only_chosen,
+        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[own].sum()) for own in ranks)) for ranks in plan),
+    )
+
+
+def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
+    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
+    labels = dataset.labels
+    if not indices:
+        none = torch.zeros(1, dtype=torch.int64) if labels else None
+        return replace(dummy_batch(), labels=labels, sources=none)
+    selected = [0] if only_chosen else None
+    ranges = [dataset.response_range(index) for index in indices]
+    keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
+    sequences = [dataset.sequences(index, selected, masked=True) for index in indices]
+    if not has_keys(sequences, keys):
+        raise damaged_ids(dataset, indices)
+    packed = pack(sequences, keys)
+    return replace(
+        packed,
+        score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
+        labels=labels,
+        sources=torch.from_numpy(dataset.label_numbers(indices)) if labels else None,
+    )
+
+
+def has_keys(sequences: Sequence[Sequences], keys: Keys) -> bool:
+    """Return whether the content keys of responses, computed from their token ids, are `keys`."""
+    found = (response_key(pair.prompt_ids, ids) for pair in sequences for ids in pair.responses)
+    return b"".join(found) == np.ascontiguousarray(keys).tobytes()
+
+
+def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataError:
+    """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
+    return DataError(
+        "token ids of the encoded data do not match their content key",
+        where="; ".join(str(dataset.origin(example)) for example in examples[:5]),
+        got=f"{len(examples)} records in micro-batches with such ids",
+        expected="the ids that were encoded: these have other log-probs",
+        remedy="delete the folder data.cache and start again: the data are encoded again",
     )
 
 

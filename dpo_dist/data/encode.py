@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, SpecialTokenInTextError, any_text
+from dpo_dist.data.escape import RESERVED, any_text
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -31,9 +31,8 @@ from dpo_dist.data.records import (
     prompt_hash,
     training_examples,
 )
-from dpo_dist.data.render import Rendered, render_record
+from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
 from dpo_dist.data.store import SCHEMA
-from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
 
@@ -46,21 +45,13 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """A record as token ids; the input of a model is the prompt followed by one response.
+    """A record as token ids; the input of a model is the prompt followed by one response."""
 
-    Attributes:
-        prompt_ids: int32 [prompt tokens], at least one.
-        responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        changes: names in counts.yaml.
-        trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
-        truncated: for each response whether its end was cut, and with it its end of turn.
-    """
-
-    prompt_ids: TokenIds
-    responses: tuple[TokenIds, ...]
-    changes: frozenset[str] = frozenset()
-    trained: tuple[Mask, ...] = ()
-    truncated: tuple[bool, ...] = ()
+    prompt_ids: TokenIds  # int32 [prompt tokens], at least one
+    responses: tuple[TokenIds, ...]  # int32 [response tokens], best first; the end of turn is last unless cut
+    changes: frozenset[str] = frozenset()  # names in counts.yaml
+    trained: tuple[Mask, ...] = ()  # bool [response tokens], whether the loss counts each; empty: all count
+    truncated: tuple[bool, ...] = ()  # for each response whether its end was cut, and with it its end of turn
     read_as: str = ""
 
     @property
@@ -92,8 +83,6 @@ def encode_pair(
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
         )
-    except SpecialTokenInTextError:
-        return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
     truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
     if len(set(map(tuple, kept))) < len(kept):
         return BadRecord(f"identical_after_{'truncation' if any(truncated) else 'encoding'}", record.origin)
@@ -188,17 +177,11 @@ def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRecord:
-    """The examples of one record. They share one encoding, so each response is stored and scored once.
+    """The examples of one record. They share one encoding, so each response is stored and scored once."""
 
-    Attributes:
-        encoded: the prompt and the responses that an example uses; others count for no limit.
-        ranks: for each example the indices of its responses in `encoded.responses`, best first.
-        scores: of `encoded.responses`, nan if the record has none.
-    """
-
-    encoded: EncodedExample
-    ranks: list[list[int]]
-    scores: list[float]
+    encoded: EncodedExample  # the prompt and the responses that an example uses; others count for no limit
+    ranks: list[list[int]]  # for each example the indices of its responses in `encoded`, best first
+    scores: list[float]  # of the responses of `encoded`, nan if the record has none
     ties: int
 
     def examples(self) -> list[EncodedExample]:
@@ -331,7 +314,8 @@ def in_order(
     chunks = iter(chunks)
     if processes is None:
         first = list(itertools.islice(chunks, _MIN_CHUNKS))
-        processes = 1 if len(first) < _MIN_CHUNKS else min(_usable_cores(), _MAX_PROCESSES)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = 1 if len(first) < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
@@ -356,27 +340,23 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 _works: list[Callable[[Records], Any]] = []
 """The work of this process; set in a spawned process."""
 
 
 def _start_process(work: Callable[[Records], Any]) -> None:
     """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
-    _works.append(work)
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
+    _works.append(work)
 
 
 def _work(records: Records) -> Any:

@@ -5,12 +5,13 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import AddedToken, Tokenizer
 
-from dpo_dist.data.records import Message
+from dpo_dist.data.records import Message, UnusableRecordError
 from dpo_dist.data.template import THOUGHT_TAGS, any_of
 from dpo_dist.foundation.errors import ConfigError
 
@@ -33,19 +34,13 @@ Piece: TypeAlias = tuple[int, int, bool]
 
 
 class Marks:
-    """The control tokens of a tokenizer and its chat template; marks in their place.
-
-    Attributes:
-        tokens: every control token, sorted; its index is the number in its mark.
-        in_text: pattern of the tokens that are marked in any text.
-        in_response: those that are marked in an assistant turn, where the model itself writes the tags of
-            thoughts and of tool calls.
-        anywhere: pattern of all of them, marked in all other turns, in tools and in arguments.
-    """
+    """The control tokens of a tokenizer and its chat template; marks in their place."""
 
     def __init__(self, special: Collection[str], written_by_template: Collection[str]):
         """Args: special tokens and tokens around turns; further added tokens that the template writes."""
-        self.tokens = sorted({*special, *written_by_template})
+        self.tokens = sorted({*special, *written_by_template})  # the index of each is the number in its mark
+        # Marked in any text; in an assistant turn, where the model itself writes the tags of thoughts and of
+        # tool calls; in all other turns, in tools and in arguments.
         self.in_text = any_of(special)
         self.in_response = any_of(set(special) - set(THOUGHT_TAGS))
         self.anywhere = any_of(self.tokens)
@@ -56,20 +51,24 @@ class Marks:
         self._literal_or_token = re.compile(f"{_LITERAL}|{token}")
         self._in_place = re.compile(f"{_BEFORE}({token})|({token}){_AFTER}")
 
-    def escape(self, text: str) -> str:
-        """Return a text with a mark in place of each special token or token around turns."""
-        return self.in_text.sub(self._mark, text)
+    def escape(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
+        """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
+        return (pattern or self.in_text).sub(lambda found: self._marks[found[0]], text)
 
     def replaced(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with each token that matches `pattern` replaced by its mark."""
-        return _mapped(value, partial(pattern.sub, self._mark))
+        return _mapped(value, lambda text: self.escape(text, pattern))
 
     def in_place(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token, so that a template still finds it in the text.
 
         The mark is after a token at the start of a text and before any other one.
         """
-        return _mapped(value, partial(pattern.sub, _beside))
+
+        def beside(found: re.Match[str]) -> str:
+            return _BEFORE + found[0] if found.string[: found.start()].strip() else found[0] + _AFTER
+
+        return _mapped(value, lambda text: pattern.sub(beside, text))
 
     def settle(self, rendered: str) -> str:
         """Return the output of a template for marked values with marks only in place of tokens."""
@@ -92,9 +91,6 @@ class Marks:
             parts += [before, replaced]
             length, done = length + len(before) + len(replaced), found.end()
         return "".join([*parts, escaped[done:]]), [*pieces, (length, done, True)]
-
-    def _mark(self, found: re.Match[str]) -> str:
-        return self._marks[found[0]]
 
 
 def alias_of(token: str) -> str:
@@ -120,10 +116,6 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_mapped(name, change): _mapped(part, change) for name, part in value.items()}
     return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _beside(found: re.Match[str]) -> str:
-    return _BEFORE + found[0] if found.string[: found.start()].strip() else found[0] + _AFTER
 
 
 def token_ids(
@@ -169,21 +161,16 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
 _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
 
 
-class SpecialTokenInTextError(Exception):
-    """A content spells a special token, and the tokenizer has no other tokens for that text."""
-
-
+@dataclass(eq=False)
 class EscapedEncoder:
-    """A tokenizer, and copies of it that encode spelled control tokens as text."""
+    """A tokenizer, and copies of it that encode spelled control tokens as text; a pattern of added tokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", marks: Marks, added: re.Pattern[str]):
-        """Args: the tokenizer, its control tokens, and the pattern of all its added tokens."""
-        self._tokenizer = tokenizer
-        self._marks = marks
-        self._added = added
+    _tokenizer: "PreTrainedTokenizerBase"
+    _marks: Marks
+    _added: re.Pattern[str]
 
     def encode(self, escaped: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added tokens. Raises SpecialTokenInTextError."""
+        """Return the token ids of each text, without added tokens. Raises UnusableRecordError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped, self._literal_copy)
         return token_ids(self._tokenizer, escaped)
@@ -246,10 +233,10 @@ class EscapedEncoder:
         self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
     ) -> list[list[int]]:
         encoded = token_ids(tokenizer, [self._marks.with_aliases(text)[0] for text in escaped], literal=True)
-        # Some vocabularies have special tokens as ordinary pieces; these cannot be encoded as text.
+        # Some vocabularies have special tokens as ordinary pieces.
         special_ids = set(self._real_ids.values()) - {self._tokenizer.unk_token_id}
         if any(not special_ids.isdisjoint(ids) for ids in encoded):
-            raise SpecialTokenInTextError
+            raise UnusableRecordError("special_token_in_text", "the tokenizer cannot encode it as text")
         return [[self._real_ids.get(token, token) for token in ids] for ids in encoded]
 
     def _with_starts(

@@ -59,8 +59,6 @@ _OF_RESPONSES = frozenset(
         *("empty_response", "identical_responses"),
     )
 )
-# Reasons that the other records of a source share, if the first ones have them.
-_SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field", "reader_failed"})
 _MAX_SHOWN_KEYS = 12
 
 
@@ -120,11 +118,9 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         if not isinstance(record, BadRecord):
             return
         bad.append(record)
-    is_whole = next(records, None) is None
-    reasons = Counter(one.reason for one in bad)
-    if is_whole or _SHARED_REASONS.issuperset(reasons):
-        outcomes = {Outcome(dropped=reason): number for reason, number in reasons.items()}
-        check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=not is_whole)
+    of_first = next(records, None) is not None
+    outcomes = Counter(Outcome(dropped=one.reason) for one in bad)
+    check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=of_first)
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
@@ -167,8 +163,8 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     if name is DataFormat.auto:
         _check_no_other(record, content)
     read = row.read or reader_of(content.prompt, content.responses)
-    if read is None and has_only_sides(record):
-        read = read_implicit
+    if read is None and all(name in _BESIDE_SIDES or value is None for name, value in record.items()):
+        read = read_implicit  # the sides are all that there is
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
         is_empty = content.prompt is None and any(record.get(name) is not None for name in fields)
@@ -307,6 +303,8 @@ _PAIR_SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+# Sides that have no other fields beside them contain their prompt.
+_BESIDE_SIDES = frozenset((*SIDE_NAMES, *itertools.chain(*_PAIR_SCORES), "metadata"))
 
 
 def _sides(record: Fields) -> tuple[str, str] | None:
@@ -324,12 +322,6 @@ def _sides(record: Fields) -> tuple[str, str] | None:
 def has_pair(record: Fields) -> bool:
     """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
     return _sides(record) is not None
-
-
-def has_only_sides(record: Fields) -> bool:
-    """Return whether the sides of a pair are all that a record has, so that they contain its prompt."""
-    known = {*SIDE_NAMES, *itertools.chain(*_PAIR_SCORES), "metadata"}
-    return all(name in known or value is None for name, value in record.items())
 
 
 def pair(record: Fields) -> Content:
@@ -351,11 +343,10 @@ def pair(record: Fields) -> Content:
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     metadata = from_json(record.get("metadata"))
-    inner = metadata if isinstance(metadata, Mapping) else {}
-    for fields, names in itertools.product((record, inner), _PAIR_SCORES):
+    places = [record, metadata] if isinstance(metadata, Mapping) else [record]
+    for fields, names in itertools.product(places, _PAIR_SCORES):
         scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
-        has_score = [score is not None for score in scores]
-        if all(has_score) or (any(has_score) and names == _PAIR_SCORES[0]):
+        if None not in scores or (names == _PAIR_SCORES[0] and scores != [None, None]):
             return _finite(scores)
     return None
 
@@ -434,14 +425,19 @@ def _first(fields: Fields, names: Iterable[str]) -> Any:
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if one is not."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+    numbers = tuple(math.nan if isinstance(one, bool) else _number(one) for one in values) if is_list else ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """Return a number, perhaps written as text; nan for anything else."""
     try:
-        given = [] if isinstance(values, str | Mapping) else list(values)
-        numbers = tuple(map(float, given))
-        if numbers and all(map(math.isfinite, numbers)) and bool not in map(type, given):
-            return numbers
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        pass
-    raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
+        return math.nan
 
 
 _LABELS = ("label", "kto_tag")
@@ -501,7 +497,9 @@ def with_context(
     is_dialogue = isinstance(prompt, Dialogue)
     messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]
-    unread += [name for name, neutral in _UNREAD_NUMBERS.items() if not _is_number(record.get(name), neutral)]
+    for name, neutral in _UNREAD_NUMBERS.items():
+        if record.get(name) not in (None, "") and _number(record[name]) != neutral:
+            unread.append(name)
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     given += [_THINKING] if record.get(_THINKING) not in (None, "") else []
     turns: list[Message] = []
@@ -527,32 +525,26 @@ def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) ->
     """Add the turns of a record's system text and history to `turns`; return the ambiguous fields."""
     unread = []
     for name in _SYSTEMS:
-        text = record.get(name)
-        first = [*turns, *prompt][:1]
+        text, first = record.get(name), [*turns, *prompt][:1]
         if not has_value(text):
             continue
         if isinstance(text, str) and (not first or first[0].role != "system"):
             turns.append(Message("system", text))
         elif not isinstance(text, str) or first[0].content.strip() != text.strip():
             unread.append(name)
-    if has_value(record.get("history")):
-        exchanges = _exchanges(from_json(record["history"]))
-        if exchanges is None or [message.role for message in prompt] != ["user"]:
-            return [*unread, "history"]
-        turns += exchanges
-    return unread
-
-
-def _exchanges(history: Any) -> list[Message] | None:
-    """Return the turns of a list of messages or of [question, answer] pairs; None if it is anything else."""
-    if is_messages(history):
-        return list(messages_of(history, role="user"))
-    if not isinstance(history, list) or any(
-        not isinstance(pair, list) or list(map(type, pair)) != [str, str] for pair in history
+    history = from_json(record.get("history"))
+    if not has_value(history):
+        return unread
+    if isinstance(history, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
     ):
-        return None
-    roles = itertools.cycle(("user", "assistant"))
-    return [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
+        roles = itertools.cycle(("user", "assistant"))
+        turns += [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
+    elif is_messages(history):
+        turns += messages_of(history, role="user")
+    else:
+        unread.append("history")
+    return unread if [turn.role for turn in prompt] == ["user"] else [*dict.fromkeys([*unread, "history"])]
 
 
 def _tools(value: Any) -> tuple[Fields, ...]:
@@ -591,14 +583,6 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
     whole += [prompt.text] if isinstance(prompt, Dialogue) else []
     texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
     return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
-
-
-def _is_number(value: Any, neutral: float) -> bool:
-    """Return whether a field is empty or this number, perhaps as text."""
-    try:
-        return value in (None, "") or float(value) == neutral
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 _FEW = {1: ("the completion",), 2: ("chosen", "rejected")}

@@ -4,7 +4,7 @@ import ast
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -201,13 +201,12 @@ def _read_message(fields: Fields) -> Message:
 
 def _parts(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield the kind and the value of the parts of a content: text, a thought or a tool call."""
-    for part in content if isinstance(content, list) and content else [content]:
-        kind, value = "text", part
-        if isinstance(part, Mapping) and content is not part:
-            kind = part.get("type", "text")
-            names = (kind, "text", "value") if kind in _PARTS else ()
-            value = next((part[name] for name in names if part.get(name) is not None), None)
-        if kind != "tool_call" and not (kind in _PARTS and isinstance(value, str)):
+    for part in content if isinstance(content, list) and content else [{"text": content}]:
+        fields = part if isinstance(part, Mapping) else {"text": part}
+        kind = fields.get("type", "text")
+        names = (kind, "text", "value") if kind in _PARTS else ()
+        value = next((fields[name] for name in names if fields.get(name) is not None), None)
+        if kind != "tool_call" and not isinstance(value, str):
             raise UnusableRecordError(
                 "unread_content", "the content of a message is not a text", ("content",)
             )
@@ -220,19 +219,20 @@ def _tool_calls(value: Any) -> list[Fields]:
     calls = [found] if isinstance(found, Mapping) else found
     if not isinstance(calls, list) or not calls:
         raise UnusableRecordError("invalid_tool_call", "a tool call is no JSON object and no list of them")
-    return [_tool_call(call) for call in calls]
-
-
-def _tool_call(call: Any) -> Fields:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
-    arguments = function.get("arguments", function.get("parameters"))
-    arguments = from_json(arguments) if has_value(arguments) else {}
-    if not isinstance(arguments, Mapping):
-        raise UnusableRecordError("invalid_tool_call", "the arguments of a tool call are not a JSON object")
-    kept = {"id": call["id"]} if has_value(call.get("id")) else {}
-    return kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    read: list[Fields] = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
+        arguments = function.get("arguments", function.get("parameters"))
+        arguments = from_json(arguments) if has_value(arguments) else {}
+        if not isinstance(arguments, Mapping):
+            raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not a JSON object")
+        kept = {"id": call["id"]} if has_value(call.get("id")) else {}
+        read.append(
+            kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
+    return read
 
 
 def _is_trained(fields: Fields) -> bool | None:
@@ -358,7 +358,7 @@ def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int
         return sides, 0
     prompt = messages_of(given, role="user")
     size = len(prompt)
-    if all(len(side) > size and _seen(side[:size]) == _seen(prompt) for side in sides):
+    if all(len(side) > size and side[:size] == prompt for side in sides):
         return sides, size
     if all(side[0].role in ("assistant", "tool") for side in sides):
         return [(*prompt, *side) for side in sides], size
@@ -378,14 +378,9 @@ def _parting(sides: list[Messages]) -> int:
     if len(sides) == 1:
         trained = (at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant")
         return next(trained, limit)
-    turns = enumerate(zip(*map(_seen, sides), strict=False))
+    turns = enumerate(zip(*sides, strict=False))
     different = (at for at, same in turns if any(turn != same[0] for turn in same))
     return min(next(different, limit), limit)
-
-
-def _seen(turns: Iterable[Message]) -> list[tuple[str, str, Fields]]:
-    """Return everything of messages that their model sees."""
-    return [(turn.role, turn.content, turn.fields) for turn in turns]
 
 
 def _response(turns: Messages) -> Response:

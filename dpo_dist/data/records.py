@@ -41,7 +41,7 @@ class Message:
     role: str
     content: str
     fields: Fields = field(default_factory=dict)
-    is_trained: bool | None = None
+    is_trained: bool | None = field(default=None, compare=False)
 
 
 Text: TypeAlias = str
@@ -175,14 +175,6 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
             pairs = list(itertools.combinations(indices, 2))
             untied: list[Ranks] = [pair for pair in pairs if scores[pair[0]] != scores[pair[1]]]
             return untied, len(pairs) - len(untied)
-
-
-def text_characters(record: PreferenceRecord) -> int:
-    """Return about how many characters the texts of a record have."""
-    return sum(
-        len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
-        for text in (record.prompt, *record.responses)
-    )
 
 
 def shown_key(key: Any) -> str:

@@ -17,7 +17,7 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, text_digest
+from dpo_dist.foundation.files import staged_file
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def write_source(
 ) -> Path:
     """Write the records of a source in constant memory; return their file in the cache."""
     final = cache / f"{fingerprint}{'' if limit is None else f'{_FIRST}{limit}'}{_ENDING}"
+    root = root_of(path).expanduser()
     if final.exists():
         log.warning("%s is damaged and is encoded again", final)
     try:
@@ -81,7 +82,8 @@ def write_source(
             pa.ipc.new_file(file, SCHEMA) as writer,
         ):
             for batch in _large(batches):
-                files = [_relative_name(path, source) for source in batch["file"].to_pylist()]
+                sources = (Path(source).expanduser() for source in batch["file"].to_pylist())
+                files = [os.path.relpath(source, root) for source in sources]
                 writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
@@ -103,10 +105,6 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             pending = []
     if pending:
         yield pa.concat_batches(pending)
-
-
-def _relative_name(path: str, source: str) -> str:
-    return os.path.relpath(Path(source).expanduser(), root_of(path).expanduser())
 
 
 def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
@@ -211,8 +209,3 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
 
 def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     return np.asarray(pc.list_value_length(lists), dtype=np.int64)
-
-
-def data_fingerprint(sources: Iterable[EncodedSource]) -> str:
-    """Return the fingerprint of data in several sources."""
-    return text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources]))

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THOUGHT_TAGS = ("<think>", "</think>")
-_CLOCK = "strftime_now"
-_CLOCK_CALL = re.compile(rf"""{_CLOCK}\(\s*(["'])(.*?)\1\s*\)""")
+_CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Tags of transformers, which Jinja itself does not know.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", _CLOCK}
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 
 
 @lru_cache(maxsize=8)
@@ -140,16 +139,12 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
     except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
     found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
-    return set(filter(_has_delimiters, found - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}))
+    around = found - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
+    return {token for token in around if has_delimiters(token)}
 
 
-def written_tokens(added: Collection[str], chat_template: str | None) -> set[str]:
-    """Return the added tokens that a template names, such as tags of tool calls, and the tags of thoughts."""
-    named = {token for token in added if token in (chat_template or "") and _has_delimiters(token)}
-    return named | set(THOUGHT_TAGS).intersection(added)
-
-
-def _has_delimiters(token: str) -> bool:
+def has_delimiters(token: str) -> bool:
+    """Return whether an added token is a tag rather than a word or spaces."""
     return not token.isspace() and not token.isalnum()
 
 

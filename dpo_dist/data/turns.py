@@ -107,7 +107,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, marks: Marks):
         self._tokenizer = tokenizer
-        self.template = template
+        self.template, self._traced = template, _with_marks(template)
         self._marks = marks
 
     def turn(self, message: Message) -> Forms:
@@ -170,10 +170,6 @@ class ChatRenderer:
                 remedy="use the chat template of an instruction-tuned model of the same family",
             )
         return after
-
-    @cached_property
-    def _traced(self) -> str:
-        return _with_marks(self.template)
 
     @cached_property
     def _takes_objects(self) -> bool:

@@ -11,13 +11,12 @@ import os
 import re
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,7 +26,7 @@ from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdi
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.generation.pairs.files import as_fields, context_fields
@@ -61,29 +60,6 @@ class Judgement:
 
     scores: list[float | None]
     counts: Counter[str] = field(default_factory=Counter)
-
-
-class Judge(Protocol):
-    """Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError."""
-
-    def check(self) -> str:
-        """Check the judge without its weights, an endpoint by one request; return what it is in words."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return everything that the scores depend on, without secrets."""
-
-    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the judgement of each question, in their order."""
-
-
-def open_judge(config: RunConfig, device: torch.device = _CPU) -> Judge | None:
-    """Return the judge of the configuration, if it has one."""
-    pairs = config.pairs
-    if pairs.reward_model is not None:
-        return RewardModel(pairs.reward_model, config.model, Path(config.reference.store), device)
-    if pairs.function is not None:
-        return FunctionJudge(pairs.function)
-    return None if pairs.endpoint.url is None else EndpointJudge(pairs.endpoint)
 
 
 class FunctionJudge:
@@ -275,17 +251,13 @@ _GRADE = (
     "You grade a response of an assistant to a conversation by this criterion: {criterion}. "
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
-_CHOICE = re.compile(r"\[\[(A|B|tie)\]\]")
-_NUMBER = re.compile(r"\[\[(\d+)\]\]")
-_GRADES = [str(grade) for grade in range(1, 11)]
+_ASKED = {
+    1: (_GRADE, re.compile(r"\[\[(\d+)\]\]"), ["response"]),
+    2: (_COMPARE, re.compile(r"\[\[(A|B|tie)\]\]"), ["response_A", "response_B"]),
+}
+"""By the number of responses: the instruction, the form of a verdict, the names of the responses."""
+_VERDICTS = {"A", "B", "tie", *map(str, range(1, 11))}
 _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ())
-
-
-class Reply(NamedTuple):
-    """The assistant's text, empty if it has none; or status and code of a refusal of this request."""
-
-    text: str = ""
-    refusal: str = ""
 
 
 class EndpointJudge:
@@ -301,7 +273,7 @@ class EndpointJudge:
         self._openai, self._config = openai, config
         key = os.environ.get(_KEY_VARIABLE, "").strip()
         self._client = openai.OpenAI(
-            base_url=_checked(config.url or ""),
+            base_url=config.url,
             api_key=key or "none",
             timeout=TIMEOUT_SECONDS,
             max_retries=retries,
@@ -316,7 +288,8 @@ class EndpointJudge:
 
     def _check(self, client: Any) -> None:
         harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
-        if refusal := self._ask(harmless, client).refusal:
+        _, refusal = self._ask(harmless, client)
+        if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
 
     def describe(self) -> dict[str, Any]:
@@ -337,60 +310,30 @@ class EndpointJudge:
 
         Counts: `requests`, `refused`, `unreadable`, and of comparisons `position_disagreements`.
         """
-        work = self._compare if self._config.verdicts is Verdicts.compare else self._grade
+        size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
+        orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
+        asked = [(each, order) for each, own in zip(questions, orders, strict=True) for order in own]
         pool = ThreadPoolExecutor(self._config.parallel_requests, "judge")
         try:
-            judgements = list(pool.map(work, questions))
+            verdicts = iter(list(pool.map(lambda each: self._verdict(*each), asked)))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
+        judgements = [
+            _judgement(len(each.responses), dict(zip(own, verdicts, strict=False)))
+            for each, own in zip(questions, orders, strict=True)
+        ]
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
             self._check(self._client)  # all requests of a short part may be refused for their texts
         return judgements
 
-    def _compare(self, question: Question) -> Judgement:
-        """Return the share of comparisons that each response has won, each two compared in both positions."""
-        counts: Counter[str] = Counter()
-        won: list[list[float]] = [[] for _ in question.responses]
-        for one, other in itertools.combinations(range(len(won)), 2):
-            first, second = question.responses[one], question.responses[other]
-            verdicts = (
-                self._verdict(_COMPARE, _CHOICE, question, counts, response_A=first, response_B=second),
-                self._verdict(_COMPARE, _CHOICE, question, counts, response_A=second, response_B=first),
-            )
-            if None in verdicts:
-                continue
-            # In the second request the positions are swapped.
-            credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(verdicts, 0.5)  # type: ignore[arg-type]
-            counts["position_disagreements"] += credit == 0.5 and verdicts != ("tie", "tie")
-            won[one].append(credit)
-            won[other].append(1 - credit)
-        return Judgement([sum(own) / len(own) if own else None for own in won], counts)
-
-    def _grade(self, question: Question) -> Judgement:
-        counts: Counter[str] = Counter()
-        verdicts = [
-            self._verdict(_GRADE, _NUMBER, question, counts, response=response)
-            for response in question.responses
-        ]
-        return Judgement([None if verdict is None else float(verdict) for verdict in verdicts], counts)
-
-    def _verdict(
-        self,
-        instruction: str,
-        form: re.Pattern[str],
-        question: Question,
-        counts: Counter[str],
-        **responses: str,
-    ) -> str | None:
-        """Return the last verdict of a reply, as others are thoughts; None, and counted, if it has none."""
-        reply = self._ask(self._messages(instruction, question, **responses))
-        counts.update(requests=1, refused=bool(reply.refusal))
-        found = form.findall(reply.text)
-        if found and (form is _CHOICE or found[-1] in _GRADES):
-            return str(found[-1])
-        counts["unreadable"] += not reply.refusal
-        return None
+    def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
+        """Return the verdict on one response, or on two; `refused` or `unreadable` without one."""
+        instruction, form, names = _ASKED[len(order)]
+        responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
+        text, refusal = self._ask(self._messages(instruction, question, **responses))
+        found = form.findall(text)  # those before the last one are thoughts
+        return found[-1] if found and found[-1] in _VERDICTS else "refused" if refusal else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
         content = {"conversation": question.prompt, **context_fields(question.record), **responses}
@@ -399,8 +342,11 @@ class EndpointJudge:
             {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
         ]
 
-    def _ask(self, messages: list[Any], client: Any = None) -> Reply:
-        """Return the reply to a conversation, at temperature 0 if the endpoint can."""
+    def _ask(self, messages: list[Any], client: Any = None) -> tuple[str, str]:
+        """Return the assistant's text, if any, or status and code of a refusal of this request.
+
+        At temperature 0, if the endpoint can.
+        """
         options = self._options
         try:
             found: Any = (client or self._client).chat.completions.create(
@@ -417,15 +363,15 @@ class EndpointJudge:
             refusal = ", ".join(str(fact) for fact in facts if fact)
             if error.status_code not in _REFUSES_TEXTS:
                 raise self._unusable(refusal) from None
-            return Reply(refusal=refusal)
+            return "", refusal
         except (self._openai.APIError, ValueError) as error:
             raise self._unusable(type(error).__name__) from None
         choices = getattr(found, "choices", None)
         if choices is None:
             raise self._unusable("a reply that is no chat completion")
         if not choices or choices[0].finish_reason == "length":  # the end of a reply has the verdict
-            return Reply()
-        return Reply(choices[0].message.content or "")
+            return "", ""
+        return choices[0].message.content or "", ""
 
     def _unusable(self, fault: str) -> ConfigError:
         return ConfigError(
@@ -437,13 +383,38 @@ class EndpointJudge:
         )
 
 
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc or parts.query:
-        raise ConfigError(
-            "this is no address of an endpoint",
-            where=_URL,
-            expected="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
-            remedy=f"put the key into the environment variable {_KEY_VARIABLE}",
-        )
-    return url
+def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judgement:
+    """Return grades, or the share of comparisons that each response has won."""
+    faults = [verdict for verdict in verdicts.values() if verdict not in _VERDICTS]
+    counts = Counter(faults) + Counter(requests=len(verdicts))
+    if (0,) in verdicts:
+        return Judgement([float(each) if each in _VERDICTS else None for each in verdicts.values()], counts)
+    won: list[list[float]] = [[] for _ in range(responses)]
+    for one, other in itertools.combinations(range(responses), 2):
+        both = verdicts[one, other], verdicts[other, one]
+        if both[0] in faults or both[1] in faults:
+            continue
+        # In the second request the positions are swapped.
+        credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(both, 0.5)
+        counts["position_disagreements"] += credit == 0.5 and both != ("tie", "tie")
+        won[one].append(credit)
+        won[other].append(1 - credit)
+    return Judgement([sum(own) / len(own) if own else None for own in won], counts)
+
+
+Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge
+"""Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError.
+
+`check` checks it without its weights, an endpoint by one request, and returns what it is in words; `describe`
+returns everything that the scores depend on, without secrets; `judge` the judgement of each question.
+"""
+
+
+def open_judge(config: RunConfig, device: torch.device = _CPU) -> Judge | None:
+    """Return the judge of the configuration, if it has one."""
+    pairs = config.pairs
+    if pairs.reward_model is not None:
+        return RewardModel(pairs.reward_model, config.model, Path(config.reference.store), device)
+    if pairs.function is not None:
+        return FunctionJudge(pairs.function)
+    return None if pairs.endpoint.url is None else EndpointJudge(pairs.endpoint)

@@ -16,8 +16,7 @@ from torch import Tensor
 from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.collate import damaged_ids, has_keys
-from dpo_dist.data.dataset import Keys, PreferenceDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset, damaged_ids, has_keys
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked

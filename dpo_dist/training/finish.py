@@ -137,15 +137,15 @@ def run_card(
     `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
     `is_evaluated`: whether the last evaluation of training is one of this model.
     """
-    folder, evaluation = RunFolder.of(config), {}
+    folder, evaluation, found = RunFolder.of(config), {}, [""]
     with spared("the model card", say):
         judged = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         judged_summary = {**summary, "verdict": judged.as_dict()}
-        return model_card(config, judged_summary, evaluation, versions)
-    return ""
+        found = [model_card(config, judged_summary, evaluation, versions)]
+    return found[0]
 
 
 def data_findings(folder: RunFolder) -> list[dict[str, Any]]:

@@ -37,10 +37,10 @@ from dpo_dist.data.dataset import (
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.data.render import end_notes
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
-from dpo_dist.data.tokenizer import end_notes
 from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.text import counted

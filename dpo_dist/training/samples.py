@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
 from dpo_dist.generation.sampling.generate import (
-    Generates,
     NotFiniteError,
     Request,
     Sampling,
@@ -64,7 +64,7 @@ class Samples:
     starts_as_reference: bool = False
     reference: list[Row] | None = None
 
-    def at(self, step: int, policy: Generates) -> dict[str, float]:
+    def at(self, step: int, policy: Engine) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
         Gives way before each batch of prompts. There is no file if the model's logits are not finite, and no
@@ -92,12 +92,12 @@ class Samples:
 
         return self.run.write(write)
 
-    def open(self, policy: Generates) -> None:
+    def open(self, policy: Engine) -> None:
         """Ask the policy, at its start or without its adapter, for the reference's responses if not known."""
         if self.reference is None and self.starts_as_reference:
             self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
-    def ask_reference(self, model: Generates, *, of_base: bool = False) -> None:
+    def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
         """Set the reference's responses to those of a model, and write them."""
         self.reference = self._ask(model, of_base=of_base)
         if self.reference is not None:
@@ -120,7 +120,7 @@ class Samples:
             return None
 
     def _ask(
-        self, model: Generates, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
+        self, model: Engine, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
     ) -> list[Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]

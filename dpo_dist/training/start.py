@@ -21,8 +21,7 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.data.collate import RankBatch, shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.dataset import PreferenceDataset, RankBatch, shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.kernels import load_async_io

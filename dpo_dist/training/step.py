@@ -27,7 +27,7 @@ from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig, Weighting
-from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.process import prefetch

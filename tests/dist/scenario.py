@@ -14,8 +14,7 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
-from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import PolicyEngine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, SavedSlices, load_checkpoint
 from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.dataset import PreferenceDataset, shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine, frozen_config, sharded_loading
 from dpo_dist.model.load import TORCH_DTYPES, load_packed

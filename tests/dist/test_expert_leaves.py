@@ -24,7 +24,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, frozen_config
 from dpo_dist.model.attention import PACKED

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans

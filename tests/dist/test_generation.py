@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans

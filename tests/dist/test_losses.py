@@ -15,8 +15,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
 from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.kernels import check_async_io, own_folder
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine

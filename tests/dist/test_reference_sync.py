@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError

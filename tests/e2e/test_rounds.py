@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from tests.support.launch import run_verb, running, wait_until
 from tests.support.tiny_model import write_model
 
 
-def warm(command: list[str], _: Path) -> int:
+def warm(command: str, _: Path) -> int:
     """Run a round's command on a process forked from the warm parent."""
-    ended = run_verb(command[2].rpartition(".")[2], list(command[3:]))
+    words = shlex.split(command)
+    ended = run_verb(words[2].rpartition(".")[2], words[3:])
     print(ended.output)
     return ended.code
 

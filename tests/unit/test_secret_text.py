@@ -90,7 +90,7 @@ def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     config = load_run_config([*given, f"tracking.project={secret}"])
     folder = RunFolder.of(config)
     check_settings(config, folder)
-    command_of("pairs", config, folder.path / "stage", ["python"])
+    command_of("pairs", config, folder.path / "stage", "python")
     folder.round(1).round_result.parent.mkdir(parents=True)
     folder.round(1).round_result.write_text("{}")
     check_settings(config, folder)  # the same settings, compared without their secrets

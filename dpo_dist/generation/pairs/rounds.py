@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -16,10 +16,9 @@ from typing import Any, TypeAlias
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.rules import Rule, check
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsConfig, ReferenceMode, RoundReference, RunConfig, Verdicts
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, Verdicts
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
 from dpo_dist.foundation.process import EXIT_CODES, exit_codes, stop_signals
@@ -33,28 +32,9 @@ _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 _FREE = ("rounds", "launcher")
 
 Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[list[str], Path], int]
+Run: TypeAlias = Callable[[str, Path], int]
 Result: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
-
-
-_WHY = "rounds cannot be done with this setting"
-_RULES = (
-    Rule("pairs.method!=samples", _WHY, "set pairs.method=samples"),
-    Rule("pairs.models!=[]", _WHY, "name the first policy by model.path"),
-    Rule(f"model.path={NO_MODEL}", _WHY, "set it to the policy of the first round"),
-    Rule(
-        "pairs.launcher",
-        f"{_WHY}: it is started by one process",
-        "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
-        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    ),
-)
-
-
-def check_rounds(config: RunConfig) -> None:
-    """Check that rounds can be done with this configuration, by one process."""
-    check(config, _RULES)
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
@@ -80,35 +60,21 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
+def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None) -> str:
+    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+
+    By default `dpo_dist.launch` starts it, if there are several GPUs.
+    """
     write_text(folder / "experiment" / f"{_EXPERIMENT}.yaml", to_yaml(config))
-    return [*start, "-m", f"dpo_dist.{verb}", "--config-dir", str(folder), f"+experiment={_EXPERIMENT}"]
+    if launcher is None:
+        import torch  # noqa: PLC0415  (slow, and only needed here)
+
+        several = torch.cuda.device_count() > 1
+        launcher = shlex.quote(sys.executable) + (" -m dpo_dist.launch" if several else "")
+    return f"{launcher} -m dpo_dist.{verb} --config-dir {shlex.quote(str(folder))} +experiment={_EXPERIMENT}"
 
 
-def launcher(written: str | None) -> list[str]:
-    """Return the start of a command: as written, by default `dpo_dist.launch` if there are several GPUs."""
-    if written is not None:
-        try:
-            return shlex.split(written)
-        except ValueError as fault:
-            raise _bad_launcher(f"{written}: {fault}") from None
-    import torch  # noqa: PLC0415  (slow, and only needed here)
-
-    several = torch.cuda.device_count() > 1
-    return [sys.executable, *(("-m", "dpo_dist.launch") if several else ())]
-
-
-def _bad_launcher(got: str) -> ConfigError:
-    return ConfigError(
-        "the launcher cannot be started",
-        where="pairs.launcher",
-        got=got,
-        remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
-    )
-
-
-def run_command(command: list[str], codes: Path) -> int:
+def run_command(command: str, codes: Path) -> int:
     """Run a command to its end and return its exit code; signals to stop are passed on to it.
 
     Its processes write their exit codes to files at `codes`: a launcher replaces them by its own, usually 1.
@@ -119,10 +85,15 @@ def run_command(command: list[str], codes: Path) -> int:
     try:
         # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
         process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
-            command, env=environment, stdout=output_descriptor(), start_new_session=True
+            shlex.split(command), env=environment, stdout=output_descriptor(), start_new_session=True
         )
-    except OSError as fault:
-        raise _bad_launcher(f"{command[0]}: {fault.strerror}") from None
+    except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
+        raise ConfigError(
+            "the launcher cannot be started",
+            where="pairs.launcher",
+            got=f"{command}: {first_line(fault)}",
+            remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
+        ) from None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
@@ -191,7 +162,6 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
 
     They end early at a preempted training, and at samples without a pair.
     """
-    check_rounds(config)
     folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
     remedy = "wait until it ends, or set another run.dir"
     with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
@@ -241,7 +211,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     )
     say(f"round {number}: samples of {stage.model.path}")
     below = folder.path / "sampling"
-    code = run(command_of("pairs", stage, below, launcher(pairs.launcher)), below / "exit_codes")
+    code = run(command_of("pairs", stage, below, pairs.launcher), below / "exit_codes")
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     is_relative = pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
@@ -271,7 +241,7 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"
-    code = run(command_of("train", stage, below, launcher(config.pairs.launcher)), below / "exit_codes")
+    code = run(command_of("train", stage, below, config.pairs.launcher), below / "exit_codes")
     if code == ExitCode.preempted:
         say(f"round {number}: the training stopped with a checkpoint; the same command continues")
         return code, None

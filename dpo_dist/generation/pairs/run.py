@@ -1,4 +1,4 @@
-"""Make the preference records of `pairs.method`: from models' responses or from scores in the data."""
+"""Preference records of `pairs.method`, from responses or from scores in the data; their `--check`."""
 
 import itertools
 import json
@@ -6,50 +6,94 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.counts import in_one_line
+from dpo_dist.data.formats import read_prompts, read_records
+from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord
+from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
+from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.generation.pairs.files import (
+    Read,
     as_fields,
     check_output,
     context_fields,
+    good_records,
     pair_fields,
     prompt_key,
+    prompt_row,
     read_prompt_row,
     training_records,
     write_lines,
     write_results,
 )
 from dpo_dist.generation.pairs.people import label_pairs
-from dpo_dist.generation.pairs.prompts import generation_settings, write_prompts
 from dpo_dist.generation.pairs.start import responding_models
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import (
+    KEY,
     Answer,
     Answers,
-    Generate,
     ModelSource,
-    Responder,
+    find_model,
     open_generator,
     open_responder,
-    respond,
+    usable_prompt,
 )
-from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
+from dpo_dist.generation.sampling.stages import (
+    Parts,
+    Screen,
+    Stages,
+    as_asked,
+    generation_settings,
+    joined_stages,
+)
 
 MEMORY_REMEDY = (
     "lower pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
+
+
+PART_PROMPTS = 64
+"""Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
+
+
+def write_prompts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
+    """Write the different prompts of `data.train`, in their order, as parts of a stage."""
+    pairs = config.pairs
+    seen: set[str] = set()
+    counts: Counter[str] = Counter()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record in training_records(config, read_prompts, say, lambda: len(seen) == pairs.limit):
+            asked = as_asked(record, config.data)
+            key = prompt_key(asked)
+            if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
+                counts["in_other_parts"] += 1
+            elif key in seen:
+                counts["repeated"] += 1
+            else:
+                seen.add(key)
+                yield prompt_row(asked)
+
+    prompts = Parts.written(folder, "prompts", rows(), PART_PROMPTS)
+    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
+    say(f"prompts: {counted(len(seen), 'different one')}{skipped}")
+    return prompts
 
 
 def select_pairs(
@@ -252,26 +296,13 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     }
     world.on_main(lambda: check_output(folder.pairs_file, settings))
 
-    def responses(source: ModelSource, numbers: range) -> Parts:
-        """Return the responses of one model; its weights are loaded for the first part to do."""
-
-        @cache
-        def opened() -> tuple[Responder, Generate]:
-            responder = open_responder(source, config)
-            return responder, open_generator(responder, config, world.device)
-
-        def part(index: int) -> list[dict[str, Any]]:
-            records = list(map(read_prompt_row, prompts.read(index)))
-            return list(map(asdict, respond(records, *opened(), sampling, numbers)))
-
-        own = {"model": source.digest, "numbers": [numbers.start, count]}
-        parts = Parts.of(folder.pairs_parts, "responses", generation | own, prompts.count)
-        return stages.finish(f"responses of {source.name}", parts, part)
-
     of_models = []
     for index, model in enumerate(models):
-        of_models.append(responses(model, range(index * count, (index + 1) * count)))
-        return_memory()  # of the model: the next one needs it
+        opened = cache(partial(open_generator, model, config, world.device))
+        numbers = range(index * count, (index + 1) * count)
+        of_models.append(stages.responses(model, prompts, config, sampling, numbers, opened))
+        opened.cache_clear()  # the next one needs its memory
+        return_memory()
 
     def scored(index: int) -> list[dict[str, Any]]:
         records = list(map(read_prompt_row, prompts.read(index)))
@@ -331,6 +362,91 @@ def _scored_pairs(
             }
             responses = record.responses[better], record.responses[worse]
             yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
+
+
+_FIRST_RECORDS = 64
+_READ_RECORDS = 1024
+
+Fault = Callable[[PreferenceRecord], str | None]
+"""Returns the reason why a record cannot be used, or None."""
+
+
+Lines = list[tuple[str, str]]
+"""Findings, each with its label."""
+
+
+def rehearse_pairs(config: RunConfig) -> str:
+    """Load what `pairs` loads before weights, ask the judge, and read the first records of each source.
+
+    Returns lines for the screen; raises DpoDistError for what cannot be used.
+    """
+    pairs, folder = config.pairs, RunFolder.of(config)
+    folder.check_writable()
+    file = (folder.round(1) if pairs.rounds else folder).pairs_file
+    lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
+    faults: dict[str, Fault] = {}
+    read: Read = read_records
+    if pairs.method is PairsMethod.scores:
+        faults[""] = lambda record: None if record.scores else "without_scores"
+    elif pairs.method is PairsMethod.people:
+        faults[""] = lambda record: None if len(record.responses) > 1 else "one_response"
+    else:
+        read = read_prompts
+        for name in responding_models(config):
+            faults[f"{name}: "] = check_model(name, config, pairs.max_new_tokens, lines)
+    if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
+        lines.append(("judge", judge.check()))
+    for index, source in enumerate(config.data.train):
+        lines += first_records(f"data.train[{index}]", read, source, config.data, faults)
+    return passed(lines)
+
+
+def passed(lines: Lines) -> str:
+    """Return the text of a check without a mistake."""
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+
+
+def check_model(
+    model: str, config: RunConfig, new_tokens: int, lines: Lines, name: str = "", key: str = KEY
+) -> Fault:
+    """Check a model without its weights; return a function that returns why it cannot be asked a prompt."""
+    responder = open_responder(find_model(model, config, key, is_check=True), config, key)
+    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    folder = responder.source.adapter or responder.source.folder
+    found = f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}"
+    lines.append(("model", name + found))
+
+    def fault(record: PreferenceRecord) -> str | None:
+        prompt = usable_prompt(as_asked(record, config.data), responder, new_tokens)
+        return prompt if isinstance(prompt, str) else None
+
+    return fault
+
+
+def first_records(
+    label: str, read: Read, source: SourceConfig, data: DataConfig, faults: Mapping[str, Fault]
+) -> Lines:
+    """Check the first records of a source; return the number that each model, or the verb, can use."""
+    found = list(islice(read(pinned(source, None)), _READ_RECORDS + 1))
+    is_more = len(found) > _READ_RECORDS
+    list(good_records(iter(found[:_READ_RECORDS]), source, data, lambda _: None, of_first=is_more))
+    first, lines = found[:_FIRST_RECORDS], []
+    rest = " (the others were not looked at)" if len(found) > len(first) else ""
+    for whose, fault in faults.items():
+        reasons = [record.reason if isinstance(record, BadRecord) else fault(record) for record in first]
+        dropped = in_one_line(Counter(reason for reason in reasons if reason is not None))
+        usable = reasons.count(None)
+        if not usable:
+            raise DataError(
+                "none of the first records can be used",
+                where=source.path,
+                got=dropped or "no records",
+                remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+            )
+        text = f"{whose}{source.path}, {usable} of the first {len(first)} records can be used{rest}"
+        lines.append((label, text + (f"; not used: {dropped}" if dropped else "")))
+    return lines
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:

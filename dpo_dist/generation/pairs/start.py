@@ -1,5 +1,6 @@
 """Rules of `pairs`, checked before torch is imported and processes join."""
 
+import os
 from pathlib import Path
 
 from dpo_dist.config.data import SourceConfig
@@ -25,6 +26,7 @@ def _number_of_judges(config: RunConfig) -> int:
     return sum(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
 
 
+_ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _EFFECTS = {
@@ -32,7 +34,7 @@ _EFFECTS = {
     _SAMPLES: "samples reward_model function endpoint.url",
     "pairs.method=samples|scores": "select margin",
     "pairs.temperature!=0": "top_p top_k",
-    "pairs.rounds!=0": "launcher reference",
+    _ROUNDS: "launcher reference",
     "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion "
     "endpoint.parallel_requests",
 }
@@ -41,6 +43,7 @@ _ENDPOINT_HAS_MODEL = Rule(
     "the endpoint's model is not given",
     "set it to the name under which the endpoint serves the judge",
 )
+_NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     _ENDPOINT_HAS_MODEL,
@@ -96,6 +99,14 @@ _RULES = (
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
         lambda c: _number_of_judges(c) != 1,
+    ),
+    Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
+    Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
+    Rule(
+        f"pairs.launcher {_ROUNDS}",
+        f"{_NO_ROUNDS}: it is started by one process",
+        "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
+        lambda _: int(os.environ.get("WORLD_SIZE", "1")) > 1,
     ),
 )
 

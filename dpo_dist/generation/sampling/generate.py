@@ -2,9 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from transformers import (
 
 from dpo_dist.data.encode import TokenIds
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import Engine
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,14 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
         generated = input_ids[:, self._prompt_length :]
-        scores = self._checked(scores, generated)
+        broken = ~scores.amax(-1).isfinite()
+        if broken.any():  # such a row gets the end of the response
+            has_ended = torch.isin(generated, self._stop_ids).any(-1)
+            rows = (broken & ~has_ended).nonzero().flatten().tolist()
+            if rows and self.broken is None:
+                self.broken = self._requests[rows[0]]
+            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
+            scores = torch.where(broken[:, None], ended, scores)
         if self._numbers is None:
             return scores
         number = self._numbers[:, generated.shape[1], None]
@@ -191,32 +198,9 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         token = torch.searchsorted(chances, target, right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
-    def _checked(self, scores: Tensor, generated: Tensor) -> Tensor:
-        """Return the logits, with the end of the response in rows that are not finite; sets `broken`."""
-        broken = ~scores.amax(-1).isfinite()
-        if not broken.any():
-            return scores
-        has_ended = torch.isin(generated, self._stop_ids).any(-1)
-        rows = (broken & ~has_ended).nonzero().flatten().tolist()
-        if rows and self.broken is None:
-            self.broken = self._requests[rows[0]]
-        ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
-        return torch.where(broken[:, None], ended, scores)
-
-
-class Generates(Protocol):
-    """A model on all ranks that generates, such as a `PolicyEngine`."""
-
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether each forward is collective."""
-
-    def generating(self, *, of_base: bool = False) -> AbstractContextManager[Any]:
-        """Return a context with the transformers model; `of_base`: without its adapter."""
-
 
 def generate_together(
-    model: Generates,
+    engine: Engine,
     requests: Sequence[Request],
     sampling: Sampling,
     stop_ids: Collection[int],
@@ -226,7 +210,7 @@ def generate_together(
     of_base: bool = False,
     give_way: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
-    """Return the model's sample for each request, in their order, on all ranks; collective.
+    """Return a sample of the engine's model for each request, in their order, on all ranks; collective.
 
     Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
     they generate the same number of batches, and each batch makes as many forwards as the longest of all.
@@ -236,10 +220,10 @@ def generate_together(
     shares = [
         batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
     ]
-    own, synchronised = shares[world.rank], model.is_synchronised
+    own, synchronised = shares[world.rank], engine.is_synchronised
     samples: dict[int, Sample] = {}
     broken: Request | None = None
-    with model.generating(of_base=of_base) as causal_lm:
+    with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
             give_way()
             if number >= len(own) and not synchronised:

@@ -16,8 +16,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
-from dpo_dist.data.render import THOUGHT_FIELDS
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
@@ -149,10 +148,11 @@ Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
 """Returns a sample for each request, in their order."""
 
 
-def open_generator(responder: Responder, config: RunConfig, device: torch.device) -> Generate:
-    """Load a responder's weights, whole on `device`; return the function that generates with them."""
-    source = responder.source
-    model_config = load_config(source.folder, config.model)
+def open_generator(
+    source: ModelSource, config: RunConfig, device: torch.device
+) -> tuple[Responder, Generate]:
+    """Load a model's weights, whole on `device`; return the function that generates with them, too."""
+    responder, model_config = open_responder(source, config), load_config(source.folder, config.model)
     causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=KEY)
     if source.adapter is not None:
         try:
@@ -169,7 +169,7 @@ def open_generator(responder: Responder, config: RunConfig, device: torch.device
     def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
         return generate(causal_lm, requests, sampling, responder.stop_ids, BATCH_TOKENS)
 
-    return samples
+    return responder, samples
 
 
 _UNLIMITED = 2**30
@@ -266,28 +266,23 @@ def respond(
 
 
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
-    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used."""
-    prompt = encode_prompt(record, responder.tokenizer, responder.data)
-    if isinstance(prompt, BadRecord):
-        return prompt.reason
+    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used.
+
+    They are those of training, with the template's start of a thought.
+    """
+    limits = replace(responder.data, max_length=_UNLIMITED, truncation=Truncation.drop)
+    for placeholder in _PLACEHOLDERS:
+        encoded = encode_pair(replace(record, responses=(placeholder,)), responder.tokenizer, limits)
+        if isinstance(encoded, BadRecord):
+            return encoded.reason
+        prompt = encoded.prompt_ids
+        if "ended_thought_reopened" not in encoded.changes:
+            break
     if len(prompt) >= responder.data.max_length:
         return "prompt_fills_max_length"
-    longest = responder.longest
-    if longest is not None and len(prompt) + new_tokens > longest:
+    if responder.longest is not None and len(prompt) + new_tokens > responder.longest:
         return "too_long_for_the_model"
     return prompt
-
-
-def encode_prompt(
-    record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig
-) -> TokenIds | BadRecord:
-    """Return the token ids of a prompt as training encodes them, with the template's start of a thought."""
-    limits = replace(data, max_length=_UNLIMITED, truncation=Truncation.drop)
-    for placeholder in _PLACEHOLDERS:
-        encoded = encode_pair(replace(record, responses=(placeholder,)), tokenizer, limits)
-        if isinstance(encoded, BadRecord) or "ended_thought_reopened" not in encoded.changes:
-            break
-    return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 
 
 def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
+from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
@@ -26,7 +28,9 @@ from dpo_dist.foundation.files import (
     text_digest,
     write_text,
 )
-from dpo_dist.generation.sampling.respond import KEY, ModelSource, find_model
+from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
+from dpo_dist.generation.sampling.generate import Sampling
+from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
 
 _FAILED = "failed"
 
@@ -53,7 +57,7 @@ class Parts:
         left, count = iter(rows), 0
         with temporary_folder(root / stage) as temporary:
             while part := list(itertools.islice(left, size)):
-                cls(temporary, 0, {}).file(count).write_text(_lines(part), encoding="utf-8")
+                write_lines(cls(temporary, 0, {}).file(count), part)
                 count += 1
             content = content_digest(sorted(temporary.iterdir()))
             parts = cls.of(root, stage, {"content": content, "size": size}, count)
@@ -80,15 +84,11 @@ class Parts:
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
         with staged_file(self.file(index)) as temporary:
-            temporary.write_text(_lines(rows), encoding="utf-8")
+            write_lines(temporary, rows)
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
         return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 class Screen(Protocol):
@@ -108,6 +108,34 @@ class Screen(Protocol):
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Yield a function that takes the number of units done and their total."""
+
+
+def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+    """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
+    if data.text_as_messages and isinstance(record.prompt, str):
+        return replace(record, prompt=(Message("user", record.prompt),))
+    return record
+
+
+def generation_settings(config: RunConfig, prompts: Parts, sampling: Sampling) -> dict[str, Any]:
+    """Return what the responses of a model depend on; a chat template in a file by its content."""
+    data, model = config.data, config.model
+    chat_template = data.chat_template
+    if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
+        chat_template = content_digest([file])
+    return {
+        "prompts": prompts.folder.name,
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "text_as_messages": data.text_as_messages,
+        "template": str(data.template),
+        "template_date": TEMPLATE_DATE,
+        "chat_template": chat_template,
+        "template_arguments": data.template_arguments,
+        **asdict(sampling),
+        "dtype": str(model.dtype),
+        "quantization": None if model.quantization is None else str(model.quantization),
+    }
 
 
 @dataclass(frozen=True)
@@ -144,6 +172,28 @@ class Stages:
             world.together(my_parts, beat)
             beat(0)
         return parts
+
+    def responses(
+        self,
+        source: ModelSource,
+        prompts: Parts,
+        config: RunConfig,
+        sampling: Sampling,
+        numbers: range,
+        opened: Callable[[], tuple[Responder, Generate]],
+        *,
+        keeps_ids: bool = False,
+    ) -> Parts:
+        """Return a model's finished responses to prompts; `opened` is called by a process with work to do."""
+
+        def part(index: int) -> list[dict[str, Any]]:
+            records = list(map(read_prompt_row, prompts.read(index)))
+            return list(map(asdict, respond(records, *opened(), sampling, numbers, keeps_ids=keeps_ids)))
+
+        own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
+        settings = generation_settings(config, prompts, sampling) | own
+        parts = Parts.of(prompts.folder.parent, "responses", settings, prompts.count)
+        return self.finish(f"responses of {source.name}", parts, part)
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""

@@ -1,21 +1,32 @@
-"""Compare models: from prompts to files."""
+"""Compare models: from prompts to files; the weights of each model are loaded once."""
 
+import heapq
 import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import dpo_dist
+from dpo_dist.batching.pack import Sequences, pack
+from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
+from dpo_dist.data.records import Dialogue, Prompt, eval_part, prompt_hash
+from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.distributed.memory import return_memory
+from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -23,29 +34,211 @@ from dpo_dist.foundation.files import (
     locked,
     plain,
     staged_file,
+    text_digest,
     write_text,
 )
-from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import describe_counts, prompt_key, read_prompt_row, write_lines
-from dpo_dist.generation.pairs.preflight import Fault, Lines, check_model, first_records, passed
-from dpo_dist.generation.sampling.respond import Answers
-from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, joined_stages
-from dpo_dist.insight.compare.responses import (
-    Row,
-    Speaker,
-    shown_prompt,
-    write_held_out,
+from dpo_dist.foundation.text import counted
+from dpo_dist.generation.judges import open_judge
+from dpo_dist.generation.pairs.files import (
+    describe_counts,
+    good_records,
+    prompt_key,
+    prompt_row,
+    read_prompt_row,
+    write_lines,
 )
+from dpo_dist.generation.pairs.run import Fault, Lines, check_model, first_records, passed
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
+from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, as_asked, joined_stages
 from dpo_dist.insight.compare.results import compares, comparison, describe, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
+from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.lora import load_adapter
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference.engine import scored_model
 
+Row = dict[str, Any]
+PART_PROMPTS = 16
+"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
+BATCH_TOKENS = 16384
+"""Most tokens of a batch of one process: its rows times the longest prompt with its response."""
 _DIFFERING = "differing "
 """With a model's name, the count of prompts that it encodes as other tokens than the base."""
 _REMEDY = (
     "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
 )
+
+
+def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
+    """Write `compare.prompts` different prompts of the evaluation data, as parts of a stage.
+
+    They are chosen by a hash of the prompt, and written in the order of the data, with the text of the first
+    response and the label of the source.
+    """
+    wanted, seen = config.compare.prompts, set[str]()
+    sources, part = config.data.eval_sources, eval_part(config.data)
+
+    def ranked() -> Iterator[tuple[str, int, Row]]:
+        for source, label in zip(sources, source_labels(sources), strict=True):
+            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
+                asked = as_asked(record, config.data)
+                key = prompt_key(asked)
+                if key in seen or not part.has(prompt_hash(record.prompt)):
+                    continue
+                seen.add(key)
+                chosen = record.responses[0] if record.responses else None
+                if isinstance(chosen, tuple):  # of several turns, the last one's content
+                    chosen = chosen[-1].content
+                row = prompt_row(asked) | {"chosen": chosen, "source": label}
+                yield text_digest(f"0 {key}"), len(seen), row
+
+    chosen = heapq.nsmallest(wanted, ranked())
+    if not chosen:
+        raise DataError(
+            "the evaluation data have no usable prompt",
+            where="data.eval",
+            got=", ".join(source.path for source in sources),
+            remedy="check the counts above, or raise data.eval_share",
+        )
+    fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
+    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
+    rows = (row for _, _, row in sorted(chosen, key=lambda entry: entry[1]))
+    return Parts.written(folder, "prompts", rows, PART_PROMPTS)
+
+
+@dataclass(eq=False)
+class Speaker:
+    """A model of the comparison; its weights are loaded when a process has its first part to do.
+
+    `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
+    `base_logps` under the base; None if that has other tokens.
+    """
+
+    path: str
+    source: ModelSource
+    config: RunConfig
+    stages: Stages
+    prompts: Parts
+    responses: Parts = field(init=False)
+    logps: Parts = field(init=False)
+    base_logps: Parts | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+        return self.source.name
+
+    @cached_property
+    def responder(self) -> Responder:
+        """Its tokenizer and stop tokens."""
+        return open_responder(self.source, self.config, KEY)
+
+    @cached_property
+    def _packed(self) -> PackedCausalLM:
+        scored = scored_model(self.config)
+        bits = self.config.model.quantization
+        model_config = replace(scored, quantization=bits, compile=False, liger=False)
+        longest = self.config.data.max_length + self.config.compare.max_new_tokens
+        if self.responder.longest is not None:
+            longest = min(longest, self.responder.longest)
+        world = self.stages.world
+        with whole_loading(world):
+            packed = load_packed(self.source.folder, model_config, longest, world.device)
+            if self.source.adapter is not None:
+                load_adapter(packed, self.source.adapter, KEY)
+        packed.eval()
+        StartCheck(packed, packed, world.device, longest, KEY).settle()
+        return packed
+
+    def respond(self) -> None:
+        """Finish the responses; collective. Models share the random numbers of a prompt."""
+
+        def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+            with self._packed.unpacked() as causal_lm:
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
+
+        self.responses = self.stages.responses(
+            self.source,
+            self.prompts,
+            self.config,
+            Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature),
+            range(1),
+            lambda: (self.responder, samples),
+            keeps_ids=True,
+        )
+
+    def score(self, other: "Speaker") -> Parts:
+        """Return the finished log-probs of a model's responses under this model; collective.
+
+        Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
+        """
+        settings = {
+            "responses": other.responses.folder.name,
+            "model": self.source.digest,
+            "attention": str(self.config.model.attention),
+        }
+        parts = Parts.of(self.prompts.folder.parent, "logps", settings, self.prompts.count)
+
+        def part(index: int) -> list[Row]:
+            rows = [Answers.of(row) for row in other.responses.read(index)]
+            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
+            return [{"logp": logp} for logp in found]
+
+        title = f"log-probs of {other.name}"
+        title += "" if other is self else f"'s responses under {self.name}"
+        return self.stages.finish(title, parts, part)
+
+    def free(self) -> None:
+        """Forget the weights."""
+        vars(self).pop("_packed", None)
+        return_memory()
+
+    def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
+        """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
+        under = [None if parts is None else parts.read(index) for parts in (self.logps, self.base_logps)]
+        for at, row in enumerate(self.responses.read(index)):
+            answers = Answers.of(row)
+            logp, base_logp = (None if rows is None else rows[at]["logp"] for rows in under)
+            response = {}
+            for answer in answers.answers:
+                response = {
+                    "text": answer.content,
+                    "tokens": answer.tokens,
+                    "finished": answer.finished,
+                    "logp": logp,
+                    "base_logp": base_logp,
+                    "logp_tokens": len(answer.ids),
+                }
+            yield answers, response
+
+
+@torch.inference_mode()
+def response_logps(
+    packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
+) -> list[float | None]:
+    """Return the sum of the log-probs of each row's response, in nats; None without a response."""
+    sequences = {
+        index: Sequences(
+            np.array(row.prompt_ids, dtype=np.int32), (np.array(row.answers[0].ids, dtype=np.int32),)
+        )
+        for index, row in enumerate(rows)
+        if row.answers
+    }
+    # A response without tokens has probability 1.
+    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
+    scored = [at for at in sequences if at not in sums]
+    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
+    for part in consecutive_batches(layout, budget, packed.arrangement):
+        batch = scored[part.start : part.stop]
+        batched = pack([sequences[at] for at in batch], np.zeros((len(batch), 2), dtype=np.uint64))
+        logps = packed(batched.to(device)).double().cpu()
+        of_each = logps.split(batched.response_tokens.tolist())
+        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
+    return [sums.get(index) for index in range(len(rows))]
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
@@ -67,15 +260,27 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             described = world.on_main(judge.describe, screen.heartbeat("looking for the judge"))
         speakers = []
         for model in models:
-            location = whole_model(model, folder.comparison_models, stages)
-            source = stages.found(location, config, KEY)
-            speakers.append(Speaker(model, source, config, stages, parts, prompts))
+            source = stages.found(whole_model(model, folder.comparison_models, stages), config, KEY)
+            source = replace(source, name=model.name)
+            speakers.append(Speaker(model.path, source, config, stages, prompts))
         _speak(speakers, screen)
         judged = None
         if judge is not None:
+
+            def judgements(index: int) -> list[Row]:
+                own = (map(Answers.of, speaker.responses.read(index)) for speaker in speakers)
+                texts = [
+                    [one.answers[0].content for one in row if one.answers] for row in zip(*own, strict=True)
+                ]
+                # A prompt that a model cannot be asked is not judged.
+                asked = [each if len(each) == len(speakers) else [] for each in texts]
+                records = list(map(read_prompt_row, prompts.read(index)))
+                return judge_texts(records, asked, judge, in_pairs=compares(config.pairs))
+
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
-            judged = Parts.of(parts, "judgements", settings, prompts.count)
-            stages.finish("judgements", judged, _judging(speakers, judge, config, prompts))
+            judged = stages.finish(
+                "judgements", Parts.of(parts, "judgements", settings, prompts.count), judgements
+            )
         return world.on_main(
             lambda: _write(speakers, described, judged, config, prompts, screen),
             screen.heartbeat("writing the comparison"),
@@ -87,21 +292,20 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
     if not model.is_checkpoint:
         return model.location
     checkpoint = Path(model.location).resolve()
+    run = checkpoint.parents[1]
     digest = content_digest([checkpoint / MANIFEST])[:16]
-    written = folder / f"{checkpoint.parents[1].name}-{checkpoint.name}-{digest}"
+    written = folder / f"{run.name}-{checkpoint.name}-{digest}"
+
+    def write() -> None:
+        found = from_yaml(existing_run(run).config.read_text(encoding="utf-8"))
+        # The configuration of another run cannot ask for code of the base model.
+        own = replace(found, model=replace(found.model, trust_remote_code=False))
+        export_checkpoint(checkpoint, written, own)
+
     if not stages.world.on_main(written.is_dir):
         stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        stages.world.on_main(
-            lambda: export_checkpoint(checkpoint, written, _config_of_run(checkpoint)),
-            stages.screen.heartbeat(f"writing {written}"),
-        )
+        stages.world.on_main(write, stages.screen.heartbeat(f"writing {written}"))
     return str(written)
-
-
-def _config_of_run(checkpoint: Path) -> RunConfig:
-    """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
-    found = from_yaml(existing_run(checkpoint.parents[1]).config.read_text(encoding="utf-8"))
-    return replace(found, model=replace(found.model, trust_remote_code=False))
 
 
 def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
@@ -113,28 +317,13 @@ def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
         if speaker is not base:
             speaker.free()
     base.base_logps = base.logps
+    of_base = base.responder.tokenizer.get_vocab().items()
     for speaker in others:
-        if base.has_tokens_of(speaker):
+        if speaker.responder.tokenizer.get_vocab().items() <= of_base:  # the same tokens
             speaker.base_logps = base.score(speaker)
         else:
             screen.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
     base.free()
-
-
-def _judging(
-    speakers: Sequence[Speaker], judge: Judge, config: RunConfig, prompts: Parts
-) -> Callable[[int], list[Row]]:
-    """Return the function that judges a part."""
-
-    def part(index: int) -> list[Row]:
-        rows = zip(*(map(Answers.of, speaker.responses.read(index)) for speaker in speakers), strict=True)
-        texts = [[one.answers[0].content for one in row if one.answers] for row in rows]
-        # A prompt that a model cannot be asked is not judged.
-        asked = [own if len(own) == len(speakers) else [] for own in texts]
-        records = list(map(read_prompt_row, prompts.read(index)))
-        return judge_texts(records, asked, judge, in_pairs=compares(config.pairs))
-
-    return part
 
 
 def _rows(
@@ -177,6 +366,17 @@ def _rows(
             yield found
 
 
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as one text: of a single user turn its content, of others their roles too."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Dialogue):
+        return prompt.text
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
 def _write(
     speakers: Sequence[Speaker],
     judge: dict[str, Any] | None,
@@ -202,7 +402,7 @@ def _write(
             found = comparison(map(json.loads, lines), names)
     for speaker, row in zip(speakers, found["models"], strict=True):
         row |= {
-            "path": speaker.compared.path,
+            "path": speaker.path,
             "digest": speaker.source.digest,
             "revision": hub_commit(speaker.source.folder),
             "prompts_encoded_differently": counts.pop(f"{_DIFFERING}{row['name']}", 0),

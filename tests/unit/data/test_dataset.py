@@ -15,8 +15,13 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.data import build as build_dataset_module
-from dpo_dist.data.collate import collate, shard_batch
-from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary
+from dpo_dist.data.dataset import (
+    PreferenceDataset,
+    check_fits_loss,
+    check_ids_in_vocabulary,
+    collate,
+    shard_batch,
+)
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin, PreferenceRecord, training_examples
 from dpo_dist.foundation.errors import ConfigError, DataError

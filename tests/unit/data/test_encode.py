@@ -19,7 +19,7 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.escape import token_ids
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import opened

@@ -16,7 +16,7 @@ from dpo_dist.batching.plan import (
     example_sizes,
     plan_micro_batches,
 )
-from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import shard_batch
 from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
 
 Plan = list[list[list[int]]]

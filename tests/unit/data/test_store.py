@@ -94,14 +94,10 @@ def raising(error: OSError) -> Callable[..., Any]:
 
 def test_a_fault_of_the_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path, *GOOD)
-    with monkeypatch.context() as patch:
-        patch.setattr(build_dataset_module, "read_records", raising(OSError("input/output error")))
-        with pytest.raises(DataError, match="source cannot be read") as of_source:
-            prepare(tmp_path, path)
-    monkeypatch.setattr(store_module, "_relative_name", raising(OSError("no space left")))
+    monkeypatch.setattr(store_module, "staged_file", raising(OSError("no space left")))
     with pytest.raises(ConfigError, match="cannot be written") as of_cache:
         prepare(tmp_path, path)
-    assert (of_source.value.where, of_cache.value.where) == (path, "data.cache")
+    assert of_cache.value.where == "data.cache"
     assert encoded_folders(tmp_path) == []
 
 

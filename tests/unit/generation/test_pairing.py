@@ -16,7 +16,6 @@ from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.generation.judges import Judgement
 from dpo_dist.generation.pairs.files import read_prompt_row
-from dpo_dist.generation.pairs.prompts import write_prompts
 from dpo_dist.generation.pairs.run import (
     Results,
     joined_answers,
@@ -25,6 +24,7 @@ from dpo_dist.generation.pairs.run import (
     samples_of,
     score,
     select_pairs,
+    write_prompts,
 )
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts

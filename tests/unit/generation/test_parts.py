@@ -11,8 +11,8 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.pairs import prompts
-from dpo_dist.generation.pairs.prompts import write_prompts
+from dpo_dist.generation.pairs import run
+from dpo_dist.generation.pairs.run import write_prompts
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from tests.support.records import jsonl
 
@@ -47,7 +47,7 @@ def abandoned(file: Path) -> Path:
 def test_every_part_has_its_own_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"question {n} " + "\u2028é" * (n % 7) for n in range(23)]
     for size in (5, 23, 1, 100):
-        monkeypatch.setattr(prompts, "PART_PROMPTS", size)
+        monkeypatch.setattr(run, "PART_PROMPTS", size)
         found = written(tmp_path, [{"prompt": text, "completion": "c"} for text in texts])
         assert found == [texts[start : start + size] for start in range(0, 23, size)]
 

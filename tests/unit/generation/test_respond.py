@@ -24,7 +24,6 @@ from dpo_dist.generation.sampling.respond import (
     Responder,
     find_model,
     open_generator,
-    open_responder,
     respond,
 )
 from tests.support import tiny
@@ -105,7 +104,7 @@ def sampled(folder: Path, base: Path) -> tuple[list[Sample], str]:
         [f"model.path={base}", "model.dtype=fp32", "data.train=[a.jsonl]", f"run.root={base.parent}"]
     )
     source = find_model(str(folder), config)
-    generator = open_generator(open_responder(source, config), config, torch.device("cpu"))
+    _, generator = open_generator(source, config, torch.device("cpu"))
     return generator([REQUEST], Sampling(12)), source.digest
 
 

@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.generation.pairs.preflight import rehearse_pairs
+from dpo_dist.generation.pairs.run import rehearse_pairs
 from dpo_dist.generation.pairs.start import check_pairs
 from tests.support.judge_server import judge_server
 from tests.support.records import jsonl, user
@@ -50,6 +50,8 @@ def found(tmp_path: Path, records: list[Any], *overrides: str) -> str:
         (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
         *((["pairs.method=delta", f"pairs.models={m}"], "two models") for m in ("[a]", "[a,a]", "[a,./a]")),
         *(([f"pairs.{key}"], "has no effect") for key in ("launcher=python", "reference=first")),
+        (["pairs.rounds=1"], "rounds cannot be done"),
+        (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
         (["pairs.margin=1", "pairs.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
     ],
 )
@@ -57,6 +59,13 @@ def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said
     Path("base").mkdir()
     with pytest.raises(ConfigError, match=said):
         check_pairs(config(*overrides))
+
+
+def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Path("base").mkdir()
+    with pytest.raises(ConfigError, match="one process"):
+        check_pairs(config(*SAMPLED, "pairs.rounds=1"))
 
 
 def test_a_missing_function_is_found_before_sampling() -> None:

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.collate import RankBatch, collate, shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM

@@ -15,8 +15,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.collate import collate
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, collate, open_dataset
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.insight.console import Console

@@ -1,8 +1,7 @@
 """Held-out prompts are chosen by content; log-probs of responses are those of a plain forward."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
-from dpo_dist.generation.sampling.stages import Parts
-from dpo_dist.insight.compare.responses import Speaker, response_logps, write_held_out
-from dpo_dist.insight.compare.start import compared_models
+from dpo_dist.generation.sampling.stages import Parts, Stages
+from dpo_dist.insight.compare.models import Speaker, response_logps, write_held_out
 from dpo_dist.model.load import load_packed
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -51,14 +49,16 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
         assert logp == pytest.approx(expected, abs=1e-4)
 
 
+class Unfinished(Stages):
+    def finish(self, _title: str, parts: Parts, _work: Any) -> Parts:
+        return parts
+
+
 def responses_folder(tmp_path: Path, *overrides: str) -> str:
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
-    config = load_run_config(lines, verb="compare")
-    model = compared_models([f"{name}={tmp_path}/model" for name in "ab"])[0]
-    prompts = Parts(tmp_path / "prompts", 1, {})
-    stages: Any = SimpleNamespace(finish=lambda _title, parts, _work: parts)
-    source = find_model(model.location, config)
-    speaker = Speaker(model, source, config, stages, tmp_path, prompts)
+    config, nobody = load_run_config(lines, verb="compare"), cast(Any, None)
+    stages, prompts = Unfinished(nobody, nobody, ""), Parts(tmp_path / "prompts", 1, {})
+    speaker = Speaker("", find_model(f"{tmp_path}/model", config), config, stages, prompts)
     speaker.respond()
     return speaker.responses.folder.name
 
