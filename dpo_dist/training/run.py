@@ -99,7 +99,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        if change := describe_change(checkpoint.state, config, steps):
+        if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
             run.say(change)
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))

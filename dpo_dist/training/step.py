@@ -289,8 +289,14 @@ class RouterTerms:
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
         others = [pairs.routing for pairs in known[1:] if pairs.routing is not None]
-        if loss.aux is not None and not known:
-            others = _routing(policy, step.batches[1:], world)
+        for host_batch in step.batches[1:] if loss.aux is not None and not known else ():
+            policy.train(False)
+            batch = host_batch.to(world.device)
+            if policy.model.arrangement is Arrangement.packed:
+                # The output layer is used, as in every forward, and computes next to nothing.
+                batch = batch.with_one_target()
+            with torch.no_grad():
+                others.append(policy.routed_token_logps(batch)[1])
         self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
 
     def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
@@ -305,20 +311,6 @@ class RouterTerms:
         if self._selected is not None:
             values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
-
-
-@torch.no_grad()
-def _routing(policy: PolicyEngine, batches: Sequence[PackedBatch], world: World) -> list[Tensor]:
-    """Return the `routing_sums` of micro-batches, one forward each; collective."""
-    policy.train(False)
-    found = []
-    for host_batch in batches:
-        batch = host_batch.to(world.device)
-        if policy.model.arrangement is Arrangement.packed:
-            # The output layer is used, as in every forward, and computes next to nothing.
-            batch = batch.with_one_target()
-        found.append(policy.routed_token_logps(batch)[1])
-    return found
 
 
 def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
